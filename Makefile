@@ -1,0 +1,58 @@
+# Every target that runs something first makes .venv with the extras it needs; anew when setup.py or constraints.txt
+# change.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.NOTPARALLEL: # two pips in one environment would race
+.PHONY: help demo test test-slow lint format venv clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+demo: $(VENV)/.installed-demo ## fine-tune experts on real data, merge them, print the table (demo-out/)
+	$(BIN)/isomerge demo --out demo-out
+
+# The script and not `python -m pytest`, which would put the checkout on sys.path, and with it a namespace package named
+# `kernels`.
+test: $(VENV)/.installed-test ## run the test suite
+	$(BIN)/pytest
+
+test-slow: $(VENV)/.installed-test ## run only the tests marked slow
+	$(BIN)/pytest -m slow
+
+lint: $(VENV)/.installed-dev ## ruff and pyright, nothing rewritten
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+format: $(VENV)/.installed-dev ## let ruff rewrite what it can
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+venv: $(VENV)/.installed-dev ## the environment for development: test and dev extras
+
+clean: ## remove build products, caches and the demo's output; .venv stays
+	rm -rf build dist demo-out *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+$(VENV)/.installed-demo: EXTRAS := demo
+$(VENV)/.installed-test: EXTRAS := test
+$(VENV)/.installed-dev: EXTRAS := dev,test
+
+$(VENV)/.installed-%: setup.py constraints.txt | $(BIN)/pip
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
+	@touch $@
+
+# bin/pip is what venv writes last: an environment that was cut short is made again.
+$(BIN)/pip:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "isomerge-fast needs Python 3.11 or newer, and '$(PYTHON)' is not that:" >&2; \
+		$(PYTHON) --version >&2; \
+		echo "Name another interpreter: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { \
+		echo "'$(PYTHON)' lacks the modules venv and ensurepip, which make $(VENV)." >&2; \
+		echo "On Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)

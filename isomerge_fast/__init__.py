@@ -1,0 +1,68 @@
+"""isomerge-fast: merge fine-tuned checkpoints with Iso-C and Iso-CTS (arXiv 2502.04959)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from .api import iso_c, iso_cts, merge, merge_state_dicts
+    from .config import MergeConfig, Override
+    from .errors import ConfigError, InputError, IsomergeError, ResourceError, VerificationError
+    from .methods import IsoC, IsoCTS, Mean, TaskArithmetic
+    from .report import Report
+
+# Loaded when first used: `isomerge --help` and shells that only look at the version need no torch.
+_HOMES = {
+    "iso_c": "api",
+    "iso_cts": "api",
+    "merge": "api",
+    "merge_state_dicts": "api",
+    "MergeConfig": "config",
+    "Override": "config",
+    "ConfigError": "errors",
+    "InputError": "errors",
+    "IsomergeError": "errors",
+    "ResourceError": "errors",
+    "VerificationError": "errors",
+    "IsoC": "methods",
+    "IsoCTS": "methods",
+    "Mean": "methods",
+    "TaskArithmetic": "methods",
+    "Report": "report",
+}
+
+__all__ = [
+    "ConfigError",
+    "InputError",
+    "IsoC",
+    "IsoCTS",
+    "IsomergeError",
+    "Mean",
+    "MergeConfig",
+    "Override",
+    "Report",
+    "ResourceError",
+    "TaskArithmetic",
+    "VerificationError",
+    "__version__",
+    "iso_c",
+    "iso_cts",
+    "merge",
+    "merge_state_dicts",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    value = getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,139 @@
+"""The files beside the weights: configuration, tokenizer and code copied from the base, and the model card."""
+
+from __future__ import annotations
+
+import copy
+import fnmatch
+import json
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+# What a checkpoint needs to load and to be used, and nothing else: no weights, optimizer states, logs or model card.
+# One level of sub-folders is for sentence-transformers' modules (1_Pooling/config.json) and chat templates.
+COMPANION_PATTERNS = (
+    "generation_config.json",
+    "tokenizer*.json",
+    "tokenizer*.model",
+    "*.tiktoken",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "spiece.model",
+    "sentencepiece*.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.json",
+    "chat_template.jinja",
+    "additional_chat_templates/*.jinja",
+    "processor_config.json",
+    "preprocessor_config.json",
+    "image_processor_config.json",
+    "video_preprocessor_config.json",
+    "feature_extractor_config.json",
+    "modules.json",
+    "config_sentence_transformers.json",
+    "sentence_*_config.json",
+    "[0-9]_*/config.json",
+    "*.py",
+    "LICENSE*",
+    "NOTICE*",
+)
+_DTYPE_KEYS = ("dtype", "torch_dtype")
+
+
+def companion_files(folder: Path) -> list[str]:
+    """Relative names of the files to copy, sorted."""
+    candidates = [path for pattern in ("*", "*/*") for path in folder.glob(pattern) if path.is_file()]
+    names = sorted(path.relative_to(folder).as_posix() for path in candidates)
+    return [name for name in names if any(_matches(name, pattern) for pattern in COMPANION_PATTERNS)]
+
+
+def _matches(name: str, pattern: str) -> bool:
+    return name.count("/") == pattern.count("/") and fnmatch.fnmatchcase(name, pattern)
+
+
+def copy_companions(source: Path, target: Path, names: Iterable[str]) -> None:
+    """Copies contents (links are followed), never modes: the output's follow the umask."""
+    for name in names:
+        destination = target / name
+        destination.parent.mkdir(exist_ok=True)
+        shutil.copyfile(source / name, destination)
+
+
+def config_with_dtype(config: Mapping[str, Any], dtype: str | None) -> dict[str, Any]:
+    """``config.json`` with every stated weight dtype replaced by ``dtype`` (e.g. "bfloat16"), in sub-configurations too.
+
+    Left as it is when ``dtype`` is None. A top level that states none gets the key the library in use writes.
+    """
+    result = copy.deepcopy(dict(config))
+    if dtype is None:
+        return result
+    if not any(key in result for key in _DTYPE_KEYS):
+        result["dtype"] = dtype
+    _replace_dtype(result, dtype)
+    return result
+
+
+def _replace_dtype(node: dict[str, Any], dtype: str) -> None:
+    for key, value in node.items():
+        if key in _DTYPE_KEYS and (value is None or isinstance(value, str)):
+            node[key] = dtype
+        elif isinstance(value, dict) and key.endswith("_config"):
+            _replace_dtype(value, dtype)
+
+
+def model_card(
+    *,
+    base: str,
+    experts: Iterable[str],
+    method: str,
+    citation: str,
+    options: Mapping[str, Any],
+    overrides: Iterable[Mapping[str, Any]],
+    scaling: float,
+    exclude: Iterable[str],
+    dtype: str | None,
+    version: str,
+    library_name: str | None,
+) -> str:
+    """README.md of the merged checkpoint: what it was made of, and how to make it again."""
+
+    def quoted(value: Any) -> str:
+        return json.dumps(value, ensure_ascii=False)  # a JSON scalar is a YAML scalar
+
+    experts = list(experts)
+    front = ["---", *([f"library_name: {library_name}"] if library_name else []), "tags: [merge, isomerge-fast]", "---"]
+    recipe = [
+        f"method: {method}",
+        f"base: {quoted(base)}",
+        "experts:",
+        *(f"  - {quoted(expert)}" for expert in experts),
+        f"scaling: {scaling:g}",
+        f"options: {quoted(dict(options))}",
+        *([f"exclude: {quoted(list(exclude))}"] if list(exclude) else []),
+        *([f"overrides: {quoted(list(overrides))}"] if list(overrides) else []),
+        *([f"dtype: {dtype}"] if dtype else []),
+    ]
+    lines = [
+        *front,
+        "",
+        f"# Merge of {len(experts)} checkpoints with {method}",
+        "",
+        f"- Base: `{base}`",
+        *(f"- Expert: `{expert}`" for expert in experts),
+        f"- Method: {method} ({citation}), scaling α = {scaling:g}",
+        f"- Made with isomerge-fast {version}",
+        "",
+        "To make it again, `isomerge run` this file:",
+        "",
+        "```yaml",
+        *recipe,
+        "out: merged",
+        "```",
+        "",
+        "`manifest.json` records every input's identity and every tensor's checksum; `isomerge verify` checks them.",
+        "",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,279 @@
+"""Where every tensor of a checkpoint lies: safetensors headers, shard indexes and Hugging Face folders.
+
+Headers are checked here more strictly than the format's own parser does (duplicate keys, control characters, absurd
+sizes), and then once more by safetensors itself. Weights are never read, and pickles never opened.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import struct
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from ..errors import InputError
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+MAX_TENSORS = 250_000  # a file; the largest real checkpoints hold about 20,000 in all their shards
+LARGE_HEADER_BYTES = 16_000_000  # above this a header may be a tenth of its file at most
+
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "C64": torch.complex64,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+FLOAT_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
+COPIED_DTYPES = frozenset({"I64", "I32", "I16", "I8", "U8", "BOOL", "U64", "U32", "U16"})
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor in one file: ``end - start`` bytes at absolute offset ``start``."""
+
+    name: str
+    dtype: str  # safetensors' name, a key of DTYPES
+    shape: tuple[int, ...]
+    file: Path
+    start: int
+    end: int
+
+    @property
+    def bytes(self) -> int:
+        return self.end - self.start
+
+
+@dataclass(frozen=True)
+class FileIdentity:
+    """What tells that an input is the file it was: size, modification time and the hash of its header."""
+
+    size: int
+    mtime_ns: int
+    header_sha256: str
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint's tensors by name, its files with their identities, and its ``config.json`` when it is a folder."""
+
+    path: Path
+    tensors: dict[str, StoredTensor]
+    files: dict[Path, FileIdentity]
+    config: dict[str, Any] | None = field(default=None, compare=False)
+
+    @property
+    def bytes(self) -> int:
+        return sum(tensor.bytes for tensor in self.tensors.values())
+
+    @property
+    def is_folder(self) -> bool:
+        return self.path.is_dir()
+
+
+def element_count(shape: Iterable[int]) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count
+
+
+def parse_json(data: bytes, what: str) -> Any:
+    """JSON without duplicate keys or NaN literals."""
+
+    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        result: dict[str, Any] = {}
+        for key, value in items:
+            if key in result:
+                raise InputError(f"{what}: key {key!r} occurs twice")
+            result[key] = value
+        return result
+
+    def constant(literal: str) -> None:
+        raise InputError(f"{what}: {literal} is not JSON")
+
+    try:
+        return json.loads(data.decode("utf-8"), object_pairs_hook=pairs, parse_constant=constant)
+    except UnicodeDecodeError as error:
+        raise InputError(f"{what}: not UTF-8 ({error.reason} at byte {error.start})") from error
+    except RecursionError as error:
+        raise InputError(f"{what}: nested too deeply") from error
+    except ValueError as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{what}: not JSON ({error})") from error
+
+
+def read_header(path: Path) -> tuple[dict[str, StoredTensor], FileIdentity]:
+    """The tensors of one safetensors file, strictly checked: every byte after the header belongs to exactly one tensor.
+
+    Raises:
+        InputError: naming the file, and the tensor where there is one.
+    """
+    try:
+        with open(path, "rb") as file:
+            status = os.fstat(file.fileno())
+            prefix = file.read(8)
+            if len(prefix) < 8:
+                raise InputError(f"{path}: {status.st_size} bytes, too short for a safetensors file")
+            (header_bytes,) = struct.unpack("<Q", prefix)
+            if header_bytes > MAX_HEADER_BYTES:
+                raise InputError(f"{path}: not a safetensors file (its header would be {header_bytes} bytes long)")
+            if 8 + header_bytes > status.st_size:
+                raise InputError(f"{path}: truncated, {status.st_size} bytes hold no header of {header_bytes}")
+            if header_bytes > LARGE_HEADER_BYTES and header_bytes * 10 > status.st_size:
+                raise InputError(f"{path}: the header is {header_bytes} of {status.st_size} bytes; refused")
+            raw = file.read(header_bytes)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+
+    header = parse_json(raw, f"{path}: header")
+    if not isinstance(header, dict):
+        raise InputError(f"{path}: the header is not a JSON object")
+    header.pop("__metadata__", None)
+    if len(header) > MAX_TENSORS:
+        raise InputError(f"{path}: {len(header)} tensors in one file; refused above {MAX_TENSORS}")
+    data_start = 8 + header_bytes
+    tensors = {name: _parse_entry(path, name, entry, data_start) for name, entry in header.items()}
+
+    position = data_start
+    for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.start, tensor.end)):
+        if tensor.start != position:
+            flaw = "overlaps the tensor before it" if tensor.start < position else "leaves a hole before it"
+            raise InputError(f"{path}: tensor {tensor.name!r} {flaw} (offset {tensor.start}, expected {position})")
+        position = tensor.end
+    if position != status.st_size:
+        flaw = "truncated" if position > status.st_size else "has trailing bytes"
+        raise InputError(f"{path}: {flaw}: the header describes {position} bytes, the file has {status.st_size}")
+    try:
+        with safe_open(path, framework="np"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path}: refused by safetensors ({error})") from error
+    return tensors, FileIdentity(status.st_size, status.st_mtime_ns, hashlib.sha256(prefix + raw).hexdigest())
+
+
+def _parse_entry(path: Path, name: str, entry: Any, data_start: int) -> StoredTensor:
+    where = f"{path}: tensor {name!r}"
+    if not name or any(ord(character) < 32 or ord(character) == 127 for character in name):
+        raise InputError(f"{where}: empty name or control characters in it")
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise InputError(f"{where}: its header entry needs dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if dtype not in DTYPES:
+        raise InputError(f"{where}: dtype {dtype!r} is not supported")
+    if not isinstance(shape, list) or not all(type(size) is int and 0 <= size < 2**48 for size in shape):
+        raise InputError(f"{where}: shape {shape!r} is not a list of sizes")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(type(o) is int and 0 <= o < 2**56 for o in offsets):
+        raise InputError(f"{where}: data_offsets {offsets!r} are not two offsets")
+    expected = element_count(shape) * DTYPES[dtype].itemsize
+    if offsets[1] - offsets[0] != expected:
+        raise InputError(f"{where}: {dtype}{shape} takes {expected} bytes, its data_offsets {offsets} span another size")
+    return StoredTensor(name, dtype, tuple(shape), path, data_start + offsets[0], data_start + offsets[1])
+
+
+def weight_files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
+    """The safetensors files of a folder, and the index's ``weight_map`` when it is sharded.
+
+    Shards are looked up by name (hub caches are links into ``blobs/``), so names must be plain.
+    """
+    single, index = folder / SINGLE_FILE, folder / INDEX_FILE
+    if index.is_file():
+        parsed = parse_json(_read_small(index), str(index))
+        weight_map = parsed.get("weight_map") if isinstance(parsed, dict) else None
+        if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+            raise InputError(f"{index}: no weight_map of tensor names to shard names")
+        shards = sorted(set(weight_map.values()))
+        for shard in shards:
+            if shard in ("", ".", "..") or any(c in "/\\" or ord(c) < 32 for c in shard):
+                raise InputError(f"{index}: shard {shard!r} is not a plain file name; refused")
+            if not (folder / shard).is_file():
+                raise InputError(f"{index}: shard {shard!r} is missing from {folder}")
+        if single.is_file() and SINGLE_FILE not in shards:
+            raise InputError(f"{folder}: holds both {SINGLE_FILE} and {INDEX_FILE}; remove the one that is stale")
+        return [folder / shard for shard in shards], weight_map
+    if single.is_file():
+        return [single], None
+    others = sorted(folder.glob("*.safetensors"))
+    if len(others) == 1:
+        return others, None
+    if others:
+        names = ", ".join(path.name for path in others[:5])
+        raise InputError(f"{folder}: several .safetensors files and no {INDEX_FILE} ({names}, …)")
+    pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
+    if pickles:
+        raise InputError(
+            f"{folder}: only pickled weights ({pickles[0]}), which are never opened. "
+            "Convert: AutoModel.from_pretrained(folder).save_pretrained(other_folder)"
+        )
+    raise InputError(f"{folder}: no .safetensors file in it")
+
+
+def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+    """What is in a Hugging Face folder (one file or sharded) or a bare ``.safetensors`` file; headers only.
+
+    Raises:
+        InputError: the path, a shard, an index or a header is missing or malformed; the message names it.
+    """
+    root = Path(path)
+    if not root.exists():
+        raise InputError(f"{root}: no such checkpoint folder or .safetensors file")
+    if root.is_dir():
+        files, weight_map = weight_files(root)
+    elif root.suffix == ".safetensors":
+        files, weight_map = [root], None
+    else:
+        raise InputError(f"{root}: neither a folder nor a .safetensors file")
+
+    tensors: dict[str, StoredTensor] = {}
+    identities: dict[Path, FileIdentity] = {}
+    for file in files:
+        found, identities[file] = read_header(file)
+        for name, tensor in found.items():
+            if name in tensors:
+                raise InputError(f"{root}: tensor {name!r} is in both {tensors[name].file.name} and {file.name}")
+            tensors[name] = tensor
+    if weight_map is not None:
+        for name, shard in weight_map.items():
+            if name not in tensors or tensors[name].file.name != shard:
+                raise InputError(f"{root}: the index puts tensor {name!r} into {shard}, where it is not")
+        unlisted = sorted(set(tensors) - set(weight_map))
+        if unlisted:
+            raise InputError(f"{root}: the index does not list tensor {unlisted[0]!r} of {tensors[unlisted[0]].file.name}")
+    config = None
+    if root.is_dir() and (root / "config.json").is_file():
+        config = parse_json(_read_small(root / "config.json"), str(root / "config.json"))
+        if not isinstance(config, dict):
+            raise InputError(f"{root / 'config.json'}: not a JSON object")
+    return Checkpoint(root, tensors, identities, config)
+
+
+def _read_small(path: Path) -> bytes:
+    try:
+        if path.stat().st_size > MAX_HEADER_BYTES:
+            raise InputError(f"{path}: larger than {MAX_HEADER_BYTES} bytes; refused")
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from error

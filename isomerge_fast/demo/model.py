@@ -1,0 +1,140 @@
+"""A small residual network on 8×8 images: its checkpoint folders, its training, its score."""
+
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from isomerge_fast.demo.tasks import N_PIXELS, Split
+
+# Features and head rows are both of unit length, as in CLIP: the logits are cosines times this. CLIP's own 100 makes
+# ten classes of so few images overconfident within an epoch.
+LOGIT_SCALE = 20.0
+
+
+class ResidualBlock(nn.Module):
+    """x + down(gelu(up(norm(x)))), x `[n, width]`."""
+
+    def __init__(self, width: int, expansion: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.up = nn.Linear(width, expansion * width)
+        self.down = nn.Linear(expansion * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(F.gelu(self.up(self.norm(x))))
+
+
+class DigitsNetwork(nn.Module):
+    """Pixels `[n, 64]` to unit features `[n, width]`: a linear stem, residual blocks, a final norm. It has no head."""
+
+    def __init__(self, width: int, depth: int, expansion: int = 2) -> None:
+        super().__init__()
+        self.config: dict[str, str | int | list[str]] = {
+            "model_type": "isomerge-digits",
+            "architectures": ["DigitsNetwork"],
+            "dtype": "float32",
+            "width": width,
+            "depth": depth,
+            "expansion": expansion,
+        }
+        self.stem = nn.Linear(N_PIXELS, width)
+        self.blocks = nn.ModuleList(ResidualBlock(width, expansion) for _ in range(depth))
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        x = self.stem(pixels)
+        for block in self.blocks:
+            x = block(x)
+        return F.normalize(self.norm(x), dim=-1)
+
+    def save(self, folder: Path) -> None:
+        """Writes `model.safetensors` and `config.json`."""
+        folder.mkdir(parents=True, exist_ok=True)
+        state = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
+        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+        (folder / "config.json").write_text(json.dumps(self.config, indent=2) + "\n")
+
+    @classmethod
+    def load(cls, folder: Path) -> "DigitsNetwork":
+        """The network of a checkpoint folder, of one shard or several; every name and shape has to match."""
+        config = json.loads((folder / "config.json").read_text())
+        with torch.device("meta"):  # no initial values: they would cost time and the caller's random state
+            model = cls(config["width"], config["depth"], config["expansion"])
+        model.load_state_dict(load_state(folder), assign=True)
+        return model
+
+
+def load_state(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a checkpoint folder's safetensors files."""
+    return {name: tensor for shard in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(shard).items()}
+
+
+def initial_network(width: int, depth: int, seed: int) -> DigitsNetwork:
+    """An untrained network whose weights depend on `seed` alone; the caller's random state is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return DigitsNetwork(width, depth)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """One torch thread inside, the caller's number after.
+
+    These matrices are too small to share: two threads gain nothing on two idle cores and take 12 times as long when
+    another process has one of the cores. And sums no longer depend on the number of cores.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@one_thread()
+def train(
+    model: DigitsNetwork,
+    data: Split,
+    heads: Tensor,
+    tasks: Iterable[int],
+    *,
+    n_steps: int,
+    learning_rate: float,
+    seed: int,
+    batch_size: int = 128,
+) -> None:
+    """AdamW on the cross-entropy of `LOGIT_SCALE` · features · headᵀ, in place, over images drawn from `tasks` alike.
+
+    Args:
+        heads: fp32 `[T, 10, width]`, constants here.
+        tasks: the indices of the tasks to draw from: all of them for the base, one for an expert.
+        learning_rate: its peak; it falls to zero along a cosine, so that where an expert stops is not a matter of luck.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    choices = torch.tensor(list(tasks))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, n_steps)
+    for _ in range(n_steps):
+        image = torch.randint(len(data.labels), (batch_size,), generator=generator)
+        task = choices[torch.randint(len(choices), (batch_size,), generator=generator)]
+        features = model(data.pixels[task, image])
+        logits = LOGIT_SCALE * torch.einsum("nw,ncw->nc", features, heads[task])
+        loss = F.cross_entropy(logits, data.labels[image])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+
+
+@one_thread()
+@torch.inference_mode()
+def accuracies(model: DigitsNetwork, data: Split, heads: Tensor) -> tuple[float, ...]:
+    """For each of the T tasks, the share of `data` whose nearest head row is its class."""
+    logits = torch.einsum("tnw,tcw->tnc", model(data.pixels), heads)
+    return tuple((logits.argmax(-1) == data.labels).double().mean(-1).tolist())

@@ -1,0 +1,52 @@
+"""What may go wrong, by the exit code it ends with. Every message names the file, tensor and shapes it is about."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class IsomergeError(Exception):
+    """Base of the errors a user can mend; ``exit_code`` is what the command line returns."""
+
+    exit_code = 1
+    kind = "error"
+
+
+class ConfigError(IsomergeError, ValueError):
+    """An option, a YAML key or a combination of them that cannot be honoured."""
+
+    exit_code = 2
+    kind = "config"
+
+
+class InputError(IsomergeError, ValueError):
+    """A checkpoint that cannot be read, or checkpoints that do not fit each other. ``problems`` lists all that was found."""
+
+    exit_code = 3
+    kind = "input"
+
+    def __init__(self, message: str, problems: Iterable[str] = ()) -> None:
+        self.problems = list(problems)
+        super().__init__("\n".join([message, *(f"  - {problem}" for problem in self.problems)]))
+
+
+class ResourceError(IsomergeError):
+    """Out of disk or memory, or a ceiling that is too low for this merge."""
+
+    exit_code = 4
+    kind = "resource"
+
+
+class VerificationError(IsomergeError):
+    """A finished output whose bytes or values are not what its manifest says."""
+
+    exit_code = 5
+    kind = "verification"
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """`` (did you mean 'x'?)``, or the list of what is known."""
+    known = sorted(known)
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f" (did you mean {close[0]!r}?)" if close else f" (known: {', '.join(known)})"

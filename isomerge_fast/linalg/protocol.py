@@ -1,0 +1,163 @@
+"""What a solver is, what it answers, and when a singular value counts as zero.
+
+All solvers work on ``[..., M, N]`` with any number of batch dimensions, on any device, and never modify their input.
+Singular values at or below the tolerance are *truncated*: their directions are zero columns, so that every result lives
+in the numerical range of the input and batches may mix ranks (no slicing by data-dependent sizes).
+
+The short side of a matrix is its rows when M ≤ N ("wide"), else its columns ("tall"); r = min(M, N). Bases on the short
+side are small and always float64; the long side is stored in the dtype that is asked for.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class PolarStats:
+    """Evidence of one (batched) polar solve; tensors stay on the device until they are read, so no solve synchronises.
+
+    Attributes:
+        solver: name of the solver.
+        nuclear_norm: ‖X‖_* = Σσ over the kept directions, shape [...].
+        rank: number of kept directions, shape [...].
+        orthogonality: ‖QᵀQ − P‖_F / √r on the short side, P the projector on the kept directions, shape [...].
+    """
+
+    solver: str
+    nuclear_norm: Tensor
+    rank: Tensor
+    orthogonality: Tensor
+
+
+@dataclass(frozen=True)
+class Subspace:
+    """Top ``k`` singular triplets of X [..., M, N], by side.
+
+    Attributes:
+        short: [..., r, k] float64, the singular vectors of the short side (left when wide); zero where truncated.
+        long: [..., max(M, N), k], those of the long side; zero where truncated.
+        sigma: [..., k] float64, descending; zero where truncated.
+        complement: [..., r, c] float64, columns that span the short side's other directions: an orthonormal basis,
+            c = r − k, or where directions were truncated the projector itself, c = r. None unless asked for.
+        gap: (σ_k − σ_{k+1}) / σ_k, how well the split is determined, shape [...]; 1 where nothing lies beyond the cut.
+        wide: whether the short side is the left one.
+    """
+
+    short: Tensor
+    long: Tensor
+    sigma: Tensor
+    complement: Tensor | None
+    gap: Tensor
+    wide: bool
+
+    @property
+    def u(self) -> Tensor:
+        """Left singular vectors [..., M, k] in the dtype of the long side."""
+        return self.short.to(self.long.dtype) if self.wide else self.long
+
+    @property
+    def v(self) -> Tensor:
+        """Right singular vectors [..., N, k] in the dtype of the long side."""
+        return self.long if self.wide else self.short.to(self.long.dtype)
+
+
+class PolarSolver(Protocol):
+    """polar(X) = U Vᵀ of the thin SVD X = U Σ Vᵀ."""
+
+    @property
+    def name(self) -> str: ...
+
+    def polar(
+        self, x: Tensor, *, tolerance: Tensor | None = None, dtype: torch.dtype | None = None
+    ) -> tuple[Tensor, PolarStats]:
+        """(Q, evidence); Q in ``dtype``, by default that of ``x``."""
+        ...
+
+    def workspace_bytes(self, rows: int, columns: int, dtype: torch.dtype) -> int:
+        """Peak bytes of one solve of a float64 ``x`` beyond ``x`` itself, the result in ``dtype`` included."""
+        ...
+
+
+class SubspaceSolver(Protocol):
+    """Dominant singular triplets of a matrix, and of what a projection leaves of another."""
+
+    @property
+    def name(self) -> str: ...
+
+    def top_subspace(
+        self,
+        x: Tensor,
+        k: int,
+        *,
+        tolerance: Tensor | None = None,
+        complement: bool = False,
+        dtype: torch.dtype | None = None,
+    ) -> Subspace:
+        """Top ``k`` triplets of X; the long side in ``dtype``, by default that of ``x``."""
+        ...
+
+    def residual_subspace(
+        self, delta: Tensor, total: Tensor, common: Subspace, s: int, *, tolerance: Tensor
+    ) -> Subspace:
+        """Top ``s`` triplets of R = Δ − U_k U_kᵀ Δ, with U_k the left vectors of ``common``, the subspace of ``total``.
+
+        ``delta`` may be overwritten.
+        """
+        ...
+
+    def workspace_bytes(self, rows: int, columns: int, dtype: torch.dtype) -> int: ...
+
+
+class Solver(PolarSolver, SubspaceSolver, Protocol):
+    """Both: what a method is given."""
+
+    def storage_dtype(self, compute_dtype: torch.dtype) -> torch.dtype:
+        """The dtype in which long sides and results are stored when deltas come in ``compute_dtype``."""
+        ...
+
+
+def rounding_tolerance(norm: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """Singular values up to this are the input's own rounding to ``dtype``: 2 ε · ‖X‖_F/√(MN) · (√M + √N).
+
+    Rounding every entry to relative precision ε/2 adds a nearly random matrix, whose largest singular value is
+    (ε/2)·rms(X)·(√M + √N) (the Marchenko-Pastur edge); the bound is four times that. It is far below the customary
+    max(M, N)·ε·σ₁, which would call the well-determined small directions of square sums of deltas (κ of 1e4 and more) zero.
+    """
+    rms = norm.double() / math.sqrt(max(1, rows * columns))
+    return 2.0 * torch.finfo(dtype).eps * rms * (math.sqrt(rows) + math.sqrt(columns))
+
+
+def default_tolerance(x: Tensor) -> Tensor:
+    """``rounding_tolerance`` of X in its own dtype, shape [...]."""
+    return rounding_tolerance(torch.linalg.matrix_norm(x), x.shape[-2], x.shape[-1], x.dtype)
+
+
+def relative_gap(sigma: Tensor, k: int) -> Tensor:
+    """(σ_k − σ_{k+1}) / σ_k from all singular values in descending order, [..., r] -> [...]."""
+    if k <= 0 or k >= sigma.shape[-1]:
+        return torch.ones(sigma.shape[:-1], dtype=torch.float64, device=sigma.device)
+    upper, lower = sigma[..., k - 1], sigma[..., k]
+    return torch.where(upper > 0, (upper - lower) / upper.clamp_min(torch.finfo(sigma.dtype).tiny), 1.0)
+
+
+def reciprocal(sigma: Tensor) -> Tensor:
+    """1/σ, and 0 where σ is 0."""
+    return torch.where(sigma > 0, 1.0 / sigma.clamp_min(torch.finfo(sigma.dtype).tiny), 0.0)
+
+
+def complement_basis(rest: Tensor, short: Tensor, sigma: Tensor) -> Tensor:
+    """``rest`` (the directions after the k-th), or I − W Wᵀ when some of the k were truncated (see ``Subspace``).
+
+    Reads one flag from the device.
+    """
+    if bool((sigma > 0).all()):
+        return rest.clone()
+    projector = -(short @ short.mT)
+    projector.diagonal(dim1=-2, dim2=-1).add_(1.0)
+    return projector

@@ -1,0 +1,77 @@
+"""The reference tier: a full thin SVD in float64 (LAPACK gesdd on a CPU, cuSOLVER on a GPU)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .protocol import PolarStats, Subspace, complement_basis, default_tolerance, relative_gap
+
+
+@dataclass(frozen=True)
+class FullSvd:
+    """polar(X) = U Vᵀ and top triplets from X = U Σ Vᵀ; everything in float64 whatever the input's dtype."""
+
+    name: str = "svd-fp64"
+
+    def storage_dtype(self, compute_dtype: torch.dtype) -> torch.dtype:
+        """Always float64: this tier judges the others."""
+        return torch.float64
+
+    def polar(
+        self, x: Tensor, *, tolerance: Tensor | None = None, dtype: torch.dtype | None = None
+    ) -> tuple[Tensor, PolarStats]:
+        """See ``PolarSolver``."""
+        u, sigma, vh = torch.linalg.svd(x.double(), full_matrices=False)
+        keep = sigma > (default_tolerance(x) if tolerance is None else tolerance)[..., None]
+        # Scaling the short side truncates without a copy of the long one.
+        wide = x.shape[-2] <= x.shape[-1]
+        q = (u * keep[..., None, :]) @ vh if wide else u @ (vh * keep[..., :, None])
+        defect = u.mT @ u if wide else vh @ vh.mT
+        defect.diagonal(dim1=-2, dim2=-1).sub_(1.0)
+        orthogonality = torch.linalg.matrix_norm(defect) / math.sqrt(max(1, sigma.shape[-1]))
+        stats = PolarStats(self.name, (sigma * keep).sum(-1), keep.sum(-1), orthogonality)
+        return q.to(dtype or x.dtype), stats
+
+    def top_subspace(
+        self,
+        x: Tensor,
+        k: int,
+        *,
+        tolerance: Tensor | None = None,
+        complement: bool = False,
+        dtype: torch.dtype | None = None,
+    ) -> Subspace:
+        """See ``SubspaceSolver``."""
+        u, sigma, vh = torch.linalg.svd(x.double(), full_matrices=False)
+        wide = x.shape[-2] <= x.shape[-1]
+        short, long = (u, vh.mT) if wide else (vh.mT, u)
+        keep = sigma[..., :k] > (default_tolerance(x) if tolerance is None else tolerance)[..., None]
+        top = short[..., :, :k] * keep[..., None, :]
+        kept_sigma = sigma[..., :k] * keep
+        return Subspace(
+            short=top,
+            long=(long[..., :, :k] * keep[..., None, :]).to(dtype or x.dtype),
+            sigma=kept_sigma,
+            complement=complement_basis(short[..., :, k:], top, kept_sigma) if complement else None,
+            gap=relative_gap(sigma, k),
+            wide=wide,
+        )
+
+    def residual_subspace(
+        self, delta: Tensor, total: Tensor, common: Subspace, s: int, *, tolerance: Tensor
+    ) -> Subspace:
+        """See ``SubspaceSolver``: the projection and the SVD as they are written."""
+        u_k = common.u.double()
+        residual = delta.double()
+        # Twice: one projection leaves ε·‖Δ‖ in the common subspace, two leave ε·‖R‖.
+        for _ in range(2):
+            residual = residual - u_k @ (u_k.mT @ residual)
+        return self.top_subspace(residual, s, tolerance=tolerance, dtype=torch.float64)
+
+    def workspace_bytes(self, rows: int, columns: int, dtype: torch.dtype) -> int:
+        """Peak bytes of one solve beyond its input: LAPACK's copy and work (about 8 r²), U, Vᵀ, the product."""
+        return 8 * (5 * rows * columns + 9 * min(rows, columns) ** 2)

@@ -1,0 +1,51 @@
+"""Merging methods, each standing on tensors alone; ``METHODS`` is the registry."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+from ..errors import ConfigError, nearest
+from .iso_c import IsoC
+from .iso_cts import IsoCTS
+from .linear import Mean, TaskArithmetic
+from .protocol import Deltas, MergeStats, Method, NotFiniteError, TensorDeltas, TensorSpec, as_deltas
+
+METHODS: dict[str, type] = {method.name: method for method in (IsoC, IsoCTS, Mean, TaskArithmetic)}
+
+__all__ = [
+    "METHODS",
+    "Deltas",
+    "IsoC",
+    "IsoCTS",
+    "Mean",
+    "MergeStats",
+    "Method",
+    "NotFiniteError",
+    "TaskArithmetic",
+    "TensorDeltas",
+    "TensorSpec",
+    "as_deltas",
+    "make_method",
+]
+
+
+def make_method(name: str, options: Mapping[str, Any] | None = None) -> Method:
+    """The method ``name`` with ``options`` as its fields.
+
+    Raises:
+        ConfigError: unknown method, unknown option, option of another type, or a value out of range.
+    """
+    if name not in METHODS:
+        raise ConfigError(f"method {name!r} is unknown{nearest(name, METHODS)}")
+    known = {field.name: field for field in fields(METHODS[name])}
+    for key, value in (options or {}).items():
+        if key not in known:
+            hint = nearest(key, known) if known else " (it has none)"
+            raise ConfigError(f"option {key!r} of method {name!r} is unknown{hint}")
+        default = known[key].default
+        wanted = (float, int) if isinstance(default, float) else type(default)
+        if default is not None and (not isinstance(value, wanted) or isinstance(value, bool)):
+            raise ConfigError(f"option {key!r} of method {name!r} is {value!r}; expected a {type(default).__name__}")
+    return METHODS[name](**(options or {}))

@@ -1,0 +1,193 @@
+"""Iso-CTS: Iso-C on the top directions of the sum, the rest given to directions of the single tasks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError
+from ..linalg.protocol import Solver, Subspace, rounding_tolerance
+from .iso_c import IsoC
+from .protocol import (
+    Deltas,
+    MergeStats,
+    TensorSpec,
+    check_rank_policy,
+    finite_sum,
+    pick,
+    require_matrices,
+    spectral_mean,
+)
+
+
+def split_rank(min_dim: int, tasks: int, common_fraction: float) -> tuple[int, int]:
+    """(k, s): directions kept of the sum, and directions given to every task, k + T·s = r.
+
+    ts = round((r − int(r·f)) / T)·T with banker's rounding, k = r − ts, s = ts / T: the rounding of the released code.
+
+    Raises:
+        ConfigError: k would be negative (small r, many tasks, f near 0), where the released code silently indexes from
+            the other end.
+    """
+    s = round((min_dim - int(min_dim * common_fraction)) / tasks)
+    k = min_dim - s * tasks
+    if k < 0:
+        raise ConfigError(
+            f"common_fraction {common_fraction:g} leaves k = {k} common directions of {min_dim} with {tasks} tasks: "
+            f"rounding gives every task {s} directions, {s * tasks} in all. Use a larger common_fraction."
+        )
+    return k, s
+
+
+@dataclass(frozen=True)
+class IsoCTS:
+    """Δ = σ̄ · U° V°ᵀ, with U° = polar([U_1 … U_T, U_k]), V° likewise, and σ̄ the mean of all kept singular values.
+
+    U_k, V_k are the top k singular pairs of S = Σ_t Δ_t; U_t, V_t the top s of R_t = Δ_t − U_k U_kᵀ Δ_t (projected on the
+    left only, also for tall matrices); (k, s) from ``split_rank``. s = 0 is Iso-C.
+
+    One factorisation of S and one of each small task part; no M x N SVD:
+    - wide: R_t = Q_c (Q_cᵀ Δ_t) with Q_c the r − k remaining left directions of S, so the task's part is that of the
+      (r − k) x N matrix Q_cᵀ Δ_t;
+    - U° is block orthogonal already, [polar(U_ts), U_k]; V° differs from V_k only in 2(r − k) dimensions, where a small
+      polar factor is taken (``_recombine``).
+
+    Args:
+        common_fraction: f, the fraction of the r directions kept for the common subspace.
+        rank_policy, precision, solver: as for ``IsoC``. Directions at or below the numerical tolerance are left out of
+            the common and the task parts, and σ̄ is over those kept.
+
+    Reference: arXiv 2502.04959 (Iso-CTS).
+    """
+
+    common_fraction: float = 0.8
+    rank_policy: str = "range"
+    precision: str = "default"
+    solver: Solver | None = None
+
+    name: ClassVar[str] = "iso-cts"
+    citation: ClassVar[str] = "arXiv 2502.04959"
+    default_exclude: ClassVar[tuple[str, ...]] = ("*text_projection*",)
+
+    def __post_init__(self) -> None:
+        check_rank_policy(self.rank_policy)
+        if not 0.0 <= self.common_fraction <= 1.0:
+            raise ConfigError(f"common_fraction is {self.common_fraction:g}; it lies between 0 and 1")
+
+    def accepts(self, spec: TensorSpec) -> bool:
+        return len(spec.shape) == 2
+
+    def check(self, spec: TensorSpec, tasks: int) -> None:
+        pick(self.solver, self.precision, spec.dtype)
+        split_rank(min(spec.shape), tasks, self.common_fraction)
+
+    def workspace_bytes(self, spec: TensorSpec, tasks: int) -> int:
+        rows, columns = spec.shape
+        solver = pick(self.solver, self.precision, spec.dtype)
+        bases = solver.storage_dtype(spec.dtype).itemsize * min(spec.shape) * (rows + columns)
+        # The sum in float64, one Δ_t, U_k V_k and the task bases, and a solve; recombination holds less.
+        return 8 * spec.elements + spec.bytes + bases + solver.workspace_bytes(rows, columns, spec.dtype)
+
+    def flops(self, spec: TensorSpec, tasks: int) -> float:
+        short = min(spec.shape)
+        rows, columns = spec.shape
+        sum_part = 8.0 * spec.elements * short + 12.0 * short**3
+        part = short * (1.0 - self.common_fraction)
+        if rows <= columns:
+            task_part = 4.0 * spec.elements * part + 4.0 * part * part * columns + 12.0 * part**3
+        else:
+            task_part = 4.0 * spec.elements * short + 4.0 * spec.elements * short + 12.0 * short**3
+        return sum_part + tasks * task_part + 8.0 * spec.elements * short
+
+    def merge(self, deltas: Deltas) -> tuple[Tensor, MergeStats]:
+        """Merged Δ [..., M, N] of deltas [..., M, N].
+
+        Raises:
+            ValueError: fewer than two dimensions, or NaN or Inf in a delta.
+            ConfigError: negative k.
+        """
+        require_matrices(self.name, deltas.shape)
+        rows, columns = deltas.shape[-2:]
+        min_dim, tasks = min(rows, columns), deltas.n_tasks
+        k, s = split_rank(min_dim, tasks, self.common_fraction)
+        if s == 0 or 0 in deltas.shape:
+            value, stats = IsoC(self.rank_policy, self.precision, self.solver).merge(deltas)
+            return value, MergeStats(f"{self.name}/{stats.algorithm}", {**stats.values, "k": min_dim, "s": 0})
+
+        total, squares = finite_sum(deltas, torch.float64)  # float64: see IsoC
+        solver = pick(self.solver, self.precision, deltas.dtype)
+        dtype = solver.storage_dtype(deltas.dtype)
+        limit = rounding_tolerance(squares.sum().sqrt(), rows, columns, deltas.dtype)
+        common = solver.top_subspace(total, k, tolerance=limit, complement=True, dtype=dtype)
+        parts = []
+        for task in range(tasks):
+            limit = rounding_tolerance(squares[task].sqrt(), rows, columns, deltas.dtype)
+            parts.append(solver.residual_subspace(deltas.delta(task), total, common, s, tolerance=limit))
+        nonzero = torch.linalg.matrix_norm(total) > 0
+        del total
+        sigma = torch.cat([common.sigma, *(part.sigma for part in parts)], dim=-1)
+        rank = (sigma > 0).sum(-1)
+        sigma_mean = spectral_mean(sigma.sum(-1), rank, min_dim, self.rank_policy) * nonzero
+        # One read of the device: the short form needs every direction of every matrix of the batch.
+        recombine = _recombine if bool((sigma > 0).all()) else _recombine_literally
+        u_tasks = torch.cat([part.u for part in parts], dim=-1)
+        v_tasks = torch.cat([part.v for part in parts], dim=-1)
+        del parts
+        value, orthogonality = recombine(common, u_tasks, v_tasks, solver)
+        value *= sigma_mean.to(value.dtype)[..., None, None]
+        values = {
+            "sigma_mean": sigma_mean,
+            "rank": rank,
+            "min_dim": min_dim,
+            "k": k,
+            "s": s,
+            "gap": common.gap,
+            "orthogonality": orthogonality,
+            "delta_norms": squares.sqrt(),
+        }
+        return value, MergeStats(f"{self.name}/{solver.name}", values)
+
+
+def _recombine(common: Subspace, u_tasks: Tensor, v_tasks: Tensor, solver: Solver) -> tuple[Tensor, Tensor]:
+    """U° V°ᵀ = W_k − U_a V_aᵀ + [polar(U_ts), U_a] · polar(Z)ᵀ · [V_a, Q_r]ᵀ, and its certificate; everything of full rank.
+
+    With A = V_kᵀ V_ts = Q_a A' and V_ts − V_k A = Q_r B' (thin QRs), V_a = V_k Q_a, U_a = U_k Q_a, W_k = U_k V_kᵀ and
+    Z = [[A', I], [B', 0]]: in the basis [V_a, Q_r, rest of V_k] the matrix [V_ts, V_k] is Z beside an identity.
+    """
+    dtype = common.long.dtype
+    # What is thin is float64: κ(U_ts) and κ(Z) reach 1e3 on square sums, and float32 would leave 1e-5 of it.
+    v_k, v_tasks = (common.long if common.wide else common.short).double(), v_tasks.double()
+    u_polar, u_stats = solver.polar(u_tasks.double())
+    a = v_k.mT @ v_tasks
+    rest = v_tasks - v_k @ a
+    correction = v_k.mT @ rest
+    a += correction
+    rest -= v_k @ correction
+    q_a, a_small = torch.linalg.qr(a)
+    q_r, b_small = torch.linalg.qr(rest)
+    v_a = v_k @ q_a
+    del v_k, v_tasks, rest
+    width, tasks_width = q_a.shape[-1], u_tasks.shape[-1]
+    z = torch.zeros(*a.shape[:-2], width + q_r.shape[-1], tasks_width + width, dtype=a.dtype, device=a.device)
+    z[..., :width, :tasks_width] = a_small
+    z[..., width:, :tasks_width] = b_small
+    z[..., :width, tasks_width:].diagonal(dim1=-2, dim2=-1).fill_(1.0)
+    z_polar, z_stats = solver.polar(z)
+    u_k = common.u
+    u_a = u_k @ q_a.to(dtype)
+    left = torch.cat([u_polar.to(dtype), u_a], dim=-1) @ z_polar.to(dtype).mT
+    left[..., :width] -= u_a
+    right = torch.cat([v_a, q_r], dim=-1).to(dtype)
+    value = u_k @ common.v.mT
+    value += left @ right.mT
+    return value, torch.maximum(u_stats.orthogonality, z_stats.orthogonality)
+
+
+def _recombine_literally(common: Subspace, u_tasks: Tensor, v_tasks: Tensor, solver: Solver) -> tuple[Tensor, Tensor]:
+    """U° V°ᵀ by two polar factors restricted to their ranges, for deficient sums and zero or repeated tasks."""
+    u_polar, u_stats = solver.polar(torch.cat([u_tasks, common.u], dim=-1))
+    v_polar, v_stats = solver.polar(torch.cat([v_tasks, common.v], dim=-1))
+    return u_polar @ v_polar.mT, torch.maximum(u_stats.orthogonality, v_stats.orthogonality)

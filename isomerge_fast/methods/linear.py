@@ -1,0 +1,53 @@
+"""The two linear methods: the mean of the deltas and their sum. They accept tensors of any shape."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from .protocol import Deltas, MergeStats, TensorSpec, finite_sum
+
+
+@dataclass(frozen=True)
+class TaskArithmetic:
+    """Δ = Σ_t Δ_t.
+
+    Reference: Ilharco et al., "Editing Models with Task Arithmetic", arXiv 2212.04089, §4.
+    """
+
+    name: ClassVar[str] = "task-arithmetic"
+    citation: ClassVar[str] = "arXiv 2212.04089"
+    default_exclude: ClassVar[tuple[str, ...]] = ()
+
+    def accepts(self, spec: TensorSpec) -> bool:
+        return True
+
+    def check(self, spec: TensorSpec, tasks: int) -> None:
+        pass
+
+    def workspace_bytes(self, spec: TensorSpec, tasks: int) -> int:
+        return spec.bytes
+
+    def flops(self, spec: TensorSpec, tasks: int) -> float:
+        return 2.0 * tasks * spec.elements
+
+    def merge(self, deltas: Deltas) -> tuple[Tensor, MergeStats]:
+        total, squares = finite_sum(deltas, deltas.dtype)
+        return total, MergeStats(self.name, {"delta_norms": squares.sqrt()})
+
+
+@dataclass(frozen=True)
+class Mean(TaskArithmetic):
+    """Δ = (1/T) Σ_t Δ_t: at ``scaling`` 1 the average of the experts' weights.
+
+    Reference: Wortsman et al., "Model soups", arXiv 2203.05482, §2 (uniform soup).
+    """
+
+    name: ClassVar[str] = "mean"
+    citation: ClassVar[str] = "arXiv 2203.05482"
+
+    def merge(self, deltas: Deltas) -> tuple[Tensor, MergeStats]:
+        total, stats = super().merge(deltas)
+        return total.div_(deltas.n_tasks), stats

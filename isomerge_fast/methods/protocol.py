@@ -1,0 +1,200 @@
+"""What a method is, what it is given, and what it answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError, nearest
+from ..linalg.protocol import Solver
+from ..ops import compute_dtype
+
+RANK_POLICIES = ("range", "min-dim")
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """What is known of a tensor before it is read."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype  # the dtype it is computed in: float32 or float64
+
+    @property
+    def elements(self) -> int:
+        total = 1
+        for size in self.shape:
+            total *= size
+        return total
+
+    @property
+    def bytes(self) -> int:
+        return self.elements * self.dtype.itemsize
+
+
+@runtime_checkable
+class Deltas(Protocol):
+    """T tensors Δ_t = θ_t − θ₀ of one shape, made when they are asked for, so that T of them need not exist at once."""
+
+    @property
+    def n_tasks(self) -> int: ...
+
+    @property
+    def shape(self) -> torch.Size: ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The compute dtype, float32 or float64."""
+        ...
+
+    def delta(self, task: int) -> Tensor:
+        """Δ_t in the compute dtype; a fresh tensor, the caller may overwrite it."""
+        ...
+
+    def sum(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """(Σ_t Δ_t accumulated in ``dtype``, ‖Δ_t‖_F² as float64 [T]); fresh, the caller may overwrite it."""
+        ...
+
+
+@dataclass(frozen=True)
+class TensorDeltas:
+    """Deltas that are in memory: T tensors of one shape, or one stack [T, ...]. They are never modified."""
+
+    tensors: Sequence[Tensor]
+
+    def __post_init__(self) -> None:
+        if len(self.tensors) == 0:
+            raise ValueError("deltas is empty: at least one task is needed")
+        first = self.tensors[0]
+        for index, tensor in enumerate(self.tensors):
+            if tensor.shape != first.shape:
+                raise ValueError(f"deltas[{index}] has shape {list(tensor.shape)}, deltas[0] has {list(first.shape)}")
+            if not tensor.is_floating_point():
+                raise ValueError(f"deltas[{index}] is {tensor.dtype}: deltas are float tensors")
+            if tensor.device != first.device:
+                raise ValueError(f"deltas[{index}] is on {tensor.device}, deltas[0] on {first.device}")
+
+    @property
+    def n_tasks(self) -> int:
+        return len(self.tensors)
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.tensors[0].shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return compute_dtype(*(tensor.dtype for tensor in self.tensors))
+
+    def delta(self, task: int) -> Tensor:
+        return self.tensors[task].to(self.dtype, copy=True)
+
+    def sum(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        total = torch.zeros(self.shape, dtype=dtype, device=self.tensors[0].device)
+        squares = []
+        for tensor in self.tensors:
+            total += tensor
+            squares.append(torch.linalg.vector_norm(tensor.to(self.dtype)).double().square())
+        return total, torch.stack(squares)
+
+
+@dataclass(frozen=True)
+class MergeStats:
+    """Evidence of one merge. Tensors are read (and the device synchronised) only by ``to_dict``.
+
+    Keys of ``values``, where the method has them: ``sigma_mean`` (σ̄), ``rank`` (directions kept), ``orthogonality``
+    (see ``PolarStats``), ``gap`` (relative gap at the cut k), ``k``, ``s``, ``delta_norms`` (‖Δ_t‖_F per task).
+    """
+
+    algorithm: str
+    values: dict[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        values = {key: value.tolist() if isinstance(value, Tensor) else value for key, value in self.values.items()}
+        return {"algorithm": self.algorithm, **values}
+
+
+class Method(Protocol):
+    """A frozen dataclass of hyper-parameters; its fields are the keys of ``options`` in a config."""
+
+    name: ClassVar[str]
+    citation: ClassVar[str]
+    default_exclude: ClassVar[tuple[str, ...]]
+
+    def accepts(self, spec: TensorSpec) -> bool:
+        """Whether tensors of this shape are merged by the method (others are averaged)."""
+        ...
+
+    def check(self, spec: TensorSpec, tasks: int) -> None:
+        """Raises ConfigError when the options do not fit this tensor."""
+        ...
+
+    def workspace_bytes(self, spec: TensorSpec, tasks: int) -> int:
+        """Peak bytes inside ``merge`` beyond what ``deltas`` holds, the result included."""
+        ...
+
+    def flops(self, spec: TensorSpec, tasks: int) -> float:
+        """Floating-point operations of one merge, for estimates of time."""
+        ...
+
+    def merge(self, deltas: Deltas) -> tuple[Tensor, MergeStats]:
+        """The merged Δ before ``scaling``, float32 or float64, and its evidence."""
+        ...
+
+
+def as_deltas(deltas: Deltas | Tensor | Sequence[Tensor]) -> Deltas:
+    """A list of T tensors or one stack [T, ...] as ``Deltas``."""
+    if isinstance(deltas, Tensor):
+        if deltas.ndim == 0:
+            raise ValueError("deltas is a scalar: give T tensors, or one stacked along the first dimension")
+        return TensorDeltas(deltas.unbind(0))
+    return deltas if isinstance(deltas, Deltas) else TensorDeltas(list(deltas))
+
+
+class NotFiniteError(ValueError):
+    """A delta holds NaN or Inf. ``tasks`` are the indices of those that do."""
+
+    def __init__(self, tasks: list[int]) -> None:
+        self.tasks = tasks
+        super().__init__(f"deltas[{tasks[0]}] holds NaN or Inf (tasks with such values: {tasks})")
+
+
+def finite_sum(deltas: Deltas, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """``deltas.sum``, checked: the norms that it brings along are finite exactly when every entry is. One device read.
+
+    Raises:
+        NotFiniteError: naming the tasks.
+    """
+    total, squares = deltas.sum(dtype)
+    bad = torch.nonzero(~torch.isfinite(squares)).flatten().tolist()
+    if bad:
+        raise NotFiniteError(bad)
+    return total, squares
+
+
+def require_matrices(name: str, shape: torch.Size) -> None:
+    """The spectral methods work on [..., M, N]."""
+    if len(shape) < 2:
+        raise ValueError(f"{name} needs matrices [M, N] or batches [B, M, N]; got deltas of shape {list(shape)}")
+
+
+def check_rank_policy(rank_policy: str) -> None:
+    if rank_policy not in RANK_POLICIES:
+        raise ConfigError(f"rank_policy {rank_policy!r} is unknown{nearest(rank_policy, RANK_POLICIES)}")
+
+
+def spectral_mean(total: Tensor, kept: Tensor, min_dim: int, rank_policy: str) -> Tensor:
+    """σ̄ = Σσ over the number of kept directions (``range``) or over r (``min-dim``); 0 when nothing is kept."""
+    count = kept.clamp_min(1) if rank_policy == "range" else torch.full_like(kept, max(1, min_dim))
+    return total.double() / count
+
+
+def pick(solver: Solver | None, precision: str, dtype: torch.dtype) -> Solver:
+    """The solver given, else the one ``auto`` chooses."""
+    from ..linalg.auto import choose
+
+    return solver if solver is not None else choose(precision, dtype).solver

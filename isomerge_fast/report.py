@@ -1,0 +1,66 @@
+"""What a merge did: per tensor the algorithm, its certificate, seconds and bytes; totals; and where it was written."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+REPORT_FILE = "report.json"
+
+
+@dataclass(frozen=True)
+class Report:
+    """Result of a merge, also written as ``report.json``.
+
+    Attributes:
+        outputs: the folders written, one a scaling.
+        tensors: one dict a tensor: name, action, algorithm, its evidence (see ``MergeStats``), read_bytes, write_bytes,
+            seconds, and ``remarks`` where something out of the ordinary happened.
+        seconds: by phase (read, compute, write) and in total.
+    """
+
+    version: str
+    method: str
+    scaling: list[float]
+    outputs: list[str]
+    device: str
+    tensors: list[dict[str, Any]] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def read_bytes(self) -> int:
+        return sum(tensor["read_bytes"] for tensor in self.tensors)
+
+    @property
+    def write_bytes(self) -> int:
+        return sum(tensor["write_bytes"] for tensor in self.tensors)
+
+    def counts(self) -> dict[str, int]:
+        """Number of tensors by action."""
+        result: dict[str, int] = {}
+        for tensor in self.tensors:
+            result[tensor["action"]] = result.get(tensor["action"], 0) + 1
+        return result
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "read_bytes": self.read_bytes, "write_bytes": self.write_bytes}
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any]) -> Report:
+        """The inverse of ``to_dict``."""
+        known = {key: value for key, value in raw.items() if key in cls.__dataclass_fields__}
+        return cls(**known)
+
+
+@dataclass
+class Progress:
+    """How far a merge is; one object, updated in place and handed to the observer at every change of phase."""
+
+    total_tensors: int
+    total_bytes: int
+    done_tensors: int = 0
+    done_bytes: int = 0
+    tensor: str = ""
+    phase: str = ""
+    seconds: dict[str, float] = field(default_factory=lambda: {"read": 0.0, "compute": 0.0, "write": 0.0})

@@ -1,0 +1,150 @@
+"""Checks a finished output: every byte against its manifest, and a sample of tensors against a float64 recomputation."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .checkpoint.layout import DTYPES, Checkpoint, open_checkpoint
+from .checkpoint.manifest import describe_inputs, read_manifest
+from .checkpoint.reader import Reader
+from .checkpoint.writer import sha256, tensor_bytes
+from .config import MergeConfig, Override
+from .errors import InputError, VerificationError
+from .methods import TensorDeltas
+from .plan import Plan, TensorPlan, make_plan
+
+# What the merged delta may differ by, relative to its norm: the promise of the default precision, ten times over.
+DELTA_TOLERANCE = 1e-4
+# Splits with a smaller gap at the cut are not determined by the data to that tolerance; they are reported, not judged.
+SMALLEST_GAP = 1e-6
+MAX_SAMPLE_ELEMENTS = 1 << 26
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was checked. ``recomputed``: name, scaling, relative error of the stored weights, and what was allowed."""
+
+    folder: str
+    tensors: int
+    bytes: int
+    recomputed: list[dict[str, Any]] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
+
+
+def verify(folder: str | Path, *, samples: int = 4, seed: int = 0) -> Verification:
+    """Verifies the output in ``folder``.
+
+    Args:
+        samples: tensors to recompute in float64 by full SVD from the recorded inputs (0: checksums only).
+        seed: of the choice of samples.
+
+    Raises:
+        InputError: no finished output there.
+        VerificationError: a missing, extra or changed tensor, or one that is not what its inputs give; names it.
+    """
+    root = Path(folder)
+    manifest = read_manifest(root)
+    problems: list[str] = []
+    outputs: dict[str, Checkpoint] = {}
+    tensors = total_bytes = 0
+    for name, recorded in manifest["outputs"].items():
+        try:
+            checkpoint = outputs[name] = open_checkpoint(root / name)
+        except InputError as error:
+            raise VerificationError(str(error)) from error
+        with Reader(checkpoint) as reader:
+            for tensor, entry in recorded["tensors"].items():
+                stored = checkpoint.tensors.get(tensor)
+                if stored is None or stored.file.name != entry["file"]:
+                    problems.append(f"{root / name}: tensor {tensor!r} is missing from {entry['file']}")
+                elif sha256(tensor_bytes(reader.read(stored))) != entry["sha256"]:
+                    problems.append(f"{stored.file}: tensor {tensor!r} is not what was written (checksum differs)")
+                else:
+                    tensors, total_bytes = tensors + 1, total_bytes + stored.bytes
+        problems += [
+            f"{root / name}: tensor {tensor!r} was added" for tensor in checkpoint.tensors if tensor not in recorded["tensors"]
+        ]
+    if problems:
+        raise VerificationError("\n".join([f"{root}: {len(problems)} problem(s)", *(f"  - {line}" for line in problems)]))
+    remarks: list[str] = []
+    recomputed = _recompute(root, manifest, outputs, samples, seed, remarks) if samples else []
+    return Verification(str(root), tensors, total_bytes, recomputed, remarks)
+
+
+def _recompute(
+    root: Path, manifest: dict[str, Any], outputs: dict[str, Checkpoint], samples: int, seed: int, remarks: list[str]
+) -> list[dict[str, Any]]:
+    description = manifest["description"]
+    paths = [recorded["path"] for recorded in description["inputs"]]
+    raw = dict(description["config"])
+    overrides = [Override(**override) for override in raw.pop("overrides")]
+    config = MergeConfig(base=paths[0], experts=paths[1:], overrides=overrides, **raw)
+    try:
+        plan = make_plan(config)
+    except InputError as error:
+        remarks.append(f"not recomputed: the recorded inputs are not as they were ({error})")
+        return []
+    if describe_inputs([plan.base, *plan.experts]) != description["inputs"]:
+        remarks.append("not recomputed: the recorded inputs have changed since the merge")
+        return []
+    results, failures = [], []
+    with Reader(plan.base, *plan.experts, *outputs.values()) as reader:
+        for tensor in _sample(plan, samples, seed):
+            for name, recorded in manifest["outputs"].items():
+                stored = reader.read(outputs[name].tensors[tensor.name])
+                result = _compare(tensor, reader, stored, recorded["scaling"])
+                if result["error"] is None:
+                    remarks.append(f"tensor {tensor.name!r}: not judged, the gap at its cut is {result['gap']:.1e}")
+                    continue
+                results.append(result)
+                if not result["error"] <= result["allowed"]:
+                    failures.append(
+                        f"{root / name}: tensor {tensor.name!r} differs from its float64 recomputation by "
+                        f"{result['error']:.1e}, allowed {result['allowed']:.1e}"
+                    )
+    if failures:
+        raise VerificationError("\n".join(failures))
+    return results
+
+
+def _sample(plan: Plan, samples: int, seed: int) -> list[TensorPlan]:
+    """A seeded choice, half of it from tensors that a spectral method merged, none too large to recompute at leisure."""
+    merged = [tensor for tensor in plan.tensors if tensor.method is not None]
+    small = [tensor for tensor in merged if tensor.spec.elements <= MAX_SAMPLE_ELEMENTS]
+    spectral = [tensor for tensor in small if tensor.action.startswith("iso")]
+    generator = random.Random(seed)
+    chosen = generator.sample(spectral, min(len(spectral), (samples + 1) // 2))
+    others = [tensor for tensor in small if tensor not in chosen]
+    return chosen + generator.sample(others, min(len(others), samples - len(chosen)))
+
+
+def _compare(plan: TensorPlan, reader: Reader, stored: Tensor, scaling: float) -> dict[str, Any]:
+    """Relative Frobenius error of the stored tensor against θ₀ + α·Δ in float64 by the reference solver."""
+    assert plan.method is not None
+    base = reader.read(plan.base).double()
+    deltas = [ops.subtract(reader.read(expert), base, dtype=torch.float64) for expert in plan.experts]
+    # Rank is judged as the merge judged it: by the rounding of the dtype it was computed in.
+    method = replace(plan.method, precision="reference") if hasattr(plan.method, "precision") else plan.method  # type: ignore[type-var]
+    if plan.spec.dtype == torch.float32:
+        deltas = [delta.float() for delta in deltas]
+    value, stats = method.merge(TensorDeltas(deltas))
+    gap = stats.to_dict().get("gap", 1.0)
+    expected = base + scaling * value.double()
+    norm = torch.linalg.vector_norm(expected).item() or 1.0
+    moved = torch.linalg.vector_norm(expected - base).item()
+    error = torch.linalg.vector_norm(stored.double() - expected).item() / norm
+    rounding = torch.finfo(DTYPES[plan.out.dtype]).eps
+    return {
+        "name": plan.name,
+        "scaling": scaling,
+        "error": error if gap >= SMALLEST_GAP else None,
+        "allowed": rounding + DELTA_TOLERANCE * moved / norm,
+        "gap": gap,
+    }
