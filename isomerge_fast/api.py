@@ -41,7 +41,8 @@ def iso_c(deltas: Tensor | Sequence[Tensor], **options: Any) -> Tensor:
 
 
 def iso_cts(deltas: Tensor | Sequence[Tensor], common_fraction: float = 0.8, **options: Any) -> Tensor:
-    """Iso-CTS: the top k directions of Σ_t Δ_t and s directions of every task, orthogonalised, with equal singular values.
+    """Iso-CTS: the top k directions of Σ_t Δ_t and s directions of every task, orthogonalised, with equal singular
+    values.
 
     Args:
         deltas: as for ``iso_c``.
@@ -73,8 +74,8 @@ def merge_state_dicts(
 ) -> dict[str, Tensor]:
     """θ = θ₀ + α·Δ for every tensor of ``base``, by the rules of a merge of files.
 
-    Matrices go through ``method``; other float tensors, and those whose names match ``exclude`` (shell patterns) or contain
-    ``text_projection``, are averaged; integer and boolean tensors come from ``base``.
+    Matrices go through ``method``; other float tensors, and those whose names match ``exclude`` (shell patterns) or
+    contain ``text_projection``, are averaged; integer and boolean tensors come from ``base``.
 
     Args:
         base, experts: state dicts with the same names and shapes; never modified.
@@ -103,10 +104,13 @@ def merge_state_dicts(
                 problems.append(f"experts[{index}]: tensor {name!r} of the base is missing")
             elif expert[name].shape != tensor.shape:
                 problems.append(
-                    f"experts[{index}]: tensor {name!r} has shape {list(expert[name].shape)}, in the base {list(tensor.shape)}"
+                    f"experts[{index}]: tensor {name!r} has shape {list(expert[name].shape)}, "
+                    f"in the base {list(tensor.shape)}"
                 )
             elif expert[name].is_floating_point() != tensor.is_floating_point():
-                problems.append(f"experts[{index}]: tensor {name!r} is {expert[name].dtype}, in the base {tensor.dtype}")
+                problems.append(
+                    f"experts[{index}]: tensor {name!r} is {expert[name].dtype}, in the base {tensor.dtype}"
+                )
         problems += [f"experts[{index}]: tensor {name!r} is not in the base" for name in expert if name not in base]
     if problems:
         raise InputError("the state dicts do not fit each other:", problems)
@@ -119,7 +123,9 @@ def merge_state_dicts(
             if tensor.numel() and place in merged_at:
                 result[name] = merged_at[place]
                 continue
-            result[name] = _merge_one(name, tensor, [expert[name] for expert in experts], chosen, scaling, exclude, dtype)
+            result[name] = _merge_one(
+                name, tensor, [expert[name] for expert in experts], chosen, scaling, exclude, dtype
+            )
             merged_at[place] = result[name]
     return result
 

@@ -56,10 +56,12 @@ class MergeConfig:
 
 
 def load_config(source: str | os.PathLike[str] | Mapping[str, Any] | MergeConfig, **changes: Any) -> MergeConfig:
-    """A checked MergeConfig from a YAML file, a dict or a MergeConfig; ``changes`` replace keys where they are not None.
+    """A checked MergeConfig from a YAML file, a dict or a MergeConfig; ``changes`` replace keys where they are not
+    None.
 
     Raises:
-        ConfigError: unknown key (with the nearest known one), wrong type, or a value out of range; names the file and key.
+        ConfigError: unknown key (with the nearest known one), wrong type, or a value out of range; names the file and
+        key.
     """
     changes = _plain({key: value for key, value in changes.items() if value is not None})
     if isinstance(source, MergeConfig):
@@ -100,7 +102,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, mapping)
     try:
         with open(path, encoding="utf-8") as file:
-            raw = yaml.load(file, StrictLoader)  # noqa: S506 - a SafeLoader
+            raw = yaml.load(file, StrictLoader)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -121,7 +123,9 @@ def _validate(raw: Mapping[str, Any], where: str) -> MergeConfig:
         for key in override if isinstance(override, Mapping) else ():
             override_keys = {field.name for field in fields(Override)}
             if key not in override_keys:
-                raise ConfigError(f"{where}: unknown key {key!r} in overrides[{index}]{nearest(str(key), override_keys)}")
+                raise ConfigError(
+                    f"{where}: unknown key {key!r} in overrides[{index}]{nearest(str(key), override_keys)}"
+                )
     # pydantic checks the stdlib dataclass as it stands, so there is one schema and the engine needs no pydantic.
     try:
         return TypeAdapter(MergeConfig).validate_python({key: value for key, value in raw.items() if value is not None})

@@ -21,7 +21,7 @@ class ConfigError(IsomergeError, ValueError):
 
 
 class InputError(IsomergeError, ValueError):
-    """A checkpoint that cannot be read, or checkpoints that do not fit each other. ``problems`` lists all that was found."""
+    """A checkpoint that cannot be read, or checkpoints that do not fit each other; ``problems`` lists all of it."""
 
     exit_code = 3
     kind = "input"

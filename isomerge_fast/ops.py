@@ -6,6 +6,7 @@ Each operation runs in plain torch on the device of its tensors (CPU, CUDA, …)
 from __future__ import annotations
 
 import torch
+
 from isomerge_kernels.reference import BLOCK_ELEMENTS, apply_delta, count_nonfinite, subtract, task_sum
 
 __all__ = ["BLOCK_ELEMENTS", "apply_delta", "compute_dtype", "count_nonfinite", "subtract", "task_sum"]

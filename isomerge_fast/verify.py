@@ -1,4 +1,4 @@
-"""Checks a finished output: every byte against its manifest, and a sample of tensors against a float64 recomputation."""
+"""Checks a finished output: every byte against its manifest, and a sample of tensors recomputed in float64."""
 
 from __future__ import annotations
 
@@ -69,10 +69,14 @@ def verify(folder: str | Path, *, samples: int = 4, seed: int = 0) -> Verificati
                 else:
                     tensors, total_bytes = tensors + 1, total_bytes + stored.bytes
         problems += [
-            f"{root / name}: tensor {tensor!r} was added" for tensor in checkpoint.tensors if tensor not in recorded["tensors"]
+            f"{root / name}: tensor {tensor!r} was added"
+            for tensor in checkpoint.tensors
+            if tensor not in recorded["tensors"]
         ]
     if problems:
-        raise VerificationError("\n".join([f"{root}: {len(problems)} problem(s)", *(f"  - {line}" for line in problems)]))
+        raise VerificationError(
+            "\n".join([f"{root}: {len(problems)} problem(s)", *(f"  - {line}" for line in problems)])
+        )
     remarks: list[str] = []
     recomputed = _recompute(root, manifest, outputs, samples, seed, remarks) if samples else []
     return Verification(str(root), tensors, total_bytes, recomputed, remarks)
@@ -115,7 +119,7 @@ def _recompute(
 
 
 def _sample(plan: Plan, samples: int, seed: int) -> list[TensorPlan]:
-    """A seeded choice, half of it from tensors that a spectral method merged, none too large to recompute at leisure."""
+    """A seeded choice, half of it merged by a spectral method, none too large to recompute at leisure."""
     merged = [tensor for tensor in plan.tensors if tensor.method is not None]
     small = [tensor for tensor in merged if tensor.spec.elements <= MAX_SAMPLE_ELEMENTS]
     spectral = [tensor for tensor in small if tensor.action.startswith("iso")]

@@ -1,7 +1,7 @@
 """The judge: Iso-C and Iso-CTS as published (arXiv 2502.04959), in numpy float64, by full SVD and nothing else.
 
-``rank_tolerance`` > 0 truncates singular directions below it (relative to the largest): the meaning this project gives to
-rank-deficient sums, where the published formula is not a function.
+``rank_tolerance`` > 0 truncates singular directions below it (relative to the largest): the meaning this project gives
+to rank-deficient sums, where the published formula is not a function.
 """
 
 from __future__ import annotations

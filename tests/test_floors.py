@@ -26,7 +26,7 @@ FLOORS = (
     {"config"},
     {"plan"},
     {"engine", "verify"},
-    {"api"},
+    {"api", "console", "doctor"},
     {"demo", "integrations"},
     {"cli"},
     {"__init__", "__main__"},
@@ -34,8 +34,8 @@ FLOORS = (
 FLOOR_OF = {name: height for height, names in enumerate(FLOORS) for name in names}
 
 # What only some of the floors above may know.
-ABOVE_CONFIG = {"plan", "engine", "verify", "api", "demo", "integrations", "cli", "__init__", "__main__"}
-KNOWN_TO = {"isomerge_kernels": {"ops"}, "checkpoint": ABOVE_CONFIG, "report": ABOVE_CONFIG}
+FROM_PLAN_UP = {name for name, height in FLOOR_OF.items() if height >= FLOOR_OF["plan"]}
+KNOWN_TO = {"isomerge_kernels": {"ops"}, "checkpoint": FROM_PLAN_UP, "report": FROM_PLAN_UP}
 
 # Inside linalg: the protocol lies under the solvers, the choice among them above.
 LINALG_FLOOR_OF = {"protocol": 0, "auto": 2, "": 3}
@@ -46,7 +46,7 @@ LAZY = {"__init__", "api", "cli"}
 
 EVERYWHERE = {"torch", "triton", "numpy", "safetensors"}
 PEOPLE = {"pydantic", "typer", "click", "rich", "yaml", "matplotlib", "sklearn"}
-ALSO = {"cli": PEOPLE, "demo": PEOPLE}
+ALSO = {"cli": PEOPLE, "console": {"rich"}, "demo": PEOPLE}
 ALSO_IN_FUNCTIONS = {"config": {"pydantic", "yaml"}}
 
 

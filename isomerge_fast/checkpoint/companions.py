@@ -63,7 +63,8 @@ def copy_companions(source: Path, target: Path, names: Iterable[str]) -> None:
 
 
 def config_with_dtype(config: Mapping[str, Any], dtype: str | None) -> dict[str, Any]:
-    """``config.json`` with every stated weight dtype replaced by ``dtype`` (e.g. "bfloat16"), in sub-configurations too.
+    """``config.json`` with every stated weight dtype replaced by ``dtype`` (e.g. "bfloat16"), in sub-configurations
+    too.
 
     Left as it is when ``dtype`` is None. A top level that states none gets the key the library in use writes.
     """

@@ -186,11 +186,17 @@ def _parse_entry(path: Path, name: str, entry: Any, data_start: int) -> StoredTe
         raise InputError(f"{where}: dtype {dtype!r} is not supported")
     if not isinstance(shape, list) or not all(type(size) is int and 0 <= size < 2**48 for size in shape):
         raise InputError(f"{where}: shape {shape!r} is not a list of sizes")
-    if not isinstance(offsets, list) or len(offsets) != 2 or not all(type(o) is int and 0 <= o < 2**56 for o in offsets):
+    if (
+        not isinstance(offsets, list)
+        or len(offsets) != 2
+        or not all(type(o) is int and 0 <= o < 2**56 for o in offsets)
+    ):
         raise InputError(f"{where}: data_offsets {offsets!r} are not two offsets")
     expected = element_count(shape) * DTYPES[dtype].itemsize
     if offsets[1] - offsets[0] != expected:
-        raise InputError(f"{where}: {dtype}{shape} takes {expected} bytes, its data_offsets {offsets} span another size")
+        raise InputError(
+            f"{where}: {dtype}{shape} takes {expected} bytes, its data_offsets {offsets} span another size"
+        )
     return StoredTensor(name, dtype, tuple(shape), path, data_start + offsets[0], data_start + offsets[1])
 
 
@@ -261,7 +267,9 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
                 raise InputError(f"{root}: the index puts tensor {name!r} into {shard}, where it is not")
         unlisted = sorted(set(tensors) - set(weight_map))
         if unlisted:
-            raise InputError(f"{root}: the index does not list tensor {unlisted[0]!r} of {tensors[unlisted[0]].file.name}")
+            raise InputError(
+                f"{root}: the index does not list tensor {unlisted[0]!r} of {tensors[unlisted[0]].file.name}"
+            )
     config = None
     if root.is_dir() and (root / "config.json").is_file():
         config = parse_json(_read_small(root / "config.json"), str(root / "config.json"))

@@ -1,4 +1,5 @@
-"""``manifest.json``: what an output was made of and the checksum of every tensor in it; and the journal of a running merge.
+"""``manifest.json``: what an output was made of and the checksum of every tensor in it; and the journal of a running
+merge.
 
 Neither holds times or random names, so the same merge gives the same bytes.
 """
@@ -12,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError, VerificationError
+from ..errors import ConfigError, InputError, VerificationError
 from .layout import Checkpoint, parse_json
 
 MANIFEST_FILE = "manifest.json"
@@ -70,7 +71,7 @@ class Journal:
                 if entry is not None and "name" in entry:
                     self.finished[entry["name"]] = entry
         elif lines:
-            raise InputError(
+            raise ConfigError(
                 f"{path.parent}: the unfinished merge was of other inputs, options or versions; "
                 "run with --overwrite to discard it"
             )

@@ -1,4 +1,4 @@
-"""Tensors by positioned reads, one at a time, into memory of their own; nothing is mapped, so nothing stays resident."""
+"""Tensors by positioned reads, one at a time, into memory of their own; nothing is mapped or stays resident."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ READ_BYTES = 1 << 26  # one system call reads at most 2 GiB; 64 MiB keeps interr
 
 
 class Reader:
-    """Open files of one or more checkpoints; a context manager. Files that changed since they were planned are refused."""
+    """Open files of one or more checkpoints; a context manager. Files changed since they were planned are refused."""
 
     def __init__(self, *checkpoints: Checkpoint) -> None:
         self._identities: dict[Path, FileIdentity] = {}
@@ -41,7 +41,7 @@ class Reader:
             InputError: the file changed since it was planned, ended early, or failed to read.
         """
         data = torch.empty(stored.bytes, dtype=torch.uint8)
-        view = memoryview(data.numpy())
+        view = data.numpy().data
         position = 0
         try:
             descriptor = self._open(stored.file)

@@ -1,8 +1,8 @@
 """Where an output is built, and how it becomes the output: one rename, after everything is on disk.
 
-Beside the target ``DIR`` lies ``.DIR.isomerge/`` while a merge runs: ``lock``, ``journal.jsonl``, ``new/`` (the output under
-construction) and, for a moment, ``old/`` (what it replaces). A kill at any point leaves ``DIR`` absent, as it was, or
-complete.
+Beside the target ``DIR`` lies ``.DIR.isomerge/`` while a merge runs: ``lock``, ``journal.jsonl``, ``new/`` (the output
+under construction) and, for a moment, ``old/`` (what it replaces). A kill at any point leaves ``DIR`` absent, as it
+was, or complete.
 """
 
 from __future__ import annotations

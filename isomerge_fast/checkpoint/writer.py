@@ -25,7 +25,8 @@ from .layout import DTYPE_NAMES, DTYPES, StoredTensor, element_count
 
 # safetensors sorts by its own dtype ranking, widest first; equal widths have a fixed order as well.
 _DTYPE_RANK = [
-    "U64", "I64", "F64", "C64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16", "F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL",
+    "U64", "I64", "F64", "C64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16",
+    "F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL",
 ]  # fmt: skip
 
 
@@ -66,7 +67,7 @@ def file_layout(path: Path, tensors: Iterable[OutputTensor]) -> tuple[bytes, dic
 def tensor_bytes(value: Tensor) -> memoryview:
     """The tensor's bytes, without a copy when it is contiguous on the CPU."""
     flat = value.contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 
 def sha256(data: memoryview | bytes) -> str:
@@ -92,7 +93,7 @@ class ShardWriter:
     def write(self, name: str, value: Tensor) -> str:
         """Writes one tensor; returns the SHA-256 of its bytes."""
         stored = self.tensors[name]
-        assert DTYPE_NAMES[value.dtype] == stored.dtype and tuple(value.shape) == stored.shape, name
+        assert (DTYPE_NAMES[value.dtype], tuple(value.shape)) == (stored.dtype, stored.shape), name
         data = tensor_bytes(value)
         try:
             self._write_at(data, stored.start)

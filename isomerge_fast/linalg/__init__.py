@@ -1,1 +1,1 @@
-"""Solvers: polar factors and dominant subspaces, behind the protocols of ``protocol.py``; ``auto.py`` picks one and says why."""
+"""Solvers: polar factors and dominant subspaces behind the protocols of ``protocol.py``; ``auto.py`` picks one."""

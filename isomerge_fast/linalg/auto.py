@@ -37,4 +37,6 @@ def choose(precision: str, dtype: torch.dtype) -> Choice:
         return Choice(FullSvd(), "precision is 'reference': full SVD in float64")
     if dtype == torch.float64:
         return Choice(FullSvd(), "float64 input: a Gram matrix would square its condition number")
-    return Choice(GramEigh(), "float32 compute: the float64 Gram matrix of the short side resolves 1e-7 of the largest σ")
+    return Choice(
+        GramEigh(), "float32 compute: the float64 Gram matrix of the short side resolves 1e-7 of the largest σ"
+    )

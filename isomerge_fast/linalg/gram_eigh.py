@@ -4,25 +4,25 @@ For X [M, N] with M ≤ N (the tall case is the transpose):
 
     G = X Xᵀ = U Σ² Uᵀ,    polar(X) = G^(-1/2) X = U Σ⁻¹ Uᵀ X,    V = Xᵀ U Σ⁻¹.
 
-Forming G squares the condition number, which is why it is formed in float64 from entries that are float32 or sums of a few
-of them: singular values down to about 1e-7 σ₁ are resolved. One Newton-Schulz step Q ← (3/2 I − 1/2 Q Qᵀ) Q then squares what
-error is left. Nothing larger than the short side is ever factored, and the long side is walked in blocks, so a
-128256 x 4096 embedding needs X, Q and a few 4096 x 4096 matrices.
+Forming G squares the condition number, which is why it is formed in float64 from entries that are float32 or sums of a
+few of them: singular values down to about 1e-7 σ₁ are resolved. One Newton-Schulz step Q ← (3/2 I − 1/2 Q Qᵀ) Q then
+squares what error is left. Nothing larger than the short side is ever factored, and the long side is walked in blocks,
+so a 128256 x 4096 embedding needs X, Q and a few 4096 x 4096 matrices.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from .protocol import PolarStats, Subspace, complement_basis, default_tolerance, reciprocal, relative_gap
 
-# A block of the long side holds about this many elements (16 MiB of float64): GEMM speed is flat from here on.
-BLOCK_ELEMENTS = 1 << 21
+# A block of the long side holds about this many elements (8 MiB of float64): GEMM speed is flat from here on.
+BLOCK_ELEMENTS = 1 << 20
 
 
 def long_blocks(x: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
@@ -59,6 +59,14 @@ def short_multiply(a: Tensor, x: Tensor, out: Tensor) -> Tensor:
     return out
 
 
+def short_project(a: Tensor, x: Tensor) -> Tensor:
+    """Aᵀ X of a wide X: [..., r, c], [..., r, N] -> [..., c, N], in the dtype of ``a``."""
+    out = torch.empty(*x.shape[:-2], a.shape[-1], x.shape[-1], dtype=a.dtype, device=x.device)
+    for block, part in long_blocks(x, a.dtype):
+        out[..., :, block] = a.mT @ part
+    return out
+
+
 def long_product(x: Tensor, a: Tensor, dtype: torch.dtype) -> Tensor:
     """Xᵀ A when wide, X A when tall: [..., r, c] -> [..., max(M, N), c], computed in the dtype of ``a``."""
     out = torch.empty(*x.shape[:-2], max(x.shape[-2:]), a.shape[-1], dtype=dtype, device=x.device)
@@ -69,7 +77,7 @@ def long_product(x: Tensor, a: Tensor, dtype: torch.dtype) -> Tensor:
 
 @dataclass(frozen=True)
 class GramEigh:
-    """Polar factor and top triplets by ``eigh`` of the float64 Gram matrix; ``resolution`` is σ/σ₁ below which it is blind."""
+    """Polar factor and top triplets by ``eigh`` of the float64 Gram matrix; blind below ``resolution`` · σ₁."""
 
     resolution: float = 6e-8  # sqrt(16 ε₆₄): eigenvalue noise of eigh is a few ε₆₄ λ₁
     name: str = "gram-eigh-fp64"
@@ -81,7 +89,7 @@ class GramEigh:
     def polar(
         self, x: Tensor, *, tolerance: Tensor | None = None, dtype: torch.dtype | None = None
     ) -> tuple[Tensor, PolarStats]:
-        """See ``PolarSolver``. ``orthogonality`` is measured before the Newton-Schulz step, so it bounds the result's."""
+        """See ``PolarSolver``. ``orthogonality`` is measured before the Newton-Schulz step: a bound on the result's."""
         dtype = dtype or x.dtype
         vectors, sigma, kept_sigma = self._eigh(short_gram(x), default_tolerance(x) if tolerance is None else tolerance)
         keep = kept_sigma > 0
@@ -103,20 +111,27 @@ class GramEigh:
         tolerance: Tensor | None = None,
         complement: bool = False,
         dtype: torch.dtype | None = None,
+        short_only: bool = False,
     ) -> Subspace:
         """See ``SubspaceSolver``."""
         limit = default_tolerance(x) if tolerance is None else tolerance
         vectors, sigma, kept_sigma = self._eigh(short_gram(x), limit)
         kept_sigma = kept_sigma[..., :k]
         top = vectors[..., :, :k] * (kept_sigma > 0)[..., None, :]
-        return Subspace(
+        subspace = Subspace(
             short=top,
-            long=long_product(x, top * reciprocal(kept_sigma)[..., None, :], dtype or x.dtype),
+            long=None,
             sigma=kept_sigma,
             complement=complement_basis(vectors[..., :, k:], top, kept_sigma) if complement else None,
             gap=relative_gap(sigma, k),
             wide=x.shape[-2] <= x.shape[-1],
         )
+        return subspace if short_only else self.complete(x, subspace, dtype or x.dtype)
+
+    def complete(self, x: Tensor, subspace: Subspace, dtype: torch.dtype) -> Subspace:
+        """See ``SubspaceSolver``: X maps the short side's vectors to the long side's, times σ."""
+        scaled = subspace.short * reciprocal(subspace.sigma)[..., None, :]
+        return replace(subspace, long=long_product(x, scaled, dtype))
 
     def residual_subspace(
         self, delta: Tensor, total: Tensor, common: Subspace, s: int, *, tolerance: Tensor
@@ -124,13 +139,14 @@ class GramEigh:
         """See ``SubspaceSolver``. R itself is never formed; all that is N x N or smaller is float64.
 
         Wide: with Q_c = ``common.complement``, C = Q_cᵀ Δ has few rows and R = Q_c C.
-        Tall: U_kᵀ Δ = Y = Σ_k⁻¹ V_kᵀ (SᵀΔ), RᵀR = ΔᵀΔ − YᵀY, and R E = Δ E − S V_k Σ_k⁻¹ Y E for the s directions E kept.
+        Tall: U_kᵀ Δ = Y = Σ_k⁻¹ V_kᵀ (SᵀΔ), RᵀR = ΔᵀΔ − YᵀY, and R E = Δ E − S V_k Σ_k⁻¹ Y E for the s directions E
+        kept.
         """
         tolerance = torch.maximum(tolerance, self.resolution * torch.linalg.matrix_norm(delta).double())
         if common.wide:
             assert common.complement is not None
             basis = common.complement
-            part = self.top_subspace(basis.mT @ delta.double(), s, tolerance=tolerance, dtype=delta.dtype)
+            part = self.top_subspace(short_project(basis, delta), s, tolerance=tolerance)
             return Subspace(basis @ part.short, part.long, part.sigma, None, part.gap, wide=True)
         weights = common.short * reciprocal(common.sigma)[..., None, :]
         y = weights.mT @ short_gram(total, delta)
@@ -138,17 +154,19 @@ class GramEigh:
         kept_sigma = kept_sigma[..., :s]
         top = vectors[..., :, :s] * (kept_sigma > 0)[..., None, :]
         scaled = top * reciprocal(kept_sigma)[..., None, :]
-        u_t = long_product(delta, scaled, delta.dtype)
-        u_t -= long_product(total, weights @ (y @ scaled), delta.dtype)
+        u_t = long_product(delta, scaled, torch.float64)
+        u_t -= long_product(total, weights @ (y @ scaled), torch.float64)
         return Subspace(top, u_t, kept_sigma, None, relative_gap(sigma, s), wide=False)
 
     def workspace_bytes(self, rows: int, columns: int, dtype: torch.dtype) -> int:
-        """Peak bytes of one solve beyond its input: the result, a few r x r (eigh's copy, vectors and 2 r² of work), blocks."""
+        """Peak bytes beyond the input: the result, a few r x r (eigh's copy, vectors and 2 r² of work), blocks."""
         short = min(rows, columns)
-        return dtype.itemsize * rows * columns + 8 * (7 * short**2 + 3 * min(rows * columns, max(BLOCK_ELEMENTS, short)))
+        return dtype.itemsize * rows * columns + 8 * (
+            7 * short**2 + 3 * min(rows * columns, max(BLOCK_ELEMENTS, short))
+        )
 
     def _eigh(self, gram: Tensor, tolerance: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Eigenvectors, singular values, and the singular values with the truncated ones set to zero; all descending."""
+        """Eigenvectors, singular values, and these with the truncated ones set to zero; all descending."""
         eigenvalues, vectors = torch.linalg.eigh(gram)
         sigma = eigenvalues.flip(-1).clamp_min(0.0).sqrt()
         limit = torch.maximum(tolerance.double(), self.resolution * sigma[..., 0])

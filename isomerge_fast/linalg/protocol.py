@@ -41,7 +41,8 @@ class Subspace:
 
     Attributes:
         short: [..., r, k] float64, the singular vectors of the short side (left when wide); zero where truncated.
-        long: [..., max(M, N), k], those of the long side; zero where truncated.
+        long: [..., max(M, N), k], those of the long side; zero where truncated. None until ``SubspaceSolver.complete``
+            where a solver does without: it is the only part that is as large as X.
         sigma: [..., k] float64, descending; zero where truncated.
         complement: [..., r, c] float64, columns that span the short side's other directions: an orthonormal basis,
             c = r − k, or where directions were truncated the projector itself, c = r. None unless asked for.
@@ -50,7 +51,7 @@ class Subspace:
     """
 
     short: Tensor
-    long: Tensor
+    long: Tensor | None
     sigma: Tensor
     complement: Tensor | None
     gap: Tensor
@@ -59,11 +60,13 @@ class Subspace:
     @property
     def u(self) -> Tensor:
         """Left singular vectors [..., M, k] in the dtype of the long side."""
+        assert self.long is not None
         return self.short.to(self.long.dtype) if self.wide else self.long
 
     @property
     def v(self) -> Tensor:
         """Right singular vectors [..., N, k] in the dtype of the long side."""
+        assert self.long is not None
         return self.long if self.wide else self.short.to(self.long.dtype)
 
 
@@ -98,8 +101,13 @@ class SubspaceSolver(Protocol):
         tolerance: Tensor | None = None,
         complement: bool = False,
         dtype: torch.dtype | None = None,
+        short_only: bool = False,
     ) -> Subspace:
-        """Top ``k`` triplets of X; the long side in ``dtype``, by default that of ``x``."""
+        """Top ``k`` triplets of X; the long side in ``dtype``, by default that of ``x``, or left out if it can be."""
+        ...
+
+    def complete(self, x: Tensor, subspace: Subspace, dtype: torch.dtype) -> Subspace:
+        """``subspace`` of X with its long side, in ``dtype``."""
         ...
 
     def residual_subspace(
@@ -107,7 +115,7 @@ class SubspaceSolver(Protocol):
     ) -> Subspace:
         """Top ``s`` triplets of R = Δ − U_k U_kᵀ Δ, with U_k the left vectors of ``common``, the subspace of ``total``.
 
-        ``delta`` may be overwritten.
+        Both sides are float64: they are thin, and Iso-CTS orthogonalises them, which magnifies their rounding.
         """
         ...
 
@@ -127,7 +135,8 @@ def rounding_tolerance(norm: Tensor, rows: int, columns: int, dtype: torch.dtype
 
     Rounding every entry to relative precision ε/2 adds a nearly random matrix, whose largest singular value is
     (ε/2)·rms(X)·(√M + √N) (the Marchenko-Pastur edge); the bound is four times that. It is far below the customary
-    max(M, N)·ε·σ₁, which would call the well-determined small directions of square sums of deltas (κ of 1e4 and more) zero.
+    max(M, N)·ε·σ₁, which would call the well-determined small directions of square sums of deltas (κ of 1e4 and more)
+    zero.
     """
     rms = norm.double() / math.sqrt(max(1, rows * columns))
     return 2.0 * torch.finfo(dtype).eps * rms * (math.sqrt(rows) + math.sqrt(columns))

@@ -44,8 +44,9 @@ class FullSvd:
         tolerance: Tensor | None = None,
         complement: bool = False,
         dtype: torch.dtype | None = None,
+        short_only: bool = False,
     ) -> Subspace:
-        """See ``SubspaceSolver``."""
+        """See ``SubspaceSolver``; the long side always comes along."""
         u, sigma, vh = torch.linalg.svd(x.double(), full_matrices=False)
         wide = x.shape[-2] <= x.shape[-1]
         short, long = (u, vh.mT) if wide else (vh.mT, u)
@@ -60,6 +61,10 @@ class FullSvd:
             gap=relative_gap(sigma, k),
             wide=wide,
         )
+
+    def complete(self, x: Tensor, subspace: Subspace, dtype: torch.dtype) -> Subspace:
+        """Complete already."""
+        return subspace
 
     def residual_subspace(
         self, delta: Tensor, total: Tensor, common: Subspace, s: int, *, tolerance: Tensor

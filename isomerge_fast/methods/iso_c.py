@@ -14,6 +14,7 @@ from .protocol import (
     MergeStats,
     TensorSpec,
     check_rank_policy,
+    delta_norms,
     finite_sum,
     pick,
     require_matrices,
@@ -74,11 +75,11 @@ class IsoC:
         # In float64: rounding S to float32 moves its smallest directions, and for Iso-CTS the cut, by more than 1e-5.
         total, squares = finite_sum(deltas, torch.float64)
         if 0 in total.shape:
-            return total.to(deltas.dtype), MergeStats(self.name, {"delta_norms": squares.sqrt()})
+            return total.to(deltas.dtype), MergeStats(self.name, {"delta_norms": delta_norms(squares)})
         rows, columns = total.shape[-2:]
         min_dim = min(rows, columns)
         solver = pick(self.solver, self.precision, deltas.dtype)
-        tolerance = rounding_tolerance(squares.sum().sqrt(), rows, columns, deltas.dtype)
+        tolerance = rounding_tolerance(squares.sum(0).sqrt(), rows, columns, deltas.dtype)
         q, stats = solver.polar(total, tolerance=tolerance, dtype=solver.storage_dtype(deltas.dtype))
         del total
         sigma_mean = spectral_mean(stats.nuclear_norm, stats.rank, min_dim, self.rank_policy)
@@ -88,7 +89,6 @@ class IsoC:
             "rank": stats.rank,
             "min_dim": min_dim,
             "orthogonality": stats.orthogonality,
-            "delta_norms": squares.sqrt(),
+            "delta_norms": delta_norms(squares),
         }
         return q, MergeStats(f"{self.name}/{stats.solver}", values)
-

@@ -9,13 +9,15 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..linalg.protocol import Solver, Subspace, rounding_tolerance
+from ..linalg.protocol import PolarStats, Solver, Subspace, rounding_tolerance
+from ..linalg.svd import FullSvd
 from .iso_c import IsoC
 from .protocol import (
     Deltas,
     MergeStats,
     TensorSpec,
     check_rank_policy,
+    delta_norms,
     finite_sum,
     pick,
     require_matrices,
@@ -46,8 +48,8 @@ def split_rank(min_dim: int, tasks: int, common_fraction: float) -> tuple[int, i
 class IsoCTS:
     """Δ = σ̄ · U° V°ᵀ, with U° = polar([U_1 … U_T, U_k]), V° likewise, and σ̄ the mean of all kept singular values.
 
-    U_k, V_k are the top k singular pairs of S = Σ_t Δ_t; U_t, V_t the top s of R_t = Δ_t − U_k U_kᵀ Δ_t (projected on the
-    left only, also for tall matrices); (k, s) from ``split_rank``. s = 0 is Iso-C.
+    U_k, V_k are the top k singular pairs of S = Σ_t Δ_t; U_t, V_t the top s of R_t = Δ_t − U_k U_kᵀ Δ_t (projected on
+    the left only, also for tall matrices); (k, s) from ``split_rank``. s = 0 is Iso-C.
 
     One factorisation of S and one of each small task part; no M x N SVD:
     - wide: R_t = Q_c (Q_cᵀ Δ_t) with Q_c the r − k remaining left directions of S, so the task's part is that of the
@@ -86,10 +88,19 @@ class IsoCTS:
 
     def workspace_bytes(self, spec: TensorSpec, tasks: int) -> int:
         rows, columns = spec.shape
+        short, long = min(rows, columns), max(rows, columns)
+        k, s = split_rank(short, tasks, self.common_fraction)
         solver = pick(self.solver, self.precision, spec.dtype)
-        bases = solver.storage_dtype(spec.dtype).itemsize * min(spec.shape) * (rows + columns)
-        # The sum in float64, one Δ_t, U_k V_k and the task bases, and a solve; recombination holds less.
-        return 8 * spec.elements + spec.bytes + bases + solver.workspace_bytes(rows, columns, spec.dtype)
+        thin = 8 * long * s * tasks
+        small = 8 * 10 * short**2
+        splitting = 8 * spec.elements + solver.workspace_bytes(rows, columns, spec.dtype)
+        bases = thin + 2 * thin // max(1, tasks)  # of the tasks before, and one being made
+        task_parts = splitting + spec.bytes + bases
+        if solver.storage_dtype(spec.dtype) == spec.dtype:  # no copies of Δ_t or S, only blocks of them
+            task_parts = 8 * spec.elements + spec.bytes + bases + small
+        common = (12 if rows <= columns else 4) * long * k  # V_k in float64 when it is the long side, U_k in fp32
+        recombining = common + 5 * thin + spec.bytes + small
+        return max(splitting, task_parts, recombining)
 
     def flops(self, spec: TensorSpec, tasks: int) -> float:
         short = min(spec.shape)
@@ -120,13 +131,15 @@ class IsoCTS:
         total, squares = finite_sum(deltas, torch.float64)  # float64: see IsoC
         solver = pick(self.solver, self.precision, deltas.dtype)
         dtype = solver.storage_dtype(deltas.dtype)
-        limit = rounding_tolerance(squares.sum().sqrt(), rows, columns, deltas.dtype)
-        common = solver.top_subspace(total, k, tolerance=limit, complement=True, dtype=dtype)
+        limit = rounding_tolerance(squares.sum(0).sqrt(), rows, columns, deltas.dtype)
+        common = solver.top_subspace(total, k, tolerance=limit, complement=True, dtype=dtype, short_only=True)
         parts = []
         for task in range(tasks):
             limit = rounding_tolerance(squares[task].sqrt(), rows, columns, deltas.dtype)
             parts.append(solver.residual_subspace(deltas.delta(task), total, common, s, tolerance=limit))
         nonzero = torch.linalg.matrix_norm(total) > 0
+        # V enters the recombination's small factors, whose conditioning float32 would not survive; U only products.
+        common = solver.complete(total, common, torch.float64 if common.wide else dtype)
         del total
         sigma = torch.cat([common.sigma, *(part.sigma for part in parts)], dim=-1)
         rank = (sigma > 0).sum(-1)
@@ -136,7 +149,7 @@ class IsoCTS:
         u_tasks = torch.cat([part.u for part in parts], dim=-1)
         v_tasks = torch.cat([part.v for part in parts], dim=-1)
         del parts
-        value, orthogonality = recombine(common, u_tasks, v_tasks, solver)
+        value, orthogonality = recombine(common, u_tasks, v_tasks, solver, dtype)
         value *= sigma_mean.to(value.dtype)[..., None, None]
         values = {
             "sigma_mean": sigma_mean,
@@ -146,21 +159,31 @@ class IsoCTS:
             "s": s,
             "gap": common.gap,
             "orthogonality": orthogonality,
-            "delta_norms": squares.sqrt(),
+            "delta_norms": delta_norms(squares),
         }
         return value, MergeStats(f"{self.name}/{solver.name}", values)
 
 
-def _recombine(common: Subspace, u_tasks: Tensor, v_tasks: Tensor, solver: Solver) -> tuple[Tensor, Tensor]:
-    """U° V°ᵀ = W_k − U_a V_aᵀ + [polar(U_ts), U_a] · polar(Z)ᵀ · [V_a, Q_r]ᵀ, and its certificate; everything of full rank.
+def _thin_polar(x: Tensor) -> tuple[Tensor, PolarStats]:
+    """polar(X) = Q polar(R) of X = QR, in float64: for a few columns, without squaring their condition number."""
+    q, r = torch.linalg.qr(x.double())
+    polar, stats = FullSvd().polar(r)
+    return q @ polar, stats
+
+
+def _recombine(
+    common: Subspace, u_tasks: Tensor, v_tasks: Tensor, solver: Solver, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """U° V°ᵀ = W_k − U_a V_aᵀ + [polar(U_ts), U_a] · polar(Z)ᵀ · [V_a, Q_r]ᵀ, and its certificate; everything of full
+    rank.
 
     With A = V_kᵀ V_ts = Q_a A' and V_ts − V_k A = Q_r B' (thin QRs), V_a = V_k Q_a, U_a = U_k Q_a, W_k = U_k V_kᵀ and
     Z = [[A', I], [B', 0]]: in the basis [V_a, Q_r, rest of V_k] the matrix [V_ts, V_k] is Z beside an identity.
     """
-    dtype = common.long.dtype
-    # What is thin is float64: κ(U_ts) and κ(Z) reach 1e3 on square sums, and float32 would leave 1e-5 of it.
-    v_k, v_tasks = (common.long if common.wide else common.short).double(), v_tasks.double()
-    u_polar, u_stats = solver.polar(u_tasks.double())
+    # What is thin is float64 and factored without a Gram matrix: κ(U_ts) and κ(Z) are 1e3 on typical square sums, and
+    # 5e4 in one of a hundred; float32 would leave 1e-5 of the result undetermined, Gram matrices 1e-4.
+    u_polar, u_stats = _thin_polar(u_tasks)
+    v_k = common.v if common.wide else common.short
     a = v_k.mT @ v_tasks
     rest = v_tasks - v_k @ a
     correction = v_k.mT @ rest
@@ -169,25 +192,38 @@ def _recombine(common: Subspace, u_tasks: Tensor, v_tasks: Tensor, solver: Solve
     q_a, a_small = torch.linalg.qr(a)
     q_r, b_small = torch.linalg.qr(rest)
     v_a = v_k @ q_a
-    del v_k, v_tasks, rest
+    del rest
     width, tasks_width = q_a.shape[-1], u_tasks.shape[-1]
     z = torch.zeros(*a.shape[:-2], width + q_r.shape[-1], tasks_width + width, dtype=a.dtype, device=a.device)
     z[..., :width, :tasks_width] = a_small
     z[..., width:, :tasks_width] = b_small
     z[..., :width, tasks_width:].diagonal(dim1=-2, dim2=-1).fill_(1.0)
-    z_polar, z_stats = solver.polar(z)
-    u_k = common.u
+    z_polar, z_stats = FullSvd().polar(z)
+    u_k = common.u.to(dtype)
     u_a = u_k @ q_a.to(dtype)
     left = torch.cat([u_polar.to(dtype), u_a], dim=-1) @ z_polar.to(dtype).mT
     left[..., :width] -= u_a
     right = torch.cat([v_a, q_r], dim=-1).to(dtype)
-    value = u_k @ common.v.mT
-    value += left @ right.mT
+    value = u_k @ v_k.to(dtype).mT
+    _add_product(value, left, right.mT)
     return value, torch.maximum(u_stats.orthogonality, z_stats.orthogonality)
 
 
-def _recombine_literally(common: Subspace, u_tasks: Tensor, v_tasks: Tensor, solver: Solver) -> tuple[Tensor, Tensor]:
-    """U° V°ᵀ by two polar factors restricted to their ranges, for deficient sums and zero or repeated tasks."""
-    u_polar, u_stats = solver.polar(torch.cat([u_tasks, common.u], dim=-1))
-    v_polar, v_stats = solver.polar(torch.cat([v_tasks, common.v], dim=-1))
+def _add_product(value: Tensor, a: Tensor, b: Tensor) -> None:
+    """value += A B without a temporary of the size of ``value``."""
+    if value.ndim == 2:
+        value.addmm_(a, b)
+    else:
+        value.flatten(0, -3).baddbmm_(a.flatten(0, -3), b.flatten(0, -3))
+
+
+def _recombine_literally(
+    common: Subspace, u_tasks: Tensor, v_tasks: Tensor, solver: Solver, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """U° V°ᵀ by two polar factors restricted to their ranges, for deficient sums and zero or repeated tasks.
+
+    In ``dtype``, whose rounding decides what is in the range: directions of repeated tasks agree to that, not to float64.
+    """
+    u_polar, u_stats = solver.polar(torch.cat([u_tasks.to(dtype), common.u.to(dtype)], dim=-1))
+    v_polar, v_stats = solver.polar(torch.cat([v_tasks.to(dtype), common.v.to(dtype)], dim=-1))
     return u_polar @ v_polar.mT, torch.maximum(u_stats.orthogonality, v_stats.orthogonality)

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from .protocol import Deltas, MergeStats, TensorSpec, finite_sum
+from .protocol import Deltas, MergeStats, TensorSpec, delta_norms, finite_sum
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class TaskArithmetic:
 
     def merge(self, deltas: Deltas) -> tuple[Tensor, MergeStats]:
         total, squares = finite_sum(deltas, deltas.dtype)
-        return total, MergeStats(self.name, {"delta_norms": squares.sqrt()})
+        return total, MergeStats(self.name, {"delta_norms": delta_norms(squares)})
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,7 @@ class Deltas(Protocol):
         ...
 
     def sum(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """(Σ_t Δ_t accumulated in ``dtype``, ‖Δ_t‖_F² as float64 [T]); fresh, the caller may overwrite it."""
+        """(Σ_t Δ_t in ``dtype``, ‖Δ_t‖_F² in float64 [T], or [T, B, ...] by matrix); fresh, may be overwritten."""
         ...
 
 
@@ -98,7 +98,8 @@ class TensorDeltas:
         squares = []
         for tensor in self.tensors:
             total += tensor
-            squares.append(torch.linalg.vector_norm(tensor.to(self.dtype)).double().square())
+            dims = (-2, -1) if tensor.ndim > 2 else None
+            squares.append(torch.linalg.vector_norm(tensor.to(self.dtype), dim=dims).double().square())
         return total, torch.stack(squares)
 
 
@@ -170,10 +171,15 @@ def finite_sum(deltas: Deltas, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         NotFiniteError: naming the tasks.
     """
     total, squares = deltas.sum(dtype)
-    bad = torch.nonzero(~torch.isfinite(squares)).flatten().tolist()
+    bad = torch.nonzero(~torch.isfinite(delta_norms(squares))).flatten().tolist()
     if bad:
         raise NotFiniteError(bad)
     return total, squares
+
+
+def delta_norms(squares: Tensor) -> Tensor:
+    """‖Δ_t‖_F over all matrices of a batch, [T], from what ``Deltas.sum`` returns."""
+    return (squares.flatten(1).sum(1) if squares.ndim > 1 else squares).sqrt()
 
 
 def require_matrices(name: str, shape: torch.Size) -> None:

@@ -1,0 +1,295 @@
+"""The command line: thin verbs over the API. Nothing heavy is imported until a verb runs."""
+
+from __future__ import annotations
+
+import enum
+import json
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .errors import ConfigError, IsomergeError
+
+app = typer.Typer(
+    name="isomerge",
+    help="Merge fine-tuned checkpoints of one base model with Iso-C and Iso-CTS.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+class Format(enum.StrEnum):
+    """How a verb answers."""
+
+    human = "human"
+    json = "json"
+
+
+FormatOption = Annotated[Format, typer.Option("--format", help="For people, or one JSON object on standard output.")]
+ConfigArgument = Annotated[Path | None, typer.Argument(help="YAML file; its keys can be given as options instead.")]
+BaseOption = Annotated[str | None, typer.Option("--base", help="Base checkpoint: a folder or a .safetensors file.")]
+ExpertOption = Annotated[list[str] | None, typer.Option("--expert", help="A fine-tuned checkpoint; repeat for each.")]
+MethodOption = Annotated[str | None, typer.Option("--method", help="iso-c, iso-cts, mean or task-arithmetic.")]
+ScalingOption = Annotated[list[float] | None, typer.Option("--scaling", help="α; repeated: one output each.")]
+OptionOption = Annotated[list[str] | None, typer.Option("--option", help="Method option, e.g. common_fraction=0.7.")]
+ExcludeOption = Annotated[list[str] | None, typer.Option("--exclude", help="Name pattern of tensors to average.")]
+DtypeOption = Annotated[str | None, typer.Option("--dtype", help="Of the output's float tensors, e.g. bfloat16.")]
+OnExtraOption = Annotated[str | None, typer.Option("--on-extra", help="Tensors only an expert has: error or ignore.")]
+OutOption = Annotated[str | None, typer.Option("--out", help="Folder to write.")]
+DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
+RamOption = Annotated[str | None, typer.Option("--max-ram", help="Ceiling for resident memory, e.g. 4GiB.")]
+VramOption = Annotated[str | None, typer.Option("--max-vram", help="Ceiling for GPU memory, e.g. 8GiB.")]
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+def parse_bytes(text: str | None, option: str) -> int | None:
+    """``8GiB``, ``600 MB`` or a plain number as bytes."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    if match is None or match[2].upper() not in _UNITS:
+        raise ConfigError(f"{option} {text!r} is not a size such as 8GiB or 600MB")
+    return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def parse_options(pairs: list[str] | None) -> dict[str, Any] | None:
+    """``key=value`` pairs, values read as YAML scalars."""
+    if not pairs:
+        return None
+    import yaml
+
+    options = {}
+    for pair in pairs:
+        key, separator, value = pair.partition("=")
+        if not separator:
+            raise ConfigError(f"--option {pair!r} is not key=value")
+        options[key.strip()] = yaml.safe_load(value)
+    return options
+
+
+def gather_config(config: Path | None, changes: dict[str, Any]) -> Any:
+    """The MergeConfig of a file with options laid over it, or of options alone."""
+    from .config import load_config
+
+    if config is None and (changes.get("base") is None or not changes.get("expert")):
+        raise ConfigError("give CONFIG.yml, or --base and at least one --expert")
+    scaling = changes.pop("scaling")
+    changes["scaling"] = None if not scaling else scaling[0] if len(scaling) == 1 else scaling
+    changes["experts"] = changes.pop("expert") or None
+    changes["exclude"] = changes["exclude"] or None
+    changes["options"] = parse_options(changes.pop("option"))
+    return load_config(config if config is not None else {}, **changes)
+
+
+def answer(format: Format, value: dict[str, Any], human: Callable[[], None]) -> None:
+    if format is Format.json:
+        print(json.dumps(value, ensure_ascii=False))
+    else:
+        human()
+
+
+def guarded(format: Format, action: Callable[[], None]) -> None:
+    """Runs a verb; every error a user can mend becomes one message and the exit code of the contract."""
+    try:
+        action()
+    except IsomergeError as error:
+        if format is Format.json:
+            details = {"kind": error.kind, "exit_code": error.exit_code, "message": str(error)}
+            print(json.dumps({"error": details}, ensure_ascii=False))
+        else:
+            print(f"isomerge: {error}", file=sys.stderr)
+        raise typer.Exit(error.exit_code) from None
+    except MemoryError as error:
+        print(f"isomerge: out of memory ({error})", file=sys.stderr)
+        raise typer.Exit(4) from None
+    except KeyboardInterrupt:
+        print("isomerge: interrupted; --resume continues", file=sys.stderr)
+        raise typer.Exit(130) from None
+
+
+@app.command()
+def run(
+    config: ConfigArgument = None,
+    base: BaseOption = None,
+    expert: ExpertOption = None,
+    method: MethodOption = None,
+    scaling: ScalingOption = None,
+    option: OptionOption = None,
+    exclude: ExcludeOption = None,
+    dtype: DtypeOption = None,
+    on_extra: OnExtraOption = None,
+    out: OutOption = None,
+    device: DeviceOption = "auto",
+    max_ram: RamOption = None,
+    max_vram: VramOption = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an unfinished merge.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output, at the very end.")] = False,
+    format: FormatOption = Format.human,
+) -> None:
+    """Merge checkpoints into --out."""
+    changes = {"base": base, "expert": expert, "method": method, "scaling": scaling, "option": option}
+    changes |= {"exclude": exclude, "dtype": dtype, "on_extra": on_extra, "out": out}
+
+    def action() -> None:
+        from .api import merge
+        from .console import print_report, watched
+
+        merge_config = gather_config(config, changes)
+        ceilings = {"max_ram": parse_bytes(max_ram, "--max-ram"), "max_vram": parse_bytes(max_vram, "--max-vram")}
+        with watched(enabled=format is Format.human) as observer:
+            report = merge(
+                merge_config, device=device, resume=resume, overwrite=overwrite, observer=observer, **ceilings
+            )
+        answer(format, report.to_dict(), lambda: print_report(report))
+
+    guarded(format, action)
+
+
+@app.command()
+def plan(
+    config: ConfigArgument = None,
+    base: BaseOption = None,
+    expert: ExpertOption = None,
+    method: MethodOption = None,
+    scaling: ScalingOption = None,
+    option: OptionOption = None,
+    exclude: ExcludeOption = None,
+    dtype: DtypeOption = None,
+    on_extra: OnExtraOption = None,
+    out: OutOption = None,
+    device: DeviceOption = "auto",
+    max_ram: RamOption = None,
+    max_vram: VramOption = None,
+    format: FormatOption = Format.human,
+) -> None:
+    """What a run would do with every tensor: reads headers only, writes nothing."""
+    changes = {"base": base, "expert": expert, "method": method, "scaling": scaling, "option": option}
+    changes |= {"exclude": exclude, "dtype": dtype, "on_extra": on_extra, "out": out}
+
+    def action() -> None:
+        from .console import print_plan
+        from .engine import resolve_device
+        from .plan import check_resources, estimate_seconds, make_plan
+
+        made = make_plan(gather_config(config, changes))
+        check_resources(
+            made,
+            max_ram=parse_bytes(max_ram, "--max-ram"),
+            max_vram=parse_bytes(max_vram, "--max-vram"),
+            device=resolve_device(device),
+        )
+        seconds = estimate_seconds(made)
+        answer(format, {**made.to_dict(), "estimated_seconds": seconds}, lambda: print_plan(made, seconds))
+
+    guarded(format, action)
+
+
+@app.command()
+def verify(
+    folder: Annotated[Path, typer.Argument(help="Output of a merge.")],
+    samples: Annotated[int, typer.Option(help="Tensors to recompute in float64; 0: checksums only.")] = 4,
+    seed: Annotated[int, typer.Option(help="Of the choice of samples.")] = 0,
+    format: FormatOption = Format.human,
+) -> None:
+    """Check a merged checkpoint: every tensor's checksum, and a sample recomputed in float64."""
+
+    def action() -> None:
+        from dataclasses import asdict
+
+        from .console import print_verification
+        from .verify import verify as check
+
+        result = check(folder, samples=samples, seed=seed)
+        answer(format, asdict(result), lambda: print_verification(result))
+
+    guarded(format, action)
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="Output of a merge.")],
+    format: FormatOption = Format.human,
+) -> None:
+    """What a merge did: algorithm, evidence, seconds and bytes of every tensor."""
+
+    def action() -> None:
+        from .checkpoint.layout import parse_json
+        from .console import print_report
+        from .errors import InputError
+        from .report import REPORT_FILE, Report
+
+        path = folder / REPORT_FILE
+        if not path.is_file():
+            raise InputError(f"{folder}: no {REPORT_FILE}; not the output of a finished merge")
+        loaded = Report.from_dict(parse_json(path.read_bytes(), str(path)))
+        answer(format, loaded.to_dict(), lambda: print_report(loaded, every_tensor=True))
+
+    guarded(format, action)
+
+
+@app.command()
+def doctor(format: FormatOption = Format.human) -> None:
+    """What this machine offers, and a small merge of each method checked against float64."""
+
+    def action() -> None:
+        from .console import print_doctor
+        from .doctor import examine
+        from .errors import VerificationError
+
+        findings = examine()
+        answer(format, findings, lambda: print_doctor(findings))
+        if not findings["healthy"]:
+            raise VerificationError("a merge on this machine is not what float64 gives; see above")
+
+    guarded(format, action)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", help="Folder for checkpoints, table and picture.")] = Path("demo-out"),
+    seed: Annotated[int, typer.Option(help="Of data split, networks and training.")] = 0,
+    format: FormatOption = Format.human,
+) -> None:
+    """Train eight experts on handwritten digits, merge them, and compare: about a minute."""
+
+    def action() -> None:
+        try:
+            from .demo import run_demo
+        except ImportError as error:
+            raise ConfigError(str(error)) from error
+
+        quiet = format is Format.json
+        result = run_demo(out, seed=seed, say=(lambda _: None) if quiet else print)
+        answer(format, result.to_dict(), lambda: None)
+
+    guarded(format, action)
+
+
+@app.callback(invoke_without_command=True)
+def _version(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
+) -> None:
+    if version:
+        from . import __version__
+
+        print(f"isomerge-fast {__version__}")
+        raise typer.Exit()
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    if os.environ.get("PYTHONIOENCODING") is None and hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # α and Σ on an ASCII terminal
+    app()
+
+
+if __name__ == "__main__":
+    main()

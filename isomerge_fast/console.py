@@ -1,0 +1,209 @@
+"""How results look to a person: tables and progress. No arithmetic here."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+from rich.table import Table
+
+from .engine import Observer
+from .plan import Plan, TensorPlan
+from .report import Progress, Report
+from .verify import Verification
+
+# Wide enough for a line a tensor when the output goes to a file or a pipe.
+_PIPE_WIDTH = 160
+
+
+def console() -> Console:
+    return Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH, soft_wrap=True, highlight=False)
+
+
+def size(count: float) -> str:
+    """Bytes in decimal units."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} TB"
+
+
+def duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.1f} s"
+    minutes = seconds / 60
+    return f"{minutes:.1f} min" if minutes < 90 else f"{minutes / 60:.1f} h"
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(column.lstrip(">"), justify="right" if column.startswith(">") else "left", overflow="fold")
+    return table
+
+
+@contextmanager
+def watched(*, enabled: bool) -> Iterator[Observer | None]:
+    """An observer that draws a progress line on standard error, where a person watches; else None."""
+    if not (enabled and sys.stderr.isatty()):
+        yield None
+        return
+    columns = (
+        TextColumn("{task.fields[phase]:<8}"),
+        BarColumn(),
+        TextColumn("{task.fields[tensors]} tensors, {task.fields[bytes]}, {task.fields[rate]}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
+        task: TaskID | None = None
+
+        def observer(progress: Progress) -> None:
+            nonlocal task
+            elapsed = sum(progress.seconds.values())
+            fields: dict[str, Any] = {
+                "phase": progress.phase or "start",
+                "tensors": f"{progress.done_tensors}/{progress.total_tensors}",
+                "bytes": f"{size(progress.done_bytes)}/{size(progress.total_bytes)}",
+                "rate": f"{progress.done_bytes / max(elapsed, 1e-3) / 1e9:.2f} GB/s",
+            }
+            if task is None:
+                task = bar.add_task("merge", total=progress.total_bytes, **fields)
+            bar.update(task, completed=progress.done_bytes, **fields)
+
+        yield observer
+
+
+def group_tensors(tensors: tuple[TensorPlan, ...]) -> list[tuple[str, list[TensorPlan]]]:
+    """Tensors that differ only in the numbers of their names, as one line: ``layers.{0..31}.mlp.up_proj.weight``."""
+    groups: dict[tuple[Any, ...], list[TensorPlan]] = {}
+    for plan in tensors:
+        key = (
+            re.sub(r"\d+", "#", plan.name),
+            plan.base.shape,
+            plan.base.dtype,
+            plan.out.dtype,
+            plan.action,
+            plan.reason,
+        )
+        groups.setdefault(key, []).append(plan)
+    result = []
+    for members in groups.values():
+        numbers = [re.findall(r"\d+", plan.name) for plan in members]
+        pieces = iter(zip(*numbers, strict=True))
+
+        def spread(match: re.Match[str], pieces: Any = pieces) -> str:
+            values = sorted({int(value) for value in next(pieces)})
+            return match[0] if len(values) == 1 else f"{{{values[0]}..{values[-1]}}}"
+
+        result.append((re.sub(r"\d+", spread, members[0].name), members))
+    return result
+
+
+def print_plan(plan: Plan, seconds: dict[str, float]) -> None:
+    out = console()
+    table = _table("tensor", ">count", "shape", "dtype", "becomes", "why")
+    for name, members in group_tensors(plan.tensors):
+        first = members[0]
+        dtype = first.base.dtype if first.base.dtype == first.out.dtype else f"{first.base.dtype} → {first.out.dtype}"
+        table.add_row(
+            escape(name),
+            str(len(members)),
+            escape(str(list(first.base.shape))),
+            dtype,
+            first.action,
+            escape(first.reason),
+        )
+    out.print(table)
+    out.print()
+    parts = ", ".join(f"{key} ≈ {duration(value)}" for key, value in seconds.items())
+    out.print(
+        f"{plan.config.method} of {len(plan.experts)} experts, "
+        f"scaling {', '.join(f'{value:g}' for value in plan.config.scalings)}"
+    )
+    out.print(
+        f"read {size(plan.read_bytes)}, write {size(plan.write_bytes)} "
+        f"in {len(plan.shards) * len(plan.config.scalings)} file(s)"
+    )
+    out.print(
+        f"peak memory ≈ {size(plan.peak_ram_bytes)} on a CPU ({size(plan.peak_working_bytes)} for the largest tensor)"
+    )
+    out.print(f"estimated on this CPU, bytes at 1 GB/s: {parts}")
+    _print_notes(out, plan.notes)
+
+
+def print_report(report: Report, *, every_tensor: bool = False) -> None:
+    out = console()
+    if every_tensor:
+        table = _table("tensor", "algorithm", ">σ̄", ">rank", ">gap", ">‖QᵀQ−I‖", ">seconds", ">read")
+        for entry in report.tensors:
+            numbers = [_number(entry.get(key)) for key in ("sigma_mean", "rank", "gap", "orthogonality")]
+            table.add_row(
+                escape(entry["name"]),
+                entry["algorithm"],
+                *numbers,
+                f"{entry['seconds']:.3f}",
+                size(entry["read_bytes"]),
+            )
+        out.print(table)
+        out.print()
+    counts = ", ".join(f"{count} {action}" for action, count in report.counts().items())
+    out.print(f"{report.method}: {len(report.tensors)} tensors ({counts}) on {report.device}")
+    moved = report.read_bytes + report.write_bytes
+    total = report.seconds.get("total", 0.0)
+    shares = ", ".join(f"{key} {duration(value)}" for key, value in report.seconds.items() if key != "total")
+    out.print(f"{size(moved)} in {duration(total)} ({moved / max(total, 1e-9) / 1e9:.2f} GB/s): {shares}")
+    for entry in report.tensors:
+        if remark := entry.get("remarks"):
+            out.print(f"note: {escape(entry['name'])}: {escape(remark)}")
+        if isinstance(entry.get("rank"), int) and entry["rank"] < entry.get("min_dim", 0):
+            out.print(f"note: {escape(entry['name'])}: rank {entry['rank']} of {entry['min_dim']}, kept in its range")
+    _print_notes(out, report.notes)
+    for folder in report.outputs:
+        out.print(f"written: {escape(folder)}")
+
+
+def _number(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, int | float) else ""
+
+
+def _print_notes(out: Console, notes: Any) -> None:
+    for note in notes:
+        out.print(f"note: {escape(note)}")
+
+
+def print_verification(result: Verification) -> None:
+    out = console()
+    out.print(f"{escape(result.folder)}: {result.tensors} tensors, {size(result.bytes)}: every checksum is right")
+    if result.recomputed:
+        table = _table("recomputed in float64", ">scaling", ">error", ">allowed")
+        for entry in result.recomputed:
+            table.add_row(
+                escape(entry["name"]), f"{entry['scaling']:g}", f"{entry['error']:.1e}", f"{entry['allowed']:.1e}"
+            )
+        out.print(table)
+    _print_notes(out, result.remarks)
+
+
+def print_doctor(findings: dict[str, Any]) -> None:
+    out = console()
+    table = _table("what", "found")
+    for key, value in findings["versions"].items():
+        table.add_row(key, value)
+    for key, value in findings["machine"].items():
+        table.add_row(key, escape(str(value)))
+    for check in findings["checks"]:
+        verdict = "ok" if check["ok"] else "WRONG"
+        table.add_row(
+            f"{check['method']} on {check['device']}", f"{verdict}: error {check['error']:.1e} against float64"
+        )
+    out.print(table)

@@ -1,0 +1,70 @@
+"""Peak resident memory, seen from outside the process: checkpoints larger than the ceiling, merged tensor by tensor."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import save_folder
+
+CEILING_BYTES = 800_000_000
+LAYERS, WIDTH, INNER, VOCABULARY = 12, 768, 3072, 32_000  # a 162 M parameter Llama: 2 token tables, 12 layers
+TASKS = 4
+
+
+# A process of its own between the test and the merge: a child's peak starts with that of the process it was forked from.
+MEASURE = """
+import resource, subprocess, sys
+code = subprocess.run(sys.argv[1:]).returncode
+print(f"peak_kib={resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss}", file=sys.stderr)
+sys.exit(code)
+"""
+
+
+def llama_tensors(seed: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=torch.bfloat16).normal_(0.0, 0.02, generator=generator)
+
+    tensors = {"model.embed_tokens.weight": random(VOCABULARY, WIDTH), "lm_head.weight": random(VOCABULARY, WIDTH)}
+    for layer in range(LAYERS):
+        prefix = f"model.layers.{layer}."
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            tensors[f"{prefix}self_attn.{name}.weight"] = random(WIDTH, WIDTH)
+        for name in ("gate_proj", "up_proj"):
+            tensors[f"{prefix}mlp.{name}.weight"] = random(INNER, WIDTH)
+        tensors[f"{prefix}mlp.down_proj.weight"] = random(WIDTH, INNER)
+        tensors[f"{prefix}input_layernorm.weight"] = random(WIDTH)
+    return tensors
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """A base and 4 experts of 162 M parameters in bf16: 1.6 GB."""
+    root = tmp_path_factory.mktemp("llama-160m")
+    return [save_folder(root / str(seed), llama_tensors(seed), shards=2) for seed in range(TASKS + 1)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["mean", "task-arithmetic", "iso-c", "iso-cts"])
+def test_peak_memory(family: list[Path], tmp_path: Path, method: str) -> None:
+    arguments = ["run", "--base", str(family[0]), "--method", method, "--scaling", "0.3", "--out", str(tmp_path / "out")]
+    for expert in family[1:]:
+        arguments += ["--expert", str(expert)]
+    command = [sys.executable, "-m", "isomerge_fast.cli", *arguments, "--max-ram", str(CEILING_BYTES), "--format", "json"]
+    outcome = subprocess.run([sys.executable, "-c", MEASURE, *command], capture_output=True, text=True, cwd=tmp_path)
+    assert outcome.returncode == 0, outcome.stdout + outcome.stderr
+    report = json.loads(outcome.stdout)
+    peak_bytes = int(outcome.stderr.split("peak_kib=")[1]) * 1024
+    seconds = report["seconds"]["total"]
+    print(f"{method}: {report['read_bytes'] / 1e9:.2f} GB read, peak {peak_bytes / 1e6:.0f} MB, {seconds:.1f} s")
+    assert report["read_bytes"] >= 1.6e9
+    assert peak_bytes <= CEILING_BYTES
+    # What plan promises is kept, and is no empty promise.
+    planned = subprocess.run([*command[:3], "plan", *arguments[1:], "--format", "json"], capture_output=True, text=True)
+    assert peak_bytes <= json.loads(planned.stdout)["peak_ram_bytes"] <= 1.3 * peak_bytes

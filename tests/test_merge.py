@@ -1,0 +1,609 @@
+"""Files to files: every method against the oracle, the rules for every kind of tensor, what is left after failures."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import struct
+from pathlib import Path
+
+import numpy as np
+import oracle
+import pytest
+import torch
+from checkpoints import listing, load_folder, make_base, make_expert, make_family, save_folder
+from safetensors.torch import load_file, save_file
+
+import isomerge_fast as imf
+from isomerge_fast import engine
+from isomerge_fast.plan import make_plan
+from isomerge_fast.report import Progress
+from isomerge_fast.verify import verify
+
+METHODS = ["iso-c", "iso-cts", "mean", "task-arithmetic"]
+
+
+def config_of(family: tuple[Path, list[Path]], out: Path, **changes: object) -> dict[str, object]:
+    return {"base": family[0], "experts": family[1], "out": out, "method": "iso-cts", **changes}
+
+
+@pytest.mark.parametrize("shards", [1, 3], ids=["one-file", "sharded"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("method", METHODS)
+def test_merge_equals_oracle(tmp_path: Path, method: str, dtype: torch.dtype, shards: int) -> None:
+    family = make_family(tmp_path, dtype=dtype, shards=shards)
+    imf.merge(config_of(family, tmp_path / "out", method=method, scaling=0.7))
+    base, experts, merged = (
+        load_folder(family[0]),
+        [load_folder(folder) for folder in family[1]],
+        load_folder(tmp_path / "out"),
+    )
+    assert merged.keys() == base.keys()
+    for name, tensor in base.items():
+        assert merged[name].dtype == tensor.dtype
+        if not tensor.is_floating_point() or tensor.numel() == 0:
+            assert torch.equal(merged[name], tensor)
+            continue
+        arrays = [expert[name].double().numpy() for expert in experts]
+        expected = oracle.merge_tensor(name, tensor.double().numpy(), arrays, method=method, scaling=0.7)
+        moved = np.linalg.norm(expected - tensor.double().numpy())
+        allowed = (
+            torch.finfo(dtype).eps / 2 * np.linalg.norm(expected) + (1e-5 if dtype != torch.float64 else 1e-11) * moved
+        )
+        assert np.linalg.norm(merged[name].double().numpy() - expected) <= 1.01 * allowed, name
+    assert verify(tmp_path / "out", samples=8).tensors == len(base)
+
+
+def test_output_is_a_checkpoint_of_the_same_layout(tmp_path: Path) -> None:
+    family = make_family(tmp_path, shards=3)
+    (family[0] / "tokenizer.json").write_text("{}")
+    (family[0] / "optimizer.pt").write_text("x")
+    report = imf.merge(config_of(family, tmp_path / "out", dtype="bfloat16"))
+    out = tmp_path / "out"
+    shards = [f"model-0000{index}-of-00003.safetensors" for index in (1, 2, 3)]
+    assert sorted(os.listdir(out)) == sorted(
+        [
+            *shards,
+            "model.safetensors.index.json",
+            "config.json",
+            "tokenizer.json",
+            "README.md",
+            "manifest.json",
+            "report.json",
+        ]
+    )
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    for name, shard in index["weight_map"].items():
+        assert name in load_file(out / shard)
+    sizes = [tensor.numel() * tensor.element_size() for tensor in load_folder(out).values()]
+    assert index["metadata"]["total_size"] == sum(sizes)
+    assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
+    assert {tensor.dtype for tensor in load_folder(out).values() if tensor.is_floating_point()} == {torch.bfloat16}
+    card = (out / "README.md").read_text()
+    for text in (str(family[0]), *map(str, family[1]), "iso-cts", imf.__version__):
+        assert text in card
+    assert report.counts() == {"copy": 3, "iso-cts": 4, "mean": 3}
+    assert os.listdir(tmp_path).count(".out.isomerge") == 0
+
+
+def test_card_is_a_config(tmp_path: Path) -> None:
+    """The recipe in the model card makes the same bytes again."""
+    family = make_family(tmp_path)
+    options = {"options": {"common_fraction": 0.6}, "exclude": ["*embed*"], "scaling": 1.25}
+    imf.merge(
+        config_of(family, tmp_path / "out", **options, overrides=[{"match": "*down*", "method": "task-arithmetic"}])
+    )
+    recipe = (tmp_path / "out" / "README.md").read_text().split("```yaml\n")[1].split("```")[0]
+    path = tmp_path / "again.yml"
+    path.write_text(recipe.replace("out: merged", f"out: {tmp_path / 'again'}"))
+    imf.merge(path)
+    assert (tmp_path / "again/model.safetensors").read_bytes() == (tmp_path / "out/model.safetensors").read_bytes()
+
+
+def test_experts_may_have_other_shards_dtypes_and_order(tmp_path: Path) -> None:
+    base, folders = make_family(tmp_path)
+    tensors = load_folder(folders[1])
+    wide = {
+        name: tensor.double() if tensor.ndim == 2 and tensor.numel() else tensor for name, tensor in tensors.items()
+    }
+    save_folder(tmp_path / "other", dict(reversed(wide.items())), shards=4)
+    imf.merge(config_of((base, folders), tmp_path / "a"))
+    imf.merge(config_of((base, [folders[0], tmp_path / "other", folders[2]]), tmp_path / "b"))
+    a, b = load_folder(tmp_path / "a"), load_folder(tmp_path / "b")
+    for name in a:
+        assert a[name].dtype == b[name].dtype
+        assert torch.allclose(a[name].double(), b[name].double(), rtol=1e-5, atol=1e-6)
+
+
+def test_exclude_and_overrides(tmp_path: Path) -> None:
+    family = make_family(tmp_path)
+    overrides = [
+        {"match": "*down*", "method": "task-arithmetic"},
+        {"match": "layers.1.*", "method": "iso-cts", "options": {"common_fraction": 0.5}},
+    ]
+    report = imf.merge(config_of(family, tmp_path / "out", method="iso-c", exclude=["embed*"], overrides=overrides))
+    actions = {tensor["name"]: tensor["action"] for tensor in report.tensors}
+    assert actions["embed_tokens.weight"] == "mean"
+    assert actions["layers.0.down.weight"] == "task-arithmetic"
+    assert actions["layers.1.up.weight"] == "iso-cts"
+    assert actions["layers.0.up.weight"] == "iso-c"
+    base, experts = load_folder(family[0]), [load_folder(folder) for folder in family[1]]
+    merged = load_folder(tmp_path / "out")
+    average = torch.stack([expert["embed_tokens.weight"] for expert in experts]).mean(0)
+    assert torch.allclose(merged["embed_tokens.weight"], average, atol=1e-6)
+    name = "layers.1.up.weight"
+    arrays = [expert[name].numpy() for expert in experts]
+    expected = oracle.merge_tensor(name, base[name].numpy(), arrays, method="iso-cts", scaling=1, common_fraction=0.5)
+    assert oracle.relative_error(merged[name].numpy(), expected) <= 1e-6
+
+
+def test_text_projection_is_averaged_unless_overridden(tmp_path: Path) -> None:
+    base = {"text_projection.weight": torch.randn(6, 8), "w": torch.randn(6, 8)}
+    experts = [make_expert(base, seed) for seed in range(2)]
+    family = (
+        save_folder(tmp_path / "b", base),
+        [save_folder(tmp_path / f"e{i}", expert) for i, expert in enumerate(experts)],
+    )
+    actions = {
+        t.name: t.action for t in make_plan(imf.MergeConfig(str(family[0]), [str(e) for e in family[1]])).tensors
+    }
+    assert actions == {"text_projection.weight": "mean", "w": "iso-cts"}
+    override = imf.Override("*text_projection*", "iso-c")
+    config = imf.MergeConfig(str(family[0]), [str(e) for e in family[1]], overrides=[override])
+    assert {t.name: t.action for t in make_plan(config).tensors}["text_projection.weight"] == "iso-c"
+
+
+def test_several_scalings_are_one_merge_each(tmp_path: Path) -> None:
+    family = make_family(tmp_path)
+    report = imf.merge(config_of(family, tmp_path / "all", scaling=[0.5, 1.25]))
+    assert [Path(output).name for output in report.outputs] == ["scaling-0.5", "scaling-1.25"]
+    for scaling in (0.5, 1.25):
+        imf.merge(config_of(family, tmp_path / "one", scaling=scaling), overwrite=True)
+        one, many = tmp_path / "one", tmp_path / "all" / f"scaling-{scaling:g}"
+        assert (one / "model.safetensors").read_bytes() == (many / "model.safetensors").read_bytes()
+        assert (one / "config.json").read_bytes() == (many / "config.json").read_bytes()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_state_dicts_equal_files(tmp_path: Path, method: str) -> None:
+    family = make_family(tmp_path)
+    imf.merge(config_of(family, tmp_path / "out", method=method, scaling=0.9, exclude=["*down*"]))
+    base, experts = load_folder(family[0]), [load_folder(folder) for folder in family[1]]
+    before = {name: tensor.clone() for name, tensor in base.items()}
+    merged = imf.merge_state_dicts(base, experts, method=method, scaling=0.9, exclude=["*down*"])
+    files = load_folder(tmp_path / "out")
+    assert list(merged) == list(base)
+    for name, tensor in merged.items():
+        assert torch.allclose(tensor, files[name], rtol=1e-5, atol=1e-7), name
+        assert torch.equal(base[name], before[name])
+
+
+def test_state_dicts_keep_ties() -> None:
+    base = make_base()
+    base["lm_head.weight"] = base["embed_tokens.weight"]
+    experts = [make_expert(base, 0), make_expert(base, 1)]
+    merged = imf.merge_state_dicts(base, experts)
+    assert merged["lm_head.weight"] is merged["embed_tokens.weight"]
+
+
+def test_state_dict_problems() -> None:
+    base = make_base()
+    expert = make_expert(base, 0)
+    del expert["conv.weight"]
+    expert["extra"] = torch.ones(2)
+    expert["logit_scale"] = torch.ones(3)
+    with pytest.raises(imf.InputError) as caught:
+        imf.merge_state_dicts(base, [make_expert(base, 1), expert])
+    for text in ("experts[1]", "'conv.weight'", "'extra'", "'logit_scale' has shape [3], in the base []"):
+        assert text in str(caught.value)
+    bad = make_expert(base, 0)
+    bad["layers.0.up.weight"][3, 4] = float("inf")
+    with pytest.raises(imf.InputError, match=r"'layers.0.up.weight'.*NaN or Inf"):
+        imf.merge_state_dicts(base, [make_expert(base, 1), bad])
+
+
+def test_frozen_tensors_stay_bytes(tmp_path: Path) -> None:
+    """A zero delta (a frozen layer) leaves the base as it is, for every method and in half precision."""
+    base = make_base(torch.bfloat16)
+    experts = [make_expert(base, seed) for seed in range(3)]
+    for expert in experts:
+        expert["layers.0.up.weight"] = base["layers.0.up.weight"].clone()
+    family = (
+        save_folder(tmp_path / "b", base),
+        [save_folder(tmp_path / f"e{i}", expert) for i, expert in enumerate(experts)],
+    )
+    for method in METHODS:
+        imf.merge(config_of(family, tmp_path / "out", method=method), overwrite=True)
+        assert torch.equal(load_folder(tmp_path / "out")["layers.0.up.weight"], base["layers.0.up.weight"])
+
+
+# --- what must not happen ---------------------------------------------------------------------------------------------
+
+
+def damage_missing(family: tuple[Path, list[Path]]) -> None:
+    shutil.rmtree(family[1][1])
+
+
+def damage_truncate(family: tuple[Path, list[Path]]) -> None:
+    file = family[1][1] / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-5])
+
+
+def rewrite(folder: Path, **changes: torch.Tensor | None) -> None:
+    tensors = {**load_folder(folder), **changes}
+    save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, folder / "model.safetensors")
+
+
+def damage_lacking(family: tuple[Path, list[Path]]) -> None:
+    rewrite(family[1][1], **{"conv.weight": None})
+
+
+def damage_extra(family: tuple[Path, list[Path]]) -> None:
+    rewrite(family[1][1], surplus=torch.ones(2, 3))
+
+
+def damage_shape(family: tuple[Path, list[Path]]) -> None:
+    rewrite(family[1][1], **{"layers.0.norm.weight": torch.ones(17)})
+
+
+def damage_vocabulary(family: tuple[Path, list[Path]]) -> None:
+    rewrite(family[1][1], **{"embed_tokens.weight": torch.ones(50, 16)})
+
+
+def damage_kind(family: tuple[Path, list[Path]]) -> None:
+    rewrite(family[1][1], **{"layers.0.norm.weight": torch.ones(16, dtype=torch.int32)})
+
+
+def damage_nan(family: tuple[Path, list[Path]]) -> None:
+    tensor = load_folder(family[1][1])["layers.0.up.weight"]
+    tensor[1, 2] = tensor[3, 4] = float("nan")
+    rewrite(family[1][1], **{"layers.0.up.weight": tensor})
+
+
+def damage_inf_in_base(family: tuple[Path, list[Path]]) -> None:
+    rewrite(family[0], logit_scale=torch.tensor(float("inf")))
+
+
+def damage_quantized(family: tuple[Path, list[Path]]) -> None:
+    (family[1][1] / "config.json").write_text('{"quantization_config": {"quant_method": "gptq"}}')
+
+
+def damage_float8(family: tuple[Path, list[Path]]) -> None:
+    for folder in (family[0], *family[1]):
+        rewrite(folder, **{"layers.0.up.weight": torch.ones(40, 16).to(torch.float8_e4m3fn)})
+
+
+DAMAGE = {
+    "missing-folder": (damage_missing, ["expert1", "no such checkpoint"]),
+    "truncated": (damage_truncate, ["expert1", "model.safetensors", "truncated"]),
+    "missing-tensor": (damage_lacking, ["expert1", "'conv.weight'", "missing"]),
+    "extra-tensor": (damage_extra, ["expert1", "'surplus'", "not in the base"]),
+    "other-shape": (damage_shape, ["expert1", "'layers.0.norm.weight'", "[17]", "[16]"]),
+    "other-vocabulary": (damage_vocabulary, ["expert1", "'embed_tokens.weight'", "[50, 16]", "[48, 16]", "vocabulary"]),
+    "other-kind": (damage_kind, ["expert1", "'layers.0.norm.weight'", "I32", "F32"]),
+    "nan": (damage_nan, ["expert1", "'layers.0.up.weight'", "holds 2 NaN or Inf"]),
+    "inf-in-base": (damage_inf_in_base, ["base", "'logit_scale'", "holds 1 NaN or Inf"]),
+    "quantized": (damage_quantized, ["expert1", "gptq", "dequantize"]),
+    "float8": (damage_float8, ["'layers.0.up.weight'", "F8_E4M3"]),
+}
+
+
+@pytest.mark.parametrize("method", ["iso-cts", "mean"])
+@pytest.mark.parametrize(("damage", "words"), DAMAGE.values(), ids=DAMAGE.keys())
+def test_bad_input_leaves_nothing(tmp_path: Path, damage, words: list[str], method: str) -> None:
+    family = make_family(tmp_path)
+    damage(family)
+    before = sorted(os.listdir(tmp_path))
+    with pytest.raises(imf.InputError) as caught:
+        imf.merge(config_of(family, tmp_path / "out", method=method))
+    for word in words:
+        assert word in str(caught.value)
+    assert sorted(os.listdir(tmp_path)) == before
+
+
+def test_every_problem_is_found_at_once(tmp_path: Path) -> None:
+    family = make_family(tmp_path)
+    damage_lacking(family)
+    rewrite(family[1][2], **{"layers.0.norm.weight": torch.ones(17), "surplus": torch.ones(1)})
+    with pytest.raises(imf.InputError) as caught:
+        make_plan(imf.MergeConfig(str(family[0]), [str(expert) for expert in family[1]]))
+    assert len(caught.value.problems) == 3
+
+
+def test_extra_tensors_may_be_ignored(tmp_path: Path) -> None:
+    family = make_family(tmp_path)
+    damage_extra(family)
+    imf.merge(config_of(family, tmp_path / "out", on_extra="ignore"))
+    assert load_folder(tmp_path / "out").keys() == make_base().keys()
+
+
+def test_negative_k_names_the_tensor(tmp_path: Path) -> None:
+    family = make_family(tmp_path, tasks=9)
+    with pytest.raises(imf.ConfigError, match=r"'embed_tokens.weight' \[48, 16\].*k = -2"):
+        imf.merge(config_of(family, tmp_path / "out", options={"common_fraction": 0.0}))
+    assert not (tmp_path / "out").exists()
+
+
+def test_float16_overflow_is_not_written(tmp_path: Path) -> None:
+    base = {"w": torch.full((3,), 60000.0)}
+    family = save_folder(tmp_path / "b", base), [save_folder(tmp_path / "e", {"w": torch.full((3,), 64000.0)})]
+    with pytest.raises(imf.InputError, match=r"'w': 3 merged weights overflow float16"):
+        imf.merge(config_of(family, tmp_path / "out", dtype="float16", scaling=3.0))
+    assert not (tmp_path / "out").exists()
+
+
+class TestOutputFolder:
+    def test_not_empty(self, tmp_path: Path) -> None:
+        family = make_family(tmp_path)
+        out = tmp_path / "out"
+        save_folder(out, {"old": torch.ones(3)}, shards=1)
+        before = listing(tmp_path)
+        with pytest.raises(imf.ConfigError, match="not empty"):
+            imf.merge(config_of(family, out))
+        assert listing(tmp_path) == before
+        imf.merge(config_of(family, out), overwrite=True)
+        assert load_folder(out).keys() == make_base().keys()
+
+    def test_overwrite_leaves_no_stale_shard(self, tmp_path: Path) -> None:
+        out = tmp_path / "out"
+        imf.merge(config_of(make_family(tmp_path / "sharded", shards=3), out))
+        imf.merge(config_of(make_family(tmp_path / "single"), out), overwrite=True)
+        assert sorted(path.name for path in out.glob("model*")) == ["model.safetensors"]
+
+    def test_overwrite_keeps_the_old_until_the_commit(self, tmp_path: Path) -> None:
+        family = make_family(tmp_path)
+        imf.merge(config_of(family, tmp_path / "out"))
+        before = listing(tmp_path / "out")
+        damage_nan(family)
+        with pytest.raises(imf.InputError):
+            imf.merge(config_of(family, tmp_path / "out"), overwrite=True)
+        assert listing(tmp_path / "out") == before
+
+    def test_not_a_checkpoint(self, tmp_path: Path) -> None:
+        """--overwrite on a folder of other things (a home folder, say) is refused."""
+        family = make_family(tmp_path)
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "thesis.tex").write_text("x")
+        with pytest.raises(imf.ConfigError, match="not a checkpoint"):
+            imf.merge(config_of(family, tmp_path / "out"), overwrite=True)
+        assert (tmp_path / "out" / "thesis.tex").exists()
+
+    @pytest.mark.parametrize("which", ["base", "expert0", ".", "link"])
+    def test_is_or_holds_an_input(self, tmp_path: Path, which: str) -> None:
+        family = make_family(tmp_path)
+        (tmp_path / "link").symlink_to(family[0])
+        before = listing(tmp_path)
+        with pytest.raises(imf.ConfigError, match="is or contains the input"):
+            imf.merge(config_of(family, tmp_path / which), overwrite=True)
+        assert listing(tmp_path) == before
+
+    def test_empty_folder_and_missing_parents_are_fine(self, tmp_path: Path) -> None:
+        family = make_family(tmp_path)
+        (tmp_path / "empty").mkdir()
+        imf.merge(config_of(family, tmp_path / "empty"))
+        imf.merge(config_of(family, tmp_path / "a" / "b" / "c"))
+        assert listing(tmp_path / "empty")["model.safetensors"] == listing(tmp_path / "a/b/c")["model.safetensors"]
+
+    def test_locked_by_another_run(self, tmp_path: Path) -> None:
+        family = make_family(tmp_path)
+        from isomerge_fast.checkpoint.staging import Staging
+
+        with (
+            Staging(tmp_path / "out", resume=False, overwrite=False),
+            pytest.raises(imf.ConfigError, match="another merge is writing"),
+        ):
+            imf.merge(config_of(family, tmp_path / "out"))
+        imf.merge(config_of(family, tmp_path / "out"))  # the lock went with its holder
+
+    def test_too_large_for_the_disk_or_the_ceiling(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        family = make_family(tmp_path)
+        with pytest.raises(imf.ResourceError, match=r"max_ram is 1000000 bytes; this merge needs \d+"):
+            imf.merge(config_of(family, tmp_path / "out"), max_ram=1_000_000)
+        usage = shutil.disk_usage(tmp_path)._replace(free=100)
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+        with pytest.raises(imf.ResourceError, match=r"100 bytes are free, the output takes \d+"):
+            imf.merge(config_of(family, tmp_path / "out"))
+        assert not (tmp_path / "out").exists()
+
+
+# --- interrupted ------------------------------------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL inside one process: nothing in the package may catch it."""
+
+
+@pytest.mark.parametrize("after", range(0, 20, 2))
+@pytest.mark.parametrize("shards", [1, 3])
+def test_resume_is_byte_identical(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int, shards: int) -> None:
+    """Stopped at the n-th positioned write; a torn tensor is in the file; --resume ends in the same bytes."""
+    family = make_family(tmp_path, shards=shards)
+    config = config_of(family, tmp_path / "whole", scaling=[0.5, 1.0])
+    imf.merge(config)
+    expected = listing(tmp_path / "whole")
+
+    real_pwrite, count = os.pwrite, 0
+
+    def torn(descriptor: int, data: memoryview, offset: int) -> int:
+        nonlocal count
+        count += 1
+        if count > after:
+            real_pwrite(descriptor, data[: len(data) // 2], offset)
+            raise Killed
+        return real_pwrite(descriptor, data, offset)
+
+    config["out"] = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", torn)
+        with pytest.raises(Killed):
+            imf.merge(config)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(imf.ConfigError, match="unfinished merge"):
+        imf.merge(config)
+    journal = (tmp_path / ".out.isomerge/journal.jsonl").read_bytes()
+    with pytest.raises(imf.ConfigError, match="other inputs, options or versions"):
+        imf.merge({**config, "scaling": [0.5, 2.0]}, resume=True)
+    assert (tmp_path / ".out.isomerge/journal.jsonl").read_bytes() == journal
+    imf.merge(config, resume=True)
+    resumed = listing(tmp_path / "out")
+    assert {name: data for name, data in resumed.items() if name != "report.json"} == {
+        name: data for name, data in expected.items() if name != "report.json"
+    }
+    assert not (tmp_path / ".out.isomerge").exists()
+    imf.merge(config, resume=True)  # finished already: left as it is
+    assert listing(tmp_path / "out") == resumed
+
+
+def test_resume_does_not_trust_the_journal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A byte lost after it was journaled (a power cut without fsync) is written again."""
+    family = make_family(tmp_path)
+    config = config_of(family, tmp_path / "out")
+    monkeypatch.setattr(engine._Run, "_finish", lambda *_: (_ for _ in ()).throw(Killed()))
+    with pytest.raises(Killed):
+        imf.merge(config)
+    monkeypatch.undo()
+    staged = tmp_path / ".out.isomerge/new/model.safetensors"
+    content = bytearray(staged.read_bytes())
+    content[-300:-200] = bytes(100)
+    staged.write_bytes(bytes(content))
+    imf.merge(config, resume=True)
+    assert verify(tmp_path / "out").tensors == len(make_base())
+
+
+@pytest.mark.parametrize("step", [1, 2])
+def test_killed_inside_the_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Between the renames that replace an old output: it is put back, or the new one is complete."""
+    family = make_family(tmp_path)
+    config = config_of(family, tmp_path / "out")
+    imf.merge({**config, "scaling": 0.5})
+    old = listing(tmp_path / "out")
+    real_rename, count = os.rename, 0
+
+    def rename(source: Path, target: Path) -> None:
+        nonlocal count
+        count += 1
+        real_rename(source, target)
+        if count == step:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", rename)
+        with pytest.raises(Killed):
+            imf.merge(config, overwrite=True)
+    if step == 1:
+        with pytest.raises(imf.ConfigError, match="unfinished"):
+            imf.merge(config)
+        assert listing(tmp_path / "out") == old
+        imf.merge(config, resume=True, overwrite=True)
+    else:
+        imf.merge(config, resume=True)
+    merged = load_folder(tmp_path / "out")
+    imf.merge({**config, "out": tmp_path / "other"})
+    assert (tmp_path / "other/model.safetensors").read_bytes() == (tmp_path / "out/model.safetensors").read_bytes()
+    assert merged.keys() == make_base().keys()
+    assert not (tmp_path / ".out.isomerge").exists()
+
+
+def test_an_input_that_changes_under_way_stops_the_merge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    family = make_family(tmp_path)
+
+    def observer(progress) -> None:
+        if progress.tensor == "layers.1.up.weight":
+            os.utime(family[1][0] / "model.safetensors", ns=(1, 1))
+
+    with pytest.raises(imf.InputError, match=r"expert0.*changed during the merge"):
+        imf.merge(config_of(family, tmp_path / "out"), observer=observer)
+    assert not (tmp_path / "out").exists()
+
+
+def test_progress_counts_every_byte(tmp_path: Path) -> None:
+    family = make_family(tmp_path)
+    phases: set[str] = set()
+    last = Progress(0, 0)
+
+    def observer(progress) -> None:
+        nonlocal last
+        phases.add(progress.phase)
+        last = progress
+
+    imf.merge(config_of(family, tmp_path / "out"), observer=observer)
+    assert phases >= {"read", "compute", "write"}
+    assert last.done_tensors == last.total_tensors
+    assert last.done_bytes == last.total_bytes
+
+
+# --- verify -----------------------------------------------------------------------------------------------------------
+
+
+def test_verify_names_the_tensor_of_a_flipped_bit(tmp_path: Path) -> None:
+    family = make_family(tmp_path, shards=2)
+    imf.merge(config_of(family, tmp_path / "out"))
+    file = next((tmp_path / "out").glob("model-00002*"))
+    content = bytearray(file.read_bytes())
+    (header_bytes,) = struct.unpack("<Q", content[:8])
+    header = json.loads(content[8 : 8 + header_bytes])
+    name = "layers.0.down.weight" if "layers.0.down.weight" in header else "layers.0.up.weight"
+    content[8 + header_bytes + header[name]["data_offsets"][0] + 5] ^= 4
+    file.write_bytes(bytes(content))
+    with pytest.raises(imf.VerificationError, match=rf"'{name}' is not what was written") as caught:
+        verify(tmp_path / "out")
+    assert "1 problem" in str(caught.value)
+
+
+def test_verify_recomputes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A merge whose arithmetic was wrong has right checksums; the float64 sample finds it."""
+    family = make_family(tmp_path)
+    real = imf.IsoCTS.merge
+
+    def wrong(self, deltas):
+        value, stats = real(self, deltas)
+        return value * 1.01, stats
+
+    with monkeypatch.context() as patch:
+        patch.setattr(imf.IsoCTS, "merge", wrong)
+        imf.merge(config_of(family, tmp_path / "out"))
+    assert verify(tmp_path / "out", samples=0).recomputed == []
+    with pytest.raises(imf.VerificationError, match="differs from its float64 recomputation"):
+        verify(tmp_path / "out")
+
+
+def test_verify_without_its_inputs(tmp_path: Path) -> None:
+    family = make_family(tmp_path)
+    imf.merge(config_of(family, tmp_path / "out"))
+    os.utime(family[0] / "model.safetensors", ns=(1, 1))
+    assert "have changed" in verify(tmp_path / "out").remarks[0]
+    shutil.rmtree(family[0])
+    assert "not recomputed" in verify(tmp_path / "out").remarks[0]
+    (tmp_path / "out" / "model.safetensors").unlink()
+    with pytest.raises(imf.VerificationError):
+        verify(tmp_path / "out")
+    with pytest.raises(imf.InputError, match="no manifest"):
+        verify(tmp_path)
+
+
+def test_out_of_device_memory_goes_to_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Out of memory on a device (meta stands for it): computed on the CPU, and the report says so."""
+    base = {"w": torch.randn(6, 8)}
+    family = save_folder(tmp_path / "b", base), [save_folder(tmp_path / "e", make_expert(base, 0))]
+    real = imf.IsoCTS.merge
+
+    def full_device(self, deltas):
+        if deltas.delta(0).device.type == "meta":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(self, deltas)
+
+    monkeypatch.setattr(imf.IsoCTS, "merge", full_device)
+    monkeypatch.setattr(engine, "resolve_device", lambda device: torch.device("meta"))
+    report = imf.merge(config_of(family, tmp_path / "out"))
+    assert "computed on the CPU" in report.tensors[0]["remarks"]
+    assert verify(tmp_path / "out").recomputed
+
+
+def test_deterministic(tmp_path: Path) -> None:
+    family = make_family(tmp_path)
+    for out in ("a", "b"):
+        imf.merge(config_of(family, tmp_path / out))
+    a, b = listing(tmp_path / "a"), listing(tmp_path / "b")
+    del a["report.json"], b["report.json"]
+    assert a == b

@@ -1,0 +1,297 @@
+"""Methods and solvers against the oracle, on tensors alone."""
+
+from __future__ import annotations
+
+import numpy as np
+import oracle
+import pytest
+import torch
+
+import isomerge_fast as imf
+from isomerge_fast.errors import ConfigError
+from isomerge_fast.linalg.gram_eigh import GramEigh
+from isomerge_fast.linalg.svd import FullSvd
+from isomerge_fast.methods import METHODS, TensorSpec, as_deltas, make_method
+from isomerge_fast.methods.iso_cts import split_rank
+
+# Errors promised for full-rank fp32 input; measured at most 6e-7 and 2e-12 on these cases.
+DEFAULT_BOUND, REFERENCE_BOUND = 1e-5, 1e-9
+
+SHAPES = {
+    "square": (96, 96),
+    "wide": (64, 160),
+    "tall": (160, 64),
+    "odd-wide": (63, 500),
+    "odd-tall": (500, 63),
+    "very-wide": (24, 2100),
+    "very-tall": (2100, 24),
+    "few-directions": (20, 30),
+}
+
+
+def make_deltas(rows: int, columns: int, tasks: int, *, seed: int = 0, common: float = 2.0) -> list[torch.Tensor]:
+    """Full-rank deltas with a strong shared low-rank part, as fine-tuning gives."""
+    generator = torch.Generator().manual_seed(seed)
+    rank = max(1, min(rows, columns) // 8)
+    shared = torch.randn(rows, rank, generator=generator) @ torch.randn(rank, columns, generator=generator)
+    return [0.01 * (torch.randn(rows, columns, generator=generator) + common * shared) for _ in range(tasks)]
+
+
+def numpy(deltas: list[torch.Tensor]) -> list[np.ndarray]:
+    return [delta.double().numpy() for delta in deltas]
+
+
+@pytest.mark.parametrize("precision", ["default", "reference"])
+@pytest.mark.parametrize("tasks", [1, 2, 5, 8])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+@pytest.mark.parametrize("method", ["iso-c", "iso-cts"])
+def test_equals_oracle(method: str, shape: tuple[int, int], tasks: int, precision: str) -> None:
+    deltas = make_deltas(*shape, tasks)
+    function = {"iso-c": imf.iso_c, "iso-cts": imf.iso_cts}[method]
+    expected = {"iso-c": oracle.iso_c, "iso-cts": oracle.iso_cts}[method](numpy(deltas))
+    value = function(deltas, precision=precision)
+    assert value.dtype == torch.float32
+    assert value.shape == shape
+    assert oracle.relative_error(value.numpy(), expected) <= DEFAULT_BOUND
+    if precision == "reference":
+        value, _ = make_method(method, {"precision": precision}).merge(as_deltas(deltas))
+        assert oracle.relative_error(value.numpy(), expected) <= REFERENCE_BOUND
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_square_768_equals_oracle(seed: int) -> None:
+    """The size and conditioning of a real attention projection: κ(S) here is 1e4 to 1e5."""
+    deltas = make_deltas(768, 768, 4, seed=seed)
+    assert oracle.relative_error(imf.iso_cts(deltas).numpy(), oracle.iso_cts(numpy(deltas))) <= DEFAULT_BOUND
+    assert oracle.relative_error(imf.iso_c(deltas).numpy(), oracle.iso_c(numpy(deltas))) <= DEFAULT_BOUND
+
+
+@pytest.mark.parametrize("seed", [6, 34, 44, 90])
+def test_nearly_singular_task_bases_equal_oracle(seed: int) -> None:
+    """The worst of 100 draws of pure noise: [V_1 … V_T, V_k] has singular values down to 2e-5."""
+    random = np.random.default_rng(seed)
+    base = random.standard_normal((96, 96)).astype(np.float32) * 0.15
+    experts = [(base + 0.03 * random.standard_normal((96, 96))).astype(np.float32) for _ in range(4)]
+    deltas = [torch.from_numpy(expert - base) for expert in experts]
+    assert oracle.relative_error(imf.iso_cts(deltas).numpy(), oracle.iso_cts(numpy(deltas))) <= 1e-6
+
+
+@pytest.mark.parametrize("common_fraction", [0.0, 0.2, 0.5, 0.95, 1.0])
+@pytest.mark.parametrize("shape", [(96, 96), (64, 160), (160, 64)], ids=["square", "wide", "tall"])
+def test_common_fraction_equals_oracle(shape: tuple[int, int], common_fraction: float) -> None:
+    deltas = make_deltas(*shape, 4)
+    value = imf.iso_cts(deltas, common_fraction)
+    assert oracle.relative_error(value.numpy(), oracle.iso_cts(numpy(deltas), common_fraction)) <= DEFAULT_BOUND
+
+
+@pytest.mark.parametrize(
+    ("min_dim", "tasks", "fraction", "expected"),
+    [
+        (768, 8, 0.8, (616, 19)),
+        (768, 20, 0.8, (608, 8)),
+        (10, 4, 0.8, (10, 0)),
+        (5, 2, 0.8, (5, 0)),
+        (15, 2, 0.8, (11, 2)),
+    ],
+)
+def test_split_rank_rounds_as_published(min_dim: int, tasks: int, fraction: float, expected: tuple[int, int]) -> None:
+    assert split_rank(min_dim, tasks, fraction) == expected == oracle.split_rank(min_dim, tasks, fraction)
+
+
+def test_negative_k_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"k = -8 common directions of 512 with 20 tasks"):
+        split_rank(512, 20, 0.0)
+    with pytest.raises(ConfigError, match="larger common_fraction"):
+        imf.iso_cts(make_deltas(6, 9, 4), 0.0)
+
+
+def test_too_few_directions_is_iso_c() -> None:
+    deltas = make_deltas(20, 30, 20)
+    assert split_rank(20, 20, 0.8) == (20, 0)
+    assert torch.equal(imf.iso_cts(deltas), imf.iso_c(deltas))
+
+
+@pytest.mark.parametrize("shape", [(1, 50), (50, 1), (1, 1)], ids=str)
+def test_single_direction(shape: tuple[int, int]) -> None:
+    deltas = make_deltas(*shape, 3)
+    total = np.sum(numpy(deltas), axis=0)
+    for function in (imf.iso_c, imf.iso_cts):
+        assert oracle.relative_error(function(deltas).numpy(), total) <= DEFAULT_BOUND
+
+
+def test_single_task_keeps_the_subspaces() -> None:
+    """T = 1: every direction of the one delta is kept, so Iso-CTS is Iso-C."""
+    deltas = make_deltas(64, 96, 1)
+    assert oracle.relative_error(imf.iso_cts(deltas).numpy(), imf.iso_c(deltas).double().numpy()) <= DEFAULT_BOUND
+
+
+@pytest.mark.parametrize("shape", [(64, 96), (96, 64)], ids=["wide", "tall"])
+@pytest.mark.parametrize("function", [imf.iso_c, imf.iso_cts], ids=["iso-c", "iso-cts"])
+class TestDegenerate:
+    """Where the published formula is not a function: finite, in range, deterministic."""
+
+    def test_zero_sum(self, function, shape: tuple[int, int]) -> None:
+        assert not function(torch.zeros(3, *shape)).any()
+        delta = make_deltas(*shape, 1)[0]
+        assert not function([delta, -delta]).any()
+
+    def test_one_zero_delta(self, function, shape: tuple[int, int]) -> None:
+        deltas = make_deltas(*shape, 3)
+        value = function([*deltas, torch.zeros(shape)])
+        assert torch.isfinite(value).all()
+        assert value.norm() > 0
+        if function is imf.iso_c:  # a zero adds nothing to the sum
+            assert oracle.relative_error(value.numpy(), oracle.iso_c(numpy(deltas))) <= DEFAULT_BOUND
+        assert torch.equal(value, function([*deltas, torch.zeros(shape)]))
+
+    def test_low_rank_stays_in_range(self, function, shape: tuple[int, int]) -> None:
+        generator = torch.Generator().manual_seed(0)
+        deltas = [
+            torch.randn(shape[0], 4, generator=generator) @ torch.randn(4, shape[1], generator=generator)
+            for _ in range(3)
+        ]
+        value = function(deltas).double().numpy()
+        assert oracle.relative_error(value, oracle.iso_c(numpy(deltas), rank_tolerance=1e-5)) <= DEFAULT_BOUND
+        sigma = np.linalg.svd(value, compute_uv=False)
+        assert (sigma > 1e-5 * sigma[0]).sum() == 12
+        assert sigma[:12] == pytest.approx(sigma[0], rel=1e-5)
+
+    def test_min_dim_policy_divides_by_min_dim(self, function, shape: tuple[int, int]) -> None:
+        generator = torch.Generator().manual_seed(0)
+        delta = torch.randn(shape[0], 4, generator=generator) @ torch.randn(4, shape[1], generator=generator)
+        in_range, by_min_dim = function([delta]), function([delta], rank_policy="min-dim")
+        assert oracle.relative_error(by_min_dim.numpy() * 64 / 4, in_range.double().numpy()) <= DEFAULT_BOUND
+
+    def test_equal_deltas(self, function, shape: tuple[int, int]) -> None:
+        delta = make_deltas(*shape, 1)[0]
+        value = function([delta, delta.clone(), delta.clone()])
+        assert torch.isfinite(value).all()
+        singular = torch.linalg.svdvals(value.double())
+        kept = singular > 1e-4 * singular[0]
+        assert singular[kept] == pytest.approx(singular[0].item(), rel=1e-4)
+
+    def test_not_finite_is_refused(self, function, shape: tuple[int, int]) -> None:
+        deltas = make_deltas(*shape, 3)
+        deltas[1][2, 3] = float("nan")
+        with pytest.raises(ValueError, match=r"deltas\[1\] holds NaN or Inf"):
+            function(deltas)
+
+
+@pytest.mark.parametrize("function", [imf.iso_c, imf.iso_cts], ids=["iso-c", "iso-cts"])
+@pytest.mark.parametrize("shape", [(48, 80), (80, 48)], ids=["wide", "tall"])
+def test_batch_equals_its_members(function, shape: tuple[int, int]) -> None:
+    """[T, B, M, N]; one member is of low rank, so the batch mixes ranks."""
+    members = [make_deltas(*shape, 4, seed=seed) for seed in range(2)]
+    members.append([0.1 * delta[:, :3] @ delta[:3, :] for delta in make_deltas(*shape, 4, seed=2)])
+    batched = torch.stack([torch.stack(member) for member in members], dim=1)
+    value = function(batched)
+    assert value.shape == (3, *shape)
+    for index, member in enumerate(members):
+        assert oracle.relative_error(value[index].numpy(), function(member).double().numpy()) <= DEFAULT_BOUND
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("function", [imf.iso_c, imf.iso_cts], ids=["iso-c", "iso-cts"])
+def test_half_precision_is_computed_in_single(function, dtype: torch.dtype) -> None:
+    deltas = [delta.to(dtype) for delta in make_deltas(64, 96, 4)]
+    expected = {imf.iso_c: oracle.iso_c, imf.iso_cts: oracle.iso_cts}[function](numpy(deltas))
+    value = function(deltas)
+    assert value.dtype == torch.float32
+    assert oracle.relative_error(value.numpy(), expected) <= DEFAULT_BOUND
+
+
+@pytest.mark.parametrize("function", [imf.iso_c, imf.iso_cts], ids=["iso-c", "iso-cts"])
+def test_double_precision_stays_double(function) -> None:
+    deltas = [delta.double() for delta in make_deltas(64, 96, 4)]
+    value = function(deltas)
+    assert value.dtype == torch.float64
+    expected = {imf.iso_c: oracle.iso_c, imf.iso_cts: oracle.iso_cts}[function](numpy(deltas))
+    assert oracle.relative_error(value.numpy(), expected) <= 1e-11
+
+
+def test_inputs_are_not_modified_and_may_be_strided() -> None:
+    stack = torch.stack(make_deltas(96, 64, 3)).mT
+    before = stack.clone()
+    for function in (imf.iso_c, imf.iso_cts):
+        value = function(stack)
+        assert torch.equal(stack, before)
+        assert torch.equal(value, function(list(before)))
+
+
+def test_linear_methods() -> None:
+    deltas = make_deltas(8, 9, 3)
+    total = np.sum(numpy(deltas), axis=0)
+    value, stats = make_method("task-arithmetic").merge(as_deltas(deltas))
+    assert oracle.relative_error(value.numpy(), total) <= 1e-6
+    assert stats.to_dict()["delta_norms"] == pytest.approx([np.linalg.norm(delta) for delta in numpy(deltas)])
+    value, _ = make_method("mean").merge(as_deltas(deltas))
+    assert oracle.relative_error(value.numpy(), total / 3) <= 1e-6
+
+
+def test_evidence() -> None:
+    """σ̄, rank, k, s and the gap are those of the full SVD."""
+    deltas = make_deltas(64, 96, 4)
+    _, stats = make_method("iso-cts").merge(as_deltas(deltas))
+    sigma = np.linalg.svd(np.sum(numpy(deltas), axis=0), compute_uv=False)
+    k, s = oracle.split_rank(64, 4, 0.8)
+    evidence = stats.to_dict()
+    assert (evidence["k"], evidence["s"], evidence["rank"]) == (k, s, 64)
+    assert evidence["gap"] == pytest.approx((sigma[k - 1] - sigma[k]) / sigma[k - 1], rel=1e-4)
+    assert evidence["orthogonality"] < 1e-6
+    _, stats = make_method("iso-c").merge(as_deltas(deltas))
+    assert stats.to_dict()["sigma_mean"] == pytest.approx(sigma.mean(), rel=1e-6)
+
+
+@pytest.mark.parametrize("solver", [GramEigh(), FullSvd()], ids=lambda solver: solver.name)
+@pytest.mark.parametrize("shape", [(40, 60), (60, 40), (50, 50)], ids=str)
+def test_solvers_against_numpy(solver, shape: tuple[int, int]) -> None:
+    x = torch.stack(make_deltas(*shape, 3)).sum(0).double()
+    u, sigma, v = oracle.thin_svd(x.numpy())
+    q, stats = solver.polar(x)
+    assert oracle.relative_error(q.numpy(), u @ v.T) <= 1e-8
+    assert stats.nuclear_norm.item() == pytest.approx(sigma.sum(), rel=1e-9)
+    top = solver.top_subspace(x, 7, complement=True)
+    assert top.sigma.numpy() == pytest.approx(sigma[:7], rel=1e-8)
+    assert oracle.relative_error((top.u @ top.v.mT).numpy(), u[:, :7] @ v[:, :7].T) <= 1e-7
+    # The complement is the rest of the short side: together they are the identity.
+    short = top.short @ top.short.mT + top.complement @ top.complement.mT
+    assert oracle.relative_error(short.numpy(), np.eye(min(shape))) <= 1e-10
+
+
+@pytest.mark.parametrize(
+    "bad", [[], [torch.zeros(2, 3), torch.zeros(3, 2)], [torch.zeros(2, 3, dtype=torch.int64)], [torch.zeros(4)]]
+)
+def test_bad_deltas_are_refused(bad: list[torch.Tensor]) -> None:
+    with pytest.raises(ValueError, match="deltas"):
+        imf.iso_c(bad)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("iso-d", {}, "did you mean 'iso-c'"),
+        ("iso-cts", {"common_fractoin": 0.8}, "did you mean 'common_fraction'"),
+        ("iso-cts", {"common_fraction": 1.5}, "between 0 and 1"),
+        ("iso-cts", {"common_fraction": "0.8"}, "expected a float"),
+        ("iso-c", {"rank_policy": "rang"}, "did you mean 'range'"),
+        ("mean", {"common_fraction": 0.8}, "it has none"),
+    ],
+)
+def test_bad_options_are_refused(name: str, options: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make_method(name, options)
+
+
+def test_unknown_precision_is_refused() -> None:
+    with pytest.raises(ConfigError, match="precision"):
+        imf.iso_c(make_deltas(4, 5, 2), precision="fastest")
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_methods_declare_themselves(name: str) -> None:
+    method = make_method(name)
+    spec = TensorSpec("w", (64, 96), torch.float32)
+    assert method.accepts(spec)
+    assert method.workspace_bytes(spec, 4) >= spec.bytes
+    assert method.flops(spec, 4) > 0
+    assert method.citation.startswith("arXiv ")
