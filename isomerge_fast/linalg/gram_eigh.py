@@ -134,7 +134,7 @@ class GramEigh:
         return replace(subspace, long=long_product(x, scaled, dtype))
 
     def residual_subspace(
-        self, delta: Tensor, total: Tensor, common: Subspace, s: int, *, tolerance: Tensor
+        self, delta: Tensor, total: Tensor, common: Subspace, s: int, *, norm: Tensor, tolerance: Tensor
     ) -> Subspace:
         """See ``SubspaceSolver``. R itself is never formed; all that is N x N or smaller is float64.
 
@@ -142,7 +142,7 @@ class GramEigh:
         Tall: U_kᵀ Δ = Y = Σ_k⁻¹ V_kᵀ (SᵀΔ), RᵀR = ΔᵀΔ − YᵀY, and R E = Δ E − S V_k Σ_k⁻¹ Y E for the s directions E
         kept.
         """
-        tolerance = torch.maximum(tolerance, self.resolution * torch.linalg.matrix_norm(delta).double())
+        tolerance = torch.maximum(tolerance, self.resolution * norm)
         if common.wide:
             assert common.complement is not None
             basis = common.complement

@@ -111,9 +111,11 @@ class SubspaceSolver(Protocol):
         ...
 
     def residual_subspace(
-        self, delta: Tensor, total: Tensor, common: Subspace, s: int, *, tolerance: Tensor
+        self, delta: Tensor, total: Tensor, common: Subspace, s: int, *, norm: Tensor, tolerance: Tensor
     ) -> Subspace:
         """Top ``s`` triplets of R = Δ − U_k U_kᵀ Δ, with U_k the left vectors of ``common``, the subspace of ``total``.
+
+        ``norm`` is ‖Δ‖_F, which the caller has.
 
         Both sides are float64: they are thin, and Iso-CTS orthogonalises them, which magnifies their rounding.
         """
@@ -144,7 +146,7 @@ def rounding_tolerance(norm: Tensor, rows: int, columns: int, dtype: torch.dtype
 
 def default_tolerance(x: Tensor) -> Tensor:
     """``rounding_tolerance`` of X in its own dtype, shape [...]."""
-    return rounding_tolerance(torch.linalg.matrix_norm(x), x.shape[-2], x.shape[-1], x.dtype)
+    return rounding_tolerance(torch.linalg.vector_norm(x, dim=(-2, -1)), x.shape[-2], x.shape[-1], x.dtype)
 
 
 def relative_gap(sigma: Tensor, k: int) -> Tensor:

@@ -67,7 +67,7 @@ class FullSvd:
         return subspace
 
     def residual_subspace(
-        self, delta: Tensor, total: Tensor, common: Subspace, s: int, *, tolerance: Tensor
+        self, delta: Tensor, total: Tensor, common: Subspace, s: int, *, norm: Tensor, tolerance: Tensor
     ) -> Subspace:
         """See ``SubspaceSolver``: the projection and the SVD as they are written."""
         u_k = common.u.double()

@@ -135,9 +135,10 @@ class IsoCTS:
         common = solver.top_subspace(total, k, tolerance=limit, complement=True, dtype=dtype, short_only=True)
         parts = []
         for task in range(tasks):
-            limit = rounding_tolerance(squares[task].sqrt(), rows, columns, deltas.dtype)
-            parts.append(solver.residual_subspace(deltas.delta(task), total, common, s, tolerance=limit))
-        nonzero = torch.linalg.matrix_norm(total) > 0
+            norm = squares[task].sqrt()
+            limit = rounding_tolerance(norm, rows, columns, deltas.dtype)
+            parts.append(solver.residual_subspace(deltas.delta(task), total, common, s, norm=norm, tolerance=limit))
+        nonzero = torch.linalg.vector_norm(total, dim=(-2, -1)) > 0
         # V enters the recombination's small factors, whose conditioning float32 would not survive; U only products.
         common = solver.complete(total, common, torch.float64 if common.wide else dtype)
         del total
