@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from pathlib import Path
 from types import TracebackType
@@ -13,6 +14,14 @@ from ..errors import InputError
 from .layout import DTYPES, Checkpoint, FileIdentity, StoredTensor, read_header
 
 READ_BYTES = 1 << 26  # one system call reads at most 2 GiB; 64 MiB keeps interrupts prompt
+# Before a tensor of this size, what freed blocks have left in the heap goes back to the system: up to 64 MB with glibc.
+TRIM_BYTES = 16 << 20
+
+
+def _trim_heap() -> None:
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it, musl and macOS have not
+    if trim is not None:
+        trim(0)
 
 
 class Reader:
@@ -40,6 +49,8 @@ class Reader:
         Raises:
             InputError: the file changed since it was planned, ended early, or failed to read.
         """
+        if stored.bytes >= TRIM_BYTES:
+            _trim_heap()
         data = torch.empty(stored.bytes, dtype=torch.uint8)
         view = data.numpy().data
         position = 0

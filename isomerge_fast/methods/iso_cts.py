@@ -98,8 +98,10 @@ class IsoCTS:
         task_parts = splitting + spec.bytes + bases
         if solver.storage_dtype(spec.dtype) == spec.dtype:  # no copies of Δ_t or S, only blocks of them
             task_parts = 8 * spec.elements + spec.bytes + bases + small
-        common = (12 if rows <= columns else 4) * long * k  # V_k in float64 when it is the long side, U_k in fp32
-        recombining = common + 5 * thin + spec.bytes + small
+        if rows <= columns:  # V_k in float64 and its fp32 copy, and what is made of V_ts
+            recombining = 12 * long * k + 5 * thin + spec.bytes + small
+        else:  # U_k in fp32, then the thin QR of U_ts, then the result
+            recombining = 4 * long * k + max(4 * thin, spec.bytes + 3 * thin) + small
         return max(splitting, task_parts, recombining)
 
     def flops(self, spec: TensorSpec, tasks: int) -> float:
