@@ -16,7 +16,7 @@ LAYERS, WIDTH, INNER, VOCABULARY = 12, 768, 3072, 32_000  # a 162 M parameter Ll
 TASKS = 4
 
 
-# A process of its own between the test and the merge: a child's peak starts with that of the process it was forked from.
+# A process between the test and the merge: a child's peak starts with that of the process it was forked from.
 MEASURE = """
 import resource, subprocess, sys
 code = subprocess.run(sys.argv[1:]).returncode
@@ -53,10 +53,29 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["mean", "task-arithmetic", "iso-c", "iso-cts"])
 def test_peak_memory(family: list[Path], tmp_path: Path, method: str) -> None:
-    arguments = ["run", "--base", str(family[0]), "--method", method, "--scaling", "0.3", "--out", str(tmp_path / "out")]
+    arguments = [
+        "run",
+        "--base",
+        str(family[0]),
+        "--method",
+        method,
+        "--scaling",
+        "0.3",
+        "--out",
+        str(tmp_path / "out"),
+    ]
     for expert in family[1:]:
         arguments += ["--expert", str(expert)]
-    command = [sys.executable, "-m", "isomerge_fast.cli", *arguments, "--max-ram", str(CEILING_BYTES), "--format", "json"]
+    command = [
+        sys.executable,
+        "-m",
+        "isomerge_fast.cli",
+        *arguments,
+        "--max-ram",
+        str(CEILING_BYTES),
+        "--format",
+        "json",
+    ]
     outcome = subprocess.run([sys.executable, "-c", MEASURE, *command], capture_output=True, text=True, cwd=tmp_path)
     assert outcome.returncode == 0, outcome.stdout + outcome.stderr
     report = json.loads(outcome.stdout)

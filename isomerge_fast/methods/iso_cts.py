@@ -225,7 +225,7 @@ def _recombine_literally(
 ) -> tuple[Tensor, Tensor]:
     """U° V°ᵀ by two polar factors restricted to their ranges, for deficient sums and zero or repeated tasks.
 
-    In ``dtype``, whose rounding decides what is in the range: directions of repeated tasks agree to that, not to float64.
+    In ``dtype``, whose rounding decides what is in the range: directions of repeated tasks agree to that only.
     """
     u_polar, u_stats = solver.polar(torch.cat([u_tasks.to(dtype), common.u.to(dtype)], dim=-1))
     v_polar, v_stats = solver.polar(torch.cat([v_tasks.to(dtype), common.v.to(dtype)], dim=-1))

@@ -1,0 +1,293 @@
+"""The command line: verbs, exit codes, messages, and that nothing heavy is imported before it is needed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import load_folder, make_family, save_folder
+from typer.testing import CliRunner
+
+import isomerge_fast as imf
+from isomerge_fast.cli import app, parse_bytes
+from isomerge_fast.console import group_tensors
+from isomerge_fast.errors import ConfigError
+from isomerge_fast.plan import make_plan
+
+
+def isomerge(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """The installed console script, in a process of its own."""
+    script = Path(sys.executable).parent / "isomerge"
+    return subprocess.run([script, *map(str, arguments)], capture_output=True, text=True, cwd=cwd, check=False)
+
+
+def invoke(*arguments: object) -> tuple[int, str, str]:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    return result.exit_code, result.stdout, result.stderr
+
+
+def flags(family: tuple[Path, list[Path]], *more: object) -> list[object]:
+    pairs = [("--expert", expert) for expert in family[1]]
+    return ["--base", family[0], *(part for pair in pairs for part in pair), *more]
+
+
+def test_help_is_fast_and_light() -> None:
+    """Under half a second (the median of three, these machines are noisy), and no torch on that path."""
+    result = isomerge("--help")
+    assert result.returncode == 0
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        isomerge("--help")
+        seconds.append(time.perf_counter() - start)
+    for verb in ("run", "plan", "verify", "doctor", "demo", "report"):
+        assert verb in result.stdout
+    assert sorted(seconds)[1] < 0.5
+    code = "import sys, isomerge_fast.cli; print([m for m in ('torch', 'numpy', 'pydantic') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+def test_run_from_a_file_and_from_flags(tmp_path: Path) -> None:
+    family = make_family(tmp_path)
+    experts = ", ".join(str(expert) for expert in family[1])
+    text = (
+        f"method: iso-cts\nbase: {family[0]}\nexperts: [{experts}]\nscaling: 0.9\noptions: {{common_fraction: 0.7}}\n"
+    )
+    (tmp_path / "merge.yml").write_text(text + f"out: {tmp_path / 'a'}\n")
+    result = isomerge("run", tmp_path / "merge.yml")
+    assert result.returncode == 0, result.stderr
+    assert "10 tensors (3 copy, 3 mean, 4 iso-cts)" in result.stdout
+    assert f"written: {tmp_path / 'a'}" in result.stdout
+    arguments = flags(family, "--method", "iso-cts", "--scaling", 0.9, "--option", "common_fraction=0.7")
+    code, stdout, _ = invoke("run", *arguments, "--out", tmp_path / "b", "--format", "json")
+    assert code == 0
+    report = json.loads(stdout)
+    assert report["outputs"] == [str(tmp_path / "b")]
+    assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
+    # An option on the command line goes before the file's.
+    code, _, _ = invoke("run", tmp_path / "merge.yml", "--scaling", 0.5, "--scaling", 0.9, "--out", tmp_path / "c")
+    assert code == 0
+    many = (tmp_path / "c/scaling-0.9/model.safetensors").read_bytes()
+    assert many == (tmp_path / "a/model.safetensors").read_bytes()
+
+
+def test_paths_are_relative_to_the_working_folder(tmp_path: Path) -> None:
+    make_family(tmp_path, tasks=2)
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs/m.yml").write_text("base: base\nexperts: [expert0, expert1]\nmethod: mean\nout: merged/\n")
+    assert isomerge("run", "configs/m.yml", cwd=tmp_path).returncode == 0
+    assert (tmp_path / "merged/model.safetensors").exists()
+    assert isomerge("verify", "merged", cwd=tmp_path).returncode == 0
+
+
+def test_plan_writes_nothing_and_tells_every_fate(tmp_path: Path) -> None:
+    family = make_family(tmp_path, shards=2)
+    before = sorted(tmp_path.rglob("*"))
+    code, stdout, _ = invoke("plan", *flags(family, "--method", "iso-c", "--out", tmp_path / "out"))
+    assert code == 0
+    assert sorted(tmp_path.rglob("*")) == before
+    for text in ("layers.{0..1}.up.weight", "embed_tokens.weight", "copy", "averaged, as published"):
+        assert text in stdout
+    assert 'overrides: [{match: "embed_tokens.weight", method: mean}]' in stdout
+    code, stdout, _ = invoke("plan", *flags(family), "--format", "json")
+    plan = json.loads(stdout)
+    assert {tensor["name"] for tensor in plan["tensors"]} == load_folder(family[0]).keys()
+    assert plan["write_bytes"] == sum(t.numel() * t.element_size() for t in load_folder(family[0]).values())
+    assert plan["peak_ram_bytes"] > 0
+    assert plan["estimated_seconds"]["compute"] >= 0
+
+
+def test_plan_of_a_large_model_needs_no_data(tmp_path: Path) -> None:
+    """Headers of a 291-tensor 7B model over sparse files: planned without reading a weight."""
+    import struct
+
+    from isomerge_fast.checkpoint.writer import OutputTensor, file_layout
+
+    tensors = [OutputTensor("model.embed_tokens.weight", "BF16", (32000, 4096))]
+    for layer in range(32):
+        for name, shape in (("q", (4096, 4096)), ("up", (11008, 4096)), ("down", (4096, 11008)), ("norm", (4096,))):
+            tensors.append(OutputTensor(f"model.layers.{layer}.{name}.weight", "BF16", shape))
+    for folder in ("base", "e0", "e1"):
+        path = tmp_path / folder / "model.safetensors"
+        path.parent.mkdir()
+        prefix, placed = file_layout(path, tensors)
+        assert struct.unpack("<Q", prefix[:8])[0] == len(prefix) - 8
+        with open(path, "wb") as file:
+            file.write(prefix)
+            file.truncate(max(tensor.end for tensor in placed.values()))
+    family = (tmp_path / "base", [tmp_path / "e0", tmp_path / "e1"])
+    start = time.perf_counter()
+    code, stdout, _ = invoke("plan", *flags(family, "--format", "json"))
+    assert time.perf_counter() - start < 20
+    assert code == 0
+    assert json.loads(stdout)["read_bytes"] == 3 * 2 * sum(tensor.bytes // 2 for tensor in tensors)
+    code, _, stderr = invoke("plan", *flags(family, "--max-ram", "500MB"))
+    assert code == 4
+    assert "this merge needs" in stderr
+
+
+def test_tensors_are_grouped_by_the_numbers_in_their_names(tmp_path: Path) -> None:
+    base = {f"h.{layer}.e.{expert}.w": torch.ones(2, 3) for layer in range(3) for expert in range(2)}
+    base["h.0.other2"] = torch.ones(4)
+    folders = [save_folder(tmp_path / name, base) for name in ("a", "b")]
+    plan = make_plan(imf.MergeConfig(str(folders[0]), [str(folders[1])]))
+    assert [(name, len(members)) for name, members in group_tensors(plan.tensors)] == [
+        ("h.{0..2}.e.{0..1}.w", 6),
+        ("h.0.other2", 1),
+    ]
+
+
+class TestExitCodes:
+    @pytest.mark.parametrize(
+        ("line", "message"),
+        [
+            ("sclaing: 1.0", "unknown key 'sclaing' (did you mean 'scaling'?)"),
+            ("method: iso-ctx", "did you mean 'iso-cts'"),
+            ("options: {comon_fraction: 0.5}", "did you mean 'common_fraction'"),
+            ("dtype: bf16", "did you mean 'bfloat16'"),
+            ("scaling: lots", "scaling"),
+            ("scaling: [1.0, 1.0]", "twice"),
+            ("scaling: .nan", "not a finite number"),
+            ("experts: one", "experts"),
+            ("overrides: [{match: x}]", "overrides.0.method"),
+            ("base: again", "key 'base' is given twice"),
+            ("a: [", "not YAML"),
+            ("on_extra: keep", "on_extra"),
+        ],
+    )
+    def test_config(self, tmp_path: Path, line: str, message: str) -> None:
+        family = make_family(tmp_path, tasks=1)
+        keys = {"base": str(family[0]), "experts": f"[{family[1][0]}]", "out": str(tmp_path / "out")}
+        text = "".join(f"{key}: {value}\n" for key, value in keys.items() if key == "base" or not line.startswith(key))
+        (tmp_path / "m.yml").write_text(text + line + "\n")
+        code, stdout, stderr = invoke("run", tmp_path / "m.yml")
+        assert (code, stdout) == (2, "")
+        assert message in stderr
+        assert stderr.count("\n") == 1 or "not YAML" in stderr
+        assert not (tmp_path / "out").exists()
+
+    def test_usage(self, tmp_path: Path) -> None:
+        assert invoke("run")[0] == 2
+        assert invoke("run", "--bogus")[0] == 2
+        assert invoke("run", tmp_path / "missing.yml")[0] == 2
+        family = make_family(tmp_path, tasks=9)
+        assert invoke("run", *flags(family))[0] == 2  # no --out
+        code, _, stderr = invoke("run", *flags(family, "--out", tmp_path / "o", "--option", "common_fraction=0.0"))
+        assert code == 2
+        assert "k = -2" in stderr
+        assert invoke("run", *flags(family, "--out", family[0]))[0] == 2
+        assert invoke("run", *flags(family, "--out", tmp_path / "o", "--max-ram", "lots"))[0] == 2
+        assert invoke("run", *flags(family, "--out", tmp_path / "o", "--device", "tpu"))[0] == 2
+
+    def test_input(self, tmp_path: Path) -> None:
+        family = make_family(tmp_path)
+        arguments = flags(family, "--out", tmp_path / "out")
+        (family[1][0] / "model.safetensors").write_bytes(b"short")
+        code, stdout, _ = invoke("run", *arguments, "--format", "json")
+        assert code == 3
+        error = json.loads(stdout)["error"]
+        assert error["kind"] == "input"
+        assert error["exit_code"] == 3
+        assert str(family[1][0]) in error["message"]
+        assert invoke("plan", *arguments)[0] == 3
+        assert invoke("verify", tmp_path)[0] == 3
+        assert invoke("report", tmp_path)[0] == 3
+
+    def test_resources(self, tmp_path: Path) -> None:
+        family = make_family(tmp_path)
+        arguments = flags(family, "--out", tmp_path / "out")
+        assert invoke("run", *arguments, "--max-ram", "1MiB")[0] == 4
+        if not torch.cuda.is_available():
+            code, _, stderr = invoke("run", *arguments, "--device", "cuda")
+            assert code == 4
+            assert "0 CUDA device(s)" in stderr
+
+    def test_verification(self, tmp_path: Path) -> None:
+        family = make_family(tmp_path)
+        assert invoke("run", *flags(family, "--out", tmp_path / "out"))[0] == 0
+        code, stdout, _ = invoke("verify", tmp_path / "out", "--format", "json")
+        assert code == 0
+        assert json.loads(stdout)["tensors"] == 10
+        assert "every checksum is right" in invoke("verify", tmp_path / "out")[1]
+        assert "iso-cts/gram-eigh-fp64" in invoke("report", tmp_path / "out")[1]
+        file = tmp_path / "out/model.safetensors"
+        content = bytearray(file.read_bytes())
+        content[-4] ^= 1
+        file.write_bytes(bytes(content))
+        code, _, stderr = invoke("verify", tmp_path / "out")
+        assert code == 5
+        assert "checksum differs" in stderr
+
+
+def test_doctor() -> None:
+    code, stdout, _ = invoke("doctor", "--format", "json")
+    assert code == 0
+    findings = json.loads(stdout)
+    assert findings["healthy"]
+    assert {check["method"] for check in findings["checks"]} == {"iso-c", "iso-cts", "mean", "task-arithmetic"}
+    assert findings["versions"]["torch"] == torch.__version__
+    assert "ok: error" in invoke("doctor")[1]
+
+
+def test_doctor_finds_wrong_arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = imf.IsoCTS.merge
+
+    def wrong(self: imf.IsoCTS, deltas):
+        value, stats = real(self, deltas)
+        return value * (1.0 if self.precision == "reference" else 1.01), stats
+
+    monkeypatch.setattr(imf.IsoCTS, "merge", wrong)
+    code, stdout, stderr = invoke("doctor")
+    assert code == 5
+    assert "WRONG: error 1.0e-02" in stdout
+    assert "not what float64 gives" in stderr
+
+
+def test_version() -> None:
+    assert invoke("--version")[1].startswith("isomerge-fast 0.")
+
+
+@pytest.mark.parametrize(
+    ("text", "count"), [("8GiB", 8 << 30), ("600MB", 600_000_000), ("1.5 GiB", 3 << 29), ("1024", 1024), ("7b", 7)]
+)
+def test_sizes(text: str, count: int) -> None:
+    assert parse_bytes(text, "--max-ram") == count
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "8 gigs", "-1GB"])
+def test_bad_sizes(text: str) -> None:
+    with pytest.raises(ConfigError, match="--max-ram"):
+        parse_bytes(text, "--max-ram")
+
+
+def test_progress_is_drawn_where_a_person_watches(tmp_path: Path) -> None:
+    """On a terminal the progress line shows phase, tensors, bytes and rate; into a pipe there is none."""
+    import pty
+
+    family = make_family(tmp_path)
+    script = Path(sys.executable).parent / "isomerge"
+    arguments = [str(part) for part in flags(family, "--out", tmp_path / "out")]
+    parent, child = pty.openpty()
+    process = subprocess.Popen([script, "run", *arguments], stderr=child, stdout=subprocess.PIPE, close_fds=True)
+    os.close(child)
+    drawn = b""
+    while True:
+        try:
+            block = os.read(parent, 4096)
+        except OSError:
+            break
+        if not block:
+            break
+        drawn += block
+    assert process.wait() == 0
+    os.close(parent)
+    assert b"10/10 tensors" in drawn
+    assert b"GB/s" in drawn
+    quiet = isomerge("run", *arguments, "--overwrite")
+    assert quiet.stderr == ""
