@@ -100,6 +100,8 @@ def merge_state_dicts(
     problems = []
     for index, expert in enumerate(experts):
         for name, tensor in base.items():
+            if name not in expert and not tensor.is_floating_point():
+                continue  # integer buffers come from the base
             if name not in expert:
                 problems.append(f"experts[{index}]: tensor {name!r} of the base is missing")
             elif expert[name].shape != tensor.shape:
@@ -123,9 +125,8 @@ def merge_state_dicts(
             if tensor.numel() and place in merged_at:
                 result[name] = merged_at[place]
                 continue
-            result[name] = _merge_one(
-                name, tensor, [expert[name] for expert in experts], chosen, scaling, exclude, dtype
-            )
+            sources = [expert[name] for expert in experts] if tensor.is_floating_point() else []
+            result[name] = _merge_one(name, tensor, sources, chosen, scaling, exclude, dtype)
             merged_at[place] = result[name]
     return result
 

@@ -311,6 +311,16 @@ def test_every_problem_is_found_at_once(tmp_path: Path) -> None:
     assert len(caught.value.problems) == 3
 
 
+def test_integer_buffers_may_be_missing_from_an_expert(tmp_path: Path) -> None:
+    """Older releases of transformers saved position_ids, newer ones do not; the base's is taken either way."""
+    family = make_family(tmp_path)
+    rewrite(family[1][1], position_ids=None, mask=None)
+    imf.merge(config_of(family, tmp_path / "out"))
+    assert load_folder(tmp_path / "out").keys() == make_base().keys()
+    base, experts = load_folder(family[0]), [load_folder(folder) for folder in family[1]]
+    assert torch.equal(imf.merge_state_dicts(base, experts)["position_ids"], base["position_ids"])
+
+
 def test_extra_tensors_may_be_ignored(tmp_path: Path) -> None:
     family = make_family(tmp_path)
     damage_extra(family)
