@@ -204,7 +204,7 @@ def _mismatches(base: Checkpoint, expert: Checkpoint, on_extra: str) -> Iterable
     for name, stored in base.tensors.items():
         other = expert.tensors.get(name)
         if other is None and stored.dtype in COPIED_DTYPES:
-            continue  # buffers such as position_ids, which older releases saved and newer ones do not: the base's is used
+            continue  # position_ids and the like, which older releases saved and newer do not: the base has them
         if other is None:
             tied = bool((expert.config or {}).get("tie_word_embeddings")) and "lm_head" in name
             hint = " (the expert ties its word embeddings; save base and experts with the same tying)" if tied else ""

@@ -379,8 +379,8 @@ def test_outputs_equal_oracle(
 ) -> None:
     """The tolerance is what the model itself makes of the error that its weights may have.
 
-    Narrow dtypes: of rounding the oracle's weights once to the dtype. float32: of ``tolerance`` added to each of them, or
-    taken from it, at random.
+    Narrow dtypes: of rounding the oracle's weights once to the dtype. float32: of ``tolerance`` added to each of them,
+    or taken from it, at random.
     """
     expected = judged(case, method)
     exact = {name: torch.from_numpy(value) for name, value in expected.items()}
