@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import __version__, ops
 from .checkpoint.companions import config_with_dtype, copy_companions, model_card
-from .checkpoint.layout import DTYPES, INDEX_FILE, SINGLE_FILE
+from .checkpoint.layout import DTYPES, SINGLE_FILE
 from .checkpoint.manifest import FORMAT, MANIFEST_FILE, Journal, describe_inputs, fingerprint, to_json
 from .checkpoint.reader import Reader
 from .checkpoint.staging import Staging
@@ -321,10 +321,10 @@ class _Run:
             if plan.base.config is not None:
                 text = json.dumps(config_with_dtype(plan.base.config, config.dtype), indent=2, ensure_ascii=False)
                 write_durably(path / "config.json", (text + "\n").encode())
-            if list(plan.shards) != [SINGLE_FILE]:
+            if plan.base.index_name is not None:
                 weight_map = {tensor.name: self._shard_of(tensor) for tensor in plan.tensors}
                 index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
-                write_durably(path / INDEX_FILE, to_json(index, indent=2))
+                write_durably(path / plan.base.index_name, to_json(index, indent=2))
             write_durably(path / "README.md", self._card(scaling).encode())
             for name in plan.companions:
                 _sync_file(path / name)

@@ -78,7 +78,10 @@ class TensorPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """The whole merge. ``tensors`` are in the order in which their bytes lie in the base's files."""
+    """The whole merge. ``tensors`` are in the order in which their bytes lie in the base's files.
+
+    ``shards`` have the names and contents of the base's files; that of a bare file is ``model.safetensors``.
+    """
 
     config: MergeConfig
     base: Checkpoint
@@ -146,12 +149,11 @@ def make_plan(config: MergeConfig) -> Plan:
             shown.append(f"… and {len(problems) - len(shown)} more")
         raise InputError(f"{len(problems)} problem(s) found before any output was written:", shown)
 
-    sharded = len(base.files) > 1
     tensors, shards = [], {}
     for stored in sorted(base.tensors.values(), key=lambda stored: (str(stored.file), stored.start)):
         plan = _plan_tensor(stored, experts, config, method, overrides)
         tensors.append(plan)
-        shards.setdefault(stored.file.name if sharded else SINGLE_FILE, []).append(plan.out)
+        shards.setdefault(stored.file.name if base.is_folder else SINGLE_FILE, []).append(plan.out)
     companions = tuple(companion_files(base.path)) if base.is_folder else ()
     shard_table = {name: tuple(outputs) for name, outputs in shards.items()}
     notes = tuple(_notes(config, base, experts, tensors))

@@ -87,6 +87,31 @@ def test_output_is_a_checkpoint_of_the_same_layout(tmp_path: Path) -> None:
     assert os.listdir(tmp_path).count(".out.isomerge") == 0
 
 
+@pytest.mark.parametrize("shards", [1, 2])
+def test_files_keep_their_names(tmp_path: Path, shards: int) -> None:
+    """A diffusers folder has files and an index of its own name, by which it is loaded again."""
+    family = make_family(tmp_path, shards=shards)
+    for file in family[0].glob("model*"):
+        text = file.read_bytes()
+        if file.suffix == ".json":
+            text = text.replace(b'"model-', b'"diffusion_pytorch_model-')
+        (family[0] / f"diffusion_pytorch_{file.name}").write_bytes(text)
+        file.unlink()
+    imf.merge(config_of(family, tmp_path / "out"))
+    names = {path.name for path in family[0].iterdir()} | {"README.md", "manifest.json", "report.json"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == names
+    assert verify(tmp_path / "out").tensors == len(make_base())
+
+
+def test_an_index_of_one_shard_stays_an_index(tmp_path: Path) -> None:
+    base, experts = make_family(tmp_path)
+    (base / "model.safetensors").rename(base / "model-00001-of-00001.safetensors")
+    weight_map = dict.fromkeys(make_base(), "model-00001-of-00001.safetensors")
+    (base / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    imf.merge(config_of((base, experts), tmp_path / "out"))
+    assert json.loads((tmp_path / "out/model.safetensors.index.json").read_text())["weight_map"] == weight_map
+
+
 def test_card_is_a_config(tmp_path: Path) -> None:
     """The recipe in the model card makes the same bytes again."""
     family = make_family(tmp_path)
@@ -394,6 +419,15 @@ class TestOutputFolder:
         imf.merge(config_of(family, tmp_path / "empty"))
         imf.merge(config_of(family, tmp_path / "a" / "b" / "c"))
         assert listing(tmp_path / "empty")["model.safetensors"] == listing(tmp_path / "a/b/c")["model.safetensors"]
+
+    def test_mount_point(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Nothing can be renamed onto one: said before the work, not after."""
+        family = make_family(tmp_path)
+        (tmp_path / "out").mkdir()
+        monkeypatch.setattr(os.path, "ismount", lambda path: str(path) == str(tmp_path / "out"))
+        with pytest.raises(imf.ConfigError, match="mount point"):
+            imf.merge(config_of(family, tmp_path / "out"))
+        assert not (tmp_path / ".out.isomerge").exists()
 
     def test_locked_by_another_run(self, tmp_path: Path) -> None:
         family = make_family(tmp_path)

@@ -149,9 +149,8 @@ def test_embeddings_are_sensible(merged: Callable[[str], Path], method: str) -> 
     assert torch.isfinite(ours).all()
     assert not torch.equal(ours, base)
 
-    # Cosines of random vectors in 384 dimensions have mean 0 and standard deviation 0.05: 0.5 is ten of them.
-    # Measured: iso-c MEASURED, iso-cts MEASURED.
-    assert cosine_similarity(ours, base).min() > 0.5
+    # Measured: 0.997. Cosines of random vectors in 384 dimensions have mean 0 and standard deviation 0.05.
+    assert cosine_similarity(ours, base).min() > 0.9
     generator = torch.Generator().manual_seed(0)
     strangers = normalize(torch.randn(base.shape, generator=generator), dim=-1)
     assert cosine_similarity(strangers, base).max() < 0.25
@@ -184,6 +183,9 @@ TENSORS = {
     "positions": "embeddings.position_embeddings.weight",
     "two-rows": "embeddings.token_type_embeddings.weight",
 }
+TOKEN_TABLE = "embeddings.word_embeddings.weight"  # Iso-CTS by the oracle takes 8 s on it, so Iso-C only
+JUDGED = [pytest.param(method, name, id=f"{method}-{id}") for method in SCALINGS for id, name in TENSORS.items()]
+JUDGED += [pytest.param("iso-c", TOKEN_TABLE, id="iso-c-token-table")]
 ORACLES = {"iso-c": oracle.iso_c, "iso-cts": oracle.iso_cts}
 SOLVERS = {"iso-c": imf.iso_c, "iso-cts": imf.iso_cts}
 
@@ -194,26 +196,28 @@ def judged(weights: Weights) -> Callable[[str, str], np.ndarray]:
     return cache(lambda method, name: ORACLES[method](weights.deltas(name)))
 
 
-@pytest.mark.parametrize("name", TENSORS.values(), ids=TENSORS.keys())
-@pytest.mark.parametrize("method", SCALINGS)
+@pytest.mark.parametrize(("method", "name"), JUDGED)
 def test_merged_delta_equals_oracle(
     weights: Weights, judged: Callable[[str, str], np.ndarray], method: str, name: str
 ) -> None:
-    """On the deltas of real fine-tuning, float32 in and out; measured: MEASURED at most."""
+    """On the deltas of real fine-tuning, float32 in and out.
+
+    Measured: 1.7e-7 (Iso-C) and 3.6e-7 (Iso-CTS), but 2.2e-6 for Iso-CTS of the position table: only the rows of the
+    few positions in use have a gradient, the others move by weight decay alone, which puts σ_k near 1e-4 σ₁.
+    """
     deltas = [torch.from_numpy(delta.astype(np.float32)) for delta in weights.deltas(name)]
     value = SOLVERS[method](deltas)
     assert value.dtype == torch.float32
     assert oracle.relative_error(value.numpy(), judged(method, name)) <= DELTA_BOUND
 
 
-@pytest.mark.parametrize("name", TENSORS.values(), ids=TENSORS.keys())
-@pytest.mark.parametrize("method", SCALINGS)
+@pytest.mark.parametrize(("method", "name"), JUDGED)
 def test_stored_weights_equal_oracle(
     weights: Weights, merged: Callable[[str], Path], judged: Callable[[str, str], np.ndarray], method: str, name: str
 ) -> None:
     """θ₀ + α·Δ to the error promised for Δ and one rounding of θ to float32, at most u·|θ| an entry.
 
-    Judging Δ itself by what is stored would judge that rounding: here ‖θ‖ is about a hundred times ‖Δ‖.
+    Judging Δ itself by what is stored would judge that rounding: here ‖θ‖ is hundreds of times ‖Δ‖.
     """
     stored = load_file(merged(method) / "model.safetensors")[name].double().numpy()
     moved = SCALINGS[method] * judged(method, name)
@@ -225,7 +229,10 @@ def test_stored_weights_equal_oracle(
 
 @pytest.mark.parametrize("method", SCALINGS)
 def test_other_tensors(weights: Weights, merged: Callable[[str], Path], method: str) -> None:
-    """Vectors are averaged, frozen tensors and integer buffers are the base's, bit for bit."""
+    """Vectors are averaged; frozen tensors and integer buffers are the base's, bit for bit.
+
+    position_ids is in the base's file, of 2021, and not in what today's transformers saved of the experts.
+    """
     stored = load_file(merged(method) / "model.safetensors")
     assert stored.keys() == weights.base.keys()
     unit = 2.0**-24

@@ -32,7 +32,7 @@ SCALINGS = {"iso-c": 1.3, "iso-cts": 1.5, "mean": 0.7, "task-arithmetic": 0.4}
 METHODS = tuple(SCALINGS)
 SPECTRAL = ("iso-c", "iso-cts")
 
-DELTA_BOUND = 1e-5  # promised: relative Frobenius error of a full-rank merged delta; measured: MEASURED on these
+DELTA_BOUND = 1e-5  # promised: relative Frobenius error of a full-rank merged delta; measured at most 1.6e-7 here
 BITS = {torch.float32: 24, torch.bfloat16: 8, torch.float16: 11}  # of the significand
 OTHER_DTYPE = {torch.float32: torch.bfloat16, torch.bfloat16: torch.float32, torch.float16: torch.float32}
 
@@ -400,7 +400,7 @@ def test_outputs_equal_oracle(
     value = outputs(case.family, model)
     assert torch.isfinite(value).all()
     assert distance(value, outputs(case.family, with_weights(case, rounded))) <= allowed
-    # That this can tell: the base's outputs are far off (measured: BASEOFF).
+    # That this can tell: the base's outputs are far off (measured: 34 times and more).
     assert distance(outputs(case.family, load(case, saved(case).base)[0]), reference) > 10 * allowed
 
 

@@ -83,6 +83,7 @@ class Checkpoint:
     tensors: dict[str, StoredTensor]
     files: dict[Path, FileIdentity]
     config: dict[str, Any] | None = field(default=None, compare=False)
+    index_name: str | None = None  # of the index file, when the folder has one
 
     @property
     def bytes(self) -> int:
@@ -200,13 +201,26 @@ def _parse_entry(path: Path, name: str, entry: Any, data_start: int) -> StoredTe
     return StoredTensor(name, dtype, tuple(shape), path, data_start + offsets[0], data_start + offsets[1])
 
 
-def weight_files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
-    """The safetensors files of a folder, and the index's ``weight_map`` when it is sharded.
+def find_index(folder: Path) -> Path | None:
+    """``model.safetensors.index.json``, or the one index of another name (diffusers has its own), or None."""
+    if (folder / INDEX_FILE).is_file():
+        return folder / INDEX_FILE
+    others = sorted(folder.glob("*.safetensors.index.json"))
+    if len(others) > 1:
+        raise InputError(
+            f"{folder}: several indexes ({', '.join(path.name for path in others[:5])}) and no {INDEX_FILE}"
+        )
+    return others[0] if others else None
+
+
+def weight_files(folder: Path) -> tuple[list[Path], Path | None, dict[str, str]]:
+    """The safetensors files of a folder; its index and that index's ``weight_map`` when it has one.
 
     Shards are looked up by name (hub caches are links into ``blobs/``), so names must be plain.
     """
-    single, index = folder / SINGLE_FILE, folder / INDEX_FILE
-    if index.is_file():
+    single = folder / SINGLE_FILE
+    index = find_index(folder)
+    if index is not None:
         parsed = parse_json(_read_small(index), str(index))
         weight_map = parsed.get("weight_map") if isinstance(parsed, dict) else None
         if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
@@ -218,13 +232,13 @@ def weight_files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
             if not (folder / shard).is_file():
                 raise InputError(f"{index}: shard {shard!r} is missing from {folder}")
         if single.is_file() and SINGLE_FILE not in shards:
-            raise InputError(f"{folder}: holds both {SINGLE_FILE} and {INDEX_FILE}; remove the one that is stale")
-        return [folder / shard for shard in shards], weight_map
+            raise InputError(f"{folder}: holds both {SINGLE_FILE} and {index.name}; remove the one that is stale")
+        return [folder / shard for shard in shards], index, weight_map
     if single.is_file():
-        return [single], None
+        return [single], None, {}
     others = sorted(folder.glob("*.safetensors"))
     if len(others) == 1:
-        return others, None
+        return others, None, {}
     if others:
         names = ", ".join(path.name for path in others[:5])
         raise InputError(f"{folder}: several .safetensors files and no {INDEX_FILE} ({names}, …)")
@@ -247,9 +261,9 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     if not root.exists():
         raise InputError(f"{root}: no such checkpoint folder or .safetensors file")
     if root.is_dir():
-        files, weight_map = weight_files(root)
+        files, index, weight_map = weight_files(root)
     elif root.suffix == ".safetensors":
-        files, weight_map = [root], None
+        files, index, weight_map = [root], None, {}
     else:
         raise InputError(f"{root}: neither a folder nor a .safetensors file")
 
@@ -261,7 +275,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
             if name in tensors:
                 raise InputError(f"{root}: tensor {name!r} is in both {tensors[name].file.name} and {file.name}")
             tensors[name] = tensor
-    if weight_map is not None:
+    if index is not None:
         for name, shard in weight_map.items():
             if name not in tensors or tensors[name].file.name != shard:
                 raise InputError(f"{root}: the index puts tensor {name!r} into {shard}, where it is not")
@@ -275,7 +289,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         config = parse_json(_read_small(root / "config.json"), str(root / "config.json"))
         if not isinstance(config, dict):
             raise InputError(f"{root / 'config.json'}: not a JSON object")
-    return Checkpoint(root, tensors, identities, config)
+    return Checkpoint(root, tensors, identities, config, index.name if index is not None else None)
 
 
 def _read_small(path: Path) -> bytes:

@@ -117,6 +117,9 @@ class Staging:
         if not self.out.is_dir():
             self._leave_no_trace()
             raise ConfigError(f"{self.out}: exists and is not a folder")
+        if os.path.ismount(self.out):
+            self._leave_no_trace()
+            raise ConfigError(f"{self.out}: is a mount point and cannot be renamed to; give a folder inside it")
         names = os.listdir(self.out)
         if not names or (self._resume and self.is_committed):
             return
