@@ -11,6 +11,7 @@ import isomerge_fast as imf
 from isomerge_fast.errors import ConfigError
 from isomerge_fast.linalg.gram_eigh import GramEigh
 from isomerge_fast.linalg.svd import FullSvd
+from isomerge_fast.linalg.thin import thin_qr
 from isomerge_fast.methods import METHODS, TensorSpec, as_deltas, make_method
 from isomerge_fast.methods.iso_cts import split_rank
 
@@ -256,6 +257,21 @@ def test_solvers_against_numpy(solver, shape: tuple[int, int]) -> None:
     # The complement is the rest of the short side: together they are the identity.
     short = top.short @ top.short.mT + top.complement @ top.complement.mT
     assert oracle.relative_error(short.numpy(), np.eye(min(shape))) <= 1e-10
+
+
+@pytest.mark.parametrize("condition", [1e0, 1e3, 1e5, 1e9, 1e14, float("inf")])
+@pytest.mark.parametrize("shape", [(200, 30), (30, 30), (10, 30), (2, 80, 12)], ids=str)
+def test_thin_qr(shape: tuple[int, ...], condition: float) -> None:
+    """Orthonormal and exact at every condition number, by whichever of its two ways; deficient input too."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(shape, generator=generator, dtype=torch.float64)
+    u, _, vh = torch.linalg.svd(x, full_matrices=False)
+    scales = torch.logspace(0, -np.log10(min(condition, 1e300)), min(shape[-2:]), dtype=torch.float64)
+    x = u @ (scales[:, None] * vh)
+    q, r = thin_qr(x)
+    eye = torch.eye(q.shape[-1], dtype=torch.float64)
+    assert torch.linalg.matrix_norm(q.mT @ q - eye).max() <= 1e-13 * q.shape[-1]
+    assert torch.linalg.matrix_norm(q @ r - x).max() <= 1e-14 * np.sqrt(x.numel()) * torch.linalg.matrix_norm(x).max()
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..errors import ConfigError
 from ..linalg.protocol import PolarStats, Solver, Subspace, rounding_tolerance
 from ..linalg.svd import FullSvd
+from ..linalg.thin import thin_qr
 from .iso_c import IsoC
 from .protocol import (
     Deltas,
@@ -169,7 +170,7 @@ class IsoCTS:
 
 def _thin_polar(x: Tensor) -> tuple[Tensor, PolarStats]:
     """polar(X) = Q polar(R) of X = QR, in float64: for a few columns, without squaring their condition number."""
-    q, r = torch.linalg.qr(x.double())
+    q, r = thin_qr(x.double())
     polar, stats = FullSvd().polar(r)
     return q @ polar, stats
 
@@ -192,8 +193,8 @@ def _recombine(
     correction = v_k.mT @ rest
     a += correction
     rest -= v_k @ correction
-    q_a, a_small = torch.linalg.qr(a)
-    q_r, b_small = torch.linalg.qr(rest)
+    q_a, a_small = thin_qr(a)
+    q_r, b_small = thin_qr(rest)
     v_a = v_k @ q_a
     del rest
     width, tasks_width = q_a.shape[-1], u_tasks.shape[-1]
