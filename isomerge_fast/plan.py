@@ -290,7 +290,8 @@ def _choose_method(
         if fnmatch.fnmatchcase(spec.name, pattern):
             return Mean(), f"{pattern!r}: averaged, as published"
     if precision := getattr(method, "precision", None):
-        return method, choose(precision, spec.dtype).reason
+        choice = choose(precision, spec.dtype)
+        return method, f"{choice.solver.name}: {choice.reason}"
     return method, "every float tensor"
 
 

@@ -595,9 +595,10 @@ def test_verify_names_the_tensor_of_a_flipped_bit(tmp_path: Path) -> None:
     assert "1 problem" in str(caught.value)
 
 
-def test_verify_recomputes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A merge whose arithmetic was wrong has right checksums; the float64 sample finds it."""
-    family = make_family(tmp_path)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_verify_recomputes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    """A merge whose deltas are 1 % off has right checksums; the float64 sample finds it, below bf16's rounding too."""
+    family = make_family(tmp_path, dtype=dtype)
     real = imf.IsoCTS.merge
 
     def wrong(self, deltas):

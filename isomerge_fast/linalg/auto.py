@@ -34,9 +34,7 @@ def choose(precision: str, dtype: torch.dtype) -> Choice:
     if precision not in PRECISIONS:
         raise ConfigError(f"precision {precision!r} is unknown{nearest(precision, PRECISIONS)}")
     if precision == "reference":
-        return Choice(FullSvd(), "precision is 'reference': full SVD in float64")
+        return Choice(FullSvd(), "precision is 'reference'")
     if dtype == torch.float64:
-        return Choice(FullSvd(), "float64 input: a Gram matrix would square its condition number")
-    return Choice(
-        GramEigh(), "float32 compute: the float64 Gram matrix of the short side resolves 1e-7 of the largest σ"
-    )
+        return Choice(FullSvd(), "float64 input, beyond a Gram matrix")
+    return Choice(GramEigh(), "resolves float32 input")
