@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from .layout import DTYPES, Checkpoint, FileIdentity, StoredTensor, read_header
+from .layout import DTYPES, Checkpoint, FileIdentity, StoredTensor
 
 READ_BYTES = 1 << 26  # one system call reads at most 2 GiB; 64 MiB keeps interrupts prompt
 # Before a tensor of this size, what freed blocks have left in the heap goes back to the system: up to 64 MB with glibc.
@@ -85,8 +85,3 @@ class Reader:
                 raise InputError(f"{path}: changed since the merge was planned")
             self._descriptors[path] = descriptor
         return self._descriptors[path]
-
-
-def read_identity(path: Path) -> FileIdentity:
-    """The identity of a safetensors file as it is now."""
-    return read_header(path)[1]

@@ -1,0 +1,79 @@
+"""Kernels' operations in plain torch against float64, over the shapes a checkpoint has."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from isomerge_fast import ops
+
+SHAPES = {
+    "square": (64, 64),
+    "wide": (32, 3000),
+    "tall": (3000, 32),
+    "odd": (63, 501),
+    "row": (1, 70),
+    "vector": (77,),
+    "scalar": (),
+    "convolution": (8, 3, 5, 5),
+    "empty": (0, 4),
+    "many-blocks": (1030, 1030),
+}
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+def tensors(shape: tuple[int, ...], dtype: torch.dtype, count: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for _ in range(count)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+def test_against_float64(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    base, *experts = tensors(shape, dtype, 4)
+    compute = ops.compute_dtype(dtype)
+    assert compute == (torch.float64 if dtype == torch.float64 else torch.float32)
+    eps = torch.finfo(compute).eps
+    exact = [expert.double() - base.double() for expert in experts]
+
+    for expert, delta in zip(experts, exact, strict=True):
+        value = ops.subtract(expert, base, dtype=compute)
+        assert value.dtype == compute
+        assert (value.double() - delta).abs().le(eps * delta.abs()).all()
+
+    total = torch.zeros(shape, dtype=compute)
+    squares = [ops.task_sum(total, expert, base, weight=0.5).item() for expert in experts]
+    size = 0.5 * sum((delta.abs() for delta in exact), torch.zeros(shape, dtype=torch.float64))
+    assert (total.double() - 0.5 * sum(exact)).abs().le(4 * eps * size).all()
+    assert squares == pytest.approx([delta.square().sum().item() for delta in exact], rel=1e-5)
+
+    for out_dtype in DTYPES:
+        value = ops.apply_delta(base, total, scaling=1.5, dtype=out_dtype)
+        assert value.dtype == out_dtype
+        expected = base.double() + 1.5 * total.double()
+        allowed = torch.finfo(out_dtype).eps * expected.abs() + 4 * eps * (base.double().abs() + total.double().abs())
+        tiny = torch.finfo(out_dtype).smallest_normal * torch.finfo(out_dtype).eps  # half a subnormal of float16
+        assert (value.double() - expected).abs().le(allowed + tiny).all()
+
+
+def test_inputs_are_not_modified_and_may_be_strided() -> None:
+    base, expert = tensors((40, 60), torch.bfloat16, 2)
+    before = base.clone(), expert.clone()
+    value = ops.subtract(expert.mT, base.mT, dtype=torch.float32)
+    assert torch.equal(value.mT, ops.subtract(expert, base, dtype=torch.float32))
+    merged = ops.apply_delta(base.mT, value, scaling=1.0, dtype=torch.bfloat16)
+    assert torch.equal(merged, expert.mT)  # bf16 differences are exact in fp32
+    assert torch.equal(base, before[0])
+    assert torch.equal(expert, before[1])
+
+
+@pytest.mark.parametrize("shape", [(), (5,), (700, 800)], ids=str)
+def test_count_nonfinite(shape: tuple[int, ...]) -> None:
+    x = torch.zeros(shape, dtype=torch.bfloat16)
+    assert ops.count_nonfinite(x) == 0
+    flat = x.reshape(-1)
+    places = np.unique([0, flat.numel() - 1])
+    for place, value in zip(places, (float("nan"), float("-inf")), strict=False):
+        flat[int(place)] = value
+    assert ops.count_nonfinite(flat.reshape(shape)) == len(places)
