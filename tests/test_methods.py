@@ -15,7 +15,7 @@ from isomerge_fast.linalg.thin import thin_qr
 from isomerge_fast.methods import METHODS, TensorSpec, as_deltas, make_method
 from isomerge_fast.methods.iso_cts import split_rank
 
-# Errors promised for full-rank fp32 input; measured at most 6e-7 and 2e-12 on these cases.
+# Errors promised for full-rank fp32 input; measured at most 4e-7 and 3e-13 on these cases.
 DEFAULT_BOUND, REFERENCE_BOUND = 1e-5, 1e-9
 
 SHAPES = {

@@ -62,7 +62,7 @@ class IsoC:
 
     def flops(self, spec: TensorSpec, tasks: int) -> float:
         short = min(spec.shape)
-        # Two float64 GEMMs count double; the eigensolver costs about six (MATH: measured on LAPACK).
+        # Two float64 GEMMs count double; LAPACK's eigensolver costs about six.
         return 12.0 * spec.elements * short + 12.0 * short**3
 
     def merge(self, deltas: Deltas) -> tuple[Tensor, MergeStats]:
@@ -72,7 +72,7 @@ class IsoC:
             ValueError: fewer than two dimensions, or NaN or Inf in a delta.
         """
         require_matrices(self.name, deltas.shape)
-        # In float64: rounding S to float32 moves its smallest directions, and for Iso-CTS the cut, by more than 1e-5.
+        # In float64: rounding S to float32 alone was an error of up to 6e-5 in Iso-CTS (768 x 300, gap at the cut 0.3 %).
         total, squares = finite_sum(deltas, torch.float64)
         if 0 in total.shape:
             return total.to(deltas.dtype), MergeStats(self.name, {"delta_norms": delta_norms(squares)})

@@ -113,7 +113,7 @@ class IsoCTS:
         if rows <= columns:
             task_part = 4.0 * spec.elements * part + 4.0 * part * part * columns + 12.0 * part**3
         else:
-            task_part = 4.0 * spec.elements * short + 4.0 * spec.elements * short + 12.0 * short**3
+            task_part = 8.0 * spec.elements * short + 12.0 * short**3
         return sum_part + tasks * task_part + 8.0 * spec.elements * short
 
     def merge(self, deltas: Deltas) -> tuple[Tensor, MergeStats]:
