@@ -21,8 +21,8 @@ from torch import Tensor
 
 from .protocol import PolarStats, Subspace, complement_basis, default_tolerance, reciprocal, relative_gap
 
-# A block of the long side holds about this many elements (8 MiB of float64). A Gram matrix of 32000 x 768 takes the same
-# time to 6 % from 2^19 to 2^22 (2-core CPU), 26 % more at 2^17.
+# A block of the long side holds about this many elements (8 MiB of float64). A Gram matrix of 32000 x 768 takes the
+# same time to 6 % from 2^19 to 2^22 (2-core CPU), 26 % more at 2^17.
 BLOCK_ELEMENTS = 1 << 20
 
 

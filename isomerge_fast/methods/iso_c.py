@@ -72,7 +72,7 @@ class IsoC:
             ValueError: fewer than two dimensions, or NaN or Inf in a delta.
         """
         require_matrices(self.name, deltas.shape)
-        # In float64: rounding S to float32 alone was an error of up to 6e-5 in Iso-CTS (768 x 300, gap at the cut 0.3 %).
+        # In float64: rounding S to float32 alone was an error of 6e-5 in Iso-CTS (768 x 300, gap at the cut 0.3 %).
         total, squares = finite_sum(deltas, torch.float64)
         if 0 in total.shape:
             return total.to(deltas.dtype), MergeStats(self.name, {"delta_norms": delta_norms(squares)})
