@@ -288,9 +288,9 @@ def main() -> None:
     """Entry point of the console script."""
     # Before torch is loaded. OpenMP threads that spin while they wait take the core from the one waited for, when
     # another process is busy: Iso-CTS of eight 768 x 768 deltas on 2 cores took 0.14 s alone and over 15 s beside
-    # one busy process; with this spin count 0.14 s and 0.33 s.
+    # one busy process; with this spin count 0.12 s and 0.39 s, with 1000 0.14 s and 0.33 s.
     if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     if os.environ.get("PYTHONIOENCODING") is None and hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # α and Σ on an ASCII terminal
     app()

@@ -7,9 +7,32 @@ from __future__ import annotations
 
 import torch
 
-from isomerge_kernels.reference import BLOCK_ELEMENTS, apply_delta, count_nonfinite, subtract, task_sum
+from isomerge_kernels.reference import (
+    BLOCK_ELEMENTS,
+    apply_delta,
+    count_nonfinite,
+    mm,
+    mm_add,
+    subtract,
+    sum_deltas,
+    sym_mm,
+    sym_mm_add,
+    task_sum,
+)
 
-__all__ = ["BLOCK_ELEMENTS", "apply_delta", "compute_dtype", "count_nonfinite", "subtract", "task_sum"]
+__all__ = [
+    "BLOCK_ELEMENTS",
+    "apply_delta",
+    "compute_dtype",
+    "count_nonfinite",
+    "mm",
+    "mm_add",
+    "subtract",
+    "sum_deltas",
+    "sym_mm",
+    "sym_mm_add",
+    "task_sum",
+]
 
 
 def compute_dtype(*dtypes: torch.dtype) -> torch.dtype:

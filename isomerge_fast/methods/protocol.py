@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import ConfigError, nearest
 from ..linalg.protocol import Solver
-from ..ops import compute_dtype
+from ..ops import compute_dtype, sum_deltas
 
 RANK_POLICIES = ("range", "min-dim")
 
@@ -94,13 +94,7 @@ class TensorDeltas:
         return self.tensors[task].to(self.dtype, copy=True)
 
     def sum(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        total = torch.zeros(self.shape, dtype=dtype, device=self.tensors[0].device)
-        squares = []
-        for tensor in self.tensors:
-            total += tensor
-            dims = (-2, -1) if tensor.ndim > 2 else None
-            squares.append(torch.linalg.vector_norm(tensor.to(self.dtype), dim=dims).double().square())
-        return total, torch.stack(squares)
+        return sum_deltas(self.tensors, dtype=dtype)
 
 
 @dataclass(frozen=True)
