@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import ops
 from .config import MergeConfig, load_config
-from .engine import Observer, run
+from .engine import Observer, resolve_device, run
 from .errors import ConfigError, InputError
 from .methods import Mean, Method, NotFiniteError, TensorSpec, as_deltas, make_method
 from .plan import make_plan
@@ -26,7 +26,7 @@ def iso_c(deltas: Tensor | Sequence[Tensor], **options: Any) -> Tensor:
 
     Args:
         deltas: T tensors [M, N], one stack [T, M, N], or batched [T, B, M, N]; any float dtypes, never modified.
-        options: fields of ``IsoC``: ``rank_policy``, ``precision``, ``solver``.
+        options: fields of ``IsoC``: ``rank_policy``, ``precision`` (``fast``, ``default``, ``reference``), ``solver``.
 
     Returns:
         The merged Δ, [M, N] or [B, M, N], before scaling; float64 when an input is float64, else float32.
@@ -181,7 +181,7 @@ def merge(
         ConfigError, InputError, ResourceError: with a message that names what is wrong; nothing half-written is left.
     """
     return run(
-        make_plan(load_config(config)),
+        make_plan(load_config(config), resolve_device(device)),
         device=device,
         max_ram=max_ram,
         max_vram=max_vram,

@@ -179,12 +179,13 @@ def plan(
         from .engine import resolve_device
         from .plan import check_resources, estimate_seconds, make_plan
 
-        made = make_plan(gather_config(config, changes))
+        target = resolve_device(device)
+        made = make_plan(gather_config(config, changes), target)
         check_resources(
             made,
             max_ram=parse_bytes(max_ram, "--max-ram"),
             max_vram=parse_bytes(max_vram, "--max-vram"),
-            device=resolve_device(device),
+            device=target,
         )
         seconds = estimate_seconds(made)
         answer(format, {**made.to_dict(), "estimated_seconds": seconds}, lambda: print_plan(made, seconds))

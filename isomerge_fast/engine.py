@@ -104,6 +104,10 @@ class CheckpointDeltas:
     def dtype(self) -> torch.dtype:
         return self._plan.spec.dtype
 
+    @property
+    def device(self) -> torch.device:
+        return self._device
+
     def expert(self, task: int) -> Tensor:
         if task in self._kept:
             return self._kept[task]

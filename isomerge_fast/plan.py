@@ -28,7 +28,6 @@ from .checkpoint.layout import (
 from .checkpoint.writer import OutputTensor
 from .config import MergeConfig
 from .errors import ConfigError, InputError, ResourceError
-from .linalg.auto import choose
 from .methods import Mean, Method, TensorSpec, make_method
 from .ops import BLOCK_ELEMENTS, compute_dtype
 
@@ -128,13 +127,17 @@ class Plan:
         }
 
 
-def make_plan(config: MergeConfig) -> Plan:
+def make_plan(config: MergeConfig, device: torch.device | None = None) -> Plan:
     """Reads headers, decides every tensor's fate, and finds every error that can be found that way.
+
+    Args:
+        device: where it is to run, which decides the solvers; the CPU when None.
 
     Raises:
         ConfigError: method, options or patterns that do not fit; output folder that is an input.
         InputError: checkpoints that cannot be opened or do not fit each other; ``problems`` lists them all.
     """
+    device = device or torch.device("cpu")
     method = make_method(config.method, config.options)
     overrides = [(override.match, make_method(override.method, override.options)) for override in config.overrides]
     base = open_checkpoint(config.base)
@@ -151,7 +154,7 @@ def make_plan(config: MergeConfig) -> Plan:
 
     tensors, shards = [], {}
     for stored in sorted(base.tensors.values(), key=lambda stored: (str(stored.file), stored.start)):
-        plan = _plan_tensor(stored, experts, config, method, overrides)
+        plan = _plan_tensor(stored, experts, config, method, overrides, device)
         tensors.append(plan)
         shards.setdefault(stored.file.name if base.is_folder else SINGLE_FILE, []).append(plan.out)
     companions = tuple(companion_files(base.path)) if base.is_folder else ()
@@ -244,6 +247,7 @@ def _plan_tensor(
     config: MergeConfig,
     method: Method,
     overrides: list[tuple[str, Method]],
+    device: torch.device,
 ) -> TensorPlan:
     if stored.dtype not in FLOAT_DTYPES or 0 in stored.shape:
         reason = "empty" if 0 in stored.shape else f"{stored.dtype} is not a float: copied from the base"
@@ -255,7 +259,7 @@ def _plan_tensor(
     sources = tuple(expert.tensors[stored.name] for expert in experts)
     dtype = compute_dtype(*(DTYPES[source.dtype] for source in (stored, *sources)))
     spec = TensorSpec(stored.name, stored.shape, dtype)
-    chosen, reason = _choose_method(spec, config, method, overrides)
+    chosen, reason = _choose_method(spec, config, method, overrides, device)
     try:
         chosen.check(spec, len(experts))
     except ConfigError as error:
@@ -273,7 +277,11 @@ def _plan_tensor(
 
 
 def _choose_method(
-    spec: TensorSpec, config: MergeConfig, method: Method, overrides: list[tuple[str, Method]]
+    spec: TensorSpec,
+    config: MergeConfig,
+    method: Method,
+    overrides: list[tuple[str, Method]],
+    device: torch.device,
 ) -> tuple[Method, str]:
     """Overrides first, then ``exclude``, then what the method accepts and excludes itself; others are averaged."""
     for pattern, override in overrides:
@@ -289,10 +297,7 @@ def _choose_method(
     for pattern in method.default_exclude:
         if fnmatch.fnmatchcase(spec.name, pattern):
             return Mean(), f"{pattern!r}: averaged, as published"
-    if precision := getattr(method, "precision", None):
-        choice = choose(precision, spec.dtype)
-        return method, f"{choice.solver.name}: {choice.reason}"
-    return method, "every float tensor"
+    return method, method.explain(spec, device)
 
 
 def _notes(

@@ -1,40 +1,97 @@
-"""Which solver a matrix gets, and why."""
+"""Which solver a matrix gets, and why; and which ones follow when its certificate misses."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
 
 from ..errors import ConfigError, nearest
 from .gram_eigh import GramEigh
-from .protocol import Solver
+from .polar_express import PolarExpress
+from .polar_gram import GramNewtonSchulz
+from .protocol import PolarSolver, Solver
+from .subspace_chebyshev import ChebyshevSubspace
 from .svd import FullSvd
 
-PRECISIONS = ("default", "reference")
+# The relative Frobenius error of the merged delta that each tier promises on full-rank input whose split is determined.
+PROMISES = {"fast": 1e-2, "default": 1e-5, "reference": 1e-8}
+PRECISIONS = tuple(PROMISES)
+
+# A polar iteration is all products, which a GPU is made for; below this side cuSOLVER's eigensolver is as fast (an
+# estimate: no GPU has been at hand).
+ITERATION_SIDE = 1024
+# Compute capabilities whose float64 tensor cores keep up with float32: A100 and H100.
+FLOAT64_TENSOR_CORES = ((8, 0), (9, 0))
+
+# ‖sin θ‖/√s of tall task parts in the fast tier; half of it or so becomes error.
+FAST_ANGLE = 5e-3
+
+S = TypeVar("S", bound=PolarSolver, covariant=True)
 
 
 @dataclass(frozen=True)
-class Choice:
+class Choice(Generic[S]):
     """A solver and the reason for it, as ``isomerge plan`` prints it."""
 
-    solver: Solver
+    solver: S
     reason: str
 
 
-def choose(precision: str, dtype: torch.dtype) -> Choice:
-    """The solver for matrices of ``dtype`` (the dtype they are computed in) at ``precision``.
+def check_precision(precision: str) -> None:
+    """Raises ConfigError for a precision that is none of ``PRECISIONS``."""
+    if precision not in PRECISIONS:
+        raise ConfigError(f"precision {precision!r} is unknown{nearest(precision, PRECISIONS)}")
 
-    - ``"default"``: relative Frobenius error of the merged delta ≤ 1e-5 on full-rank fp32 input (held by tests);
-    - ``"reference"``: full float64 SVDs, the slow judge.
+
+def polar_ladder(
+    precision: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> tuple[Choice[PolarSolver], ...]:
+    """Solvers for polar(X), the first to be taken, each of the rest when the certificate of the one before misses.
+
+    Args:
+        precision: ``"fast"``, ``"default"`` or ``"reference"``: the relative error of the merged delta is at most
+            1e-2, 1e-5 or 1e-8 (``PROMISES``) on full-rank input.
+        shape: [..., M, N]; dtype: the compute dtype; device: where X is.
 
     Raises:
         ConfigError: unknown precision.
     """
-    if precision not in PRECISIONS:
-        raise ConfigError(f"precision {precision!r} is unknown{nearest(precision, PRECISIONS)}")
+    check_precision(precision)
+    svd = Choice(FullSvd(), _svd_reason(precision, dtype))
+    if precision == "reference" or dtype == torch.float64:
+        return (svd,)
+    rows, columns = shape[-2:]
+    short, aspect = min(rows, columns), max(rows, columns) / max(1, min(rows, columns))
+    exact = Choice(GramEigh(), "float64 Gram matrix: resolves float32 input")
+    ladder: list[Choice[PolarSolver]] = [exact, svd]
+    if device.type == "cuda" and short >= ITERATION_SIDE:
+        narrow = precision == "fast" or torch.cuda.get_device_capability(device) not in FLOAT64_TENSOR_CORES
+        iterate = torch.float32 if narrow else torch.float64
+        if aspect >= 2:
+            ladder.insert(0, Choice(GramNewtonSchulz(iterate), f"products only; {rows} x {columns} is tall or wide"))
+        else:
+            ladder.insert(0, Choice(PolarExpress(iterate), "products only; nearly square"))
+    elif precision == "fast" and aspect >= 2:
+        ladder.insert(0, Choice(GramEigh(torch.float32), f"{rows} x {columns}: sums that long are well-conditioned"))
+    return tuple(ladder)
+
+
+def subspace_ladder(precision: str, dtype: torch.dtype) -> tuple[Choice[Solver], ...]:
+    """Solvers for the common and the task subspaces of Iso-CTS, as ``polar_ladder``."""
+    check_precision(precision)
+    svd: Choice[Solver] = Choice(FullSvd(), _svd_reason(precision, dtype))
+    if precision == "reference" or dtype == torch.float64:
+        return (svd,)
+    exact: Choice[Solver] = Choice(ChebyshevSubspace(), "float64 Gram matrices; tall task parts by a certified search")
+    if precision == "default":
+        return (exact, svd)
+    loose = ChebyshevSubspace(parts_dtype=torch.float32, angle=FAST_ANGLE)
+    return (Choice(loose, "as default, the task parts in float32 or to a looser angle"), exact, svd)
+
+
+def _svd_reason(precision: str, dtype: torch.dtype) -> str:
     if precision == "reference":
-        return Choice(FullSvd(), "precision is 'reference'")
-    if dtype == torch.float64:
-        return Choice(FullSvd(), "float64 input, beyond a Gram matrix")
-    return Choice(GramEigh(), "resolves float32 input")
+        return "precision is 'reference'"
+    return "float64 input, beyond a Gram matrix" if dtype == torch.float64 else "the last resort"

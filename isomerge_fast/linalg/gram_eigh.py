@@ -13,96 +13,96 @@ so a 128256 x 4096 embedding needs X, Q and a few 4096 x 4096 matrices.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from .protocol import PolarStats, Subspace, complement_basis, default_tolerance, reciprocal, relative_gap
-
-# A block of the long side holds about this many elements (8 MiB of float64). A Gram matrix of 32000 x 768 takes the
-# same time to 6 % from 2^19 to 2^22 (2-core CPU), 26 % more at 2^17.
-BLOCK_ELEMENTS = 1 << 20
-
-
-def long_blocks(x: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """Blocks of X along its long side, each as a short-side-first matrix [..., r, step] in ``dtype``."""
-    rows, columns = x.shape[-2:]
-    short, length = min(rows, columns), max(rows, columns)
-    step = max(1, BLOCK_ELEMENTS // max(1, short * math.prod(x.shape[:-2])))
-    for start in range(0, length, step):
-        block = slice(start, min(start + step, length))
-        yield block, (x[..., :, block] if rows <= columns else x[..., block, :].mT).to(dtype)
-
-
-def short_gram(x: Tensor, y: Tensor | None = None, *, dtype: torch.dtype = torch.float64) -> Tensor:
-    """X Yᵀ when wide, Xᵀ Y when tall, accumulated in ``dtype`` over blocks of the long side; Y = X when left out."""
-    short = min(x.shape[-2:])
-    gram = torch.zeros(*x.shape[:-2], short, short, dtype=dtype, device=x.device)
-    if y is None:
-        for _, part in long_blocks(x, dtype):
-            gram += part @ part.mT
-        return gram
-    for (_, left), (_, right) in zip(long_blocks(x, dtype), long_blocks(y, dtype), strict=True):
-        gram += left @ right.mT
-    return gram
-
-
-def short_multiply(a: Tensor, x: Tensor, out: Tensor) -> Tensor:
-    """A X when wide, X A for symmetric A when tall, computed in the dtype of ``a``; ``out`` may be ``x`` itself."""
-    wide = x.shape[-2] <= x.shape[-1]
-    for block, part in long_blocks(x, a.dtype):
-        if wide:
-            out[..., :, block] = (a @ part).to(out.dtype)
-        else:
-            out[..., block, :] = (part.mT @ a).to(out.dtype)
-    return out
-
-
-def short_project(a: Tensor, x: Tensor) -> Tensor:
-    """Aᵀ X of a wide X: [..., r, c], [..., r, N] -> [..., c, N], in the dtype of ``a``."""
-    out = torch.empty(*x.shape[:-2], a.shape[-1], x.shape[-1], dtype=a.dtype, device=x.device)
-    for block, part in long_blocks(x, a.dtype):
-        out[..., :, block] = a.mT @ part
-    return out
-
-
-def long_product(x: Tensor, a: Tensor, dtype: torch.dtype) -> Tensor:
-    """Xᵀ A when wide, X A when tall: [..., r, c] -> [..., max(M, N), c], computed in the dtype of ``a``."""
-    out = torch.empty(*x.shape[:-2], max(x.shape[-2:]), a.shape[-1], dtype=dtype, device=x.device)
-    for block, part in long_blocks(x, a.dtype):
-        out[..., block, :] = (part.mT @ a).to(dtype)
-    return out
+from ..ops import sym_mm, sym_mm_add
+from .certificate import probes
+from .protocol import (
+    PolarStats,
+    Subspace,
+    complement_basis,
+    default_tolerance,
+    reciprocal,
+    relative_gap,
+    rounding_angle,
+)
+from .sides import BLOCK_ELEMENTS, long_product, short_gram, short_multiply, short_product, short_project
 
 
 @dataclass(frozen=True)
 class GramEigh:
-    """Polar factor and top triplets by ``eigh`` of the float64 Gram matrix; blind below ``resolution`` · σ₁."""
+    """Polar factor and top triplets by ``eigh`` of the Gram matrix.
 
-    resolution: float = 6e-8  # sqrt(16 ε₆₄): eigenvalue noise of eigh is a few ε₆₄ λ₁
-    name: str = "gram-eigh-fp64"
+    Args:
+        dtype: of the Gram matrix and its eigenvectors. float32 is for the ``fast`` tier: it resolves singular values
+            down to 1.4e-3 σ₁, float64 down to 6e-8 σ₁.
+        rounding: relative error of a float32 polar factor that its last products may add (see ``polar``).
+        parts_dtype: of the Gram matrices of wide task parts, whose singular values lie close together.
+    """
 
-    def storage_dtype(self, compute_dtype: torch.dtype) -> torch.dtype:
-        """The compute dtype: only sums and short sides are float64."""
-        return compute_dtype
+    dtype: torch.dtype = torch.float64
+    rounding: float = 1e-6
+    parts_dtype: torch.dtype = torch.float64
+
+    @property
+    def name(self) -> str:
+        suffix = "" if self.parts_dtype == torch.float64 else "+fp32-parts"
+        return ("gram-eigh-fp64" if self.dtype == torch.float64 else "gram-eigh-fp32") + suffix
+
+    @property
+    def noise(self) -> float:
+        """Eigenvalues are off by about this times λ₁: a few ε."""
+        return 8.0 * torch.finfo(self.dtype).eps
+
+    @property
+    def resolution(self) -> float:
+        """Singular values below this times σ₁ are in the noise, and truncated: √(2 · noise)."""
+        return math.sqrt(2.0 * self.noise)
 
     def polar(
         self, x: Tensor, *, tolerance: Tensor | None = None, dtype: torch.dtype | None = None
     ) -> tuple[Tensor, PolarStats]:
-        """See ``PolarSolver``. ``orthogonality`` is measured before the Newton-Schulz step: a bound on the result's."""
+        """See ``PolarSolver``.
+
+        G^(-1/2) X is multiplied in the result's dtype where its rounding leaves an error below ``rounding``, else in
+        float64; the Newton-Schulz step is left out where the eigenvalues' noise leaves less than that. Reads one flag
+        from the device for both.
+        """
         dtype = dtype or x.dtype
-        vectors, sigma, kept_sigma = self._eigh(short_gram(x), default_tolerance(x) if tolerance is None else tolerance)
+        limit = default_tolerance(x) if tolerance is None else tolerance
+        vectors, sigma, kept_sigma = self._eigh(short_gram(x, dtype=self.dtype), limit)
         keep = kept_sigma > 0
-        root = (vectors * reciprocal(kept_sigma)[..., None, :]) @ vectors.mT
-        q = short_multiply(root, x, torch.empty(x.shape, dtype=dtype, device=x.device))
-        projector = ((vectors * keep[..., None, :]) @ vectors.mT).to(dtype)
-        del root, vectors
+        rank = keep.sum(-1)
+        inverse = reciprocal(kept_sigma)
+        root = sym_mm(vectors * inverse.sqrt()[..., None, :])
+        # Of the product's rounding, relative to ‖Q‖ and as for random directions: ε rms(σ) rms(1/σ).
+        count = rank.clamp_min(1)
+        spread = (kept_sigma.square().sum(-1) * inverse.square().sum(-1)).sqrt() / count
+        # Of eigh's noise, a few ε₆₄ λ₁ in every eigenvalue, relative to that eigenvalue.
+        noise = sigma[..., :1].square().sum(-1) * (inverse.pow(4).sum(-1) / count).sqrt()
+        rounding = self.rounding if dtype != torch.float64 else 0.0
+        small = torch.stack([torch.finfo(dtype).eps * spread, self.noise * noise]) <= rounding
+        narrow, clean = small.reshape(2, -1).all(1).tolist()
+        q = torch.empty(x.shape, dtype=dtype, device=x.device)
+        short_multiply(root.to(dtype) if narrow else root, x, q)
+        del root
+        scale = math.sqrt(max(1, sigma.shape[-1]))
+        if clean:
+            probe = probes(sigma.shape[-1], dtype, x.device)
+            defect = short_product(q, long_product(q, probe, dtype))
+            defect -= (vectors @ (keep[..., :, None] * (vectors.mT @ probe.to(vectors)))).to(dtype)
+            orthogonality = torch.linalg.matrix_norm(defect) / scale
+            return q, PolarStats(self.name, kept_sigma.sum(-1), rank, orthogonality, self._unresolved(sigma, limit))
         step = short_gram(q, dtype=dtype)
-        orthogonality = torch.linalg.matrix_norm(step - projector) / math.sqrt(max(1, sigma.shape[-1]))
+        defect = step - sym_mm((vectors * keep[..., None, :]).to(dtype))
+        orthogonality = torch.linalg.matrix_norm(defect) / scale
+        del vectors, defect
         step.mul_(-0.5).diagonal(dim1=-2, dim2=-1).add_(1.5)
         short_multiply(step, q, q)
-        return q, PolarStats(self.name, kept_sigma.sum(-1), keep.sum(-1), orthogonality)
+        return q, PolarStats(self.name, kept_sigma.sum(-1), rank, orthogonality, self._unresolved(sigma, limit))
 
     def top_subspace(
         self,
@@ -116,8 +116,9 @@ class GramEigh:
     ) -> Subspace:
         """See ``SubspaceSolver``."""
         limit = default_tolerance(x) if tolerance is None else tolerance
-        vectors, sigma, kept_sigma = self._eigh(short_gram(x), limit)
+        vectors, sigma, kept_sigma = self._eigh(short_gram(x, dtype=self.dtype), limit)
         kept_sigma = kept_sigma[..., :k]
+        vectors = vectors.double()
         top = vectors[..., :, :k] * (kept_sigma > 0)[..., None, :]
         subspace = Subspace(
             short=top,
@@ -125,6 +126,8 @@ class GramEigh:
             sigma=kept_sigma,
             complement=complement_basis(vectors[..., :, k:], top, kept_sigma) if complement else None,
             gap=relative_gap(sigma, k),
+            angle=rounding_angle(sigma, k, limit, self.noise * sigma[..., :1].square().sum(-1)),
+            unresolved=self._unresolved(sigma[..., :k], limit),
             wide=x.shape[-2] <= x.shape[-1],
         )
         return subspace if short_only else self.complete(x, subspace, dtype or x.dtype)
@@ -143,21 +146,34 @@ class GramEigh:
         Tall: U_kᵀ Δ = Y = Σ_k⁻¹ V_kᵀ (SᵀΔ), RᵀR = ΔᵀΔ − YᵀY, and R E = Δ E − S V_k Σ_k⁻¹ Y E for the s directions E
         kept.
         """
-        tolerance = torch.maximum(tolerance, self.resolution * norm)
         if common.wide:
             assert common.complement is not None
-            basis = common.complement
-            part = self.top_subspace(short_project(basis, delta), s, tolerance=tolerance)
-            return Subspace(basis @ part.short, part.long, part.sigma, None, part.gap, wide=True)
+            projected = short_project(common.complement.to(self.parts_dtype), delta)
+            solver = GramEigh(self.parts_dtype)
+            part = solver.top_subspace(projected, s, tolerance=tolerance, dtype=torch.float64)
+            return replace(part, short=common.complement @ part.short)
         weights = common.short * reciprocal(common.sigma)[..., None, :]
         y = weights.mT @ short_gram(total, delta)
-        vectors, sigma, kept_sigma = self._eigh(short_gram(delta) - y.mT @ y, tolerance)
-        kept_sigma = kept_sigma[..., :s]
+        vectors, sigma, kept_sigma = self._eigh(sym_mm_add(short_gram(delta), y.mT, alpha=-1.0), tolerance)
+        # What cancels in ΔᵀΔ − YᵀY leaves rounding of the size of ‖Δ‖².
+        noise = self.noise * norm.square()
+        hidden = sigma[..., :s].square() <= 2.0 * noise[..., None]
+        unresolved = (hidden & (sigma[..., :s] > tolerance[..., None])).sum(-1)
+        kept_sigma = torch.where(hidden, 0.0, kept_sigma[..., :s])
         top = vectors[..., :, :s] * (kept_sigma > 0)[..., None, :]
         scaled = top * reciprocal(kept_sigma)[..., None, :]
         u_t = long_product(delta, scaled, torch.float64)
         u_t -= long_product(total, weights @ (y @ scaled), torch.float64)
-        return Subspace(top, u_t, kept_sigma, None, relative_gap(sigma, s), wide=False)
+        return Subspace(
+            short=top,
+            long=u_t,
+            sigma=kept_sigma,
+            complement=None,
+            gap=relative_gap(sigma, s),
+            angle=rounding_angle(sigma, s, tolerance, noise),
+            unresolved=unresolved,
+            wide=False,
+        )
 
     def workspace_bytes(self, rows: int, columns: int, dtype: torch.dtype) -> int:
         """Peak bytes beyond the input: the result, a few r x r (eigh's copy, vectors and 2 r² of work), blocks."""
@@ -167,8 +183,12 @@ class GramEigh:
         )
 
     def _eigh(self, gram: Tensor, tolerance: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Eigenvectors, singular values, and these with the truncated ones set to zero; all descending."""
+        """Eigenvectors in ``dtype``, singular values, and these with the truncated ones set to zero; all descending."""
         eigenvalues, vectors = torch.linalg.eigh(gram)
-        sigma = eigenvalues.flip(-1).clamp_min(0.0).sqrt()
+        sigma = eigenvalues.flip(-1).double().clamp_min(0.0).sqrt()
         limit = torch.maximum(tolerance.double(), self.resolution * sigma[..., 0])
         return vectors.flip(-1), sigma, torch.where(sigma > limit[..., None], sigma, 0.0)
+
+    def _unresolved(self, sigma: Tensor, tolerance: Tensor) -> Tensor:
+        hidden = sigma <= self.resolution * sigma[..., :1]
+        return (hidden & (sigma > tolerance[..., None])).sum(-1)

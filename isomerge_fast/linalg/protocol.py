@@ -27,12 +27,14 @@ class PolarStats:
         nuclear_norm: ‖X‖_* = Σσ over the kept directions, shape [...].
         rank: number of kept directions, shape [...].
         orthogonality: ‖QᵀQ − P‖_F / √r on the short side, P the projector on the kept directions, shape [...].
+        unresolved: number of directions above the tolerance that the solver's own rounding hides, shape [...].
     """
 
     solver: str
     nuclear_norm: Tensor
     rank: Tensor
     orthogonality: Tensor
+    unresolved: Tensor | int = 0
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,9 @@ class Subspace:
         complement: [..., r, c] float64, columns that span the short side's other directions: an orthonormal basis,
             c = r − k, or where directions were truncated the projector itself, c = r. None unless asked for.
         gap: (σ_k − σ_{k+1}) / σ_k, how well the split is determined, shape [...]; 1 where nothing lies beyond the cut.
+        angle: ‖sin θ‖_F / √k between this subspace and the true one, shape [...]: a bound from the residual where it
+            was searched for, an estimate from the solver's rounding and the gap where all directions were computed.
+        unresolved: as in ``PolarStats``, of the k.
         wide: whether the short side is the left one.
     """
 
@@ -55,6 +60,8 @@ class Subspace:
     sigma: Tensor
     complement: Tensor | None
     gap: Tensor
+    angle: Tensor
+    unresolved: Tensor
     wide: bool
 
     @property
@@ -125,11 +132,7 @@ class SubspaceSolver(Protocol):
 
 
 class Solver(PolarSolver, SubspaceSolver, Protocol):
-    """Both: what a method is given."""
-
-    def storage_dtype(self, compute_dtype: torch.dtype) -> torch.dtype:
-        """The dtype in which long sides and results are stored when deltas come in ``compute_dtype``."""
-        ...
+    """Both: what Iso-CTS is given."""
 
 
 def rounding_tolerance(norm: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
@@ -155,6 +158,20 @@ def relative_gap(sigma: Tensor, k: int) -> Tensor:
         return torch.ones(sigma.shape[:-1], dtype=torch.float64, device=sigma.device)
     upper, lower = sigma[..., k - 1], sigma[..., k]
     return torch.where(upper > 0, (upper - lower) / upper.clamp_min(torch.finfo(sigma.dtype).tiny), 1.0)
+
+
+def rounding_angle(sigma: Tensor, k: int, tolerance: Tensor, noise: Tensor) -> Tensor:
+    """‖sin θ‖_F / √k that ``noise`` in σ² leaves at the cut: noise / (√k (σ_k² − σ_{k+1}²)), [..., r] -> [...].
+
+    0 where nothing lies beyond the cut, and where the two differ by less than the tolerance: there the split is not
+    determined by the data, whatever the solver, which is for the gap to say.
+    """
+    if k <= 0 or k >= sigma.shape[-1]:
+        return torch.zeros_like(noise)
+    upper, lower = sigma[..., k - 1], sigma[..., k]
+    gap = upper.square() - lower.square()
+    angle = noise / (math.sqrt(k) * gap.clamp_min(torch.finfo(sigma.dtype).tiny))
+    return torch.where((upper > tolerance) & (upper - lower > tolerance), angle, 0.0)
 
 
 def reciprocal(sigma: Tensor) -> Tensor:

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .protocol import PolarStats, Subspace, complement_basis, default_tolerance, relative_gap
+from .protocol import PolarStats, Subspace, complement_basis, default_tolerance, relative_gap, rounding_angle
+
+EPS = torch.finfo(torch.float64).eps
 
 
 @dataclass(frozen=True)
@@ -16,10 +18,6 @@ class FullSvd:
     """polar(X) = U Vᵀ and top triplets from X = U Σ Vᵀ; everything in float64 whatever the input's dtype."""
 
     name: str = "svd-fp64"
-
-    def storage_dtype(self, compute_dtype: torch.dtype) -> torch.dtype:
-        """Always float64: this tier judges the others."""
-        return torch.float64
 
     def polar(
         self, x: Tensor, *, tolerance: Tensor | None = None, dtype: torch.dtype | None = None
@@ -50,7 +48,8 @@ class FullSvd:
         u, sigma, vh = torch.linalg.svd(x.double(), full_matrices=False)
         wide = x.shape[-2] <= x.shape[-1]
         short, long = (u, vh.mT) if wide else (vh.mT, u)
-        keep = sigma[..., :k] > (default_tolerance(x) if tolerance is None else tolerance)[..., None]
+        tolerance = default_tolerance(x) if tolerance is None else tolerance
+        keep = sigma[..., :k] > tolerance[..., None]
         top = short[..., :, :k] * keep[..., None, :]
         kept_sigma = sigma[..., :k] * keep
         return Subspace(
@@ -59,6 +58,9 @@ class FullSvd:
             sigma=kept_sigma,
             complement=complement_basis(short[..., :, k:], top, kept_sigma) if complement else None,
             gap=relative_gap(sigma, k),
+            # A few ε₆₄ σ₁ in X are twice that, times σ_k, in σ_k².
+            angle=rounding_angle(sigma, k, tolerance, 8.0 * EPS * sigma[..., 0] * sigma[..., max(0, k - 1)]),
+            unresolved=torch.zeros_like(sigma[..., 0], dtype=torch.int64),
             wide=wide,
         )
 

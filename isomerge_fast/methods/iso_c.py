@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from ..linalg.protocol import Solver, rounding_tolerance
+from ..linalg.auto import PROMISES, Choice, check_precision, polar_ladder
+from ..linalg.certificate import symmetry
+from ..linalg.protocol import PolarSolver, rounding_tolerance
+from .certified import merge_certified
 from .protocol import (
+    Check,
     Deltas,
     MergeStats,
     TensorSpec,
     check_rank_policy,
     delta_norms,
     finite_sum,
-    pick,
     require_matrices,
     spectral_mean,
 )
@@ -32,15 +36,17 @@ class IsoC:
         rank_policy: what a rank-deficient S means, where the published formula is not a function (it pairs the null
             space arbitrarily). ``"range"``: the result stays in the range of S and σ̄ is the mean over its numerical
             rank; ``"min-dim"``: the same directions, σ̄ = Σσ / min(M, N). On full-rank S both are the published formula.
-        precision: ``"default"`` or ``"reference"`` (see ``linalg.auto.choose``).
-        solver: used instead of the one that ``auto`` picks.
+        precision: ``"fast"``, ``"default"`` or ``"reference"``: relative Frobenius error of the merged Δ at most 1e-2,
+            1e-5 or 1e-8 on full-rank input. ``auto`` picks the solver for it, and another one where the certificate
+            misses.
+        solver: used instead, whatever its certificate says.
 
     Reference: arXiv 2502.04959 (Iso-C).
     """
 
     rank_policy: str = "range"
     precision: str = "default"
-    solver: Solver | None = None
+    solver: PolarSolver | None = None
 
     name: ClassVar[str] = "iso-c"
     citation: ClassVar[str] = "arXiv 2502.04959"
@@ -48,17 +54,29 @@ class IsoC:
 
     def __post_init__(self) -> None:
         check_rank_policy(self.rank_policy)
+        check_precision(self.precision)
 
     def accepts(self, spec: TensorSpec) -> bool:
         return len(spec.shape) == 2
 
     def check(self, spec: TensorSpec, tasks: int) -> None:
-        pick(self.solver, self.precision, spec.dtype)
+        pass
+
+    def ladder(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Sequence[Choice[PolarSolver]]:
+        """The solvers to be tried, in order."""
+        if self.solver is not None:
+            return (Choice(self.solver, "given"),)
+        return polar_ladder(self.precision, shape, dtype, device)
+
+    def explain(self, spec: TensorSpec, device: torch.device) -> str:
+        choice = self.ladder(spec.shape, spec.dtype, device)[0]
+        return f"{choice.solver.name}: {choice.reason}"
 
     def workspace_bytes(self, spec: TensorSpec, tasks: int) -> int:
         rows, columns = spec.shape
-        solver = pick(self.solver, self.precision, spec.dtype)
-        return 8 * spec.elements + solver.workspace_bytes(rows, columns, spec.dtype)
+        # Of what is expected to be taken: an escalation to a full SVD may need more.
+        solver = self.ladder(spec.shape, spec.dtype, torch.device("cpu"))[0].solver
+        return 8 * spec.elements + solver.workspace_bytes(rows, columns, self._result_dtype(spec.dtype))
 
     def flops(self, spec: TensorSpec, tasks: int) -> float:
         short = min(spec.shape)
@@ -72,15 +90,24 @@ class IsoC:
             ValueError: fewer than two dimensions, or NaN or Inf in a delta.
         """
         require_matrices(self.name, deltas.shape)
+        ladder = self.ladder(tuple(deltas.shape), deltas.dtype, deltas.device)
+        return merge_certified(self._attempt, deltas, ladder)
+
+    def _result_dtype(self, compute_dtype: torch.dtype) -> torch.dtype:
+        """The reference judges the others: its result is never rounded."""
+        return torch.float64 if self.precision == "reference" else compute_dtype
+
+    def _attempt(self, deltas: Deltas, solver: PolarSolver) -> tuple[Tensor, MergeStats]:
         # In float64: rounding S to float32 alone was an error of 6e-5 in Iso-CTS (768 x 300, gap at the cut 0.3 %).
         total, squares = finite_sum(deltas, torch.float64)
+        dtype = self._result_dtype(deltas.dtype)
         if 0 in total.shape:
-            return total.to(deltas.dtype), MergeStats(self.name, {"delta_norms": delta_norms(squares)})
+            return total.to(dtype), MergeStats(self.name, {"delta_norms": delta_norms(squares)})
         rows, columns = total.shape[-2:]
         min_dim = min(rows, columns)
-        solver = pick(self.solver, self.precision, deltas.dtype)
         tolerance = rounding_tolerance(squares.sum(0).sqrt(), rows, columns, deltas.dtype)
-        q, stats = solver.polar(total, tolerance=tolerance, dtype=solver.storage_dtype(deltas.dtype))
+        q, stats = solver.polar(total, tolerance=tolerance, dtype=dtype)
+        asymmetry, negative = symmetry(total, q, stats.nuclear_norm.double() / min_dim)
         del total
         sigma_mean = spectral_mean(stats.nuclear_norm, stats.rank, min_dim, self.rank_policy)
         q *= sigma_mean.to(q.dtype)[..., None, None]
@@ -88,7 +115,13 @@ class IsoC:
             "sigma_mean": sigma_mean,
             "rank": stats.rank,
             "min_dim": min_dim,
-            "orthogonality": stats.orthogonality,
             "delta_norms": delta_norms(squares),
         }
-        return q, MergeStats(f"{self.name}/{stats.solver}", values)
+        promise = PROMISES[self.precision]
+        checks = {
+            "orthogonality": Check(stats.orthogonality, promise),
+            "asymmetry": Check(asymmetry, promise),
+            "negative": Check(negative, promise),
+            "unresolved": Check(torch.as_tensor(stats.unresolved, device=q.device).expand(stats.rank.shape), 0),
+        }
+        return q, MergeStats(f"{self.name}/{stats.solver}", values, checks)

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from ..errors import ConfigError
+from ..linalg.auto import PROMISES, Choice, check_precision, subspace_ladder
+from ..linalg.certificate import orthogonality as probed_orthogonality
+from ..linalg.gram_eigh import GramEigh
 from ..linalg.protocol import PolarStats, Solver, Subspace, rounding_tolerance
 from ..linalg.svd import FullSvd
 from ..linalg.thin import thin_qr
+from .certified import merge_certified
 from .iso_c import IsoC
 from .protocol import (
+    Check,
     Deltas,
     MergeStats,
     TensorSpec,
     check_rank_policy,
     delta_norms,
     finite_sum,
-    pick,
     require_matrices,
     spectral_mean,
 )
@@ -77,6 +82,7 @@ class IsoCTS:
 
     def __post_init__(self) -> None:
         check_rank_policy(self.rank_policy)
+        check_precision(self.precision)
         if not 0.0 <= self.common_fraction <= 1.0:
             raise ConfigError(f"common_fraction is {self.common_fraction:g}; it lies between 0 and 1")
 
@@ -84,20 +90,33 @@ class IsoCTS:
         return len(spec.shape) == 2
 
     def check(self, spec: TensorSpec, tasks: int) -> None:
-        pick(self.solver, self.precision, spec.dtype)
         split_rank(min(spec.shape), tasks, self.common_fraction)
+
+    def ladder(self, dtype: torch.dtype) -> Sequence[Choice[Solver]]:
+        """The solvers to be tried, in order."""
+        if self.solver is not None:
+            return (Choice(self.solver, "given"),)
+        return subspace_ladder(self.precision, dtype)
+
+    def explain(self, spec: TensorSpec, device: torch.device) -> str:
+        choice = self.ladder(spec.dtype)[0]
+        return f"{choice.solver.name}: {choice.reason}"
+
+    def _result_dtype(self, compute_dtype: torch.dtype) -> torch.dtype:
+        """The reference judges the others: its result is never rounded."""
+        return torch.float64 if self.precision == "reference" else compute_dtype
 
     def workspace_bytes(self, spec: TensorSpec, tasks: int) -> int:
         rows, columns = spec.shape
         short, long = min(rows, columns), max(rows, columns)
         k, s = split_rank(short, tasks, self.common_fraction)
-        solver = pick(self.solver, self.precision, spec.dtype)
+        solver = self.ladder(spec.dtype)[0].solver
         thin = 8 * long * s * tasks
         small = 8 * 10 * short**2
         splitting = 8 * spec.elements + solver.workspace_bytes(rows, columns, spec.dtype)
         bases = thin + 2 * thin // max(1, tasks)  # of the tasks before, and one being made
         task_parts = splitting + spec.bytes + bases
-        if solver.storage_dtype(spec.dtype) == spec.dtype:  # no copies of Δ_t or S, only blocks of them
+        if not isinstance(solver, FullSvd):  # no copies of Δ_t or S, only blocks of them
             task_parts = 8 * spec.elements + spec.bytes + bases + small
         if rows <= columns:  # V_k in float64 and its fp32 copy, and what is made of V_ts
             recombining = 12 * long * k + 5 * thin + spec.bytes + small
@@ -125,31 +144,42 @@ class IsoCTS:
         """
         require_matrices(self.name, deltas.shape)
         rows, columns = deltas.shape[-2:]
-        min_dim, tasks = min(rows, columns), deltas.n_tasks
-        k, s = split_rank(min_dim, tasks, self.common_fraction)
+        _, s = split_rank(min(rows, columns), deltas.n_tasks, self.common_fraction)
         if s == 0 or 0 in deltas.shape:
             value, stats = IsoC(self.rank_policy, self.precision, self.solver).merge(deltas)
-            return value, MergeStats(f"{self.name}/{stats.algorithm}", {**stats.values, "k": min_dim, "s": 0})
+            values = {**stats.values, "k": min(rows, columns), "s": 0}
+            return value, replace(stats, algorithm=f"{self.name}/{stats.algorithm}", values=values)
+        return merge_certified(self._attempt, deltas, self.ladder(deltas.dtype))
 
+    def _attempt(self, deltas: Deltas, solver: Solver) -> tuple[Tensor, MergeStats]:
+        rows, columns = deltas.shape[-2:]
+        min_dim, tasks = min(rows, columns), deltas.n_tasks
+        k, s = split_rank(min_dim, tasks, self.common_fraction)
         total, squares = finite_sum(deltas, torch.float64)  # float64: see IsoC
-        solver = pick(self.solver, self.precision, deltas.dtype)
-        dtype = solver.storage_dtype(deltas.dtype)
+        dtype = self._result_dtype(deltas.dtype)
         limit = rounding_tolerance(squares.sum(0).sqrt(), rows, columns, deltas.dtype)
-        common = solver.top_subspace(total, k, tolerance=limit, complement=True, dtype=dtype, short_only=True)
+        # V enters the recombination's small factors, whose conditioning float32 would not survive; U only products.
+        long_dtype = torch.float64 if rows <= columns else dtype
+        common = solver.top_subspace(total, k, tolerance=limit, complement=True, dtype=long_dtype, short_only=True)
+        if not common.wide:
+            common = solver.complete(total, common, long_dtype)
         parts = []
         for task in range(tasks):
             norm = squares[task].sqrt()
             limit = rounding_tolerance(norm, rows, columns, deltas.dtype)
             parts.append(solver.residual_subspace(deltas.delta(task), total, common, s, norm=norm, tolerance=limit))
         nonzero = torch.linalg.vector_norm(total, dim=(-2, -1)) > 0
-        # V enters the recombination's small factors, whose conditioning float32 would not survive; U only products.
-        common = solver.complete(total, common, torch.float64 if common.wide else dtype)
+        if common.wide:
+            common = solver.complete(total, common, long_dtype)
         del total
         sigma = torch.cat([common.sigma, *(part.sigma for part in parts)], dim=-1)
         rank = (sigma > 0).sum(-1)
         sigma_mean = spectral_mean(sigma.sum(-1), rank, min_dim, self.rank_policy) * nonzero
         # One read of the device: the short form needs every direction of every matrix of the batch.
         recombine = _recombine if bool((sigma > 0).all()) else _recombine_literally
+        # Every direction that is off by θ costs √2 θ of √r.
+        angles = k * common.angle.square() + s * sum(part.angle.square() for part in parts)
+        unresolved = common.unresolved + sum(part.unresolved for part in parts)
         u_tasks = torch.cat([part.u for part in parts], dim=-1)
         v_tasks = torch.cat([part.v for part in parts], dim=-1)
         del parts
@@ -162,17 +192,23 @@ class IsoCTS:
             "k": k,
             "s": s,
             "gap": common.gap,
-            "orthogonality": orthogonality,
             "delta_norms": delta_norms(squares),
         }
-        return value, MergeStats(f"{self.name}/{solver.name}", values)
+        promise = PROMISES[self.precision]
+        checks = {
+            "orthogonality": Check(orthogonality, promise),
+            "angle": Check((2.0 * angles / min_dim).sqrt(), promise),
+            "unresolved": Check(unresolved, 0),
+        }
+        return value, MergeStats(f"{self.name}/{solver.name}", values, checks)
 
 
-def _thin_polar(x: Tensor) -> tuple[Tensor, PolarStats]:
-    """polar(X) = Q polar(R) of X = QR, in float64: for a few columns, without squaring their condition number."""
-    q, r = thin_qr(x.double())
-    polar, stats = FullSvd().polar(r)
-    return q @ polar, stats
+def _small_polar(u_tasks: Tensor, common: Subspace) -> tuple[Tensor, PolarStats]:
+    """polar([U_1 … U_T]) in float64. Wide: [U_1 … U_T] = Q_c E with a square E, so it is Q_c polar(E)."""
+    if common.wide and common.complement is not None:
+        polar, stats = GramEigh().polar(common.complement.mT @ u_tasks)
+        return common.complement @ polar, stats
+    return GramEigh().polar(u_tasks)
 
 
 def _recombine(
@@ -184,9 +220,9 @@ def _recombine(
     With A = V_kᵀ V_ts = Q_a A' and V_ts − V_k A = Q_r B' (thin QRs), V_a = V_k Q_a, U_a = U_k Q_a, W_k = U_k V_kᵀ and
     Z = [[A', I], [B', 0]]: in the basis [V_a, Q_r, rest of V_k] the matrix [V_ts, V_k] is Z beside an identity.
     """
-    # What is thin is float64 and factored without a Gram matrix: κ(U_ts) and κ(Z) are 1e3 on typical square sums, and
-    # 5e4 in one of a hundred; float32 would leave 1e-5 of the result undetermined, Gram matrices 1e-4.
-    u_polar, u_stats = _thin_polar(u_tasks)
+    # What is thin is float64: κ(U_ts) and κ(Z) are 1e3 on typical square sums, and 5e4 in one of a hundred; float32
+    # would leave 1e-5 of the result undetermined.
+    u_polar, u_stats = _small_polar(u_tasks, common)
     v_k = common.v if common.wide else common.short
     a = v_k.mT @ v_tasks
     rest = v_tasks - v_k @ a
@@ -202,7 +238,7 @@ def _recombine(
     z[..., :width, :tasks_width] = a_small
     z[..., width:, :tasks_width] = b_small
     z[..., :width, tasks_width:].diagonal(dim1=-2, dim2=-1).fill_(1.0)
-    z_polar, z_stats = FullSvd().polar(z)
+    z_polar, z_stats = GramEigh().polar(z)
     u_k = common.u.to(dtype)
     u_a = u_k @ q_a.to(dtype)
     left = torch.cat([u_polar.to(dtype), u_a], dim=-1) @ z_polar.to(dtype).mT
@@ -210,7 +246,11 @@ def _recombine(
     right = torch.cat([v_a, q_r], dim=-1).to(dtype)
     value = u_k @ v_k.to(dtype).mT
     _add_product(value, left, right.mT)
-    return value, torch.maximum(u_stats.orthogonality, z_stats.orthogonality)
+    del left, right
+    # Repeated tasks share directions, and the result then is no isometry: only its factors can be judged.
+    full = (u_stats.rank == u_tasks.shape[-1]) & (z_stats.rank == min(z.shape[-2:]))
+    factors = torch.maximum(u_stats.orthogonality, z_stats.orthogonality)
+    return value, torch.where(full, probed_orthogonality(value).double(), factors)
 
 
 def _add_product(value: Tensor, a: Tensor, b: Tensor) -> None:

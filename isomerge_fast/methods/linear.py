@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from .protocol import Deltas, MergeStats, TensorSpec, delta_norms, finite_sum
@@ -23,6 +24,9 @@ class TaskArithmetic:
 
     def accepts(self, spec: TensorSpec) -> bool:
         return True
+
+    def explain(self, spec: TensorSpec, device: torch.device) -> str:
+        return "every float tensor"
 
     def check(self, spec: TensorSpec, tasks: int) -> None:
         pass

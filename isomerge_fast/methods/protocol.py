@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from ..errors import ConfigError, nearest
-from ..linalg.protocol import Solver
 from ..ops import compute_dtype, sum_deltas
 
 RANK_POLICIES = ("range", "min-dim")
@@ -51,8 +50,13 @@ class Deltas(Protocol):
         """The compute dtype, float32 or float64."""
         ...
 
+    @property
+    def device(self) -> torch.device:
+        """Where sums and deltas are made."""
+        ...
+
     def delta(self, task: int) -> Tensor:
-        """Δ_t in the compute dtype; a fresh tensor, the caller may overwrite it."""
+        """Δ_t in the compute dtype; not to be written to."""
         ...
 
     def sum(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -90,27 +94,86 @@ class TensorDeltas:
     def dtype(self) -> torch.dtype:
         return compute_dtype(*(tensor.dtype for tensor in self.tensors))
 
+    @property
+    def device(self) -> torch.device:
+        return self.tensors[0].device
+
     def delta(self, task: int) -> Tensor:
-        return self.tensors[task].to(self.dtype, copy=True)
+        return self.tensors[task].to(self.dtype)
 
     def sum(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         return sum_deltas(self.tensors, dtype=dtype)
 
 
 @dataclass(frozen=True)
-class MergeStats:
-    """Evidence of one merge. Tensors are read (and the device synchronised) only by ``to_dict``.
+class Check:
+    """A number per matrix that is at most ``limit`` where the result is right."""
 
-    Keys of ``values``, where the method has them: ``sigma_mean`` (σ̄), ``rank`` (directions kept), ``orthogonality``
-    (see ``PolarStats``), ``gap`` (relative gap at the cut k), ``k``, ``s``, ``delta_norms`` (‖Δ_t‖_F per task).
+    value: Tensor
+    limit: float
+
+
+@dataclass(frozen=True)
+class MergeStats:
+    """Evidence of one merge. Tensors are read (and the device synchronised) only by ``missed`` and ``to_dict``.
+
+    Keys of ``values``, where the method has them: ``sigma_mean`` (σ̄), ``rank`` (directions kept), ``gap`` (relative gap
+    at the cut k), ``k``, ``s``, ``delta_norms`` (‖Δ_t‖_F per task).
+
+    Keys of ``checks``, the certificate (§ of docs/numerics.md in brackets): ``orthogonality`` and ``asymmetry`` of the
+    polar factor, ``negative`` (its sign), ``angle`` (subspaces, as an error of the merged Δ), ``unresolved``
+    (directions that the solver's rounding hides).
     """
 
     algorithm: str
     values: dict[str, Any] = field(default_factory=dict)
+    checks: dict[str, Check] = field(default_factory=dict)
+    escalations: tuple[str, ...] = ()
+
+    def missed(self) -> dict[str, Tensor]:
+        """The checks that miss their limit, as booleans per matrix on the CPU. One read of the device."""
+        if not self.checks:
+            return {}
+        # Not `>`: NaN has missed.
+        flags = torch.stack([~(check.value <= check.limit) for check in self.checks.values()]).cpu()
+        return {name: flag for name, flag in zip(self.checks, flags, strict=True) if bool(flag.any())}
+
+    def describe(self, missed: Mapping[str, Tensor]) -> str:
+        """The worst value of every check that was missed, with its limit."""
+        worst = {name: self.checks[name].value[flags].amax().item() for name, flags in missed.items()}
+        return ", ".join(f"{name} {value:.1e} > {self.checks[name].limit:.0e}" for name, value in worst.items())
+
+    def after(self, before: MergeStats, remark: str) -> MergeStats:
+        """This, with the remarks of ``before`` and one more."""
+        return replace(self, escalations=(*before.escalations, remark))
+
+    def replaced(self, rows: Tensor, part: MergeStats) -> MergeStats:
+        """This, with the entries of the matrices ``rows`` (a mask over the batch) from ``part``."""
+
+        def put(whole: Any, new: Any) -> Any:
+            if isinstance(whole, Tensor) and whole.shape == rows.shape:
+                whole = whole.clone()
+                whole[rows.to(whole.device)] = new.to(whole.dtype)
+            return whole
+
+        return replace(
+            self,
+            algorithm=self.algorithm if self.algorithm == part.algorithm else f"{self.algorithm}, {part.algorithm}",
+            values={key: put(value, part.values.get(key)) for key, value in self.values.items()},
+            checks={
+                key: Check(put(check.value, part.checks[key].value), check.limit) for key, check in self.checks.items()
+            },
+        )
 
     def to_dict(self) -> dict[str, Any]:
         values = {key: value.tolist() if isinstance(value, Tensor) else value for key, value in self.values.items()}
-        return {"algorithm": self.algorithm, **values}
+        values |= {key: check.value.tolist() for key, check in self.checks.items()}
+        result = {"algorithm": self.algorithm, **values}
+        if self.checks:
+            result["certified"] = not self.missed()
+        if self.escalations:
+            result["escalations"] = list(self.escalations)
+        return result
 
 
 class Method(Protocol):
@@ -122,6 +185,10 @@ class Method(Protocol):
 
     def accepts(self, spec: TensorSpec) -> bool:
         """Whether tensors of this shape are merged by the method (others are averaged)."""
+        ...
+
+    def explain(self, spec: TensorSpec, device: torch.device) -> str:
+        """Which solver a tensor gets, and why; how the tensor is merged where there is no choice."""
         ...
 
     def check(self, spec: TensorSpec, tasks: int) -> None:
@@ -191,10 +258,3 @@ def spectral_mean(total: Tensor, kept: Tensor, min_dim: int, rank_policy: str) -
     """σ̄ = Σσ over the number of kept directions (``range``) or over r (``min-dim``); 0 when nothing is kept."""
     count = kept.clamp_min(1) if rank_policy == "range" else torch.full_like(kept, max(1, min_dim))
     return total.double() / count
-
-
-def pick(solver: Solver | None, precision: str, dtype: torch.dtype) -> Solver:
-    """The solver given, else the one ``auto`` chooses."""
-    from ..linalg.auto import choose
-
-    return solver if solver is not None else choose(precision, dtype).solver

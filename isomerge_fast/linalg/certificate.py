@@ -1,0 +1,53 @@
+"""Cheap evidence that a result is what it claims to be: products with a few random vectors, never a factorisation.
+
+For a fixed draw Ω [r, c] with E ΩΩᵀ = I, ‖A Ω‖_F² estimates ‖A‖_F² without bias: a defect of the whole matrix costs two
+thin products instead of one square one. Nothing here reads the device.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .sides import long_product, short_product
+
+PROBES = 8
+
+
+def probes(rows: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Ω [rows, PROBES], the same every time."""
+    generator = torch.Generator().manual_seed(0)
+    draw = torch.randn(rows, PROBES, generator=generator, dtype=torch.float64)
+    return draw.div_(math.sqrt(PROBES)).to(device, dtype)
+
+
+def symmetry(x: Tensor, q: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """How far H is from symmetric positive semidefinite, which makes an orthonormal Q the polar factor of X.
+
+    H = X Qᵀ (wide) or Qᵀ X (tall). The asymmetry is the backward error: some X' with ‖X' − X‖ ≤ ‖H − Hᵀ‖ has Q for its
+    polar factor.
+
+    Args:
+        scale: the mean singular value of X, shape [...].
+
+    Returns:
+        (‖H − Hᵀ‖_F / (√r scale), max(0, −min_i ω_iᵀHω_i / ω_iᵀω_i) / scale), estimated from the probes, shape [...].
+    """
+    short = min(x.shape[-2:])
+    omega = probes(short, q.dtype, q.device)
+    scale = torch.where(scale > 0, scale, 1.0)
+    image = short_product(x, long_product(q, omega, q.dtype).to(x.dtype))
+    mirrored = short_product(q, long_product(x, omega.to(x.dtype), x.dtype).to(q.dtype)).to(x.dtype)
+    asymmetry = torch.linalg.matrix_norm(image - mirrored) / (math.sqrt(max(1, short)) * scale)
+    quotients = (omega.to(x.dtype) * image).sum(-2) / omega.to(x.dtype).square().sum(-2)
+    return asymmetry, (-quotients.amin(-1)).clamp_min(0.0) / scale
+
+
+def orthogonality(q: Tensor) -> Tensor:
+    """‖QQᵀ − I‖_F / √r (wide) or ‖QᵀQ − I‖_F / √r (tall), estimated from the probes, shape [...]."""
+    short = min(q.shape[-2:])
+    omega = probes(short, q.dtype, q.device)
+    defect = short_product(q, long_product(q, omega, q.dtype)) - omega
+    return torch.linalg.matrix_norm(defect) / math.sqrt(max(1, short))

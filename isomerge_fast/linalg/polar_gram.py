@@ -1,0 +1,133 @@
+"""Polar factor by Newton-Schulz on the Gram matrix alone: X itself is touched once per restart.
+
+For X [M, N] with M ≤ N (the tall case is the transpose), G = X Xᵀ and the quintics p_k(x) = x h_k(x²) of
+``polar_express``:
+
+    H = a I + b G + c G²,    P ← P H,    G ← H G H,    and in the end    Q = P X.
+
+All of that is r x r: at aspect 4 a step takes a third of the operations that it takes on X, on a square X as many. What
+is paid for it: G holds the squares of the singular values, each with an error of ε times the largest. A restart,
+X ← P X and G = X Xᵀ anew, comes before that tells.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from isomerge_fast import ops
+
+from .polar_express import Quintic, quintics
+from .polar_iteration import (
+    block_elements,
+    check_fields,
+    default_target,
+    dtype_suffix,
+    evidence,
+    nothing,
+    short_polynomial,
+    start,
+    workspace_bytes,
+)
+from .protocol import PolarStats
+from .sides import short_gram
+
+
+@dataclass(frozen=True)
+class GramNewtonSchulz:
+    """Polar factor from polynomials of the Gram matrix, in ``dtype``; does not truncate (see ``polar_iteration``).
+
+    Attributes:
+        dtype: to iterate in, float64 or float32.
+        target: as in ``PolarExpress``.
+        restarts: how often, at most, the Gram matrix is formed anew.
+
+    Reference: Dao-AILab/gram-newton-schulz, 2025 (the iteration and its restarts).
+    """
+
+    dtype: torch.dtype = torch.float64
+    target: float | None = None
+    restarts: int = 3
+
+    def __post_init__(self) -> None:
+        check_fields(self.dtype, self.target)
+        if self.restarts < 0:
+            raise ValueError(f"restarts: expected 0 or more, got {self.restarts}")
+
+    @property
+    def name(self) -> str:
+        return f"gram-newton-schulz-{dtype_suffix(self.dtype)}"
+
+    def polar(
+        self, x: Tensor, *, tolerance: Tensor | None = None, dtype: torch.dtype | None = None
+    ) -> tuple[Tensor, PolarStats]:
+        """See ``PolarSolver``. Reads one number from the device, from which steps and restarts follow.
+
+        Without a restart the only tensor of the size of X is the result.
+        """
+        dtype = dtype or x.dtype
+        if 0 in x.shape:
+            return nothing(self.name, x, dtype)
+        begun, gram = start(x, tolerance)
+        steps = quintics(begun.lower, self.target or default_target(self.dtype, dtype))
+        *early, last = split(steps, self.restarts, self.dtype)
+        grams = [gram.to(self.dtype)]  # given away by pop: it is overwritten
+        del gram
+        y, scale = x, begun.scale.to(self.dtype)[..., None, None]
+        for segment in early:
+            polynomial = _accumulate(grams.pop(), segment)
+            if y is x:
+                y = short_polynomial(polynomial.mul_(scale), x, torch.empty(x.shape, dtype=self.dtype, device=x.device))
+            else:
+                short_polynomial(polynomial, y, y)
+            del polynomial
+            grams.append(short_gram(y, dtype=self.dtype))
+        polynomial = _accumulate(grams.pop(), last)
+        if y is x:
+            polynomial.mul_(scale)
+        q = short_polynomial(polynomial, y, torch.empty(x.shape, dtype=dtype, device=x.device))
+        del y, polynomial
+        return q, evidence(self.name, q, x, begun)
+
+    def workspace_bytes(self, rows: int, columns: int, dtype: torch.dtype) -> int:
+        """Peak bytes beyond the input: with a restart, the iterate and four r x r, or the iterate and the result."""
+        short, elements, size = min(rows, columns), rows * columns, self.dtype.itemsize
+        block = block_elements(rows, columns)
+        iterate = size * elements if self.restarts else 0
+        accumulating = iterate + 4 * size * short**2
+        applying = iterate + dtype.itemsize * elements + size * (short**2 + (1 if self.restarts else 2) * block)
+        return workspace_bytes(rows, columns, max(accumulating, applying), dtype)
+
+
+def split(steps: Sequence[Quintic], restarts: int, dtype: torch.dtype) -> list[Sequence[Quintic]]:
+    """``steps`` cut into segments between which the Gram matrix is formed anew, by equal shares of the growth of ℓ.
+
+    A Gram matrix with values in [ℓ², 1] gives the smallest a relative error of ε/ℓ². Every segment begins at an ℓ of
+    ε^(1/6) or more (2e-3 in float64, 7e-2 in float32), as far as ``restarts`` allows.
+    """
+    growth = math.log(steps[0].upper / steps[0].lower)
+    segments = min(restarts + 1, max(1, math.ceil(growth / (-math.log(torch.finfo(dtype).eps) / 6))))
+    cuts = [0]
+    for share in range(1, segments):
+        left = growth * (1 - share / segments)
+        cut = next((i for i, step in enumerate(steps) if math.log(step.upper / step.lower) <= left), len(steps) - 1)
+        cuts.append(max(cut, cuts[-1] + 1))
+    cuts = [cut for cut in cuts if cut < len(steps)]
+    return [steps[begin:end] for begin, end in zip(cuts, [*cuts[1:], len(steps)], strict=True)]
+
+
+def _accumulate(gram: Tensor, steps: Sequence[Quintic]) -> Tensor:
+    """P = Π h_k, the polynomial of G by which ``steps`` multiply X; overwrites G."""
+    polynomial = None
+    for index, step in enumerate(steps):
+        factor = ops.sym_mm_add(gram, gram, alpha=step.c, beta=step.b)
+        factor.diagonal(dim1=-2, dim2=-1).add_(step.a)
+        if index + 1 < len(steps):
+            ops.sym_mm(ops.sym_mm(factor, gram), factor, out=gram)
+        polynomial = factor if polynomial is None else ops.sym_mm(polynomial, factor)
+    assert polynomial is not None
+    return polynomial

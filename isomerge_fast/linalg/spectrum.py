@@ -1,0 +1,70 @@
+"""Where the singular values of X lie, from its float64 Gram matrix: what every polar iteration has to know first.
+
+Both ends are estimated by a block power iteration, with G for the largest and with G⁻¹ (through its Cholesky factor)
+for the smallest, and moved outwards by the residual: θ + ‖G v − θ v‖ for a unit vector v and θ = vᵀ G v.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+# Without the margins, over 64 spectra (r = 24 … 512; Gaussian, linear, log-spaced with κ up to 1e7, one value apart),
+# σ₁ comes out at 0.974 to 1.029 of itself and σ_r at 0.955 to 1.089. The worst of both are a single value 3 % to 10 %
+# away from all others, which are equal; without these, σ₁ is never below 1.000 and σ_r never above 1.001.
+BLOCK_COLUMNS = 8
+LARGEST_STEPS, SMALLEST_STEPS = 12, 6
+LARGEST_MARGIN, SMALLEST_MARGIN = 1.03, 1.1
+
+# Relative to σ₁: sqrt(16 ε₆₄). Below it λ = σ² drowns in the rounding of the Gram matrix.
+RESOLUTION = 4.0 * math.sqrt(torch.finfo(torch.float64).eps)
+
+
+def singular_range(gram: Tensor, *, tolerance: Tensor) -> tuple[Tensor, Tensor]:
+    """(σ₁ from above, σ_r from below) of X from G = X Xᵀ, the Gram matrix of its short side.
+
+    Both are estimates with a margin, not proofs, but for the bound σ₁² ≤ min(trace G, ‖G‖_∞), which always holds. No
+    value is read from the device.
+
+    Args:
+        gram: G [..., r, r] float64, r ≥ 1, not modified.
+        tolerance: [...], the singular values at or below which a direction counts as zero.
+
+    Returns:
+        (largest, smallest), both [...] float64; smallest is 0 where G has no Cholesky factor, or where it is at or
+        below ``tolerance`` or ``RESOLUTION`` · largest: there X is rank-deficient, or cannot be told from it.
+
+    Reference: Zhou, Saad, "Bounding the spectrum of large Hermitian matrices", 2011 (the residual as a margin).
+    """
+    start = _start_block(gram.shape[-1], gram.device)
+    bound = torch.minimum(gram.diagonal(dim1=-2, dim2=-1).sum(-1), torch.linalg.matrix_norm(gram, ord=torch.inf))
+    largest = _largest_eigenvalue(lambda v: gram @ v, start, LARGEST_STEPS).sqrt()
+    largest = torch.minimum(LARGEST_MARGIN * largest, bound.sqrt())
+
+    lower, failed = torch.linalg.cholesky_ex(gram)
+    inverse = _largest_eigenvalue(lambda v: torch.cholesky_solve(v, lower), start, SMALLEST_STEPS).sqrt()
+    smallest = 1.0 / (SMALLEST_MARGIN * inverse)
+    limit = torch.maximum(tolerance.double(), RESOLUTION * largest)
+    # What a failed factorisation leaves may be anything, NaN included, but stays in its own member of the batch.
+    return largest, torch.where((failed == 0) & (smallest > limit), smallest, 0.0)
+
+
+def _start_block(rows: int, device: torch.device) -> Tensor:
+    """[rows, BLOCK_COLUMNS] float64, the same on every device and every call: cos(φ i²), whose spectrum is flat."""
+    index = torch.arange(rows * BLOCK_COLUMNS, dtype=torch.float64, device=device)
+    return index.square_().mul_(0.6180339887498949).cos_().view(rows, BLOCK_COLUMNS)
+
+
+def _largest_eigenvalue(apply: Callable[[Tensor], Tensor], start: Tensor, steps: int) -> Tensor:
+    """max of θ + ‖A v − θ v‖ over the block's columns v, after ``steps`` products with a symmetric A ≥ 0: [...]."""
+    tiny = torch.finfo(torch.float64).tiny
+    v, product = start, start
+    for _ in range(steps):
+        v = product / torch.linalg.vector_norm(product, dim=-2, keepdim=True).clamp_min(tiny)
+        product = apply(v)
+    theta = (v * product).sum(-2, keepdim=True)
+    residual = torch.linalg.vector_norm(product - theta * v, dim=-2)
+    return (theta.squeeze(-2) + residual).amax(-1)

@@ -1,0 +1,43 @@
+"""Runs a method's solvers in order of cost until the certificate holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from ..linalg.auto import Choice
+from ..linalg.protocol import PolarSolver
+from .protocol import Deltas, MergeStats, TensorDeltas
+
+S = TypeVar("S", bound=PolarSolver)
+
+
+def merge_certified(
+    attempt: Callable[[Deltas, S], tuple[Tensor, MergeStats]], deltas: Deltas, ladder: Sequence[Choice[S]]
+) -> tuple[Tensor, MergeStats]:
+    """``attempt`` with the first solver of ``ladder``, again with the next where a check misses its limit.
+
+    All checks of all matrices are read from the device at once, after the attempt. Of a batch in memory only the
+    matrices that missed are solved again. What was given up, and why, is in ``MergeStats.escalations``; what the last
+    solver could not meet, in ``MergeStats.missed``.
+    """
+    value, stats = attempt(deltas, ladder[0].solver)
+    for choice in ladder[1:]:
+        missed = stats.missed()
+        if not missed:
+            break
+        rows = torch.stack(list(missed.values())).any(0)
+        remark = f"{stats.algorithm}: {stats.describe(missed)}"
+        if rows.ndim == 0 or bool(rows.all()) or not isinstance(deltas, TensorDeltas):
+            value, again = attempt(deltas, choice.solver)
+            stats = again.after(stats, remark)
+        else:
+            # Matrices of a batch, with the batch's dimensions made one.
+            rows = rows.to(deltas.device)
+            part, again = attempt(TensorDeltas([tensor[rows] for tensor in deltas.tensors]), choice.solver)
+            value[rows] = part.to(value.dtype)
+            stats = stats.replaced(rows, again).after(stats, remark)
+    return value, stats
