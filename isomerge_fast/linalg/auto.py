@@ -33,10 +33,11 @@ S = TypeVar("S", bound=PolarSolver, covariant=True)
 
 @dataclass(frozen=True)
 class Choice(Generic[S]):
-    """A solver and the reason for it, as ``isomerge plan`` prints it."""
+    """A solver and the reason for it, as ``isomerge plan`` prints it; ``sum_dtype`` is what S is added up in."""
 
     solver: S
     reason: str
+    sum_dtype: torch.dtype = torch.float64
 
 
 def check_precision(precision: str) -> None:
@@ -66,6 +67,9 @@ def polar_ladder(
     short, aspect = min(rows, columns), max(rows, columns) / max(1, min(rows, columns))
     exact = Choice(GramEigh(), "float64 Gram matrix: resolves float32 input")
     ladder: list[Choice[PolarSolver]] = [exact, svd]
+    if aspect >= 2:
+        # Long sums are well-conditioned: that float32 is enough for S is checked afterwards.
+        ladder.insert(0, Choice(GramEigh(), "float64 Gram matrix of a float32 sum", torch.float32))
     if device.type == "cuda" and short >= ITERATION_SIDE:
         narrow = precision == "fast" or torch.cuda.get_device_capability(device) not in FLOAT64_TENSOR_CORES
         iterate = torch.float32 if narrow else torch.float64
@@ -74,7 +78,8 @@ def polar_ladder(
         else:
             ladder.insert(0, Choice(PolarExpress(iterate), "products only; nearly square"))
     elif precision == "fast" and aspect >= 2:
-        ladder.insert(0, Choice(GramEigh(torch.float32), f"{rows} x {columns}: sums that long are well-conditioned"))
+        reason = f"float32 Gram matrix: {rows} x {columns} is tall or wide, and such sums are well-conditioned"
+        ladder.insert(0, Choice(GramEigh(torch.float32), reason, torch.float32))
     return tuple(ladder)
 
 

@@ -31,6 +31,8 @@ from .protocol import (
 )
 from .sides import BLOCK_ELEMENTS, long_product, short_gram, short_multiply, short_product, short_project
 
+EPS = torch.finfo(torch.float32).eps
+
 
 @dataclass(frozen=True)
 class GramEigh:
@@ -39,7 +41,8 @@ class GramEigh:
     Args:
         dtype: of the Gram matrix and its eigenvectors. float32 is for the ``fast`` tier: it resolves singular values
             down to 1.4e-3 σ₁, float64 down to 6e-8 σ₁.
-        rounding: relative error of a float32 polar factor that its last products may add (see ``polar``).
+        rounding: relative error of a float32 polar factor that its last products may add (see ``polar``); a hundredth
+            of it for a float64 one.
         parts_dtype: of the Gram matrices of wide task parts, whose singular values lie close together.
     """
 
@@ -73,21 +76,24 @@ class GramEigh:
         """
         dtype = dtype or x.dtype
         limit = default_tolerance(x) if tolerance is None else tolerance
-        vectors, sigma, kept_sigma = self._eigh(short_gram(x, dtype=self.dtype), limit)
+        gram = self._narrow_gram(x) if x.dtype == torch.float32 and self.dtype == torch.float64 else None
+        narrow_gram = gram is not None
+        vectors, sigma, kept_sigma = self._eigh(gram if narrow_gram else short_gram(x, dtype=self.dtype), limit)
+        del gram
         keep = kept_sigma > 0
         rank = keep.sum(-1)
         inverse = reciprocal(kept_sigma)
-        root = sym_mm(vectors * inverse.sqrt()[..., None, :])
-        # Of the product's rounding, relative to ‖Q‖ and as for random directions: ε rms(σ) rms(1/σ).
-        count = rank.clamp_min(1)
-        spread = (kept_sigma.square().sum(-1) * inverse.square().sum(-1)).sqrt() / count
-        # Of eigh's noise, a few ε₆₄ λ₁ in every eigenvalue, relative to that eigenvalue.
-        noise = sigma[..., :1].square().sum(-1) * (inverse.pow(4).sum(-1) / count).sqrt()
-        rounding = self.rounding if dtype != torch.float64 else 0.0
-        small = torch.stack([torch.finfo(dtype).eps * spread, self.noise * noise]) <= rounding
+        # Of eigh's noise in every eigenvalue, relative to that eigenvalue.
+        noise = self.noise * sigma[..., :1].square().sum(-1) * (inverse.pow(4).sum(-1) / rank.clamp_min(1)).sqrt()
+        rounding = self.rounding if dtype != torch.float64 else 1e-2 * self.rounding
+        spread = _spread(kept_sigma, inverse)
+        if narrow_gram:
+            noise = torch.zeros_like(noise)  # what is left is skew, which no Newton-Schulz step mends
+        small = torch.stack([EPS * spread, noise]) <= rounding
         narrow, clean = small.reshape(2, -1).all(1).tolist()
-        q = torch.empty(x.shape, dtype=dtype, device=x.device)
-        short_multiply(root.to(dtype) if narrow else root, x, q)
+        # G^(-1/2), as a product that is symmetric and half the work.
+        root = sym_mm((vectors * inverse.sqrt()[..., None, :]).to(dtype if narrow else vectors.dtype))
+        q = short_multiply(root, x, torch.empty(x.shape, dtype=dtype, device=x.device))
         del root
         scale = math.sqrt(max(1, sigma.shape[-1]))
         if clean:
@@ -95,14 +101,16 @@ class GramEigh:
             defect = short_product(q, long_product(q, probe, dtype))
             defect -= (vectors @ (keep[..., :, None] * (vectors.mT @ probe.to(vectors)))).to(dtype)
             orthogonality = torch.linalg.matrix_norm(defect) / scale
-            return q, PolarStats(self.name, kept_sigma.sum(-1), rank, orthogonality, self._unresolved(sigma, limit))
+            return q, PolarStats(
+                self.name, kept_sigma.sum(-1), rank, orthogonality, self._unresolved(sigma, limit), spread
+            )
         step = short_gram(q, dtype=dtype)
         defect = step - sym_mm((vectors * keep[..., None, :]).to(dtype))
         orthogonality = torch.linalg.matrix_norm(defect) / scale
         del vectors, defect
         step.mul_(-0.5).diagonal(dim1=-2, dim2=-1).add_(1.5)
         short_multiply(step, q, q)
-        return q, PolarStats(self.name, kept_sigma.sum(-1), rank, orthogonality, self._unresolved(sigma, limit))
+        return q, PolarStats(self.name, kept_sigma.sum(-1), rank, orthogonality, self._unresolved(sigma, limit), spread)
 
     def top_subspace(
         self,
@@ -133,8 +141,13 @@ class GramEigh:
         return subspace if short_only else self.complete(x, subspace, dtype or x.dtype)
 
     def complete(self, x: Tensor, subspace: Subspace, dtype: torch.dtype) -> Subspace:
-        """See ``SubspaceSolver``: X maps the short side's vectors to the long side's, times σ."""
-        scaled = subspace.short * reciprocal(subspace.sigma)[..., None, :]
+        """See ``SubspaceSolver``: X maps the short side's vectors to the long side's, times σ. As in ``polar``, a
+        float32 result is computed in float32 where that leaves an error below ``rounding``. Reads one flag.
+        """
+        inverse = reciprocal(subspace.sigma)
+        scaled = subspace.short * inverse[..., None, :]
+        if dtype == torch.float32 and bool((EPS * _spread(subspace.sigma, inverse) <= self.rounding).all()):
+            scaled = scaled.to(dtype)
         return replace(subspace, long=long_product(x, scaled, dtype))
 
     def residual_subspace(
@@ -152,8 +165,7 @@ class GramEigh:
             solver = GramEigh(self.parts_dtype)
             part = solver.top_subspace(projected, s, tolerance=tolerance, dtype=torch.float64)
             return replace(part, short=common.complement @ part.short)
-        weights = common.short * reciprocal(common.sigma)[..., None, :]
-        y = weights.mT @ short_gram(total, delta)
+        y = common.whitened.mT @ short_gram(total, delta)
         vectors, sigma, kept_sigma = self._eigh(sym_mm_add(short_gram(delta), y.mT, alpha=-1.0), tolerance)
         # What cancels in ΔᵀΔ − YᵀY leaves rounding of the size of ‖Δ‖².
         noise = self.noise * norm.square()
@@ -163,7 +175,7 @@ class GramEigh:
         top = vectors[..., :, :s] * (kept_sigma > 0)[..., None, :]
         scaled = top * reciprocal(kept_sigma)[..., None, :]
         u_t = long_product(delta, scaled, torch.float64)
-        u_t -= long_product(total, weights @ (y @ scaled), torch.float64)
+        u_t -= long_product(total, common.whitened @ (y @ scaled), torch.float64)
         return Subspace(
             short=top,
             long=u_t,
@@ -189,6 +201,31 @@ class GramEigh:
         limit = torch.maximum(tolerance.double(), self.resolution * sigma[..., 0])
         return vectors.flip(-1), sigma, torch.where(sigma > limit[..., None], sigma, 0.0)
 
+    def _narrow_gram(self, x: Tensor) -> Tensor | None:
+        """The Gram matrix multiplied in float32 and converted, or None where its rounding would show in Q.
+
+        It leaves at most 2.5 ε₃₂ (rms(σ) rms(1/σ))² in Q (160 x 64 … 4096 x 256, noise, spikes, decay). Both means come
+        without an eigensolver: tr G, and tr G⁻¹ = E ‖L⁻¹ω‖² with the Cholesky factor L. Long matrices pass, square ones
+        do not. Reads one flag.
+        """
+        rows, columns = x.shape[-2:]
+        short = min(rows, columns)
+        if short == 0 or max(rows, columns) < 2 * short:
+            return None
+        gram = short_gram(x, dtype=torch.float32)
+        lower, failed = torch.linalg.cholesky_ex(gram)
+        solved = torch.linalg.solve_triangular(lower, probes(short, torch.float32, x.device), upper=False)
+        spread = gram.diagonal(dim1=-2, dim2=-1).sum(-1) * solved.square().sum((-2, -1)) / short**2  # squared
+        passed = (failed == 0) & (2.5 * EPS * spread.double() <= 2.0 * self.rounding)
+        return gram.double() if bool(passed.all()) else None
+
     def _unresolved(self, sigma: Tensor, tolerance: Tensor) -> Tensor:
         hidden = sigma <= self.resolution * sigma[..., :1]
         return (hidden & (sigma > tolerance[..., None])).sum(-1)
+
+
+def _spread(sigma: Tensor, inverse: Tensor) -> Tensor:
+    """rms(σ) rms(1/σ) over the kept directions: what rounding X (or G^(-1/2)) to ε makes of Q is ε times this, relative
+    to ‖Q‖ and as for random directions.
+    """
+    return (sigma.square().sum(-1) * inverse.square().sum(-1)).sqrt() / (sigma > 0).sum(-1).clamp_min(1)

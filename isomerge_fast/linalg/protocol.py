@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -28,6 +29,8 @@ class PolarStats:
         rank: number of kept directions, shape [...].
         orthogonality: ‖QᵀQ − P‖_F / √r on the short side, P the projector on the kept directions, shape [...].
         unresolved: number of directions above the tolerance that the solver's own rounding hides, shape [...].
+        spread: rms(σ) · rms(1/σ) over the kept directions, shape [...]: rounding X to ε moves Q by about ε times this,
+            relative to ‖Q‖. None where the solver does not see σ.
     """
 
     solver: str
@@ -35,6 +38,7 @@ class PolarStats:
     rank: Tensor
     orthogonality: Tensor
     unresolved: Tensor | int = 0
+    spread: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,11 @@ class Subspace:
     angle: Tensor
     unresolved: Tensor
     wide: bool
+
+    @cached_property
+    def whitened(self) -> Tensor:
+        """The short side's vectors over σ, [..., r, k]: X maps them to the long side's."""
+        return self.short * reciprocal(self.sigma)[..., None, :]
 
     @property
     def u(self) -> Tensor:

@@ -12,11 +12,11 @@ from ..linalg.auto import Choice
 from ..linalg.protocol import PolarSolver
 from .protocol import Deltas, MergeStats, TensorDeltas
 
-S = TypeVar("S", bound=PolarSolver)
+S = TypeVar("S", bound=PolarSolver, covariant=True)
 
 
 def merge_certified(
-    attempt: Callable[[Deltas, S], tuple[Tensor, MergeStats]], deltas: Deltas, ladder: Sequence[Choice[S]]
+    attempt: Callable[[Deltas, Choice[S]], tuple[Tensor, MergeStats]], deltas: Deltas, ladder: Sequence[Choice[S]]
 ) -> tuple[Tensor, MergeStats]:
     """``attempt`` with the first solver of ``ladder``, again with the next where a check misses its limit.
 
@@ -24,7 +24,7 @@ def merge_certified(
     matrices that missed are solved again. What was given up, and why, is in ``MergeStats.escalations``; what the last
     solver could not meet, in ``MergeStats.missed``.
     """
-    value, stats = attempt(deltas, ladder[0].solver)
+    value, stats = attempt(deltas, ladder[0])
     for choice in ladder[1:]:
         missed = stats.missed()
         if not missed:
@@ -32,12 +32,12 @@ def merge_certified(
         rows = torch.stack(list(missed.values())).any(0)
         remark = f"{stats.algorithm}: {stats.describe(missed)}"
         if rows.ndim == 0 or bool(rows.all()) or not isinstance(deltas, TensorDeltas):
-            value, again = attempt(deltas, choice.solver)
+            value, again = attempt(deltas, choice)
             stats = again.after(stats, remark)
         else:
             # Matrices of a batch, with the batch's dimensions made one.
             rows = rows.to(deltas.device)
-            part, again = attempt(TensorDeltas([tensor[rows] for tensor in deltas.tensors]), choice.solver)
+            part, again = attempt(TensorDeltas([tensor[rows] for tensor in deltas.tensors]), choice)
             value[rows] = part.to(value.dtype)
             stats = stats.replaced(rows, again).after(stats, remark)
     return value, stats

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -75,8 +76,10 @@ class IsoC:
     def workspace_bytes(self, spec: TensorSpec, tasks: int) -> int:
         rows, columns = spec.shape
         # Of what is expected to be taken: an escalation to a full SVD may need more.
-        solver = self.ladder(spec.shape, spec.dtype, torch.device("cpu"))[0].solver
-        return 8 * spec.elements + solver.workspace_bytes(rows, columns, self._result_dtype(spec.dtype))
+        choice = self.ladder(spec.shape, spec.dtype, torch.device("cpu"))[0]
+        sum_dtype = torch.promote_types(choice.sum_dtype, spec.dtype)
+        result_dtype = self._result_dtype(spec.dtype)
+        return sum_dtype.itemsize * spec.elements + choice.solver.workspace_bytes(rows, columns, result_dtype)
 
     def flops(self, spec: TensorSpec, tasks: int) -> float:
         short = min(spec.shape)
@@ -97,16 +100,16 @@ class IsoC:
         """The reference judges the others: its result is never rounded."""
         return torch.float64 if self.precision == "reference" else compute_dtype
 
-    def _attempt(self, deltas: Deltas, solver: PolarSolver) -> tuple[Tensor, MergeStats]:
-        # In float64: rounding S to float32 alone was an error of 6e-5 in Iso-CTS (768 x 300, gap at the cut 0.3 %).
-        total, squares = finite_sum(deltas, torch.float64)
+    def _attempt(self, deltas: Deltas, choice: Choice[PolarSolver]) -> tuple[Tensor, MergeStats]:
+        sum_dtype = torch.promote_types(choice.sum_dtype, deltas.dtype)
+        total, squares = finite_sum(deltas, sum_dtype)
         dtype = self._result_dtype(deltas.dtype)
         if 0 in total.shape:
             return total.to(dtype), MergeStats(self.name, {"delta_norms": delta_norms(squares)})
         rows, columns = total.shape[-2:]
         min_dim = min(rows, columns)
         tolerance = rounding_tolerance(squares.sum(0).sqrt(), rows, columns, deltas.dtype)
-        q, stats = solver.polar(total, tolerance=tolerance, dtype=dtype)
+        q, stats = choice.solver.polar(total, tolerance=tolerance, dtype=dtype)
         asymmetry, negative = symmetry(total, q, stats.nuclear_norm.double() / min_dim)
         del total
         sigma_mean = spectral_mean(stats.nuclear_norm, stats.rank, min_dim, self.rank_policy)
@@ -124,4 +127,8 @@ class IsoC:
             "negative": Check(negative, promise),
             "unresolved": Check(torch.as_tensor(stats.unresolved, device=q.device).expand(stats.rank.shape), 0),
         }
+        if sum_dtype == torch.float32 and stats.spread is not None:
+            # √T for the roundings of a sum.
+            error = stats.spread * (torch.finfo(sum_dtype).eps * 0.5 * math.sqrt(deltas.n_tasks))
+            checks["sum_rounding"] = Check(error, 0.1 * promise)
         return q, MergeStats(f"{self.name}/{stats.solver}", values, checks)
