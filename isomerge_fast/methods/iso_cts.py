@@ -227,10 +227,8 @@ def _recombine(
     u_polar, u_stats = _small_polar(u_tasks, common)
     v_k = common.v if common.wide else common.short
     a = v_k.mT @ v_tasks
+    # Once: what float64 leaves of V_k in it is ε₆₄, and its own singular values are above 1e-5 (see above).
     rest = v_tasks - v_k @ a
-    correction = v_k.mT @ rest
-    a += correction
-    rest -= v_k @ correction
     q_a, a_small = thin_qr(a)
     q_r, b_small = thin_qr(rest)
     v_a = v_k @ q_a
