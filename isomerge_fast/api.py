@@ -181,7 +181,7 @@ def merge(
         ConfigError, InputError, ResourceError: with a message that names what is wrong; nothing half-written is left.
     """
     return run(
-        make_plan(load_config(config), resolve_device(device)),
+        make_plan(load_config(config), resolve_device(device), max_ram=max_ram, max_vram=max_vram),
         device=device,
         max_ram=max_ram,
         max_vram=max_vram,

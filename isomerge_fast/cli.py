@@ -180,13 +180,9 @@ def plan(
         from .plan import check_resources, estimate_seconds, make_plan
 
         target = resolve_device(device)
-        made = make_plan(gather_config(config, changes), target)
-        check_resources(
-            made,
-            max_ram=parse_bytes(max_ram, "--max-ram"),
-            max_vram=parse_bytes(max_vram, "--max-vram"),
-            device=target,
-        )
+        ram, vram = parse_bytes(max_ram, "--max-ram"), parse_bytes(max_vram, "--max-vram")
+        made = make_plan(gather_config(config, changes), target, max_ram=ram, max_vram=vram)
+        check_resources(made, max_ram=ram, max_vram=vram, device=target)
         seconds = estimate_seconds(made)
         answer(format, {**made.to_dict(), "estimated_seconds": seconds}, lambda: print_plan(made, seconds))
 

@@ -183,6 +183,8 @@ def _describe(plan: Plan, device: torch.device) -> dict[str, Any]:
         "torch": torch.__version__,
         "device": device.type,
         "config": config,
+        # A ceiling can mean another solver, and with it other last digits.
+        "solvers": sorted({tensor.reason for tensor in plan.tensors if tensor.method is not None}),
         "inputs": describe_inputs([plan.base, *plan.experts]),
     }
 

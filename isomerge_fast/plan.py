@@ -127,17 +127,26 @@ class Plan:
         }
 
 
-def make_plan(config: MergeConfig, device: torch.device | None = None) -> Plan:
+def make_plan(
+    config: MergeConfig,
+    device: torch.device | None = None,
+    *,
+    max_ram: int | None = None,
+    max_vram: int | None = None,
+) -> Plan:
     """Reads headers, decides every tensor's fate, and finds every error that can be found that way.
 
     Args:
         device: where it is to run, which decides the solvers; the CPU when None.
+        max_ram, max_vram: ceilings in bytes, which leave out solvers that need more; ``check_resources`` refuses what
+            cannot be met.
 
     Raises:
         ConfigError: method, options or patterns that do not fit; output folder that is an input.
         InputError: checkpoints that cannot be opened or do not fit each other; ``problems`` lists them all.
     """
     device = device or torch.device("cpu")
+    ceiling = max_vram if device.type == "cuda" else None if max_ram is None else max_ram - BASELINE_BYTES
     method = make_method(config.method, config.options)
     overrides = [(override.match, make_method(override.method, override.options)) for override in config.overrides]
     base = open_checkpoint(config.base)
@@ -154,7 +163,7 @@ def make_plan(config: MergeConfig, device: torch.device | None = None) -> Plan:
 
     tensors, shards = [], {}
     for stored in sorted(base.tensors.values(), key=lambda stored: (str(stored.file), stored.start)):
-        plan = _plan_tensor(stored, experts, config, method, overrides, device)
+        plan = _plan_tensor(stored, experts, config, method, overrides, device, ceiling)
         tensors.append(plan)
         shards.setdefault(stored.file.name if base.is_folder else SINGLE_FILE, []).append(plan.out)
     companions = tuple(companion_files(base.path)) if base.is_folder else ()
@@ -248,6 +257,7 @@ def _plan_tensor(
     method: Method,
     overrides: list[tuple[str, Method]],
     device: torch.device,
+    ceiling: int | None,
 ) -> TensorPlan:
     if stored.dtype not in FLOAT_DTYPES or 0 in stored.shape:
         reason = "empty" if 0 in stored.shape else f"{stored.dtype} is not a float: copied from the base"
@@ -259,7 +269,7 @@ def _plan_tensor(
     sources = tuple(expert.tensors[stored.name] for expert in experts)
     dtype = compute_dtype(*(DTYPES[source.dtype] for source in (stored, *sources)))
     spec = TensorSpec(stored.name, stored.shape, dtype)
-    chosen, reason = _choose_method(spec, config, method, overrides, device)
+    chosen, reason = _choose_method(spec, config, method, overrides)
     try:
         chosen.check(spec, len(experts))
     except ConfigError as error:
@@ -270,6 +280,9 @@ def _plan_tensor(
     if sum(source.bytes for source in sources) <= KEEP_BYTES:
         raw = stored.bytes + sum(source.bytes for source in sources)
     blocks = 4 * 8 * min(spec.elements, BLOCK_ELEMENTS)
+    if ceiling is not None:
+        chosen = chosen.within(max(0, ceiling - raw - blocks))
+    reason = reason or chosen.explain(spec, len(experts), device)
     merging = raw + chosen.workspace_bytes(spec, len(experts)) + blocks
     writing = stored.bytes + spec.bytes + out.bytes + blocks
     peak = max(merging, writing)
@@ -281,9 +294,11 @@ def _choose_method(
     config: MergeConfig,
     method: Method,
     overrides: list[tuple[str, Method]],
-    device: torch.device,
 ) -> tuple[Method, str]:
-    """Overrides first, then ``exclude``, then what the method accepts and excludes itself; others are averaged."""
+    """Overrides first, then ``exclude``, then what the method accepts and excludes itself; others are averaged.
+
+    With the reason, which is empty for what the config's own method merges.
+    """
     for pattern, override in overrides:
         if fnmatch.fnmatchcase(spec.name, pattern):
             if override.accepts(spec):
@@ -297,7 +312,7 @@ def _choose_method(
     for pattern in method.default_exclude:
         if fnmatch.fnmatchcase(spec.name, pattern):
             return Mean(), f"{pattern!r}: averaged, as published"
-    return method, method.explain(spec, device)
+    return method, ""
 
 
 def _notes(

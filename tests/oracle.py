@@ -26,10 +26,15 @@ def polar(x: np.ndarray, rank_tolerance: float = 0.0) -> np.ndarray:
     return u[:, keep] @ v[:, keep].T
 
 
-def iso_c(deltas: list[np.ndarray], *, rank_tolerance: float = 0.0, rank_policy: str = "range") -> np.ndarray:
+def iso_c(
+    deltas: list[np.ndarray], *, rank_tolerance: float = 0.0, rank: int | None = None, rank_policy: str = "range"
+) -> np.ndarray:
+    """``rank``: that many directions and no more, instead of a tolerance."""
     total = np.sum([np.asarray(delta, dtype=np.float64) for delta in deltas], axis=0)
     u, sigma, v = thin_svd(total)
     keep = sigma > rank_tolerance * (sigma[0] if sigma.size else 0.0)
+    if rank is not None:
+        keep = np.arange(sigma.size) < rank
     if not keep.any():
         return np.zeros_like(total)
     mean = sigma[keep].sum() / (keep.sum() if rank_policy == "range" else sigma.size)

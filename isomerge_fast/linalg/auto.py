@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -83,13 +84,19 @@ def polar_ladder(
     return tuple(ladder)
 
 
-def subspace_ladder(precision: str, dtype: torch.dtype) -> tuple[Choice[Solver], ...]:
-    """Solvers for the common and the task subspaces of Iso-CTS, as ``polar_ladder``."""
+def subspace_ladder(precision: str, dtype: torch.dtype, *, lean: bool = False) -> tuple[Choice[Solver], ...]:
+    """Solvers for the common and the task subspaces of Iso-CTS, as ``polar_ladder``.
+
+    Args:
+        lean: without the search, which needs U_k beside S and Δ_t.
+    """
     check_precision(precision)
     svd: Choice[Solver] = Choice(FullSvd(), _svd_reason(precision, dtype))
     if precision == "reference" or dtype == torch.float64:
         return (svd,)
     exact: Choice[Solver] = Choice(ChebyshevSubspace(), "float64 Gram matrices; tall task parts by a certified search")
+    if lean:
+        return (Choice(GramEigh(), "float64 Gram matrices, in blocks: less memory than the search"), svd)
     if precision == "default":
         return (exact, svd)
     loose = ChebyshevSubspace(parts_dtype=torch.float32, angle=FAST_ANGLE)
@@ -100,3 +107,14 @@ def _svd_reason(precision: str, dtype: torch.dtype) -> str:
     if precision == "reference":
         return "precision is 'reference'"
     return "float64 input, beyond a Gram matrix" if dtype == torch.float64 else "the last resort"
+
+
+def fitting(
+    ladder: Sequence[Choice[S]], workspace_bytes: Callable[[Choice[S]], int], memory_bytes: int | None
+) -> tuple[Choice[S], ...]:
+    """The part of ``ladder`` that keeps to a ceiling; where none does, the one that needs least."""
+    if memory_bytes is None:
+        return tuple(ladder)
+    return tuple(choice for choice in ladder if workspace_bytes(choice) <= memory_bytes) or (
+        min(ladder, key=workspace_bytes),
+    )

@@ -162,9 +162,19 @@ class GramEigh:
         if common.wide:
             assert common.complement is not None
             projected = short_project(common.complement.to(self.parts_dtype), delta)
-            solver = GramEigh(self.parts_dtype)
-            part = solver.top_subspace(projected, s, tolerance=tolerance, dtype=torch.float64)
-            return replace(part, short=common.complement @ part.short)
+            # The projection's own rounding: what it hides, and what it turns at the cut.
+            rounding = torch.finfo(self.parts_dtype).eps * norm
+            noise = torch.maximum(tolerance, 4.0 * rounding)
+            part = GramEigh(self.parts_dtype).top_subspace(projected, s, tolerance=tolerance, dtype=torch.float64)
+            visible = part.sigma > noise[..., None]
+            return replace(
+                part,
+                short=common.complement @ (part.short * visible[..., None, :]),
+                long=None if part.long is None else part.long * visible[..., None, :],
+                sigma=part.sigma * visible,
+                angle=part.angle + rounding * reciprocal(part.sigma[..., -1] * part.gap) / math.sqrt(max(1, s)),
+                unresolved=part.unresolved + ((part.sigma > 0) & ~visible).sum(-1),
+            )
         y = common.whitened.mT @ short_gram(total, delta)
         vectors, sigma, kept_sigma = self._eigh(sym_mm_add(short_gram(delta), y.mT, alpha=-1.0), tolerance)
         # What cancels in ΔᵀΔ − YᵀY leaves rounding of the size of ‖Δ‖².

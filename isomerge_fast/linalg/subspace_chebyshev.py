@@ -24,7 +24,7 @@ from torch import Tensor
 from ..ops import mm, mm_add, sym_mm_add
 from .gram_eigh import GramEigh
 from .protocol import Subspace, reciprocal, relative_gap
-from .sides import long_product, short_gram, short_product
+from .sides import BLOCK_ELEMENTS, long_product, short_gram, short_product
 
 # Below these the whole spectrum is as cheap.
 SMALLEST_SIDE, LARGEST_FRACTION = 256, 1 / 16
@@ -162,6 +162,12 @@ class ChebyshevSubspace(GramEigh):
     def worthwhile(self, short: int, s: int) -> bool:
         """Whether a block of s + p columns is narrow enough."""
         return short >= SMALLEST_SIDE and s + self.oversampling <= short * LARGEST_FRACTION
+
+    def search_bytes(self, rows: int, columns: int, s: int) -> int:
+        """Peak bytes of the search in a tall float32 Δ: Δ in float64 or blocks of it, a few thin blocks, G twice."""
+        width = s + self.oversampling
+        converted = 8 * (rows * columns if rows * columns <= CONVERTED_ELEMENTS else max(BLOCK_ELEMENTS, columns))
+        return converted + 8 * 4 * rows * width + 4 * (2 * columns**2 + 8 * columns * width)
 
     def residual_subspace(
         self, delta: Tensor, total: Tensor, common: Subspace, s: int, *, norm: Tensor, tolerance: Tensor

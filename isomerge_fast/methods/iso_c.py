@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from ..linalg.auto import PROMISES, Choice, check_precision, polar_ladder
+from ..linalg.auto import PROMISES, Choice, check_precision, fitting, polar_ladder
 from ..linalg.certificate import symmetry
 from ..linalg.protocol import PolarSolver, rounding_tolerance
 from .certified import merge_certified
@@ -41,6 +41,7 @@ class IsoC:
             1e-5 or 1e-8 on full-rank input. ``auto`` picks the solver for it, and another one where the certificate
             misses.
         solver: used instead, whatever its certificate says.
+        memory_bytes: ceiling on ``workspace_bytes``: solvers that need more are left out.
 
     Reference: arXiv 2502.04959 (Iso-C).
     """
@@ -48,6 +49,7 @@ class IsoC:
     rank_policy: str = "range"
     precision: str = "default"
     solver: PolarSolver | None = None
+    memory_bytes: int | None = None
 
     name: ClassVar[str] = "iso-c"
     citation: ClassVar[str] = "arXiv 2502.04959"
@@ -63,23 +65,30 @@ class IsoC:
     def check(self, spec: TensorSpec, tasks: int) -> None:
         pass
 
-    def ladder(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Sequence[Choice[PolarSolver]]:
+    def within(self, memory_bytes: int) -> IsoC:
+        return replace(self, memory_bytes=memory_bytes)
+
+    def ladder(self, spec: TensorSpec, device: torch.device) -> Sequence[Choice[PolarSolver]]:
         """The solvers to be tried, in order."""
         if self.solver is not None:
             return (Choice(self.solver, "given"),)
-        return polar_ladder(self.precision, shape, dtype, device)
+        ladder = polar_ladder(self.precision, spec.shape, spec.dtype, device)
+        return fitting(ladder, lambda choice: self._workspace_bytes(choice, spec), self.memory_bytes)
 
-    def explain(self, spec: TensorSpec, device: torch.device) -> str:
-        choice = self.ladder(spec.shape, spec.dtype, device)[0]
+    def explain(self, spec: TensorSpec, tasks: int, device: torch.device) -> str:
+        choice = self.ladder(spec, device)[0]
         return f"{choice.solver.name}: {choice.reason}"
 
     def workspace_bytes(self, spec: TensorSpec, tasks: int) -> int:
-        rows, columns = spec.shape
-        # Of what is expected to be taken: an escalation to a full SVD may need more.
-        choice = self.ladder(spec.shape, spec.dtype, torch.device("cpu"))[0]
+        # Of what is expected to be taken: without a ceiling, an escalation to a full SVD may need more.
+        return self._workspace_bytes(self.ladder(spec, torch.device("cpu"))[0], spec)
+
+    def _workspace_bytes(self, choice: Choice[PolarSolver], spec: TensorSpec) -> int:
+        rows, columns = spec.shape[-2:]
+        members = spec.elements // max(1, rows * columns)
         sum_dtype = torch.promote_types(choice.sum_dtype, spec.dtype)
-        result_dtype = self._result_dtype(spec.dtype)
-        return sum_dtype.itemsize * spec.elements + choice.solver.workspace_bytes(rows, columns, result_dtype)
+        solving = choice.solver.workspace_bytes(rows, columns, self._result_dtype(spec.dtype))
+        return members * (sum_dtype.itemsize * rows * columns + solving)
 
     def flops(self, spec: TensorSpec, tasks: int) -> float:
         short = min(spec.shape)
@@ -93,8 +102,8 @@ class IsoC:
             ValueError: fewer than two dimensions, or NaN or Inf in a delta.
         """
         require_matrices(self.name, deltas.shape)
-        ladder = self.ladder(tuple(deltas.shape), deltas.dtype, deltas.device)
-        return merge_certified(self._attempt, deltas, ladder)
+        spec = TensorSpec("", tuple(deltas.shape), deltas.dtype)
+        return merge_certified(self._attempt, deltas, self.ladder(spec, deltas.device))
 
     def _result_dtype(self, compute_dtype: torch.dtype) -> torch.dtype:
         """The reference judges the others: its result is never rounded."""

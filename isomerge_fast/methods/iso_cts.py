@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..linalg.auto import PROMISES, Choice, check_precision, subspace_ladder
+from ..linalg.auto import PROMISES, Choice, check_precision, fitting, subspace_ladder
 from ..linalg.certificate import orthogonality as probed_orthogonality
 from ..linalg.gram_eigh import GramEigh
 from ..linalg.protocol import PolarStats, Solver, Subspace, rounding_tolerance
+from ..linalg.subspace_chebyshev import ChebyshevSubspace
 from ..linalg.svd import FullSvd
 from ..linalg.thin import thin_qr
 from .certified import merge_certified
@@ -29,6 +30,10 @@ from .protocol import (
     require_matrices,
     spectral_mean,
 )
+
+# Two unit vectors closer than this are one direction. Bases are known to 1e-7 or better; distinct tasks of pure noise
+# come as close as 2e-5 in one of a hundred draws.
+SAME_DIRECTION = 1e-6
 
 
 def split_rank(min_dim: int, tasks: int, common_fraction: float) -> tuple[int, int]:
@@ -65,8 +70,8 @@ class IsoCTS:
 
     Args:
         common_fraction: f, the fraction of the r directions kept for the common subspace.
-        rank_policy, precision, solver: as for ``IsoC``. Directions at or below the numerical tolerance are left out of
-            the common and the task parts, and σ̄ is over those kept.
+        rank_policy, precision, solver, memory_bytes: as for ``IsoC``. Directions at or below the numerical tolerance
+            are left out of the common and the task parts, and σ̄ is over those kept.
 
     Reference: arXiv 2502.04959 (Iso-CTS).
     """
@@ -75,6 +80,7 @@ class IsoCTS:
     rank_policy: str = "range"
     precision: str = "default"
     solver: Solver | None = None
+    memory_bytes: int | None = None
 
     name: ClassVar[str] = "iso-cts"
     citation: ClassVar[str] = "arXiv 2502.04959"
@@ -92,37 +98,60 @@ class IsoCTS:
     def check(self, spec: TensorSpec, tasks: int) -> None:
         split_rank(min(spec.shape), tasks, self.common_fraction)
 
-    def ladder(self, dtype: torch.dtype) -> Sequence[Choice[Solver]]:
+    def within(self, memory_bytes: int) -> IsoCTS:
+        return replace(self, memory_bytes=memory_bytes)
+
+    def ladder(self, spec: TensorSpec, tasks: int) -> Sequence[Choice[Solver]]:
         """The solvers to be tried, in order."""
         if self.solver is not None:
             return (Choice(self.solver, "given"),)
-        return subspace_ladder(self.precision, dtype)
 
-    def explain(self, spec: TensorSpec, device: torch.device) -> str:
-        choice = self.ladder(spec.dtype)[0]
+        def workspace(choice: Choice[Solver]) -> int:
+            return self._workspace_bytes(choice.solver, spec, tasks)
+
+        ladder = subspace_ladder(self.precision, spec.dtype)
+        if self.memory_bytes is not None and workspace(ladder[0]) > self.memory_bytes:
+            ladder = subspace_ladder(self.precision, spec.dtype, lean=True)
+        return fitting(ladder, workspace, self.memory_bytes)
+
+    def explain(self, spec: TensorSpec, tasks: int, device: torch.device) -> str:
+        if split_rank(min(spec.shape), tasks, self.common_fraction)[1] == 0:
+            return f"too few directions for {tasks} tasks: {self._iso_c().explain(spec, tasks, device)}"
+        choice = self.ladder(spec, tasks)[0]
         return f"{choice.solver.name}: {choice.reason}"
+
+    def _iso_c(self) -> IsoC:
+        return IsoC(self.rank_policy, self.precision, self.solver, self.memory_bytes)
 
     def _result_dtype(self, compute_dtype: torch.dtype) -> torch.dtype:
         """The reference judges the others: its result is never rounded."""
         return torch.float64 if self.precision == "reference" else compute_dtype
 
     def workspace_bytes(self, spec: TensorSpec, tasks: int) -> int:
-        rows, columns = spec.shape
+        return self._workspace_bytes(self.ladder(spec, tasks)[0].solver, spec, tasks)
+
+    def _workspace_bytes(self, solver: Solver, spec: TensorSpec, tasks: int) -> int:
+        rows, columns = spec.shape[-2:]
+        elements, members = rows * columns, spec.elements // max(1, rows * columns)
+        item = self._result_dtype(spec.dtype).itemsize
         short, long = min(rows, columns), max(rows, columns)
         k, s = split_rank(short, tasks, self.common_fraction)
-        solver = self.ladder(spec.dtype)[0].solver
         thin = 8 * long * s * tasks
         small = 8 * 10 * short**2
-        splitting = 8 * spec.elements + solver.workspace_bytes(rows, columns, spec.dtype)
+        splitting = 8 * elements + solver.workspace_bytes(rows, columns, spec.dtype)
         bases = thin + 2 * thin // max(1, tasks)  # of the tasks before, and one being made
-        task_parts = splitting + spec.bytes + bases
-        if not isinstance(solver, FullSvd):  # no copies of Δ_t or S, only blocks of them
-            task_parts = 8 * spec.elements + spec.bytes + bases + small
+        delta = spec.dtype.itemsize * elements
+        if isinstance(solver, FullSvd):
+            task_parts = splitting + delta + bases
+        else:  # no copies of Δ_t or S, only blocks of them
+            task_parts = 8 * elements + delta + bases + small
+            if rows > columns and isinstance(solver, ChebyshevSubspace):
+                task_parts += item * long * k + solver.search_bytes(rows, columns, s)
         if rows <= columns:  # V_k in float64 and its fp32 copy, and what is made of V_ts
-            recombining = 12 * long * k + 5 * thin + spec.bytes + small
-        else:  # U_k in fp32, then the thin QR of U_ts, then the result
-            recombining = 4 * long * k + max(4 * thin, spec.bytes + 3 * thin) + small
-        return max(splitting, task_parts, recombining)
+            recombining = (8 + item) * long * k + 5 * thin + item * elements + small
+        else:  # U_k, then the polar factor of U_ts, then the result
+            recombining = item * long * k + max(4 * thin, item * elements + 3 * thin) + small
+        return members * max(splitting, task_parts, recombining)
 
     def flops(self, spec: TensorSpec, tasks: int) -> float:
         short = min(spec.shape)
@@ -146,10 +175,11 @@ class IsoCTS:
         rows, columns = deltas.shape[-2:]
         _, s = split_rank(min(rows, columns), deltas.n_tasks, self.common_fraction)
         if s == 0 or 0 in deltas.shape:
-            value, stats = IsoC(self.rank_policy, self.precision, self.solver).merge(deltas)
+            value, stats = self._iso_c().merge(deltas)
             values = {**stats.values, "k": min(rows, columns), "s": 0}
             return value, replace(stats, algorithm=f"{self.name}/{stats.algorithm}", values=values)
-        return merge_certified(self._attempt, deltas, self.ladder(deltas.dtype))
+        spec = TensorSpec("", tuple(deltas.shape), deltas.dtype)
+        return merge_certified(self._attempt, deltas, self.ladder(spec, deltas.n_tasks))
 
     def _attempt(self, deltas: Deltas, choice: Choice[Solver]) -> tuple[Tensor, MergeStats]:
         solver = choice.solver
@@ -161,9 +191,10 @@ class IsoCTS:
         dtype = self._result_dtype(deltas.dtype)
         limit = rounding_tolerance(squares.sum(0).sqrt(), rows, columns, deltas.dtype)
         # V enters the recombination's small factors, whose conditioning float32 would not survive; U only products.
-        long_dtype = torch.float64 if rows <= columns else dtype
+        long_dtype = torch.float64 if rows <= columns or isinstance(solver, FullSvd) else dtype
         common = solver.top_subspace(total, k, tolerance=limit, complement=True, dtype=long_dtype, short_only=True)
-        if not common.wide:
+        # Of tall matrices the search needs U_k now; else S stays the only large thing beside Δ_t.
+        if not common.wide and isinstance(solver, ChebyshevSubspace):
             common = solver.complete(total, common, long_dtype)
         parts = []
         for task in range(tasks):
@@ -171,7 +202,7 @@ class IsoCTS:
             limit = rounding_tolerance(norm, rows, columns, deltas.dtype)
             parts.append(solver.residual_subspace(deltas.delta(task), total, common, s, norm=norm, tolerance=limit))
         nonzero = torch.linalg.vector_norm(total, dim=(-2, -1)) > 0
-        if common.wide:
+        if common.long is None:
             common = solver.complete(total, common, long_dtype)
         del total
         sigma = torch.cat([common.sigma, *(part.sigma for part in parts)], dim=-1)
@@ -266,8 +297,9 @@ def _recombine_literally(
 ) -> tuple[Tensor, Tensor]:
     """U° V°ᵀ by two polar factors restricted to their ranges, for deficient sums and zero or repeated tasks.
 
-    In ``dtype``, whose rounding decides what is in the range: directions of repeated tasks agree to that only.
+    The columns are unit vectors or zero: singular values below ``SAME_DIRECTION`` mean that directions repeat.
     """
-    u_polar, u_stats = solver.polar(torch.cat([u_tasks.to(dtype), common.u.to(dtype)], dim=-1))
-    v_polar, v_stats = solver.polar(torch.cat([v_tasks.to(dtype), common.v.to(dtype)], dim=-1))
+    same = torch.full(u_tasks.shape[:-2], SAME_DIRECTION, dtype=torch.float64, device=u_tasks.device)
+    u_polar, u_stats = solver.polar(torch.cat([u_tasks.to(dtype), common.u.to(dtype)], dim=-1), tolerance=same)
+    v_polar, v_stats = solver.polar(torch.cat([v_tasks.to(dtype), common.v.to(dtype)], dim=-1), tolerance=same)
     return u_polar @ v_polar.mT, torch.maximum(u_stats.orthogonality, v_stats.orthogonality)

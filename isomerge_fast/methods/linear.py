@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .protocol import Deltas, MergeStats, TensorSpec, delta_norms, finite_sum
+from .protocol import Deltas, MergeStats, Method, TensorSpec, delta_norms, finite_sum
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,10 @@ class TaskArithmetic:
     def accepts(self, spec: TensorSpec) -> bool:
         return True
 
-    def explain(self, spec: TensorSpec, device: torch.device) -> str:
+    def within(self, memory_bytes: int) -> Method:
+        return self
+
+    def explain(self, spec: TensorSpec, tasks: int, device: torch.device) -> str:
         return "every float tensor"
 
     def check(self, spec: TensorSpec, tasks: int) -> None:

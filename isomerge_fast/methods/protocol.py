@@ -150,6 +150,8 @@ class MergeStats:
     def replaced(self, rows: Tensor, part: MergeStats) -> MergeStats:
         """This, with the entries of the matrices ``rows`` (a mask over the batch) from ``part``."""
 
+        zero = torch.zeros(())
+
         def put(whole: Any, new: Any) -> Any:
             if isinstance(whole, Tensor) and whole.shape == rows.shape:
                 whole = whole.clone()
@@ -160,8 +162,10 @@ class MergeStats:
             self,
             algorithm=self.algorithm if self.algorithm == part.algorithm else f"{self.algorithm}, {part.algorithm}",
             values={key: put(value, part.values.get(key)) for key, value in self.values.items()},
+            # A check that the other solver does not need holds there.
             checks={
-                key: Check(put(check.value, part.checks[key].value), check.limit) for key, check in self.checks.items()
+                key: Check(put(check.value, part.checks[key].value if key in part.checks else zero), check.limit)
+                for key, check in self.checks.items()
             },
         )
 
@@ -187,7 +191,11 @@ class Method(Protocol):
         """Whether tensors of this shape are merged by the method (others are averaged)."""
         ...
 
-    def explain(self, spec: TensorSpec, device: torch.device) -> str:
+    def within(self, memory_bytes: int) -> Method:
+        """The method with a ceiling on its ``workspace_bytes``, which decides between solvers."""
+        ...
+
+    def explain(self, spec: TensorSpec, tasks: int, device: torch.device) -> str:
         """Which solver a tensor gets, and why; how the tensor is merged where there is no choice."""
         ...
 
