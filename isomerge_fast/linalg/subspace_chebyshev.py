@@ -44,15 +44,22 @@ class Ritz:
     residuals: Tensor
 
 
-def filtered_block(gram: Tensor, s: int, *, angle: float, oversampling: int = 9, max_degree: int = 400) -> Ritz:
-    """The top ``s`` eigenvectors of a positive semidefinite G [..., n, n] and ``oversampling`` more, in G's dtype.
+def filtered_block(
+    gram: Tensor, s: int, *, noise: Tensor, angle: float, oversampling: int = 9, max_degree: int = 400
+) -> Ritz | None:
+    """The top ``s`` eigenvectors of G [..., n, n] ≥ −noise and ``oversampling`` more, in G's dtype.
 
-    X ← T_d(2 G/c − I) X, with c the smallest Ritz value of the block, between Rayleigh-Ritz steps; the degree d is such
-    that the block's own columns do not grow apart by more than ``GROWTH``, which is what keeps float32 good enough. The
-    start is a fixed draw, so that results repeat. One read of the device at every step.
+    X ← T_d((G − m I)/w) X, where m ± w are the smallest Ritz value of the block and −noise, between Rayleigh-Ritz
+    steps: what lies in between does not grow. The degree d is such that the block's own columns do not grow apart by
+    more than ``GROWTH``, which is what keeps float32 good enough. The start is a fixed draw, so that results repeat.
+    One read of the device at every step.
 
     Args:
+        noise: what rounding may have done to the eigenvalues of G, shape [...].
         angle: stops where ``angle_bound`` is below this, or the residual at the rounding of G's dtype.
+
+    Returns:
+        The block, or None where the noise reaches the block's eigenvalues.
 
     Reference: Zhou, Saad, Tiago, Chelikowsky, "Self-consistent-field calculations using Chebyshev-filtered subspace
     iteration", J. Comput. Phys. 219 (2006).
@@ -69,12 +76,15 @@ def filtered_block(gram: Tensor, s: int, *, angle: float, oversampling: int = 9,
         largest, cut = ritz.values[..., 0], ritz.values[..., -1]
         floor = 4.0 * torch.finfo(gram.dtype).eps * largest
         done = (ritz.residuals[..., :s].amax(-1) <= floor) | (angle_bound(ritz, kept) <= angle)
-        # The growth of the largest eigenvalue's column over that of the smallest: cosh(d·acosh(2 λ₁/c − 1)).
-        ratio = torch.where(done, 1.0, largest / torch.where(done, 1.0, cut)).amax().item()
+        # The growth of the largest eigenvalue's column over that of the smallest: cosh(d·acosh((λ₁ − m)/w)).
+        middle, half = (cut - noise) / 2.0, ((cut + noise) / 2.0).clamp_min(torch.finfo(gram.dtype).tiny)
         if bool(done.all()):
             break
-        step = max(4, int(math.log(GROWTH) / math.acosh(max(1.05 * ratio, 1.0) * 2.0 - 1.0)))
-        ritz = _rayleigh_ritz(gram, torch.linalg.qr(_chebyshev(gram, ritz.vectors, cut, step))[0])
+        if bool((noise > cut)[~done].any()):
+            return None
+        ratio = torch.where(done, 1.0, (1.05 * largest - middle) / half).amax().item()
+        step = max(4, int(math.log(GROWTH) / math.acosh(max(1.05, ratio))))
+        ritz = _rayleigh_ritz(gram, torch.linalg.qr(_chebyshev(gram, ritz.vectors, middle, half, step))[0])
         degree += step
     return ritz
 
@@ -98,10 +108,10 @@ def angle_bound(ritz: Ritz, kept: Tensor) -> Tensor:
     return w_e / far * (1.0 + w_f / near) / kept.clamp_min(1).sqrt()
 
 
-def _chebyshev(gram: Tensor, x: Tensor, cut: Tensor, degree: int) -> Tensor:
-    """T_d(2 G/c − I) X by the three-term recurrence, one product with an addition a degree."""
-    shifted = gram * (2.0 / cut.clamp_min(torch.finfo(gram.dtype).tiny))[..., None, None]
-    shifted.diagonal(dim1=-2, dim2=-1).sub_(1.0)
+def _chebyshev(gram: Tensor, x: Tensor, middle: Tensor, half: Tensor, degree: int) -> Tensor:
+    """T_d((G − m I)/w) X by the three-term recurrence, one product with an addition a degree."""
+    shifted = gram / half[..., None, None]
+    shifted.diagonal(dim1=-2, dim2=-1).sub_((middle / half)[..., None])
     before, now = x, mm(shifted, x)
     for _ in range(degree - 1):
         before, now = now, mm_add(before, shifted, now, alpha=2.0, beta=-1.0)
@@ -184,7 +194,11 @@ class ChebyshevSubspace(GramEigh):
         y = common.long.to(delta.dtype).mT @ delta
         gram = short_gram(delta, dtype=delta.dtype)
         sym_mm_add(gram, y.mT, alpha=-1.0, out=gram)
-        block = filtered_block(gram, s, angle=SEARCH_ANGLE, oversampling=self.oversampling).vectors
+        noise = 8.0 * torch.finfo(gram.dtype).eps * norm.square().to(gram.dtype)
+        found = filtered_block(gram, s, noise=noise, angle=SEARCH_ANGLE, oversampling=self.oversampling)
+        if found is None:
+            return super().residual_subspace(delta, total, common, s, norm=norm, tolerance=tolerance)
+        block = found.vectors
         # R X = Δ X − S (V_k Σ_k⁻¹ (Y X)) with Y X = Σ_k⁻¹ V_kᵀ (Sᵀ (Δ X)), in float64: all of R's few columns here.
         x = torch.linalg.qr(block.double())[0]
         image = long_product(exact_delta, x, torch.float64)
