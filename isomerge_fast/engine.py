@@ -16,14 +16,14 @@ from torch import Tensor
 
 from . import __version__, ops
 from .checkpoint.companions import config_with_dtype, copy_companions, model_card
-from .checkpoint.layout import DTYPES, SINGLE_FILE
+from .checkpoint.layout import DTYPES, SINGLE_FILE, StoredTensor
 from .checkpoint.manifest import FORMAT, MANIFEST_FILE, Journal, describe_inputs, fingerprint, to_json
 from .checkpoint.reader import Reader
 from .checkpoint.staging import Staging
 from .checkpoint.writer import ShardWriter, sync_folder, write_durably
 from .errors import ConfigError, InputError, ResourceError
 from .methods import METHODS, NotFiniteError
-from .plan import Plan, TensorPlan, check_resources
+from .plan import PART_ELEMENTS, Plan, TensorPlan, check_resources
 from .report import REPORT_FILE, Progress, Report
 
 Observer = Callable[[Progress], None]
@@ -82,7 +82,7 @@ class Stopwatch:
 class CheckpointDeltas:
     """``methods.Deltas`` of one planned tensor: experts are read when a task is asked for.
 
-    Small tensors' experts are kept between passes; of large ones one expert is in memory at a time.
+    Small tensors' experts are kept between passes; of large ones a few rows are in memory at a time.
     """
 
     def __init__(
@@ -108,24 +108,40 @@ class CheckpointDeltas:
     def device(self) -> torch.device:
         return self._device
 
-    def expert(self, task: int) -> Tensor:
-        if task in self._kept:
-            return self._kept[task]
+    def _parts(self, task: int) -> Iterator[tuple[slice, Tensor]]:
+        """An expert's rows with their places: at once where experts are kept, else block by block, never in whole."""
         stored = self._plan.experts[task]
-        with self._stopwatch.phase("read"):
-            tensor = self._reader.read(stored).to(self._device)
-        self.read_bytes += stored.bytes
         if self._plan.keeps_experts:
-            self._kept[task] = tensor
-        return tensor
+            if task not in self._kept:
+                self._kept[task] = self._read(stored)
+            yield slice(None), self._kept[task]
+            return
+        for rows in ops.row_blocks(stored.shape, PART_ELEMENTS):
+            yield rows, self._read(stored, rows)
+
+    def _read(self, stored: StoredTensor, rows: slice | None = None) -> Tensor:
+        with self._stopwatch.phase("read"):
+            part = self._reader.read(stored, rows)
+            self.read_bytes += part.nbytes
+            return part.to(self._device)
 
     def delta(self, task: int) -> Tensor:
-        return ops.subtract(self.expert(task), self._base, dtype=self.dtype)
+        out = torch.empty(self.shape, dtype=self.dtype, device=self._device)
+        for rows, part in self._parts(task):
+            if out.ndim:
+                ops.subtract(part, self._base[rows], dtype=self.dtype, out=out[rows])
+            else:
+                ops.subtract(part, self._base, dtype=self.dtype, out=out)
+        return out
 
     def sum(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         total = torch.zeros(self.shape, dtype=dtype, device=self._device)
-        squares = [ops.task_sum(total, self.expert(task), self._base) for task in range(self.n_tasks)]
-        return total, torch.stack(squares)
+        squares = torch.zeros(self.n_tasks, dtype=torch.float64, device=self._device)
+        for task in range(self.n_tasks):
+            for rows, part in self._parts(task):
+                place, base = (total[rows], self._base[rows]) if total.ndim else (total, self._base)
+                squares[task] += ops.task_sum(place, part, base)
+        return total, squares
 
 
 def run(

@@ -36,6 +36,8 @@ from .ops import BLOCK_ELEMENTS, compute_dtype
 BASELINE_BYTES = 292_000_000
 # Experts' tensors up to this many bytes together are kept between the passes of a method instead of read again.
 KEEP_BYTES = 64 << 20
+# Of larger ones rows are read that hold about this many elements.
+PART_ELEMENTS = 1 << 22
 ASSUMED_READ_BYTES_PER_SECOND = 1e9
 MAX_PROBLEMS = 20
 _TOKEN_TABLES = re.compile(r"(embed|lm_head|wte|output\.weight$|shared\.weight$)")
@@ -276,7 +278,7 @@ def _plan_tensor(
         raise ConfigError(f"tensor {stored.name!r} {list(stored.shape)}: {error}") from error
     out_dtype = DTYPE_NAMES[getattr(torch, config.dtype)] if config.dtype else stored.dtype
     out = OutputTensor(stored.name, out_dtype, stored.shape)
-    raw = stored.bytes + max(source.bytes for source in sources)
+    raw = stored.bytes + max(min(source.bytes, PART_ELEMENTS * DTYPES[source.dtype].itemsize) for source in sources)
     if sum(source.bytes for source in sources) <= KEEP_BYTES:
         raw = stored.bytes + sum(source.bytes for source in sources)
     blocks = 4 * 8 * min(spec.elements, BLOCK_ELEMENTS)

@@ -43,28 +43,36 @@ class Reader:
             os.close(descriptor)
         self._descriptors.clear()
 
-    def read(self, stored: StoredTensor) -> Tensor:
-        """The tensor's bytes in a fresh CPU tensor of its own dtype.
+    def read(self, stored: StoredTensor, rows: slice | None = None) -> Tensor:
+        """The tensor, or some rows of it, in a fresh CPU tensor of its own dtype.
+
+        Args:
+            rows: ``slice(start, stop)`` along the first dimension.
 
         Raises:
             InputError: the file changed since it was planned, ended early, or failed to read.
         """
-        if stored.bytes >= TRIM_BYTES:
+        start, size, shape = stored.start, stored.bytes, stored.shape
+        if rows is not None:
+            row_bytes = stored.bytes // stored.shape[0]
+            start, size = start + rows.start * row_bytes, (rows.stop - rows.start) * row_bytes
+            shape = (rows.stop - rows.start, *shape[1:])
+        if size >= TRIM_BYTES or (stored.bytes >= TRIM_BYTES and rows is not None and rows.start == 0):
             _trim_heap()
-        data = torch.empty(stored.bytes, dtype=torch.uint8)
+        data = torch.empty(size, dtype=torch.uint8)
         view = data.numpy().data
         position = 0
         try:
             descriptor = self._open(stored.file)
-            while position < stored.bytes:
+            while position < size:
                 block = view[position : position + READ_BYTES]
-                count = os.preadv(descriptor, [block], stored.start + position)
+                count = os.preadv(descriptor, [block], start + position)
                 if count == 0:
                     raise InputError(f"{stored.file}: ends inside tensor {stored.name!r}")
                 position += count
         except OSError as error:
             raise InputError(f"{stored.file}: tensor {stored.name!r} cannot be read ({error.strerror})") from error
-        return data.view(DTYPES[stored.dtype]).reshape(stored.shape)
+        return data.view(DTYPES[stored.dtype]).reshape(shape)
 
     def check_unchanged(self) -> None:
         """Raises InputError when an input's size or modification time is not what was planned."""

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from ..ops import mm_add, sym_mm_add
 
-# A block of the long side holds about this many elements (16 MiB of float64). A Gram matrix of 32000 x 768 takes the
-# same time to 6 % from 2^19 to 2^22 (2-core CPU), 26 % more at 2^17; products with 24 columns like larger blocks.
-BLOCK_ELEMENTS = 1 << 21
+# A block of the long side holds about this many elements (8 MiB of float64). A Gram matrix of 32000 x 768 takes the
+# same time to 6 % from 2^19 to 2^22 (2-core CPU), 26 % more at 2^17.
+BLOCK_ELEMENTS = 1 << 20
 
 
 def long_blocks(x: Tensor, dtype: torch.dtype, *, whole: bool = False) -> Iterator[tuple[slice, Tensor]]:

@@ -11,12 +11,9 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..linalg.auto import PROMISES, Choice, check_precision, fitting, subspace_ladder
-from ..linalg.certificate import orthogonality as probed_orthogonality
-from ..linalg.gram_eigh import GramEigh
-from ..linalg.protocol import PolarStats, Solver, Subspace, rounding_tolerance
+from ..linalg.protocol import Solver, rounding_tolerance
 from ..linalg.subspace_chebyshev import ChebyshevSubspace
 from ..linalg.svd import FullSvd
-from ..linalg.thin import thin_qr
 from .certified import merge_certified
 from .iso_c import IsoC
 from .protocol import (
@@ -30,10 +27,7 @@ from .protocol import (
     require_matrices,
     spectral_mean,
 )
-
-# Two unit vectors closer than this are one direction. Bases are known to 1e-7 or better; distinct tasks of pure noise
-# come as close as 2e-5 in one of a hundred draws.
-SAME_DIRECTION = 1e-6
+from .recombine import recombine, recombine_literally
 
 
 def split_rank(min_dim: int, tasks: int, common_fraction: float) -> tuple[int, int]:
@@ -66,7 +60,7 @@ class IsoCTS:
     - wide: R_t = Q_c (Q_cᵀ Δ_t) with Q_c the r − k remaining left directions of S, so the task's part is that of the
       (r − k) x N matrix Q_cᵀ Δ_t;
     - U° is block orthogonal already, [polar(U_ts), U_k]; V° differs from V_k only in 2(r − k) dimensions, where a small
-      polar factor is taken (``_recombine``).
+      polar factor is taken (``recombine``).
 
     Args:
         common_fraction: f, the fraction of the r directions kept for the common subspace.
@@ -147,10 +141,11 @@ class IsoCTS:
             task_parts = 8 * elements + delta + bases + small
             if rows > columns and isinstance(solver, ChebyshevSubspace):
                 task_parts += item * long * k + solver.search_bytes(rows, columns, s)
-        if rows <= columns:  # V_k in float64 and its fp32 copy, and what is made of V_ts
-            recombining = (8 + item) * long * k + 5 * thin + item * elements + small
-        else:  # U_k, then the polar factor of U_ts, then the result
-            recombining = item * long * k + max(4 * thin, item * elements + 3 * thin) + small
+        left = item * long * s * tasks
+        if rows <= columns:  # V_k in float64, V_ts and what is left of it, then V_k in float32 and the result
+            recombining = 8 * long * k + max(4 * thin, item * (long * k + elements) + 4 * left) + small
+        else:  # U_k, then U_ts and its polar factor, then the result
+            recombining = item * long * k + max(3 * thin, item * elements + 3 * left) + small
         return members * max(splitting, task_parts, recombining)
 
     def flops(self, spec: TensorSpec, tasks: int) -> float:
@@ -208,15 +203,14 @@ class IsoCTS:
         sigma = torch.cat([common.sigma, *(part.sigma for part in parts)], dim=-1)
         rank = (sigma > 0).sum(-1)
         sigma_mean = spectral_mean(sigma.sum(-1), rank, min_dim, self.rank_policy) * nonzero
-        # One read of the device: the short form needs every direction of every matrix of the batch.
-        recombine = _recombine if bool((sigma > 0).all()) else _recombine_literally
         # Every direction that is off by θ costs √2 θ of √r.
         angles = k * common.angle.square() + s * sum(part.angle.square() for part in parts)
         unresolved = common.unresolved + sum(part.unresolved for part in parts)
-        u_tasks = torch.cat([part.u for part in parts], dim=-1)
-        v_tasks = torch.cat([part.v for part in parts], dim=-1)
-        del parts
-        value, orthogonality = recombine(common, u_tasks, v_tasks, solver, dtype)
+        # One read of the device: the short form needs every direction of every matrix of the batch.
+        if bool((sigma > 0).all()):
+            value, orthogonality = recombine(common, parts, dtype)
+        else:
+            value, orthogonality = recombine_literally(common, parts, dtype, solver)
         value *= sigma_mean.to(value.dtype)[..., None, None]
         values = {
             "sigma_mean": sigma_mean,
@@ -234,72 +228,3 @@ class IsoCTS:
             "unresolved": Check(unresolved, 0),
         }
         return value, MergeStats(f"{self.name}/{solver.name}", values, checks)
-
-
-def _small_polar(u_tasks: Tensor, common: Subspace) -> tuple[Tensor, PolarStats]:
-    """polar([U_1 … U_T]) in float64. Wide: [U_1 … U_T] = Q_c E with a square E, so it is Q_c polar(E)."""
-    if common.wide and common.complement is not None:
-        polar, stats = GramEigh().polar(common.complement.mT @ u_tasks)
-        return common.complement @ polar, stats
-    return GramEigh().polar(u_tasks)
-
-
-def _recombine(
-    common: Subspace, u_tasks: Tensor, v_tasks: Tensor, solver: Solver, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """U° V°ᵀ = W_k − U_a V_aᵀ + [polar(U_ts), U_a] · polar(Z)ᵀ · [V_a, Q_r]ᵀ, and its certificate; everything of full
-    rank.
-
-    With A = V_kᵀ V_ts = Q_a A' and V_ts − V_k A = Q_r B' (thin QRs), V_a = V_k Q_a, U_a = U_k Q_a, W_k = U_k V_kᵀ and
-    Z = [[A', I], [B', 0]]: in the basis [V_a, Q_r, rest of V_k] the matrix [V_ts, V_k] is Z beside an identity.
-    """
-    # What is thin is float64: κ(U_ts) and κ(Z) are 1e3 on typical square sums, and 5e4 in one of a hundred; float32
-    # would leave 1e-5 of the result undetermined.
-    u_polar, u_stats = _small_polar(u_tasks, common)
-    v_k = common.v if common.wide else common.short
-    a = v_k.mT @ v_tasks
-    # Once: what float64 leaves of V_k in it is ε₆₄, and its own singular values are above 1e-5 (see above).
-    rest = v_tasks - v_k @ a
-    q_a, a_small = thin_qr(a)
-    q_r, b_small = thin_qr(rest)
-    v_a = v_k @ q_a
-    del rest
-    width, tasks_width = q_a.shape[-1], u_tasks.shape[-1]
-    z = torch.zeros(*a.shape[:-2], width + q_r.shape[-1], tasks_width + width, dtype=a.dtype, device=a.device)
-    z[..., :width, :tasks_width] = a_small
-    z[..., width:, :tasks_width] = b_small
-    z[..., :width, tasks_width:].diagonal(dim1=-2, dim2=-1).fill_(1.0)
-    z_polar, z_stats = GramEigh().polar(z)
-    u_k = common.u.to(dtype)
-    u_a = u_k @ q_a.to(dtype)
-    left = torch.cat([u_polar.to(dtype), u_a], dim=-1) @ z_polar.to(dtype).mT
-    left[..., :width] -= u_a
-    right = torch.cat([v_a, q_r], dim=-1).to(dtype)
-    value = u_k @ v_k.to(dtype).mT
-    _add_product(value, left, right.mT)
-    del left, right
-    # Repeated tasks share directions, and the result then is no isometry: only its factors can be judged.
-    full = (u_stats.rank == u_tasks.shape[-1]) & (z_stats.rank == min(z.shape[-2:]))
-    factors = torch.maximum(u_stats.orthogonality, z_stats.orthogonality)
-    return value, torch.where(full, probed_orthogonality(value).double(), factors)
-
-
-def _add_product(value: Tensor, a: Tensor, b: Tensor) -> None:
-    """value += A B without a temporary of the size of ``value``."""
-    if value.ndim == 2:
-        value.addmm_(a, b)
-    else:
-        value.flatten(0, -3).baddbmm_(a.flatten(0, -3), b.flatten(0, -3))
-
-
-def _recombine_literally(
-    common: Subspace, u_tasks: Tensor, v_tasks: Tensor, solver: Solver, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """U° V°ᵀ by two polar factors restricted to their ranges, for deficient sums and zero or repeated tasks.
-
-    The columns are unit vectors or zero: singular values below ``SAME_DIRECTION`` mean that directions repeat.
-    """
-    same = torch.full(u_tasks.shape[:-2], SAME_DIRECTION, dtype=torch.float64, device=u_tasks.device)
-    u_polar, u_stats = solver.polar(torch.cat([u_tasks.to(dtype), common.u.to(dtype)], dim=-1), tolerance=same)
-    v_polar, v_stats = solver.polar(torch.cat([v_tasks.to(dtype), common.v.to(dtype)], dim=-1), tolerance=same)
-    return u_polar @ v_polar.mT, torch.maximum(u_stats.orthogonality, v_stats.orthogonality)

@@ -32,14 +32,15 @@ def row_blocks(shape: torch.Size | tuple[int, ...], block_elements: int = BLOCK_
         yield slice(start, min(start + step, shape[0]))
 
 
-def subtract(expert: Tensor, base: Tensor, *, dtype: torch.dtype) -> Tensor:
+def subtract(expert: Tensor, base: Tensor, *, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
     """Δ = θ_t − θ₀, both operands widened to ``dtype`` before the subtraction (never rounded to the inputs' dtype).
 
     Args:
         expert, base: same shape, any float dtypes.
         dtype: of the result, at least as wide as both inputs.
+        out: overwritten with the result where given.
     """
-    out = torch.empty(base.shape, dtype=dtype, device=base.device)
+    out = torch.empty(base.shape, dtype=dtype, device=base.device) if out is None else out
     if base.ndim == 0:
         return out.copy_(expert.to(dtype) - base.to(dtype))
     for rows in row_blocks(base.shape):
