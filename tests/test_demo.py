@@ -5,6 +5,7 @@ import re
 import sys
 from pathlib import Path
 
+import oracle
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -18,6 +19,8 @@ from isomerge_fast.demo.picture import singular_values
 from isomerge_fast.demo.run import METHODS, PICTURED_LAYERS
 from isomerge_fast.demo.tasks import TRANSFORMS, TaskSuite, load_tasks
 from isomerge_fast.errors import ConfigError
+from isomerge_fast.linalg.auto import PROMISES
+from isomerge_fast.methods import as_deltas, make_method
 
 N_TASKS = 3
 
@@ -86,6 +89,21 @@ def test_files_hold_the_formulas(result: DemoResult) -> None:
         torch.testing.assert_close(before, torch.linalg.svdvals(total), rtol=1e-4, atol=1e-4)
         after = singular_values(base[layer], merged["iso-c"][layer], _scaling(result, "iso-c"))
         torch.testing.assert_close(after, before.mean().expand_as(after), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["iso-c", "iso-cts"])
+def test_tiers_keep_their_promises_on_the_experts(result: DemoResult, method: str) -> None:
+    """Real deltas, of every matrix of the demo's network."""
+    base = load_state(result.out / "base")
+    experts = [load_state(result.out / "experts" / name) for name in result.tasks]
+    for name in (name for name, tensor in base.items() if tensor.ndim == 2):
+        deltas = [expert[name] - base[name] for expert in experts]
+        exact = [delta.double().numpy() for delta in deltas]
+        judge = {"iso-c": oracle.iso_c, "iso-cts": oracle.iso_cts}[method](exact)
+        for precision, promise in PROMISES.items():
+            value, stats = make_method(method, {"precision": precision}).merge(as_deltas(deltas))
+            assert oracle.relative_error(value.numpy(), judge) <= promise, (name, precision, stats.to_dict())
+            assert stats.to_dict()["certified"], (name, precision, stats.to_dict())
 
 
 def _scaling(result: DemoResult, method: str) -> float:

@@ -17,6 +17,8 @@ from safetensors.torch import load_file
 from torch.nn.functional import cosine_similarity, cross_entropy, normalize
 
 import isomerge_fast as imf
+from isomerge_fast.linalg.auto import PROMISES
+from isomerge_fast.methods import as_deltas, make_method
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when transformers is imported: nothing here may ask a network
 transformers = pytest.importorskip("transformers", reason="the experts are fine-tuned with transformers")
@@ -194,6 +196,18 @@ SOLVERS = {"iso-c": imf.iso_c, "iso-cts": imf.iso_cts}
 def judged(weights: Weights) -> Callable[[str, str], np.ndarray]:
     """The merged delta by the oracle, from exact deltas."""
     return cache(lambda method, name: ORACLES[method](weights.deltas(name)))
+
+
+@pytest.mark.parametrize(("method", "name"), JUDGED)
+def test_tiers_keep_their_promises(weights: Weights, method: str, name: str) -> None:
+    """Each tier against the oracle on the same float32 deltas, certified."""
+    deltas = [torch.from_numpy(delta.astype(np.float32)) for delta in weights.deltas(name)]
+    judge = ORACLES[method]([delta.double().numpy() for delta in deltas])
+    for precision, promise in PROMISES.items():
+        value, stats = make_method(method, {"precision": precision}).merge(as_deltas(deltas))
+        evidence = stats.to_dict()
+        assert oracle.relative_error(value.numpy(), judge) <= promise, (precision, evidence)
+        assert evidence["certified"], (precision, evidence)
 
 
 @pytest.mark.parametrize(("method", "name"), JUDGED)

@@ -8,12 +8,17 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from allocation import peak_bytes
 from cases import CASES, Case
 from torch import Tensor
 
 import isomerge_fast as imf
 from isomerge_fast.linalg.auto import PROMISES
-from isomerge_fast.methods import MergeStats, as_deltas, make_method
+from isomerge_fast.linalg.gram_eigh import GramEigh
+from isomerge_fast.linalg.protocol import Solver
+from isomerge_fast.linalg.subspace_chebyshev import ChebyshevSubspace
+from isomerge_fast.linalg.svd import FullSvd
+from isomerge_fast.methods import MergeStats, TensorDeltas, TensorSpec, as_deltas, make_method
 
 METHODS = ("iso-c", "iso-cts")
 
@@ -177,8 +182,6 @@ def test_batch_escalates_only_the_members_that_missed() -> None:
 
 
 def test_given_solver_is_not_escalated() -> None:
-    from isomerge_fast.linalg.gram_eigh import GramEigh
-
     deltas = Case(0, 60, 150, 1e6, 4).deltas()
     value, stats = merge(deltas, "iso-c", solver=GramEigh(torch.float32))
     assert torch.isfinite(value).all()
@@ -194,3 +197,55 @@ def test_api_takes_every_precision(method: str, precision: str) -> None:
     value = function(case.deltas(), precision=precision)
     assert value.dtype == torch.float32
     assert oracle.relative_error(value.numpy(), expected(case, method)) <= max(1e-6, PROMISES[precision])
+
+
+class FreshDeltas(TensorDeltas):
+    """As from files: every delta is made when it is asked for."""
+
+    def delta(self, task: int) -> Tensor:
+        return super().delta(task).clone()
+
+
+WORKSPACE_SHAPES = [(300, 300), (260, 1100), (1100, 260), (64, 9000), (9000, 64), (600, 600)]
+
+
+@pytest.mark.parametrize("solver", [GramEigh(), GramEigh(torch.float32), ChebyshevSubspace(), FullSvd()], ids=str)
+@pytest.mark.parametrize("shape", WORKSPACE_SHAPES, ids=str)
+def test_solver_keeps_to_its_workspace(solver: Solver, shape: tuple[int, int]) -> None:
+    """Ill-conditioned input, where all of a solver's steps are taken."""
+    total = torch.stack(Case(0, *shape, 1e6, 4).deltas()).double().sum(0)
+    k = 4 * min(shape) // 5
+    for dtype in (torch.float32, torch.float64):
+        promised = solver.workspace_bytes(*shape, dtype)
+        peak, _ = peak_bytes(lambda dtype=dtype: solver.polar(total, dtype=dtype))
+        assert peak <= promised <= 4 * peak
+        peak, _ = peak_bytes(lambda dtype=dtype: solver.top_subspace(total, k, complement=True, dtype=dtype))
+        assert peak <= promised
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"precision": "fast"}, {"precision": "reference"}, {"memory_bytes": 1}], ids=str
+)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("shape", WORKSPACE_SHAPES, ids=str)
+def test_method_keeps_to_its_workspace(shape: tuple[int, int], method: str, options: dict) -> None:
+    deltas = FreshDeltas(Case(0, *shape, 1e1, 8).deltas())
+    chosen = make_method(method, options)
+    promised = chosen.workspace_bytes(TensorSpec("x", shape, torch.float32), 8)
+    peak, (_, stats) = peak_bytes(lambda: chosen.merge(deltas))
+    assert not stats.escalations
+    assert peak <= promised <= 5 * peak
+
+
+def test_a_ceiling_takes_the_leaner_solver() -> None:
+    spec = TensorSpec("x", (4000, 512), torch.float32)
+    method = make_method("iso-cts")
+    needed = method.workspace_bytes(spec, 8)
+    lean = method.within(needed - 1)
+    assert "chebyshev" in method.explain(spec, 8, torch.device("cpu"))
+    assert "chebyshev" not in lean.explain(spec, 8, torch.device("cpu"))
+    assert lean.workspace_bytes(spec, 8) < needed
+    deltas = Case(0, 1100, 260, 1e2, 8).deltas()
+    value, stats = merge(deltas, "iso-cts", memory_bytes=1)
+    assert "chebyshev" not in stats.algorithm
+    assert oracle.relative_error(value.numpy(), expected(Case(0, 1100, 260, 1e2, 8), "iso-cts")) <= PROMISES["default"]

@@ -200,9 +200,8 @@ class GramEigh:
     def workspace_bytes(self, rows: int, columns: int, dtype: torch.dtype) -> int:
         """Peak bytes beyond the input: the result, a few r x r (eigh's copy, vectors and 2 r² of work), blocks."""
         short = min(rows, columns)
-        return dtype.itemsize * rows * columns + 8 * (
-            7 * short**2 + 3 * min(rows * columns, max(BLOCK_ELEMENTS, short))
-        )
+        blocks = 3 * min(rows * columns, max(BLOCK_ELEMENTS, short))
+        return dtype.itemsize * rows * columns + self.dtype.itemsize * (7 * short**2 + blocks) + 8 * short**2
 
     def _eigh(self, gram: Tensor, tolerance: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Eigenvectors in ``dtype``, singular values, and these with the truncated ones set to zero; all descending."""
