@@ -167,7 +167,7 @@ def complain_outside(module: str, found: Import) -> str | None:
     own, name = floor_name(module), found.target.partition(".")[0]
     if name in sys.stdlib_module_names or name in EVERYWHERE or own == "integrations" or name in ALSO.get(own, ()):
         return None
-    if name == "cupy":
+    if name in ("cupy", "cupyx"):
         return None if module == "isomerge_fast.linalg.cusolver" else "only linalg/cusolver.py may know cupy"
     if name in ALSO_IN_FUNCTIONS.get(own, ()):
         return None if found.local else f"{own} may import {name} inside functions only"

@@ -199,6 +199,20 @@ def test_api_takes_every_precision(method: str, precision: str) -> None:
     assert oracle.relative_error(value.numpy(), expected(case, method)) <= max(1e-6, PROMISES[precision])
 
 
+@pytest.mark.parametrize("precision", PROMISES)
+@pytest.mark.parametrize("shape", [(60, 150), (150, 60), (1100, 260)], ids=["wide", "tall", "searched"])
+def test_tasks_at_once(shape: tuple[int, int], precision: str) -> None:
+    """What a GPU does: the tasks' small problems as one batch, of one matrix and of a batch of layers."""
+    layers = [Case(seed, *shape, 1e2, 8).deltas() for seed in range(2)]
+    batch = [torch.stack(parts) for parts in zip(*layers, strict=True)]
+    for deltas in (layers[0], batch):
+        one, _ = merge(deltas, "iso-cts", precision=precision)
+        several, stats = merge(deltas, "iso-cts", precision=precision, tasks_at_once=3)
+        assert stats.to_dict()["certified"] if deltas is not batch else not stats.missed()
+        allowed = max(1e-6, PROMISES[precision])
+        assert oracle.relative_error(several.numpy(), one.double().numpy()) <= allowed
+
+
 class FreshDeltas(TensorDeltas):
     """As from files: every delta is made when it is asked for."""
 

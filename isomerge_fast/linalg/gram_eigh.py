@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..ops import sym_mm, sym_mm_add
 from .certificate import probes
+from .cusolver import eigh
 from .protocol import (
     PolarStats,
     Subspace,
@@ -205,7 +206,7 @@ class GramEigh:
 
     def _eigh(self, gram: Tensor, tolerance: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Eigenvectors in ``dtype``, singular values, and these with the truncated ones set to zero; all descending."""
-        eigenvalues, vectors = torch.linalg.eigh(gram)
+        eigenvalues, vectors = eigh(gram)
         sigma = eigenvalues.flip(-1).double().clamp_min(0.0).sqrt()
         limit = torch.maximum(tolerance.double(), self.resolution * sigma[..., 0])
         return vectors.flip(-1), sigma, torch.where(sigma > limit[..., None], sigma, 0.0)

@@ -73,6 +73,16 @@ class Subspace:
         """The short side's vectors over σ, [..., r, k]: X maps them to the long side's."""
         return self.short * reciprocal(self.sigma)[..., None, :]
 
+    def unbind(self) -> list[Subspace]:
+        """The members along the first batch dimension."""
+        assert self.long is not None
+        return [
+            Subspace(short, long, sigma, None, gap, angle, unresolved, self.wide)
+            for short, long, sigma, gap, angle, unresolved in zip(
+                self.short, self.long, self.sigma, self.gap, self.angle, self.unresolved, strict=True
+            )
+        ]
+
     @property
     def u(self) -> Tensor:
         """Left singular vectors [..., M, k] in the dtype of the long side."""

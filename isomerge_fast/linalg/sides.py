@@ -37,6 +37,8 @@ def long_blocks(x: Tensor, dtype: torch.dtype, *, whole: bool = False) -> Iterat
 def short_gram(x: Tensor, y: Tensor | None = None, *, dtype: torch.dtype = torch.float64) -> Tensor:
     """X Yᵀ when wide, Xᵀ Y when tall, accumulated in ``dtype``: [..., r, r]; Y = X when left out, at half the work."""
     short = min(x.shape[-2:])
+    if y is not None:
+        x, y = torch.broadcast_tensors(x, y)  # so that both come in the same blocks
     gram = torch.zeros(*x.shape[:-2], short, short, dtype=dtype, device=x.device)
     if y is None:
         for _, part in long_blocks(x, dtype, whole=True):

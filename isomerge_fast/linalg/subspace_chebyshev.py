@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ..ops import mm, mm_add, sym_mm_add
+from .cusolver import eigh
 from .gram_eigh import GramEigh
 from .protocol import Subspace, reciprocal, relative_gap
 from .sides import BLOCK_ELEMENTS, long_product, short_gram, short_product
@@ -121,7 +122,7 @@ def _chebyshev(gram: Tensor, x: Tensor, middle: Tensor, half: Tensor, degree: in
 def _rayleigh_ritz(gram: Tensor, x: Tensor) -> Ritz:
     image = mm(gram, x)
     projected = x.mT @ image
-    values, vectors = torch.linalg.eigh((projected + projected.mT).mul_(0.5))
+    values, vectors = eigh((projected + projected.mT).mul_(0.5))
     values, vectors = values.flip(-1).clamp_min(0.0), vectors.flip(-1)
     x = x @ vectors
     return Ritz(x, values, torch.linalg.vector_norm(image @ vectors - x * values[..., None, :], dim=-2))
@@ -206,7 +207,7 @@ class ChebyshevSubspace(GramEigh):
             total, common.whitened @ (common.whitened.mT @ short_product(total, image)), torch.float64
         )
         for step in range(self.corrections + 1):
-            values, vectors = torch.linalg.eigh(image.mT @ image)
+            values, vectors = eigh(image.mT @ image)
             values, vectors = values.flip(-1).clamp_min(0.0), vectors.flip(-1)
             x, image = x @ vectors, image @ vectors
             w = short_product(exact_delta, image) - x * values[..., None, :]

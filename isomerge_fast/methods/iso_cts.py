@@ -66,6 +66,7 @@ class IsoCTS:
         common_fraction: f, the fraction of the r directions kept for the common subspace.
         rank_policy, precision, solver, memory_bytes: as for ``IsoC``. Directions at or below the numerical tolerance
             are left out of the common and the task parts, and σ̄ is over those kept.
+        tasks_at_once: tasks whose parts are solved as one batch; by default one on a CPU, as many as fit on a GPU.
 
     Reference: arXiv 2502.04959 (Iso-CTS).
     """
@@ -75,6 +76,7 @@ class IsoCTS:
     precision: str = "default"
     solver: Solver | None = None
     memory_bytes: int | None = None
+    tasks_at_once: int | None = None
 
     name: ClassVar[str] = "iso-cts"
     citation: ClassVar[str] = "arXiv 2502.04959"
@@ -176,6 +178,23 @@ class IsoCTS:
         spec = TensorSpec("", tuple(deltas.shape), deltas.dtype)
         return merge_certified(self._attempt, deltas, self.ladder(spec, deltas.n_tasks))
 
+    def _tasks_at_once(self, deltas: Deltas, solver: Solver) -> int:
+        """Tasks whose small problems are solved as one batch: those that fit, on a GPU.
+
+        One at a time on a CPU, where a batch of 8 gains 5 % in products and nothing in eigensolvers.
+        """
+        if self.tasks_at_once is not None:
+            return max(1, min(self.tasks_at_once, deltas.n_tasks))
+        if deltas.device.type != "cuda":
+            return 1
+        spec = TensorSpec("", tuple(deltas.shape), deltas.dtype)
+        room = torch.cuda.mem_get_info(deltas.device)[0] // 2
+        if self.memory_bytes is not None:
+            room = min(room, self.memory_bytes - self._workspace_bytes(solver, spec, deltas.n_tasks))
+        # Δ_t, its projection in float64, and what the eigensolver takes.
+        each = 3 * 8 * spec.elements
+        return max(1, min(deltas.n_tasks, room // max(1, each)))
+
     def _attempt(self, deltas: Deltas, choice: Choice[Solver]) -> tuple[Tensor, MergeStats]:
         solver = choice.solver
         rows, columns = deltas.shape[-2:]
@@ -192,10 +211,18 @@ class IsoCTS:
         if not common.wide and isinstance(solver, ChebyshevSubspace):
             common = solver.complete(total, common, long_dtype)
         parts = []
-        for task in range(tasks):
-            norm = squares[task].sqrt()
+        at_once = self._tasks_at_once(deltas, solver)
+        for start in range(0, tasks, at_once):
+            norm = squares[start : start + at_once].sqrt()
             limit = rounding_tolerance(norm, rows, columns, deltas.dtype)
-            parts.append(solver.residual_subspace(deltas.delta(task), total, common, s, norm=norm, tolerance=limit))
+            if at_once == 1:
+                delta = deltas.delta(start)
+                parts.append(solver.residual_subspace(delta, total, common, s, norm=norm[0], tolerance=limit[0]))
+                continue
+            stack = torch.stack([deltas.delta(start + task) for task in range(len(norm))])
+            part = solver.residual_subspace(stack, total, common, s, norm=norm, tolerance=limit)
+            parts += part.unbind()
+            del stack, part
         nonzero = torch.linalg.vector_norm(total, dim=(-2, -1)) > 0
         if common.long is None:
             common = solver.complete(total, common, long_dtype)
