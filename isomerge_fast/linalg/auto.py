@@ -67,7 +67,8 @@ def polar_ladder(
     rows, columns = shape[-2:]
     short, aspect = min(rows, columns), max(rows, columns) / max(1, min(rows, columns))
     exact = Choice(GramEigh(), "float64 Gram matrix: resolves float32 input")
-    ladder: list[Choice[PolarSolver]] = [exact, svd]
+    careful = Choice(GramEigh(rounding=0.0), "float64 throughout, and a Newton-Schulz step")
+    ladder: list[Choice[PolarSolver]] = [exact, careful, svd]
     if aspect >= 2:
         # Long sums are well-conditioned: that float32 is enough for S is checked afterwards.
         ladder.insert(0, Choice(GramEigh(), "float64 Gram matrix of a float32 sum", torch.float32))

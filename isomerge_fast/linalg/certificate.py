@@ -23,26 +23,24 @@ def probes(rows: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return draw.div_(math.sqrt(PROBES)).to(device, dtype)
 
 
-def symmetry(x: Tensor, q: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+def symmetry(x: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
     """How far H is from symmetric positive semidefinite, which makes an orthonormal Q the polar factor of X.
 
     H = X Qᵀ (wide) or Qᵀ X (tall). The asymmetry is the backward error: some X' with ‖X' − X‖ ≤ ‖H − Hᵀ‖ has Q for its
-    polar factor.
-
-    Args:
-        scale: the mean singular value of X, shape [...].
+    polar factor. The error of Q itself is (H − Hᵀ)_ij / (σ_i + σ_j) in the basis of singular vectors.
 
     Returns:
-        (‖H − Hᵀ‖_F / (√r scale), max(0, −min_i ω_iᵀHω_i / ω_iᵀω_i) / scale), estimated from the probes, shape [...].
+        (‖H − Hᵀ‖_F / ‖X‖_F, max(0, −min_i ω_iᵀHω_i / ω_iᵀω_i) √r / ‖X‖_F), estimated from the probes, shape [...].
     """
     short = min(x.shape[-2:])
     omega = probes(short, q.dtype, q.device)
+    scale = torch.linalg.vector_norm(x, dim=(-2, -1)).double()
     scale = torch.where(scale > 0, scale, 1.0)
     image = short_product(x, long_product(q, omega, q.dtype).to(x.dtype))
     mirrored = short_product(q, long_product(x, omega.to(x.dtype), x.dtype).to(q.dtype)).to(x.dtype)
-    asymmetry = torch.linalg.matrix_norm(image - mirrored) / (math.sqrt(max(1, short)) * scale)
+    asymmetry = torch.linalg.matrix_norm(image - mirrored) / scale
     quotients = (omega.to(x.dtype) * image).sum(-2) / omega.to(x.dtype).square().sum(-2)
-    return asymmetry, (-quotients.amin(-1)).clamp_min(0.0) / scale
+    return asymmetry, (-quotients.amin(-1)).clamp_min(0.0) * math.sqrt(max(1, short)) / scale
 
 
 def orthogonality(q: Tensor) -> Tensor:

@@ -33,6 +33,8 @@ from .protocol import (
 from .sides import BLOCK_ELEMENTS, long_product, short_gram, short_multiply, short_product, short_project
 
 EPS = torch.finfo(torch.float32).eps
+# Rounding of a float32 product G^(-1/2) X, relative to ‖Q‖, over rms(σ) rms(1/σ): measured 3.6 ε (768 x 3072).
+PRODUCT = 4.0 * EPS
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class GramEigh:
     """
 
     dtype: torch.dtype = torch.float64
-    rounding: float = 1e-6
+    rounding: float = 3e-6
     parts_dtype: torch.dtype = torch.float64
 
     @property
@@ -90,7 +92,7 @@ class GramEigh:
         spread = _spread(kept_sigma, inverse)
         if narrow_gram:
             noise = torch.zeros_like(noise)  # what is left is skew, which no Newton-Schulz step mends
-        small = torch.stack([EPS * spread, noise]) <= rounding
+        small = torch.stack([PRODUCT * spread, noise]) <= rounding
         narrow, clean = small.reshape(2, -1).all(1).tolist()
         # G^(-1/2), as a product that is symmetric and half the work.
         root = sym_mm((vectors * inverse.sqrt()[..., None, :]).to(dtype if narrow else vectors.dtype))
@@ -147,7 +149,7 @@ class GramEigh:
         """
         inverse = reciprocal(subspace.sigma)
         scaled = subspace.short * inverse[..., None, :]
-        if dtype == torch.float32 and bool((EPS * _spread(subspace.sigma, inverse) <= self.rounding).all()):
+        if dtype == torch.float32 and bool((PRODUCT * _spread(subspace.sigma, inverse) <= self.rounding).all()):
             scaled = scaled.to(dtype)
         return replace(subspace, long=long_product(x, scaled, dtype))
 
@@ -226,7 +228,7 @@ class GramEigh:
         lower, failed = torch.linalg.cholesky_ex(gram)
         solved = torch.linalg.solve_triangular(lower, probes(short, torch.float32, x.device), upper=False)
         spread = gram.diagonal(dim1=-2, dim2=-1).sum(-1) * solved.square().sum((-2, -1)) / short**2  # squared
-        passed = (failed == 0) & (2.5 * EPS * spread.double() <= 2.0 * self.rounding)
+        passed = (failed == 0) & (2.5 * EPS * spread.double() <= self.rounding)
         return gram.double() if bool(passed.all()) else None
 
     def _unresolved(self, sigma: Tensor, tolerance: Tensor) -> Tensor:
@@ -235,7 +237,7 @@ class GramEigh:
 
 
 def _spread(sigma: Tensor, inverse: Tensor) -> Tensor:
-    """rms(σ) rms(1/σ) over the kept directions: what rounding X (or G^(-1/2)) to ε makes of Q is ε times this, relative
-    to ‖Q‖ and as for random directions.
+    """rms(σ) rms(1/σ) over the kept directions: what rounding X to ε makes of Q is ε times this, relative to ‖Q‖ and as
+    for random directions.
     """
     return (sigma.square().sum(-1) * inverse.square().sum(-1)).sqrt() / (sigma > 0).sum(-1).clamp_min(1)

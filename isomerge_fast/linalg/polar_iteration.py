@@ -57,7 +57,8 @@ def start(x: Tensor, tolerance: Tensor | None) -> tuple[Start, Tensor]:
 
 def scaled(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """X · scale, contiguous, in ``dtype``."""
-    return torch.mul(x, scale[..., None, None], out=torch.empty(x.shape, dtype=dtype, device=x.device))
+    # Not by mul(out=…), which makes a copy of X in its own dtype where ``dtype`` is another.
+    return torch.empty(x.shape, dtype=dtype, device=x.device).copy_(x).mul_(scale.to(dtype)[..., None, None])
 
 
 def short_polynomial(p: Tensor, x: Tensor, out: Tensor, *, beta: float = 0.0) -> Tensor:

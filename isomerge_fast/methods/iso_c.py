@@ -119,7 +119,7 @@ class IsoC:
         min_dim = min(rows, columns)
         tolerance = rounding_tolerance(squares.sum(0).sqrt(), rows, columns, deltas.dtype)
         q, stats = choice.solver.polar(total, tolerance=tolerance, dtype=dtype)
-        asymmetry, negative = symmetry(total, q, stats.nuclear_norm.double() / min_dim)
+        asymmetry, negative = symmetry(total, q)
         del total
         sigma_mean = spectral_mean(stats.nuclear_norm, stats.rank, min_dim, self.rank_policy)
         q *= sigma_mean.to(q.dtype)[..., None, None]
@@ -137,7 +137,7 @@ class IsoC:
             "unresolved": Check(torch.as_tensor(stats.unresolved, device=q.device).expand(stats.rank.shape), 0),
         }
         if sum_dtype == torch.float32 and stats.spread is not None:
-            # √T for the roundings of a sum.
-            error = stats.spread * (torch.finfo(sum_dtype).eps * 0.5 * math.sqrt(deltas.n_tasks))
+            # Measured: 0.2 ε rms(σ) rms(1/σ) for T = 8, from 160 x 64 to 4096 x 256; √T for the roundings of a sum.
+            error = stats.spread * (0.1 * torch.finfo(sum_dtype).eps * math.sqrt(deltas.n_tasks))
             checks["sum_rounding"] = Check(error, 0.1 * promise)
         return q, MergeStats(f"{self.name}/{stats.solver}", values, checks)

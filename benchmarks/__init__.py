@@ -1,0 +1,1 @@
+"""Measurements: ratios to peers in one run, with the error beside every time."""
