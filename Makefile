@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL: # two pips in one environment would race
-.PHONY: help demo test test-slow lint format venv clean
+.PHONY: help demo test test-slow bench numerics lint format venv clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -22,6 +22,12 @@ test: $(VENV)/.installed-test ## run the test suite
 
 test-slow: $(VENV)/.installed-test ## run only the tests marked slow
 	$(BIN)/pytest -m slow
+
+bench: $(VENV)/.installed-bench ## ratios to FusionBench's own functions, with the errors of both (7 minutes on 2 cores)
+	$(BIN)/python -m benchmarks.fusion_bench_ratio
+
+numerics: $(VENV)/.installed-test ## measure the error tables of docs/numerics.md anew
+	$(BIN)/python tests/error_table.py --write docs/numerics.md
 
 lint: $(VENV)/.installed-dev ## ruff and pyright, nothing rewritten
 	$(BIN)/ruff check
@@ -41,6 +47,7 @@ clean: ## remove build products, caches and the demo's output; .venv stays
 $(VENV)/.installed-demo: EXTRAS := demo
 $(VENV)/.installed-test: EXTRAS := test
 $(VENV)/.installed-dev: EXTRAS := dev,test
+$(VENV)/.installed-bench: EXTRAS := bench
 
 $(VENV)/.installed-%: setup.py constraints.txt | $(BIN)/pip
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'

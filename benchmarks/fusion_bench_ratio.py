@@ -116,6 +116,15 @@ def compare(shape: tuple[int, int], method: str, kind: str, *, tasks: int, round
     return row
 
 
+def processor() -> str:
+    """The CPU's public name."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Ratios to FusionBench's iso_c and iso_cts.")
     parser.add_argument("--shapes", default=DEFAULT_SHAPES)
@@ -126,7 +135,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    name = torch.cuda.get_device_name() if options.device != "cpu" else platform.processor() or platform.machine()
+    name = torch.cuda.get_device_name() if options.device != "cpu" else processor()
     machine = {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__}
     print(f"{machine['device']}, {machine['threads']} threads, torch {machine['torch']}, T = {options.tasks}")
     print(f"{'shape':>10}  {'method':8} {'deltas':6} {'ours s':>8} {'peer s':>8} {'ratio':>6}  range        errors")

@@ -158,6 +158,11 @@ def print_report(report: Report, *, every_tensor: bool = False) -> None:
         out.print()
     counts = ", ".join(f"{count} {action}" for action, count in report.counts().items())
     out.print(f"{report.method}: {len(report.tensors)} tensors ({counts}) on {report.device}")
+    judged = [entry for entry in report.tensors if "certified" in entry]
+    if judged:
+        escalated = sum(bool(entry.get("escalations")) for entry in judged)
+        certified = sum(entry["certified"] for entry in judged)
+        out.print(f"certified: {certified} of {len(judged)}; {escalated} took another solver than the first")
     moved = report.read_bytes + report.write_bytes
     total = report.seconds.get("total", 0.0)
     shares = ", ".join(f"{key} {duration(value)}" for key, value in report.seconds.items() if key != "total")
@@ -165,6 +170,8 @@ def print_report(report: Report, *, every_tensor: bool = False) -> None:
     for entry in report.tensors:
         if remark := entry.get("remarks"):
             out.print(f"note: {escape(entry['name'])}: {escape(remark)}")
+        if entry.get("certified") is False:
+            out.print(f"note: {escape(entry['name'])}: NOT certified, see report.json")
         if isinstance(entry.get("rank"), int) and entry["rank"] < entry.get("min_dim", 0):
             out.print(f"note: {escape(entry['name'])}: rank {entry['rank']} of {entry['min_dim']}, kept in its range")
     _print_notes(out, report.notes)

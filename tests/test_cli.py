@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import Case
 from checkpoints import load_folder, make_family, save_folder
 from typer.testing import CliRunner
 
@@ -291,3 +292,31 @@ def test_progress_is_drawn_where_a_person_watches(tmp_path: Path) -> None:
     assert b"GB/s" in drawn
     quiet = isomerge("run", *arguments, "--overwrite")
     assert quiet.stderr == ""
+
+
+def test_certificates_are_reported(tmp_path: Path) -> None:
+    """An ill-conditioned sum in the fast tier: what was given up, what was taken, and that the result is certified."""
+    deltas = {"hard.weight": Case(0, 64, 512, 1e6, 3).deltas(), "easy.weight": Case(1, 64, 512, 2.0, 3).deltas()}
+    folders = [save_folder(tmp_path / "base", {name: torch.zeros(64, 512) for name in deltas})]
+    folders += [
+        save_folder(tmp_path / f"expert-{task}", {name: parts[task] for name, parts in deltas.items()})
+        for task in range(3)
+    ]
+    arguments = ["--base", folders[0], *(part for folder in folders[1:] for part in ("--expert", folder))]
+    arguments += ["--method", "iso-c", "--option", "precision=fast"]
+    plan = json.loads(invoke("plan", *arguments, "--format", "json")[1])
+    assert {tensor["reason"] for tensor in plan["tensors"]} == {
+        "gram-eigh-fp32: float32 Gram matrix: 64 x 512 is tall or wide, and such sums are well-conditioned"
+    }
+    code, stdout, stderr = invoke("run", *arguments, "--out", tmp_path / "out")
+    assert code == 0, stderr
+    assert "certified: 2 of 2; 1 took another solver than the first" in stdout
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    entries = {entry["name"]: entry for entry in report["tensors"]}
+    assert entries["hard.weight"]["algorithm"] == "iso-c/gram-eigh-fp64"
+    assert all(remark.startswith("iso-c/gram-eigh-fp") for remark in entries["hard.weight"]["escalations"])
+    assert entries["easy.weight"]["algorithm"] == "iso-c/gram-eigh-fp32"
+    for entry in entries.values():
+        assert entry["certified"]
+        assert entry["orthogonality"] <= 1e-2
+        assert entry["asymmetry"] <= 1e-2
