@@ -215,14 +215,17 @@ class IsoCTS:
         for start in range(0, tasks, at_once):
             norm = squares[start : start + at_once].sqrt()
             limit = rounding_tolerance(norm, rows, columns, deltas.dtype)
+            # No name for a delta here: it would outlive the loop, beside what is made of S next.
             if at_once == 1:
-                delta = deltas.delta(start)
-                parts.append(solver.residual_subspace(delta, total, common, s, norm=norm[0], tolerance=limit[0]))
-                continue
-            stack = torch.stack([deltas.delta(start + task) for task in range(len(norm))])
-            part = solver.residual_subspace(stack, total, common, s, norm=norm, tolerance=limit)
-            parts += part.unbind()
-            del stack, part
+                parts.append(
+                    solver.residual_subspace(deltas.delta(start), total, common, s, norm=norm[0], tolerance=limit[0])
+                )
+            else:
+                stack = [deltas.delta(start + task) for task in range(len(norm))]
+                parts += solver.residual_subspace(
+                    torch.stack(stack), total, common, s, norm=norm, tolerance=limit
+                ).unbind()
+                stack.clear()
         nonzero = torch.linalg.vector_norm(total, dim=(-2, -1)) > 0
         if common.long is None:
             common = solver.complete(total, common, long_dtype)
