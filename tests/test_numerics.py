@@ -14,9 +14,10 @@ from torch import Tensor
 
 import isomerge_fast as imf
 from isomerge_fast.linalg.auto import PROMISES
+from isomerge_fast.linalg.certificate import orthogonality, symmetry
 from isomerge_fast.linalg.gram_eigh import GramEigh
 from isomerge_fast.linalg.protocol import Solver
-from isomerge_fast.linalg.subspace_chebyshev import ChebyshevSubspace
+from isomerge_fast.linalg.subspace_chebyshev import ChebyshevSubspace, filtered_block
 from isomerge_fast.linalg.svd import FullSvd
 from isomerge_fast.methods import MergeStats, TensorDeltas, TensorSpec, as_deltas, make_method
 
@@ -87,28 +88,42 @@ def test_what_a_gram_matrix_hides_is_left_to_the_svd(method: str) -> None:
     assert oracle.relative_error(value.numpy(), judge) <= PROMISES["default"]
 
 
+def lora_sum(shape: tuple[int, int], rank: int, tasks: int) -> tuple[list[Tensor], np.ndarray]:
+    """T adapters of low rank, and Iso-C of their sum A B by small factors: A = Q R, B = (Q' R')ᵀ, A B = Q (R R'ᵀ) Q'ᵀ.
+
+    Multiplied in float64: a float32 product has rounding of its own, of full rank and above that of its entries.
+    """
+    generator = torch.Generator().manual_seed(rank)
+    left = torch.randn(shape[0], tasks * rank, generator=generator).double()
+    right = torch.randn(tasks * rank, shape[1], generator=generator).double()
+    deltas = [(left[:, i : i + rank] @ right[i : i + rank]).float() for i in range(0, tasks * rank, rank)]
+    q, r = np.linalg.qr(left.numpy())
+    q_right, r_right = np.linalg.qr(right.numpy().T)
+    return deltas, q @ oracle.iso_c([r @ r_right.T]) @ q_right.T
+
+
 @pytest.mark.parametrize("precision", PROMISES)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("rank", [1, 16, 64])
 @pytest.mark.parametrize("shape", [(512, 512), (512, 4096), (4096, 512)], ids=str)
 def test_lora_sums(shape: tuple[int, int], rank: int, method: str, precision: str) -> None:
-    """T adapters of low rank: the result is σ̄ times the polar factor on the range, which small factors give exactly."""
-    tasks = 4
-    generator = torch.Generator().manual_seed(rank)
-    left = torch.randn(shape[0], tasks * rank, generator=generator)
-    right = torch.randn(tasks * rank, shape[1], generator=generator)
-    # Multiplied in float64: a float32 product has rounding of its own, of full rank and above that of its entries.
-    a, b = left.double(), right.double()
-    deltas = [(a[:, i : i + rank] @ b[i : i + rank]).float() for i in range(0, tasks * rank, rank)]
+    """The result is σ̄ times the polar factor on the range: the common directions hold all there is, tasks add none."""
+    deltas, judge = lora_sum(shape, rank, 4)
     value, stats = merge(deltas, method, precision=precision)
-    # The oracle in factor space: S = A B, A = Q R, B = (Q' R')ᵀ, S = Q (R R'ᵀ) Q'ᵀ.
-    q, r = np.linalg.qr(left.double().numpy())
-    q_right, r_right = np.linalg.qr(right.double().numpy().T)
-    expected = q @ oracle.iso_c([r @ r_right.T]) @ q_right.T
-    assert oracle.relative_error(value.numpy(), expected) <= max(1e-6, PROMISES[precision])
-    assert stats.to_dict()["rank"] == tasks * rank
-    again, _ = merge(deltas, method, precision=precision)
-    assert torch.equal(value, again)
+    assert oracle.relative_error(value.numpy(), judge) <= max(1e-6, PROMISES[precision])
+    assert stats.to_dict()["rank"] == 4 * rank
+    if precision != "reference":  # the slow one, which every other test compares with
+        assert torch.equal(value, merge(deltas, method, precision=precision)[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("rank", "method"), [(1, "iso-c"), (16, "iso-c"), (64, "iso-c"), (16, "iso-cts")])
+def test_lora_sums_in_4096(rank: int, method: str) -> None:
+    deltas, judge = lora_sum((4096, 4096), rank, 4)
+    value, stats = merge(deltas, method)
+    assert oracle.relative_error(value.numpy(), judge) <= 1e-6
+    assert stats.to_dict()["rank"] == 4 * rank
+    assert stats.to_dict()["certified"]
 
 
 @pytest.mark.parametrize("precision", PROMISES)
@@ -211,6 +226,86 @@ def test_tasks_at_once(shape: tuple[int, int], precision: str) -> None:
         assert stats.to_dict()["certified"] if deltas is not batch else not stats.missed()
         allowed = max(1e-6, PROMISES[precision])
         assert oracle.relative_error(several.numpy(), one.double().numpy()) <= allowed
+
+
+@pytest.mark.parametrize("shape", [(60, 150), (150, 60), (2, 80, 80)], ids=str)
+def test_certificate_tells_wrong_polar_factors(shape: tuple[int, ...]) -> None:
+    """Estimates from eight vectors are within a factor of 2 of the norms they stand for; a flipped sign is seen."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(shape, generator=generator, dtype=torch.float64)
+    wide, short = shape[-2] <= shape[-1], min(shape[-2:])
+    u, _, vh = torch.linalg.svd(x, full_matrices=False)
+    q = u @ vh
+    asymmetry, negative = symmetry(x, q)
+    assert asymmetry.max() <= 1e-13
+    assert not negative.any()
+    assert orthogonality(q).max() <= 1e-13
+    # Orthonormal, and not the polar factor.
+    skew = 0.01 * torch.randn(*shape[:-2], short, short, generator=generator, dtype=torch.float64)
+    turn = torch.matrix_exp(skew - skew.mT)
+    turned = turn @ q if wide else q @ turn
+    h = x @ turned.mT if wide else turned.mT @ x
+    exact = torch.linalg.matrix_norm(h - h.mT) / torch.linalg.matrix_norm(x)
+    asymmetry, _ = symmetry(x, turned)
+    assert ((asymmetry / exact > 0.5) & (asymmetry / exact < 2.0)).all()
+    assert exact.min() > 1e-2
+    # Not orthonormal.
+    scaled = q + 0.01 * torch.randn(q.shape, generator=generator, dtype=torch.float64)
+    gram = scaled @ scaled.mT if wide else scaled.mT @ scaled
+    exact = torch.linalg.matrix_norm(gram - torch.eye(short, dtype=torch.float64)) / short**0.5
+    ratio = orthogonality(scaled) / exact
+    assert ((ratio > 0.5) & (ratio < 2.0)).all()
+    # Orthonormal and symmetric, with signs that are wrong.
+    signs = torch.ones(short, dtype=torch.float64)
+    signs[: short // 2] = -1.0
+    asymmetry, negative = symmetry(x, (u * signs) @ vh)
+    assert asymmetry.max() <= 1e-13
+    assert negative.min() > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["noise", "decay", "cancelling"])
+def test_search_knows_its_angle(kind: str) -> None:
+    """The bound holds, for every spectrum, and is below what was asked for; the subspaces are those of float64 eigh."""
+    rows, columns, tasks, s, k = 1500, 300, 8, 7, 244
+    generator = torch.Generator().manual_seed(0)
+    deltas = [torch.randn(rows, columns, generator=generator) for _ in range(tasks)]
+    if kind == "decay":
+        deltas = [delta * torch.arange(1, columns + 1) ** -0.7 for delta in deltas]
+    elif kind == "cancelling":  # what all share is 300 times larger than what is left of a task
+        shared = torch.randn(rows, 20, generator=generator) @ torch.randn(20, columns, generator=generator)
+        deltas = [delta + 70.0 * shared for delta in deltas]
+    total = torch.stack(deltas).double().sum(0)
+    solver = ChebyshevSubspace()
+    common = solver.top_subspace(total, k, dtype=torch.float32)
+    for delta in deltas[:2]:
+        norm = delta.double().norm()
+        tolerance = torch.zeros((), dtype=torch.float64)
+        found = solver.residual_subspace(delta, total, common, s, norm=norm, tolerance=tolerance)
+        exact = GramEigh().residual_subspace(delta, total, common, s, norm=norm, tolerance=tolerance)
+        assert exact.long is not None
+        assert found.long is not None
+        sine = (found.short - exact.short @ (exact.short.mT @ found.short)).norm() / s**0.5
+        # eigh itself: a few ε of ‖Δ‖², where S hides the rest of Δ.
+        assert sine <= found.angle + exact.angle + 1e-12
+        assert found.angle <= solver.angle
+        assert oracle.relative_error(found.sigma.numpy(), exact.sigma.numpy()) <= 1e-6
+        product, judge = found.long @ found.short.mT, exact.long @ exact.short.mT
+        assert oracle.relative_error(product.numpy(), judge.numpy()) <= 10 * (found.angle + exact.angle) + 1e-9
+
+
+def test_search_that_cannot_reach_its_angle_is_exact() -> None:
+    deltas = Case(0, 1100, 260, 1e2, 8).deltas()
+    total = torch.stack(deltas).double().sum(0)
+    solver = ChebyshevSubspace(angle=1e-15, corrections=1)
+    common = solver.top_subspace(total, 212, dtype=torch.float32)
+    norm, tolerance = deltas[0].double().norm(), torch.zeros((), dtype=torch.float64)
+    found = solver.residual_subspace(deltas[0], total, common, 6, norm=norm, tolerance=tolerance)
+    exact = GramEigh().residual_subspace(deltas[0], total, common, 6, norm=norm, tolerance=tolerance)
+    assert torch.equal(found.short, exact.short)
+    # Nor is there a search where rounding reaches what is looked for.
+    gram = torch.diag(torch.linspace(1.0, 0.0, 300))
+    assert filtered_block(gram, 6, noise=torch.tensor(1.0), angle=1e-3) is None
+    assert filtered_block(gram, 6, noise=torch.tensor(1e-6), angle=1e-3) is not None
 
 
 class FreshDeltas(TensorDeltas):
