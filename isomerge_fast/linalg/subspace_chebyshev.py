@@ -160,6 +160,7 @@ class ChebyshevSubspace(GramEigh):
             gap (Davis-Kahan); beyond it that task is solved exactly. Iso-CTS dilutes it: of r directions 2 T s are
             touched, so its share in the merged Δ's relative error is about 0.6 of it, of the true angle some tenth.
         oversampling: columns of a block beyond s.
+        corrections: steps of ``correction`` before that; each takes an angle of 1e-3 to about 1e-6.
     """
 
     angle: float = 1e-5
@@ -183,29 +184,42 @@ class ChebyshevSubspace(GramEigh):
     def residual_subspace(
         self, delta: Tensor, total: Tensor, common: Subspace, s: int, *, norm: Tensor, tolerance: Tensor
     ) -> Subspace:
-        """See ``SubspaceSolver``.
-
-        With Y = U_kᵀΔ: G = ΔᵀΔ − YᵀY in float32 for the search. Then in float64, with X the block found,
-        P = ΔX, Y = Σ_k⁻¹V_kᵀ(SᵀP), RᵀR on the block = PᵀP − YᵀY, R E = P E − S V_k Σ_k⁻¹ Y E, residual ΔᵀRE − EΛ.
-        """
+        """See ``SubspaceSolver``. The search is in G = ΔᵀΔ − YᵀY with Y = U_kᵀΔ, in the dtype of Δ."""
         if common.long is None or common.wide or not self.worthwhile(common.short.shape[-2], s):
             return super().residual_subspace(delta, total, common, s, norm=norm, tolerance=tolerance)
-        # Converted once where that is small; else every product converts blocks of it.
-        exact_delta = delta.double() if delta.numel() <= CONVERTED_ELEMENTS else delta
         y = common.long.to(delta.dtype).mT @ delta
         gram = short_gram(delta, dtype=delta.dtype)
         sym_mm_add(gram, y.mT, alpha=-1.0, out=gram)
         noise = 8.0 * torch.finfo(gram.dtype).eps * norm.square().to(gram.dtype)
-        found = filtered_block(gram, s, noise=noise, angle=SEARCH_ANGLE, oversampling=self.oversampling)
+        block = filtered_block(gram, s, noise=noise, angle=SEARCH_ANGLE, oversampling=self.oversampling)
+        found = None if block is None else self._refined(block.vectors, gram, y, delta, total, common, s, tolerance)
         if found is None:
             return super().residual_subspace(delta, total, common, s, norm=norm, tolerance=tolerance)
-        block = found.vectors
-        # R X = Δ X − S (V_k Σ_k⁻¹ (Y X)) with Y X = Σ_k⁻¹ V_kᵀ (Sᵀ (Δ X)), in float64: all of R's few columns here.
+        return found
+
+    def _refined(
+        self,
+        block: Tensor,
+        gram: Tensor,
+        y: Tensor,
+        delta: Tensor,
+        total: Tensor,
+        common: Subspace,
+        s: int,
+        tolerance: Tensor,
+    ) -> Subspace | None:
+        """The top ``s`` triplets of R near ``block``, certified in float64, or None where ``angle`` is not reached.
+
+        On a few columns X all of R's products are made from the data: R X = P − S V_k Σ_k⁻² V_kᵀ Sᵀ P with P = Δ X, and
+        RᵀR X = Δᵀ(R X).
+        """
+        assert common.long is not None
+        # Converted once where that is small; else every product converts blocks of it.
+        exact_delta = delta.double() if delta.numel() <= CONVERTED_ELEMENTS else delta
         x = torch.linalg.qr(block.double())[0]
         image = long_product(exact_delta, x, torch.float64)
-        image -= long_product(
-            total, common.whitened @ (common.whitened.mT @ short_product(total, image)), torch.float64
-        )
+        inside = common.whitened @ (common.whitened.mT @ short_product(total, image))
+        image -= long_product(total, inside, torch.float64)
         for step in range(self.corrections + 1):
             values, vectors = eigh(image.mT @ image)
             values, vectors = values.flip(-1).clamp_min(0.0), vectors.flip(-1)
@@ -213,18 +227,18 @@ class ChebyshevSubspace(GramEigh):
             w = short_product(exact_delta, image) - x * values[..., None, :]
             sigma = values.sqrt()
             limit = torch.maximum(tolerance, self.resolution * sigma[..., 0])[..., None]
-            kept_sigma = torch.where(sigma[..., :s] > limit, sigma[..., :s], 0.0)
-            ritz = Ritz(x, values, torch.linalg.vector_norm(w, dim=-2))
-            bound = angle_bound(ritz, (kept_sigma > 0).sum(-1))
+            kept = sigma[..., :s] > limit
+            bound = angle_bound(Ritz(x, values, torch.linalg.vector_norm(w, dim=-2)), kept.sum(-1))
             if bool((bound <= self.angle).all()):
+                kept_sigma = torch.where(kept, sigma[..., :s], 0.0)
                 return Subspace(
-                    short=x[..., :, :s] * (kept_sigma > 0)[..., None, :],
+                    short=x[..., :, :s] * kept[..., None, :],
                     long=image[..., :, :s] * reciprocal(kept_sigma)[..., None, :],
                     sigma=kept_sigma,
                     complement=None,
                     gap=relative_gap(sigma, s),
                     angle=bound,
-                    unresolved=(sigma[..., :s] > tolerance[..., None]).sum(-1) - (kept_sigma > 0).sum(-1),
+                    unresolved=(sigma[..., :s] > tolerance[..., None]).sum(-1) - kept.sum(-1),
                     wide=False,
                 )
             if step < self.corrections:
@@ -235,4 +249,4 @@ class ChebyshevSubspace(GramEigh):
                 image[..., :, :s] += delta @ c - common.long.to(delta.dtype) @ (y @ c)
                 x, r = torch.linalg.qr(x)
                 image = torch.linalg.solve_triangular(r, image, upper=True, left=False)
-        return super().residual_subspace(delta, total, common, s, norm=norm, tolerance=tolerance)
+        return None
