@@ -57,7 +57,7 @@ def deltas_like_fine_tuning(rows: int, columns: int, tasks: int, kind: str, seed
 
 def peers() -> dict[str, Callable[[list[Tensor], str], Tensor]]:
     """FusionBench's functions, called as its algorithms call them."""
-    from fusion_bench.method.isotropic_merging import iso_utils  # type: ignore[import-not-found]
+    from fusion_bench.method.isotropic_merging import iso_utils  # type: ignore[import-not-found]  # extra `bench`
 
     def call(function: Callable[..., Any], deltas: list[Tensor], *arguments: Any, device: str) -> Tensor:
         with contextlib.redirect_stdout(io.StringIO()):

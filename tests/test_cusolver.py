@@ -27,6 +27,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
         values, vectors = np.linalg.eigh(a, UPLO="L")
         return values, np.swapaxes(np.ascontiguousarray(np.swapaxes(vectors, -1, -2)), -1, -2)
 
+    # Attributes that a module made here does not declare: hence the ignores.
     package = types.ModuleType("cupy")
     package.cuda = types.SimpleNamespace(  # type: ignore[attr-defined]
         Device=lambda index: contextlib.nullcontext(), ExternalStream=lambda pointer: contextlib.nullcontext()

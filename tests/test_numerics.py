@@ -13,7 +13,7 @@ from cases import CASES, Case
 from torch import Tensor
 
 import isomerge_fast as imf
-from isomerge_fast.linalg.auto import PROMISES
+from isomerge_fast.linalg.auto import PROMISES, polar_ladder
 from isomerge_fast.linalg.certificate import orthogonality, symmetry
 from isomerge_fast.linalg.gram_eigh import GramEigh
 from isomerge_fast.linalg.protocol import Solver
@@ -358,3 +358,17 @@ def test_a_ceiling_takes_the_leaner_solver() -> None:
     value, stats = merge(deltas, "iso-cts", memory_bytes=1)
     assert "chebyshev" not in stats.algorithm
     assert oracle.relative_error(value.numpy(), expected(Case(0, 1100, 260, 1e2, 8), "iso-cts")) <= PROMISES["default"]
+
+
+@pytest.mark.parametrize(("capability", "dtype"), [((9, 0), "fp64"), ((12, 0), "fp32")], ids=["h100", "other"])
+def test_what_cuda_would_take(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], dtype: str) -> None:
+    """Iterations first, on float64 sums, then the solvers of a CPU; below the iterations' side as on a CPU."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    cuda = torch.device("cuda")
+    for shape, first in (((4096, 4096), "polar-express"), ((14336, 4096), "gram-newton-schulz")):
+        ladder = polar_ladder("default", shape, torch.float32, cuda)
+        names = [choice.solver.name for choice in ladder]
+        assert names == [f"{first}-{dtype}", "gram-eigh-fp64", "gram-eigh-fp64", "svd-fp64"]
+        assert {choice.sum_dtype for choice in ladder} == {torch.float64}
+    small = polar_ladder("default", (768, 768), torch.float32, cuda)
+    assert small == polar_ladder("default", (768, 768), torch.float32, torch.device("cpu"))

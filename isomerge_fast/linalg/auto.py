@@ -67,19 +67,18 @@ def polar_ladder(
     rows, columns = shape[-2:]
     short, aspect = min(rows, columns), max(rows, columns) / max(1, min(rows, columns))
     exact = Choice(GramEigh(), "float64 Gram matrix: resolves float32 input")
-    careful = Choice(GramEigh(rounding=0.0), "float64 throughout, and a Newton-Schulz step")
+    careful = Choice(GramEigh(rounding=0.0), "float64 products, and a Newton-Schulz step whatever is predicted")
     ladder: list[Choice[PolarSolver]] = [exact, careful, svd]
-    if aspect >= 2:
-        # Long sums are well-conditioned: that float32 is enough for S is checked afterwards.
-        ladder.insert(0, Choice(GramEigh(), "float64 Gram matrix of a float32 sum", torch.float32))
     if device.type == "cuda" and short >= ITERATION_SIDE:
         narrow = precision == "fast" or torch.cuda.get_device_capability(device) not in FLOAT64_TENSOR_CORES
         iterate = torch.float32 if narrow else torch.float64
         if aspect >= 2:
-            ladder.insert(0, Choice(GramNewtonSchulz(iterate), f"products only; {rows} x {columns} is tall or wide"))
-        else:
-            ladder.insert(0, Choice(PolarExpress(iterate), "products only; nearly square"))
-    elif precision == "fast" and aspect >= 2:
+            return (Choice(GramNewtonSchulz(iterate), f"products only; {rows} x {columns} is tall or wide"), *ladder)
+        return (Choice(PolarExpress(iterate), "products only; nearly square"), *ladder)
+    if aspect >= 2:
+        # Long sums are well-conditioned: that float32 is enough for S is checked afterwards.
+        ladder.insert(0, Choice(GramEigh(), "float64 Gram matrix of a float32 sum", torch.float32))
+    if aspect >= 2 and precision == "fast":
         reason = f"float32 Gram matrix: {rows} x {columns} is tall or wide, and such sums are well-conditioned"
         ladder.insert(0, Choice(GramEigh(torch.float32), reason, torch.float32))
     return tuple(ladder)

@@ -120,7 +120,7 @@ class MergeStats:
     Keys of ``values``, where the method has them: ``sigma_mean`` (σ̄), ``rank`` (directions kept), ``gap`` (relative gap
     at the cut k), ``k``, ``s``, ``delta_norms`` (‖Δ_t‖_F per task).
 
-    Keys of ``checks``, the certificate (§ of docs/numerics.md in brackets): ``orthogonality`` and ``asymmetry`` of the
+    Keys of ``checks``, the certificate (docs/numerics.md): ``orthogonality`` and ``asymmetry`` of the
     polar factor, ``negative`` (its sign), ``angle`` (subspaces, as an error of the merged Δ), ``unresolved``
     (directions that the solver's rounding hides).
     """
