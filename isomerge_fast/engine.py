@@ -22,11 +22,14 @@ from .checkpoint.reader import Reader
 from .checkpoint.staging import Staging
 from .checkpoint.writer import ShardWriter, sync_folder, write_durably
 from .errors import ConfigError, InputError, ResourceError
+from .heap import return_freed_blocks, trim_heap
 from .methods import METHODS, NotFiniteError
 from .plan import PART_ELEMENTS, Plan, TensorPlan, check_resources
 from .report import REPORT_FILE, Progress, Report
 
 Observer = Callable[[Progress], None]
+# About what glibc's heap may keep of freed blocks. Tensors that come so close to the plan's peak return theirs at once.
+HEAP_RESIDUE_BYTES = 128 << 20
 
 
 def scaling_folders(scalings: tuple[float, ...]) -> dict[str, float]:
@@ -116,6 +119,7 @@ class CheckpointDeltas:
                 self._kept[task] = self._read(stored)
             yield slice(None), self._kept[task]
             return
+        trim_heap()
         for rows in ops.row_blocks(stored.shape, PART_ELEMENTS):
             yield rows, self._read(stored, rows)
 
@@ -270,6 +274,8 @@ class _Run:
 
     def _merge_tensor(self, plan: TensorPlan, reader: Reader) -> dict[str, Any]:
         started = time.perf_counter()
+        decides_peak = plan.peak_bytes > max(HEAP_RESIDUE_BYTES, self._plan.peak_working_bytes - HEAP_RESIDUE_BYTES)
+        return_freed_blocks(eager=decides_peak)
         with self._stopwatch.phase("read"):
             base = reader.read(plan.base)
         report: dict[str, Any] = {"name": plan.name, "action": plan.action, "read_bytes": plan.base.bytes}

@@ -31,9 +31,9 @@ from .errors import ConfigError, InputError, ResourceError
 from .methods import Mean, Method, TensorSpec, make_method
 from .ops import BLOCK_ELEMENTS, compute_dtype
 
-# Resident memory of Python, torch and BLAS: 229 MB before the first tensor, 332 to 340 MB after a merge with the heap
+# Resident memory of Python, torch and BLAS: 234 MB before the first tensor, about 350 MB after a merge with the heap
 # trimmed (BLAS keeps buffers), of which the estimates of single tensors cover some. With 325 MB the promise lies above
-# the peaks seen: 791 MB promised, 763 to 779 MB seen over four merges of the 162 M parameter test model by Iso-CTS.
+# the peaks seen: 791 MB promised, 746 to 760 MB seen over six merges of the 162 M parameter test model by Iso-CTS.
 BASELINE_BYTES = 325_000_000
 # Experts' tensors up to this many bytes together are kept between the passes of a method instead of read again.
 KEEP_BYTES = 64 << 20

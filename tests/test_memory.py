@@ -89,3 +89,29 @@ def test_peak_memory(family: list[Path], tmp_path: Path, method: str) -> None:
     plan = [*command[:3], "plan", *command[4:]]
     planned = subprocess.run(plan, capture_output=True, text=True, check=True)
     assert peak_bytes <= json.loads(planned.stdout)["peak_ram_bytes"] <= 1.3 * peak_bytes
+
+
+FREED = """
+import sys, psutil, torch
+from isomerge_fast.heap import return_freed_blocks, trim_heap
+process = psutil.Process()
+torch.ones(1)
+for eager in (True, False):
+    return_freed_blocks(eager)
+    before = process.memory_info().rss
+    # 2 MiB each, and between them something that stays: the heap cannot simply shrink.
+    blocks, keep = zip(*[(torch.ones(1 << 19), torch.ones(1 << 14)) for _ in range(50)])
+    del blocks
+    print((process.memory_info().rss - before) >> 20)
+trim_heap()
+print((process.memory_info().rss - before) >> 20)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="heap settings of glibc")
+def test_freed_blocks_go_back_to_the_system_where_the_peak_is_decided() -> None:
+    outcome = subprocess.run([sys.executable, "-c", FREED], capture_output=True, text=True, check=True)
+    eager, lazy, trimmed = map(int, outcome.stdout.split())
+    assert eager <= 10
+    assert lazy >= 50  # of 100 MiB; without that the test would show nothing
+    assert trimmed <= 10

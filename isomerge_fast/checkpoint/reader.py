@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 from pathlib import Path
 from types import TracebackType
@@ -14,14 +13,6 @@ from ..errors import InputError
 from .layout import DTYPES, Checkpoint, FileIdentity, StoredTensor
 
 READ_BYTES = 1 << 26  # one system call reads at most 2 GiB; 64 MiB keeps interrupts prompt
-# Before a tensor of this size, what freed blocks have left in the heap goes back to the system: up to 64 MB with glibc.
-TRIM_BYTES = 16 << 20
-
-
-def _trim_heap() -> None:
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it, musl and macOS have not
-    if trim is not None:
-        trim(0)
 
 
 class Reader:
@@ -57,8 +48,6 @@ class Reader:
             row_bytes = stored.bytes // stored.shape[0]
             start, size = start + rows.start * row_bytes, (rows.stop - rows.start) * row_bytes
             shape = (rows.stop - rows.start, *shape[1:])
-        if size >= TRIM_BYTES or (stored.bytes >= TRIM_BYTES and rows is not None and rows.start == 0):
-            _trim_heap()
         data = torch.empty(size, dtype=torch.uint8)
         view = data.numpy().data
         position = 0

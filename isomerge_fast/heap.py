@@ -1,0 +1,34 @@
+"""The C heap's residue: what freed blocks leave behind, which a ceiling on resident memory must not depend on.
+
+Only glibc has these settings; with another C library nothing is done. A merge of the 162 M parameter test model under a
+ceiling of 800 MB peaked at 763 to 812 MB by glibc's own moving threshold (up to 32 MiB), from one run to the next; at
+737 to 757 MB with both functions. Blocks returned at once cost page faults: 34 s instead of 27 if every tensor pays.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+# From glibc's <malloc.h>.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_EAGER_BYTES, _LAZY_BYTES = 1 << 20, 32 << 20
+
+
+def trim_heap() -> None:
+    """Returns to the system what freed blocks have left in the heap."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+def return_freed_blocks(eager: bool) -> None:
+    """From now on freed blocks above 1 MiB go back to the system at once; else those below 32 MiB stay for reuse."""
+    library = ctypes.CDLL(None)
+    setting = getattr(library, "mallopt", None)
+    if setting is None or getattr(library, "malloc_trim", None) is None:  # musl and macOS
+        return
+    threshold = _EAGER_BYTES if eager else _LAZY_BYTES
+    setting(_M_MMAP_THRESHOLD, threshold)
+    setting(_M_TRIM_THRESHOLD, 2 * threshold)
+    if eager:
+        trim_heap()
