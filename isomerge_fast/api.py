@@ -155,7 +155,7 @@ def _merge_one(
         raise InputError(f"tensor {name!r}: base or experts{error.tasks} hold NaN or Inf") from error
     except ConfigError as error:
         raise ConfigError(f"tensor {name!r} {list(base.shape)}: {error}") from error
-    return ops.apply_delta(base, value, scaling=scaling, dtype=out_dtype)
+    return ops.apply_delta(base, value, scalings=[scaling], dtype=out_dtype)[0]
 
 
 def merge(

@@ -111,17 +111,21 @@ class CheckpointDeltas:
     def device(self) -> torch.device:
         return self._device
 
-    def _parts(self, task: int) -> Iterator[tuple[slice, Tensor]]:
-        """An expert's rows with their places: at once where experts are kept, else block by block, never in whole."""
-        stored = self._plan.experts[task]
+    def _parts(self, *tasks: int) -> Iterator[tuple[slice, list[Tensor]]]:
+        """Rows of some experts with their place: at once where experts are kept, else block by block, never in whole.
+
+        All of them together hold about ``PART_ELEMENTS`` elements at a time.
+        """
+        stored = [self._plan.experts[task] for task in tasks]
         if self._plan.keeps_experts:
-            if task not in self._kept:
-                self._kept[task] = self._read(stored)
-            yield slice(None), self._kept[task]
+            for task, expert in zip(tasks, stored, strict=True):
+                if task not in self._kept:
+                    self._kept[task] = self._read(expert)
+            yield slice(None), [self._kept[task] for task in tasks]
             return
         trim_heap()
-        for rows in ops.row_blocks(stored.shape, PART_ELEMENTS):
-            yield rows, self._read(stored, rows)
+        for rows in ops.row_blocks(self.shape, PART_ELEMENTS // len(tasks)):
+            yield rows, [self._read(expert, rows) for expert in stored]
 
     def _read(self, stored: StoredTensor, rows: slice | None = None) -> Tensor:
         with self._stopwatch.phase("read"):
@@ -131,21 +135,23 @@ class CheckpointDeltas:
 
     def delta(self, task: int) -> Tensor:
         out = torch.empty(self.shape, dtype=self.dtype, device=self._device)
-        for rows, part in self._parts(task):
+        for rows, (part,) in self._parts(task):
             if out.ndim:
                 ops.subtract(part, self._base[rows], dtype=self.dtype, out=out[rows])
             else:
                 ops.subtract(part, self._base, dtype=self.dtype, out=out)
         return out
 
-    def sum(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        total = torch.zeros(self.shape, dtype=dtype, device=self._device)
-        squares = torch.zeros(self.n_tasks, dtype=torch.float64, device=self._device)
-        for task in range(self.n_tasks):
-            for rows, part in self._parts(task):
-                place, base = (total[rows], self._base[rows]) if total.ndim else (total, self._base)
-                squares[task] += ops.task_sum(place, part, base)
-        return total, squares
+    def sum(self, dtype: torch.dtype, batch_dims: int = 0) -> ops.TaskSum:
+        if batch_dims:
+            raise ValueError("deltas of a checkpoint are single tensors, not a batch")
+        total = torch.empty(self.shape, dtype=dtype, device=self._device)
+        seen = []
+        for rows, experts in self._parts(*range(self.n_tasks)):
+            place, base = (total[rows], self._base[rows]) if total.ndim else (total, self._base)
+            seen.append(ops.task_sum(experts, base, out=place)[1:])
+        squares, largest, nonfinite = (torch.stack(part) for part in zip(*seen, strict=True))
+        return ops.TaskSum(total, squares.sum(0), largest.amax(0), nonfinite.sum(0))
 
 
 def run(
@@ -286,11 +292,12 @@ class _Run:
             value, stats, read_bytes, base = self._solve(plan, base, reader, report)
             report["read_bytes"] += read_bytes
         checksums = {}
-        for folder, scaling in self._folders.items():
-            with self._stopwatch.phase("compute"):
-                out = base if value is None else self._apply(plan, base, value, scaling)
+        with self._stopwatch.phase("compute"):
+            outputs = [base] * len(self._folders) if value is None else self._apply(plan, base, value)
+            del value
+        for folder, out in zip(self._folders, outputs, strict=True):
             with self._stopwatch.phase("write"):
-                checksums[folder] = self._writers[folder, self._shard_of(plan)].write(plan.name, out)
+                checksums[folder] = self._writers[folder, self._shard_of(plan)].write(plan.name, out.to("cpu"))
         report.update(stats)
         report["write_bytes"] = plan.out.bytes * len(self._folders)
         report["seconds"] = round(time.perf_counter() - started, 6)
@@ -330,12 +337,16 @@ class _Run:
         ]
         return InputError("a weight is not finite:", found or [f"tensor {plan.name!r}: the deltas overflow float32"])
 
-    def _apply(self, plan: TensorPlan, base: Tensor, value: Tensor, scaling: float) -> Tensor:
-        dtype = DTYPES[plan.out.dtype]
-        out = ops.apply_delta(base, value, scaling=scaling, dtype=dtype).to("cpu")
-        if dtype == torch.float16 and (count := ops.count_nonfinite(out)):
-            raise InputError(f"tensor {plan.name!r}: {count} merged weights overflow float16 at scaling {scaling:g}")
-        return out
+    def _apply(self, plan: TensorPlan, base: Tensor, value: Tensor) -> list[Tensor]:
+        """θ₀ + α Δ for every α, from one read of both."""
+        dtype, scalings = DTYPES[plan.out.dtype], list(self._folders.values())
+        outputs = ops.apply_delta(base, value, scalings=scalings, dtype=dtype)
+        for scaling, out in zip(scalings, outputs, strict=True):
+            if dtype == torch.float16 and (count := ops.count_nonfinite(out)):
+                raise InputError(
+                    f"tensor {plan.name!r}: {count} merged weights overflow float16 at scaling {scaling:g}"
+                )
+        return outputs
 
     def _finish(self, finished: dict[str, dict[str, Any]], started: float) -> Report:
         """Everything beside the weights, then the commit."""

@@ -38,6 +38,13 @@ class ResourceError(IsomergeError):
     kind = "resource"
 
 
+class MissingPackageError(IsomergeError, ImportError):
+    """A package that this machine needs is not installed; the message says what to install."""
+
+    exit_code = 4
+    kind = "resource"
+
+
 class VerificationError(IsomergeError):
     """A finished output whose bytes or values are not what its manifest says."""
 

@@ -1,28 +1,27 @@
 """The one door to the kernels: everything above calls these, nothing above imports ``isomerge_kernels``.
 
-Each operation runs in plain torch on the device of its tensors (CPU, CUDA, …).
+Tensors on a GPU go to the Triton kernels, all others to their plain form in torch; each function says by what rule a
+product is left to the vendor's library. Nothing falls back in silence: a GPU without Triton is an error.
 """
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Sequence
+from functools import cache
+from types import ModuleType
 
-from isomerge_kernels.reference import (
-    BLOCK_ELEMENTS,
-    apply_delta,
-    count_nonfinite,
-    mm,
-    mm_add,
-    row_blocks,
-    subtract,
-    sum_deltas,
-    sym_mm,
-    sym_mm_add,
-    task_sum,
-)
+import torch
+from torch import Tensor
+
+from isomerge_kernels import reference
+from isomerge_kernels.protocol import TaskSum, compute_dtype
+from isomerge_kernels.reference import BLOCK_ELEMENTS, count_nonfinite, mm, mm_add, row_blocks, subtract
+
+from .errors import MissingPackageError
 
 __all__ = [
     "BLOCK_ELEMENTS",
+    "TaskSum",
     "apply_delta",
     "compute_dtype",
     "count_nonfinite",
@@ -30,13 +29,114 @@ __all__ = [
     "mm_add",
     "row_blocks",
     "subtract",
-    "sum_deltas",
     "sym_mm",
     "sym_mm_add",
     "task_sum",
 ]
 
+# Half the tiles save time when there are many of them; below this side, and for float64 where the matrix units do not
+# multiply it, the vendor's library is taken. (Estimates, until benchmarks/gpu_suite.py has timed both on a GPU.)
+SYMMETRIC_SIDE = 1024
+FLOAT64_TENSOR_CORES = ((8, 0), (9, 0))
 
-def compute_dtype(*dtypes: torch.dtype) -> torch.dtype:
-    """fp64 when any input is fp64, else fp32: half precision is never computed in."""
-    return torch.float64 if torch.float64 in dtypes else torch.float32
+
+@cache
+def gpu_kernels() -> ModuleType:
+    """The launchers.
+
+    Raises:
+        MissingPackageError: Triton is not installed, or does not load.
+    """
+    try:
+        from isomerge_kernels import launchers
+    except ImportError as error:
+        raise MissingPackageError(
+            f"tensors on a GPU need Triton, which cannot be imported ({error}): pip install 'isomerge-fast[cuda]'"
+        ) from error
+    return launchers
+
+
+def _has_kernels(tensor: Tensor) -> bool:
+    return tensor.is_cuda  # true of ROCm too
+
+
+def task_sum(
+    experts: Sequence[Tensor],
+    base: Tensor | None = None,
+    *,
+    weights: Sequence[float] | None = None,
+    dtype: torch.dtype = torch.float32,
+    out: Tensor | None = None,
+    batch_dims: int = 0,
+) -> TaskSum:
+    """S = Σ_t w_t (θ_t − θ₀) and ‖Δ_t‖², max |Δ_t| and the count of NaN and Inf; see ``reference.task_sum``."""
+    backend = gpu_kernels() if _has_kernels(experts[0]) else reference
+    return backend.task_sum(experts, base, weights=weights, dtype=dtype, out=out, batch_dims=batch_dims)
+
+
+def apply_delta(
+    base: Tensor,
+    delta: Tensor,
+    *,
+    scalings: Sequence[float],
+    dtype: torch.dtype,
+    scale: Tensor | None = None,
+    seed: int | None = None,
+) -> list[Tensor]:
+    """[θ₀ + α s Δ for α in ``scalings``], rounded once; see ``reference.apply_delta``."""
+    backend = gpu_kernels() if _has_kernels(base) else reference
+    return backend.apply_delta(base, delta, scalings=scalings, dtype=dtype, scale=scale, seed=seed)
+
+
+def sym_mm(a: Tensor, b: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
+    """A B where that is symmetric (polynomials of one symmetric matrix), A Aᵀ without ``b``: about half the work.
+
+    Args:
+        a, b: [..., n, k] and [..., k, n].
+        out: overwritten with the result where given.
+    """
+    if not _has_kernels(a):
+        return reference.sym_mm(a, b, out=out)
+    if is_for_kernel(a):
+        return gpu_kernels().symmetric_matmul(a, b, out=out, precision=product_precision(a.device))
+    return torch.matmul(a, a.mT if b is None else b, out=out)
+
+
+def sym_mm_add(
+    c: Tensor,
+    a: Tensor,
+    b: Tensor | None = None,
+    *,
+    alpha: float = 1.0,
+    beta: float = 1.0,
+    gamma: float = 0.0,
+    out: Tensor | None = None,
+) -> Tensor:
+    """β C + α A B + γ I for symmetric C and A B (see ``sym_mm``); ``out`` may be C itself.
+
+    One pass of one kernel where ``is_for_kernel`` holds: the polynomial a I + b G + c G² of a polar iteration's step.
+    """
+    if not _has_kernels(a):
+        return reference.sym_mm_add(c, a, b, alpha=alpha, beta=beta, gamma=gamma, out=out)
+    if is_for_kernel(a):
+        return gpu_kernels().symmetric_matmul(
+            a, b, c=c, alpha=alpha, beta=beta, gamma=gamma, out=out, precision=product_precision(a.device)
+        )
+    result = mm_add(c, a, a.mT if b is None else b, alpha=alpha, beta=beta)
+    result.diagonal(dim1=-2, dim2=-1).add_(gamma)
+    return result if out is None else out.copy_(result)
+
+
+def is_for_kernel(a: Tensor) -> bool:
+    """The rule by which a symmetric product on a GPU goes to the kernel instead of the vendor's library.
+
+    The result has ``SYMMETRIC_SIDE`` rows or more; and float64 only on ``FLOAT64_TENSOR_CORES`` (A100, H100).
+    """
+    if a.shape[-2] < SYMMETRIC_SIDE:
+        return False
+    return a.dtype != torch.float64 or gpu_kernels().capability_of(a.device) in FLOAT64_TENSOR_CORES
+
+
+def product_precision(device: torch.device) -> str:
+    """Of float32 products: tf32x3 on NVIDIA, about as exact as float32 and on its tensor cores; else ieee."""
+    return "ieee" if gpu_kernels().capability_of(device) is None else "tf32x3"

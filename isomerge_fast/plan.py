@@ -287,7 +287,7 @@ def _plan_tensor(
         chosen = chosen.within(max(0, ceiling - raw - blocks))
     reason = reason or chosen.explain(spec, len(experts), device)
     merging = raw + chosen.workspace_bytes(spec, len(experts)) + blocks
-    writing = stored.bytes + spec.bytes + out.bytes + blocks
+    writing = stored.bytes + spec.bytes + out.bytes * len(config.scalings) + blocks
     peak = max(merging, writing)
     return TensorPlan(stored.name, chosen, reason, spec, stored, sources, out, peak, chosen.flops(spec, len(experts)))
 

@@ -42,14 +42,16 @@ def test_against_float64(shape: tuple[int, ...], dtype: torch.dtype) -> None:
         assert value.dtype == compute
         assert (value.double() - delta).abs().le(eps * delta.abs()).all()
 
-    total = torch.zeros(shape, dtype=compute)
-    squares = [ops.task_sum(total, expert, base, weight=0.5).item() for expert in experts]
+    total, squares, largest, nonfinite = ops.task_sum(experts, base, weights=[0.5] * 3, dtype=compute)
     size = 0.5 * sum((delta.abs() for delta in exact), torch.zeros(shape, dtype=torch.float64))
     assert (total.double() - 0.5 * sum(exact)).abs().le(4 * eps * size).all()
-    assert squares == pytest.approx([delta.square().sum().item() for delta in exact], rel=1e-5)
+    assert squares.tolist() == pytest.approx([delta.square().sum().item() for delta in exact], rel=1e-5)
+    if total.numel():
+        assert largest.tolist() == pytest.approx([delta.abs().max().item() for delta in exact], rel=1e-6)
+    assert not nonfinite.any()
 
     for out_dtype in DTYPES:
-        value = ops.apply_delta(base, total, scaling=1.5, dtype=out_dtype)
+        (value,) = ops.apply_delta(base, total, scalings=[1.5], dtype=out_dtype)
         assert value.dtype == out_dtype
         expected = base.double() + 1.5 * total.double()
         allowed = torch.finfo(out_dtype).eps * expected.abs() + 4 * eps * (base.double().abs() + total.double().abs())
@@ -62,7 +64,7 @@ def test_inputs_are_not_modified_and_may_be_strided() -> None:
     before = base.clone(), expert.clone()
     value = ops.subtract(expert.mT, base.mT, dtype=torch.float32)
     assert torch.equal(value.mT, ops.subtract(expert, base, dtype=torch.float32))
-    merged = ops.apply_delta(base.mT, value, scaling=1.0, dtype=torch.bfloat16)
+    (merged,) = ops.apply_delta(base.mT, value, scalings=[1.0], dtype=torch.bfloat16)
     assert torch.equal(merged, expert.mT)  # bf16 differences are exact in fp32
     assert torch.equal(base, before[0])
     assert torch.equal(expert, before[1])

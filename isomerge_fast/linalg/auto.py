@@ -9,6 +9,7 @@ from typing import Generic, TypeVar
 import torch
 
 from ..errors import ConfigError, nearest
+from ..ops import FLOAT64_TENSOR_CORES
 from .gram_eigh import GramEigh
 from .polar_express import PolarExpress
 from .polar_gram import GramNewtonSchulz
@@ -23,8 +24,6 @@ PRECISIONS = tuple(PROMISES)
 # A polar iteration is all products, which a GPU is made for; below this side cuSOLVER's eigensolver is as fast (an
 # estimate: no GPU has been at hand).
 ITERATION_SIDE = 1024
-# Compute capabilities whose float64 tensor cores keep up with float32: A100 and H100.
-FLOAT64_TENSOR_CORES = ((8, 0), (9, 0))
 
 # ‖sin θ‖/√s of tall task parts in the fast tier; half of it or so becomes error.
 FAST_ANGLE = 5e-3

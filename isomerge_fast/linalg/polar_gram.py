@@ -124,8 +124,7 @@ def _accumulate(gram: Tensor, steps: Sequence[Quintic]) -> Tensor:
     """P = Π h_k, the polynomial of G by which ``steps`` multiply X; overwrites G."""
     polynomial = None
     for index, step in enumerate(steps):
-        factor = ops.sym_mm_add(gram, gram, alpha=step.c, beta=step.b)
-        factor.diagonal(dim1=-2, dim2=-1).add_(step.a)
+        factor = ops.sym_mm_add(gram, gram, alpha=step.c, beta=step.b, gamma=step.a)
         if index + 1 < len(steps):
             ops.sym_mm(ops.sym_mm(factor, gram), factor, out=gram)
         polynomial = factor if polynomial is None else ops.sym_mm(polynomial, factor)

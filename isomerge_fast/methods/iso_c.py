@@ -20,7 +20,6 @@ from .protocol import (
     MergeStats,
     TensorSpec,
     check_rank_policy,
-    delta_norms,
     finite_sum,
     require_matrices,
     spectral_mean,
@@ -111,10 +110,10 @@ class IsoC:
 
     def _attempt(self, deltas: Deltas, choice: Choice[PolarSolver]) -> tuple[Tensor, MergeStats]:
         sum_dtype = torch.promote_types(choice.sum_dtype, deltas.dtype)
-        total, squares = finite_sum(deltas, sum_dtype)
+        total, squares, of_deltas = finite_sum(deltas, sum_dtype, len(deltas.shape) - 2)
         dtype = self._result_dtype(deltas.dtype)
         if 0 in total.shape:
-            return total.to(dtype), MergeStats(self.name, {"delta_norms": delta_norms(squares)})
+            return total.to(dtype), MergeStats(self.name, of_deltas)
         rows, columns = total.shape[-2:]
         min_dim = min(rows, columns)
         tolerance = rounding_tolerance(squares.sum(0).sqrt(), rows, columns, deltas.dtype)
@@ -127,7 +126,7 @@ class IsoC:
             "sigma_mean": sigma_mean,
             "rank": stats.rank,
             "min_dim": min_dim,
-            "delta_norms": delta_norms(squares),
+            **of_deltas,
         }
         promise = PROMISES[self.precision]
         checks = {

@@ -22,7 +22,6 @@ from .protocol import (
     MergeStats,
     TensorSpec,
     check_rank_policy,
-    delta_norms,
     finite_sum,
     require_matrices,
     spectral_mean,
@@ -201,7 +200,7 @@ class IsoCTS:
         min_dim, tasks = min(rows, columns), deltas.n_tasks
         k, s = split_rank(min_dim, tasks, self.common_fraction)
         # In float64: rounding S to float32 alone was an error of 6e-5 (768 x 300, gap at the cut 0.3 %).
-        total, squares = finite_sum(deltas, torch.float64)
+        total, squares, of_deltas = finite_sum(deltas, torch.float64, len(deltas.shape) - 2)
         dtype = self._result_dtype(deltas.dtype)
         limit = rounding_tolerance(squares.sum(0).sqrt(), rows, columns, deltas.dtype)
         # V enters the recombination's small factors, whose conditioning float32 would not survive; U only products.
@@ -249,7 +248,7 @@ class IsoCTS:
             "k": k,
             "s": s,
             "gap": common.gap,
-            "delta_norms": delta_norms(squares),
+            **of_deltas,
         }
         promise = PROMISES[self.precision]
         checks = {

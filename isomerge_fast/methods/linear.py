@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .protocol import Deltas, MergeStats, Method, TensorSpec, delta_norms, finite_sum
+from .protocol import Deltas, MergeStats, Method, TensorSpec, finite_sum
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,8 @@ class TaskArithmetic:
         return 2.0 * tasks * spec.elements
 
     def merge(self, deltas: Deltas) -> tuple[Tensor, MergeStats]:
-        total, squares = finite_sum(deltas, deltas.dtype)
-        return total, MergeStats(self.name, {"delta_norms": delta_norms(squares)})
+        total, _, values = finite_sum(deltas, deltas.dtype)
+        return total, MergeStats(self.name, values)
 
 
 @dataclass(frozen=True)

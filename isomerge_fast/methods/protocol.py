@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, nearest
-from ..ops import compute_dtype, sum_deltas
+from ..ops import TaskSum, compute_dtype, task_sum
 
 RANK_POLICIES = ("range", "min-dim")
 
@@ -59,8 +59,8 @@ class Deltas(Protocol):
         """Δ_t in the compute dtype; not to be written to."""
         ...
 
-    def sum(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """(Σ_t Δ_t in ``dtype``, ‖Δ_t‖_F² in float64 [T], or [T, B, ...] by matrix); fresh, may be overwritten."""
+    def sum(self, dtype: torch.dtype, batch_dims: int = 0) -> TaskSum:
+        """Σ_t Δ_t in ``dtype``, fresh: it may be overwritten; with what was seen of every Δ_t [T, batch]."""
         ...
 
 
@@ -101,8 +101,8 @@ class TensorDeltas:
     def delta(self, task: int) -> Tensor:
         return self.tensors[task].to(self.dtype)
 
-    def sum(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        return sum_deltas(self.tensors, dtype=dtype)
+    def sum(self, dtype: torch.dtype, batch_dims: int = 0) -> TaskSum:
+        return task_sum(self.tensors, dtype=dtype, batch_dims=batch_dims)
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,8 @@ class MergeStats:
     """Evidence of one merge. Tensors are read (and the device synchronised) only by ``missed`` and ``to_dict``.
 
     Keys of ``values``, where the method has them: ``sigma_mean`` (σ̄), ``rank`` (directions kept), ``gap`` (relative gap
-    at the cut k), ``k``, ``s``, ``delta_norms`` (‖Δ_t‖_F per task).
+    at the cut k), ``k``, ``s``, ``delta_norms`` and ``delta_largest`` (‖Δ_t‖_F and
+    max |Δ_t| per task).
 
     Keys of ``checks``, the certificate (docs/numerics.md): ``orthogonality`` and ``asymmetry`` of the
     polar factor, ``negative`` (its sign), ``angle`` (subspaces, as an error of the merged Δ), ``unresolved``
@@ -233,22 +234,21 @@ class NotFiniteError(ValueError):
         super().__init__(f"deltas[{tasks[0]}] holds NaN or Inf (tasks with such values: {tasks})")
 
 
-def finite_sum(deltas: Deltas, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """``deltas.sum``, checked: the norms that it brings along are finite exactly when every entry is. One device read.
+def finite_sum(deltas: Deltas, dtype: torch.dtype, batch_dims: int = 0) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """(``deltas.sum``, its ``squares``, what ``MergeStats.values`` says of every Δ_t). One read of the device.
 
     Raises:
-        NotFiniteError: naming the tasks.
+        NotFiniteError: naming the tasks that hold NaN or Inf.
     """
-    total, squares = deltas.sum(dtype)
-    bad = torch.nonzero(~torch.isfinite(delta_norms(squares))).flatten().tolist()
+    total, *seen = deltas.sum(dtype, batch_dims)
+    squares, largest, nonfinite = (value.view(deltas.n_tasks, -1) for value in seen)
+    bad = torch.nonzero(nonfinite.sum(1)).flatten().tolist()
     if bad:
         raise NotFiniteError(bad)
-    return total, squares
-
-
-def delta_norms(squares: Tensor) -> Tensor:
-    """‖Δ_t‖_F over all matrices of a batch, [T], from what ``Deltas.sum`` returns."""
-    return (squares.flatten(1).sum(1) if squares.ndim > 1 else squares).sqrt()
+    values = {"delta_norms": squares.sum(1).sqrt()}
+    if largest.numel():
+        values["delta_largest"] = largest.amax(1)
+    return total, seen[0], values
 
 
 def require_matrices(name: str, shape: torch.Size) -> None:

@@ -12,6 +12,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from .protocol import TaskSum, check_apply, check_out, check_same, compute_dtype, task_sum_of, weights_of
+
+MASK = 0xFFFFFFFF
 # 1 MiB of fp32. Both passes take the same time from 2^16 to 2^19 (32000 x 768 bf16, 2-core CPU); larger blocks only
 # cost memory, smaller ones time.
 BLOCK_ELEMENTS = 1 << 18
@@ -49,63 +52,154 @@ def subtract(expert: Tensor, base: Tensor, *, dtype: torch.dtype, out: Tensor | 
     return out
 
 
-def task_sum(total: Tensor, expert: Tensor, base: Tensor, *, weight: float = 1.0) -> Tensor:
-    """S ← S + w·(θ_t − θ₀) in place; returns ‖θ_t − θ₀‖_F², a 0-d float64 tensor on the same device.
+def task_sum(
+    experts: Sequence[Tensor],
+    base: Tensor | None = None,
+    *,
+    weights: Sequence[float] | None = None,
+    dtype: torch.dtype = torch.float32,
+    out: Tensor | None = None,
+    batch_dims: int = 0,
+) -> TaskSum:
+    """S = Σ_t w_t (θ_t − θ₀), or Σ_t w_t θ_t without ``base``, with what is seen of every Δ_t; each byte is read once.
+
+    Δ_t is computed in float64 where an input is that, else in float32, and added up in ``dtype``.
 
     Args:
-        total: S, fp32 or fp64, the shape of ``base``; the sum over tasks is made by one call a task.
-        expert, base: any float dtypes not wider than ``total``.
+        experts: T tensors [..., M, N] of one shape (or of any other: 0-d, vectors), any float dtypes and strides.
+        base: θ₀, of that shape.
+        weights: w_t, T numbers; 1 when left out.
+        dtype: of S, float32 or float64, when ``out`` is left out.
+        out: S is written here: a contiguous float32 or float64 tensor of that shape.
+        batch_dims: first dimensions that are a batch, over whose members what is seen of Δ_t is kept apart.
+
+    Raises:
+        ValueError: shapes, devices or dtypes that do not fit each other.
     """
-    squares = torch.zeros((), dtype=torch.float64, device=total.device)
-    if total.ndim == 0:
-        total, expert, base = total[None], expert[None], base[None]
-    for rows in row_blocks(total.shape):
-        delta = expert[rows].to(total.dtype, copy=True).sub_(base[rows].to(total.dtype))
-        flat = delta.reshape(-1)
-        # Over a block of 2^18, dot is right to 4e-8 and vector_norm to 2e-6; float64 would take four times as long.
-        squares += torch.dot(flat, flat)
-        total[rows].add_(delta, alpha=weight)
-    return squares
-
-
-def sum_deltas(deltas: Sequence[Tensor], *, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """S = Σ_t Δ_t in ``dtype`` and ‖Δ_t‖_F² in float64, [T] for matrices, [T, B, ...] for batches; each byte read once.
-
-    Args:
-        deltas: T tensors of one shape, any float dtypes not wider than ``dtype``.
-    """
-    first = deltas[0]
-    total = torch.empty(first.shape, dtype=dtype, device=first.device)
-    batch = first.shape[:-2] if first.ndim > 2 else torch.Size()
-    squares = torch.zeros(len(deltas), *batch, dtype=torch.float64, device=first.device)
+    first = experts[0]
+    check_same("experts", experts, first if base is None else base)
+    values = weights_of(weights, len(experts))
+    if out is None:
+        out = torch.empty(first.shape, dtype=dtype, device=first.device)
+    check_out(out, first)
+    batch = first.shape[:batch_dims]
+    squares = torch.zeros(len(experts), *batch, dtype=torch.float64, device=first.device)
     if 0 in first.shape:
-        return total, squares
-    compute = torch.float64 if first.dtype == torch.float64 else torch.float32
-    members = math.prod(batch)
-    sources = [delta.reshape(members, -1) for delta in deltas]
-    for member, out in enumerate(total.view(members, -1)):
-        dots = []
-        # All tasks over one block before the next block: the float64 sum stays in the cache, where a pass over the
-        # whole of S for each task would move it T times.
-        for start in range(0, len(out), SUM_BLOCK_ELEMENTS):
+        return TaskSum(out, squares, squares.clone(), squares.long())
+    compute = compute_dtype(*(tensor.dtype for tensor in experts), *([] if base is None else [base.dtype]))
+    members = batch.numel()
+    sources = [expert.reshape(members, -1) for expert in experts]
+    origin = None if base is None else base.reshape(members, -1)
+    seen = []
+    for member, total in enumerate(out.view(members, -1)):
+        # All tasks over one block before the next block: S stays in the cache, where a pass over the whole of S for
+        # each task would move it T times.
+        for start in range(0, len(total), SUM_BLOCK_ELEMENTS):
             block = slice(start, start + SUM_BLOCK_ELEMENTS)
+            target = total[block]
+            from_base = None if origin is None else origin[member, block].to(compute)
             for task, source in enumerate(sources):
-                part = source[member, block]
-                out[block].copy_(part) if task == 0 else out[block].add_(part)
-                part = part.to(compute)
-                dots.append(torch.dot(part, part))
-        squares.view(len(deltas), members)[:, member] = torch.stack(dots).double().view(-1, len(deltas)).sum(0)
-    return total, squares
+                delta = source[member, block].to(compute)
+                if from_base is not None:
+                    delta = delta - from_base
+                if task == 0:
+                    target.copy_(delta).mul_(values[0]) if values[0] != 1.0 else target.copy_(delta)
+                else:
+                    target.add_(delta, alpha=values[task])
+                # Over a block of 2^17, dot is right to 4e-8 and vector_norm to 2e-6. The largest takes 20 us by
+                # aminmax, 210 by vector_norm.
+                seen += [torch.dot(delta, delta), *torch.aminmax(delta)]
+    blocks = torch.stack(seen).double().view(members, -1, len(experts), 3)
+    squares.view(len(experts), members).copy_(blocks[..., 0].sum(1).mT)
+    largest = blocks[..., 1:].abs().amax((1, 3)).mT.reshape(squares.shape)
+    nonfinite = torch.zeros_like(squares, dtype=torch.int64)
+    # NaN and Inf show in the largest; counted only where there are any.
+    for task in range(len(experts)) if not bool(largest.isfinite().all()) else ():
+        delta = experts[task].to(compute) if base is None else experts[task].to(compute) - base.to(compute)
+        nonfinite[task] = (~delta.isfinite()).reshape(*batch, -1).sum(-1)
+    return task_sum_of(out, squares, largest, nonfinite)
 
 
-def apply_delta(base: Tensor, delta: Tensor, *, scaling: float, dtype: torch.dtype) -> Tensor:
-    """θ = θ₀ + α·Δ, computed in the dtype of ``delta`` (fp32 or fp64) and rounded once to ``dtype``."""
-    out = torch.empty(base.shape, dtype=dtype, device=base.device)
-    if base.ndim == 0:
-        return out.copy_(base.to(delta.dtype).add(delta, alpha=scaling))
-    for rows in row_blocks(base.shape):
-        out[rows].copy_(base[rows].to(delta.dtype, copy=True).add_(delta[rows], alpha=scaling))
-    return out
+def apply_delta(
+    base: Tensor,
+    delta: Tensor,
+    *,
+    scalings: Sequence[float],
+    dtype: torch.dtype,
+    scale: Tensor | None = None,
+    seed: int | None = None,
+) -> list[Tensor]:
+    """[θ₀ + α s Δ for α in ``scalings``], computed in the dtype of ``delta`` and rounded once to ``dtype``.
+
+    Args:
+        base: [..., M, N] (or any other shape), any float dtype.
+        delta: of that shape, float32 or float64.
+        scale: s, one number for every member of a batch: its dimensions are the first of ``base``; 1 when left out.
+        seed: of stochastic rounding to bfloat16 by ``random_bits``: up with the probability by which the value lies
+            nearer to the neighbour above. Rounded to the nearest when left out.
+
+    Raises:
+        ValueError: shapes, devices or dtypes that do not fit each other; a seed with another dtype than bfloat16.
+    """
+    check_apply(base, delta, dtype, scale, seed)
+    outputs = [torch.empty(base.shape, dtype=dtype, device=base.device) for _ in scalings]
+    if base.numel() == 0:
+        return outputs
+    members = 1 if scale is None else scale.numel()
+    origins, changes = base.reshape(members, -1), delta.reshape(members, -1)
+    factors = None if scale is None else scale.reshape(members).to(delta.dtype)
+    for member in range(members):
+        for start in range(0, origins.shape[1], BLOCK_ELEMENTS):
+            block = slice(start, start + BLOCK_ELEMENTS)
+            change = changes[member, block]
+            if factors is not None:
+                change = change * factors[member]
+            for index, (scaling, output) in enumerate(zip(scalings, outputs, strict=True)):
+                value = origins[member, block].to(delta.dtype, copy=True).add_(change, alpha=scaling)
+                if seed is not None:
+                    value = round_stochastically(value, random_bits(seed, start, len(value), index, member))
+                output.view(members, -1)[member, block] = value
+    return outputs
+
+
+def round_stochastically(x: Tensor, bits: Tensor) -> Tensor:
+    """x with its lower 16 bits of float32 gone: up where they and the random ``bits``, 0 … 65535, carry."""
+    raw = x.float().view(torch.int32)
+    raised = (raw + bits.to(x.device, torch.int32)) & -0x10000
+    infinite = (raw & 0x7F800000) == 0x7F800000  # NaN and Inf stay what they are
+    return torch.where(infinite, raw, raised).view(torch.float32)
+
+
+def random_bits(seed: int, element: int, count: int, output: int, member: int) -> Tensor:
+    """16 random bits, as int64, of ``count`` elements from ``element`` on: the same on every machine.
+
+    Element e has half e mod 2, the lower first, of word (e mod 8) // 2 of Philox4x32-10, with the seed as its key and
+    the counter (e // 8 mod 2^32, e // 8 / 2^32, output, member). The member of a batch is what ``scale`` counts; where
+    that is one number or none, e goes through the whole tensor and the member is 0.
+
+    Reference: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
+    """
+    first, last = element // 8, (element + count - 1) // 8
+    group = torch.arange(first, last + 1, dtype=torch.int64)
+    words = philox4x32(
+        (group & MASK, group >> 32, torch.full_like(group, output), torch.full_like(group, member)),
+        (seed & MASK, seed >> 32),
+    )
+    halves = torch.stack([half for word in words for half in (word & 0xFFFF, word >> 16)], dim=-1).flatten()
+    return halves[element - 8 * first :][:count]
+
+
+def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:
+    """Ten rounds of Philox4x32; words of 32 bits in int64 tensors."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        # The product of two 32-bit words wraps around in int64, with the right bits all the same.
+        low, high = c2 * 0xCD9E8D57, c0 * 0xD2511F53
+        c0, c2 = (low >> 32 & MASK) ^ c1 ^ k0, (high >> 32 & MASK) ^ c3 ^ k1
+        c1, c3 = low & MASK, high & MASK
+        k0, k1 = k0 + 0x9E3779B9 & MASK, k1 + 0xBB67AE85 & MASK
+    return c0, c1, c2, c3
 
 
 def count_nonfinite(x: Tensor) -> int:
@@ -149,11 +243,21 @@ def sym_mm(a: Tensor, b: Tensor | None = None, *, out: Tensor | None = None) -> 
 
 
 def sym_mm_add(
-    c: Tensor, a: Tensor, b: Tensor | None = None, *, alpha: float = 1.0, beta: float = 1.0, out: Tensor | None = None
+    c: Tensor,
+    a: Tensor,
+    b: Tensor | None = None,
+    *,
+    alpha: float = 1.0,
+    beta: float = 1.0,
+    gamma: float = 0.0,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """β C + α A B for symmetric C and A B (see ``sym_mm``); ``out`` may be C itself."""
+    """β C + α A B + γ I for symmetric C and A B (see ``sym_mm``); ``out`` may be C itself."""
     out = c.clone() if out is None else out if out is c else out.copy_(c)
-    return _sym_update(out, a, a.mT if b is None else b, alpha=alpha, beta=beta)
+    _sym_update(out, a, a.mT if b is None else b, alpha=alpha, beta=beta)
+    if gamma:
+        out.diagonal(dim1=-2, dim2=-1).add_(gamma)
+    return out
 
 
 def _sym_update(out: Tensor, a: Tensor, b: Tensor, *, alpha: float, beta: float) -> Tensor:

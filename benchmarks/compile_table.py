@@ -1,0 +1,368 @@
+"""Every form of every kernel compiled ahead of time for the GPUs it is meant for, and what came of it.
+
+    python -m benchmarks.compile_table                          the table; exit code 1 where a row is not as it must be
+    python -m benchmarks.compile_table --write docs/kernels.md  into that file too
+    python -m benchmarks.compile_table --json                   every row, for programs
+
+No GPU is needed. "It compiled" proves little: a row counts when nothing spills to local memory, shared memory fits the
+target, and the instructions that make the kernel fast are there: 16-byte loads and stores, matrix instructions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+os.environ.pop("TRITON_INTERPRET", None)  # decided at import
+
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from isomerge_kernels import apply_delta, symmetric_matmul, task_sum
+
+BEGIN, END = "<!-- compile table -->", "<!-- end of compile table -->"
+KIB = 1024
+
+
+@dataclass(frozen=True)
+class Target:
+    """A GPU to compile for; ``shared_bytes`` is the most that one block may have."""
+
+    name: str
+    backend: str
+    arch: int | str
+    warp: int
+    shared_bytes: int
+
+    @property
+    def is_nvidia(self) -> bool:
+        return self.backend == "cuda"
+
+
+TARGETS = (
+    Target("sm_80", "cuda", 80, 32, 163 * KIB),
+    Target("sm_90", "cuda", 90, 32, 227 * KIB),
+    Target("sm_100", "cuda", 100, 32, 227 * KIB),
+    Target("gfx942", "hip", "gfx942", 64, 64 * KIB),
+)
+
+
+@dataclass(frozen=True)
+class Form:
+    """One compiled form of a kernel: its arguments' types, its constants and its options."""
+
+    kernel: str
+    label: str
+    config: str
+    signature: dict[str, str]
+    constants: dict[str, Any]
+    options: dict[str, int]
+    # Of the 32-bit integers and pointers that the launcher makes multiples of 16.
+    aligned: tuple[str, ...]
+    vector_loads: int
+    vector_stores: int
+    dots: str = ""  # "", or what is multiplied: "half", "tf32x3", …
+    but_not_on: tuple[str, ...] = ()  # targets whose launcher never takes it
+
+
+@dataclass
+class Row:
+    """What the compiler made of one form for one target; ``wrong`` lists what must not be."""
+
+    kernel: str
+    label: str
+    config: str
+    target: str
+    registers: int | None = None
+    spilled_bytes: int | None = None
+    shared_bytes: int | None = None
+    vector_loads: int = 0
+    vector_stores: int = 0
+    matrix_instructions: int = 0
+    wrong: list[str] = field(default_factory=list)
+
+
+TL = {"fp64": tl.float64, "fp32": tl.float32, "bf16": tl.bfloat16, "fp16": tl.float16}
+
+
+def forms() -> Iterator[Form]:
+    """Every form that a launcher may ask for on aligned tensors, by the dtypes that merges bring."""
+    for expert, base, total in (
+        ("bf16", "bf16", "fp32"),
+        ("bf16", "bf16", "fp64"),
+        ("fp16", "fp16", "fp32"),
+        ("fp32", "fp32", "fp32"),
+        ("fp32", "fp32", "fp64"),
+        ("fp64", "fp64", "fp64"),
+    ):
+        for config in task_sum.CONFIGS:
+            yield Form(
+                "task_sum",
+                f"{expert} → {total}",
+                f"{config.block}, {config.num_warps} warps",
+                {
+                    "table": "*i64",
+                    "base": f"*{base}",
+                    "out": f"*{total}",
+                    "statistics": "*fp64",
+                    "n_tasks": "i32",
+                    "n_blocks": "i32",
+                    "elements": "i64",
+                    "base_stride": "i64",
+                    "out_stride": "i64",
+                    "kind_stride": "i64",
+                    "task_stride": "i64",
+                },
+                {
+                    "EXPERT": TL[expert],
+                    "COMPUTE": TL["fp64" if expert == "fp64" else "fp32"],
+                    "HAS_BASE": True,
+                    "ADD": False,
+                    "ALIGNMENT": 16,
+                    "BLOCK": config.block,
+                },
+                {"num_warps": config.num_warps},
+                ("table", "base", "out", "statistics", "elements", "base_stride", "out_stride"),
+                vector_loads=2,  # base and expert
+                vector_stores=1,
+            )
+    for base, delta, out, stochastic in (
+        ("bf16", "fp32", "bf16", False),
+        ("bf16", "fp32", "bf16", True),
+        ("bf16", "fp64", "bf16", False),
+        ("fp16", "fp32", "fp16", False),
+        ("fp32", "fp32", "fp32", False),
+        ("fp32", "fp32", "bf16", False),
+        ("fp64", "fp64", "fp64", False),
+    ):
+        for config in apply_delta.CONFIGS:
+            yield Form(
+                "apply_delta",
+                f"{base} + {delta} → {out}" + (", stochastic" if stochastic else ""),
+                f"{config.block}, {config.num_warps} warps",
+                {
+                    "base": f"*{base}",
+                    "delta": f"*{delta}",
+                    "out": f"*{out}",
+                    "scalings": "*fp64",
+                    "scale": "*fp64",
+                    "seed": "i64",
+                    "n_outputs": "i32",
+                    "n_blocks": "i32",
+                    "elements": "i64",
+                    "member_lines": "i32",
+                    "base_stride": "i64",
+                    "delta_stride": "i64",
+                    "out_stride": "i64",
+                    "output_stride": "i64",
+                },
+                {"HAS_SCALE": False, "STOCHASTIC": stochastic, "BLOCK": config.block},
+                {"num_warps": config.num_warps},
+                ("base", "delta", "out", "elements", "base_stride", "delta_stride", "out_stride", "output_stride"),
+                vector_loads=2,
+                vector_stores=1,
+            )
+    for key, configs in symmetric_matmul.CONFIGS.items():
+        for config in configs:
+            for transposed in (False, True):
+                yield product_form(key, config, transposed)
+
+
+def product_form(key: str, config: symmetric_matmul.TileConfig, transposed: bool) -> Form:
+    """A Aᵀ of a matrix with its rows side by side, or Aᵀ A of it."""
+    element = {"fp64": "fp64", "half": "bf16"}.get(key, "fp32")
+    shape = f"{config.block} × {config.block} × {config.block_k}"
+    ones, strides = ("a_row", "b_column"), ("a_column", "b_row")
+    if not transposed:
+        ones, strides = strides, ones
+    return Form(
+        "symmetric_matmul",
+        {"half": "bf16"}.get(key, key) + (", Aᵀ A" if transposed else ", A Aᵀ"),
+        f"{shape}, {config.num_warps} warps, {config.num_stages} stages",
+        {
+            **dict.fromkeys(("a", "b", "c", "out"), f"*{element}"),
+            **dict.fromkeys(("n", "k", "tiles"), "i32"),
+            **dict.fromkeys(("a_batch", "b_batch", "c_batch", "c_row", "out_batch", "out_row", *strides), "i64"),
+            **dict.fromkeys(("alpha", "beta", "gamma"), "fp64"),
+        },
+        {
+            **dict.fromkeys(ones, 1),
+            "HAS_C": True,
+            "PRECISION": key if element == "fp32" else "ieee",
+            "BLOCK": config.block,
+            "BLOCK_K": config.block_k,
+            "GROUP": symmetric_matmul.GROUP,
+        },
+        {"num_warps": config.num_warps, "num_stages": config.num_stages},
+        ("a", "b", "c", "out", "n", "k", "a_batch", "b_batch", "c_batch", "c_row", "out_batch", "out_row", *strides),
+        vector_loads=2,
+        vector_stores=2,  # the tile and its mirror
+        dots=key,
+        but_not_on=("sm_80",) if config != symmetric_matmul.default_config(key, (8, 0)) and key == "tf32x3" else (),
+    )
+
+
+KERNELS = {
+    "task_sum": task_sum.task_sum_kernel,
+    "apply_delta": apply_delta.apply_delta_kernel,
+    "symmetric_matmul": symmetric_matmul.symmetric_matmul_kernel,
+}
+VECTOR_LOAD = {
+    True: r"\bld\.global\S*\.v4\.b32|\bld\.global\S*\.v2\.b64|\bcp\.async\.cg\.shared\.global[^;]*, 0x10",
+    False: r"\b(?:global|buffer)_load_dwordx[24]",
+}
+VECTOR_STORE = {
+    True: r"\bst\.global\S*\.v4\.b32|\bst\.global\S*\.v2\.b64",
+    False: r"\b(?:global|buffer)_store_dwordx[24]",
+}
+
+
+def matrix_instructions(form: Form, target: Target) -> tuple[str, int]:
+    """What has to multiply (a pattern), and how many of it one step along k takes; ("", 0) where no matrix unit does.
+
+    That is by design for ieee products on NVIDIA, and for float64 on sm_100, where Triton gives it none.
+    """
+    if not form.dots:
+        return "", 0
+    if not target.is_nvidia:
+        return (r"\bv_mfma_\w*f64" if form.dots == "fp64" else r"\bv_mfma_"), 1
+    if form.dots == "ieee" or (form.dots == "fp64" and target.name == "sm_100"):
+        return "", 0
+    block, depth, warps = form.constants["BLOCK"], form.constants["BLOCK_K"], form.options["num_warps"]
+    if form.dots == "fp64":
+        multiplied = 8 * 8 * 4 if target.name == "sm_80" else 16 * 8 * 16
+        return r"\bmma\.sync\S*\.f64", block * block * depth // multiplied // warps
+    products = 1 if form.dots == "half" else 3
+    element_depth = 8 if form.dots == "tf32x3" else 16
+    if target.name == "sm_80":
+        return r"\bmma\.sync", products * block * block * depth // (16 * 8 * element_depth) // warps
+    # A warp group (sm_90) or the block (sm_100) multiplies its whole tile at once.
+    pattern = r"\bwgmma\.mma_async" if target.name == "sm_90" else r"\btcgen05\.mma"
+    return pattern, products * depth // element_depth
+
+
+def is_supported(form: Form, target: Target) -> bool:
+    """gfx942 has no tf32; everything else exists everywhere."""
+    return (target.is_nvidia or not form.dots.startswith("tf32")) and target.name not in form.but_not_on
+
+
+def compile_row(form: Form, target: Target) -> Row:
+    """One form for one target. The compiler's own failure is a wrong row too."""
+    row = Row(form.kernel, form.label, form.config, target.name)
+    kernel = KERNELS[form.kernel]
+    names = kernel.arg_names
+    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in form.aligned}
+    signature = {name: form.signature.get(name, "constexpr") for name in names}
+    source = ASTSource(kernel, signature, constexprs=form.constants, attrs=attributes)
+    try:
+        compiled = triton.compile(
+            source, target=GPUTarget(target.backend, target.arch, target.warp), options=dict(form.options)
+        )
+    except Exception as error:  # whatever the compiler raises is what the table is for
+        row.wrong.append(f"{type(error).__name__}: {str(error).splitlines()[0][:200]}")
+        return row
+    text = compiled.asm["ptx" if target.is_nvidia else "amdgcn"]
+    row.shared_bytes = compiled.metadata.shared
+    if target.is_nvidia:
+        row.registers, row.spilled_bytes = nvidia_usage(compiled.asm["cubin"])
+    else:
+        row.registers = int(re.findall(r"\.vgpr_count:\s*(\d+)", text)[0])
+        row.spilled_bytes = 4 * int(re.findall(r"\.vgpr_spill_count:\s*(\d+)", text)[0])
+    row.vector_loads = len(re.findall(VECTOR_LOAD[target.is_nvidia], text))
+    row.vector_stores = len(re.findall(VECTOR_STORE[target.is_nvidia], text))
+    pattern, expected = matrix_instructions(form, target)
+    row.matrix_instructions = len(re.findall(pattern, text)) if pattern else 0
+    row.wrong += faults(row, form, target, expected)
+    return row
+
+
+def faults(row: Row, form: Form, target: Target, matrix_expected: int) -> Iterator[str]:
+    """What a row must not be."""
+    if row.spilled_bytes:
+        yield f"{row.spilled_bytes} bytes a thread in local memory"
+    if row.shared_bytes is None or row.shared_bytes > target.shared_bytes:
+        yield f"{row.shared_bytes} bytes of shared memory, {target.shared_bytes} are there"
+    if row.vector_loads < form.vector_loads:
+        yield f"{row.vector_loads} vector loads, expected {form.vector_loads} or more"
+    if row.vector_stores < form.vector_stores:
+        yield f"{row.vector_stores} vector stores, expected {form.vector_stores} or more"
+    if row.matrix_instructions < matrix_expected:
+        yield f"{row.matrix_instructions} matrix instructions, expected {matrix_expected} or more"
+
+
+def nvidia_usage(cubin: bytes) -> tuple[int, int]:
+    """(registers a thread, bytes of local memory a thread) as the assembler recorded them."""
+    tool = triton.knobs.nvidia.cuobjdump.path
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = subprocess.run(
+            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    found = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    return found["REG"], found["STACK"] + found["LOCAL"]
+
+
+def _compile(job: tuple[Form, Target]) -> Row:
+    return compile_row(*job)
+
+
+def all_rows() -> list[Row]:
+    """Every form for every target that has it, one process a core; Triton's cache makes a second time fast."""
+    jobs = [(form, target) for form in forms() for target in TARGETS if is_supported(form, target)]
+    with ProcessPoolExecutor(max_workers=os.cpu_count(), mp_context=get_context("spawn")) as pool:
+        return list(pool.map(_compile, jobs, chunksize=8))
+
+
+def markdown(rows: list[Row]) -> str:
+    """One line a form, one column a target: registers a thread / KiB of shared memory / bytes spilled."""
+    cells: dict[tuple[str, str, str], dict[str, str]] = {}
+    for row in rows:
+        shared = "?" if row.shared_bytes is None else f"{row.shared_bytes / KIB:.0f}"
+        cell = f"{row.registers} / {shared} / {row.spilled_bytes}" if not row.wrong else "; ".join(row.wrong)
+        cells.setdefault((row.kernel, row.label, row.config), {})[row.target] = cell
+    names = [target.name for target in TARGETS]
+    lines = ["| kernel | form | configuration | " + " | ".join(names) + " |", "|---" * (3 + len(names)) + "|"]
+    for (kernel, label, config), columns in cells.items():
+        values = " | ".join(columns.get(name, "–") for name in names)
+        lines.append(f"| `{kernel}` | {label} | {config} | {values} |")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--write", type=Path, help="a Markdown file with the table's two marks")
+    parser.add_argument("--json", action="store_true", help="rows as JSON instead of the table")
+    arguments = parser.parse_args()
+    rows = all_rows()
+    caption = f"Triton {version('triton')}: registers a thread / KiB of shared memory / bytes spilled a thread."
+    table = f"{caption}\n\n{markdown(rows)}"
+    wrong = [row for row in rows if row.wrong]
+    print(json.dumps([asdict(row) for row in rows]) if arguments.json else table)
+    print(f"{len(rows)} compiled, {len(wrong)} not as they must be", file=sys.stderr)
+    for row in wrong:
+        print(f"  {row.kernel} {row.label} {row.config} {row.target}: {'; '.join(row.wrong)}", file=sys.stderr)
+    if arguments.write is not None:
+        text = arguments.write.read_text(encoding="utf-8")
+        head, rest = text.split(BEGIN, 1)
+        tail = rest.split(END, 1)[1]
+        arguments.write.write_text(f"{head}{BEGIN}\n{table}\n{END}{tail}", encoding="utf-8")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,127 @@
+"""θ_i = θ₀ + α_i s Δ for several α in one read of θ₀ and Δ, each rounded once to the output's dtype.
+
+Rounding to bf16 can be stochastic: up with the probability by which the value lies nearer to the upper neighbour, so
+that the mean of many is the value. The random bits are those of ``reference.random_bits``, a function of seed, output
+and element alone, so that a merge on a GPU, on a CPU and one that was resumed give the same bytes.
+"""
+
+# pyright: reportCallIssue=false, reportInvalidTypeForm=false, reportGeneralTypeIssues=false, reportArgumentType=false
+# (What a launch takes, and types inside of a kernel, are Triton's own matter.)
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._launch import Config, as_lines, blocks_of, on_device
+from .protocol import check_apply
+
+# As in task_sum: an estimate until a GPU has timed all of them.
+CONFIGS = (Config(2048, 4), Config(1024, 4), Config(2048, 8))
+CONFIG = CONFIGS[0]
+
+
+@triton.jit
+def random_bits(seed, element, output, member, BLOCK: tl.constexpr):
+    """16 random bits for each of BLOCK elements from ``element`` on, a multiple of 8; see ``reference.random_bits``."""
+    group = element // 8 + tl.arange(0, BLOCK // 8)
+    low, high = (group & 0xFFFFFFFF).to(tl.uint32), (group >> 32).to(tl.uint32)
+    none = low & 0
+    r0, r1, r2, r3 = tl.philox(seed, low, high, none + output.to(tl.uint32), none + member.to(tl.uint32))
+    words = tl.join(tl.join(r0, r2), tl.join(r1, r3))  # r0, r1, r2, r3 when flattened
+    halves = tl.join(words & 0xFFFF, words >> 16)
+    return tl.reshape(halves, [BLOCK])
+
+
+@triton.jit(do_not_specialize=["seed"])
+def apply_delta_kernel(
+    base,
+    delta,
+    out,
+    scalings,  # [outputs] float64
+    scale,  # [members] float64, of member_lines lines each
+    seed,
+    n_outputs,
+    n_blocks,
+    elements,  # of a line
+    member_lines,
+    base_stride,
+    delta_stride,
+    out_stride,
+    output_stride,
+    HAS_SCALE: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    program = tl.program_id(0).to(tl.int64)
+    line, block = program // n_blocks, program % n_blocks
+    offsets = block * BLOCK + tl.arange(0, BLOCK)
+    mask = offsets < elements
+    compute = delta.dtype.element_ty
+    change = tl.load(delta + line * delta_stride + offsets, mask=mask, other=0.0)
+    origin = tl.load(base + line * base_stride + offsets, mask=mask, other=0.0).to(compute)
+    if HAS_SCALE:
+        change *= tl.load(scale + line // member_lines).to(compute)
+    place = out + line * out_stride + offsets
+    output = tl.zeros([], dtype=tl.int64)
+    for _ in range(n_outputs):
+        value = origin + tl.load(scalings + output).to(compute) * change
+        if out.dtype.element_ty != tl.float64:  # float64 to bf16 goes by float32, as in torch
+            value = value.to(tl.float32)
+        if STOCHASTIC:
+            bits = value.to(tl.uint32, bitcast=True)
+            raised = bits + random_bits(seed, block * BLOCK, output, line, BLOCK)
+            finite = (bits & 0x7F800000) != 0x7F800000
+            value = tl.where(finite, raised & 0xFFFF0000, bits).to(tl.float32, bitcast=True)
+        tl.store(place, value.to(out.dtype.element_ty), mask=mask)
+        place += output_stride
+        output += 1
+
+
+def apply_delta(
+    base: Tensor,
+    delta: Tensor,
+    *,
+    scalings: Sequence[float],
+    dtype: torch.dtype,
+    scale: Tensor | None = None,
+    seed: int | None = None,
+    config: Config = CONFIG,
+) -> list[Tensor]:
+    """[θ₀ + α s Δ for α in ``scalings``]; arguments and result as of ``reference.apply_delta``."""
+    check_apply(base, delta, dtype, scale, seed)
+    outputs = torch.empty(len(scalings), *base.shape, dtype=dtype, device=base.device)
+    if outputs.numel() == 0:
+        return list(outputs)
+    members = 1 if scale is None else scale.numel()
+    if seed is not None:  # the random bits go by an element's place in its member: one line each
+        base, delta = base.contiguous(), delta.contiguous()
+    origin, change, target = as_lines([base, delta, outputs[0]], members)
+    n_lines, elements = target.shape
+    n_blocks = blocks_of(elements, config.block)
+    alphas = torch.tensor(scalings, dtype=torch.float64).to(base.device, non_blocking=True)
+    with on_device(base):
+        apply_delta_kernel[(n_lines * n_blocks,)](
+            origin,
+            change,
+            target,
+            alphas,
+            alphas if scale is None else scale.to(torch.float64).contiguous(),
+            0 if seed is None else seed,
+            len(scalings),
+            n_blocks,
+            elements,
+            n_lines // members,
+            origin.stride(0),
+            change.stride(0),
+            target.stride(0),
+            outputs.stride(0),
+            HAS_SCALE=scale is not None,
+            STOCHASTIC=seed is not None,
+            BLOCK=config.block,
+            num_warps=config.num_warps,
+        )
+    return list(outputs)

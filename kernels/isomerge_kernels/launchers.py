@@ -1,0 +1,9 @@
+"""All launchers, for ``isomerge_fast.ops``; importing this needs Triton."""
+
+from __future__ import annotations
+
+from .apply_delta import apply_delta
+from .symmetric_matmul import capability_of, symmetric_matmul
+from .task_sum import task_sum
+
+__all__ = ["apply_delta", "capability_of", "symmetric_matmul", "task_sum"]

@@ -1,0 +1,291 @@
+"""What every kernel has to get right, as functions of a device: run by the tests (interpreted, where there is no GPU)
+and by ``benchmarks/gpu_suite.py`` on a GPU. Each returns its errors beside torch's own in the same dtype.
+
+Outputs are filled with NaN first, so that what a kernel leaves out shows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from isomerge_kernels import apply_delta, reference, symmetric_matmul, task_sum
+
+Check = Callable[[torch.device], dict[str, float]]
+
+SHAPES: dict[str, tuple[int, ...]] = {
+    "square": (64, 64),
+    "wide": (32, 3000),
+    "tall": (3000, 32),
+    "odd": (63, 501),
+    "row": (1, 700),
+    "vector": (77,),
+    "scalar": (),
+    "batch": (3, 40, 70),
+    "convolution": (8, 3, 5, 5),
+    "empty": (0, 4),
+}
+SUM_DTYPES = {
+    "bf16": (torch.bfloat16, torch.bfloat16, torch.float32),
+    "bf16-fp64": (torch.bfloat16, torch.bfloat16, torch.float64),
+    "fp16": (torch.float16, torch.float16, torch.float32),
+    "fp32": (torch.float32, torch.float32, torch.float32),
+    "fp64": (torch.float64, torch.float64, torch.float64),
+    "mixed": (torch.bfloat16, torch.float32, torch.float32),
+}
+# 2 x torch's own error, which may be 0 by luck: two roundings of the result are granted to both.
+FACTOR, ROUNDINGS = 2.0, 2.0
+
+
+def random(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype)
+
+
+def poisoned(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.full(shape, torch.nan, dtype=dtype, device=device)
+
+
+def error(value: Tensor, exact: Tensor) -> float:
+    """Relative Frobenius error."""
+    scale = torch.linalg.vector_norm(exact).item()
+    return torch.linalg.vector_norm(value.double() - exact).item() / (scale or 1.0)
+
+
+def compare(ours: Tensor, torchs: Tensor, exact: Tensor, eps: float | None = None) -> dict[str, float]:
+    """Both errors; asserts that ours is no worse than ``FACTOR`` times torch's."""
+    eps = torch.finfo(ours.dtype).eps if eps is None else eps
+    found = {"error": error(ours, exact), "torch_error": error(torchs, exact)}
+    assert found["error"] <= FACTOR * found["torch_error"] + ROUNDINGS * eps, found
+    return found
+
+
+def sum_checks() -> Iterator[tuple[str, Check]]:
+    def check(shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...], device: torch.device) -> dict[str, float]:
+        expert, base, total = dtypes
+        experts = [random(shape, expert, device, seed) for seed in range(3)]
+        experts.append(random(shape, base, device, 3))
+        origin, weights, batch_dims = random(shape, base, device, 9), [1.0, 0.5, -2.0, 3.0], max(0, len(shape) - 2)
+        out = poisoned(shape, total, device)
+        ours = task_sum.task_sum(experts, origin, weights=weights, out=out, batch_dims=batch_dims)
+        assert ours.total is out
+        deltas = [value.double() - origin.double() for value in experts]
+        exact = torch.zeros(shape, dtype=torch.float64, device=device)
+        for weight, delta in zip(weights, deltas, strict=True):
+            exact += weight * delta
+        torchs = reference.task_sum(experts, origin, weights=weights, dtype=total, batch_dims=batch_dims)
+        found = compare(ours.total, torchs.total, exact)
+        members = (len(deltas), *shape[:batch_dims], -1)
+        if 0 not in shape:
+            stack = torch.stack(deltas).reshape(members)
+            torch.testing.assert_close(ours.squares, stack.square().sum(-1), rtol=1e-6, atol=0)
+            torch.testing.assert_close(ours.largest, stack.abs().amax(-1), rtol=1e-6, atol=0)
+        assert ours.squares.shape == torchs.squares.shape
+        assert not ours.nonfinite.any()
+        # Without a base the tensors are the deltas.
+        bare = task_sum.task_sum(experts, dtype=total, batch_dims=batch_dims)
+        compare(
+            bare.total,
+            reference.task_sum(experts, dtype=total).total,
+            torch.stack([*map(Tensor.double, experts)]).sum(0),
+        )
+        return found
+
+    for shape_name, shape in SHAPES.items():
+        for dtype_name, dtypes in SUM_DTYPES.items():
+            if shape_name in ("odd", "batch", "scalar", "empty") or dtype_name in ("bf16", "fp32"):
+                yield f"{shape_name}-{dtype_name}", bind(check, shape, dtypes)
+
+    def strided(device: torch.device) -> dict[str, float]:
+        experts = [random((60, 40), torch.float32, device, seed).mT for seed in range(2)]
+        experts.append(random((40, 64), torch.float32, device, 2)[:, 3:63])  # rows at a distance, not aligned
+        base = random((40, 60), torch.float32, device, 3)
+        exact = sum((value.double() - base.double() for value in experts), torch.zeros_like(base, dtype=torch.float64))
+        rows_only = task_sum.task_sum(experts[2:], base).total
+        compare(rows_only, experts[2] - base, experts[2].double() - base.double())
+        return compare(task_sum.task_sum(experts, base).total, reference.task_sum(experts, base).total, exact)
+
+    def far_apart(device: torch.device) -> dict[str, float]:
+        experts = [beyond_int32((3, 64), torch.bfloat16, device, seed) for seed in range(2)]
+        base = beyond_int32((3, 64), torch.bfloat16, device, 2)
+        exact = sum((value.double() - base.double() for value in experts), torch.zeros((), dtype=torch.float64))
+        assert isinstance(exact, Tensor)
+        return compare(task_sum.task_sum(experts, base).total, exact.float(), exact)
+
+    def not_finite(device: torch.device) -> dict[str, float]:
+        experts = [random((3, 50, 70), torch.bfloat16, device, seed) for seed in range(3)]
+        base = torch.zeros_like(experts[0])
+        experts[1][2, 7, 11] = torch.nan
+        experts[1][2, 8, 11] = -torch.inf
+        experts[2][0, 0, 0] = torch.inf
+        ours = task_sum.task_sum(experts, base, batch_dims=1)
+        theirs = reference.task_sum(experts, base, batch_dims=1)
+        assert ours.nonfinite.tolist() == theirs.nonfinite.tolist() == [[0, 0, 0], [0, 0, 2], [1, 0, 0]]
+        torch.testing.assert_close(ours.largest, theirs.largest, rtol=0, atol=0, equal_nan=True)
+        return {}
+
+    def configurations(device: torch.device) -> dict[str, float]:
+        experts = [random((63, 501), torch.bfloat16, device, seed) for seed in range(9)]
+        totals = [
+            task_sum.task_sum(experts, experts[0], out=poisoned((63, 501), torch.float32, device), config=config).total
+            for config in task_sum.CONFIGS
+        ]
+        assert all(torch.equal(total, totals[0]) for total in totals)  # element by element the same order
+        return {}
+
+    yield from (("strided", strided), ("far-apart", far_apart), ("not-finite", not_finite))
+    yield "configurations", configurations
+
+
+def apply_checks() -> Iterator[tuple[str, Check]]:
+    scalings = [0.3, 1.0, -2.5]
+
+    def check(shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...], device: torch.device) -> dict[str, float]:
+        base_dtype, delta_dtype, out_dtype = dtypes
+        base, delta = random(shape, base_dtype, device, 0), random(shape, delta_dtype, device, 1)
+        scale = random(shape[: max(0, len(shape) - 2)], delta_dtype, device, 2)
+        found = {}
+        for factor in (None, scale):
+            ours = apply_delta.apply_delta(base, delta, scalings=scalings, dtype=out_dtype, scale=factor)
+            theirs = reference.apply_delta(base, delta, scalings=scalings, dtype=out_dtype, scale=factor)
+            spread = torch.ones((), dtype=torch.float64, device=device) if factor is None else factor.double()
+            spread = spread[..., None, None] if spread.ndim else spread
+            for scaling, value, expected in zip(scalings, ours, theirs, strict=True):
+                assert value.dtype == out_dtype
+                found = compare(value, expected, base.double() + scaling * spread * delta.double())
+        return found
+
+    for shape_name, shape in SHAPES.items():
+        yield f"{shape_name}-bf16", bind(check, shape, (torch.bfloat16, torch.float32, torch.bfloat16))
+    for name, dtypes in {
+        "fp16": (torch.float16, torch.float32, torch.float16),
+        "fp32": (torch.float32, torch.float32, torch.float32),
+        "fp64-to-bf16": (torch.bfloat16, torch.float64, torch.bfloat16),
+        "fp64": (torch.float64, torch.float64, torch.float64),
+    }.items():
+        yield f"batch-{name}", bind(check, SHAPES["batch"], dtypes)
+
+    def strided(device: torch.device) -> dict[str, float]:
+        base, delta = beyond_int32((3, 64), torch.bfloat16, device, 0), random((64, 3), torch.float32, device, 1).mT
+        (ours,) = apply_delta.apply_delta(base, delta, scalings=[0.7], dtype=torch.float32)
+        return compare(ours, base.float() + 0.7 * delta, base.double() + 0.7 * delta.double())
+
+    def stochastic(device: torch.device) -> dict[str, float]:
+        """The very bits of the reference, whatever the device, and a mean that is the value."""
+        for shape in ((63, 501), (4096,), (3, 40, 70)):
+            base, delta = random(shape, torch.float32, device, 0), random(shape, torch.float32, device, 1)
+            scale = None if len(shape) < 3 else random(shape[:1], torch.float32, device, 2)
+            arguments = {"scalings": scalings, "dtype": torch.bfloat16, "scale": scale}
+            for seed in (1, 2**62 + 7):
+                ours = apply_delta.apply_delta(base, delta, seed=seed, **arguments)
+                theirs = reference.apply_delta(base.cpu(), delta.cpu(), seed=seed, **on_cpu(arguments))
+                for value, expected in zip(ours, theirs, strict=True):
+                    # Where two ways to compute θ₀ + αΔ differ in the last place of float32, rounding may differ too.
+                    assert (value.cpu() != expected).double().mean().item() <= 2e-4
+        value = torch.full((1 << 16,), 1.0 + 2.0**-9, device=device)  # a quarter of the way from 1 to its neighbour
+        (rounded,) = apply_delta.apply_delta(
+            value, torch.zeros_like(value), scalings=[1.0], dtype=torch.bfloat16, seed=3
+        )
+        up = (rounded > 1.0).double().mean().item()
+        assert abs(up - 0.25) <= 6 * math.sqrt(0.25 * 0.75 / len(value)), up
+        extreme = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.0, -0.0, 1e-45], device=device)
+        (kept,) = apply_delta.apply_delta(
+            extreme, torch.zeros_like(extreme), scalings=[1.0], dtype=torch.bfloat16, seed=3
+        )
+        torch.testing.assert_close(kept[:5].float(), extreme[:5], rtol=0, atol=0, equal_nan=True)
+        return {"up": up}
+
+    yield from (("strided", strided), ("stochastic", stochastic))
+
+
+def product_checks() -> Iterator[tuple[str, Check]]:
+    sides = {
+        "square": (128, 128),
+        "wide": (64, 500),
+        "tall": (200, 40),
+        "odd": (63, 501),
+        "row": (1, 70),
+        "empty": (0, 4),
+    }
+
+    def check(
+        n: int, k: int, dtype: torch.dtype, precision: str, config: symmetric_matmul.TileConfig, device: torch.device
+    ) -> dict[str, float]:
+        if device.type == "cpu" and dtype == torch.bfloat16:  # which the interpreter multiplies wrongly
+            dtype = torch.float32
+        a, c = random((2, n, k), dtype, device, 0), random((2, n, n), dtype, device, 1)
+        c = c + c.mT
+        alpha, beta, gamma = 0.7, -0.3, 2.0
+        identity = torch.eye(n, dtype=torch.float64, device=device)
+        exact = alpha * a.double() @ a.double().mT + beta * c.double() + gamma * identity
+        torchs = alpha * a @ a.mT + beta * c + gamma * identity.to(dtype)
+        # bf16x3 keeps 16 bits of every factor.
+        eps = 2.0**-16 if precision == "bf16x3" and dtype == torch.float32 else None
+        out = poisoned((2, n, n), dtype, device)
+        options = {"precision": precision if device.type == "cuda" else "ieee", "config": config}
+        ours = symmetric_matmul.symmetric_matmul(a, c=c, alpha=alpha, beta=beta, gamma=gamma, out=out, **options)
+        assert ours is out
+        found = compare(ours, torchs, exact, eps)
+        assert torch.equal(ours, ours.mT)  # exactly symmetric
+        # Aᵀ A of the transpose, no C, one matrix; then with C overwritten.
+        other = symmetric_matmul.symmetric_matmul(a[0].mT.contiguous().mT, **options)
+        product = a[0].double() @ a[0].double().mT
+        compare(other, a[0] @ a[0].mT, product, eps)
+        both = c.clone()
+        symmetric_matmul.symmetric_matmul(a, c=both, alpha=alpha, beta=beta, gamma=gamma, out=both, **options)
+        assert torch.equal(both, ours)
+        return found
+
+    for key, configs in symmetric_matmul.CONFIGS.items():
+        dtype = {"fp64": torch.float64, "half": torch.bfloat16}.get(key, torch.float32)
+        for config in configs:
+            for name, (n, k) in sides.items():
+                if name in ("odd", "row") or config == configs[0]:
+                    precision = key if dtype == torch.float32 else "ieee"
+                    yield f"{key}-{config.block}-{name}", bind(check, n, k, dtype, precision, config)
+
+    def polynomial(device: torch.device) -> dict[str, float]:
+        """A B of two polynomials of one symmetric matrix, and more tiles than a group has."""
+        n = 300
+        x = random((n, n), torch.float64, device, 0)
+        gram = x @ x.mT / n
+        config = symmetric_matmul.TileConfig(32, 32, 4, 2)
+        assert n > config.block * symmetric_matmul.GROUP
+        square = symmetric_matmul.symmetric_matmul(gram, gram, config=config)
+        ours = symmetric_matmul.symmetric_matmul(square, gram, c=gram, alpha=0.5, beta=-1.0, gamma=3.0, config=config)
+        eye = torch.eye(n, dtype=torch.float64, device=device)
+        return compare(ours, ours, 0.5 * gram @ gram @ gram - gram + 3.0 * eye, 1e-15)
+
+    def far_apart(device: torch.device) -> dict[str, float]:
+        a = beyond_int32((3, 64), torch.float32, device, 0)
+        ours = symmetric_matmul.symmetric_matmul(a)
+        return compare(ours, a @ a.mT, a.double() @ a.double().mT)
+
+    yield from (("polynomial", polynomial), ("far-apart", far_apart))
+
+
+def beyond_int32(shape: tuple[int, int], dtype: torch.dtype, device: torch.device, seed: int) -> Tensor:
+    """A matrix whose last row begins more than 2^31 elements after its first; next to no memory is ever touched."""
+    rows, columns = shape
+    distance = 2**31 // (rows - 1) + 64
+    x = torch.empty(distance * (rows - 1) + columns, dtype=dtype, device=device).as_strided(shape, (distance, 1))
+    return x.copy_(random(shape, dtype, device, seed))
+
+
+def on_cpu(arguments: dict[str, Any]) -> dict[str, Any]:
+    return {name: value.cpu() if isinstance(value, Tensor) else value for name, value in arguments.items()}
+
+
+def bind(check: Callable[..., dict[str, float]], *arguments: Any) -> Check:
+    return lambda device: check(*arguments, device)
+
+
+CHECKS: dict[str, Check] = {
+    **{f"task_sum-{name}": check for name, check in sum_checks()},
+    **{f"apply_delta-{name}": check for name, check in apply_checks()},
+    **{f"symmetric_matmul-{name}": check for name, check in product_checks()},
+}
