@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL: # two pips in one environment would race
-.PHONY: help demo test test-slow bench numerics lint format venv clean
+.PHONY: help demo test test-slow bench gpu kernels numerics lint format venv clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -25,6 +25,12 @@ test-slow: $(VENV)/.installed-test ## run only the tests marked slow
 
 bench: $(VENV)/.installed-bench ## ratios to FusionBench's own functions, with the errors of both (7 minutes on 2 cores)
 	$(BIN)/python -m benchmarks.fusion_bench_ratio
+
+gpu: ## prove and measure the kernels on this machine's GPU (8 minutes; the python on PATH, with torch and triton)
+	$(PYTHON) -m benchmarks.gpu_suite
+
+kernels: $(VENV)/.installed-test ## compile every kernel for every target and write the table of docs/kernels.md anew
+	$(BIN)/python -m benchmarks.compile_table --write docs/kernels.md
 
 numerics: $(VENV)/.installed-test ## measure the error tables of docs/numerics.md anew
 	$(BIN)/python tests/error_table.py --write docs/numerics.md
