@@ -51,13 +51,8 @@ def test_gpu_suite_runs_dry(tmp_path: Path) -> None:
     stages = ["environment", "smoke", "ceilings", "bandwidths", "products", "methods", "end_to_end", "sanitizer"]
     command = [sys.executable, "-m", "benchmarks.gpu_suite", "--device", "cpu", "--small"]
     out = tmp_path / "dry.json"
-    outcome = subprocess.run(
-        [*command, "--out", str(out), "--only", *stages],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env=os.environ.copy(),
-    )
+    command += ["--out", str(out), "--only", *stages]
+    outcome = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert outcome.returncode == 0, outcome.stdout[-2000:] + outcome.stderr[-2000:]
     found = json.loads(out.read_text())["rows"]
     assert not [row for row in found if "failed" in row or "skipped" in row]
