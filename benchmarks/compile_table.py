@@ -33,6 +33,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from isomerge_kernels import apply_delta, symmetric_matmul, task_sum
+from isomerge_kernels._launch import OPTIONS
 
 BEGIN, END = "<!-- compile table -->", "<!-- end of compile table -->"
 KIB = 1024
@@ -185,6 +186,7 @@ def forms() -> Iterator[Form]:
 def product_form(key: str, config: symmetric_matmul.TileConfig, transposed: bool) -> Form:
     """A Aᵀ of a matrix with its rows side by side, or Aᵀ A of it."""
     element = {"fp64": "fp64", "half": "bf16"}.get(key, "fp32")
+    on_sm_80 = symmetric_matmul.default_config(key, (8, 0))
     shape = f"{config.block} × {config.block} × {config.block_k}"
     ones, strides = ("a_row", "b_column"), ("a_column", "b_row")
     if not transposed:
@@ -212,7 +214,7 @@ def product_form(key: str, config: symmetric_matmul.TileConfig, transposed: bool
         vector_loads=2,
         vector_stores=2,  # the tile and its mirror
         dots=key,
-        but_not_on=("sm_80",) if config != symmetric_matmul.default_config(key, (8, 0)) and key == "tf32x3" else (),
+        but_not_on=("sm_80",) if key in ("tf32x3", "bf16x3") and config != on_sm_80 else (),
     )
 
 
@@ -270,7 +272,7 @@ def compile_row(form: Form, target: Target) -> Row:
     source = ASTSource(kernel, signature, constexprs=form.constants, attrs=attributes)
     try:
         compiled = triton.compile(
-            source, target=GPUTarget(target.backend, target.arch, target.warp), options=dict(form.options)
+            source, target=GPUTarget(target.backend, target.arch, target.warp), options=form.options | OPTIONS
         )
     except Exception as error:  # whatever the compiler raises is what the table is for
         row.wrong.append(f"{type(error).__name__}: {str(error).splitlines()[0][:200]}")

@@ -19,6 +19,8 @@ TRITON_DTYPES = {
     torch.float16: tl.float16,
 }
 VECTOR_BYTES = 16
+# Said at every launch, because Triton's default is about to change, and with it last digits.
+OPTIONS = {"enable_fp_fusion": True}
 
 
 class Config(NamedTuple):

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import Config, as_lines, blocks_of, on_device
+from ._launch import OPTIONS, Config, as_lines, blocks_of, on_device
 from .protocol import check_apply
 
 # As in task_sum: an estimate until a GPU has timed all of them.
@@ -123,5 +123,6 @@ def apply_delta(
             STOCHASTIC=seed is not None,
             BLOCK=config.block,
             num_warps=config.num_warps,
+            **OPTIONS,
         )
     return list(outputs)

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import on_device
+from ._launch import OPTIONS, on_device
 
 PRECISIONS = ("ieee", "tf32x3", "bf16x3")
 
@@ -37,7 +37,8 @@ class TileConfig(NamedTuple):
 
 
 # By what is multiplied. Compiled ahead of time, none of these spills registers on sm_80, sm_90, sm_100 or gfx942;
-# float64 tiles of 128 do everywhere, and tf32x3 tiles of 128 on sm_80 (benchmarks/compile_table.py).
+# float64 tiles of 128 do everywhere, and those of split float32 on sm_80 (tf32x3 always, bf16x3
+# by Triton 3.8), see benchmarks/compile_table.py.
 CONFIGS: dict[str, tuple[TileConfig, ...]] = {
     "fp64": (TileConfig(64, 16, 4, 3), TileConfig(64, 32, 8, 2)),
     "ieee": (TileConfig(64, 32, 4, 2), TileConfig(128, 16, 8, 2)),
@@ -121,14 +122,14 @@ def config_key(dtype: torch.dtype, precision: str) -> str:
 
 
 def default_config(key: str, capability: tuple[int, int] | None) -> TileConfig:
-    """The first that suits: of sm_80's kind only the small tiles of tf32x3 keep their registers.
+    """The first that suits: on sm_80 and its kin only small tiles of split float32 keep to their registers.
 
     Args:
         key: of ``CONFIGS``.
         capability: NVIDIA's, None elsewhere.
     """
-    small_registers = key == "tf32x3" and capability is not None and capability[0] < 9
-    return CONFIGS[key][1 if small_registers else 0]
+    splits_in_registers = key in ("tf32x3", "bf16x3") and capability is not None and capability[0] < 9
+    return CONFIGS[key][1 if splits_in_registers else 0]
 
 
 def capability_of(device: torch.device) -> tuple[int, int] | None:
@@ -205,6 +206,7 @@ def symmetric_matmul(
             GROUP=GROUP,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
+            **OPTIONS,
         )
     return out
 

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import TRITON_DTYPES, Config, address_table, as_lines, blocks_of, is_aligned, on_device
+from ._launch import OPTIONS, TRITON_DTYPES, Config, address_table, as_lines, blocks_of, is_aligned, on_device
 from .protocol import TaskSum, check_out, check_same, compute_dtype, task_sum_of, weights_of
 
 # Eight bf16 a thread are one vector; with 2048 on 4 warps more bytes are under way a block, with 1024 more blocks fit.
@@ -148,6 +148,7 @@ def task_sum(
                 ALIGNMENT=16 if all(is_aligned(line) for line in lines) else 1,
                 BLOCK=config.block,
                 num_warps=config.num_warps,
+                **OPTIONS,
             )
     squares, largest, nonfinite = statistics.view(3, tasks, *batch, -1)
     return task_sum_of(out, squares.sum(-1), largest.amax(-1), nonfinite.sum(-1).long())
