@@ -85,7 +85,7 @@ def task_sum_kernel(
         # The next expert is under way while this one is reduced; the last row is read once more, masked.
         more = index + 1 < n_tasks
         row += tl.where(more, 4, 0)
-        following = load_task(row, line, offsets, mask & more, EXPERT, ALIGNMENT)
+        following = load_task(row, line, offsets, offsets < tl.where(more, elements, 0), EXPERT, ALIGNMENT)
         delta = tl.where(mask, expert - origin, 0.0)
         total += weight * delta.to(accumulate)
         size = tl.abs(delta)
