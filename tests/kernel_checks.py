@@ -172,7 +172,16 @@ def apply_checks() -> Iterator[tuple[str, Check]]:
     def strided(device: torch.device) -> dict[str, float]:
         base, delta = beyond_int32((3, 64), torch.bfloat16, device, 0), random((64, 3), torch.float32, device, 1).mT
         (ours,) = apply_delta.apply_delta(base, delta, scalings=[0.7], dtype=torch.float32)
-        return compare(ours, base.float() + 0.7 * delta, base.double() + 0.7 * delta.double())
+        compare(ours, base.float() + 0.7 * delta, base.double() + 0.7 * delta.double())
+        # A line a row, so that several lines share a member's scale.
+        base, delta = (
+            random((3, 40, 64), torch.float32, device, 0)[..., 3:63],
+            random((3, 40, 60), torch.float32, device, 1),
+        )
+        scale = random((3,), torch.float32, device, 2)
+        (ours,) = apply_delta.apply_delta(base, delta, scalings=[0.7], dtype=torch.float32, scale=scale)
+        factor = 0.7 * scale[:, None, None]
+        return compare(ours, base + factor * delta, base.double() + factor.double() * delta.double())
 
     def stochastic(device: torch.device) -> dict[str, float]:
         """The very bits of the reference, whatever the device, and a mean that is the value."""
@@ -193,6 +202,7 @@ def apply_checks() -> Iterator[tuple[str, Check]]:
         up = (rounded > 1.0).double().mean().item()
         assert abs(up - 0.25) <= 6 * math.sqrt(0.25 * 0.75 / len(value)), up
         extreme = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.0, -0.0, 1e-45], device=device)
+        extreme.view(torch.int32)[0] = 0x7FFFFFFF  # the NaN that one more would make -0
         (kept,) = apply_delta.apply_delta(
             extreme, torch.zeros_like(extreme), scalings=[1.0], dtype=torch.bfloat16, seed=3
         )
