@@ -311,3 +311,20 @@ def test_methods_declare_themselves(name: str) -> None:
     assert method.workspace_bytes(spec, 4) >= spec.bytes
     assert method.flops(spec, 4) > 0
     assert method.citation.startswith("arXiv ")
+
+
+@pytest.mark.parametrize("name", ["iso-c", "iso-cts"])
+def test_the_callers_precision_settings_change_nothing_and_stay(name: str) -> None:
+    deltas = as_deltas(make_deltas(96, 160, 3))
+    expected, _ = METHODS[name]().merge(deltas)
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            value, stats = METHODS[name]().merge(deltas)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert value.dtype == expected.dtype
+    assert torch.equal(value, expected)
+    assert not stats.missed()

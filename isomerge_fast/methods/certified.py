@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -24,6 +25,28 @@ def merge_certified(
     matrices that missed are solved again. What was given up, and why, is in ``MergeStats.escalations``; what the last
     solver could not meet, in ``MergeStats.missed``.
     """
+    with exact_products(deltas.device):
+        return _climb(attempt, deltas, ladder)
+
+
+@contextmanager
+def exact_products(device: torch.device) -> Iterator[None]:
+    """Matrices are multiplied in their own dtype, whatever autocast and TF32 settings the program around us has."""
+    settings = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    before = [setting.fp32_precision for setting in settings]
+    try:
+        for setting in settings:
+            setting.fp32_precision = "ieee"
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        for setting, precision in zip(settings, before, strict=True):
+            setting.fp32_precision = precision
+
+
+def _climb(
+    attempt: Callable[[Deltas, Choice[S]], tuple[Tensor, MergeStats]], deltas: Deltas, ladder: Sequence[Choice[S]]
+) -> tuple[Tensor, MergeStats]:
     value, stats = attempt(deltas, ladder[0])
     for choice in ladder[1:]:
         missed = stats.missed()
