@@ -149,9 +149,13 @@ class CheckpointDeltas:
         seen = []
         for rows, experts in self._parts(*range(self.n_tasks)):
             place, base = (total[rows], self._base[rows]) if total.ndim else (total, self._base)
-            seen.append(ops.task_sum(experts, base, out=place)[1:])
-        squares, largest, nonfinite = (torch.stack(part) for part in zip(*seen, strict=True))
-        return ops.TaskSum(total, squares.sum(0), largest.amax(0), nonfinite.sum(0))
+            seen.append(ops.task_sum(experts, base, out=place))
+        return ops.TaskSum(
+            total,
+            torch.stack([part.squares for part in seen]).sum(0),
+            torch.stack([part.largest for part in seen if part.largest is not None]).amax(0),
+            torch.stack([part.nonfinite for part in seen]).sum(0),
+        )
 
 
 def run(

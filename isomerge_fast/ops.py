@@ -68,10 +68,13 @@ def task_sum(
     dtype: torch.dtype = torch.float32,
     out: Tensor | None = None,
     batch_dims: int = 0,
+    largest: bool = True,
 ) -> TaskSum:
     """S = Σ_t w_t (θ_t − θ₀) and ‖Δ_t‖², max |Δ_t| and the count of NaN and Inf; see ``reference.task_sum``."""
     backend = gpu_kernels() if _has_kernels(experts[0]) else reference
-    return backend.task_sum(experts, base, weights=weights, dtype=dtype, out=out, batch_dims=batch_dims)
+    return backend.task_sum(
+        experts, base, weights=weights, dtype=dtype, out=out, batch_dims=batch_dims, largest=largest
+    )
 
 
 def apply_delta(

@@ -80,6 +80,7 @@ def sum_checks() -> Iterator[tuple[str, Check]]:
         torchs = reference.task_sum(experts, origin, weights=weights, dtype=total, batch_dims=batch_dims)
         found = compare(ours.total, torchs.total, exact)
         members = (len(deltas), *shape[:batch_dims], -1)
+        assert ours.largest is not None
         if 0 not in shape:
             stack = torch.stack(deltas).reshape(members)
             torch.testing.assert_close(ours.squares, stack.square().sum(-1), rtol=1e-6, atol=0)
@@ -125,7 +126,12 @@ def sum_checks() -> Iterator[tuple[str, Check]]:
         ours = task_sum.task_sum(experts, base, batch_dims=1)
         theirs = reference.task_sum(experts, base, batch_dims=1)
         assert ours.nonfinite.tolist() == theirs.nonfinite.tolist() == [[0, 0, 0], [0, 0, 2], [1, 0, 0]]
+        assert ours.largest is not None
+        assert theirs.largest is not None
         torch.testing.assert_close(ours.largest, theirs.largest, rtol=0, atol=0, equal_nan=True)
+        without = reference.task_sum(experts, base, batch_dims=1, largest=False)
+        assert without.largest is None
+        assert torch.equal(without.nonfinite, theirs.nonfinite)
         return {}
 
     def configurations(device: torch.device) -> dict[str, float]:

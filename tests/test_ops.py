@@ -46,6 +46,7 @@ def test_against_float64(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     size = 0.5 * sum((delta.abs() for delta in exact), torch.zeros(shape, dtype=torch.float64))
     assert (total.double() - 0.5 * sum(exact)).abs().le(4 * eps * size).all()
     assert squares.tolist() == pytest.approx([delta.square().sum().item() for delta in exact], rel=1e-5)
+    assert largest is not None
     if total.numel():
         assert largest.tolist() == pytest.approx([delta.abs().max().item() for delta in exact], rel=1e-6)
     assert not nonfinite.any()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ def merge_certified(
 @contextmanager
 def exact_products(device: torch.device) -> Iterator[None]:
     """Matrices are multiplied in their own dtype, whatever autocast and TF32 settings the program around us has."""
-    settings = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    settings: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
     before = [setting.fp32_precision for setting in settings]
     try:
         for setting in settings:

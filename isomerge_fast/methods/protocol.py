@@ -102,7 +102,7 @@ class TensorDeltas:
         return self.tensors[task].to(self.dtype)
 
     def sum(self, dtype: torch.dtype, batch_dims: int = 0) -> TaskSum:
-        return task_sum(self.tensors, dtype=dtype, batch_dims=batch_dims)
+        return task_sum(self.tensors, dtype=dtype, batch_dims=batch_dims, largest=False)
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ class MergeStats:
 
     Keys of ``values``, where the method has them: ``sigma_mean`` (σ̄), ``rank`` (directions kept), ``gap`` (relative gap
     at the cut k), ``k``, ``s``, ``delta_norms`` and ``delta_largest`` (‖Δ_t‖_F and
-    max |Δ_t| per task).
+    max |Δ_t| per task, the latter of deltas from files).
 
     Keys of ``checks``, the certificate (docs/numerics.md): ``orthogonality`` and ``asymmetry`` of the
     polar factor, ``negative`` (its sign), ``angle`` (subspaces, as an error of the merged Δ), ``unresolved``
@@ -240,15 +240,19 @@ def finite_sum(deltas: Deltas, dtype: torch.dtype, batch_dims: int = 0) -> tuple
     Raises:
         NotFiniteError: naming the tasks that hold NaN or Inf.
     """
-    total, *seen = deltas.sum(dtype, batch_dims)
-    squares, largest, nonfinite = (value.view(deltas.n_tasks, -1) for value in seen)
-    bad = torch.nonzero(nonfinite.sum(1)).flatten().tolist()
+    total, squares, largest, nonfinite = deltas.sum(dtype, batch_dims)
+    bad = torch.nonzero(_by_task(nonfinite).sum(1)).flatten().tolist()
     if bad:
         raise NotFiniteError(bad)
-    values = {"delta_norms": squares.sum(1).sqrt()}
-    if largest.numel():
-        values["delta_largest"] = largest.amax(1)
-    return total, seen[0], values
+    values = {"delta_norms": _by_task(squares).sum(1).sqrt()}
+    if largest is not None:
+        values["delta_largest"] = _by_task(largest).amax(1)
+    return total, squares, values
+
+
+def _by_task(seen: Tensor) -> Tensor:
+    """[T] or [T, B, ...] as [T, members]."""
+    return seen.flatten(1) if seen.ndim > 1 else seen[:, None]
 
 
 def require_matrices(name: str, shape: torch.Size) -> None:

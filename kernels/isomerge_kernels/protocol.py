@@ -18,19 +18,14 @@ class TaskSum(NamedTuple):
     Attributes:
         total: in the shape of a Δ_t, in the dtype asked for.
         squares: ‖Δ_t‖_F², float64.
-        largest: max |Δ_t|, float64; NaN where not all entries are finite.
+        largest: max |Δ_t|, float64; NaN where not all entries are finite, None where it was not asked for.
         nonfinite: how many entries of Δ_t are NaN or Inf, int64.
     """
 
     total: Tensor
     squares: Tensor
-    largest: Tensor
+    largest: Tensor | None
     nonfinite: Tensor
-
-
-def task_sum_of(total: Tensor, squares: Tensor, largest: Tensor, nonfinite: Tensor) -> TaskSum:
-    """The result, with ``largest`` made NaN where it says nothing."""
-    return TaskSum(total, squares, largest.masked_fill(nonfinite > 0, torch.nan), nonfinite)
 
 
 def compute_dtype(*dtypes: torch.dtype) -> torch.dtype:

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._launch import OPTIONS, TRITON_DTYPES, Config, address_table, as_lines, blocks_of, is_aligned, on_device
-from .protocol import TaskSum, check_out, check_same, compute_dtype, task_sum_of, weights_of
+from .protocol import TaskSum, check_out, check_same, compute_dtype, weights_of
 
 # Eight bf16 a thread are one vector; with 2048 on 4 warps more bytes are under way a block, with 1024 more blocks fit.
 # (An estimate until a GPU has timed all of them.)
@@ -106,9 +106,13 @@ def task_sum(
     dtype: torch.dtype = torch.float32,
     out: Tensor | None = None,
     batch_dims: int = 0,
+    largest: bool = True,
     config: Config = CONFIG,
 ) -> TaskSum:
-    """S = Σ_t w_t (θ_t − θ₀), or Σ_t w_t θ_t without ``base``; arguments and result as of ``reference.task_sum``."""
+    """S = Σ_t w_t (θ_t − θ₀), or Σ_t w_t θ_t without ``base``; arguments and result as of ``reference.task_sum``.
+
+    The largest entries cost nothing here and are always there.
+    """
     first = experts[0]
     check_same("experts", experts, first if base is None else base)
     values = weights_of(weights, len(experts))
@@ -150,5 +154,6 @@ def task_sum(
                 num_warps=config.num_warps,
                 **OPTIONS,
             )
-    squares, largest, nonfinite = statistics.view(3, tasks, *batch, -1)
-    return task_sum_of(out, squares.sum(-1), largest.amax(-1), nonfinite.sum(-1).long())
+    squares, most, nonfinite = statistics.view(3, tasks, *batch, -1)
+    counts = nonfinite.sum(-1).long()
+    return TaskSum(out, squares.sum(-1), most.amax(-1).masked_fill_(counts > 0, torch.nan), counts)
