@@ -59,7 +59,7 @@ def examine() -> dict[str, Any]:
 
 def _check(name: str, device: str) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
-    deltas = [torch.randn(_ROWS, _COLUMNS, generator=generator) for _ in range(_TASKS)]
+    deltas = [torch.randn(_ROWS, _COLUMNS, generator=generator, device="cpu") for _ in range(_TASKS)]
     method: Method = METHODS[name]()
     judge: Method = (
         {"iso-c": IsoC, "iso-cts": IsoCTS}[name](precision="reference") if name.startswith("iso") else method

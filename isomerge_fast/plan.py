@@ -201,7 +201,7 @@ def check_resources(plan: Plan, *, max_ram: int | None, max_vram: int | None, de
 
 def estimate_seconds(plan: Plan) -> dict[str, float]:
     """Compute time from a float64 GEMM timed now on this CPU, reading and writing at an assumed 1 GB/s."""
-    sample = torch.ones(512, 512, dtype=torch.float64)
+    sample = torch.ones(512, 512, dtype=torch.float64, device="cpu")
     torch.mm(sample, sample)
     seconds = []
     for _ in range(3):

@@ -328,3 +328,24 @@ def test_the_callers_precision_settings_change_nothing_and_stay(name: str) -> No
     assert value.dtype == expected.dtype
     assert torch.equal(value, expected)
     assert not stats.missed()
+
+
+@pytest.mark.parametrize("kind", ["full", "low-rank", "zero"])
+@pytest.mark.parametrize("shape", [(96, 96), (64, 160), (160, 64), (2, 64, 160), (600, 300)], ids=str)
+def test_every_tensor_is_made_on_the_device_of_the_deltas(shape: tuple[int, ...], kind: str) -> None:
+    """What forgets to name its device lands on the default one, here a device without data: as on a GPU, it fails."""
+    generator = torch.Generator().manual_seed(0)
+    if kind == "full":
+        deltas = [torch.randn(shape, generator=generator) for _ in range(3)]
+    elif kind == "low-rank":
+        left = [torch.randn(*shape[:-1], 4, generator=generator) for _ in range(3)]
+        deltas = [u @ torch.randn(*shape[:-2], 4, shape[-1], generator=generator) for u in left]
+    else:
+        deltas = [torch.zeros(shape) for _ in range(3)]
+    with torch.device("meta"):
+        for name in METHODS:
+            for precision in ("fast", "default", "reference") if name.startswith("iso") else (None,):
+                method = make_method(name, {} if precision is None else {"precision": precision})
+                value, stats = method.merge(as_deltas(deltas))
+                assert value.device.type == "cpu"
+                stats.to_dict()

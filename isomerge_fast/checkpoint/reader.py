@@ -48,7 +48,7 @@ class Reader:
             row_bytes = stored.bytes // stored.shape[0]
             start, size = start + rows.start * row_bytes, (rows.stop - rows.start) * row_bytes
             shape = (rows.stop - rows.start, *shape[1:])
-        data = torch.empty(size, dtype=torch.uint8)
+        data = torch.empty(size, dtype=torch.uint8, device="cpu")
         view = data.numpy().data
         position = 0
         try:

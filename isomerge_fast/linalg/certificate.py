@@ -19,7 +19,7 @@ PROBES = 8
 def probes(rows: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Ω [rows, PROBES], the same every time."""
     generator = torch.Generator().manual_seed(0)
-    draw = torch.randn(rows, PROBES, generator=generator, dtype=torch.float64)
+    draw = torch.randn(rows, PROBES, generator=generator, dtype=torch.float64, device="cpu")
     return draw.div_(math.sqrt(PROBES)).to(device, dtype)
 
 

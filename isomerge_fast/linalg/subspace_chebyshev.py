@@ -67,7 +67,8 @@ def filtered_block(
     """
     n, width = gram.shape[-1], s + oversampling
     generator = torch.Generator().manual_seed(0)
-    block = torch.randn(n, width, generator=generator, dtype=torch.float64).to(gram).expand(*gram.shape[:-2], n, width)
+    block = torch.randn(n, width, generator=generator, dtype=torch.float64, device="cpu").to(gram)
+    block = block.expand(*gram.shape[:-2], n, width)
     for _ in range(2):
         block = mm(gram, block)
     ritz = _rayleigh_ritz(gram, torch.linalg.qr(block)[0])

@@ -24,7 +24,7 @@ def thin_qr(x: Tensor) -> tuple[Tensor, Tensor]:
     for _ in range(2):
         lower, failed = torch.linalg.cholesky_ex(q.mT @ q)
         diagonal = lower.diagonal(dim1=-2, dim2=-1)
-        ratio = diagonal.amin(-1) / diagonal.amax(-1) if diagonal.shape[-1] else torch.ones(())
+        ratio = diagonal.amin(-1) / diagonal.amax(-1) if diagonal.shape[-1] else diagonal.new_ones(())
         # Not `<`: NaN, which a failed factorisation may leave, has to end up here too.
         if bool(failed.any()) or not bool((ratio > SMALLEST_DIAGONAL_RATIO).all()):
             return torch.linalg.qr(x)

@@ -151,7 +151,7 @@ class MergeStats:
     def replaced(self, rows: Tensor, part: MergeStats) -> MergeStats:
         """This, with the entries of the matrices ``rows`` (a mask over the batch) from ``part``."""
 
-        zero = torch.zeros(())
+        zero = torch.zeros((), device="cpu")
 
         def put(whole: Any, new: Any) -> Any:
             if isinstance(whole, Tensor) and whole.shape == rows.shape:

@@ -69,7 +69,7 @@ def address_table(lines: Sequence[Tensor], weights: Sequence[float], tasks: Sequ
         (line.data_ptr(), line.stride(0), struct.unpack("<q", struct.pack("<d", weight))[0], task)
         for line, weight, task in zip(lines, weights, tasks, strict=True)
     ]
-    return torch.tensor(rows, dtype=torch.int64).to(lines[0].device, non_blocking=True)
+    return torch.tensor(rows, dtype=torch.int64, device="cpu").to(lines[0].device, non_blocking=True)
 
 
 def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[object]:

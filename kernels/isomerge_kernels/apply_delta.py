@@ -102,7 +102,7 @@ def apply_delta(
     origin, change, target = as_lines([base, delta, outputs[0]], members)
     n_lines, elements = target.shape
     n_blocks = blocks_of(elements, config.block)
-    alphas = torch.tensor(scalings, dtype=torch.float64).to(base.device, non_blocking=True)
+    alphas = torch.tensor(scalings, dtype=torch.float64, device="cpu").to(base.device, non_blocking=True)
     with on_device(base):
         apply_delta_kernel[(n_lines * n_blocks,)](
             origin,

@@ -184,7 +184,7 @@ def random_bits(seed: int, element: int, count: int, output: int, member: int) -
     Reference: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
     """
     first, last = element // 8, (element + count - 1) // 8
-    group = torch.arange(first, last + 1, dtype=torch.int64)
+    group = torch.arange(first, last + 1, dtype=torch.int64, device="cpu")
     words = philox4x32(
         (group & MASK, group >> 32, torch.full_like(group, output), torch.full_like(group, member)),
         (seed & MASK, seed >> 32),
