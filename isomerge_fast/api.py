@@ -15,7 +15,7 @@ from .config import MergeConfig, load_config
 from .engine import Observer, resolve_device, run
 from .errors import ConfigError, InputError
 from .methods import Mean, Method, NotFiniteError, TensorSpec, as_deltas, make_method
-from .plan import make_plan
+from .plan import make_plan, tensor_seed
 from .report import Report
 
 __all__ = ["iso_c", "iso_cts", "merge", "merge_state_dicts"]
@@ -70,6 +70,7 @@ def merge_state_dicts(
     scaling: float = 1.0,
     exclude: Sequence[str] = (),
     dtype: torch.dtype | None = None,
+    stochastic_rounding: int | None = None,
     **options: Any,
 ) -> dict[str, Tensor]:
     """θ = θ₀ + α·Δ for every tensor of ``base``, by the rules of a merge of files.
@@ -82,6 +83,7 @@ def merge_state_dicts(
         method: a name or a method object.
         scaling: α.
         dtype: of the float tensors returned; each tensor's dtype in ``base`` when None.
+        stochastic_rounding: a seed; see ``MergeConfig``.
         options: hyper-parameters, when ``method`` is a name.
 
     Returns:
@@ -126,7 +128,8 @@ def merge_state_dicts(
                 result[name] = merged_at[place]
                 continue
             sources = [expert[name] for expert in experts] if tensor.is_floating_point() else []
-            result[name] = _merge_one(name, tensor, sources, chosen, scaling, exclude, dtype)
+            seed = tensor_seed(stochastic_rounding, name) if (dtype or tensor.dtype) == torch.bfloat16 else None
+            result[name] = _merge_one(name, tensor, sources, chosen, scaling, exclude, dtype, seed)
             merged_at[place] = result[name]
     return result
 
@@ -139,6 +142,7 @@ def _merge_one(
     scaling: float,
     exclude: Sequence[str],
     dtype: torch.dtype | None,
+    seed: int | None,
 ) -> Tensor:
     if not base.is_floating_point():
         return base.clone()
@@ -155,7 +159,7 @@ def _merge_one(
         raise InputError(f"tensor {name!r}: base or experts{error.tasks} hold NaN or Inf") from error
     except ConfigError as error:
         raise ConfigError(f"tensor {name!r} {list(base.shape)}: {error}") from error
-    return ops.apply_delta(base, value, scalings=[scaling], dtype=out_dtype)[0]
+    return ops.apply_delta(base, value, scalings=[scaling], dtype=out_dtype, seed=seed)[0]
 
 
 def merge(

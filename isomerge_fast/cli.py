@@ -40,6 +40,9 @@ ScalingOption = Annotated[list[float] | None, typer.Option("--scaling", help="α
 OptionOption = Annotated[list[str] | None, typer.Option("--option", help="Method option, e.g. common_fraction=0.7.")]
 ExcludeOption = Annotated[list[str] | None, typer.Option("--exclude", help="Name pattern of tensors to average.")]
 DtypeOption = Annotated[str | None, typer.Option("--dtype", help="Of the output's float tensors, e.g. bfloat16.")]
+RoundingOption = Annotated[
+    int | None, typer.Option("--stochastic-rounding", help="Seed: what is written as bfloat16 is rounded at random.")
+]
 OnExtraOption = Annotated[str | None, typer.Option("--on-extra", help="Tensors only an expert has: error or ignore.")]
 OutOption = Annotated[str | None, typer.Option("--out", help="Folder to write.")]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
@@ -125,6 +128,7 @@ def run(
     option: OptionOption = None,
     exclude: ExcludeOption = None,
     dtype: DtypeOption = None,
+    stochastic_rounding: RoundingOption = None,
     on_extra: OnExtraOption = None,
     out: OutOption = None,
     device: DeviceOption = "auto",
@@ -137,6 +141,7 @@ def run(
     """Merge checkpoints into --out."""
     changes = {"base": base, "expert": expert, "method": method, "scaling": scaling, "option": option}
     changes |= {"exclude": exclude, "dtype": dtype, "on_extra": on_extra, "out": out}
+    changes |= {"stochastic_rounding": stochastic_rounding}
 
     def action() -> None:
         from .api import merge
@@ -163,6 +168,7 @@ def plan(
     option: OptionOption = None,
     exclude: ExcludeOption = None,
     dtype: DtypeOption = None,
+    stochastic_rounding: RoundingOption = None,
     on_extra: OnExtraOption = None,
     out: OutOption = None,
     device: DeviceOption = "auto",
@@ -173,6 +179,7 @@ def plan(
     """What a run would do with every tensor: reads headers only, writes nothing."""
     changes = {"base": base, "expert": expert, "method": method, "scaling": scaling, "option": option}
     changes |= {"exclude": exclude, "dtype": dtype, "on_extra": on_extra, "out": out}
+    changes |= {"stochastic_rounding": stochastic_rounding}
 
     def action() -> None:
         from .console import print_plan

@@ -36,6 +36,9 @@ class MergeConfig:
         exclude: shell patterns; matching tensors are averaged instead of merged by the method.
         overrides: other methods by name pattern.
         dtype: of all float tensors of the output; None keeps each tensor's dtype in the base.
+        stochastic_rounding: a seed. What is written as bfloat16 is rounded up or down at random, up with the
+            probability by which it lies nearer to the number above, so that small deltas count on average; the same
+            seed gives the same bytes. None rounds to the nearest.
         on_extra: what becomes of tensors that an expert has and the base has not: "error" or "ignore".
     """
 
@@ -47,6 +50,7 @@ class MergeConfig:
     exclude: list[str] = field(default_factory=list)
     overrides: list[Override] = field(default_factory=list)
     dtype: str | None = None
+    stochastic_rounding: int | None = None
     on_extra: str = "error"
     out: str | None = None
 
@@ -146,6 +150,8 @@ def _checked(config: MergeConfig, where: str) -> MergeConfig:
         raise ConfigError(f"{where}: scaling lists a value twice")
     if config.dtype is not None and config.dtype not in OUTPUT_DTYPES:
         raise ConfigError(f"{where}: dtype {config.dtype!r} is unknown{nearest(config.dtype, OUTPUT_DTYPES)}")
+    if config.stochastic_rounding is not None and not 0 <= config.stochastic_rounding < 2**63:
+        raise ConfigError(f"{where}: stochastic_rounding is a seed, 0 or more; got {config.stochastic_rounding}")
     if config.on_extra not in ON_EXTRA:
         raise ConfigError(f"{where}: on_extra {config.on_extra!r} is unknown{nearest(config.on_extra, ON_EXTRA)}")
     if config.out is not None and Path(config.out).suffix == ".safetensors":

@@ -344,7 +344,7 @@ class _Run:
     def _apply(self, plan: TensorPlan, base: Tensor, value: Tensor) -> list[Tensor]:
         """θ₀ + α Δ for every α, from one read of both."""
         dtype, scalings = DTYPES[plan.out.dtype], list(self._folders.values())
-        outputs = ops.apply_delta(base, value, scalings=scalings, dtype=dtype)
+        outputs = ops.apply_delta(base, value, scalings=scalings, dtype=dtype, seed=plan.rounding_seed)
         for scaling, out in zip(scalings, outputs, strict=True):
             if dtype == torch.float16 and (count := ops.count_nonfinite(out)):
                 raise InputError(
@@ -417,6 +417,8 @@ class _Run:
             scaling=scaling,
             exclude=config.exclude,
             dtype=config.dtype,
+            stochastic_rounding=config.stochastic_rounding,
+            on_extra=config.on_extra,
             version=__version__,
             library_name="transformers" if "model_type" in (plan.base.config or {}) else None,
         )

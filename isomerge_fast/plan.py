@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import hashlib
 import os
 import re
 import shutil
@@ -57,6 +58,7 @@ class TensorPlan:
     out: OutputTensor
     peak_bytes: int  # working memory of this tensor, beyond the process itself
     flops: float
+    rounding_seed: int | None = None  # of stochastic rounding
 
     @property
     def action(self) -> str:
@@ -169,6 +171,8 @@ def make_plan(
         plan = _plan_tensor(stored, experts, config, method, overrides, device, ceiling)
         tensors.append(plan)
         shards.setdefault(stored.file.name if base.is_folder else SINGLE_FILE, []).append(plan.out)
+    if config.stochastic_rounding is not None and not any(plan.rounding_seed is not None for plan in tensors):
+        raise ConfigError("stochastic_rounding: no merged tensor is written as bfloat16 (dtype: bfloat16 does that)")
     companions = tuple(companion_files(base.path)) if base.is_folder else ()
     shard_table = {name: tuple(outputs) for name, outputs in shards.items()}
     notes = tuple(_notes(config, base, experts, tensors))
@@ -289,7 +293,16 @@ def _plan_tensor(
     merging = raw + chosen.workspace_bytes(spec, len(experts)) + blocks
     writing = stored.bytes + spec.bytes + out.bytes * len(config.scalings) + blocks
     peak = max(merging, writing)
-    return TensorPlan(stored.name, chosen, reason, spec, stored, sources, out, peak, chosen.flops(spec, len(experts)))
+    flops = chosen.flops(spec, len(experts))
+    rounding = tensor_seed(config.stochastic_rounding, stored.name) if out_dtype == "BF16" else None
+    return TensorPlan(stored.name, chosen, reason, spec, stored, sources, out, peak, flops, rounding)
+
+
+def tensor_seed(seed: int | None, name: str) -> int | None:
+    """A seed of a tensor's own, 63 bits: equal tensors under two names are not rounded alike."""
+    if seed is None:
+        return None
+    return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8]) >> 1
 
 
 def _choose_method(

@@ -134,6 +134,7 @@ def test_random_bits_are_philox() -> None:
         c0, c1, c2, c3 = (torch.tensor([word]) for word in counter)
         assert tuple(int(word) for word in reference.philox4x32((c0, c1, c2, c3), key)) == expected
     # Blocks of a tensor take the bits of their place.
-    whole = reference.random_bits(5, 0, 1000, 1, 2)
-    assert torch.equal(reference.random_bits(5, 333, 200, 1, 2), whole[333:533])
-    assert not torch.equal(reference.random_bits(5, 0, 1000, 2, 2), whole)
+    whole = reference.random_bits(5, 0, 1000, 2)
+    assert torch.equal(reference.random_bits(5, 333, 200, 2), whole[333:533])
+    assert not torch.equal(reference.random_bits(5, 0, 1000, 1), whole)
+    assert not torch.equal(reference.random_bits(6, 0, 1000, 2), whole)

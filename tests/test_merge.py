@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import isomerge_fast as imf
 from isomerge_fast import engine
+from isomerge_fast.errors import ConfigError
 from isomerge_fast.plan import make_plan
 from isomerge_fast.report import Progress
 from isomerge_fast.verify import verify
@@ -116,6 +117,8 @@ def test_card_is_a_config(tmp_path: Path) -> None:
     """The recipe in the model card makes the same bytes again."""
     family = make_family(tmp_path)
     options = {"options": {"common_fraction": 0.6}, "exclude": ["*embed*"], "scaling": 1.25}
+    options |= {"dtype": "bfloat16", "stochastic_rounding": 3, "on_extra": "ignore"}
+    rewrite(family[1][0], extra=torch.ones(3))
     imf.merge(
         config_of(family, tmp_path / "out", **options, overrides=[{"match": "*down*", "method": "task-arithmetic"}])
     )
@@ -188,6 +191,56 @@ def test_several_scalings_are_one_merge_each(tmp_path: Path) -> None:
         one, many = tmp_path / "one", tmp_path / "all" / f"scaling-{scaling:g}"
         assert (one / "model.safetensors").read_bytes() == (many / "model.safetensors").read_bytes()
         assert (one / "config.json").read_bytes() == (many / "config.json").read_bytes()
+
+
+def test_stochastic_rounding_is_seeded_and_right_on_average(tmp_path: Path) -> None:
+    family = make_family(tmp_path, dtype=torch.bfloat16)
+    shape = (400, 300)
+    base = torch.ones(shape, dtype=torch.bfloat16)
+    experts = [torch.full(shape, 1.0 + 2.0**-7, dtype=torch.bfloat16) for _ in family[1]]  # one step above 1
+    for folder, tensor in zip((family[0], *family[1]), (base, *experts), strict=True):
+        rewrite(folder, **{"large": tensor, "large-too": tensor.clone()})
+    scaling = [0.25, 0.3]
+    changes = {"method": "mean", "scaling": scaling}
+    imf.merge(config_of(family, tmp_path / "nearest", **changes))
+    imf.merge(config_of(family, tmp_path / "one", stochastic_rounding=1, **changes))
+    imf.merge(config_of(family, tmp_path / "again", stochastic_rounding=1, **changes))
+    imf.merge(config_of(family, tmp_path / "two", stochastic_rounding=2, **changes))
+
+    def output(name: str, alpha: float) -> torch.Tensor:
+        return load_folder(tmp_path / name / f"scaling-{alpha:g}")["large"].double()
+
+    for alpha in scaling:
+        assert (output("nearest", alpha) == 1.0).all()
+        up = (output("one", alpha) > 1.0).double().mean().item()
+        assert abs(up - alpha) <= 6 * (alpha * (1 - alpha) / base.numel()) ** 0.5
+        assert torch.equal(output("one", alpha), output("again", alpha))
+        assert not torch.equal(output("one", alpha), output("two", alpha))
+    # An output alone is what it is among several; tensors have bits of their own.
+    imf.merge(config_of(family, tmp_path / "alone", stochastic_rounding=1, method="mean", scaling=0.3))
+    alone = load_folder(tmp_path / "alone")
+    assert torch.equal(alone["large"].double(), output("one", 0.3))
+    assert not torch.equal(alone["large"], alone["large-too"])
+    assert verify(tmp_path / "one", samples=8).recomputed
+    manifest = json.loads((tmp_path / "one" / "manifest.json").read_text())
+    assert manifest["description"]["config"]["stochastic_rounding"] == 1
+    merged = imf.merge_state_dicts(
+        load_folder(family[0]),
+        [load_folder(expert) for expert in family[1]],
+        method="mean",
+        scaling=0.25,
+        stochastic_rounding=1,
+    )
+    assert torch.equal(merged["large"].double(), output("one", 0.25))
+
+
+def test_stochastic_rounding_needs_bfloat16(tmp_path: Path) -> None:
+    family = make_family(tmp_path, dtype=torch.float32)
+    with pytest.raises(ConfigError, match="stochastic_rounding: no merged tensor is written as bfloat16"):
+        imf.merge(config_of(family, tmp_path / "out", stochastic_rounding=1))
+    with pytest.raises(ConfigError, match="stochastic_rounding is a seed, 0 or more; got -1"):
+        imf.merge(config_of(family, tmp_path / "out", stochastic_rounding=-1, dtype="bfloat16"))
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -96,6 +96,8 @@ def model_card(
     scaling: float,
     exclude: Iterable[str],
     dtype: str | None,
+    stochastic_rounding: int | None,
+    on_extra: str,
     version: str,
     library_name: str | None,
 ) -> str:
@@ -116,6 +118,8 @@ def model_card(
         *([f"exclude: {quoted(list(exclude))}"] if list(exclude) else []),
         *([f"overrides: {quoted(list(overrides))}"] if list(overrides) else []),
         *([f"dtype: {dtype}"] if dtype else []),
+        *([f"stochastic_rounding: {stochastic_rounding}"] if stochastic_rounding is not None else []),
+        *([f"on_extra: {on_extra}"] if on_extra != "error" else []),
     ]
     lines = [
         *front,

@@ -1,8 +1,8 @@
 """θ_i = θ₀ + α_i s Δ for several α in one read of θ₀ and Δ, each rounded once to the output's dtype.
 
 Rounding to bf16 can be stochastic: up with the probability by which the value lies nearer to the upper neighbour, so
-that the mean of many is the value. The random bits are those of ``reference.random_bits``, a function of seed, output
-and element alone, so that a merge on a GPU, on a CPU and one that was resumed give the same bytes.
+that the mean of many is the value. The random bits are those of ``reference.random_bits``, a function of seed and
+element alone, so that a merge on a GPU, on a CPU and one that was resumed give the same bytes.
 """
 
 # pyright: reportCallIssue=false, reportInvalidTypeForm=false, reportGeneralTypeIssues=false, reportArgumentType=false
@@ -25,12 +25,12 @@ CONFIG = CONFIGS[0]
 
 
 @triton.jit
-def random_bits(seed, element, output, member, BLOCK: tl.constexpr):
+def random_bits(seed, element, member, BLOCK: tl.constexpr):
     """16 random bits for each of BLOCK elements from ``element`` on, a multiple of 8; see ``reference.random_bits``."""
     group = element // 8 + tl.arange(0, BLOCK // 8)
     low, high = (group & 0xFFFFFFFF).to(tl.uint32), (group >> 32).to(tl.uint32)
     none = low & 0
-    r0, r1, r2, r3 = tl.philox(seed, low, high, none + output.to(tl.uint32), none + member.to(tl.uint32))
+    r0, r1, r2, r3 = tl.philox(seed, low, high, none + member.to(tl.uint32), none)
     words = tl.join(tl.join(r0, r2), tl.join(r1, r3))  # r0, r1, r2, r3 when flattened
     halves = tl.join(words & 0xFFFF, words >> 16)
     return tl.reshape(halves, [BLOCK])
@@ -66,19 +66,20 @@ def apply_delta_kernel(
     if HAS_SCALE:
         change *= tl.load(scale + line // member_lines).to(compute)
     place = out + line * out_stride + offsets
-    output = tl.zeros([], dtype=tl.int64)
-    for _ in range(n_outputs):
+    noise = tl.zeros([BLOCK], dtype=tl.uint32)
+    if STOCHASTIC:
+        noise = random_bits(seed, block * BLOCK, line, BLOCK)
+    for output in range(n_outputs):
         value = origin + tl.load(scalings + output).to(compute) * change
         if out.dtype.element_ty != tl.float64:  # float64 to bf16 goes by float32, as in torch
             value = value.to(tl.float32)
         if STOCHASTIC:
             bits = value.to(tl.uint32, bitcast=True)
-            raised = bits + random_bits(seed, block * BLOCK, output, line, BLOCK)
+            raised = bits + noise
             finite = (bits & 0x7F800000) != 0x7F800000
             value = tl.where(finite, raised & 0xFFFF0000, bits).to(tl.float32, bitcast=True)
         tl.store(place, value.to(out.dtype.element_ty), mask=mask)
         place += output_stride
-        output += 1
 
 
 def apply_delta(

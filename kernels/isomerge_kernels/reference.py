@@ -158,10 +158,11 @@ def apply_delta(
             change = changes[member, block]
             if factors is not None:
                 change = change * factors[member]
-            for index, (scaling, output) in enumerate(zip(scalings, outputs, strict=True)):
+            noise = None if seed is None else random_bits(seed, start, change.numel(), member)
+            for scaling, output in zip(scalings, outputs, strict=True):
                 value = origins[member, block].to(delta.dtype, copy=True).add_(change, alpha=scaling)
-                if seed is not None:
-                    value = round_stochastically(value, random_bits(seed, start, len(value), index, member))
+                if noise is not None:
+                    value = round_stochastically(value, noise)
                 output.view(members, -1)[member, block] = value
     return outputs
 
@@ -174,19 +175,20 @@ def round_stochastically(x: Tensor, bits: Tensor) -> Tensor:
     return torch.where(infinite, raw, raised).view(torch.float32)
 
 
-def random_bits(seed: int, element: int, count: int, output: int, member: int) -> Tensor:
+def random_bits(seed: int, element: int, count: int, member: int) -> Tensor:
     """16 random bits, as int64, of ``count`` elements from ``element`` on: the same on every machine.
 
     Element e has half e mod 2, the lower first, of word (e mod 8) // 2 of Philox4x32-10, with the seed as its key and
-    the counter (e // 8 mod 2^32, e // 8 / 2^32, output, member). The member of a batch is what ``scale`` counts; where
-    that is one number or none, e goes through the whole tensor and the member is 0.
+    the counter (e // 8 mod 2^32, e // 8 / 2^32, member, 0). The member of a batch is what ``scale`` counts; where that
+    is one number or none, e goes through the whole tensor and the member is 0. Every α has the same bits, so that one
+    output alone is what it is among several.
 
     Reference: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
     """
     first, last = element // 8, (element + count - 1) // 8
     group = torch.arange(first, last + 1, dtype=torch.int64, device="cpu")
     words = philox4x32(
-        (group & MASK, group >> 32, torch.full_like(group, output), torch.full_like(group, member)),
+        (group & MASK, group >> 32, torch.full_like(group, member), torch.zeros_like(group)),
         (seed & MASK, seed >> 32),
     )
     halves = torch.stack([half for word in words for half in (word & 0xFFFF, word >> 16)], dim=-1).flatten()
