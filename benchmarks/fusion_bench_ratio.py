@@ -13,7 +13,6 @@ import argparse
 import contextlib
 import io
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -24,6 +23,7 @@ import torch
 from torch import Tensor
 
 import isomerge_fast as imf
+from benchmarks.measure import device_name
 
 DEFAULT_SHAPES = "768x768,1024x1024,2048x2048,768x3072,3072x768"
 # Sizes up to which float64 SVDs of all tasks are made for the error column.
@@ -116,15 +116,6 @@ def compare(shape: tuple[int, int], method: str, kind: str, *, tasks: int, round
     return row
 
 
-def processor() -> str:
-    """The CPU's public name."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="Ratios to FusionBench's iso_c and iso_cts.")
     parser.add_argument("--shapes", default=DEFAULT_SHAPES)
@@ -135,8 +126,11 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    name = torch.cuda.get_device_name() if options.device != "cpu" else processor()
-    machine = {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__}
+    machine = {
+        "device": device_name(torch.device(options.device)),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
     print(f"{machine['device']}, {machine['threads']} threads, torch {machine['torch']}, T = {options.tasks}")
     print(f"{'shape':>10}  {'method':8} {'deltas':6} {'ours s':>8} {'peer s':>8} {'ratio':>6}  range        errors")
     rows = []

@@ -251,6 +251,9 @@ def product_checks() -> Iterator[tuple[str, Check]]:
         other = symmetric_matmul.symmetric_matmul(a[0].mT.contiguous().mT, **options)
         product = a[0].double() @ a[0].double().mT
         compare(other, a[0] @ a[0].mT, product, eps)
+        nested = symmetric_matmul.symmetric_matmul(a[:, None].expand(2, 3, n, k), **options)  # two batch dimensions
+        assert nested.shape == (2, 3, n, n)
+        assert torch.equal(nested[1, 2], symmetric_matmul.symmetric_matmul(a[1], **options))
         both = c.clone()
         symmetric_matmul.symmetric_matmul(a, c=both, alpha=alpha, beta=beta, gamma=gamma, out=both, **options)
         assert torch.equal(both, ours)

@@ -112,6 +112,10 @@ def test_apply_delta_refuses(apply_delta, arguments: dict, message: str) -> None
         ({"b": torch.ones(3, 4)}, r"a is \[3, 4\] and b \[3, 4\]: expected \[..., n, k\] and \[..., k, n\]"),
         ({"c": torch.ones(4, 4)}, r"c is \[4, 4\], expected \[3, 3\]"),
         ({"out": torch.ones(3, 6)[:, ::2]}, "out has strides .* expected rows side by side"),
+        (
+            {"b": torch.ones(2, 5, 4, 3), "out": torch.ones(5, 2, 3, 3).transpose(0, 1)},
+            "out has strides .* expected a contiguous tensor for several batch dimensions",
+        ),
     ],
 )
 def test_symmetric_matmul_refuses(arguments: dict, message: str) -> None:

@@ -177,6 +177,8 @@ def symmetric_matmul(
             raise ValueError(f"{name} is {list(matrix.shape)}, expected {[*batch, n, n]}")
         if matrix is not None and n > 1 and matrix.stride(-1) != 1:
             raise ValueError(f"{name} has strides {matrix.stride()}: expected rows side by side")
+    if out.ndim > 3 and not out.is_contiguous():
+        raise ValueError(f"out has strides {out.stride()}: expected a contiguous tensor for several batch dimensions")
     if out.numel() == 0:
         return out
     config = config or default_config(config_key(a.dtype, precision), capability_of(a.device))
@@ -212,7 +214,5 @@ def symmetric_matmul(
 
 
 def _flat(matrices: Tensor) -> Tensor:
-    """[batch, rows, columns] over the same memory where there is one batch dimension or none."""
-    if matrices.ndim == 2:
-        return matrices[None]
-    return matrices if matrices.ndim == 3 else matrices.flatten(0, -3)
+    """[batch, rows, columns]; over the same memory, but for several batch dimensions that cannot be seen as one."""
+    return matrices[None] if matrices.ndim == 2 else matrices.flatten(0, -3)
