@@ -119,6 +119,13 @@ def merge_state_dicts(
     if problems:
         raise InputError("the state dicts do not fit each other:", problems)
 
+    if stochastic_rounding is not None:
+        outputs = [dtype or tensor.dtype for tensor in base.values() if tensor.is_floating_point()]
+        if stochastic_rounding < 0:
+            raise ConfigError(f"stochastic_rounding is a seed, 0 or more; got {stochastic_rounding}")
+        if torch.bfloat16 not in outputs:
+            raise ConfigError("stochastic_rounding: no merged tensor becomes bfloat16 (dtype=torch.bfloat16 does that)")
+
     result: dict[str, Tensor] = {}
     merged_at: dict[tuple[Any, ...], Tensor] = {}
     with torch.no_grad():

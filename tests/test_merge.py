@@ -241,6 +241,11 @@ def test_stochastic_rounding_needs_bfloat16(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="stochastic_rounding is a seed, 0 or more; got -1"):
         imf.merge(config_of(family, tmp_path / "out", stochastic_rounding=-1, dtype="bfloat16"))
     assert not (tmp_path / "out").exists()
+    base, experts = load_folder(family[0]), [load_folder(expert) for expert in family[1]]
+    with pytest.raises(ConfigError, match="stochastic_rounding: no merged tensor becomes bfloat16"):
+        imf.merge_state_dicts(base, experts, method="mean", stochastic_rounding=1)
+    with pytest.raises(ConfigError, match="stochastic_rounding is a seed, 0 or more; got -1"):
+        imf.merge_state_dicts(base, experts, method="mean", dtype=torch.bfloat16, stochastic_rounding=-1)
 
 
 @pytest.mark.parametrize("method", METHODS)
