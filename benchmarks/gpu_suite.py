@@ -50,8 +50,12 @@ def main() -> int:
     default = ROOT / "benchmarks" / "results" / f"{device_name(device)}.json"
     suite = Suite(options.out or default, options.minutes, device, small=options.small)
     for stage in STAGES:
-        if not options.only or stage.__name__ in options.only:
+        if options.only and stage.__name__ not in options.only:
+            continue
+        try:
             stage(suite)
+        except Exception as error:  # outside of a row: the stages after it still have their turn
+            suite.note(stage.__name__, "stage", failed=f"{type(error).__name__}: {error}"[:500])
     failed = sum("failed" in row for row in suite.rows)
     skipped = sum("skipped" in row for row in suite.rows)
     print(f"{len(suite.rows)} rows, {failed} failed, {skipped} skipped", flush=True)
