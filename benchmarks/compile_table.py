@@ -33,7 +33,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from isomerge_kernels import apply_delta, symmetric_matmul, task_sum
-from isomerge_kernels._launch import OPTIONS
+from isomerge_kernels._launch import OPTIONS, Config
 
 BEGIN, END = "<!-- compile table -->", "<!-- end of compile table -->"
 KIB = 1024
@@ -101,89 +101,89 @@ TL = {"fp64": tl.float64, "fp32": tl.float32, "bf16": tl.bfloat16, "fp16": tl.fl
 
 
 def forms() -> Iterator[Form]:
-    """Every form that a launcher may ask for on aligned tensors, by the dtypes that merges bring."""
-    for expert, base, total in (
-        ("bf16", "bf16", "fp32"),
-        ("bf16", "bf16", "fp64"),
-        ("fp16", "fp16", "fp32"),
-        ("fp32", "fp32", "fp32"),
-        ("fp32", "fp32", "fp64"),
-        ("fp64", "fp64", "fp64"),
+    """Every configuration, by the dtypes that merges bring; the rarer turns of a kernel in its first configuration."""
+    for expert, total in (
+        ("bf16", "fp32"),
+        ("bf16", "fp64"),
+        ("fp16", "fp32"),
+        ("fp32", "fp32"),
+        ("fp32", "fp64"),
+        ("fp64", "fp64"),
     ):
         for config in task_sum.CONFIGS:
-            yield Form(
-                "task_sum",
-                f"{expert} → {total}",
-                f"{config.block}, {config.num_warps} warps",
-                {
-                    "table": "*i64",
-                    "base": f"*{base}",
-                    "out": f"*{total}",
-                    "statistics": "*fp64",
-                    "n_tasks": "i32",
-                    "n_blocks": "i32",
-                    "elements": "i64",
-                    "base_stride": "i64",
-                    "out_stride": "i64",
-                    "kind_stride": "i64",
-                    "task_stride": "i64",
-                },
-                {
-                    "EXPERT": TL[expert],
-                    "COMPUTE": TL["fp64" if expert == "fp64" else "fp32"],
-                    "HAS_BASE": True,
-                    "ADD": False,
-                    "ALIGNMENT": 16,
-                    "BLOCK": config.block,
-                },
-                {"num_warps": config.num_warps},
-                ("table", "base", "out", "statistics", "elements", "base_stride", "out_stride"),
-                vector_loads=2,  # base and expert
-                vector_stores=1,
-            )
-    for base, delta, out, stochastic in (
-        ("bf16", "fp32", "bf16", False),
-        ("bf16", "fp32", "bf16", True),
-        ("bf16", "fp64", "bf16", False),
-        ("fp16", "fp32", "fp16", False),
-        ("fp32", "fp32", "fp32", False),
-        ("fp32", "fp32", "bf16", False),
-        ("fp64", "fp64", "fp64", False),
+            yield sum_form(expert, total, config)
+        yield sum_form(expert, total, task_sum.CONFIG, "deltas", HAS_BASE=False)
+    yield sum_form("bf16", "fp32", task_sum.CONFIG, "added to S", ADD=True)
+    yield sum_form("bf16", "fp32", task_sum.CONFIG, "not aligned", ALIGNMENT=1)
+    for base, delta, out in (
+        ("bf16", "fp32", "bf16"),
+        ("bf16", "fp64", "bf16"),
+        ("fp16", "fp32", "fp16"),
+        ("fp32", "fp32", "fp32"),
+        ("fp32", "fp32", "bf16"),
+        ("fp64", "fp64", "fp64"),
     ):
         for config in apply_delta.CONFIGS:
-            yield Form(
-                "apply_delta",
-                f"{base} + {delta} → {out}" + (", stochastic" if stochastic else ""),
-                f"{config.block}, {config.num_warps} warps",
-                {
-                    "base": f"*{base}",
-                    "delta": f"*{delta}",
-                    "out": f"*{out}",
-                    "scalings": "*fp64",
-                    "scale": "*fp64",
-                    "seed": "i64",
-                    "n_outputs": "i32",
-                    "n_blocks": "i32",
-                    "elements": "i64",
-                    "member_lines": "i32",
-                    "base_stride": "i64",
-                    "delta_stride": "i64",
-                    "out_stride": "i64",
-                    "output_stride": "i64",
-                },
-                {"HAS_SCALE": False, "STOCHASTIC": stochastic, "BLOCK": config.block},
-                {"num_warps": config.num_warps},
-                ("base", "delta", "out", "elements", "base_stride", "delta_stride", "out_stride", "output_stride"),
-                vector_loads=2,
-                vector_stores=1,
-            )
+            yield apply_form(base, delta, out, config)
+    for config in apply_delta.CONFIGS:
+        yield apply_form("bf16", "fp32", "bf16", config, "stochastic", STOCHASTIC=True)
+    yield apply_form("bf16", "fp32", "bf16", apply_delta.CONFIG, "scaled", HAS_SCALE=True)
     for key, configs in symmetric_matmul.CONFIGS.items():
         for config in configs:
             for transposed in (False, True):
                 yield product_form(key, config, transposed)
+            yield product_form(key, config, False, has_c=False)
 
 
-def product_form(key: str, config: symmetric_matmul.TileConfig, transposed: bool) -> Form:
+def sum_form(expert: str, total: str, config: Config, note: str = "", **changes: Any) -> Form:
+    """``task_sum`` of experts and a base of one dtype; ``changes`` to its constants, which ``note`` names."""
+    constants = {"EXPERT": TL[expert], "COMPUTE": TL["fp64" if expert == "fp64" else "fp32"], "BLOCK": config.block}
+    constants |= {"HAS_BASE": True, "ADD": False, "ALIGNMENT": 16} | changes
+    return Form(
+        "task_sum",
+        f"{expert} → {total}" + (f", {note}" if note else ""),
+        f"{config.block}, {config.num_warps} warps",
+        {
+            "table": "*i64",
+            "base": f"*{expert}",
+            "out": f"*{total}",
+            "statistics": "*fp64",
+            **dict.fromkeys(("n_tasks", "n_blocks"), "i32"),
+            **dict.fromkeys(("elements", "base_stride", "out_stride", "kind_stride", "task_stride"), "i64"),
+        },
+        constants,
+        {"num_warps": config.num_warps},
+        ("table", "base", "out", "statistics", "elements", "base_stride", "out_stride"),
+        # Of the base and of the experts, which are read in vectors only where their addresses allow it.
+        vector_loads=int(constants["HAS_BASE"]) + int(constants["ALIGNMENT"] == 16),
+        vector_stores=1,
+    )
+
+
+def apply_form(base: str, delta: str, out: str, config: Config, note: str = "", **changes: Any) -> Form:
+    """``apply_delta``; ``changes`` to its constants, which ``note`` names."""
+    strides = ("base_stride", "delta_stride", "out_stride", "output_stride")
+    return Form(
+        "apply_delta",
+        f"{base} + {delta} → {out}" + (f", {note}" if note else ""),
+        f"{config.block}, {config.num_warps} warps",
+        {
+            "base": f"*{base}",
+            "delta": f"*{delta}",
+            "out": f"*{out}",
+            **dict.fromkeys(("scalings", "scale"), "*fp64"),
+            **dict.fromkeys(("n_outputs", "n_blocks", "member_lines"), "i32"),
+            **dict.fromkeys(("seed", "elements", *strides), "i64"),
+        },
+        {"HAS_SCALE": False, "STOCHASTIC": False, "BLOCK": config.block} | changes,
+        {"num_warps": config.num_warps},
+        ("base", "delta", "out", "elements", *strides),
+        vector_loads=2,
+        vector_stores=1,
+    )
+
+
+def product_form(key: str, config: symmetric_matmul.TileConfig, transposed: bool, *, has_c: bool = True) -> Form:
     """A Aᵀ of a matrix with its rows side by side, or Aᵀ A of it."""
     element = {"fp64": "fp64", "half": "bf16"}.get(key, "fp32")
     on_sm_80 = symmetric_matmul.default_config(key, (8, 0))
@@ -193,7 +193,7 @@ def product_form(key: str, config: symmetric_matmul.TileConfig, transposed: bool
         ones, strides = strides, ones
     return Form(
         "symmetric_matmul",
-        {"half": "bf16"}.get(key, key) + (", Aᵀ A" if transposed else ", A Aᵀ"),
+        {"half": "bf16"}.get(key, key) + (", Aᵀ A" if transposed else ", A Aᵀ") + ("" if has_c else ", no C"),
         f"{shape}, {config.num_warps} warps, {config.num_stages} stages",
         {
             **dict.fromkeys(("a", "b", "c", "out"), f"*{element}"),
@@ -203,7 +203,7 @@ def product_form(key: str, config: symmetric_matmul.TileConfig, transposed: bool
         },
         {
             **dict.fromkeys(ones, 1),
-            "HAS_C": True,
+            "HAS_C": has_c,
             "PRECISION": key if element == "fp32" else "ieee",
             "BLOCK": config.block,
             "BLOCK_K": config.block_k,

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from isomerge_fast.linalg.polar_gram import GramNewtonSchulz
 from isomerge_fast.linalg.polar_qdwh import Qdwh
 from isomerge_fast.linalg.protocol import PolarSolver
 from isomerge_fast.linalg.svd import FullSvd
-from isomerge_fast.methods import METHODS, Method, TensorDeltas
+from isomerge_fast.methods import METHODS, Method, TensorDeltas, make_method
 from isomerge_fast.plan import make_plan
 from isomerge_kernels import apply_delta, symmetric_matmul, task_sum
 
@@ -127,7 +128,7 @@ def solvers_right(suite: Suite) -> None:
             for precision, bar in (("fast", 1e-2), ("default", 1e-5), ("reference", 1e-8)):
 
                 def merge(name=name, precision=precision, bar=bar, exact=exact, deltas=deltas):
-                    value, stats = METHODS[name](precision=precision).merge(TensorDeltas(deltas))  # type: ignore[call-arg]
+                    value, stats = make_method(name, {"precision": precision}).merge(TensorDeltas(deltas))
                     found = {"error": relative_error(value, exact), "algorithm": stats.algorithm}
                     assert found["error"] <= bar, found
                     assert not stats.missed(), stats.to_dict()
@@ -141,8 +142,11 @@ def ceilings(suite: Suite) -> None:
     size = 1 << 22 if suite.small else 1 << 30
     suite.attempt("ceiling", "copy", lambda: {"gb_per_s": copy_rate(device, size) / 1e9})
     if device.type == "cuda":
-        rates = lambda: {key: rate / 1e9 for key, rate in transfer_rates(device).items()}  # noqa: E731
-        suite.attempt("ceiling", "pinned transfers, GB/s", rates)
+
+        def transfers() -> dict[str, Any]:
+            return {key: rate / 1e9 for key, rate in transfer_rates(device).items()}
+
+        suite.attempt("ceiling", "pinned transfers, GB/s", transfers)
     for side in (128,) if suite.small else (1024, 4096, 8192):
         for name, dtype, precision in (
             ("bf16", torch.bfloat16, "ieee"),
@@ -150,8 +154,11 @@ def ceilings(suite: Suite) -> None:
             ("fp32", torch.float32, "ieee"),
             ("fp64", torch.float64, "ieee"),
         ):
-            rate = lambda s=side, d=dtype, p=precision: {"tflop_per_s": matmul_rate(device, s, d, p) / 1e12}  # noqa: E731
-            suite.attempt("ceiling", f"matmul {name} {side}", rate)
+
+            def products_a_second(side=side, dtype=dtype, precision=precision):
+                return {"tflop_per_s": matmul_rate(device, side, dtype, precision) / 1e12}
+
+            suite.attempt("ceiling", f"matmul {name} {side}", products_a_second)
 
 
 def bandwidths(suite: Suite) -> None:
@@ -182,9 +189,8 @@ def bandwidths(suite: Suite) -> None:
             for config in apply_delta.CONFIGS:
 
                 def applied(base=base, delta=delta, scalings=scalings, seed=seed, config=config, size=size):
-                    call = lambda: apply_delta.apply_delta(  # noqa: E731
-                        base, delta, scalings=scalings, dtype=torch.bfloat16, seed=seed, config=config
-                    )
+                    options = {"scalings": scalings, "dtype": torch.bfloat16, "seed": seed, "config": config}
+                    call = partial(apply_delta.apply_delta, base, delta, **options)
                     seconds = median_seconds(call, device, budget_seconds=0.2)
                     rate = size / seconds / 1e9
                     return {"seconds": seconds, "gb_per_s": rate, "of_copy": rate / ceiling}
@@ -215,7 +221,7 @@ def products(suite: Suite) -> None:
 
                 def product(a=a, key=key, config=config, exact=exact, theirs=theirs, their_error=their_error):
                     precision = key if a.dtype == torch.float32 and device.type == "cuda" else "ieee"
-                    call = lambda: symmetric_matmul.symmetric_matmul(a, precision=precision, config=config)  # noqa: E731
+                    call = partial(symmetric_matmul.symmetric_matmul, a, precision=precision, config=config)
                     error = relative_error(call(), exact)
                     seconds = median_seconds(call, device, budget_seconds=0.3)
                     return {

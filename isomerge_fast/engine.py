@@ -261,6 +261,7 @@ class _Run:
                 for writer in self._writers.values():
                     writer.close(validate=completed)
             journal.close()
+            return_freed_blocks(eager=False)  # as glibc's own threshold ends up; the process may go on without us
         return self._finish(journal.finished, started)
 
     def _open_writers(self) -> None:

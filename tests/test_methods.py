@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import oracle
 import pytest
@@ -313,18 +315,51 @@ def test_methods_declare_themselves(name: str) -> None:
     assert method.citation.startswith("arXiv ")
 
 
-@pytest.mark.parametrize("name", ["iso-c", "iso-cts"])
-def test_the_callers_precision_settings_change_nothing_and_stay(name: str) -> None:
-    deltas = as_deltas(make_deltas(96, 160, 3))
-    expected, _ = METHODS[name]().merge(deltas)
-    before = torch.get_float32_matmul_precision()
+BACKENDS: Any = torch.backends  # whose types do not tell of the settings below
+
+
+def precision_settings() -> tuple[str, ...]:
     try:
-        torch.set_float32_matmul_precision("medium")
+        old = torch.get_float32_matmul_precision()
+    except RuntimeError:
+        old = "differs from the new settings"
+    new = (BACKENDS, BACKENDS.cuda.matmul, BACKENDS.mkldnn.matmul)
+    return (old, *(setting.fp32_precision for setting in new))
+
+
+@pytest.mark.parametrize("setting", ["default", "old-high", "old-medium", "new-cuda", "new-general"])
+@pytest.mark.parametrize("name", ["iso-c", "iso-cts"])
+def test_the_callers_precision_settings_change_nothing_and_stay(
+    name: str, setting: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deltas = as_deltas(make_deltas(96, 160, 3))
+    method: Any = METHODS[name]
+    expected, _ = method().merge(deltas)
+    inside, attempt = [], method._attempt
+
+    def watched(self, *arguments):
+        # Reading it is what a cuBLAS product does first; it raises where old and new settings disagree.
+        inside.append((BACKENDS.cuda.matmul.allow_tf32, *precision_settings()[2:]))
+        return attempt(self, *arguments)
+
+    monkeypatch.setattr(method, "_attempt", watched)
+    try:
+        if setting.startswith("old"):
+            torch.set_float32_matmul_precision(setting.removeprefix("old-"))
+        elif setting == "new-cuda":
+            BACKENDS.cuda.matmul.fp32_precision = "tf32"
+        elif setting == "new-general":
+            BACKENDS.fp32_precision = "tf32"
+        before = precision_settings()
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            value, stats = METHODS[name]().merge(deltas)
-        assert torch.get_float32_matmul_precision() == "medium"
+            value, stats = method().merge(deltas)
+        assert precision_settings() == before
     finally:
-        torch.set_float32_matmul_precision(before)
+        BACKENDS.fp32_precision = "none"
+        torch.set_float32_matmul_precision("highest")
+        BACKENDS.cuda.matmul.fp32_precision = BACKENDS.mkldnn.matmul.fp32_precision = "none"
+    assert inside
+    assert all(not tf32 and {*new} <= {"none", "ieee"} for tf32, *new in inside)
     assert value.dtype == expected.dtype
     assert torch.equal(value, expected)
     assert not stats.missed()

@@ -31,17 +31,32 @@ def merge_certified(
 
 @contextmanager
 def exact_products(device: torch.device) -> Iterator[None]:
-    """Matrices are multiplied in their own dtype, whatever autocast and TF32 settings the program around us has."""
-    settings: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
+    """Matrices are multiplied in their own dtype, whatever autocast and TF32 settings the program around us has.
+
+    torch keeps two sets of TF32 settings, and cuBLAS products fail where they disagree: so both are set by the old
+    function, which writes both, and put back one after the other.
+    """
+    backends: Any = torch.backends  # whose types do not tell of these settings
+    settings = (backends.cuda.matmul, backends.mkldnn.matmul)
+    general = backends.fp32_precision
     before = [setting.fp32_precision for setting in settings]
     try:
-        for setting in settings:
-            setting.fp32_precision = "ieee"
-        with torch.autocast(device.type, enabled=False):
+        old = torch.get_float32_matmul_precision()
+    except RuntimeError:  # only the new settings are in use, at another value than the old default
+        old = "highest"
+    is_exact = old == "highest" and all(precision in ("none", "ieee") for precision in before)
+    with torch.autocast(device.type, enabled=False):
+        if is_exact:
             yield
-    finally:
-        for setting, precision in zip(settings, before, strict=True):
-            setting.fp32_precision = precision
+            return
+        torch.set_float32_matmul_precision("highest")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(old)
+            for setting, precision in zip(settings, before, strict=True):
+                # A setting that only repeats the general one goes on following it.
+                setting.fp32_precision = "none" if precision == general else precision
 
 
 def _climb(

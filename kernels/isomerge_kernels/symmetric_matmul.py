@@ -37,11 +37,11 @@ class TileConfig(NamedTuple):
 
 
 # By what is multiplied. Compiled ahead of time, none of these spills registers on sm_80, sm_90, sm_100 or gfx942;
-# float64 tiles of 128 do everywhere, and those of split float32 on sm_80 (tf32x3 always, bf16x3
-# by Triton 3.8), see benchmarks/compile_table.py.
+# float64 tiles of 128 do everywhere, those of split float32 on sm_80: tf32x3 always, bf16x3 by Triton 3.8
+# (benchmarks/compile_table.py).
 CONFIGS: dict[str, tuple[TileConfig, ...]] = {
-    "fp64": (TileConfig(64, 16, 4, 3), TileConfig(64, 32, 8, 2)),
-    "ieee": (TileConfig(64, 32, 4, 2), TileConfig(128, 16, 8, 2)),
+    "fp64": (TileConfig(64, 32, 8, 2), TileConfig(64, 16, 8, 2)),
+    "ieee": (TileConfig(64, 16, 4, 2), TileConfig(128, 16, 8, 2)),
     "tf32x3": (TileConfig(128, 32, 8, 3), TileConfig(64, 32, 4, 3)),
     "bf16x3": (TileConfig(128, 32, 8, 3), TileConfig(64, 32, 4, 3)),
     "half": (TileConfig(128, 64, 8, 3), TileConfig(64, 64, 4, 3)),
