@@ -177,13 +177,14 @@ def merge(
     max_vram: int | None = None,
     resume: bool = False,
     overwrite: bool = False,
+    io: str = "auto",
     observer: Observer | None = None,
 ) -> Report:
     """Merges checkpoints on disk into a new one, as ``isomerge run`` does.
 
     Args:
         config: path of a YAML file, a dict with the same keys, or a MergeConfig.
-        device, max_ram, max_vram, resume, overwrite, observer: see ``engine.run``; ceilings in bytes.
+        device, max_ram, max_vram, resume, overwrite, io, observer: see ``engine.run``; ceilings in bytes.
 
     Returns:
         The report, also written into the output.
@@ -198,5 +199,6 @@ def merge(
         max_vram=max_vram,
         resume=resume,
         overwrite=overwrite,
+        io=io,
         observer=observer,
     )

@@ -48,6 +48,7 @@ OutOption = Annotated[str | None, typer.Option("--out", help="Folder to write.")
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
 RamOption = Annotated[str | None, typer.Option("--max-ram", help="Ceiling for resident memory, e.g. 4GiB.")]
 VramOption = Annotated[str | None, typer.Option("--max-vram", help="Ceiling for GPU memory, e.g. 8GiB.")]
+IoOption = Annotated[str, typer.Option("--io", help="auto: past the page cache where that is faster; or buffered.")]
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -136,6 +137,7 @@ def run(
     max_vram: VramOption = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an unfinished merge.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output, at the very end.")] = False,
+    io: IoOption = "auto",
     format: FormatOption = Format.human,
 ) -> None:
     """Merge checkpoints into --out."""
@@ -148,10 +150,16 @@ def run(
         from .console import print_report, watched
 
         merge_config = gather_config(config, changes)
-        ceilings = {"max_ram": parse_bytes(max_ram, "--max-ram"), "max_vram": parse_bytes(max_vram, "--max-vram")}
         with watched(enabled=format is Format.human) as observer:
             report = merge(
-                merge_config, device=device, resume=resume, overwrite=overwrite, observer=observer, **ceilings
+                merge_config,
+                device=device,
+                resume=resume,
+                overwrite=overwrite,
+                io=io,
+                observer=observer,
+                max_ram=parse_bytes(max_ram, "--max-ram"),
+                max_vram=parse_bytes(max_vram, "--max-vram"),
             )
         answer(format, report.to_dict(), lambda: print_report(report))
 

@@ -93,6 +93,7 @@ def group_tensors(tensors: tuple[TensorPlan, ...]) -> list[tuple[str, list[Tenso
             plan.base.dtype,
             plan.out.dtype,
             plan.action,
+            plan.route.name,
             plan.reason,
         )
         groups.setdefault(key, []).append(plan)
@@ -111,7 +112,7 @@ def group_tensors(tensors: tuple[TensorPlan, ...]) -> list[tuple[str, list[Tenso
 
 def print_plan(plan: Plan, seconds: dict[str, float]) -> None:
     out = console()
-    table = _table("tensor", ">count", "shape", "dtype", "becomes", "why")
+    table = _table("tensor", ">count", "shape", "dtype", "becomes", "route", "why")
     for name, members in group_tensors(plan.tensors):
         first = members[0]
         dtype = first.base.dtype if first.base.dtype == first.out.dtype else f"{first.base.dtype} → {first.out.dtype}"
@@ -121,6 +122,7 @@ def print_plan(plan: Plan, seconds: dict[str, float]) -> None:
             escape(str(list(first.base.shape))),
             dtype,
             first.action,
+            first.route.name,
             escape(first.reason),
         )
     out.print(table)
@@ -135,7 +137,8 @@ def print_plan(plan: Plan, seconds: dict[str, float]) -> None:
         f"in {len(plan.shards) * len(plan.config.scalings)} file(s)"
     )
     out.print(
-        f"peak memory ≈ {size(plan.peak_ram_bytes)} on a CPU ({size(plan.peak_working_bytes)} for the largest tensor)"
+        f"peak memory ≈ {size(plan.peak_ram_bytes)} on a CPU: {size(plan.peak_work_bytes)} for the largest tensor, "
+        f"{size(plan.budget.read_ahead)} for reading ahead"
     )
     out.print(f"estimated on this CPU, bytes at 1 GB/s: {parts}")
     _print_notes(out, plan.notes)
@@ -165,8 +168,14 @@ def print_report(report: Report, *, every_tensor: bool = False) -> None:
         out.print(f"certified: {certified} of {len(judged)}; {escalated} took another solver than the first")
     moved = report.read_bytes + report.write_bytes
     total = report.seconds.get("total", 0.0)
-    shares = ", ".join(f"{key} {duration(value)}" for key, value in report.seconds.items() if key != "total")
+    phases = {key: value for key, value in report.seconds.items() if key != "total"}
+    labels = {"read": "waiting for reads", "compute": "computing", "write": "waiting for writes"}
+    shares = ", ".join(
+        f"{labels[key]} {duration(value)} ({100 * value / max(total, 1e-9):.0f} %)" for key, value in phases.items()
+    )
     out.print(f"{size(moved)} in {duration(total)} ({moved / max(total, 1e-9) / 1e9:.2f} GB/s): {shares}")
+    if report.io:
+        out.print(f"files: read {report.io['read']}, written {report.io['write']}")
     for entry in report.tensors:
         if remark := entry.get("remarks"):
             out.print(f"note: {escape(entry['name'])}: {escape(remark)}")

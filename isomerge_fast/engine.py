@@ -6,8 +6,11 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +18,29 @@ import torch
 from torch import Tensor
 
 from . import __version__, ops
+from .checkpoint.checksum import ALGORITHM
 from .checkpoint.companions import config_with_dtype, copy_companions, model_card
-from .checkpoint.layout import DTYPES, SINGLE_FILE, StoredTensor
+from .checkpoint.layout import DTYPES, SINGLE_FILE
 from .checkpoint.manifest import FORMAT, MANIFEST_FILE, Journal, describe_inputs, fingerprint, to_json
+from .checkpoint.read_ahead import THREADS as READ_THREADS
+from .checkpoint.read_ahead import ReadAhead
 from .checkpoint.reader import Reader
 from .checkpoint.staging import Staging
+from .checkpoint.write_behind import WriteBehind
 from .checkpoint.writer import ShardWriter, sync_folder, write_durably
-from .errors import ConfigError, InputError, ResourceError
-from .heap import return_freed_blocks, trim_heap
-from .methods import METHODS, NotFiniteError
-from .plan import PART_ELEMENTS, Plan, TensorPlan, check_resources
+from .errors import ConfigError, InputError, ResourceError, nearest
+from .heap import return_freed_blocks
+from .methods import METHODS, Method, NotFiniteError, RowBlock
+from .plan import Plan, TensorPlan, check_resources
 from .report import REPORT_FILE, Progress, Report
+from .routes import BY_ROWS
+from .sources import TensorSource, first_pass
+from .workers import Workers
 
 Observer = Callable[[Progress], None]
 # About what glibc's heap may keep of freed blocks. Tensors that come so close to the plan's peak return theirs at once.
 HEAP_RESIDUE_BYTES = 128 << 20
+IO = ("auto", "buffered")
 
 
 def scaling_folders(scalings: tuple[float, ...]) -> dict[str, float]:
@@ -82,82 +93,6 @@ class Stopwatch:
             self._observer(self._progress)
 
 
-class CheckpointDeltas:
-    """``methods.Deltas`` of one planned tensor: experts are read when a task is asked for.
-
-    Small tensors' experts are kept between passes; of large ones a few rows are in memory at a time.
-    """
-
-    def __init__(
-        self, plan: TensorPlan, base: Tensor, reader: Reader, device: torch.device, stopwatch: Stopwatch
-    ) -> None:
-        self._plan, self._base, self._reader, self._device, self._stopwatch = plan, base, reader, device, stopwatch
-        self._kept: dict[int, Tensor] = {}
-        self.read_bytes = 0
-
-    @property
-    def n_tasks(self) -> int:
-        return len(self._plan.experts)
-
-    @property
-    def shape(self) -> torch.Size:
-        return self._base.shape
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self._plan.spec.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self._device
-
-    def _parts(self, *tasks: int) -> Iterator[tuple[slice, list[Tensor]]]:
-        """Rows of some experts with their place: at once where experts are kept, else block by block, never in whole.
-
-        All of them together hold about ``PART_ELEMENTS`` elements at a time.
-        """
-        stored = [self._plan.experts[task] for task in tasks]
-        if self._plan.keeps_experts:
-            for task, expert in zip(tasks, stored, strict=True):
-                if task not in self._kept:
-                    self._kept[task] = self._read(expert)
-            yield slice(None), [self._kept[task] for task in tasks]
-            return
-        trim_heap()
-        for rows in ops.row_blocks(self.shape, PART_ELEMENTS // len(tasks)):
-            yield rows, [self._read(expert, rows) for expert in stored]
-
-    def _read(self, stored: StoredTensor, rows: slice | None = None) -> Tensor:
-        with self._stopwatch.phase("read"):
-            part = self._reader.read(stored, rows)
-            self.read_bytes += part.nbytes
-            return part.to(self._device)
-
-    def delta(self, task: int) -> Tensor:
-        out = torch.empty(self.shape, dtype=self.dtype, device=self._device)
-        for rows, (part,) in self._parts(task):
-            if out.ndim:
-                ops.subtract(part, self._base[rows], dtype=self.dtype, out=out[rows])
-            else:
-                ops.subtract(part, self._base, dtype=self.dtype, out=out)
-        return out
-
-    def sum(self, dtype: torch.dtype, batch_dims: int = 0) -> ops.TaskSum:
-        if batch_dims:
-            raise ValueError("deltas of a checkpoint are single tensors, not a batch")
-        total = torch.empty(self.shape, dtype=dtype, device=self._device)
-        seen = []
-        for rows, experts in self._parts(*range(self.n_tasks)):
-            place, base = (total[rows], self._base[rows]) if total.ndim else (total, self._base)
-            seen.append(ops.task_sum(experts, base, out=place))
-        return ops.TaskSum(
-            total,
-            torch.stack([part.squares for part in seen]).sum(0),
-            torch.stack([part.largest for part in seen if part.largest is not None]).amax(0),
-            torch.stack([part.nonfinite for part in seen]).sum(0),
-        )
-
-
 def run(
     plan: Plan,
     *,
@@ -166,6 +101,7 @@ def run(
     max_vram: int | None = None,
     resume: bool = False,
     overwrite: bool = False,
+    io: str = "auto",
     observer: Observer | None = None,
 ) -> Report:
     """Executes ``plan`` and returns the report that is also in the output.
@@ -175,6 +111,7 @@ def run(
         max_ram, max_vram: ceilings in bytes; a plan that needs more is refused before anything is written.
         resume: continue an unfinished merge of the same config and inputs; a finished one is left as it is.
         overwrite: replace a finished output (at the commit, not before) or discard an unfinished one.
+        io: ``auto``: files past the page cache where that is faster and the file system can; ``buffered``: never.
         observer: called at every change of phase.
 
     Raises:
@@ -182,6 +119,8 @@ def run(
     """
     if plan.config.out is None:
         raise ConfigError("out is not given")
+    if io not in IO:
+        raise ConfigError(f"io {io!r} is unknown{nearest(io, IO)}")
     target = resolve_device(device)
     check_resources(plan, max_ram=max_ram, max_vram=max_vram, device=target)
     if max_vram is not None and target.type == "cuda":
@@ -196,12 +135,14 @@ def run(
                 raise ConfigError(f"{staging.out}: holds another merge; --overwrite replaces it")
             return Report.from_dict(json.loads((staging.out / REPORT_FILE).read_bytes()))
         try:
-            return _Run(plan, target, staging, description, resume, observer).execute()
+            return _Run(plan, target, staging, description, resume, io == "auto", observer).execute()
         except InputError:
             staging.discard()  # the same inputs cannot succeed later
             raise
         except OSError as error:
             raise ResourceError(f"{error.filename or staging.out}: {error.strerror}; --resume continues") from error
+        except torch.OutOfMemoryError as error:
+            raise ResourceError(f"{target} is out of memory ({error}); a lower --max-vram takes less") from error
 
 
 def _describe(plan: Plan, device: torch.device) -> dict[str, Any]:
@@ -229,8 +170,11 @@ class _Run:
         staging: Staging,
         description: dict[str, Any],
         resume: bool,
+        direct: bool,
         observer: Observer | None,
     ) -> None:
+        self._direct = direct
+        self._io: dict[str, Any] = {}
         self._plan, self._device, self._staging, self._resume = plan, device, staging, resume
         self._description = description
         self._folders = scaling_folders(plan.config.scalings)
@@ -245,16 +189,7 @@ class _Run:
         completed = False
         try:
             self._open_writers()
-            with Reader(self._plan.base, *self._plan.experts) as reader:
-                for tensor in self._plan.tensors:
-                    self._progress.tensor = tensor.name
-                    entry = journal.finished.get(tensor.name)
-                    if entry is None or not self._is_intact(tensor, entry):
-                        journal.add(self._merge_tensor(tensor, reader))
-                    self._progress.done_tensors += 1
-                    self._progress.done_bytes += tensor.base.bytes + sum(expert.bytes for expert in tensor.experts)
-                    self._progress.done_bytes += tensor.out.bytes * len(self._folders)
-                reader.check_unchanged()
+            self._merge_all(journal)
             completed = True
         finally:
             with self._stopwatch.phase("write"):
@@ -269,7 +204,52 @@ class _Run:
             (self._staging.new / folder).mkdir(exist_ok=True)
             for shard, tensors in self._plan.shards.items():
                 path = self._staging.new / folder / shard
-                self._writers[folder, shard] = ShardWriter(path, tensors, resume=self._resume)
+                writer = ShardWriter(path, tensors, resume=self._resume, direct=self._direct)
+                self._writers[folder, shard] = writer
+
+    def _merge_all(self, journal: Journal) -> None:
+        """Reads ahead, merges and writes behind, tensor after tensor; what the journal has and the files hold is
+        kept.
+        """
+        plan, budget = self._plan, self._plan.budget
+        intact = {
+            tensor.name
+            for tensor in plan.tensors
+            if tensor.name in journal.finished and self._is_intact(tensor, journal.finished[tensor.name])
+        }
+        ahead_of = (bundle for tensor in plan.tensors if tensor.name not in intact for bundle in first_pass(tensor))
+        with (
+            Reader(plan.base, *plan.experts, direct=self._direct) as reader,
+            ThreadPoolExecutor(READ_THREADS, "isomerge-read") as threads,
+            ReadAhead(
+                reader,
+                threads,
+                ahead_of,
+                budget_bytes=budget.read_ahead,
+                pinned=self._device.type == "cuda",
+            ) as ahead,
+            WriteBehind(budget.write_behind) as writes,
+            Workers() as workers,
+        ):
+            for tensor in plan.tensors:
+                self._progress.tensor = tensor.name
+                if tensor.name not in intact:
+                    source = TensorSource(
+                        tensor, ahead, reader, threads, workers, budget, self._device, self._stopwatch.phase
+                    )
+                    self._merge_tensor(tensor, source, reader, writes, journal)
+                self._progress.done_tensors += 1
+                self._progress.done_bytes += tensor.base.bytes + sum(expert.bytes for expert in tensor.experts)
+                self._progress.done_bytes += tensor.out.bytes * len(self._folders)
+            with self._stopwatch.phase("write"):
+                writes.drain()
+            reader.check_unchanged()
+            self._io = {
+                "read": "direct" if reader.direct_files else "page-cache",
+                "write": "direct" if any(writer.is_direct for writer in self._writers.values()) else "page-cache",
+                "reading_seconds": ahead.busy_seconds,
+                "writing_seconds": writes.busy_seconds,
+            }
 
     def _shard_of(self, tensor: TensorPlan) -> str:
         return tensor.base.file.name if tensor.base.file.name in self._plan.shards else SINGLE_FILE
@@ -279,79 +259,39 @@ class _Run:
         shard = self._shard_of(tensor)
         with self._stopwatch.phase("read"):
             return all(
-                self._writers[folder, shard].checksum(tensor.name) == entry["sha256"].get(folder)
+                self._writers[folder, shard].checksum(tensor.name) == entry["checksum"].get(folder)
                 for folder in self._folders
             )
 
-    def _merge_tensor(self, plan: TensorPlan, reader: Reader) -> dict[str, Any]:
+    def _merge_tensor(
+        self, plan: TensorPlan, source: TensorSource, reader: Reader, writes: WriteBehind, journal: Journal
+    ) -> None:
         started = time.perf_counter()
-        decides_peak = plan.peak_bytes > max(HEAP_RESIDUE_BYTES, self._plan.peak_working_bytes - HEAP_RESIDUE_BYTES)
-        return_freed_blocks(eager=decides_peak)
-        with self._stopwatch.phase("read"):
-            base = reader.read(plan.base)
-        report: dict[str, Any] = {"name": plan.name, "action": plan.action, "read_bytes": plan.base.bytes}
-        if plan.method is None:
-            value, stats = None, {"algorithm": "copy"}
-            base = base.to(DTYPES[plan.out.dtype])
-        else:
-            value, stats, read_bytes, base = self._solve(plan, base, reader, report)
-            report["read_bytes"] += read_bytes
-        checksums = {}
-        with self._stopwatch.phase("compute"):
-            outputs = [base] * len(self._folders) if value is None else self._apply(plan, base, value)
-            del value
-        for folder, out in zip(self._folders, outputs, strict=True):
-            with self._stopwatch.phase("write"):
-                checksums[folder] = self._writers[folder, self._shard_of(plan)].write(plan.name, out.to("cpu"))
-        report.update(stats)
-        report["write_bytes"] = plan.out.bytes * len(self._folders)
-        report["seconds"] = round(time.perf_counter() - started, 6)
-        return {"name": plan.name, "sha256": checksums, "report": report}
-
-    def _solve(
-        self, plan: TensorPlan, base: Tensor, reader: Reader, report: dict[str, Any]
-    ) -> tuple[Tensor, dict[str, Any], int, Tensor]:
-        """(merged Δ, its evidence, bytes read, the base on the device used)."""
-        assert plan.method is not None
-        device = self._device
+        work, peak = plan.route.work_bytes, self._plan.peak_work_bytes
+        return_freed_blocks(eager=work > max(HEAP_RESIDUE_BYTES, peak - HEAP_RESIDUE_BYTES))
+        report: dict[str, Any] = {"name": plan.name, "action": plan.action, "route": plan.route.name}
+        output = _Output(plan, self._shard_of(plan), self._folders, self._writers, writes, self._stopwatch)
         with self._stopwatch.phase("compute"):
             try:
-                try:
-                    on_device = base.to(device)
-                    deltas = CheckpointDeltas(plan, on_device, reader, device, self._stopwatch)
-                    value, stats = plan.method.merge(deltas)
-                except torch.OutOfMemoryError:
-                    if device.type == "cpu":
-                        raise
-                    report["remarks"] = f"out of memory on {device}: computed on the CPU"
-                    torch.cuda.empty_cache()
-                    on_device = base
-                    deltas = CheckpointDeltas(plan, base, reader, torch.device("cpu"), self._stopwatch)
-                    value, stats = plan.method.merge(deltas)
+                if plan.method is None:
+                    stats = _copy(plan, source, output)
+                elif plan.route.name == BY_ROWS:
+                    stats = _merge_by_rows(plan.method, source, output)
+                else:
+                    stats = _merge_whole(plan.method, source, output, report)
             except NotFiniteError as error:
-                raise self._not_finite(plan, reader) from error
-            evidence = stats.to_dict()
-        return value, evidence, deltas.read_bytes, on_device
+                raise _not_finite(plan, reader) from error
+            output.check_finite()
+        report.update(stats)
+        report["read_bytes"] = source.read_bytes
+        report["write_bytes"] = plan.out.bytes * len(self._folders)
+        report["seconds"] = round(time.perf_counter() - started, 6)
 
-    def _not_finite(self, plan: TensorPlan, reader: Reader) -> InputError:
-        """Which input holds the NaN or Inf, and how many."""
-        found = [
-            f"{stored.file}: tensor {plan.name!r} holds {count} NaN or Inf"
-            for stored in (plan.base, *plan.experts)
-            if (count := ops.count_nonfinite(reader.read(stored)))
-        ]
-        return InputError("a weight is not finite:", found or [f"tensor {plan.name!r}: the deltas overflow float32"])
+        def finish() -> None:
+            journal.add({"name": plan.name, "checksum": output.checksums(), "report": report})
 
-    def _apply(self, plan: TensorPlan, base: Tensor, value: Tensor) -> list[Tensor]:
-        """θ₀ + α Δ for every α, from one read of both."""
-        dtype, scalings = DTYPES[plan.out.dtype], list(self._folders.values())
-        outputs = ops.apply_delta(base, value, scalings=scalings, dtype=dtype, seed=plan.rounding_seed)
-        for scaling, out in zip(scalings, outputs, strict=True):
-            if dtype == torch.float16 and (count := ops.count_nonfinite(out)):
-                raise InputError(
-                    f"tensor {plan.name!r}: {count} merged weights overflow float16 at scaling {scaling:g}"
-                )
-        return outputs
+        with self._stopwatch.phase("write"):
+            writes.put(0, finish)
 
     def _finish(self, finished: dict[str, dict[str, Any]], started: float) -> Report:
         """Everything beside the weights, then the commit."""
@@ -375,6 +315,7 @@ class _Run:
             sync_folder(path)
         manifest = {
             "format": FORMAT,
+            "checksum": ALGORITHM,
             "description": self._description,
             "outputs": {
                 folder: {
@@ -383,7 +324,7 @@ class _Run:
                         tensor.name: {
                             "file": self._shard_of(tensor),
                             "action": tensor.action,
-                            "sha256": entry["sha256"][folder],
+                            "checksum": entry["checksum"][folder],
                         }
                         for tensor, entry in zip(plan.tensors, entries, strict=True)
                     },
@@ -399,6 +340,7 @@ class _Run:
             device=str(self._device),
             tensors=[entry["report"] for entry in entries],
             seconds={**self._progress.seconds, "total": time.perf_counter() - started},
+            io=self._io,
             notes=list(plan.notes),
         )
         write_durably(self._staging.new / MANIFEST_FILE, to_json(manifest))
@@ -423,6 +365,125 @@ class _Run:
             version=__version__,
             library_name="transformers" if "model_type" in (plan.base.config or {}) else None,
         )
+
+
+class _Output:
+    """Where the parts of one merged tensor go: to every scaling's shard, through the thread that writes."""
+
+    def __init__(
+        self,
+        plan: TensorPlan,
+        shard: str,
+        folders: dict[str, float],
+        writers: dict[tuple[str, str], ShardWriter],
+        writes: WriteBehind,
+        stopwatch: Stopwatch,
+    ) -> None:
+        self._plan, self._folders, self._writes, self._stopwatch = plan, folders, writes, stopwatch
+        self._shards = {folder: writers[folder, shard] for folder in folders}
+        self._row_elements = prod(plan.route.lines[1:])
+        self._overflows = dict.fromkeys(folders, 0)
+
+    def add(
+        self, block: RowBlock, value: Callable[[RowBlock], Tensor], parts: list[RowBlock], source: TensorSource
+    ) -> None:
+        """Writes θ₀ + α Δ of these rows for every α, rounded once.
+
+        Args:
+            value: Δ of a part of the block.
+            parts: of the block, shared out among threads.
+        """
+        plan, row = self._plan, self._row_elements
+        shape, dtype = block.base.shape, DTYPES[plan.out.dtype]
+        # In one piece, because small writes do not go directly to the disk.
+        outputs = {folder: torch.empty(shape, dtype=dtype, device=block.base.device) for folder in self._folders}
+
+        def apply(part: RowBlock) -> None:
+            made = ops.apply_delta(
+                part.base,
+                value(part),
+                scalings=list(self._folders.values()),
+                dtype=dtype,
+                seed=plan.rounding_seed,
+                first=part.rows.start * row,
+            )
+            place = slice(part.rows.start - block.rows.start, part.rows.stop - block.rows.start)
+            for out, rows in zip(outputs.values(), made, strict=True):
+                out[place] = rows
+
+        source.share_out(apply, parts)
+        for folder, out in outputs.items():
+            if dtype == torch.float16:
+                self._overflows[folder] += ops.count_nonfinite(out)
+            self.put(folder, out, block.rows.start * row)
+
+    def put(self, folder: str, out: Tensor, first: int) -> None:
+        """Has elements from ``first`` on written, in the thread that does so."""
+        on_host, writer, name = out.to("cpu"), self._shards[folder], self._plan.name
+        with self._stopwatch.phase("write"):
+            self._writes.put(on_host.nbytes, partial(writer.write_part, name, on_host, first))
+
+    def check_finite(self) -> None:
+        """Raises InputError where finite weights became infinite in the output's dtype."""
+        for folder, count in self._overflows.items():
+            if count:
+                raise InputError(
+                    f"tensor {self._plan.name!r}: {count} merged weights overflow float16 "
+                    f"at scaling {self._folders[folder]:g}"
+                )
+
+    def checksums(self) -> dict[str, str]:
+        """Of the finished tensor, by folder."""
+        return {folder: writer.finish(self._plan.name) for folder, writer in self._shards.items()}
+
+    def fill(self, rows: slice, base: Tensor) -> None:
+        """Writes the base, converted where the output has another dtype."""
+        out = base.to(DTYPES[self._plan.out.dtype], copy=True)  # the buffer it lies in is read into again
+        for folder in self._folders:
+            self.put(folder, out, rows.start * self._row_elements)
+
+
+def _copy(plan: TensorPlan, source: TensorSource, output: _Output) -> dict[str, Any]:
+    for block in source.blocks():
+        output.fill(block.rows, block.base)
+    if plan.spec.elements == 0:
+        output.fill(slice(0, 0), torch.empty(0, dtype=DTYPES[plan.base.dtype], device="cpu"))
+    return {"algorithm": "copy"}
+
+
+def _merge_by_rows(method: Method, source: TensorSource, output: _Output) -> dict[str, Any]:
+    row_map = method.row_map(source)
+    for block in source.blocks():
+        # A method that is more than a sum multiplies matrices, with all threads at once.
+        parts = source.parts(block) if method.any_shape else [block]
+        output.add(block, row_map.rows, parts, source)
+    return row_map.stats().to_dict()
+
+
+def _merge_whole(method: Method, source: TensorSource, output: _Output, report: dict[str, Any]) -> dict[str, Any]:
+    try:
+        value, stats = method.merge(source)
+    except torch.OutOfMemoryError:
+        if source.device.type == "cpu":
+            raise
+        report["remarks"] = f"out of memory on {source.device}: computed on the CPU"
+        torch.cuda.empty_cache()
+        source.on_cpu()
+        value, stats = method.merge(source)
+    for block in source.base_blocks():
+        output.add(block, lambda part: value[part.rows], source.parts(block), source)
+    return stats.to_dict()
+
+
+def _not_finite(plan: TensorPlan, reader: Reader) -> InputError:
+    """Which input holds the NaN or Inf, and how many."""
+    found = []
+    for index, stored in enumerate((plan.base, *plan.experts)):
+        pieces = (bundle.pieces[index] for bundle in first_pass(plan))
+        count = sum(ops.count_nonfinite(reader.read(piece)) for piece in pieces)
+        if count:
+            found.append(f"{stored.file}: tensor {plan.name!r} holds {count} NaN or Inf")
+    return InputError("a weight is not finite:", found or [f"tensor {plan.name!r}: the deltas overflow float32"])
 
 
 def _sync_file(path: Path) -> None:

@@ -85,10 +85,11 @@ def apply_delta(
     dtype: torch.dtype,
     scale: Tensor | None = None,
     seed: int | None = None,
+    first: int = 0,
 ) -> list[Tensor]:
     """[θ₀ + α s Δ for α in ``scalings``], rounded once; see ``reference.apply_delta``."""
     backend = gpu_kernels() if _has_kernels(base) else reference
-    return backend.apply_delta(base, delta, scalings=scalings, dtype=dtype, scale=scale, seed=seed)
+    return backend.apply_delta(base, delta, scalings=scalings, dtype=dtype, scale=scale, seed=seed, first=first)
 
 
 def sym_mm(a: Tensor, b: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:

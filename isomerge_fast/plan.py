@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,20 +26,21 @@ from .checkpoint.layout import (
     StoredTensor,
     open_checkpoint,
 )
+from .checkpoint.read_ahead import THREADS as READ_THREADS
+from .checkpoint.reader import READ_BYTES
 from .checkpoint.writer import OutputTensor
 from .config import MergeConfig
 from .errors import ConfigError, InputError, ResourceError
 from .methods import Mean, Method, TensorSpec, make_method
-from .ops import BLOCK_ELEMENTS, compute_dtype
+from .ops import compute_dtype
+from .routes import BY_ROWS, Budget, Route, Traffic, budgets, choose_route, copy_route
 
 # Resident memory of Python, torch and BLAS: 234 MB before the first tensor, about 350 MB after a merge with the heap
 # trimmed (BLAS keeps buffers), of which the estimates of single tensors cover some. With 325 MB the promise lies above
 # the peaks seen: 791 MB promised, 746 to 760 MB seen over six merges of the 162 M parameter test model by Iso-CTS.
 BASELINE_BYTES = 325_000_000
-# Experts' tensors up to this many bytes together are kept between the passes of a method instead of read again.
-KEEP_BYTES = 64 << 20
-# Of larger ones rows are read that hold about this many elements.
-PART_ELEMENTS = 1 << 22
+# With the page-aligned buffers of the threads that read and write.
+PROCESS_BYTES = BASELINE_BYTES + (READ_THREADS + 1) * READ_BYTES
 ASSUMED_READ_BYTES_PER_SECOND = 1e9
 MAX_PROBLEMS = 20
 _TOKEN_TABLES = re.compile(r"(embed|lm_head|wte|output\.weight$|shared\.weight$)")
@@ -50,23 +51,22 @@ class TensorPlan:
     """One tensor's fate: merged by ``method``, or copied from the base when that is None."""
 
     name: str
-    method: Method | None
     reason: str
     spec: TensorSpec
     base: StoredTensor
     experts: tuple[StoredTensor, ...]
     out: OutputTensor
-    peak_bytes: int  # working memory of this tensor, beyond the process itself
+    route: Route
     flops: float
     rounding_seed: int | None = None  # of stochastic rounding
 
     @property
-    def action(self) -> str:
-        return self.method.name if self.method is not None else "copy"
+    def method(self) -> Method | None:
+        return self.route.method
 
     @property
-    def keeps_experts(self) -> bool:
-        return sum(expert.bytes for expert in self.experts) <= KEEP_BYTES
+    def action(self) -> str:
+        return self.method.name if self.method is not None else "copy"
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -76,7 +76,8 @@ class TensorPlan:
             "out_dtype": self.out.dtype,
             "action": self.action,
             "reason": self.reason,
-            "peak_bytes": self.peak_bytes,
+            "route": self.route.name,
+            "work_bytes": self.route.work_bytes,
         }
 
 
@@ -93,6 +94,7 @@ class Plan:
     tensors: tuple[TensorPlan, ...]
     shards: dict[str, tuple[OutputTensor, ...]]
     companions: tuple[str, ...]
+    budget: Budget
     notes: tuple[str, ...] = field(default=())
 
     @property
@@ -108,12 +110,17 @@ class Plan:
     @property
     def peak_ram_bytes(self) -> int:
         """Estimate of the process's peak resident memory on a CPU."""
-        return BASELINE_BYTES + self.peak_working_bytes
+        return self.host_buffer_bytes + self.peak_work_bytes
 
     @property
-    def peak_working_bytes(self) -> int:
+    def host_buffer_bytes(self) -> int:
+        """Of that, what does not depend on where is computed: the process itself, reads ahead and waiting writes."""
+        return PROCESS_BYTES + self.budget.read_ahead + self.budget.write_behind
+
+    @property
+    def peak_work_bytes(self) -> int:
         """The largest working set of one tensor: on a GPU, its memory."""
-        return max((plan.peak_bytes for plan in self.tensors), default=0)
+        return max((plan.route.work_bytes for plan in self.tensors), default=0)
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -129,6 +136,8 @@ class Plan:
             "read_bytes": self.read_bytes,
             "write_bytes": self.write_bytes,
             "peak_ram_bytes": self.peak_ram_bytes,
+            "peak_work_bytes": self.peak_work_bytes,
+            "read_ahead_bytes": self.budget.read_ahead,
         }
 
 
@@ -151,7 +160,6 @@ def make_plan(
         InputError: checkpoints that cannot be opened or do not fit each other; ``problems`` lists them all.
     """
     device = device or torch.device("cpu")
-    ceiling = max_vram if device.type == "cuda" else None if max_ram is None else max_ram - BASELINE_BYTES
     method = make_method(config.method, config.options)
     overrides = [(override.match, make_method(override.method, override.options)) for override in config.overrides]
     base = open_checkpoint(config.base)
@@ -166,17 +174,19 @@ def make_plan(
             shown.append(f"… and {len(problems) - len(shown)} more")
         raise InputError(f"{len(problems)} problem(s) found before any output was written:", shown)
 
-    tensors, shards = [], {}
-    for stored in sorted(base.tensors.values(), key=lambda stored: (str(stored.file), stored.start)):
-        plan = _plan_tensor(stored, experts, config, method, overrides, device, ceiling)
-        tensors.append(plan)
-        shards.setdefault(stored.file.name if base.is_folder else SINGLE_FILE, []).append(plan.out)
+    order = sorted(base.tensors.values(), key=lambda stored: (str(stored.file), stored.start))
+    shards: dict[str, list[OutputTensor]] = {}
+    fates = [_Fate(stored, experts, config, method, overrides) for stored in order]
+    for fate in fates:
+        shards.setdefault(fate.stored.file.name if base.is_folder else SINGLE_FILE, []).append(fate.out)
+    budget, routes = _choose_routes(fates, device, max_ram, max_vram)
+    tensors = [fate.plan(route, device) for fate, route in zip(fates, routes, strict=True)]
     if config.stochastic_rounding is not None and not any(plan.rounding_seed is not None for plan in tensors):
         raise ConfigError("stochastic_rounding: no merged tensor is written as bfloat16 (dtype: bfloat16 does that)")
     companions = tuple(companion_files(base.path)) if base.is_folder else ()
     shard_table = {name: tuple(outputs) for name, outputs in shards.items()}
     notes = tuple(_notes(config, base, experts, tensors))
-    return Plan(config, base, experts, tuple(tensors), shard_table, companions, notes)
+    return Plan(config, base, experts, tuple(tensors), shard_table, companions, budget, notes)
 
 
 def check_out(out: Path, inputs: Iterable[Checkpoint]) -> None:
@@ -190,10 +200,12 @@ def check_out(out: Path, inputs: Iterable[Checkpoint]) -> None:
 
 def check_resources(plan: Plan, *, max_ram: int | None, max_vram: int | None, device: torch.device) -> None:
     """Raises ResourceError when the output does not fit on its disk or the working set not under a ceiling."""
-    if max_ram is not None and plan.peak_ram_bytes > max_ram:
-        raise ResourceError(f"max_ram is {max_ram} bytes; this merge needs {plan.peak_ram_bytes}")
-    if max_vram is not None and device.type == "cuda" and plan.peak_working_bytes > max_vram:
-        raise ResourceError(f"max_vram is {max_vram} bytes; this merge needs {plan.peak_working_bytes}")
+    on_gpu = device.type == "cuda"
+    needed = plan.host_buffer_bytes if on_gpu else plan.peak_ram_bytes
+    if max_ram is not None and needed > max_ram:
+        raise ResourceError(_too_low("max_ram", max_ram, needed, plan))
+    if max_vram is not None and on_gpu and plan.peak_work_bytes > max_vram:
+        raise ResourceError(_too_low("max_vram", max_vram, plan.peak_work_bytes, plan))
     if plan.config.out is not None:
         folder = Path(os.path.realpath(plan.config.out)).parent
         while not folder.exists():
@@ -201,6 +213,14 @@ def check_resources(plan: Plan, *, max_ram: int | None, max_vram: int | None, de
         free = shutil.disk_usage(folder).free
         if plan.write_bytes > free:
             raise ResourceError(f"{folder}: {free} bytes are free, the output takes {plan.write_bytes}")
+
+
+def _too_low(option: str, given: int, needed: int, plan: Plan) -> str:
+    largest = max(plan.tensors, key=lambda tensor: tensor.route.work_bytes)
+    return (
+        f"{option} is {given} bytes; the smallest that would do is {needed} "
+        f"(tensor {largest.name!r} {list(largest.base.shape)} takes {largest.route.work_bytes} of it)"
+    )
 
 
 def estimate_seconds(plan: Plan) -> dict[str, float]:
@@ -257,45 +277,85 @@ def _unmergeable(checkpoint: Checkpoint) -> Iterable[str]:
             yield f"{checkpoint.path}: tensor {stored.name!r} is {stored.dtype}, which cannot be merged"
 
 
-def _plan_tensor(
-    stored: StoredTensor,
-    experts: tuple[Checkpoint, ...],
-    config: MergeConfig,
-    method: Method,
-    overrides: list[tuple[str, Method]],
-    device: torch.device,
-    ceiling: int | None,
-) -> TensorPlan:
-    if stored.dtype not in FLOAT_DTYPES or 0 in stored.shape:
-        reason = "empty" if 0 in stored.shape else f"{stored.dtype} is not a float: copied from the base"
-        spec = TensorSpec(stored.name, stored.shape, torch.float32)
-        out = OutputTensor(stored.name, stored.dtype, stored.shape)
-        if stored.dtype in FLOAT_DTYPES and config.dtype is not None:
-            out = OutputTensor(stored.name, DTYPE_NAMES[getattr(torch, config.dtype)], stored.shape)
-        return TensorPlan(stored.name, None, reason, spec, stored, (), out, 2 * stored.bytes, 0.0)
-    sources = tuple(expert.tensors[stored.name] for expert in experts)
-    dtype = compute_dtype(*(DTYPES[source.dtype] for source in (stored, *sources)))
-    spec = TensorSpec(stored.name, stored.shape, dtype)
-    chosen, reason = _choose_method(spec, config, method, overrides)
-    try:
-        chosen.check(spec, len(experts))
-    except ConfigError as error:
-        raise ConfigError(f"tensor {stored.name!r} {list(stored.shape)}: {error}") from error
-    out_dtype = DTYPE_NAMES[getattr(torch, config.dtype)] if config.dtype else stored.dtype
-    out = OutputTensor(stored.name, out_dtype, stored.shape)
-    raw = stored.bytes + max(min(source.bytes, PART_ELEMENTS * DTYPES[source.dtype].itemsize) for source in sources)
-    if sum(source.bytes for source in sources) <= KEEP_BYTES:
-        raw = stored.bytes + sum(source.bytes for source in sources)
-    blocks = 4 * 8 * min(spec.elements, BLOCK_ELEMENTS)
-    if ceiling is not None:
-        chosen = chosen.within(max(0, ceiling - raw - blocks))
-    reason = reason or chosen.explain(spec, len(experts), device)
-    merging = raw + chosen.workspace_bytes(spec, len(experts)) + blocks
-    writing = stored.bytes + spec.bytes + out.bytes * len(config.scalings) + blocks
-    peak = max(merging, writing)
-    flops = chosen.flops(spec, len(experts))
-    rounding = tensor_seed(config.stochastic_rounding, stored.name) if out_dtype == "BF16" else None
-    return TensorPlan(stored.name, chosen, reason, spec, stored, sources, out, peak, flops, rounding)
+class _Fate:
+    """What becomes of one tensor, before it is known how it goes through memory."""
+
+    def __init__(
+        self,
+        stored: StoredTensor,
+        experts: tuple[Checkpoint, ...],
+        config: MergeConfig,
+        method: Method,
+        overrides: list[tuple[str, Method]],
+    ) -> None:
+        self.stored = stored
+        is_float = stored.dtype in FLOAT_DTYPES
+        dtype = DTYPE_NAMES[getattr(torch, config.dtype)] if is_float and config.dtype else stored.dtype
+        self.out = OutputTensor(stored.name, dtype, stored.shape)
+        self.sources: tuple[StoredTensor, ...] = ()
+        self.method: Method | None = None
+        self.rounding_seed = None
+        if not is_float or 0 in stored.shape:
+            self.reason = "empty" if 0 in stored.shape else f"{stored.dtype} is not a float: copied from the base"
+            self.spec = TensorSpec(stored.name, stored.shape, torch.float32)
+        else:
+            self.sources = tuple(expert.tensors[stored.name] for expert in experts)
+            compute = compute_dtype(*(DTYPES[source.dtype] for source in (stored, *self.sources)))
+            self.spec = TensorSpec(stored.name, stored.shape, compute)
+            self.method, self.reason = _choose_method(self.spec, config, method, overrides)
+            try:
+                self.method.check(self.spec, len(experts))
+            except ConfigError as error:
+                raise ConfigError(f"tensor {stored.name!r} {list(stored.shape)}: {error}") from error
+            self.rounding_seed = tensor_seed(config.stochastic_rounding, stored.name) if dtype == "BF16" else None
+        read = tuple(DTYPES[source.dtype].itemsize for source in (stored, *self.sources))
+        self.traffic = Traffic(read, DTYPES[dtype].itemsize * len(config.scalings), len(self.sources))
+
+    @property
+    def all_bytes(self) -> int:
+        """Of all copies."""
+        return self.spec.elements * sum(self.traffic.read)
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """Equal for tensors that go the same way: those of a model's layers are planned once."""
+        return self.spec.shape, self.spec.dtype, self.traffic, self.method
+
+    def route(self, budget: Budget, device: torch.device) -> Route:
+        if self.method is None:
+            return copy_route(self.stored.shape, self.traffic, budget)
+        return choose_route(self.method, self.spec, self.traffic, budget, device)
+
+    def plan(self, route: Route, device: torch.device) -> TensorPlan:
+        reason, flops = self.reason, 0.0
+        if route.method is not None:
+            reason = self.reason or route.method.explain(self.spec, len(self.sources), device)
+            if route.name == BY_ROWS and not route.method.any_shape:
+                reason = "by rows, to keep to the ceiling: float64 Gram matrices"
+            flops = route.method.flops(self.spec, len(self.sources))
+        return TensorPlan(
+            self.stored.name, reason, self.spec, self.stored, self.sources, self.out, route, flops, self.rounding_seed
+        )
+
+
+def _choose_routes(
+    fates: Sequence[_Fate], device: torch.device, max_ram: int | None, max_vram: int | None
+) -> tuple[Budget, list[Route]]:
+    """The largest budget beside which every tensor fits; where none is, the smallest, which says what is needed."""
+    on_gpu = device.type == "cuda"
+    host = None if max_ram is None else max(0, max_ram - PROCESS_BYTES)
+    largest = max((fate.all_bytes for fate in fates if fate.method and not fate.method.any_shape), default=0)
+    budget, routes = Budget(0, None), []
+    for budget in budgets(largest, host=host, vram=max_vram, on_gpu=on_gpu):
+        known: dict[tuple[Any, ...], Route] = {}
+        routes = []
+        for fate in fates:
+            if fate.key not in known:
+                known[fate.key] = fate.route(budget, device)
+            routes.append(known[fate.key])
+        if budget.work is None or all(route.work_bytes <= budget.work for route in routes):
+            break
+    return budget, routes
 
 
 def tensor_seed(seed: int | None, name: str) -> int | None:

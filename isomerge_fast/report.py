@@ -16,7 +16,10 @@ class Report:
         outputs: the folders written, one a scaling.
         tensors: one dict a tensor: name, action, algorithm, its evidence (see ``MergeStats``), read_bytes, write_bytes,
             seconds, and ``remarks`` where something out of the ordinary happened.
-        seconds: by phase (read, compute, write) and in total.
+        seconds: of the thread that computes, by what it did: ``read`` (waited for bytes), ``compute``, ``write``
+            (waited until there was room for more, and at the end until all was on disk); and ``total``.
+        io: how files were read and written (``direct`` or ``page-cache``), and the seconds that the threads which do
+            it were busy, together.
     """
 
     version: str
@@ -26,6 +29,7 @@ class Report:
     device: str
     tensors: list[dict[str, Any]] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
+    io: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     @property

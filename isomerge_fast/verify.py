@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -11,10 +13,12 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .checkpoint.layout import DTYPES, Checkpoint, open_checkpoint
+from .checkpoint.checksum import Checksum
+from .checkpoint.layout import DTYPES, Checkpoint, StoredTensor, open_checkpoint
 from .checkpoint.manifest import describe_inputs, read_manifest
-from .checkpoint.reader import Reader
-from .checkpoint.writer import sha256, tensor_bytes
+from .checkpoint.read_ahead import THREADS, Bundle, ReadAhead
+from .checkpoint.reader import Piece, Reader, whole
+from .checkpoint.writer import tensor_bytes
 from .config import MergeConfig, Override
 from .errors import InputError, VerificationError
 from .methods import TensorDeltas
@@ -25,6 +29,8 @@ DELTA_TOLERANCE = 1e-4
 # Splits with a smaller gap at the cut are not determined by the data to that tolerance; they are reported, not judged.
 SMALLEST_GAP = 1e-6
 MAX_SAMPLE_ELEMENTS = 1 << 26
+# Checksums are of parts of so many elements, and this many bytes are read ahead.
+PART_ELEMENTS, READ_AHEAD_BYTES = 1 << 22, 64 << 20
 
 
 @dataclass(frozen=True)
@@ -59,15 +65,18 @@ def verify(folder: str | Path, *, samples: int = 4, seed: int = 0) -> Verificati
             checkpoint = outputs[name] = open_checkpoint(root / name)
         except InputError as error:
             raise VerificationError(str(error)) from error
-        with Reader(checkpoint) as reader:
-            for tensor, entry in recorded["tensors"].items():
-                stored = checkpoint.tensors.get(tensor)
-                if stored is None or stored.file.name != entry["file"]:
-                    problems.append(f"{root / name}: tensor {tensor!r} is missing from {entry['file']}")
-                elif sha256(tensor_bytes(reader.read(stored))) != entry["sha256"]:
-                    problems.append(f"{stored.file}: tensor {tensor!r} is not what was written (checksum differs)")
-                else:
-                    tensors, total_bytes = tensors + 1, total_bytes + stored.bytes
+        present = []
+        for tensor, entry in recorded["tensors"].items():
+            stored = checkpoint.tensors.get(tensor)
+            if stored is None or stored.file.name != entry["file"]:
+                problems.append(f"{root / name}: tensor {tensor!r} is missing from {entry['file']}")
+            else:
+                present.append(stored)
+        for stored, checksum in zip(present, checksums(checkpoint, present), strict=True):
+            if checksum != recorded["tensors"][stored.name]["checksum"]:
+                problems.append(f"{stored.file}: tensor {stored.name!r} is not what was written (checksum differs)")
+            else:
+                tensors, total_bytes = tensors + 1, total_bytes + stored.bytes
         problems += [
             f"{root / name}: tensor {tensor!r} was added"
             for tensor in checkpoint.tensors
@@ -80,6 +89,26 @@ def verify(folder: str | Path, *, samples: int = 4, seed: int = 0) -> Verificati
     remarks: list[str] = []
     recomputed = _recompute(root, manifest, outputs, samples, seed, remarks) if samples else []
     return Verification(str(root), tensors, total_bytes, recomputed, remarks)
+
+
+def checksums(checkpoint: Checkpoint, tensors: Sequence[StoredTensor]) -> Iterator[str]:
+    """Of each tensor as it is in its file, read ahead in parts."""
+    pieces = [
+        Piece(stored, first, (min(PART_ELEMENTS, stored.elements - first),))
+        for stored in tensors
+        for first in range(0, stored.elements, PART_ELEMENTS)
+    ]
+    with (
+        Reader(checkpoint) as reader,
+        ThreadPoolExecutor(THREADS) as threads,
+        ReadAhead(reader, threads, (Bundle((piece,)) for piece in pieces), budget_bytes=READ_AHEAD_BYTES) as ahead,
+    ):
+        for stored in tensors:
+            running = Checksum()
+            for _ in range(0, stored.elements, PART_ELEMENTS):
+                (part,) = ahead.take()
+                running.update(tensor_bytes(part))
+            yield running.text
 
 
 def _recompute(
@@ -102,7 +131,7 @@ def _recompute(
     with Reader(plan.base, *plan.experts, *outputs.values()) as reader:
         for tensor in _sample(plan, samples, seed):
             for name, recorded in manifest["outputs"].items():
-                stored = reader.read(outputs[name].tensors[tensor.name])
+                stored = reader.read(whole(outputs[name].tensors[tensor.name]))
                 result = _compare(tensor, reader, stored, recorded["scaling"])
                 if result["error"] is None:
                     remarks.append(f"tensor {tensor.name!r}: not judged, the gap at its cut is {result['gap']:.1e}")
@@ -138,8 +167,8 @@ def _compare(plan: TensorPlan, reader: Reader, stored: Tensor, scaling: float) -
     that the default precision promises and float32 arithmetic adds. A delta that is 1 % off is found in bf16 as well.
     """
     assert plan.method is not None
-    base = reader.read(plan.base).double()
-    deltas = [ops.subtract(reader.read(expert), base, dtype=torch.float64) for expert in plan.experts]
+    base = reader.read(whole(plan.base)).double()
+    deltas = [ops.subtract(reader.read(whole(expert)), base, dtype=torch.float64) for expert in plan.experts]
     # Rank is judged as the merge judged it: by the rounding of the dtype it was computed in.
     method = replace(plan.method, precision="reference") if hasattr(plan.method, "precision") else plan.method  # type: ignore[type-var]
     if plan.spec.dtype == torch.float32:

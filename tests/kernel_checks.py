@@ -201,6 +201,16 @@ def apply_checks() -> Iterator[tuple[str, Check]]:
                 for value, expected in zip(ours, theirs, strict=True):
                     # Where two ways to compute θ₀ + αΔ differ in the last place of float32, rounding may differ too.
                     assert (value.cpu() != expected).double().mean().item() <= 2e-4
+        # What is made in pieces has the bits of the whole.
+        base, delta = random((64, 500), torch.float32, device, 0), random((64, 500), torch.float32, device, 1)
+        pieces = {"scalings": [0.7], "dtype": torch.bfloat16, "seed": 5}
+        (whole,) = apply_delta.apply_delta(base, delta, **pieces)
+        for apply in (apply_delta.apply_delta, reference.apply_delta):
+            lower, upper = (
+                apply(base[rows], delta[rows], first=500 * rows.start, **pieces)[0]
+                for rows in (slice(0, 24), slice(24, 64))
+            )
+            assert (torch.cat([lower, upper]) != whole).double().mean().item() <= 2e-4
         value = torch.full((1 << 16,), 1.0 + 2.0**-9, device=device)  # a quarter of the way from 1 to its neighbour
         (rounded,) = apply_delta.apply_delta(
             value, torch.zeros_like(value), scalings=[1.0], dtype=torch.bfloat16, seed=3

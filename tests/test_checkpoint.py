@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from isomerge_fast.checkpoint.companions import companion_files, config_with_dtype
 from isomerge_fast.checkpoint.layout import DTYPE_NAMES, DTYPES, open_checkpoint, read_header
-from isomerge_fast.checkpoint.reader import Reader
+from isomerge_fast.checkpoint.reader import Reader, whole
 from isomerge_fast.checkpoint.writer import OutputTensor, ShardWriter
 from isomerge_fast.errors import InputError, ResourceError
 
@@ -53,7 +53,7 @@ def test_reader_reads_what_safetensors_reads(tmp_path: Path) -> None:
     expected = load_file(tmp_path / "model.safetensors")
     with Reader(checkpoint) as reader:
         for name, stored in checkpoint.tensors.items():
-            value = reader.read(stored)
+            value = reader.read(whole(stored))
             assert value.dtype == expected[name].dtype
             assert value.shape == expected[name].shape
             assert bytes(value.contiguous().reshape(-1).view(torch.uint8).numpy()) == bytes(
@@ -220,12 +220,12 @@ def test_a_changed_input_is_noticed(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(tmp_path)
     file = tmp_path / "model.safetensors"
     with Reader(checkpoint) as reader:
-        reader.read(checkpoint.tensors["conv.weight"])
+        reader.read(whole(checkpoint.tensors["conv.weight"]))
         os.utime(file, ns=(1, 1))
         with pytest.raises(InputError, match="changed during the merge"):
             reader.check_unchanged()
     with Reader(checkpoint) as reader, pytest.raises(InputError, match="changed since the merge was planned"):
-        reader.read(checkpoint.tensors["conv.weight"])
+        reader.read(whole(checkpoint.tensors["conv.weight"]))
 
 
 def test_a_full_disk_is_a_resource_error(tmp_path: Path) -> None:

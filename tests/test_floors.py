@@ -24,7 +24,9 @@ FLOORS = (
     {"linalg"},
     {"methods"},
     {"config"},
-    {"plan"},
+    {"routes"},
+    {"plan", "workers"},
+    {"sources"},
     {"engine", "verify"},
     {"api", "console", "doctor"},
     {"demo", "integrations"},
@@ -47,7 +49,7 @@ LAZY = {"__init__", "api", "cli"}
 EVERYWHERE = {"torch", "triton", "numpy", "safetensors"}
 PEOPLE = {"pydantic", "typer", "click", "rich", "yaml", "matplotlib", "sklearn"}
 ALSO = {"cli": PEOPLE, "console": {"rich"}, "demo": PEOPLE}
-ALSO_IN_FUNCTIONS = {"config": {"pydantic", "yaml"}}
+ALSO_IN_FUNCTIONS = {"config": {"pydantic", "yaml"}, "checkpoint": {"xxhash"}}
 
 
 @dataclass(frozen=True)

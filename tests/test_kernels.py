@@ -96,6 +96,7 @@ def test_task_sum_refuses(task_sum, arguments: dict, message: str) -> None:
         ({"scale": torch.ones(2)}, r"scale is \[2\]: expected the first dimensions of base, \[3\]"),
         ({"seed": 1, "dtype": torch.float16}, "stochastic rounding is to bfloat16, not to torch.float16"),
         ({"seed": -1}, "seed is -1; expected 0 or more"),
+        ({"seed": 1, "first": 12}, "first is 12; expected a multiple of 8"),
     ],
 )
 @pytest.mark.parametrize("apply_delta", [reference.apply_delta, launchers.apply_delta], ids=["reference", "kernel"])

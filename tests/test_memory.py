@@ -32,6 +32,7 @@ def llama_tensors(seed: int) -> dict[str, torch.Tensor]:
         return torch.empty(shape, dtype=torch.bfloat16).normal_(0.0, 0.02, generator=generator)
 
     tensors = {"model.embed_tokens.weight": random(VOCABULARY, WIDTH), "lm_head.weight": random(VOCABULARY, WIDTH)}
+    tensors["model.norm.weight"] = random(WIDTH)
     for layer in range(LAYERS):
         prefix = f"model.layers.{layer}."
         for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
@@ -40,6 +41,7 @@ def llama_tensors(seed: int) -> dict[str, torch.Tensor]:
             tensors[f"{prefix}mlp.{name}.weight"] = random(INNER, WIDTH)
         tensors[f"{prefix}mlp.down_proj.weight"] = random(WIDTH, INNER)
         tensors[f"{prefix}input_layernorm.weight"] = random(WIDTH)
+        tensors[f"{prefix}post_attention_layernorm.weight"] = random(WIDTH)
     return tensors
 
 

@@ -500,7 +500,7 @@ class TestOutputFolder:
 
     def test_too_large_for_the_disk_or_the_ceiling(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         family = make_family(tmp_path)
-        with pytest.raises(imf.ResourceError, match=r"max_ram is 1000000 bytes; this merge needs \d+"):
+        with pytest.raises(imf.ResourceError, match=r"max_ram is 1000000 bytes; the smallest that would do is \d+"):
             imf.merge(config_of(family, tmp_path / "out"), max_ram=1_000_000)
         usage = shutil.disk_usage(tmp_path)._replace(free=100)
         monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)

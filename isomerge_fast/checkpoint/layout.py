@@ -65,6 +65,10 @@ class StoredTensor:
     def bytes(self) -> int:
         return self.end - self.start
 
+    @property
+    def elements(self) -> int:
+        return element_count(self.shape)
+
 
 @dataclass(frozen=True)
 class FileIdentity:

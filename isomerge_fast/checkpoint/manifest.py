@@ -17,7 +17,7 @@ from ..errors import ConfigError, InputError, VerificationError
 from .layout import Checkpoint, parse_json
 
 MANIFEST_FILE = "manifest.json"
-FORMAT = 1
+FORMAT = 2
 
 
 def describe_inputs(checkpoints: Iterable[Checkpoint]) -> list[dict[str, Any]]:

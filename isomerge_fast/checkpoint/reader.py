@@ -1,8 +1,17 @@
-"""Tensors by positioned reads, one at a time, into memory of their own; nothing is mapped or stays resident."""
+"""Bytes of tensors by positioned reads, from several threads; nothing is mapped or stays resident.
+
+Files that are not in the page cache are read with direct I/O, which leaves the cache to others and is faster. (4 GB on
+an ext4 disk of a 2-core machine, 4 MiB a read: 0.4 to 1.2 GB/s through the cache on one thread, 1.5 to 2.7 directly;
+from the cache 7 to 8.)
+"""
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import os
+import threading
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
@@ -12,17 +21,54 @@ from torch import Tensor
 from ..errors import InputError
 from .layout import DTYPES, Checkpoint, FileIdentity, StoredTensor
 
-READ_BYTES = 1 << 26  # one system call reads at most 2 GiB; 64 MiB keeps interrupts prompt
+PAGE = 4096
+# One read. Larger ones gain nothing, neither from the cache nor from the disk; smaller ones cost calls.
+READ_BYTES = 4 << 20
+
+
+@dataclass(frozen=True)
+class Piece:
+    """``count`` elements of a stored tensor from element ``first`` on, seen as ``shape``."""
+
+    stored: StoredTensor
+    first: int
+    shape: tuple[int, ...]
+
+    @property
+    def start(self) -> int:
+        """Offset in the file."""
+        return self.stored.start + self.first * DTYPES[self.stored.dtype].itemsize
+
+    @property
+    def bytes(self) -> int:
+        count = DTYPES[self.stored.dtype].itemsize
+        for size in self.shape:
+            count *= size
+        return count
+
+    def view(self, data: Tensor) -> Tensor:
+        """The bytes ``data`` as what they mean."""
+        return data.view(DTYPES[self.stored.dtype]).view(self.shape)
+
+
+def whole(stored: StoredTensor) -> Piece:
+    return Piece(stored, 0, stored.shape)
 
 
 class Reader:
-    """Open files of one or more checkpoints; a context manager. Files changed since they were planned are refused."""
+    """Open files of one or more checkpoints; a context manager. Files changed since they were planned are refused.
 
-    def __init__(self, *checkpoints: Checkpoint) -> None:
+    Args:
+        direct: read past the page cache what is not in it, where the file system can.
+    """
+
+    def __init__(self, *checkpoints: Checkpoint, direct: bool = True) -> None:
         self._identities: dict[Path, FileIdentity] = {}
         for checkpoint in checkpoints:
             self._identities.update(checkpoint.files)
-        self._descriptors: dict[Path, int] = {}
+        self._direct = direct
+        self._descriptors: dict[Path, tuple[int, int | None]] = {}
+        self._lock = threading.Lock()
 
     def __enter__(self) -> Reader:
         return self
@@ -30,38 +76,51 @@ class Reader:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for descriptor in self._descriptors.values():
-            os.close(descriptor)
+        for descriptors in self._descriptors.values():
+            for descriptor in descriptors:
+                if descriptor is not None:
+                    os.close(descriptor)
         self._descriptors.clear()
 
-    def read(self, stored: StoredTensor, rows: slice | None = None) -> Tensor:
-        """The tensor, or some rows of it, in a fresh CPU tensor of its own dtype.
+    @property
+    def direct_files(self) -> int:
+        """Of the files opened, those read past the page cache."""
+        return sum(direct is not None for _, direct in self._descriptors.values())
 
-        Args:
-            rows: ``slice(start, stop)`` along the first dimension.
+    def read(self, piece: Piece) -> Tensor:
+        """The piece in a fresh CPU tensor.
 
         Raises:
             InputError: the file changed since it was planned, ended early, or failed to read.
         """
-        start, size, shape = stored.start, stored.bytes, stored.shape
-        if rows is not None:
-            row_bytes = stored.bytes // stored.shape[0]
-            start, size = start + rows.start * row_bytes, (rows.stop - rows.start) * row_bytes
-            shape = (rows.stop - rows.start, *shape[1:])
-        data = torch.empty(size, dtype=torch.uint8, device="cpu")
-        view = data.numpy().data
-        position = 0
+        data = torch.empty(piece.bytes, dtype=torch.uint8, device="cpu")
+        self.read_into(piece, 0, data.numpy().data)
+        return piece.view(data)
+
+    def read_into(self, piece: Piece, offset: int, target: memoryview) -> None:
+        """Fills ``target`` with the piece's bytes from ``offset`` on. Safe to call from several threads at once.
+
+        Raises:
+            InputError: as ``read``.
+        """
+        start, end = piece.start + offset, piece.start + offset + len(target)
+        file, name = piece.stored.file, piece.stored.name
         try:
-            descriptor = self._open(stored.file)
-            while position < size:
-                block = view[position : position + READ_BYTES]
-                count = os.preadv(descriptor, [block], start + position)
-                if count == 0:
-                    raise InputError(f"{stored.file}: ends inside tensor {stored.name!r}")
+            through_cache, direct = self._open(file)
+            position = start
+            while position < end:
+                # Up to a multiple of what is read at once, so that direct reads overlap no more than they must.
+                stop = min(end, (position // READ_BYTES + 1) * READ_BYTES)
+                part = target[position - start : stop - start]
+                if direct is None:
+                    count = os.preadv(through_cache, [part], position)
+                else:
+                    count = self._read_directly(direct, part, position)
+                if count <= 0:
+                    raise InputError(f"{file}: ends inside tensor {name!r}")
                 position += count
         except OSError as error:
-            raise InputError(f"{stored.file}: tensor {stored.name!r} cannot be read ({error.strerror})") from error
-        return data.view(DTYPES[stored.dtype]).reshape(shape)
+            raise InputError(f"{file}: tensor {name!r} cannot be read ({error.strerror})") from error
 
     def check_unchanged(self) -> None:
         """Raises InputError when an input's size or modification time is not what was planned."""
@@ -73,12 +132,69 @@ class Reader:
             if (status.st_size, status.st_mtime_ns) != (identity.size, identity.mtime_ns):
                 raise InputError(f"{path}: changed during the merge")
 
-    def _open(self, path: Path) -> int:
-        if path not in self._descriptors:
-            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            status, identity = os.fstat(descriptor), self._identities[path]
-            if (status.st_size, status.st_mtime_ns) != (identity.size, identity.mtime_ns):
-                os.close(descriptor)
-                raise InputError(f"{path}: changed since the merge was planned")
-            self._descriptors[path] = descriptor
-        return self._descriptors[path]
+    def _read_directly(self, descriptor: int, part: memoryview, position: int) -> int:
+        """Whole pages into a buffer of this thread's own (offsets of tensors are not aligned), of it what is wanted."""
+        pages = page_buffer()
+        first = position // PAGE * PAGE
+        last = -(-(position + len(part)) // PAGE) * PAGE
+        count = os.preadv(descriptor, [pages[: last - first]], first) - (position - first)
+        count = min(count, len(part))
+        if count > 0:
+            part[:count] = pages[position - first : position - first + count]
+        return count
+
+    def _open(self, path: Path) -> tuple[int, int | None]:
+        """(a descriptor through the page cache, one past it where that is to be used)."""
+        with self._lock:
+            if path not in self._descriptors:
+                descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                status, identity = os.fstat(descriptor), self._identities[path]
+                if (status.st_size, status.st_mtime_ns) != (identity.size, identity.mtime_ns):
+                    os.close(descriptor)
+                    raise InputError(f"{path}: changed since the merge was planned")
+                direct = None
+                if self._direct and status.st_size >= READ_BYTES and not _is_cached(descriptor, status.st_size):
+                    direct = open_direct(path, os.O_RDONLY)
+                self._descriptors[path] = (descriptor, direct)
+            return self._descriptors[path]
+
+
+_buffers = threading.local()
+
+
+def page_buffer() -> memoryview:
+    """``READ_BYTES`` and a page more, aligned as direct I/O wants them: one buffer a thread, used again and again."""
+    if not hasattr(_buffers, "pages"):
+        _buffers.pages = memoryview(mmap.mmap(-1, READ_BYTES + PAGE))
+    return _buffers.pages
+
+
+def open_direct(path: Path, flags: int) -> int | None:
+    """A descriptor past the page cache, or None where the file system, or the system, has no such thing."""
+    if not hasattr(os, "O_DIRECT"):
+        return None
+    try:
+        return os.open(path, flags | os.O_DIRECT | os.O_CLOEXEC)
+    except OSError:
+        return None
+
+
+def _is_cached(descriptor: int, size: int) -> bool:
+    """Whether half of the file or more is in the page cache; yes where the system does not tell."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if not hasattr(libc, "mincore"):
+        return True
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_longlong]
+    address = libc.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, descriptor, 0)
+    if address in (None, ctypes.c_void_p(-1).value):
+        return True
+    try:
+        resident = (ctypes.c_ubyte * -(-size // PAGE))()
+        libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
+        if libc.mincore(address, size, resident):
+            return True
+        return bytes(resident).count(1) * 2 >= len(resident)
+    finally:
+        libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+        libc.munmap(address, size)

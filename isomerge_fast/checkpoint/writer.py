@@ -8,7 +8,6 @@ written first, with the file at its final size; every tensor then goes to its ow
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import struct
@@ -21,7 +20,12 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ..errors import ResourceError
+from .checksum import Checksum
 from .layout import DTYPE_NAMES, DTYPES, StoredTensor, element_count
+from .reader import PAGE, READ_BYTES, open_direct, page_buffer
+
+# Less than this at once goes through the page cache: a direct write waits for the disk.
+DIRECT_BYTES = 1 << 20
 
 # safetensors sorts by its own dtype ranking, widest first; equal widths have a fixed order as well.
 _DTYPE_RANK = [
@@ -70,48 +74,79 @@ def tensor_bytes(value: Tensor) -> memoryview:
     return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 
-def sha256(data: memoryview | bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
-
-
 class ShardWriter:
-    """One safetensors file under construction."""
+    """One safetensors file under construction. What is written goes past the page cache where the file system can.
 
-    def __init__(self, path: Path, tensors: Iterable[OutputTensor], *, resume: bool = False) -> None:
+    (4 GB on an ext4 disk of a 2-core machine, synced: 0.3 to 0.9 GB/s through the cache, 1.6 directly.)
+    """
+
+    def __init__(
+        self, path: Path, tensors: Iterable[OutputTensor], *, resume: bool = False, direct: bool = True
+    ) -> None:
         self.path = path
         prefix, self.tensors = file_layout(path, tensors)
         self._total = max([len(prefix), *(tensor.end for tensor in self.tensors.values())])
+        self._running: dict[str, Checksum] = {}
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | (0 if resume else os.O_TRUNC)
-        self._descriptor = os.open(path, flags, 0o666)
+        try:
+            self._descriptor = os.open(path, flags, 0o666)
+        except OSError as error:
+            raise _resource_error(path, error) from error
+        self._direct = open_direct(path, os.O_WRONLY) if direct and self._total >= DIRECT_BYTES else None
         try:
             os.ftruncate(self._descriptor, self._total)
             self._write_at(memoryview(prefix), 0)
         except OSError as error:
-            os.close(self._descriptor)
+            self._close_descriptors()
             raise _resource_error(path, error) from error
 
+    @property
+    def is_direct(self) -> bool:
+        """Whether large writes go past the page cache."""
+        return self._direct is not None
+
     def write(self, name: str, value: Tensor) -> str:
-        """Writes one tensor; returns the SHA-256 of its bytes."""
+        """Writes one tensor; returns the checksum of its bytes."""
         stored = self.tensors[name]
         assert (DTYPE_NAMES[value.dtype], tuple(value.shape)) == (stored.dtype, stored.shape), name
+        self.write_part(name, value, 0)
+        return self.finish(name)
+
+    def write_part(self, name: str, value: Tensor, first: int) -> None:
+        """Writes elements of a tensor from element ``first`` on. Parts come in order, each once."""
+        stored = self.tensors[name]
+        assert DTYPE_NAMES[value.dtype] == stored.dtype, name
         data = tensor_bytes(value)
+        start = stored.start + first * value.element_size()
+        if first == 0:
+            self._running[name] = Checksum()
+        assert start == stored.start + self._running[name].bytes, name
+        assert start + len(data) <= stored.end, name
         try:
-            self._write_at(data, stored.start)
+            self._write_at(data, start)
         except OSError as error:
             raise _resource_error(self.path, error) from error
-        return sha256(data)
+        self._running[name].update(data)
+
+    def finish(self, name: str) -> str:
+        """The checksum of a tensor that is written."""
+        running, stored = self._running.pop(name), self.tensors[name]
+        assert running.bytes == stored.bytes, name
+        return running.text
 
     def checksum(self, name: str) -> str:
-        """SHA-256 of the tensor's bytes as they are in the file now."""
-        stored = self.tensors[name]
-        digest, position = hashlib.sha256(), stored.start
-        while position < stored.end:
-            block = os.pread(self._descriptor, min(1 << 24, stored.end - position), position)
-            if not block:
-                break
-            digest.update(block)
-            position += len(block)
-        return digest.hexdigest()
+        """Checksum of the tensor's bytes as they are in the file now."""
+        stored, found = self.tensors[name], Checksum()
+        try:
+            while found.bytes < stored.bytes:
+                size = min(READ_BYTES, stored.bytes - found.bytes)
+                block = os.pread(self._descriptor, size, stored.start + found.bytes)
+                if not block:
+                    break
+                found.update(block)
+        except OSError as error:
+            raise _resource_error(self.path, error) from error
+        return found.text
 
     def close(self, *, validate: bool) -> None:
         """Ends the file; with ``validate`` it is on disk and safetensors has opened it, else it is left as it is."""
@@ -121,15 +156,39 @@ class ShardWriter:
         except OSError as error:
             raise _resource_error(self.path, error) from error
         finally:
-            os.close(self._descriptor)
+            self._close_descriptors()
         if validate:
             with safe_open(self.path, framework="np") as opened:
                 assert set(opened.keys()) == set(self.tensors), self.path
 
+    def _close_descriptors(self) -> None:
+        os.close(self._descriptor)
+        if self._direct is not None:
+            os.close(self._direct)
+
     def _write_at(self, data: memoryview, offset: int) -> None:
+        """Whole pages directly, from an aligned copy; what shares a page with others through the cache."""
+        head = -offset % PAGE
+        body = (len(data) - head) // PAGE * PAGE
+        if self._direct is None or body < DIRECT_BYTES:
+            self._write_cached(data, offset)
+            return
+        self._write_cached(data[:head], offset)
+        pages = page_buffer()
+        position = head
+        while position < head + body:
+            size = min(READ_BYTES, head + body - position)
+            pages[:size] = data[position : position + size]
+            count = os.pwrite(self._direct, pages[:size], offset + position)
+            position += count
+            if count % PAGE:  # a direct write cut short; the next one could not start there
+                break
+        self._write_cached(data[position:], offset + position)
+
+    def _write_cached(self, data: memoryview, offset: int) -> None:
         position = 0
         while position < len(data):
-            position += os.pwrite(self._descriptor, data[position : position + (1 << 26)], offset + position)
+            position += os.pwrite(self._descriptor, data[position : position + READ_BYTES], offset + position)
 
 
 def _resource_error(path: Path, error: OSError) -> ResourceError:

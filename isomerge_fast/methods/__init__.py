@@ -10,7 +10,18 @@ from ..errors import ConfigError, nearest
 from .iso_c import IsoC
 from .iso_cts import IsoCTS
 from .linear import Mean, TaskArithmetic
-from .protocol import Deltas, MergeStats, Method, NotFiniteError, TensorDeltas, TensorSpec, as_deltas
+from .protocol import (
+    Deltas,
+    MergeStats,
+    Method,
+    NotFiniteError,
+    RowBlock,
+    RowMap,
+    RowSource,
+    TensorDeltas,
+    TensorSpec,
+    as_deltas,
+)
 
 METHODS: dict[str, type] = {method.name: method for method in (IsoC, IsoCTS, Mean, TaskArithmetic)}
 
@@ -23,6 +34,9 @@ __all__ = [
     "MergeStats",
     "Method",
     "NotFiniteError",
+    "RowBlock",
+    "RowMap",
+    "RowSource",
     "TaskArithmetic",
     "TensorDeltas",
     "TensorSpec",

@@ -53,6 +53,7 @@ class IsoC:
     name: ClassVar[str] = "iso-c"
     citation: ClassVar[str] = "arXiv 2502.04959"
     default_exclude: ClassVar[tuple[str, ...]] = ("*text_projection*",)
+    any_shape: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_rank_policy(self.rank_policy)
@@ -88,6 +89,9 @@ class IsoC:
         sum_dtype = torch.promote_types(choice.sum_dtype, spec.dtype)
         solving = choice.solver.workspace_bytes(rows, columns, self._result_dtype(spec.dtype))
         return members * (sum_dtype.itemsize * rows * columns + solving)
+
+    def row_map_bytes(self, spec: TensorSpec, tasks: int, block_elements: int) -> int | None:
+        return None
 
     def flops(self, spec: TensorSpec, tasks: int) -> float:
         short = min(spec.shape)

@@ -80,6 +80,7 @@ class IsoCTS:
     name: ClassVar[str] = "iso-cts"
     citation: ClassVar[str] = "arXiv 2502.04959"
     default_exclude: ClassVar[tuple[str, ...]] = ("*text_projection*",)
+    any_shape: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_rank_policy(self.rank_policy)
@@ -148,6 +149,9 @@ class IsoCTS:
         else:  # U_k, then U_ts and its polar factor, then the result
             recombining = item * long * k + max(3 * thin, item * elements + 3 * left) + small
         return members * max(splitting, task_parts, recombining)
+
+    def row_map_bytes(self, spec: TensorSpec, tasks: int, block_elements: int) -> int | None:
+        return None
 
     def flops(self, spec: TensorSpec, tasks: int) -> float:
         short = min(spec.shape)

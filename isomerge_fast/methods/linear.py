@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .protocol import Deltas, MergeStats, Method, TensorSpec, finite_sum
+from .protocol import Deltas, MergeStats, Method, NotFiniteError, RowMap, RowSource, TensorSpec, finite_sum
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,7 @@ class TaskArithmetic:
     name: ClassVar[str] = "task-arithmetic"
     citation: ClassVar[str] = "arXiv 2212.04089"
     default_exclude: ClassVar[tuple[str, ...]] = ()
+    any_shape: ClassVar[bool] = True
 
     def accepts(self, spec: TensorSpec) -> bool:
         return True
@@ -44,6 +45,12 @@ class TaskArithmetic:
         total, _, values = finite_sum(deltas, deltas.dtype)
         return total, MergeStats(self.name, values)
 
+    def row_map(self, source: RowSource) -> RowMap:
+        return _Linear(self, source, 1.0)
+
+    def row_map_bytes(self, spec: TensorSpec, tasks: int, block_elements: int) -> int | None:
+        return spec.dtype.itemsize * block_elements
+
 
 @dataclass(frozen=True)
 class Mean(TaskArithmetic):
@@ -58,3 +65,28 @@ class Mean(TaskArithmetic):
     def merge(self, deltas: Deltas) -> tuple[Tensor, MergeStats]:
         total, stats = super().merge(deltas)
         return total.div_(deltas.n_tasks), stats
+
+    def row_map(self, source: RowSource) -> RowMap:
+        return _Linear(self, source, 1.0 / source.n_tasks)
+
+
+class _Linear:
+    """TEMPORARY"""
+
+    def __init__(self, method, source, factor):
+        self._m, self._s, self._f, self._seen = method, source, factor, []
+
+    def rows(self, block):
+        found = block.sum(self._s.dtype)
+        self._seen.append(found[1:])
+        if self._f != 1.0:
+            found.total.div_(self._s.n_tasks)
+        return found.total
+
+    def stats(self):
+        squares = torch.stack([x[0] for x in self._seen]).sum(0)
+        largest = torch.stack([x[1] for x in self._seen]).amax(0)
+        bad = torch.nonzero(torch.stack([x[2] for x in self._seen]).sum(0)).flatten().tolist()
+        if bad:
+            raise NotFiniteError(bad)
+        return MergeStats(self._m.name, {"delta_norms": squares.sqrt(), "delta_largest": largest})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, nearest
-from ..ops import TaskSum, compute_dtype, task_sum
+from ..ops import TaskSum, compute_dtype, subtract, task_sum
 
 RANK_POLICIES = ("range", "min-dim")
 
@@ -106,6 +106,71 @@ class TensorDeltas:
 
 
 @dataclass(frozen=True)
+class RowBlock:
+    """Some rows of every expert and of the base, as they are stored, on the device that computes."""
+
+    rows: slice
+    experts: Sequence[Tensor]
+    base: Tensor
+
+    def sum(self, dtype: torch.dtype) -> TaskSum:
+        """Σ_t Δ_t of these rows, with what was seen of every Δ_t."""
+        return task_sum(self.experts, self.base, dtype=dtype)
+
+    def delta(self, task: int, dtype: torch.dtype) -> Tensor:
+        """Δ_t of these rows."""
+        return subtract(self.experts[task], self.base, dtype=dtype)
+
+    def part(self, rows: slice) -> RowBlock:
+        """Some of these rows, counted from the first of them."""
+        place = slice(self.rows.start + rows.start, self.rows.start + rows.stop)
+        return RowBlock(place, [expert[rows] for expert in self.experts], self.base[rows])
+
+
+class RowSource(Protocol):
+    """T deltas too large to be held, walked block by block, as often as it takes."""
+
+    @property
+    def n_tasks(self) -> int: ...
+
+    @property
+    def shape(self) -> torch.Size: ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The compute dtype, float32 or float64."""
+        ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def blocks(self) -> Iterator[RowBlock]:
+        """All rows, in order; a block is valid until the next one is taken."""
+        ...
+
+
+class RowMap(Protocol):
+    """The merged Δ as a function of single rows of the deltas: what a method has learnt from passes over all of them.
+
+    The merged Δ itself is then never held: its rows are made in one last pass, in order.
+    """
+
+    def rows(self, block: RowBlock) -> Tensor:
+        """The merged Δ of these rows, float32 or float64, fresh. Of methods for ``any_shape`` called from several
+        threads at once.
+        """
+        ...
+
+    def stats(self) -> MergeStats:
+        """The evidence, when every row was asked for.
+
+        Raises:
+            NotFiniteError: naming the tasks that hold NaN or Inf.
+        """
+        ...
+
+
+@dataclass(frozen=True)
 class Check:
     """A number per matrix that is at most ``limit`` where the result is right."""
 
@@ -187,6 +252,8 @@ class Method(Protocol):
     name: ClassVar[str]
     citation: ClassVar[str]
     default_exclude: ClassVar[tuple[str, ...]]
+    any_shape: ClassVar[bool]
+    """Whether it is defined on single elements, so that tensors of any shape can be cut up in any way."""
 
     def accepts(self, spec: TensorSpec) -> bool:
         """Whether tensors of this shape are merged by the method (others are averaged)."""
@@ -214,6 +281,16 @@ class Method(Protocol):
 
     def merge(self, deltas: Deltas) -> tuple[Tensor, MergeStats]:
         """The merged Δ before ``scaling``, float32 or float64, and its evidence."""
+        ...
+
+    def row_map(self, source: RowSource) -> RowMap:
+        """The merged Δ as a function of rows, for tensors whose ``row_map_bytes`` is a number."""
+        ...
+
+    def row_map_bytes(self, spec: TensorSpec, tasks: int, block_elements: int) -> int | None:
+        """Peak bytes of ``row_map`` and of ``RowMap.rows`` beyond the block's own raw tensors, with blocks of that many
+        elements; None where the method has no such form for this tensor.
+        """
         ...
 
 

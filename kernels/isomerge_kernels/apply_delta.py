@@ -36,7 +36,7 @@ def random_bits(seed, element, member, BLOCK: tl.constexpr):
     return tl.reshape(halves, [BLOCK])
 
 
-@triton.jit(do_not_specialize=["seed"])
+@triton.jit(do_not_specialize=["seed", "first"])
 def apply_delta_kernel(
     base,
     delta,
@@ -44,6 +44,7 @@ def apply_delta_kernel(
     scalings,  # [outputs] float64
     scale,  # [members] float64, of member_lines lines each
     seed,
+    first,  # place of the line's first element in its tensor, for the random bits
     n_outputs,
     n_blocks,
     elements,  # of a line
@@ -68,7 +69,7 @@ def apply_delta_kernel(
     place = out + line * out_stride + offsets
     noise = tl.zeros([BLOCK], dtype=tl.uint32)
     if STOCHASTIC:
-        noise = random_bits(seed, block * BLOCK, line, BLOCK)
+        noise = random_bits(seed, first + block * BLOCK, line, BLOCK)
     for output in range(n_outputs):
         value = origin + tl.load(scalings + output).to(compute) * change
         if out.dtype.element_ty != tl.float64:  # float64 to bf16 goes by float32, as in torch
@@ -90,10 +91,11 @@ def apply_delta(
     dtype: torch.dtype,
     scale: Tensor | None = None,
     seed: int | None = None,
+    first: int = 0,
     config: Config = CONFIG,
 ) -> list[Tensor]:
     """[θ₀ + α s Δ for α in ``scalings``]; arguments and result as of ``reference.apply_delta``."""
-    check_apply(base, delta, dtype, scale, seed)
+    check_apply(base, delta, dtype, scale, seed, first)
     outputs = torch.empty(len(scalings), *base.shape, dtype=dtype, device=base.device)
     if outputs.numel() == 0:
         return list(outputs)
@@ -112,6 +114,7 @@ def apply_delta(
             alphas,
             alphas if scale is None else scale.to(torch.float64).contiguous(),
             0 if seed is None else seed,
+            first,
             len(scalings),
             n_blocks,
             elements,

@@ -66,7 +66,9 @@ def check_out(out: Tensor, like: Tensor) -> None:
         raise ValueError(f"out has strides {out.stride()}; expected a contiguous tensor")
 
 
-def check_apply(base: Tensor, delta: Tensor, dtype: torch.dtype, scale: Tensor | None, seed: int | None) -> None:
+def check_apply(
+    base: Tensor, delta: Tensor, dtype: torch.dtype, scale: Tensor | None, seed: int | None, first: int
+) -> None:
     """Raises ValueError for operands of ``apply_delta`` that do not fit each other."""
     check_same("delta", [delta], base)
     if base.dtype not in FLOAT_DTYPES or dtype not in FLOAT_DTYPES:
@@ -81,3 +83,5 @@ def check_apply(base: Tensor, delta: Tensor, dtype: torch.dtype, scale: Tensor |
         raise ValueError(f"seed: stochastic rounding is to bfloat16, not to {dtype}")
     if not 0 <= seed < 2**63:
         raise ValueError(f"seed is {seed}; expected 0 or more, and less than 2^63")
+    if first < 0 or first % 8:
+        raise ValueError(f"first is {first}; expected a multiple of 8, 0 or more")

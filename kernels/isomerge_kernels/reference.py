@@ -134,6 +134,7 @@ def apply_delta(
     dtype: torch.dtype,
     scale: Tensor | None = None,
     seed: int | None = None,
+    first: int = 0,
 ) -> list[Tensor]:
     """[θ₀ + α s Δ for α in ``scalings``], computed in the dtype of ``delta`` and rounded once to ``dtype``.
 
@@ -143,11 +144,13 @@ def apply_delta(
         scale: s, one number for every member of a batch: its dimensions are the first of ``base``; 1 when left out.
         seed: of stochastic rounding to bfloat16 by ``random_bits``: up with the probability by which the value lies
             nearer to the neighbour above. Rounded to the nearest when left out.
+        first: place of the first element in the tensor that these are some rows of, a multiple of 8: what is made in
+            pieces has the random bits of the whole.
 
     Raises:
         ValueError: shapes, devices or dtypes that do not fit each other; a seed with another dtype than bfloat16.
     """
-    check_apply(base, delta, dtype, scale, seed)
+    check_apply(base, delta, dtype, scale, seed, first)
     outputs = [torch.empty(base.shape, dtype=dtype, device=base.device) for _ in scalings]
     if base.numel() == 0:
         return outputs
@@ -160,7 +163,7 @@ def apply_delta(
             change = changes[member, block]
             if factors is not None:
                 change = change * factors[member]
-            noise = None if seed is None else random_bits(seed, start, change.numel(), member)
+            noise = None if seed is None else random_bits(seed, first + start, change.numel(), member)
             for scaling, output in zip(scalings, outputs, strict=True):
                 value = origins[member, block].to(delta.dtype, copy=True).add_(change, alpha=scaling)
                 if noise is not None:

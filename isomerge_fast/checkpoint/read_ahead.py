@@ -1,0 +1,163 @@
+"""Bundles of pieces read by a few threads before they are asked for, in a bounded number of bytes."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from .reader import READ_BYTES, Piece, Reader
+
+# More threads than cores: they wait for the disk, not for each other.
+THREADS = 4
+# Pieces start at multiples of this, which every dtype and vector load is content with.
+ALIGNMENT = 64
+# Buffers are of sizes that are multiples of this, so that bundles of nearly equal size share them.
+BUFFER_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """What is needed together: some rows of the base and of every expert."""
+
+    pieces: tuple[Piece, ...]
+
+    @property
+    def bytes(self) -> int:
+        return sum(_aligned(piece.bytes) for piece in self.pieces)
+
+
+@dataclass
+class _Reading:
+    bundle: Bundle
+    buffer: Tensor
+    parts: list[Future[float]]
+
+
+class ReadAhead:
+    """Takes bundles in their order, while the next ones are being read; a context manager.
+
+    Buffers are used again and again: fresh memory would cost a page fault every 4 KiB.
+
+    Args:
+        bundles: in the order in which they will be taken.
+        budget_bytes: of the bundle taken last and of those ahead together; one bundle is read whatever its size.
+        pinned: whether buffers are page-locked, for asynchronous copies to a GPU.
+    """
+
+    def __init__(
+        self,
+        reader: Reader,
+        threads: ThreadPoolExecutor,
+        bundles: Iterable[Bundle],
+        *,
+        budget_bytes: int,
+        pinned: bool = False,
+    ) -> None:
+        self._reader, self._threads, self._pinned = reader, threads, pinned
+        self._budget = budget_bytes
+        self._bundles: Iterator[Bundle] = iter(bundles)
+        self._next = next(self._bundles, None)
+        self._ahead: deque[_Reading] = deque()
+        self._taken: Tensor | None = None
+        self._spare: list[Tensor] = []
+        self._bytes = 0  # of all buffers: taken, ahead and spare
+        self.busy_seconds = 0.0  # of all threads together
+
+    def __enter__(self) -> ReadAhead:
+        self._top_up()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for reading in self._ahead:
+            for part in reading.parts:
+                part.cancel()
+        for reading in self._ahead:
+            for part in reading.parts:
+                if not part.cancelled():
+                    part.exception()  # waits: the buffer must outlive the read
+        self._ahead.clear()
+        self._spare.clear()
+        self._taken = None
+
+    def take(self) -> list[Tensor]:
+        """The pieces of the next bundle, valid until the next call.
+
+        Raises:
+            InputError: a file that changed, ended early, or failed to read.
+        """
+        if self._taken is not None:
+            self._spare.append(self._taken)
+            self._taken = None
+        self._top_up()
+        reading = self._ahead.popleft()
+        self._taken = reading.buffer
+        for part in reading.parts:
+            self.busy_seconds += part.result()
+        # The disk is not to wait until this bundle is done with.
+        self._top_up()
+        return [piece.view(data) for piece, data in _placed(reading.bundle, reading.buffer)]
+
+    def _top_up(self) -> None:
+        while self._next is not None:
+            buffer = self._buffer(self._next.bytes)
+            if buffer is None:
+                return
+            parts = [self._threads.submit(self._load, items) for items in _jobs(self._next, buffer)]
+            self._ahead.append(_Reading(self._next, buffer, parts))
+            self._next = next(self._bundles, None)
+
+    def _buffer(self, size: int) -> Tensor | None:
+        """A buffer of that size, or None where the budget has no room for it at this moment."""
+        size = -(-max(size, 1) // BUFFER_BYTES) * BUFFER_BYTES
+        for index, spare in enumerate(self._spare):
+            if spare.numel() == size:
+                return self._spare.pop(index)
+        in_use = self._bytes - sum(spare.numel() for spare in self._spare)
+        if in_use and in_use + size > self._budget:
+            return None
+        while self._spare and self._bytes + size > self._budget:
+            self._bytes -= self._spare.pop().numel()
+        self._bytes += size
+        return torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=self._pinned)
+
+    def _load(self, items: list[tuple[Piece, int, Tensor]]) -> float:
+        started = time.perf_counter()
+        for piece, offset, target in items:
+            self._reader.read_into(piece, offset, target.numpy().data)
+        return time.perf_counter() - started
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+def _placed(bundle: Bundle, buffer: Tensor) -> Iterator[tuple[Piece, Tensor]]:
+    start = 0
+    for piece in bundle.pieces:
+        yield piece, buffer[start : start + piece.bytes]
+        start += _aligned(piece.bytes)
+
+
+def _jobs(bundle: Bundle, buffer: Tensor) -> Iterator[list[tuple[Piece, int, Tensor]]]:
+    """The bundle's bytes in lists for one thread each: large pieces in parts, small ones together."""
+    job: list[tuple[Piece, int, Tensor]] = []
+    size = 0
+    for piece, data in _placed(bundle, buffer):
+        for offset in range(0, piece.bytes, READ_BYTES):
+            part = data[offset : offset + READ_BYTES]
+            job.append((piece, offset, part))
+            size += part.numel()
+            if size >= READ_BYTES:
+                yield job
+                job, size = [], 0
+    if job:
+        yield job

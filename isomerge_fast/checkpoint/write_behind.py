@@ -1,0 +1,88 @@
+"""Writes done by a thread of their own, in order, in a bounded number of bytes."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from types import TracebackType
+
+
+class WriteBehind:
+    """A context manager; what was put is done when ``drain`` returns. The first failure is raised by the next call.
+
+    Args:
+        budget_bytes: of what waits to be written; one write is taken whatever its size.
+    """
+
+    def __init__(self, budget_bytes: int) -> None:
+        self._budget = budget_bytes
+        self._waiting: deque[tuple[int, Callable[[], None]]] = deque()
+        self._bytes = 0  # of what waits and what is being written
+        self._changed = threading.Condition()
+        self._failure: BaseException | None = None
+        self._working = self._closed = False
+        self._thread = threading.Thread(target=self._work, name="isomerge-write", daemon=True)
+        self.busy_seconds = 0.0
+
+    def __enter__(self) -> WriteBehind:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Ends the thread. After an error what still waits is not written."""
+        with self._changed:
+            if kind is not None:
+                self._waiting.clear()
+            self._closed = True
+            self._changed.notify_all()
+        self._thread.join()
+
+    def put(self, size: int, action: Callable[[], None]) -> None:
+        """Has ``action`` done, which holds ``size`` bytes until then; waits while the budget is used up."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._failure or not self._bytes or self._bytes + size <= self._budget)
+            self._raise()
+            self._waiting.append((size, action))
+            self._bytes += size
+            self._changed.notify_all()
+
+    def drain(self) -> None:
+        """Waits until everything is done."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._failure or not (self._waiting or self._bytes or self._working))
+            self._raise()
+
+    def _raise(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting or self._closed)
+                if not self._waiting:
+                    return
+                size, action = self._waiting.popleft()
+                self._working = True
+            started = time.perf_counter()
+            failure: BaseException | None = None
+            try:
+                action()
+            except BaseException as error:
+                failure = error
+            del action  # and with it the bytes
+            with self._changed:
+                self.busy_seconds += time.perf_counter() - started
+                self._bytes -= size
+                self._working = False
+                if failure is not None:
+                    self._failure = self._failure or failure
+                    self._waiting.clear()
+                    self._bytes = 0
+                self._changed.notify_all()
+                if failure is not None:
+                    return

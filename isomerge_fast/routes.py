@@ -1,0 +1,188 @@
+"""How a tensor goes through memory: which of its copies are held when, so that a merge keeps to its ceilings.
+
+    copy        the base's bytes, part by part
+    by-rows     parts of all copies in, rows of the result out; nothing of the tensor's size is held (the linear
+                methods; tall matrices of the spectral ones in several passes, where the ceiling asks for it)
+    resident    all T + 1 copies are read once and held while the tensor is merged
+    streamed    the sum and the result are held, the copies read part by part, again for every pass
+
+Besides what a tensor takes, a merge holds what is read ahead and what waits to be written (``Budget``).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import prod
+
+import torch
+
+from .methods import Method, TensorSpec
+from .ops import BLOCK_ELEMENTS
+
+MIB = 1 << 20
+# Read ahead at least this much where nothing forbids it, and at the very least: four parts of 2 MiB.
+READ_AHEAD_BYTES, LEAST_READ_AHEAD_BYTES = 128 * MIB, 8 * MIB
+PARTS_AHEAD = 4
+# Without a ceiling tensors are resident whose copies take up to this share of the machine's memory.
+RESIDENT_SHARE = 1 / 32
+# Parts are of so many rows or multiples of it, so that random bits can be made for parts (``ops.apply_delta``).
+ROW_STEP = 8
+COPY, BY_ROWS, RESIDENT, STREAMED = "copy", "by-rows", "resident", "streamed"
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Bytes of host memory for what is read ahead and for what waits to be written; and for a tensor being merged.
+
+    ``work`` is the ceiling on the latter, on the device that computes; None where there is none.
+    """
+
+    read_ahead: int
+    work: int | None
+
+    @property
+    def write_behind(self) -> int:
+        return self.read_ahead // 4
+
+    @property
+    def part(self) -> int:
+        """Bytes of one part, all copies together."""
+        return self.read_ahead // PARTS_AHEAD
+
+    @property
+    def again(self) -> int:
+        """Bytes read ahead in passes after the first: two parts."""
+        return 2 * self.part
+
+    @property
+    def whole(self) -> int:
+        """Bytes up to which all copies of a tensor are held at once, while the next ones are read."""
+        return self.read_ahead // 2
+
+
+@dataclass(frozen=True)
+class Route:
+    """The way of one tensor.
+
+    Attributes:
+        lines: the shape by which it is walked: [M, N] as it is, or [elements] where rows have no meaning.
+        part_rows: of ``lines``, in every part but the last: what is written at once, and where copies are not held,
+            what is read at once.
+        method: with the ceiling it was given; None: copied.
+        work_bytes: peak on the device that computes, beyond ``Budget.read_ahead`` and ``write_behind``.
+    """
+
+    name: str
+    lines: tuple[int, ...]
+    part_rows: int
+    method: Method | None
+    work_bytes: int
+
+    def parts(self) -> Iterator[slice]:
+        """Rows of ``lines``, in order."""
+        for start in range(0, self.lines[0], self.part_rows):
+            yield slice(start, min(start + self.part_rows, self.lines[0]))
+
+    def readings(self) -> Iterator[slice]:
+        """Rows of ``lines`` that are read at once."""
+        return iter([slice(0, self.lines[0])]) if self.name == RESIDENT else self.parts()
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What moves for one element of a tensor: bytes of every copy read, and of all outputs written."""
+
+    read: tuple[int, ...]
+    written: int
+    tasks: int
+
+
+def budgets(largest: int, *, host: int | None, vram: int | None, on_gpu: bool) -> Iterator[Budget]:
+    """Budgets to be tried in turn: what is read ahead shrinks until the tensors fit beside it.
+
+    Args:
+        largest: bytes of all copies of the largest tensor that would be resident.
+        host: ceiling in bytes for all that a merge holds on the host; on a CPU for the work as well.
+        vram: ceiling in bytes for the work on a GPU.
+    """
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    resident = min(largest, int(memory * RESIDENT_SHARE) if host is None else host // 4)
+    size = max(READ_AHEAD_BYTES, 3 * resident)
+    if host is not None:
+        size = min(size, host // 3)
+    while True:
+        size = max(LEAST_READ_AHEAD_BYTES, size)
+        budget = Budget(size, vram)
+        if not on_gpu:
+            budget = Budget(size, None if host is None else max(0, host - budget.read_ahead - budget.write_behind))
+        yield budget
+        if size == LEAST_READ_AHEAD_BYTES:
+            return
+        size //= 2
+
+
+def copy_route(shape: Sequence[int], traffic: Traffic, budget: Budget) -> Route:
+    """Bytes that are only converted, if that."""
+    lines = (prod(shape),)
+    rows = _part_rows(lines, traffic, budget.part)
+    return Route(COPY, lines, rows, None, rows * traffic.written)
+
+
+def choose_route(method: Method, spec: TensorSpec, traffic: Traffic, budget: Budget, device: torch.device) -> Route:
+    """The fastest way that keeps to ``budget.work``; where none does, the one that takes least."""
+    routes = []
+    for route in _routes(method, spec, traffic, budget, device):
+        if budget.work is None or route.work_bytes <= budget.work:
+            return route
+        routes.append(route)
+    return min(routes, key=lambda route: route.work_bytes)
+
+
+def _routes(
+    method: Method, spec: TensorSpec, traffic: Traffic, budget: Budget, device: torch.device
+) -> Iterator[Route]:
+    if method.any_shape:
+        lines = (spec.elements,)
+        rows = _part_rows(lines, traffic, budget.part)
+        work = (method.row_map_bytes(spec, traffic.tasks, rows) or 0) + _applying(rows, spec, traffic)
+        yield Route(BY_ROWS, lines, rows, method, work + _on_device(rows, traffic, device))
+        return
+    lines = spec.shape
+    row = prod(lines[1:])
+    everything = spec.elements * sum(traffic.read)
+    rows = _part_rows(lines, traffic, budget.part)
+    writing = spec.bytes + _applying(rows * row, spec, traffic)
+    if everything <= budget.whole:
+        held = _on_device(spec.elements, traffic, device)
+        chosen = _within(method, budget, held)
+        work = max(chosen.workspace_bytes(spec, traffic.tasks), writing)
+        yield Route(RESIDENT, lines, rows, chosen, work + held)
+    again = budget.again + _on_device(rows * row, traffic, device)
+    chosen = _within(method, budget, again + 32 * min(BLOCK_ELEMENTS, spec.elements))
+    work = max(chosen.workspace_bytes(spec, traffic.tasks) + 32 * min(BLOCK_ELEMENTS, spec.elements), writing)
+    yield Route(STREAMED, lines, rows, chosen, work + again)
+    chosen = _within(method, budget, again + _applying(rows * row, spec, traffic))
+    by_rows = chosen.row_map_bytes(spec, traffic.tasks, rows * row)
+    if by_rows is not None:
+        yield Route(BY_ROWS, lines, rows, chosen, by_rows + again + _applying(rows * row, spec, traffic))
+
+
+def _within(method: Method, budget: Budget, beside: int) -> Method:
+    return method if budget.work is None else method.within(max(0, budget.work - beside))
+
+
+def _part_rows(lines: Sequence[int], traffic: Traffic, part_bytes: int) -> int:
+    row_bytes = max(1, prod(lines[1:]) * sum(traffic.read))
+    return min(max(ROW_STEP, part_bytes // row_bytes // ROW_STEP * ROW_STEP), max(1, lines[0]))
+
+
+def _applying(elements: int, spec: TensorSpec, traffic: Traffic) -> int:
+    """Outputs of one part, and the temporaries of making them."""
+    return elements * traffic.written + 4 * 8 * min(elements, BLOCK_ELEMENTS)
+
+
+def _on_device(elements: int, traffic: Traffic, device: torch.device) -> int:
+    """Copies on a GPU of what is being worked on and of what comes next; on a CPU the buffers read into are it."""
+    return 0 if device.type == "cpu" else 2 * elements * sum(traffic.read)

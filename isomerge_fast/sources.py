@@ -1,0 +1,172 @@
+"""The copies of one planned tensor as methods want them, made of what is read ahead."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from math import prod
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .checkpoint.read_ahead import Bundle, ReadAhead
+from .checkpoint.reader import Piece, Reader
+from .heap import trim_heap
+from .methods import RowBlock
+from .plan import TensorPlan
+from .routes import RESIDENT, Budget
+from .workers import Workers, parts_of
+
+Result = TypeVar("Result")
+Phase = Callable[[str], AbstractContextManager[None]]
+
+
+def bundle_of(plan: TensorPlan, rows: slice, experts: Sequence[int]) -> Bundle:
+    """The given rows of the base and of some experts."""
+    row_shape = plan.route.lines[1:]
+    shape = (rows.stop - rows.start, *row_shape)
+    stored = [plan.base, *(plan.experts[index] for index in experts)]
+    return Bundle(tuple(Piece(each, rows.start * prod(row_shape), shape) for each in stored))
+
+
+def first_pass(plan: TensorPlan) -> Iterator[Bundle]:
+    """What is read of a tensor in any case, and therefore ahead."""
+    for rows in plan.route.readings():
+        yield bundle_of(plan, rows, range(len(plan.experts)))
+
+
+class TensorSource:
+    """``methods.Deltas`` and ``methods.RowSource`` of one planned tensor.
+
+    The first pass over it is taken from ``ahead``, where its bundles come next; what is read later has buffers of its
+    own.
+    """
+
+    def __init__(
+        self,
+        plan: TensorPlan,
+        ahead: ReadAhead,
+        reader: Reader,
+        threads: ThreadPoolExecutor,
+        workers: Workers,
+        budget: Budget,
+        device: torch.device,
+        phase: Phase,
+    ) -> None:
+        self._plan, self._ahead, self._reader, self._threads = plan, ahead, reader, threads
+        self._workers, self._budget, self._phase = workers, budget, phase
+        self.device = device
+        self._to_take = sum(1 for _ in plan.route.readings())
+        self._read: list[Tensor] = []
+        self._held: list[Tensor] | None = None
+        self.read_bytes = 0
+
+    @property
+    def n_tasks(self) -> int:
+        return len(self._plan.experts)
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size(self._plan.route.lines)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._plan.spec.dtype
+
+    def blocks(self) -> Iterator[RowBlock]:
+        """See ``methods.RowSource``."""
+        return self.passes(range(self.n_tasks))
+
+    def base_blocks(self) -> Iterator[RowBlock]:
+        """Rows of the base alone, in the parts that are written."""
+        if self._plan.route.name == RESIDENT:
+            base = self._hold()[0]
+            return (RowBlock(rows, (), base[rows]) for rows in self._plan.route.parts())
+        return self.passes(())
+
+    def passes(self, tasks: Sequence[int]) -> Iterator[RowBlock]:
+        """Rows of the base and of some experts, in order. A first pass has to be over all of them."""
+        if self._plan.route.name == RESIDENT:
+            held = self._hold()
+            yield RowBlock(slice(0, self.shape[0]), [held[1 + task] for task in tasks], held[0])
+        elif self._to_take:
+            assert len(tasks) == self.n_tasks
+            for rows in self._plan.route.parts():
+                base, *experts = self._take(self._ahead)
+                self._to_take -= 1
+                yield RowBlock(rows, experts, base)
+        else:
+            trim_heap()
+            bundles = (bundle_of(self._plan, rows, tasks) for rows in self._plan.route.parts())
+            with ReadAhead(
+                self._reader, self._threads, bundles, budget_bytes=self._budget.again, pinned=self._on_gpu
+            ) as again:
+                for rows in self._plan.route.parts():
+                    base, *experts = self._take(again)
+                    yield RowBlock(rows, experts, base)
+
+    def on_cpu(self) -> None:
+        """Goes on without the GPU, whose memory is full. What was left of a first pass is passed over."""
+        self.device = torch.device("cpu")
+        if self._plan.route.name == RESIDENT:
+            self._held = self._read  # still in the buffers
+        while self._to_take:
+            self._take(self._ahead)
+            self._to_take -= 1
+
+    def delta(self, task: int) -> Tensor:
+        """See ``methods.Deltas``."""
+        out = torch.empty(self.shape, dtype=self.dtype, device=self.device)
+
+        def subtract(part: RowBlock) -> None:
+            ops.subtract(part.experts[0], part.base, dtype=self.dtype, out=out[part.rows])
+
+        for block in self.passes([task]):
+            self.share_out(subtract, self.parts(block))
+        return out
+
+    def sum(self, dtype: torch.dtype, batch_dims: int = 0) -> ops.TaskSum:
+        """See ``methods.Deltas``."""
+        if batch_dims:
+            raise ValueError("deltas of a checkpoint are single tensors, not a batch")
+        total = torch.empty(self.shape, dtype=dtype, device=self.device)
+
+        def add_up(part: RowBlock) -> ops.TaskSum:
+            return ops.task_sum(part.experts, part.base, out=total[part.rows])
+
+        seen = [found for block in self.blocks() for found in self.share_out(add_up, self.parts(block))]
+        return ops.TaskSum(
+            total,
+            torch.stack([part.squares for part in seen]).sum(0),
+            torch.stack([part.largest for part in seen if part.largest is not None]).amax(0),
+            torch.stack([part.nonfinite for part in seen]).sum(0),
+        )
+
+    def parts(self, block: RowBlock) -> list[RowBlock]:
+        """A block in parts for one thread each; on a GPU it stays one."""
+        if self.device.type != "cpu":
+            return [block]
+        return [block.part(rows) for rows in parts_of(block.rows, self._plan.route.lines)]
+
+    def share_out(self, action: Callable[[RowBlock], Result], parts: Sequence[RowBlock]) -> list[Result]:
+        """What ``action`` makes of every part, in order."""
+        return self._workers.map(action, parts)
+
+    @property
+    def _on_gpu(self) -> bool:
+        return self.device.type == "cuda"
+
+    def _hold(self) -> list[Tensor]:
+        if self._held is None:
+            self._held = self._take(self._ahead)
+            self._to_take = 0
+        return self._held
+
+    def _take(self, ahead: ReadAhead) -> list[Tensor]:
+        with self._phase("read"):
+            self._read = ahead.take()
+            self.read_bytes += sum(tensor.nbytes for tensor in self._read)
+            return [tensor.to(self.device) for tensor in self._read]
