@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from .api import iso_c, iso_cts, merge, merge_state_dicts
+    from .api import apply, iso_c, iso_cts, merge, merge_state_dicts
     from .config import MergeConfig, Override
     from .errors import ConfigError, InputError, IsomergeError, ResourceError, VerificationError
     from .methods import IsoC, IsoCTS, Mean, TaskArithmetic
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 # Loaded when first used: `isomerge --help` and shells that only look at the version need no torch.
 _HOMES = {
+    "apply": "api",
     "iso_c": "api",
     "iso_cts": "api",
     "merge": "api",
@@ -47,6 +48,7 @@ __all__ = [
     "TaskArithmetic",
     "VerificationError",
     "__version__",
+    "apply",
     "iso_c",
     "iso_cts",
     "merge",

@@ -5,20 +5,22 @@ from __future__ import annotations
 import fnmatch
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import ops
+from .checkpoint.manifest import read_manifest
 from .config import MergeConfig, load_config
-from .engine import Observer, resolve_device, run
+from .engine import resolve_device, run
 from .errors import ConfigError, InputError
 from .methods import Mean, Method, NotFiniteError, TensorSpec, as_deltas, make_method
-from .plan import make_plan, tensor_seed
-from .report import Report
+from .plan import DELTA_FOLDER, make_plan, tensor_seed
+from .report import Observer, Report
 
-__all__ = ["iso_c", "iso_cts", "merge", "merge_state_dicts"]
+__all__ = ["apply", "iso_c", "iso_cts", "merge", "merge_state_dicts"]
 
 
 def iso_c(deltas: Tensor | Sequence[Tensor], **options: Any) -> Tensor:
@@ -194,6 +196,70 @@ def merge(
     """
     return run(
         make_plan(load_config(config), resolve_device(device), max_ram=max_ram, max_vram=max_vram),
+        device=device,
+        max_ram=max_ram,
+        max_vram=max_vram,
+        resume=resume,
+        overwrite=overwrite,
+        io=io,
+        observer=observer,
+    )
+
+
+def apply(
+    merged: str | os.PathLike[str],
+    scaling: float | list[float],
+    out: str | os.PathLike[str],
+    *,
+    base: str | os.PathLike[str] | None = None,
+    dtype: str | None = None,
+    device: str = "auto",
+    max_ram: int | None = None,
+    max_vram: int | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    io: str = "auto",
+    observer: Observer | None = None,
+) -> Report:
+    """θ = θ₀ + α·Δ for another α, from the Δ that a merge with ``save_delta`` kept: nothing is decomposed again.
+
+    The same bytes as that merge gives with this α.
+
+    Args:
+        merged: output of that merge.
+        scaling: α, or several.
+        base: where the base lies now; where it lay then when None.
+        dtype: of the output's float tensors; as in that merge when None.
+        out, device, max_ram, max_vram, resume, overwrite, io, observer: as for ``merge``.
+
+    Raises:
+        InputError: no Δ there, or the base is not the one that it was made for.
+        ConfigError, ResourceError: as ``merge``.
+    """
+    folder = Path(merged)
+    description = read_manifest(folder)["description"]
+    if not description["config"]["save_delta"]:
+        raise InputError(f"{folder}: holds no merged Δ; merge again with save_delta")
+    recorded = description["inputs"][0]
+    config = load_config(
+        {
+            "base": recorded["path"] if base is None else base,
+            "experts": [folder / DELTA_FOLDER],
+            "experts_are_deltas": True,
+            "method": "task-arithmetic",
+            "scaling": scaling,
+            "dtype": dtype or description["config"]["dtype"],
+            "stochastic_rounding": description["config"]["stochastic_rounding"],
+            "out": out,
+        }
+    )
+    plan = make_plan(config, resolve_device(device), max_ram=max_ram, max_vram=max_vram)
+    for path, identity in plan.base.files.items():
+        then = recorded["files"].get(path.name)
+        if then is None or (then["size"], then["header_sha256"]) != (identity.size, identity.header_sha256):
+            raise InputError(f"{path}: not the base that the delta in {folder} was made for")
+    return run(
+        plan,
         device=device,
         max_ram=max_ram,
         max_vram=max_vram,

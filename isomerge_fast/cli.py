@@ -48,6 +48,9 @@ OutOption = Annotated[str | None, typer.Option("--out", help="Folder to write.")
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
 RamOption = Annotated[str | None, typer.Option("--max-ram", help="Ceiling for resident memory, e.g. 4GiB.")]
 VramOption = Annotated[str | None, typer.Option("--max-vram", help="Ceiling for GPU memory, e.g. 8GiB.")]
+DeltaOption = Annotated[bool, typer.Option("--save-delta", help="Keep the merged Δ in OUT/delta, for isomerge apply.")]
+ResumeOption = Annotated[bool, typer.Option("--resume", help="Continue an unfinished merge.")]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace the output, at the very end.")]
 IoOption = Annotated[str, typer.Option("--io", help="auto: past the page cache where that is faster; or buffered.")]
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -131,19 +134,20 @@ def run(
     dtype: DtypeOption = None,
     stochastic_rounding: RoundingOption = None,
     on_extra: OnExtraOption = None,
+    save_delta: DeltaOption = False,
     out: OutOption = None,
     device: DeviceOption = "auto",
     max_ram: RamOption = None,
     max_vram: VramOption = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue an unfinished merge.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output, at the very end.")] = False,
+    resume: ResumeOption = False,
+    overwrite: OverwriteOption = False,
     io: IoOption = "auto",
     format: FormatOption = Format.human,
 ) -> None:
     """Merge checkpoints into --out."""
     changes = {"base": base, "expert": expert, "method": method, "scaling": scaling, "option": option}
     changes |= {"exclude": exclude, "dtype": dtype, "on_extra": on_extra, "out": out}
-    changes |= {"stochastic_rounding": stochastic_rounding}
+    changes |= {"stochastic_rounding": stochastic_rounding, "save_delta": save_delta or None}
 
     def action() -> None:
         from .api import merge
@@ -178,6 +182,7 @@ def plan(
     dtype: DtypeOption = None,
     stochastic_rounding: RoundingOption = None,
     on_extra: OnExtraOption = None,
+    save_delta: DeltaOption = False,
     out: OutOption = None,
     device: DeviceOption = "auto",
     max_ram: RamOption = None,
@@ -187,7 +192,7 @@ def plan(
     """What a run would do with every tensor: reads headers only, writes nothing."""
     changes = {"base": base, "expert": expert, "method": method, "scaling": scaling, "option": option}
     changes |= {"exclude": exclude, "dtype": dtype, "on_extra": on_extra, "out": out}
-    changes |= {"stochastic_rounding": stochastic_rounding}
+    changes |= {"stochastic_rounding": stochastic_rounding, "save_delta": save_delta or None}
 
     def action() -> None:
         from .console import print_plan
@@ -200,6 +205,47 @@ def plan(
         check_resources(made, max_ram=ram, max_vram=vram, device=target)
         seconds = estimate_seconds(made)
         answer(format, {**made.to_dict(), "estimated_seconds": seconds}, lambda: print_plan(made, seconds))
+
+    guarded(format, action)
+
+
+@app.command()
+def apply(
+    merged: Annotated[Path, typer.Argument(help="Output of a merge with --save-delta.")],
+    scaling: Annotated[list[float], typer.Option("--scaling", help="α; repeated: one output each.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder to write.")],
+    base: Annotated[Path | None, typer.Option("--base", help="The base, if it has moved.")] = None,
+    dtype: DtypeOption = None,
+    device: DeviceOption = "auto",
+    max_ram: RamOption = None,
+    max_vram: VramOption = None,
+    resume: ResumeOption = False,
+    overwrite: OverwriteOption = False,
+    io: IoOption = "auto",
+    format: FormatOption = Format.human,
+) -> None:
+    """Another scaling of a finished merge, from the Δ it kept: reads base and Δ only."""
+
+    def action() -> None:
+        from .api import apply as apply_saved
+        from .console import print_report, watched
+
+        with watched(enabled=format is Format.human) as observer:
+            report = apply_saved(
+                merged,
+                scaling[0] if len(scaling) == 1 else scaling,
+                out,
+                base=base,
+                dtype=dtype,
+                device=device,
+                resume=resume,
+                overwrite=overwrite,
+                io=io,
+                observer=observer,
+                max_ram=parse_bytes(max_ram, "--max-ram"),
+                max_vram=parse_bytes(max_vram, "--max-vram"),
+            )
+        answer(format, report.to_dict(), lambda: print_report(report))
 
     guarded(format, action)
 

@@ -40,6 +40,9 @@ class MergeConfig:
             probability by which it lies nearer to the number above, so that small deltas count on average; the same
             seed gives the same bytes. None rounds to the nearest.
         on_extra: what becomes of tensors that an expert has and the base has not: "error" or "ignore".
+        experts_are_deltas: the experts hold Δ_t = θ_t − θ₀ (task vectors, a saved Δ) and not θ_t.
+        save_delta: also write the merged Δ, into ``out/delta``, for ``isomerge apply``. It is kept in float32 (float64
+            where an input is that), and what is written beside it is made of it as it is kept.
     """
 
     base: str
@@ -52,6 +55,8 @@ class MergeConfig:
     dtype: str | None = None
     stochastic_rounding: int | None = None
     on_extra: str = "error"
+    experts_are_deltas: bool = False
+    save_delta: bool = False
     out: str | None = None
 
     @property

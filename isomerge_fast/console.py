@@ -14,9 +14,8 @@ from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn, Time
 from rich.progress import Progress as Bar
 from rich.table import Table
 
-from .engine import Observer
 from .plan import Plan, TensorPlan
-from .report import Progress, Report
+from .report import Observer, Progress, Report
 from .verify import Verification
 
 # Wide enough for a line a tensor when the output goes to a file or a pipe.
@@ -134,7 +133,7 @@ def print_plan(plan: Plan, seconds: dict[str, float]) -> None:
     )
     out.print(
         f"read {size(plan.read_bytes)}, write {size(plan.write_bytes)} "
-        f"in {len(plan.shards) * len(plan.config.scalings)} file(s)"
+        f"in {sum(map(len, plan.folders.values()))} file(s)"
     )
     out.print(
         f"peak memory ≈ {size(plan.peak_ram_bytes)} on a CPU: {size(plan.peak_work_bytes)} for the largest tensor, "
@@ -203,9 +202,8 @@ def print_verification(result: Verification) -> None:
     if result.recomputed:
         table = _table("recomputed in float64", ">scaling", ">error", ">allowed")
         for entry in result.recomputed:
-            table.add_row(
-                escape(entry["name"]), f"{entry['scaling']:g}", f"{entry['error']:.1e}", f"{entry['allowed']:.1e}"
-            )
+            scaling = "delta" if entry["scaling"] is None else f"{entry['scaling']:g}"
+            table.add_row(escape(entry["name"]), scaling, f"{entry['error']:.1e}", f"{entry['allowed']:.1e}")
         out.print(table)
     _print_notes(out, result.remarks)
 

@@ -5,22 +5,17 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict
-from functools import partial
-from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from . import __version__, ops
 from .checkpoint.checksum import ALGORITHM
 from .checkpoint.companions import config_with_dtype, copy_companions, model_card
-from .checkpoint.layout import DTYPES, SINGLE_FILE
+from .checkpoint.layout import DTYPES
 from .checkpoint.manifest import FORMAT, MANIFEST_FILE, Journal, describe_inputs, fingerprint, to_json
 from .checkpoint.read_ahead import THREADS as READ_THREADS
 from .checkpoint.read_ahead import ReadAhead
@@ -30,22 +25,17 @@ from .checkpoint.write_behind import WriteBehind
 from .checkpoint.writer import ShardWriter, sync_folder, write_durably
 from .errors import ConfigError, InputError, ResourceError, nearest
 from .heap import return_freed_blocks
-from .methods import METHODS, Method, NotFiniteError, RowBlock
-from .plan import Plan, TensorPlan, check_resources
-from .report import REPORT_FILE, Progress, Report
+from .methods import METHODS, Method, NotFiniteError
+from .output import TensorOutput
+from .plan import DELTA_FOLDER, Plan, TensorPlan, check_resources, scaling_folders
+from .report import REPORT_FILE, Observer, Progress, Report, Stopwatch
 from .routes import BY_ROWS
 from .sources import TensorSource, first_pass
 from .workers import Workers
 
-Observer = Callable[[Progress], None]
 # About what glibc's heap may keep of freed blocks. Tensors that come so close to the plan's peak return theirs at once.
 HEAP_RESIDUE_BYTES = 128 << 20
 IO = ("auto", "buffered")
-
-
-def scaling_folders(scalings: tuple[float, ...]) -> dict[str, float]:
-    """Sub-folder of the output for every α: the output itself when there is one, else ``scaling-<α>``."""
-    return {"": scalings[0]} if len(scalings) == 1 else {f"scaling-{value:g}": value for value in scalings}
 
 
 def resolve_device(device: str) -> torch.device:
@@ -66,31 +56,6 @@ def resolve_device(device: str) -> torch.device:
     if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
         raise ResourceError(f"device {device!r}: this torch sees {torch.cuda.device_count()} CUDA device(s)")
     return resolved
-
-
-class Stopwatch:
-    """Seconds by phase; phases nest, and time is counted for the innermost."""
-
-    def __init__(self, progress: Progress, observer: Observer | None) -> None:
-        self._progress, self._observer = progress, observer
-        self._since = time.perf_counter()
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        outer = self._progress.phase
-        self._switch(name)
-        try:
-            yield
-        finally:
-            self._switch(outer)
-
-    def _switch(self, name: str) -> None:
-        now = time.perf_counter()
-        if self._progress.phase:
-            self._progress.seconds[self._progress.phase] += now - self._since
-        self._since, self._progress.phase = now, name
-        if self._observer is not None:
-            self._observer(self._progress)
 
 
 def run(
@@ -177,7 +142,7 @@ class _Run:
         self._io: dict[str, Any] = {}
         self._plan, self._device, self._staging, self._resume = plan, device, staging, resume
         self._description = description
-        self._folders = scaling_folders(plan.config.scalings)
+        self._scalings = scaling_folders(plan.config.scalings)
         self._progress = Progress(len(plan.tensors), plan.read_bytes + plan.write_bytes)
         self._stopwatch = Stopwatch(self._progress, observer)
         self._writers: dict[tuple[str, str], ShardWriter] = {}
@@ -200,12 +165,21 @@ class _Run:
         return self._finish(journal.finished, started)
 
     def _open_writers(self) -> None:
-        for folder in self._folders:
+        for folder, files in self._plan.folders.items():
             (self._staging.new / folder).mkdir(exist_ok=True)
-            for shard, tensors in self._plan.shards.items():
-                path = self._staging.new / folder / shard
+            for file, tensors in files.items():
+                path = self._staging.new / folder / file
                 writer = ShardWriter(path, tensors, resume=self._resume, direct=self._direct)
-                self._writers[folder, shard] = writer
+                self._writers[folder, file] = writer
+
+    def _writers_of(self, tensor: TensorPlan) -> dict[str, ShardWriter]:
+        """By folder."""
+        file = self._plan.file_of(tensor)
+        return {
+            folder: self._writers[folder, file]
+            for folder in self._plan.folders
+            if folder != DELTA_FOLDER or tensor.delta is not None
+        }
 
     def _merge_all(self, journal: Journal) -> None:
         """Reads ahead, merges and writes behind, tensor after tensor; what the journal has and the files hold is
@@ -240,7 +214,7 @@ class _Run:
                     self._merge_tensor(tensor, source, reader, writes, journal)
                 self._progress.done_tensors += 1
                 self._progress.done_bytes += tensor.base.bytes + sum(expert.bytes for expert in tensor.experts)
-                self._progress.done_bytes += tensor.out.bytes * len(self._folders)
+                self._progress.done_bytes += self._write_bytes(tensor)
             with self._stopwatch.phase("write"):
                 writes.drain()
             reader.check_unchanged()
@@ -251,16 +225,16 @@ class _Run:
                 "writing_seconds": writes.busy_seconds,
             }
 
-    def _shard_of(self, tensor: TensorPlan) -> str:
-        return tensor.base.file.name if tensor.base.file.name in self._plan.shards else SINGLE_FILE
+    def _write_bytes(self, tensor: TensorPlan) -> int:
+        kept = 0 if tensor.delta is None else tensor.delta.bytes
+        return tensor.out.bytes * len(self._scalings) + kept
 
     def _is_intact(self, tensor: TensorPlan, entry: dict[str, Any]) -> bool:
         """Whether the bytes that the journal claims are in the staged shards."""
-        shard = self._shard_of(tensor)
         with self._stopwatch.phase("read"):
             return all(
-                self._writers[folder, shard].checksum(tensor.name) == entry["checksum"].get(folder)
-                for folder in self._folders
+                writer.checksum(tensor.name) == entry["checksum"].get(folder)
+                for folder, writer in self._writers_of(tensor).items()
             )
 
     def _merge_tensor(
@@ -270,7 +244,7 @@ class _Run:
         work, peak = plan.route.work_bytes, self._plan.peak_work_bytes
         return_freed_blocks(eager=work > max(HEAP_RESIDUE_BYTES, peak - HEAP_RESIDUE_BYTES))
         report: dict[str, Any] = {"name": plan.name, "action": plan.action, "route": plan.route.name}
-        output = _Output(plan, self._shard_of(plan), self._folders, self._writers, writes, self._stopwatch)
+        output = TensorOutput(plan, self._writers_of(plan), self._scalings, writes, self._stopwatch.phase)
         with self._stopwatch.phase("compute"):
             try:
                 if plan.method is None:
@@ -284,7 +258,7 @@ class _Run:
             output.check_finite()
         report.update(stats)
         report["read_bytes"] = source.read_bytes
-        report["write_bytes"] = plan.out.bytes * len(self._folders)
+        report["write_bytes"] = self._write_bytes(plan)
         report["seconds"] = round(time.perf_counter() - started, 6)
 
         def finish() -> None:
@@ -296,22 +270,16 @@ class _Run:
     def _finish(self, finished: dict[str, dict[str, Any]], started: float) -> Report:
         """Everything beside the weights, then the commit."""
         plan, config = self._plan, self._plan.config
-        entries = [finished[tensor.name] for tensor in plan.tensors]
-        total_bytes = sum(tensor.out.bytes for tensor in plan.tensors)
-        for folder, scaling in self._folders.items():
+        entries = {tensor.name: finished[tensor.name] for tensor in plan.tensors}
+        for folder, files in plan.folders.items():
             path = self._staging.new / folder
-            if plan.base.is_folder:
-                copy_companions(plan.base.path, path, plan.companions)
-            if plan.base.config is not None:
-                text = json.dumps(config_with_dtype(plan.base.config, config.dtype), indent=2, ensure_ascii=False)
-                write_durably(path / "config.json", (text + "\n").encode())
+            if folder in self._scalings:
+                self._add_companions(path, self._scalings[folder])
             if plan.base.index_name is not None:
-                weight_map = {tensor.name: self._shard_of(tensor) for tensor in plan.tensors}
+                total_bytes = sum(output.bytes for tensors in files.values() for output in tensors)
+                weight_map = {output.name: file for file, tensors in files.items() for output in tensors}
                 index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
                 write_durably(path / plan.base.index_name, to_json(index, indent=2))
-            write_durably(path / "README.md", self._card(scaling).encode())
-            for name in plan.companions:
-                _sync_file(path / name)
             sync_folder(path)
         manifest = {
             "format": FORMAT,
@@ -319,26 +287,27 @@ class _Run:
             "description": self._description,
             "outputs": {
                 folder: {
-                    "scaling": scaling,
+                    "scaling": self._scalings.get(folder),
                     "tensors": {
                         tensor.name: {
-                            "file": self._shard_of(tensor),
+                            "file": plan.file_of(tensor),
                             "action": tensor.action,
-                            "checksum": entry["checksum"][folder],
+                            "checksum": entries[tensor.name]["checksum"][folder],
                         }
-                        for tensor, entry in zip(plan.tensors, entries, strict=True)
+                        for tensor in plan.tensors
+                        if folder in entries[tensor.name]["checksum"]
                     },
                 }
-                for folder, scaling in self._folders.items()
+                for folder in plan.folders
             },
         }
         report = Report(
             version=__version__,
             method=config.method,
             scaling=list(config.scalings),
-            outputs=[str(self._staging.out / folder) for folder in self._folders],
+            outputs=[str(self._staging.out / folder) for folder in plan.folders],
             device=str(self._device),
-            tensors=[entry["report"] for entry in entries],
+            tensors=[entry["report"] for entry in entries.values()],
             seconds={**self._progress.seconds, "total": time.perf_counter() - started},
             io=self._io,
             notes=list(plan.notes),
@@ -347,6 +316,18 @@ class _Run:
         write_durably(self._staging.new / REPORT_FILE, to_json(report.to_dict()))
         self._staging.commit()
         return report
+
+    def _add_companions(self, path: Path, scaling: float) -> None:
+        """What belongs to a checkpoint beside its weights and their index."""
+        plan = self._plan
+        if plan.base.is_folder:
+            copy_companions(plan.base.path, path, plan.companions)
+        if plan.base.config is not None:
+            text = json.dumps(config_with_dtype(plan.base.config, plan.config.dtype), indent=2, ensure_ascii=False)
+            write_durably(path / "config.json", (text + "\n").encode())
+        write_durably(path / "README.md", self._card(scaling).encode())
+        for name in plan.companions:
+            _sync_file(path / name)
 
     def _card(self, scaling: float) -> str:
         config, plan = self._plan.config, self._plan
@@ -362,96 +343,21 @@ class _Run:
             dtype=config.dtype,
             stochastic_rounding=config.stochastic_rounding,
             on_extra=config.on_extra,
+            experts_are_deltas=config.experts_are_deltas,
             version=__version__,
             library_name="transformers" if "model_type" in (plan.base.config or {}) else None,
         )
 
 
-class _Output:
-    """Where the parts of one merged tensor go: to every scaling's shard, through the thread that writes."""
-
-    def __init__(
-        self,
-        plan: TensorPlan,
-        shard: str,
-        folders: dict[str, float],
-        writers: dict[tuple[str, str], ShardWriter],
-        writes: WriteBehind,
-        stopwatch: Stopwatch,
-    ) -> None:
-        self._plan, self._folders, self._writes, self._stopwatch = plan, folders, writes, stopwatch
-        self._shards = {folder: writers[folder, shard] for folder in folders}
-        self._row_elements = prod(plan.route.lines[1:])
-        self._overflows = dict.fromkeys(folders, 0)
-
-    def add(
-        self, block: RowBlock, value: Callable[[RowBlock], Tensor], parts: list[RowBlock], source: TensorSource
-    ) -> None:
-        """Writes θ₀ + α Δ of these rows for every α, rounded once.
-
-        Args:
-            value: Δ of a part of the block.
-            parts: of the block, shared out among threads.
-        """
-        plan, row = self._plan, self._row_elements
-        shape, dtype = block.base.shape, DTYPES[plan.out.dtype]
-        # In one piece, because small writes do not go directly to the disk.
-        outputs = {folder: torch.empty(shape, dtype=dtype, device=block.base.device) for folder in self._folders}
-
-        def apply(part: RowBlock) -> None:
-            made = ops.apply_delta(
-                part.base,
-                value(part),
-                scalings=list(self._folders.values()),
-                dtype=dtype,
-                seed=plan.rounding_seed,
-                first=part.rows.start * row,
-            )
-            place = slice(part.rows.start - block.rows.start, part.rows.stop - block.rows.start)
-            for out, rows in zip(outputs.values(), made, strict=True):
-                out[place] = rows
-
-        source.share_out(apply, parts)
-        for folder, out in outputs.items():
-            if dtype == torch.float16:
-                self._overflows[folder] += ops.count_nonfinite(out)
-            self.put(folder, out, block.rows.start * row)
-
-    def put(self, folder: str, out: Tensor, first: int) -> None:
-        """Has elements from ``first`` on written, in the thread that does so."""
-        on_host, writer, name = out.to("cpu"), self._shards[folder], self._plan.name
-        with self._stopwatch.phase("write"):
-            self._writes.put(on_host.nbytes, partial(writer.write_part, name, on_host, first))
-
-    def check_finite(self) -> None:
-        """Raises InputError where finite weights became infinite in the output's dtype."""
-        for folder, count in self._overflows.items():
-            if count:
-                raise InputError(
-                    f"tensor {self._plan.name!r}: {count} merged weights overflow float16 "
-                    f"at scaling {self._folders[folder]:g}"
-                )
-
-    def checksums(self) -> dict[str, str]:
-        """Of the finished tensor, by folder."""
-        return {folder: writer.finish(self._plan.name) for folder, writer in self._shards.items()}
-
-    def fill(self, rows: slice, base: Tensor) -> None:
-        """Writes the base, converted where the output has another dtype."""
-        out = base.to(DTYPES[self._plan.out.dtype], copy=True)  # the buffer it lies in is read into again
-        for folder in self._folders:
-            self.put(folder, out, rows.start * self._row_elements)
-
-
-def _copy(plan: TensorPlan, source: TensorSource, output: _Output) -> dict[str, Any]:
+def _copy(plan: TensorPlan, source: TensorSource, output: TensorOutput) -> dict[str, Any]:
     for block in source.blocks():
-        output.fill(block.rows, block.base)
+        output.copy(block.rows, block.base)
     if plan.spec.elements == 0:
-        output.fill(slice(0, 0), torch.empty(0, dtype=DTYPES[plan.base.dtype], device="cpu"))
+        output.copy(slice(0, 0), torch.empty(0, dtype=DTYPES[plan.base.dtype], device="cpu"))
     return {"algorithm": "copy"}
 
 
-def _merge_by_rows(method: Method, source: TensorSource, output: _Output) -> dict[str, Any]:
+def _merge_by_rows(method: Method, source: TensorSource, output: TensorOutput) -> dict[str, Any]:
     row_map = method.row_map(source)
     for block in source.blocks():
         # A method that is more than a sum multiplies matrices, with all threads at once.
@@ -460,7 +366,7 @@ def _merge_by_rows(method: Method, source: TensorSource, output: _Output) -> dic
     return row_map.stats().to_dict()
 
 
-def _merge_whole(method: Method, source: TensorSource, output: _Output, report: dict[str, Any]) -> dict[str, Any]:
+def _merge_whole(method: Method, source: TensorSource, output: TensorOutput, report: dict[str, Any]) -> dict[str, Any]:
     try:
         value, stats = method.merge(source)
     except torch.OutOfMemoryError:

@@ -10,6 +10,7 @@ import shutil
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,14 @@ BASELINE_BYTES = 325_000_000
 PROCESS_BYTES = BASELINE_BYTES + (READ_THREADS + 1) * READ_BYTES
 ASSUMED_READ_BYTES_PER_SECOND = 1e9
 MAX_PROBLEMS = 20
+# Sub-folder of the output for the merged Δ.
+DELTA_FOLDER = "delta"
 _TOKEN_TABLES = re.compile(r"(embed|lm_head|wte|output\.weight$|shared\.weight$)")
+
+
+def scaling_folders(scalings: tuple[float, ...]) -> dict[str, float]:
+    """Sub-folder of the output for every α: the output itself when there is one, else ``scaling-<α>``."""
+    return {"": scalings[0]} if len(scalings) == 1 else {f"scaling-{value:g}": value for value in scalings}
 
 
 @dataclass(frozen=True)
@@ -56,9 +64,11 @@ class TensorPlan:
     base: StoredTensor
     experts: tuple[StoredTensor, ...]
     out: OutputTensor
+    delta: OutputTensor | None  # the merged Δ, where it is kept
     route: Route
     flops: float
     rounding_seed: int | None = None  # of stochastic rounding
+    experts_are_deltas: bool = False
 
     @property
     def method(self) -> Method | None:
@@ -83,19 +93,34 @@ class TensorPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """The whole merge. ``tensors`` are in the order in which their bytes lie in the base's files.
-
-    ``shards`` have the names and contents of the base's files; that of a bare file is ``model.safetensors``.
-    """
+    """The whole merge. ``tensors`` are in the order in which their bytes lie in the base's files."""
 
     config: MergeConfig
     base: Checkpoint
     experts: tuple[Checkpoint, ...]
     tensors: tuple[TensorPlan, ...]
-    shards: dict[str, tuple[OutputTensor, ...]]
     companions: tuple[str, ...]
     budget: Budget
     notes: tuple[str, ...] = field(default=())
+
+    @cached_property
+    def folders(self) -> dict[str, dict[str, tuple[OutputTensor, ...]]]:
+        """What is written: the files of every sub-folder of the output, and what each of them holds."""
+        merged: dict[str, list[OutputTensor]] = {}
+        kept: dict[str, list[OutputTensor]] = {}
+        for plan in self.tensors:
+            merged.setdefault(self.file_of(plan), []).append(plan.out)
+            if plan.delta is not None:
+                kept.setdefault(self.file_of(plan), []).append(plan.delta)
+        shards = {file: tuple(tensors) for file, tensors in merged.items()}
+        folders = dict.fromkeys(scaling_folders(self.config.scalings), shards)
+        if self.config.save_delta:
+            folders[DELTA_FOLDER] = {file: tuple(tensors) for file, tensors in kept.items()}
+        return folders
+
+    def file_of(self, tensor: TensorPlan) -> str:
+        """Name of the file that it is written to: that of the base, or ``model.safetensors`` for a bare one."""
+        return tensor.base.file.name if self.base.is_folder else SINGLE_FILE
 
     @property
     def read_bytes(self) -> int:
@@ -104,8 +129,8 @@ class Plan:
 
     @property
     def write_bytes(self) -> int:
-        """Bytes of weights to be written, over all scalings."""
-        return sum(plan.out.bytes for plan in self.tensors) * len(self.config.scalings)
+        """Bytes of weights to be written, over all scalings, and of the merged Δ where it is kept."""
+        return sum(output.bytes for files in self.folders.values() for tensors in files.values() for output in tensors)
 
     @property
     def peak_ram_bytes(self) -> int:
@@ -130,7 +155,7 @@ class Plan:
             "experts": [str(expert.path) for expert in self.experts],
             "out": self.config.out,
             "tensors": [plan.to_dict() for plan in self.tensors],
-            "shards": list(self.shards),
+            "folders": {folder: list(files) for folder, files in self.folders.items()},
             "companions": list(self.companions),
             "notes": list(self.notes),
             "read_bytes": self.read_bytes,
@@ -175,18 +200,14 @@ def make_plan(
         raise InputError(f"{len(problems)} problem(s) found before any output was written:", shown)
 
     order = sorted(base.tensors.values(), key=lambda stored: (str(stored.file), stored.start))
-    shards: dict[str, list[OutputTensor]] = {}
     fates = [_Fate(stored, experts, config, method, overrides) for stored in order]
-    for fate in fates:
-        shards.setdefault(fate.stored.file.name if base.is_folder else SINGLE_FILE, []).append(fate.out)
     budget, routes = _choose_routes(fates, device, max_ram, max_vram)
     tensors = [fate.plan(route, device) for fate, route in zip(fates, routes, strict=True)]
     if config.stochastic_rounding is not None and not any(plan.rounding_seed is not None for plan in tensors):
         raise ConfigError("stochastic_rounding: no merged tensor is written as bfloat16 (dtype: bfloat16 does that)")
     companions = tuple(companion_files(base.path)) if base.is_folder else ()
-    shard_table = {name: tuple(outputs) for name, outputs in shards.items()}
     notes = tuple(_notes(config, base, experts, tensors))
-    return Plan(config, base, experts, tuple(tensors), shard_table, companions, budget, notes)
+    return Plan(config, base, experts, tuple(tensors), companions, budget, notes)
 
 
 def check_out(out: Path, inputs: Iterable[Checkpoint]) -> None:
@@ -308,8 +329,13 @@ class _Fate:
             except ConfigError as error:
                 raise ConfigError(f"tensor {stored.name!r} {list(stored.shape)}: {error}") from error
             self.rounding_seed = tensor_seed(config.stochastic_rounding, stored.name) if dtype == "BF16" else None
+        self.experts_are_deltas = config.experts_are_deltas
+        self.delta = None
+        if config.save_delta and is_float:
+            self.delta = OutputTensor(stored.name, DTYPE_NAMES[self.spec.dtype], stored.shape)
         read = tuple(DTYPES[source.dtype].itemsize for source in (stored, *self.sources))
-        self.traffic = Traffic(read, DTYPES[dtype].itemsize * len(config.scalings), len(self.sources))
+        written = DTYPES[dtype].itemsize * len(config.scalings) + (self.spec.dtype.itemsize if self.delta else 0)
+        self.traffic = Traffic(read, written, len(self.sources))
 
     @property
     def all_bytes(self) -> int:
@@ -334,7 +360,17 @@ class _Fate:
                 reason = "by rows, to keep to the ceiling: float64 Gram matrices"
             flops = route.method.flops(self.spec, len(self.sources))
         return TensorPlan(
-            self.stored.name, reason, self.spec, self.stored, self.sources, self.out, route, flops, self.rounding_seed
+            self.stored.name,
+            reason,
+            self.spec,
+            self.stored,
+            self.sources,
+            self.out,
+            self.delta,
+            route,
+            flops,
+            self.rounding_seed,
+            self.experts_are_deltas,
         )
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -68,3 +71,31 @@ class Progress:
     tensor: str = ""
     phase: str = ""
     seconds: dict[str, float] = field(default_factory=lambda: {"read": 0.0, "compute": 0.0, "write": 0.0})
+
+
+Observer = Callable[[Progress], None]
+
+
+class Stopwatch:
+    """Seconds by phase; phases nest, and time is counted for the innermost."""
+
+    def __init__(self, progress: Progress, observer: Observer | None) -> None:
+        self._progress, self._observer = progress, observer
+        self._since = time.perf_counter()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        outer = self._progress.phase
+        self._switch(name)
+        try:
+            yield
+        finally:
+            self._switch(outer)
+
+    def _switch(self, name: str) -> None:
+        now = time.perf_counter()
+        if self._progress.phase:
+            self._progress.seconds[self._progress.phase] += now - self._since
+        self._since, self._progress.phase = now, name
+        if self._observer is not None:
+            self._observer(self._progress)

@@ -91,13 +91,13 @@ class TensorSource:
         """Rows of the base and of some experts, in order. A first pass has to be over all of them."""
         if self._plan.route.name == RESIDENT:
             held = self._hold()
-            yield RowBlock(slice(0, self.shape[0]), [held[1 + task] for task in tasks], held[0])
+            yield self._block(slice(0, self.shape[0]), [held[1 + task] for task in tasks], held[0])
         elif self._to_take:
             assert len(tasks) == self.n_tasks
             for rows in self._plan.route.parts():
                 base, *experts = self._take(self._ahead)
                 self._to_take -= 1
-                yield RowBlock(rows, experts, base)
+                yield self._block(rows, experts, base)
         else:
             trim_heap()
             bundles = (bundle_of(self._plan, rows, tasks) for rows in self._plan.route.parts())
@@ -106,7 +106,7 @@ class TensorSource:
             ) as again:
                 for rows in self._plan.route.parts():
                     base, *experts = self._take(again)
-                    yield RowBlock(rows, experts, base)
+                    yield self._block(rows, experts, base)
 
     def on_cpu(self) -> None:
         """Goes on without the GPU, whose memory is full. What was left of a first pass is passed over."""
@@ -122,7 +122,7 @@ class TensorSource:
         out = torch.empty(self.shape, dtype=self.dtype, device=self.device)
 
         def subtract(part: RowBlock) -> None:
-            ops.subtract(part.experts[0], part.base, dtype=self.dtype, out=out[part.rows])
+            part.delta(0, self.dtype, out=out[part.rows])
 
         for block in self.passes([task]):
             self.share_out(subtract, self.parts(block))
@@ -135,7 +135,7 @@ class TensorSource:
         total = torch.empty(self.shape, dtype=dtype, device=self.device)
 
         def add_up(part: RowBlock) -> ops.TaskSum:
-            return ops.task_sum(part.experts, part.base, out=total[part.rows])
+            return part.sum(dtype, out=total[part.rows])
 
         seen = [found for block in self.blocks() for found in self.share_out(add_up, self.parts(block))]
         return ops.TaskSum(
@@ -154,6 +154,9 @@ class TensorSource:
     def share_out(self, action: Callable[[RowBlock], Result], parts: Sequence[RowBlock]) -> list[Result]:
         """What ``action`` makes of every part, in order."""
         return self._workers.map(action, parts)
+
+    def _block(self, rows: slice, experts: Sequence[Tensor], base: Tensor) -> RowBlock:
+        return RowBlock(rows, experts, base, self._plan.experts_are_deltas)
 
     @property
     def _on_gpu(self) -> bool:

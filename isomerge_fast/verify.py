@@ -21,7 +21,7 @@ from .checkpoint.reader import Piece, Reader, whole
 from .checkpoint.writer import tensor_bytes
 from .config import MergeConfig, Override
 from .errors import InputError, VerificationError
-from .methods import TensorDeltas
+from .methods import RowBlock, TensorDeltas
 from .plan import Plan, TensorPlan, make_plan
 
 # What the merged delta may differ by, relative to its norm: the promise of the default precision, ten times over.
@@ -158,7 +158,7 @@ def _sample(plan: Plan, samples: int, seed: int) -> list[TensorPlan]:
     return chosen + generator.sample(others, min(len(others), samples - len(chosen)))
 
 
-def _compare(plan: TensorPlan, reader: Reader, stored: Tensor, scaling: float) -> dict[str, Any]:
+def _compare(plan: TensorPlan, reader: Reader, stored: Tensor, scaling: float | None) -> dict[str, Any]:
     """‖stored − round(expected)‖_F / ‖expected − θ₀‖_F, expected = θ₀ + α·Δ in float64 by the reference solver.
 
     An error e_i before rounding moves entry i to the next number with probability |e_i| / ulp_i, which costs ulp_i; so
@@ -168,18 +168,24 @@ def _compare(plan: TensorPlan, reader: Reader, stored: Tensor, scaling: float) -
     """
     assert plan.method is not None
     base = reader.read(whole(plan.base)).double()
-    deltas = [ops.subtract(reader.read(whole(expert)), base, dtype=torch.float64) for expert in plan.experts]
+    experts = [reader.read(whole(expert)) for expert in plan.experts]
+    block = RowBlock(slice(0, 1), experts, base, plan.experts_are_deltas)
+    deltas = [block.delta(task, torch.float64) for task in range(len(experts))]
     # Rank is judged as the merge judged it: by the rounding of the dtype it was computed in.
     method = replace(plan.method, precision="reference") if hasattr(plan.method, "precision") else plan.method  # type: ignore[type-var]
     if plan.spec.dtype == torch.float32:
         deltas = [delta.float() for delta in deltas]
     value, stats = method.merge(TensorDeltas(deltas))
     gap = stats.to_dict().get("gap", 1.0)
-    expected = base + scaling * value.double()
-    dtype = DTYPES[plan.out.dtype]
+    dtype, seed = DTYPES[plan.out.dtype], plan.rounding_seed
+    if scaling is None:  # Δ itself, which is kept beside the outputs
+        dtype, seed = stored.dtype, None
+        base.zero_()
+    alpha = 1.0 if scaling is None else scaling
+    expected = base + alpha * value.double()
     moved = torch.linalg.vector_norm(expected - base).item()
     norm = torch.linalg.vector_norm(expected).item()
-    (rounded,) = ops.apply_delta(base, value.double(), scalings=[scaling], dtype=dtype, seed=plan.rounding_seed)
+    (rounded,) = ops.apply_delta(base, value.double(), scalings=[alpha], dtype=dtype, seed=seed)
     error = torch.linalg.vector_norm(stored.double() - rounded.double()).item()
     before_rounding = DELTA_TOLERANCE * moved + torch.finfo(plan.spec.dtype).eps * norm
     ulp = torch.finfo(dtype).eps * norm

@@ -27,6 +27,7 @@ FLOORS = (
     {"routes"},
     {"plan", "workers"},
     {"sources"},
+    {"output"},
     {"engine", "verify"},
     {"api", "console", "doctor"},
     {"demo", "integrations"},

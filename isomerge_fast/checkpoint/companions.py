@@ -98,6 +98,7 @@ def model_card(
     dtype: str | None,
     stochastic_rounding: int | None,
     on_extra: str,
+    experts_are_deltas: bool,
     version: str,
     library_name: str | None,
 ) -> str:
@@ -120,14 +121,16 @@ def model_card(
         *([f"dtype: {dtype}"] if dtype else []),
         *([f"stochastic_rounding: {stochastic_rounding}"] if stochastic_rounding is not None else []),
         *([f"on_extra: {on_extra}"] if on_extra != "error" else []),
+        *(["experts_are_deltas: true"] if experts_are_deltas else []),
     ]
+    label, kind = ("Delta", "delta(s)") if experts_are_deltas else ("Expert", "checkpoints")
     lines = [
         *front,
         "",
-        f"# Merge of {len(experts)} checkpoints with {method}",
+        f"# Merge of {len(experts)} {kind} with {method}",
         "",
         f"- Base: `{base}`",
-        *(f"- Expert: `{expert}`" for expert in experts),
+        *(f"- {label}: `{expert}`" for expert in experts),
         f"- Method: {method} ({citation}), scaling α = {scaling:g}",
         f"- Made with isomerge-fast {version}",
         "",

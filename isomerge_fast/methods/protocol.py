@@ -107,24 +107,31 @@ class TensorDeltas:
 
 @dataclass(frozen=True)
 class RowBlock:
-    """Some rows of every expert and of the base, as they are stored, on the device that computes."""
+    """Some rows of every expert and of the base, as they are stored, on the device that computes.
+
+    Attributes:
+        are_deltas: whether the experts are Δ_t themselves, and not θ_t.
+    """
 
     rows: slice
     experts: Sequence[Tensor]
     base: Tensor
+    are_deltas: bool = False
 
-    def sum(self, dtype: torch.dtype) -> TaskSum:
+    def sum(self, dtype: torch.dtype, out: Tensor | None = None) -> TaskSum:
         """Σ_t Δ_t of these rows, with what was seen of every Δ_t."""
-        return task_sum(self.experts, self.base, dtype=dtype)
+        return task_sum(self.experts, None if self.are_deltas else self.base, dtype=dtype, out=out)
 
-    def delta(self, task: int, dtype: torch.dtype) -> Tensor:
+    def delta(self, task: int, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         """Δ_t of these rows."""
-        return subtract(self.experts[task], self.base, dtype=dtype)
+        if not self.are_deltas:
+            return subtract(self.experts[task], self.base, dtype=dtype, out=out)
+        return self.experts[task].to(dtype) if out is None else out.copy_(self.experts[task])
 
     def part(self, rows: slice) -> RowBlock:
         """Some of these rows, counted from the first of them."""
         place = slice(self.rows.start + rows.start, self.rows.start + rows.stop)
-        return RowBlock(place, [expert[rows] for expert in self.experts], self.base[rows])
+        return RowBlock(place, [expert[rows] for expert in self.experts], self.base[rows], self.are_deltas)
 
 
 class RowSource(Protocol):
