@@ -31,6 +31,7 @@ from .plan import DELTA_FOLDER, Plan, TensorPlan, check_resources, scaling_folde
 from .report import REPORT_FILE, Observer, Progress, Report, Stopwatch
 from .routes import BY_ROWS
 from .sources import TensorSource, first_pass
+from .transfers import Uploads
 from .workers import Workers
 
 # About what glibc's heap may keep of freed blocks. Tensors that come so close to the plan's peak return theirs at once.
@@ -202,6 +203,7 @@ class _Run:
                 budget_bytes=budget.read_ahead,
                 pinned=self._device.type == "cuda",
             ) as ahead,
+            Uploads(ahead, self._device) as uploads,
             WriteBehind(budget.write_behind) as writes,
             Workers() as workers,
         ):
@@ -209,7 +211,7 @@ class _Run:
                 self._progress.tensor = tensor.name
                 if tensor.name not in intact:
                     source = TensorSource(
-                        tensor, ahead, reader, threads, workers, budget, self._device, self._stopwatch.phase
+                        tensor, uploads, reader, threads, workers, budget, self._device, self._stopwatch.phase
                     )
                     self._merge_tensor(tensor, source, reader, writes, journal)
                 self._progress.done_tensors += 1

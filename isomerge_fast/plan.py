@@ -143,8 +143,13 @@ class Plan:
         return PROCESS_BYTES + self.budget.read_ahead + self.budget.write_behind
 
     @property
+    def peak_vram_bytes(self) -> int:
+        """Estimate of the peak of allocated memory on a GPU."""
+        return self.budget.in_transfer + self.peak_work_bytes
+
+    @property
     def peak_work_bytes(self) -> int:
-        """The largest working set of one tensor: on a GPU, its memory."""
+        """The largest working set of one tensor, on the device that computes."""
         return max((plan.route.work_bytes for plan in self.tensors), default=0)
 
     def to_dict(self) -> dict[str, Any]:
@@ -161,6 +166,7 @@ class Plan:
             "read_bytes": self.read_bytes,
             "write_bytes": self.write_bytes,
             "peak_ram_bytes": self.peak_ram_bytes,
+            "peak_vram_bytes": self.peak_vram_bytes,
             "peak_work_bytes": self.peak_work_bytes,
             "read_ahead_bytes": self.budget.read_ahead,
         }
@@ -225,8 +231,8 @@ def check_resources(plan: Plan, *, max_ram: int | None, max_vram: int | None, de
     needed = plan.host_buffer_bytes if on_gpu else plan.peak_ram_bytes
     if max_ram is not None and needed > max_ram:
         raise ResourceError(_too_low("max_ram", max_ram, needed, plan))
-    if max_vram is not None and on_gpu and plan.peak_work_bytes > max_vram:
-        raise ResourceError(_too_low("max_vram", max_vram, plan.peak_work_bytes, plan))
+    if max_vram is not None and on_gpu and plan.peak_vram_bytes > max_vram:
+        raise ResourceError(_too_low("max_vram", max_vram, plan.peak_vram_bytes, plan))
     if plan.config.out is not None:
         folder = Path(os.path.realpath(plan.config.out)).parent
         while not folder.exists():

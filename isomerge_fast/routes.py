@@ -61,6 +61,11 @@ class Budget:
         """Bytes up to which all copies of a tensor are held at once, while the next ones are read."""
         return self.read_ahead // 2
 
+    @property
+    def in_transfer(self) -> int:
+        """On a GPU, bytes beside the work: the bundle that comes next, and outputs on their way to the host."""
+        return self.whole + self.write_behind
+
 
 @dataclass(frozen=True)
 class Route:
@@ -114,10 +119,9 @@ def budgets(largest: int, *, host: int | None, vram: int | None, on_gpu: bool) -
         size = min(size, host // 3)
     while True:
         size = max(LEAST_READ_AHEAD_BYTES, size)
-        budget = Budget(size, vram)
-        if not on_gpu:
-            budget = Budget(size, None if host is None else max(0, host - budget.read_ahead - budget.write_behind))
-        yield budget
+        budget = Budget(size, None)
+        ceiling, beside = (vram, budget.in_transfer) if on_gpu else (host, budget.read_ahead + budget.write_behind)
+        yield budget if ceiling is None else Budget(size, max(0, ceiling - beside))
         if size == LEAST_READ_AHEAD_BYTES:
             return
         size //= 2
@@ -147,7 +151,7 @@ def _routes(
         lines = (spec.elements,)
         rows = _part_rows(lines, traffic, budget.part)
         work = (method.row_map_bytes(spec, traffic.tasks, rows) or 0) + _applying(rows, spec, traffic)
-        yield Route(BY_ROWS, lines, rows, method, work + _on_device(rows, traffic, device))
+        yield Route(BY_ROWS, lines, rows, method, work + _on_device(2 * rows, traffic, device))
         return
     lines = spec.shape
     row = prod(lines[1:])
@@ -159,7 +163,8 @@ def _routes(
         chosen = _within(method, budget, held)
         work = max(chosen.workspace_bytes(spec, traffic.tasks), writing)
         yield Route(RESIDENT, lines, rows, chosen, work + held)
-    again = budget.again + _on_device(rows * row, traffic, device)
+    # Of parts there are two: one is taken while that before it is still at hand.
+    again = budget.again + _on_device(2 * rows * row, traffic, device)
     chosen = _within(method, budget, again + 32 * min(BLOCK_ELEMENTS, spec.elements))
     work = max(chosen.workspace_bytes(spec, traffic.tasks) + 32 * min(BLOCK_ELEMENTS, spec.elements), writing)
     yield Route(STREAMED, lines, rows, chosen, work + again)
@@ -184,5 +189,5 @@ def _applying(elements: int, spec: TensorSpec, traffic: Traffic) -> int:
 
 
 def _on_device(elements: int, traffic: Traffic, device: torch.device) -> int:
-    """Copies on a GPU of what is being worked on and of what comes next; on a CPU the buffers read into are it."""
-    return 0 if device.type == "cpu" else 2 * elements * sum(traffic.read)
+    """Copies on a GPU of what is being worked on; on a CPU the buffers read into are it."""
+    return 0 if device.type == "cpu" else elements * sum(traffic.read)

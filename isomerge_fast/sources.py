@@ -18,6 +18,7 @@ from .heap import trim_heap
 from .methods import RowBlock
 from .plan import TensorPlan
 from .routes import RESIDENT, Budget
+from .transfers import Uploads
 from .workers import Workers, parts_of
 
 Result = TypeVar("Result")
@@ -48,7 +49,7 @@ class TensorSource:
     def __init__(
         self,
         plan: TensorPlan,
-        ahead: ReadAhead,
+        ahead: Uploads,
         reader: Reader,
         threads: ThreadPoolExecutor,
         workers: Workers,
@@ -60,7 +61,7 @@ class TensorSource:
         self._workers, self._budget, self._phase = workers, budget, phase
         self.device = device
         self._to_take = sum(1 for _ in plan.route.readings())
-        self._read: list[Tensor] = []
+        self._read: list[Tensor] = []  # taken last
         self._held: list[Tensor] | None = None
         self.read_bytes = 0
 
@@ -96,26 +97,28 @@ class TensorSource:
             assert len(tasks) == self.n_tasks
             for rows in self._plan.route.parts():
                 base, *experts = self._take(self._ahead)
-                self._to_take -= 1
                 yield self._block(rows, experts, base)
         else:
             trim_heap()
             bundles = (bundle_of(self._plan, rows, tasks) for rows in self._plan.route.parts())
-            with ReadAhead(
-                self._reader, self._threads, bundles, budget_bytes=self._budget.again, pinned=self._on_gpu
-            ) as again:
+            with (
+                ReadAhead(
+                    self._reader, self._threads, bundles, budget_bytes=self._budget.again, pinned=self._on_gpu
+                ) as again,
+                Uploads(again, self.device) as uploads,
+            ):
                 for rows in self._plan.route.parts():
-                    base, *experts = self._take(again)
+                    base, *experts = self._take(uploads)
                     yield self._block(rows, experts, base)
 
     def on_cpu(self) -> None:
         """Goes on without the GPU, whose memory is full. What was left of a first pass is passed over."""
         self.device = torch.device("cpu")
-        if self._plan.route.name == RESIDENT:
-            self._held = self._read  # still in the buffers
-        while self._to_take:
-            self._take(self._ahead)
-            self._to_take -= 1
+        if self._plan.route.name != RESIDENT:
+            while self._to_take:
+                self._take(self._ahead)
+        elif not self._to_take:
+            self._held = [tensor.cpu() for tensor in self._read]
 
     def delta(self, task: int) -> Tensor:
         """See ``methods.Deltas``."""
@@ -165,11 +168,11 @@ class TensorSource:
     def _hold(self) -> list[Tensor]:
         if self._held is None:
             self._held = self._take(self._ahead)
-            self._to_take = 0
         return self._held
 
-    def _take(self, ahead: ReadAhead) -> list[Tensor]:
+    def _take(self, ahead: Uploads) -> list[Tensor]:
         with self._phase("read"):
             self._read = ahead.take()
+            self._to_take -= ahead is self._ahead
             self.read_bytes += sum(tensor.nbytes for tensor in self._read)
             return [tensor.to(self.device) for tensor in self._read]

@@ -39,6 +39,7 @@ class Workers:
         def start() -> None:
             together.wait()  # so that every thread of the pool comes by here once
             torch.set_num_threads(1)
+            torch.get_num_threads()  # a thread's first look at the setting takes that made last: let it be this one
 
         for future in [self._pool.submit(start) for _ in range(self._count)]:
             future.result()

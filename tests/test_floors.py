@@ -25,7 +25,7 @@ FLOORS = (
     {"methods"},
     {"config"},
     {"routes"},
-    {"plan", "workers"},
+    {"plan", "workers", "transfers"},
     {"sources"},
     {"output"},
     {"engine", "verify"},

@@ -88,6 +88,11 @@ class ReadAhead:
         self._spare.clear()
         self._taken = None
 
+    @property
+    def has_next(self) -> bool:
+        """Whether there is a bundle to be taken."""
+        return bool(self._ahead) or self._next is not None
+
     def take(self) -> list[Tensor]:
         """The pieces of the next bundle, valid until the next call.
 

@@ -1,0 +1,97 @@
+"""Copies between the host and a GPU, beside the arithmetic: each direction in a thread and a stream of its own.
+
+On a CPU there is nothing to copy. The thread that copies waits for its stream, so that buffers are free again when it
+goes on, and what it returns is there for every other stream.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from .checkpoint.read_ahead import ReadAhead
+
+
+class Uploads:
+    """The bundles of a ``ReadAhead`` on the device that computes, the next one on its way while one is used; a context
+    manager.
+
+    Two bundles at most are on the device: a third is not begun before the first is given up.
+    """
+
+    def __init__(self, ahead: ReadAhead, device: torch.device, *, copied: bool | None = None) -> None:
+        self._ahead, self._device = ahead, device
+        self._copied = device.type == "cuda" if copied is None else copied
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._thread = ThreadPoolExecutor(1, "isomerge-upload")
+        self._next: Future[list[Tensor]] | None = None
+
+    def __enter__(self) -> Uploads:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._thread.shutdown(cancel_futures=True)
+        self._next = None
+
+    def take(self) -> list[Tensor]:
+        """The next bundle, valid until the next call.
+
+        Where the device's memory is full, the tensors are still on the host: whoever takes them copies them, when what
+        was there before is gone.
+
+        Raises:
+            InputError, ResourceError: as ``ReadAhead.take``.
+        """
+        if not self._copied:
+            return self._ahead.take()
+        tensors = (self._next or self._thread.submit(self._upload)).result()
+        self._next = None
+        if tensors[0].device.type != self._device.type:
+            return tensors
+        for tensor in tensors:
+            if self._stream is not None:  # made in another stream: not to be reused before this one is done with it
+                tensor.record_stream(torch.cuda.current_stream(self._device))
+        if self._ahead.has_next:
+            self._next = self._thread.submit(self._upload)
+        return tensors
+
+    def _upload(self) -> list[Tensor]:
+        tensors = self._ahead.take()
+        try:
+            with _in_stream(self._stream):
+                on_device = [tensor.to(self._device, non_blocking=True, copy=True) for tensor in tensors]
+        except torch.OutOfMemoryError:
+            return tensors
+        finally:
+            if self._stream is not None:
+                self._stream.synchronize()
+        return on_device
+
+
+class Download:
+    """A tensor that the host will want: called in the thread that wants it, which alone waits for the device."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = tensor
+        self._made = torch.cuda.current_stream(tensor.device).record_event() if tensor.is_cuda else None
+
+    def __call__(self) -> Tensor:
+        if self._made is None:
+            return self._tensor
+        stream = torch.cuda.Stream(self._tensor.device)
+        with torch.cuda.stream(stream):
+            stream.wait_event(self._made)
+            on_host = torch.empty(self._tensor.shape, dtype=self._tensor.dtype, device="cpu", pin_memory=True)
+            on_host.copy_(self._tensor, non_blocking=True)
+        stream.synchronize()
+        return on_host
+
+
+def _in_stream(stream: torch.cuda.Stream | None) -> AbstractContextManager[object]:
+    return nullcontext() if stream is None else torch.cuda.stream(stream)

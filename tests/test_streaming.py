@@ -1,0 +1,431 @@
+"""The parts of the pipeline by themselves: reads ahead, copies to a device, arithmetic in threads, writes behind."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import save_folder
+from torch import Tensor
+
+import isomerge_fast as imf
+from isomerge_fast.checkpoint import reader as reader_module
+from isomerge_fast.checkpoint.layout import Checkpoint, open_checkpoint
+from isomerge_fast.checkpoint.read_ahead import BUFFER_BYTES, Bundle, ReadAhead
+from isomerge_fast.checkpoint.reader import Piece, Reader, whole
+from isomerge_fast.checkpoint.write_behind import WriteBehind
+from isomerge_fast.checkpoint.writer import OutputTensor, ShardWriter
+from isomerge_fast.methods import IsoC, Mean, Method, TensorSpec
+from isomerge_fast.plan import Plan, TensorPlan, make_plan
+from isomerge_fast.routes import BY_ROWS, RESIDENT, STREAMED, Budget, Traffic, budgets, choose_route
+from isomerge_fast.sources import TensorSource, bundle_of, first_pass
+from isomerge_fast.transfers import Download, Uploads
+from isomerge_fast.workers import Workers, parts_of
+
+MIB = 1 << 20
+SIZES = {"large": 5 * MIB + 3, "small": 77, "empty": 0, "scalar": 1, "page": 4096, "next": 3 * MIB}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    """Tensors of 0 bytes to 10 MB, of which none begins on a page."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        name: torch.randint(-9999, 9999, (size,), generator=generator, dtype=torch.int16).view(torch.bfloat16)
+        for name, size in SIZES.items()
+    }
+    return open_checkpoint(str(save_folder(tmp_path_factory.mktemp("read") / "model", tensors)))
+
+
+def loaded(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(checkpoint.path / "model.safetensors")
+
+
+def same(found: Tensor, expected: Tensor) -> bool:
+    return torch.equal(found.reshape(-1).view(torch.int16), expected.reshape(-1).view(torch.int16))
+
+
+# reading
+
+
+@pytest.mark.parametrize("direct", [False, True])
+def test_every_part_of_a_tensor_is_read_as_it_is_stored(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, direct: bool
+) -> None:
+    monkeypatch.setattr(reader_module, "_is_cached", lambda descriptor, size: False)
+    expected = loaded(checkpoint)
+    with Reader(checkpoint, direct=direct) as reader:
+        for name, stored in checkpoint.tensors.items():
+            assert same(reader.read(whole(stored)), expected[name])
+            for first, count in ((0, 1), (1, 7), (2048, 2048), (MIB + 5, 4 * MIB - 9), (SIZES["large"] - 1, 1)):
+                if first + count <= SIZES[name]:
+                    part = reader.read(Piece(stored, first, (count,)))
+                    assert same(part, expected[name][first : first + count]), (name, first, count)
+        if direct and reader.direct_files == 0:
+            pytest.skip("this file system has no direct I/O")
+        assert reader.direct_files == direct
+
+
+def test_short_reads_are_continued(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole_read = os.preadv
+
+    def short_read(descriptor: int, buffers: list[memoryview], offset: int) -> int:
+        return whole_read(descriptor, [buffers[0][: max(4096, len(buffers[0]) // 3 // 4096 * 4096)]], offset)
+
+    for direct in (False, True):
+        monkeypatch.setattr(reader_module, "_is_cached", lambda descriptor, size, direct=direct: not direct)
+        monkeypatch.setattr(os, "preadv", short_read)
+        with Reader(checkpoint) as reader:
+            found = reader.read(whole(checkpoint.tensors["large"]))
+        monkeypatch.setattr(os, "preadv", whole_read)
+        assert same(found, loaded(checkpoint)["large"])
+
+
+def test_what_is_cached_is_read_from_the_cache(checkpoint: Checkpoint) -> None:
+    (path,) = checkpoint.files
+    path.read_bytes()
+    with Reader(checkpoint) as reader:
+        reader.read(whole(checkpoint.tensors["large"]))
+        assert reader.direct_files == 0
+
+
+@contextmanager
+def reading_ahead(checkpoint: Checkpoint, bundles: list[Bundle], budget: int) -> Iterator[ReadAhead]:
+    with (
+        Reader(checkpoint) as reader,
+        ThreadPoolExecutor(4) as threads,
+        ReadAhead(reader, threads, bundles, budget_bytes=budget) as ahead,
+    ):
+        yield ahead
+
+
+@pytest.mark.parametrize("budget", [1, 4 * MIB, 1 << 30])
+def test_bundles_come_in_order_whatever_the_budget(checkpoint: Checkpoint, budget: int) -> None:
+    expected = loaded(checkpoint)
+    names = [*SIZES, *reversed(SIZES), *SIZES]
+    pairs = list(zip(names, [*names[1:], "small"], strict=True))
+    bundles = [Bundle(tuple(whole(checkpoint.tensors[name]) for name in pair)) for pair in pairs]
+    with reading_ahead(checkpoint, bundles, budget) as ahead:
+        for pair in pairs:
+            assert ahead.has_next
+            found = ahead.take()
+            assert all(same(tensor, expected[name]) for tensor, name in zip(found, pair, strict=True))
+            assert all(tensor.data_ptr() % 64 == 0 for tensor in found)
+        assert not ahead.has_next
+    assert ahead.busy_seconds > 0
+
+
+def test_no_more_is_read_ahead_than_the_budget_allows(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    held: list[int] = []
+    make = torch.empty
+
+    def counted(*shape: int, **options: object) -> Tensor:
+        buffer = make(*shape, **options)  # type: ignore[call-overload]
+        held.append(buffer.numel())
+        return buffer
+
+    monkeypatch.setattr("isomerge_fast.checkpoint.read_ahead.torch.empty", counted)
+    large = whole(checkpoint.tensors["large"])
+    size = -(-large.bytes // BUFFER_BYTES) * BUFFER_BYTES
+    with reading_ahead(checkpoint, [Bundle((large,))] * 12, 3 * size) as ahead:
+        for _ in range(12):
+            time.sleep(0.01)
+            ahead.take()
+    assert sum(held) == 3 * size  # buffers are used again
+
+
+def test_a_read_that_fails_is_raised_where_its_bundle_is_taken(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ["small", "page", "large", "next"]
+    load = Reader.read_into
+
+    def failing(self: Reader, piece: Piece, offset: int, target: memoryview) -> None:
+        if piece.stored.name == "large":
+            raise imf.InputError("cannot be read")
+        load(self, piece, offset, target)
+
+    monkeypatch.setattr(Reader, "read_into", failing)
+    bundles = [Bundle((whole(checkpoint.tensors[name]),)) for name in names]
+    with reading_ahead(checkpoint, bundles, 1 << 30) as ahead:
+        for name in names[:2]:
+            assert same(ahead.take()[0], loaded(checkpoint)[name])
+        with pytest.raises(imf.InputError, match="cannot be read"):
+            ahead.take()
+
+
+# copies to a device: with copies from the host to the host, which go the same way
+
+
+def uploading(checkpoint: Checkpoint, ahead: ReadAhead) -> Uploads:
+    return Uploads(ahead, torch.device("cpu"), copied=True)
+
+
+def test_uploads_come_in_order_and_one_ahead(checkpoint: Checkpoint) -> None:
+    expected, names = loaded(checkpoint), [*SIZES] * 3
+    bundles = [Bundle((whole(checkpoint.tensors[name]),)) for name in names]
+    with reading_ahead(checkpoint, bundles, 1) as ahead, uploading(checkpoint, ahead) as uploads:
+        taken = []
+        for name in names:
+            (tensor,) = uploads.take()
+            taken.append(tensor)
+            assert same(tensor, expected[name])
+        # Copies outlive the buffers they were read into, of which there is one at a time.
+        assert all(same(tensor, expected[name]) for tensor, name in zip(taken, names, strict=True))
+        assert not ahead.has_next
+
+
+def test_a_full_device_leaves_the_bundle_on_the_host(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what is taken then is not overwritten by the next read."""
+    expected = loaded(checkpoint)
+    bundles = [Bundle((whole(checkpoint.tensors[name]),)) for name in ("large", "next", "large")]
+    device = torch.device("meta")  # to which nothing can be copied without being lost: so a success would show
+    copy_to = Tensor.to
+
+    def full(self: Tensor, *arguments: object, **options: object) -> Tensor:
+        if arguments and arguments[0] == device:
+            raise torch.OutOfMemoryError("out of memory")
+        return copy_to(self, *arguments, **options)  # type: ignore[call-overload]
+
+    monkeypatch.setattr(Tensor, "to", full)
+    with reading_ahead(checkpoint, bundles, 1) as ahead, Uploads(ahead, device, copied=True) as uploads:
+        for name in ("large", "next", "large"):
+            (tensor,) = uploads.take()
+            time.sleep(0.02)
+            assert tensor.device.type == "cpu"
+            assert same(tensor, expected[name])
+
+
+def test_an_upload_that_fails_is_raised_where_it_is_taken(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(self: Reader, piece: Piece, offset: int, target: memoryview) -> None:
+        raise imf.InputError("cannot be read")
+
+    bundles = [Bundle((whole(checkpoint.tensors["small"]),))] * 2
+    monkeypatch.setattr(Reader, "read_into", failing)
+    with (
+        reading_ahead(checkpoint, bundles, 1) as ahead,
+        uploading(checkpoint, ahead) as uploads,
+        pytest.raises(imf.InputError, match="cannot be read"),
+    ):
+        uploads.take()
+
+
+def test_a_download_on_the_host_is_the_tensor_itself() -> None:
+    value = torch.ones(3)
+    assert Download(value)() is value
+
+
+# arithmetic
+
+
+def test_workers_compute_on_one_core_each_and_answer_in_order() -> None:
+    before = torch.get_num_threads()
+    with Workers() as workers:
+        seen = workers.map(lambda item: (item, torch.get_num_threads(), threading.get_ident()), list(range(64)))
+        assert [item for item, _, _ in seen] == list(range(64))
+        assert {threads for _, threads, _ in seen} == {1}
+        assert threading.get_ident() not in {thread for _, _, thread in seen}
+        assert torch.get_num_threads() == before
+        with pytest.raises(ZeroDivisionError):
+            workers.map(lambda item: 1 // item, [1, 0, 2])
+        assert workers.map(lambda _: torch.is_grad_enabled(), [0, 1]) == [False, False]
+    assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize("lines", [(1_000_003,), (3000, 500), (7, 1 << 20), (5, 0)])
+def test_parts_cover_the_rows_once(lines: tuple[int, ...]) -> None:
+    parts = parts_of(slice(16, 16 + lines[0]), lines)
+    assert [row for part in parts for row in range(part.start, part.stop)] == list(range(lines[0]))
+    assert all(part.start % 8 == 0 for part in parts)
+
+
+# writing
+
+
+def test_writes_are_done_in_order_and_bounded() -> None:
+    done: list[int] = []
+    most, waiting, lock = 0, 0, threading.Lock()
+
+    def write(number: int) -> None:
+        nonlocal waiting
+        time.sleep(0.002)
+        done.append(number)
+        with lock:
+            waiting -= 40
+
+    with WriteBehind(100) as writes:
+        for number in range(40):
+            writes.put(40, lambda number=number: write(number))
+            with lock:
+                waiting += 40
+                most = max(most, waiting)
+        writes.drain()
+        assert done == list(range(40))
+        writes.put(1000, lambda: done.append(-1))  # alone, whatever its size
+        writes.drain()
+    assert done[-1] == -1
+    # One whose bytes were given back may not have been counted down yet.
+    assert most <= 120
+    assert writes.busy_seconds >= 40 * 0.002
+
+
+def test_a_write_that_fails_stops_the_others_and_is_raised() -> None:
+    done = []
+
+    def fail() -> None:
+        raise imf.ResourceError("no space left")
+
+    with WriteBehind(1 << 20) as writes:
+        writes.put(1, lambda: done.append(1))
+        writes.put(1, fail)
+        with pytest.raises(imf.ResourceError, match="no space left"):
+            writes.drain()
+        for _ in range(3):
+            with pytest.raises(imf.ResourceError, match="no space left"):
+                writes.put(1, lambda: done.append(2))
+    assert done == [1]
+
+
+def test_after_an_error_what_waits_is_not_written() -> None:
+    done = []
+
+    def failing() -> None:
+        with WriteBehind(1 << 20) as writes:
+            writes.put(1, lambda: time.sleep(0.05))
+            writes.put(1, lambda: done.append(1))
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        failing()
+    assert done == []
+
+
+@pytest.mark.parametrize("direct", [False, True])
+def test_parts_written_anywhere_make_the_file_that_safetensors_writes(tmp_path: Path, direct: bool) -> None:
+    from safetensors.torch import save_file
+
+    tensors = {f"t{index}": torch.randn(size).bfloat16() for index, size in enumerate((3 * MIB + 1, 9, 0, 2 * MIB))}
+    outputs = [OutputTensor(name, "BF16", tuple(value.shape)) for name, value in tensors.items()]
+    writer = ShardWriter(tmp_path / "ours", outputs, direct=direct)
+    for name in reversed(tensors):
+        value = tensors[name]
+        for first in range(0, max(1, len(value)), MIB):
+            writer.write_part(name, value[first : first + MIB], first)
+        assert writer.finish(name) == writer.checksum(name)
+    writer.close(validate=True)
+    save_file(tensors, tmp_path / "theirs", metadata={"format": "pt"})
+    assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
+
+
+# routes
+
+
+TRAFFIC = Traffic((2, 2, 2), 2, 2)
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("method", "shape", "ceiling", "expected"),
+    [
+        (Mean(), (4096, 4096), None, BY_ROWS),
+        (Mean(), (100,), 100 * MIB, BY_ROWS),
+        (IsoC(), (1024, 1024), None, RESIDENT),
+        (IsoC(), (1024, 1024), 200 * MIB, RESIDENT),
+        (IsoC(), (8192, 8192), 3 << 30, STREAMED),
+        (IsoC(), (8192, 8192), 1 << 30, STREAMED),  # nothing fits: the least that would do
+    ],
+)
+def test_a_tensor_goes_the_fastest_way_that_fits(
+    method: Method, shape: tuple[int, ...], ceiling: int | None, expected: str
+) -> None:
+    spec = TensorSpec("w", shape, torch.float32)
+    largest = spec.elements * 6
+    routes = []
+    for budget in budgets(largest, host=ceiling, vram=None, on_gpu=False):
+        routes.append((choose_route(method, spec, TRAFFIC, budget, CPU), budget))
+        route, budget = routes[-1]
+        assert budget.read_ahead >= 8 * MIB
+        if budget.work is None or route.work_bytes <= budget.work:
+            break
+    route, budget = routes[-1]
+    assert route.name == expected
+    assert [row for part in route.parts() for row in (part.start, part.stop)][-1] == route.lines[0]
+    assert all(part.start % 8 == 0 for part in route.parts())
+    if ceiling and budget.work is not None and route.work_bytes <= budget.work:
+        assert budget.read_ahead + budget.write_behind + route.work_bytes <= ceiling
+
+
+# a tensor's copies
+
+
+def planned(tmp_path: Path, route: str) -> tuple[Plan, TensorPlan, list[dict[str, Tensor]]]:
+    """A plan of one 300 x 64 matrix that goes by ``route``."""
+    models = [{"w": torch.randn(300, 64, generator=torch.Generator().manual_seed(seed))} for seed in range(3)]
+    base, *experts = [str(save_folder(tmp_path / str(index), model)) for index, model in enumerate(models)]
+    plan = make_plan(imf.MergeConfig(base, experts, method="iso-c"))
+    (tensor,) = plan.tensors
+    object.__setattr__(tensor.route, "name", route)
+    object.__setattr__(tensor.route, "part_rows", 56)
+    return plan, tensor, models
+
+
+@contextmanager
+def source_of(plan: Plan, tensor: TensorPlan, device: torch.device = CPU) -> Iterator[TensorSource]:
+    # What comes next must not be taken by this tensor.
+    after = bundle_of(tensor, slice(0, 8), [0])
+    with (
+        Reader(plan.base, *plan.experts) as reader,
+        ThreadPoolExecutor(2) as threads,
+        ReadAhead(reader, threads, [*first_pass(tensor), after], budget_bytes=1 << 20) as ahead,
+        Uploads(ahead, CPU, copied=True) as uploads,
+        Workers() as workers,
+    ):
+        source = TensorSource(
+            tensor, uploads, reader, threads, workers, Budget(1 << 20, None), device, lambda _: nullcontext()
+        )
+        yield source
+        rest = uploads.take()
+        assert [tuple(value.shape) for value in rest] == [(8, 64), (8, 64)]
+
+
+@pytest.mark.parametrize("route", [RESIDENT, STREAMED])
+def test_a_source_gives_the_same_deltas_by_every_route_and_as_often_as_wanted(tmp_path: Path, route: str) -> None:
+    plan, tensor, (base, *experts) = planned(tmp_path, route)
+    deltas = [expert["w"] - base["w"] for expert in experts]
+    with source_of(plan, tensor) as source:
+        for _ in range(2):
+            found = source.sum(torch.float64)
+            torch.testing.assert_close(found.total, deltas[0].double() + deltas[1].double())
+            torch.testing.assert_close(found.squares, torch.stack([delta.double().square().sum() for delta in deltas]))
+        for task in (1, 0):
+            assert torch.equal(source.delta(task), deltas[task])
+        rows = [(block.rows, block.base.clone()) for block in source.base_blocks()]
+        assert torch.equal(torch.cat([value for _, value in rows]), base["w"])
+        assert [part.start for part, _ in rows] == list(range(0, 300, 56))
+    once = 3 * 300 * 64 * 4
+    assert source.read_bytes == (once if route == RESIDENT else 2 * once + 5 * once // 3)
+
+
+@pytest.mark.parametrize("route", [RESIDENT, STREAMED])
+@pytest.mark.parametrize("taken", [0, 1])
+def test_a_source_goes_on_on_the_cpu(tmp_path: Path, route: str, taken: int) -> None:
+    """Whenever the device's memory was full: before anything was taken, or after the first part."""
+    plan, tensor, (base, *experts) = planned(tmp_path, route)
+    with source_of(plan, tensor) as source:
+        if taken:
+            blocks = source.blocks()
+            next(blocks)
+        source.on_cpu()
+        found = source.sum(torch.float64).total
+        torch.testing.assert_close(found, sum((expert["w"] - base["w"]).double() for expert in experts))
