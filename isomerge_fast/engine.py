@@ -15,7 +15,6 @@ import torch
 from . import __version__, ops
 from .checkpoint.checksum import ALGORITHM
 from .checkpoint.companions import config_with_dtype, copy_companions, model_card
-from .checkpoint.layout import DTYPES
 from .checkpoint.manifest import FORMAT, MANIFEST_FILE, Journal, describe_inputs, fingerprint, to_json
 from .checkpoint.read_ahead import THREADS as READ_THREADS
 from .checkpoint.read_ahead import ReadAhead
@@ -250,7 +249,7 @@ class _Run:
         with self._stopwatch.phase("compute"):
             try:
                 if plan.method is None:
-                    stats = _copy(plan, source, output)
+                    stats = _copy(source, output)
                 elif plan.route.name == BY_ROWS:
                     stats = _merge_by_rows(plan.method, source, output)
                 else:
@@ -267,7 +266,7 @@ class _Run:
             journal.add({"name": plan.name, "checksum": output.checksums(), "report": report})
 
         with self._stopwatch.phase("write"):
-            writes.put(0, finish)
+            writes.put(finish)
 
     def _finish(self, finished: dict[str, dict[str, Any]], started: float) -> Report:
         """Everything beside the weights, then the commit."""
@@ -351,20 +350,20 @@ class _Run:
         )
 
 
-def _copy(plan: TensorPlan, source: TensorSource, output: TensorOutput) -> dict[str, Any]:
+def _copy(source: TensorSource, output: TensorOutput) -> dict[str, Any]:
     for block in source.blocks():
-        output.copy(block.rows, block.base)
-    if plan.spec.elements == 0:
-        output.copy(slice(0, 0), torch.empty(0, dtype=DTYPES[plan.base.dtype], device="cpu"))
+        output.copy(block, source.parts(block), source)
     return {"algorithm": "copy"}
 
 
 def _merge_by_rows(method: Method, source: TensorSource, output: TensorOutput) -> dict[str, Any]:
     row_map = method.row_map(source)
     for block in source.blocks():
-        # A method that is more than a sum multiplies matrices, with all threads at once.
-        parts = source.parts(block) if method.any_shape else [block]
-        output.add(block, row_map.rows, parts, source)
+        if method.any_shape:
+            output.add(block, row_map.rows, source.parts(block), source)
+        else:  # matrices are multiplied, with all threads at once
+            for piece in output.pieces(block):
+                output.add(piece, row_map.rows, [piece], source)
     return row_map.stats().to_dict()
 
 

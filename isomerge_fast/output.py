@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from functools import partial
 from math import prod
 
 import torch
@@ -12,12 +11,15 @@ from torch import Tensor
 
 from . import ops
 from .checkpoint.layout import DTYPES
+from .checkpoint.ring import aligned
 from .checkpoint.write_behind import WriteBehind
 from .checkpoint.writer import ShardWriter
 from .errors import InputError
 from .methods import RowBlock
 from .plan import DELTA_FOLDER, TensorPlan
+from .routes import ROW_STEP
 from .sources import TensorSource
+from .transfers import Download
 
 
 class TensorOutput:
@@ -39,59 +41,63 @@ class TensorOutput:
     ) -> None:
         self._plan, self._writers, self._scalings = plan, writers, scalings
         self._writes, self._phase = writes, phase
+        self._dtypes = dict.fromkeys(scalings, DTYPES[plan.out.dtype])
+        if plan.delta is not None:
+            self._dtypes[DELTA_FOLDER] = DTYPES[plan.delta.dtype]
+        self._in_room = False
         self._row_elements = prod(plan.route.lines[1:])
         self._overflows = dict.fromkeys(scalings, 0)
 
     def add(
-        self, block: RowBlock, value: Callable[[RowBlock], Tensor], parts: list[RowBlock], source: TensorSource
+        self, block: RowBlock, value: Callable[[RowBlock], Tensor], parts: Sequence[RowBlock], source: TensorSource
     ) -> None:
         """Writes θ₀ + α Δ of these rows for every α, rounded once, and Δ itself where it is kept.
 
         Args:
             value: Δ of a part of the block.
-            parts: of the block, shared out among threads.
+            parts: of the block, in order, shared out among threads.
         """
         plan, dtype = self._plan, DTYPES[self._plan.out.dtype]
+        for rows, group in self._groups(parts):
+            outputs = self._room(rows, block.base)
 
-        # In one piece, because small writes do not go directly to the disk.
-        def room(of: torch.dtype) -> Tensor:
-            return torch.empty(block.base.shape, dtype=of, device=block.base.device)
+            def apply(part: RowBlock, start: int = rows.start, outputs: dict[str, Tensor] = outputs) -> None:
+                place = slice(part.rows.start - start, part.rows.stop - start)
+                delta = value(part)
+                if DELTA_FOLDER in outputs:
+                    outputs[DELTA_FOLDER][place] = delta
+                    delta = outputs[DELTA_FOLDER][place]
+                made = ops.apply_delta(
+                    part.base,
+                    delta,
+                    scalings=list(self._scalings.values()),
+                    dtype=dtype,
+                    seed=plan.rounding_seed,
+                    first=part.rows.start * self._row_elements,
+                )
+                for folder, merged in zip(self._scalings, made, strict=True):
+                    outputs[folder][place] = merged
 
-        outputs = {folder: room(dtype) for folder in self._scalings}
-        kept = None if plan.delta is None else room(DTYPES[plan.delta.dtype])
+            source.share_out(apply, group)
+            self._write(rows, outputs)
 
-        def apply(part: RowBlock) -> None:
-            place = slice(part.rows.start - block.rows.start, part.rows.stop - block.rows.start)
-            delta = value(part)
-            if kept is not None:
-                kept[place] = delta
-                delta = kept[place]
-            made = ops.apply_delta(
-                part.base,
-                delta,
-                scalings=list(self._scalings.values()),
-                dtype=dtype,
-                seed=plan.rounding_seed,
-                first=part.rows.start * self._row_elements,
-            )
-            for out, rows in zip(outputs.values(), made, strict=True):
-                out[place] = rows
-
-        source.share_out(apply, parts)
-        for folder, out in outputs.items():
-            if dtype == torch.float16:
-                self._overflows[folder] += ops.count_nonfinite(out)
-            self._put(folder, out, block.rows)
-        if kept is not None:
-            self._put(DELTA_FOLDER, kept, block.rows)
-
-    def copy(self, rows: slice, base: Tensor) -> None:
+    def copy(self, block: RowBlock, parts: Sequence[RowBlock], source: TensorSource) -> None:
         """Writes the base, converted where the output has another dtype. An empty tensor's Δ is empty."""
-        out = base.to(DTYPES[self._plan.out.dtype], copy=True)  # the buffer it lies in is read into again
-        for folder in self._scalings:
-            self._put(folder, out, rows)
-        if self._plan.delta is not None:
-            self._put(DELTA_FOLDER, base.to(DTYPES[self._plan.delta.dtype]), rows)
+        for rows, group in self._groups(parts):
+            outputs = self._room(rows, block.base)
+
+            def convert(part: RowBlock, start: int = rows.start, outputs: dict[str, Tensor] = outputs) -> None:
+                for out in outputs.values():
+                    out[part.rows.start - start : part.rows.stop - start] = part.base
+
+            source.share_out(convert, group)
+            self._write(rows, outputs)
+
+    def pieces(self, block: RowBlock) -> Iterator[RowBlock]:
+        """The block in parts that there is room for."""
+        step = max(1, self._writes.room_bytes // max(1, self._bytes_of(ROW_STEP))) * ROW_STEP
+        for start in range(0, len(block.base), step):
+            yield block.part(slice(start, min(start + step, len(block.base))))
 
     def check_finite(self) -> None:
         """Raises InputError where finite weights became infinite in the output's dtype."""
@@ -106,8 +112,49 @@ class TensorOutput:
         """Of the finished tensor, by folder."""
         return {folder: writer.finish(self._plan.name) for folder, writer in self._writers.items()}
 
-    def _put(self, folder: str, out: Tensor, rows: slice) -> None:
-        """Has rows of ``Route.lines`` written, in the thread that does so."""
-        on_host, writer, name = out.to("cpu"), self._writers[folder], self._plan.name
+    def _groups(self, parts: Sequence[RowBlock]) -> Iterator[tuple[slice, list[RowBlock]]]:
+        """Rows that are written at once, with the parts that they are made in: as many as there is room for."""
+        group: list[RowBlock] = []
+        for part in parts:
+            if group and self._bytes_of(part.rows.stop - group[0].rows.start) > self._writes.room_bytes:
+                yield slice(group[0].rows.start, group[-1].rows.stop), group
+                group = []
+            group.append(part)
+        yield slice(group[0].rows.start, group[-1].rows.stop), group
+
+    def _bytes_of(self, rows: int) -> int:
+        """Of all outputs, each where a vector load is content with it."""
+        return sum(aligned(rows * self._row_elements * dtype.itemsize) for dtype in self._dtypes.values())
+
+    def _room(self, rows: slice, base: Tensor) -> dict[str, Tensor]:
+        """Memory for these rows by folder, on the device that computes."""
+        count = rows.stop - rows.start
+        shape = (count, *self._plan.route.lines[1:])
+        self._in_room = False
+        if base.device.type == "cpu":
+            with self._phase("write"):
+                room = self._writes.room(self._bytes_of(count))
+            if room is not None:
+                self._in_room = True
+                outputs, start = {}, 0
+                for folder, dtype in self._dtypes.items():
+                    size = count * self._row_elements * dtype.itemsize
+                    outputs[folder] = room[start : start + size].view(dtype).view(shape)
+                    start += aligned(size)
+                return outputs
+        return {folder: torch.empty(shape, dtype=dtype, device=base.device) for folder, dtype in self._dtypes.items()}
+
+    def _write(self, rows: slice, outputs: dict[str, Tensor]) -> None:
+        """Has rows of ``Route.lines`` fetched and written, in the thread that does so."""
+        for folder in self._overflows:
+            if outputs[folder].dtype == torch.float16:
+                self._overflows[folder] += ops.count_nonfinite(outputs[folder])
+        downloads = {folder: Download(out) for folder, out in outputs.items()}
+        size = 0 if self._in_room else sum(out.nbytes for out in outputs.values())
+
+        def write() -> None:
+            for folder, download in downloads.items():
+                self._writers[folder].write_part(self._plan.name, download(), rows.start * self._row_elements)
+
         with self._phase("write"):
-            self._writes.put(on_host.nbytes, partial(writer.write_part, name, on_host, rows.start * self._row_elements))
+            self._writes.put(write, size=size, in_room=self._in_room)

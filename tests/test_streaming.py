@@ -18,8 +18,9 @@ from torch import Tensor
 import isomerge_fast as imf
 from isomerge_fast.checkpoint import reader as reader_module
 from isomerge_fast.checkpoint.layout import Checkpoint, open_checkpoint
-from isomerge_fast.checkpoint.read_ahead import BUFFER_BYTES, Bundle, ReadAhead
+from isomerge_fast.checkpoint.read_ahead import Bundle, ReadAhead
 from isomerge_fast.checkpoint.reader import Piece, Reader, whole
+from isomerge_fast.checkpoint.ring import Ring, aligned
 from isomerge_fast.checkpoint.write_behind import WriteBehind
 from isomerge_fast.checkpoint.writer import OutputTensor, ShardWriter
 from isomerge_fast.methods import IsoC, Mean, Method, TensorSpec
@@ -125,22 +126,52 @@ def test_bundles_come_in_order_whatever_the_budget(checkpoint: Checkpoint, budge
 
 
 def test_no_more_is_read_ahead_than_the_budget_allows(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    held: list[int] = []
-    make = torch.empty
+    started: list[int] = []
+    load = Reader.read_into
 
-    def counted(*shape: int, **options: object) -> Tensor:
-        buffer = make(*shape, **options)  # type: ignore[call-overload]
-        held.append(buffer.numel())
-        return buffer
+    def counted(self: Reader, piece: Piece, offset: int, target: memoryview) -> None:
+        if offset == 0:
+            started.append(len(started))
+        load(self, piece, offset, target)
 
-    monkeypatch.setattr("isomerge_fast.checkpoint.read_ahead.torch.empty", counted)
+    monkeypatch.setattr(Reader, "read_into", counted)
     large = whole(checkpoint.tensors["large"])
-    size = -(-large.bytes // BUFFER_BYTES) * BUFFER_BYTES
-    with reading_ahead(checkpoint, [Bundle((large,))] * 12, 3 * size) as ahead:
-        for _ in range(12):
-            time.sleep(0.01)
+    with reading_ahead(checkpoint, [Bundle((large,))] * 12, 3 * aligned(large.bytes)) as ahead:
+        for taken in range(12):
+            time.sleep(0.02)
+            assert len(started) <= taken + 3
             ahead.take()
-    assert sum(held) == 3 * size  # buffers are used again
+        assert len(started) == 12
+
+
+def test_a_ring_gives_every_byte_to_one_only() -> None:
+    """Against a model that knows nothing of rings: places in use never overlap, and what fits is given."""
+    generator = torch.Generator().manual_seed(0)
+    ring = Ring(64 * 100)
+    taken: list[Tensor] = []
+    given = 0
+    for _ in range(3000):
+        size = int(torch.randint(0, 64 * 40, (1,), generator=generator))
+        found = ring.take(size)
+        if found is None:
+            assert taken  # an empty ring takes whatever is no larger than itself
+            assert (taken.pop(0) == 7).all()
+            ring.give_back()
+            continue
+        assert found.numel() == size
+        assert found.data_ptr() % 64 == 0
+        for other in taken:
+            assert (other == 7).all()
+        found.fill_(7)
+        before = [other.clone() for other in taken]
+        found.fill_(9)
+        assert all(torch.equal(a, b) for a, b in zip(before, taken, strict=True))
+        found.fill_(7)
+        taken.append(found)
+        given += 1
+        assert sum(aligned(max(1, each.numel())) for each in taken) <= 64 * 100
+    assert given > 1000
+    assert ring.take(64 * 100 + 1) is None
 
 
 def test_a_read_that_fails_is_raised_where_its_bundle_is_taken(
@@ -266,18 +297,49 @@ def test_writes_are_done_in_order_and_bounded() -> None:
 
     with WriteBehind(100) as writes:
         for number in range(40):
-            writes.put(40, lambda number=number: write(number))
+            writes.put(lambda number=number: write(number), size=40)
             with lock:
                 waiting += 40
                 most = max(most, waiting)
         writes.drain()
         assert done == list(range(40))
-        writes.put(1000, lambda: done.append(-1))  # alone, whatever its size
+        writes.put(lambda: done.append(-1), size=1000)  # alone, whatever its size
         writes.drain()
     assert done[-1] == -1
     # One whose bytes were given back may not have been counted down yet.
     assert most <= 120
     assert writes.busy_seconds >= 40 * 0.002
+
+
+def test_rooms_are_filled_while_others_are_written() -> None:
+    written: list[int] = []
+    with WriteBehind(3000) as writes:
+        assert writes.room(writes.room_bytes + 1) is None
+        for number in range(50):
+            room = writes.room(900)
+            assert room is not None
+            room.fill_(number)
+
+            def write(room: Tensor = room) -> None:
+                time.sleep(0.001)
+                written.append(int(room.unique()))
+
+            writes.put(write, in_room=True)
+        writes.drain()
+    assert written == list(range(50))
+
+
+def test_a_room_waited_for_comes_to_an_end_when_writing_fails() -> None:
+    def fail() -> None:
+        time.sleep(0.05)
+        raise imf.ResourceError("no space left")
+
+    with WriteBehind(3000) as writes:
+        for _ in range(3):
+            assert writes.room(900) is not None
+            writes.put(fail, in_room=True)
+        with pytest.raises(imf.ResourceError, match="no space left"):
+            writes.room(900)
 
 
 def test_a_write_that_fails_stops_the_others_and_is_raised() -> None:
@@ -287,13 +349,13 @@ def test_a_write_that_fails_stops_the_others_and_is_raised() -> None:
         raise imf.ResourceError("no space left")
 
     with WriteBehind(1 << 20) as writes:
-        writes.put(1, lambda: done.append(1))
-        writes.put(1, fail)
+        writes.put(lambda: done.append(1), size=1)
+        writes.put(fail, size=1)
         with pytest.raises(imf.ResourceError, match="no space left"):
             writes.drain()
         for _ in range(3):
             with pytest.raises(imf.ResourceError, match="no space left"):
-                writes.put(1, lambda: done.append(2))
+                writes.put(lambda: done.append(2), size=1)
     assert done == [1]
 
 
@@ -302,8 +364,8 @@ def test_after_an_error_what_waits_is_not_written() -> None:
 
     def failing() -> None:
         with WriteBehind(1 << 20) as writes:
-            writes.put(1, lambda: time.sleep(0.05))
-            writes.put(1, lambda: done.append(1))
+            writes.put(lambda: time.sleep(0.05), size=1)
+            writes.put(lambda: done.append(1), size=1)
             raise KeyError
 
     with pytest.raises(KeyError):

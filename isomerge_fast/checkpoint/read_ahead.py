@@ -13,13 +13,10 @@ import torch
 from torch import Tensor
 
 from .reader import READ_BYTES, Piece, Reader
+from .ring import Ring, aligned
 
 # More threads than cores: they wait for the disk, not for each other.
 THREADS = 4
-# Pieces start at multiples of this, which every dtype and vector load is content with.
-ALIGNMENT = 64
-# Buffers are of sizes that are multiples of this, so that bundles of nearly equal size share them.
-BUFFER_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -30,24 +27,24 @@ class Bundle:
 
     @property
     def bytes(self) -> int:
-        return sum(_aligned(piece.bytes) for piece in self.pieces)
+        return sum(aligned(piece.bytes) for piece in self.pieces)
 
 
 @dataclass
 class _Reading:
     bundle: Bundle
     buffer: Tensor
+    in_ring: bool
     parts: list[Future[float]]
 
 
 class ReadAhead:
     """Takes bundles in their order, while the next ones are being read; a context manager.
 
-    Buffers are used again and again: fresh memory would cost a page fault every 4 KiB.
-
     Args:
         bundles: in the order in which they will be taken.
-        budget_bytes: of the bundle taken last and of those ahead together; one bundle is read whatever its size.
+        budget_bytes: of the bundle taken last and of those ahead together. A bundle that is larger has a buffer of its
+            own, beside no other.
         pinned: whether buffers are page-locked, for asynchronous copies to a GPU.
     """
 
@@ -61,13 +58,11 @@ class ReadAhead:
         pinned: bool = False,
     ) -> None:
         self._reader, self._threads, self._pinned = reader, threads, pinned
-        self._budget = budget_bytes
+        self._ring = Ring(budget_bytes, pinned=pinned)
         self._bundles: Iterator[Bundle] = iter(bundles)
         self._next = next(self._bundles, None)
         self._ahead: deque[_Reading] = deque()
-        self._taken: Tensor | None = None
-        self._spare: list[Tensor] = []
-        self._bytes = 0  # of all buffers: taken, ahead and spare
+        self._taken: _Reading | None = None
         self.busy_seconds = 0.0  # of all threads together
 
     def __enter__(self) -> ReadAhead:
@@ -85,7 +80,6 @@ class ReadAhead:
                 if not part.cancelled():
                     part.exception()  # waits: the buffer must outlive the read
         self._ahead.clear()
-        self._spare.clear()
         self._taken = None
 
     @property
@@ -99,12 +93,11 @@ class ReadAhead:
         Raises:
             InputError: a file that changed, ended early, or failed to read.
         """
-        if self._taken is not None:
-            self._spare.append(self._taken)
-            self._taken = None
+        if self._taken is not None and self._taken.in_ring:
+            self._ring.give_back()
+        self._taken = None
         self._top_up()
-        reading = self._ahead.popleft()
-        self._taken = reading.buffer
+        self._taken = reading = self._ahead.popleft()
         for part in reading.parts:
             self.busy_seconds += part.result()
         # The disk is not to wait until this bundle is done with.
@@ -113,26 +106,17 @@ class ReadAhead:
 
     def _top_up(self) -> None:
         while self._next is not None:
-            buffer = self._buffer(self._next.bytes)
+            size = self._next.bytes
+            buffer = self._ring.take(size)
+            in_ring = buffer is not None
             if buffer is None:
-                return
+                if size <= self._ring.size or self._ahead or self._taken:
+                    return
+                self._ring.release()
+                buffer = torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=self._pinned)
             parts = [self._threads.submit(self._load, items) for items in _jobs(self._next, buffer)]
-            self._ahead.append(_Reading(self._next, buffer, parts))
+            self._ahead.append(_Reading(self._next, buffer, in_ring, parts))
             self._next = next(self._bundles, None)
-
-    def _buffer(self, size: int) -> Tensor | None:
-        """A buffer of that size, or None where the budget has no room for it at this moment."""
-        size = -(-max(size, 1) // BUFFER_BYTES) * BUFFER_BYTES
-        for index, spare in enumerate(self._spare):
-            if spare.numel() == size:
-                return self._spare.pop(index)
-        in_use = self._bytes - sum(spare.numel() for spare in self._spare)
-        if in_use and in_use + size > self._budget:
-            return None
-        while self._spare and self._bytes + size > self._budget:
-            self._bytes -= self._spare.pop().numel()
-        self._bytes += size
-        return torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=self._pinned)
 
     def _load(self, items: list[tuple[Piece, int, Tensor]]) -> float:
         started = time.perf_counter()
@@ -141,15 +125,11 @@ class ReadAhead:
         return time.perf_counter() - started
 
 
-def _aligned(size: int) -> int:
-    return -(-size // ALIGNMENT) * ALIGNMENT
-
-
 def _placed(bundle: Bundle, buffer: Tensor) -> Iterator[tuple[Piece, Tensor]]:
     start = 0
     for piece in bundle.pieces:
         yield piece, buffer[start : start + piece.bytes]
-        start += _aligned(piece.bytes)
+        start += aligned(piece.bytes)
 
 
 def _jobs(bundle: Bundle, buffer: Tensor) -> Iterator[list[tuple[Piece, int, Tensor]]]:

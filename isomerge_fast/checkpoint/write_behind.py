@@ -8,6 +8,13 @@ from collections import deque
 from collections.abc import Callable
 from types import TracebackType
 
+from torch import Tensor
+
+from .ring import Ring
+
+# A room is at most this share of the memory, so that one can be filled while others are written.
+ROOM_SHARE = 3
+
 
 class WriteBehind:
     """A context manager; what was put is done when ``drain`` returns. The first failure is raised by the next call.
@@ -18,7 +25,8 @@ class WriteBehind:
 
     def __init__(self, budget_bytes: int) -> None:
         self._budget = budget_bytes
-        self._waiting: deque[tuple[int, Callable[[], None]]] = deque()
+        self._ring = Ring(budget_bytes)
+        self._waiting: deque[tuple[int, bool, Callable[[], None]]] = deque()
         self._bytes = 0  # of what waits and what is being written
         self._changed = threading.Condition()
         self._failure: BaseException | None = None
@@ -41,12 +49,37 @@ class WriteBehind:
             self._changed.notify_all()
         self._thread.join()
 
-    def put(self, size: int, action: Callable[[], None]) -> None:
-        """Has ``action`` done, which holds ``size`` bytes until then; waits while the budget is used up."""
+    @property
+    def room_bytes(self) -> int:
+        """The most that ``room`` has to give at once."""
+        return self._budget // ROOM_SHARE
+
+    def room(self, size: int) -> Tensor | None:
+        """``size`` bytes for what the next ``put`` writes; waits while others are being written.
+
+        None where that is more than ``room_bytes``.
+        """
+        if size > self.room_bytes:
+            return None
+        with self._changed:
+            while True:
+                self._raise()
+                room = self._ring.take(size)
+                if room is not None:
+                    return room
+                self._changed.wait()
+
+    def put(self, action: Callable[[], None], *, size: int = 0, in_room: bool = False) -> None:
+        """Has ``action`` done.
+
+        Args:
+            size: bytes of its own that it holds until then; waits while the budget is used up.
+            in_room: whether what it writes lies in the ``room`` taken last.
+        """
         with self._changed:
             self._changed.wait_for(lambda: self._failure or not self._bytes or self._bytes + size <= self._budget)
             self._raise()
-            self._waiting.append((size, action))
+            self._waiting.append((size, in_room, action))
             self._bytes += size
             self._changed.notify_all()
 
@@ -66,7 +99,7 @@ class WriteBehind:
                 self._changed.wait_for(lambda: self._waiting or self._closed)
                 if not self._waiting:
                     return
-                size, action = self._waiting.popleft()
+                size, in_room, action = self._waiting.popleft()
                 self._working = True
             started = time.perf_counter()
             failure: BaseException | None = None
@@ -78,6 +111,8 @@ class WriteBehind:
             with self._changed:
                 self.busy_seconds += time.perf_counter() - started
                 self._bytes -= size
+                if in_room:
+                    self._ring.give_back()
                 self._working = False
                 if failure is not None:
                     self._failure = self._failure or failure

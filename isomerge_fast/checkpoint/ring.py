@@ -1,0 +1,72 @@
+"""Memory for what streams through: taken in order, given back in order, and never the heap's.
+
+Buffers of many sizes that come and go leave holes in the heap: 70 to 100 MB of them in a merge of the 162 M parameter
+test model, on top of 160 MB that were in use; and fresh memory costs a page fault every 4 KiB.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections import deque
+
+import torch
+from torch import Tensor
+
+# Places start at multiples of this, which every dtype and vector load is content with.
+ALIGNMENT = 64
+
+
+def aligned(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+class Ring:
+    """``size`` bytes; what was never used of them takes no memory.
+
+    Args:
+        pinned: whether they are page-locked, for asynchronous copies to a GPU.
+    """
+
+    def __init__(self, size: int, *, pinned: bool = False) -> None:
+        self.size = aligned(max(1, size))
+        self._pinned = pinned
+        self._memory: Tensor | None = None
+        self._taken: deque[tuple[int, int]] = deque()
+
+    def take(self, size: int) -> Tensor | None:
+        """``size`` bytes after those taken last, or None where there is no room for them at this moment."""
+        wanted = max(ALIGNMENT, aligned(size))
+        start = self._place(wanted)
+        if start is None:
+            return None
+        if self._memory is None:
+            self._memory = self._allocate()
+        self._taken.append((start, start + wanted))
+        return self._memory[start : start + size]
+
+    def give_back(self) -> None:
+        """What was taken first of all that is still taken."""
+        self._taken.popleft()
+
+    def release(self) -> None:
+        """Gives the memory back to the system, while nothing is taken; it comes again with the next ``take``."""
+        assert not self._taken
+        self._memory = None
+
+    def _place(self, size: int) -> int | None:
+        if not self._taken:
+            return 0 if size <= self.size else None
+        first, last = self._taken[0][0], self._taken[-1][1]
+        if last <= first:  # gone around already
+            return last if last + size <= first else None
+        if last + size <= self.size:
+            return last
+        return 0 if size <= first else None
+
+    def _allocate(self) -> Tensor:
+        if self._pinned:
+            return torch.empty(self.size, dtype=torch.uint8, device="cpu", pin_memory=True)
+        memory = mmap.mmap(-1, self.size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        return torch.frombuffer(memory, dtype=torch.uint8)
