@@ -25,7 +25,7 @@ from isomerge_fast.checkpoint.write_behind import WriteBehind
 from isomerge_fast.checkpoint.writer import OutputTensor, ShardWriter
 from isomerge_fast.methods import IsoC, Mean, Method, TensorSpec
 from isomerge_fast.plan import Plan, TensorPlan, make_plan
-from isomerge_fast.routes import BY_ROWS, RESIDENT, STREAMED, Budget, Traffic, budgets, choose_route
+from isomerge_fast.routes import BY_ROWS, COPY, RESIDENT, STREAMED, Budget, Traffic, budgets, choose_route
 from isomerge_fast.sources import TensorSource, bundle_of, first_pass
 from isomerge_fast.transfers import Download, Uploads
 from isomerge_fast.workers import Workers, parts_of
@@ -491,3 +491,47 @@ def test_a_source_goes_on_on_the_cpu(tmp_path: Path, route: str, taken: int) -> 
         source.on_cpu()
         found = source.sum(torch.float64).total
         torch.testing.assert_close(found, sum((expert["w"] - base["w"]).double() for expert in experts))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"method": "mean", "stochastic_rounding": 3},
+        {"method": "task-arithmetic", "scaling": [0.5, 1.0], "save_delta": True, "dtype": "float32"},
+        {"method": "iso-c", "scaling": [0.5, 1.0]},
+        {"method": "iso-cts", "stochastic_rounding": 1, "save_delta": True},
+    ],
+    ids=lambda options: options["method"],
+)
+def test_the_size_of_parts_changes_no_byte(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, object]
+) -> None:
+    models = [
+        {
+            "matrix": torch.randn(200, 72, generator=torch.Generator().manual_seed(seed)).bfloat16(),
+            "vector": torch.randn(5003, generator=torch.Generator().manual_seed(10 + seed)).bfloat16(),
+            "integers": torch.arange(3000),
+        }
+        for seed in range(4)
+    ]
+    base, *experts = [save_folder(tmp_path / str(index), model) for index, model in enumerate(models)]
+    config = {"base": base, "experts": experts, **options}
+    plans = {}
+    for name, part_elements, read_ahead in (
+        ("large", 1 << 18, 128 << 20),
+        ("shared-out", 576, 128 << 20),
+        ("small", 576, 4096),
+    ):
+        monkeypatch.setattr("isomerge_fast.workers.PART_ELEMENTS", part_elements)
+        monkeypatch.setattr("isomerge_fast.routes.READ_AHEAD_BYTES", read_ahead)
+        monkeypatch.setattr("isomerge_fast.routes.LEAST_READ_AHEAD_BYTES", read_ahead)
+        monkeypatch.setattr("isomerge_fast.routes.RESIDENT_SHARE", 0)
+        plans[name] = make_plan(imf.MergeConfig(str(base), [str(expert) for expert in experts], method="iso-c"))
+        imf.merge({**config, "out": tmp_path / name})
+    assert {tensor.route.name for tensor in plans["large"].tensors} == {COPY, BY_ROWS, RESIDENT}
+    assert {tensor.route.name for tensor in plans["small"].tensors} == {COPY, BY_ROWS, STREAMED}
+    assert all(len(list(tensor.route.parts())) > 5 for tensor in plans["small"].tensors)
+    for path in (tmp_path / "large").rglob("*.safetensors"):
+        for name in ("shared-out", "small"):
+            other = tmp_path / name / path.relative_to(tmp_path / "large")
+            assert path.read_bytes() == other.read_bytes()
