@@ -91,6 +91,8 @@ def run(
     if max_vram is not None and target.type == "cuda":
         total = torch.cuda.get_device_properties(target).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, max_vram / total), target)
+    if target.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(target)
     with Staging(Path(plan.config.out), resume=resume, overwrite=overwrite) as staging:
         description = _describe(plan, target)
         if resume and staging.is_committed:
@@ -225,6 +227,8 @@ class _Run:
                 "reading_seconds": ahead.busy_seconds,
                 "writing_seconds": writes.busy_seconds,
             }
+            if self._device.type == "cuda":
+                self._io["peak_vram_bytes"] = torch.cuda.max_memory_allocated(self._device)
 
     def _write_bytes(self, tensor: TensorPlan) -> int:
         kept = 0 if tensor.delta is None else tensor.delta.bytes

@@ -22,7 +22,7 @@ class Report:
         seconds: of the thread that computes, by what it did: ``read`` (waited for bytes), ``compute``, ``write``
             (waited until there was room for more, and at the end until all was on disk); and ``total``.
         io: how files were read and written (``direct`` or ``page-cache``), and the seconds that the threads which do
-            it were busy, together.
+            it were busy, together; on a GPU ``peak_vram_bytes``, the most that was allocated.
     """
 
     version: str
