@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -16,6 +17,9 @@ from .protocol import reciprocal, relative_gap, rounding_angle
 NOISE_BLOCKS = 64
 # LAPACK's syevd takes 2 n² + 6 n + 1 numbers and 5 n + 3 integers; what else was seen came to 0.2 n² (n = 3000).
 EIGH_MATRICES = 2.2
+# Of σ₁: directions below are solved again, where that is needed. What they share with those above is off by
+# ε σ₁² / (σ_i σ_j), what they share with each other by ε σ₁ SMALL σ₁ / σ_j²: alike at κ = 1e6.
+SMALL = 1e-2
 
 
 def gram_noise(blocks: int) -> float:
@@ -34,18 +38,19 @@ class GramSpectrum:
 
     Attributes:
         vectors: V [N, N] float64, its columns in order of *ascending* σ: turning them round would be a copy.
-        sigma: [N] float64, descending.
-        rank: how many lie above the tolerance and the rounding of the Gram matrix.
-        unresolved: [N] bool, those above the tolerance alone.
-        tolerance, noise: what counts as zero in σ, and what σ² is off by.
+        sigma: [N] float64, descending; so are the next two.
+        unresolved: [N] bool, those above the tolerance, but not above the rounding of the Gram matrix.
+        noise: [N], what σ² is off by.
+        rank: how many lie above both.
+        tolerance: σ up to this counts as zero.
     """
 
     vectors: Tensor
     sigma: Tensor
-    rank: int
     unresolved: Tensor
-    tolerance: Tensor
     noise: Tensor
+    rank: int
+    tolerance: Tensor
 
     def top(self, count: int) -> tuple[Tensor, Tensor]:
         """(V, σ) of the largest ``count``, or of those that are kept where these are fewer; σ ascending."""
@@ -65,7 +70,7 @@ class GramSpectrum:
 
     def angle(self, count: int) -> Tensor:
         """See ``Subspace.angle``."""
-        return rounding_angle(self.sigma, count, self.tolerance, self.noise)
+        return rounding_angle(self.sigma, count, self.tolerance, self.noise[max(0, count - 1)])
 
     def inverse_root(self) -> Tensor:
         """V Σ⁻¹ Vᵀ over what is kept; ``vectors`` is overwritten."""
@@ -76,7 +81,45 @@ class GramSpectrum:
     def polar_noise(self) -> Tensor:
         """‖QᵀQ − I‖_F / √rank that the noise leaves in Q = X V Σ⁻¹ Vᵀ."""
         inverse = reciprocal(self.kept_sigma(self.rank))
-        return self.noise * inverse.pow(4).mean().sqrt() if self.rank else torch.zeros_like(self.noise)
+        relative = self.noise[: self.rank] * inverse.square()
+        # As if every eigenvalue were off by all of it, in quadrature.
+        return (relative.square().sum() / max(1, self.rank)).sqrt()
+
+    def is_blurred(self, count: int, limit: float) -> bool:
+        """Whether, of the largest ``count``, the noise hides a direction, or is more than ``limit`` of a kept σ² or of
+        the angle.
+        """
+        blurred = self.unresolved[:count].any() | (self.angle(count) > limit)
+        last = min(count, self.rank) - 1
+        if last >= 0:
+            blurred |= self.noise[last] > limit * self.sigma[last].square()
+        return bool(blurred)
+
+    def sharpened(self, gram_of: Callable[[Tensor], tuple[Tensor, float]]) -> GramSpectrum:
+        """With the directions below ``SMALL`` σ₁ solved again among themselves: their own Gram matrix has no large
+        entries whose rounding would hide them. ``vectors`` is overwritten.
+
+        Args:
+            gram_of: (W [N, m]) -> ((X W)ᵀ X W, its ``gram_noise``).
+        """
+        largest = self.sigma[0]
+        count = int((self.sigma < SMALL * largest).sum())
+        rest = len(self.sigma) - count
+        if count == 0 or rest == 0:
+            return self
+        small = self.vectors[:, :count]
+        gram, noise = gram_of(small)
+        # X W itself is rounded to ε ‖X‖.
+        part = spectrum_in_place(gram, self.tolerance, noise, scale=(largest * self.sigma[rest]).sqrt())
+        del gram
+        small.copy_(small @ part.vectors)
+        return replace(
+            self,
+            sigma=torch.cat([self.sigma[:rest], part.sigma]),
+            unresolved=torch.cat([self.unresolved[:rest], part.unresolved]),
+            noise=torch.cat([self.noise[:rest], part.noise]),
+            rank=rest + part.rank,
+        )
 
 
 def spectrum_in_place(gram: Tensor, tolerance: Tensor, noise: float, *, scale: Tensor | None = None) -> GramSpectrum:
@@ -93,4 +136,5 @@ def spectrum_in_place(gram: Tensor, tolerance: Tensor, noise: float, *, scale: T
     off = noise * (sigma[0] if scale is None else scale).square()
     hidden = sigma.square() <= 2.0 * off
     above = sigma > tolerance
-    return GramSpectrum(gram.mT, sigma, int((above & ~hidden).sum()), above & hidden, tolerance, off)
+    rank = int((above & ~hidden).sum())
+    return GramSpectrum(gram.mT, sigma, above & hidden, off.expand_as(sigma), rank, tolerance)

@@ -4,7 +4,7 @@ With SᵀS = V Σ² Vᵀ and U_k = S V_k Σ_k⁻¹, for every task:
 
     H_t = Δ_tᵀ Δ_t,  C_t = Sᵀ Δ_t               one pass, or one for some tasks at a time
     Y_t = U_kᵀ Δ_t = Σ_k⁻¹ V_kᵀ C_t
-    R_tᵀ R_t = H_t − Y_tᵀ Y_t,  top s: (E_t, σ_t), so V_t = E_t
+    R_tᵀ R_t = H_t − Y_tᵀ Y_t,  top s: (E_t, σ_t), so V_t = E_t     (where too much cancels: a pass over R_t)
     U_t = R_t E_t σ_t⁻¹ = Δ_t E_t σ_t⁻¹ + S Q_t  with  Q_t = −V_k Σ_k⁻¹ Y_t E_t σ_t⁻¹
 
 Then X = [U_1 … U_T] is made of rows of S and Δ_t by N x Ts numbers: K = XᵀX takes one pass, polar(X) = X K^(-1/2). As
@@ -42,7 +42,7 @@ from .row_maps import (
     part_bytes,
     part_rows,
     product_rounding,
-    sum_gram,
+    sum_spectrum,
 )
 
 
@@ -86,12 +86,9 @@ class SplitMap:
             self._learn(source, k, s, rank_policy, at_once)
 
     def _learn(self, source: RowSource, k: int, s: int, rank_policy: str, at_once: int) -> None:
-        rows, columns = source.shape
-        gram, squares, of_deltas, noise = sum_gram(source)
-        norm = gram.diagonal().sum().sqrt()
-        tolerance = rounding_tolerance(squares.sum().sqrt(), rows, columns, source.dtype)
-        common = spectrum_in_place(gram, tolerance, noise)
-        del gram
+        columns = source.shape[1]
+        # What U_k is not orthonormal by, X is not orthogonal to it by: times ‖U_kᵀΔ_t E_t‖ / σ_t.
+        common, norm, squares, of_deltas = sum_spectrum(source, k, 1e-2 * ROUNDING)
         parts = []
         for first in range(0, source.n_tasks, at_once):
             tasks = range(first, min(first + at_once, source.n_tasks))
@@ -135,8 +132,8 @@ class SplitMap:
         """A, E_t and B_t, with the merged rows σ̄ (S_b A + Σ_t Δ_tb E_t B_t)."""
         columns, omega = source.shape[1], self._evidence.omega
         same = None if is_full else torch.tensor(SAME_DIRECTION, dtype=torch.float64, device=source.device)
-        root, projector, left_full = _polar_of_tasks(source, parts, same)
         v_k, sigma_k = common.top(k)
+        root, projector, left_full = _polar_of_tasks(source, parts, v_k, sigma_k, same)
         v_tasks = torch.cat([part.e for part in parts], dim=-1)
         width = v_tasks.shape[-1]
         a = v_k.mT @ v_tasks
@@ -218,6 +215,13 @@ def _parts(
         # What cancels in H − YᵀY leaves rounding of the size of ‖Δ‖².
         spectrum = spectrum_in_place(gram, tolerance, gram_noise(count), scale=norm)
         del gram
+        if spectrum.is_blurred(s, ROUNDING):
+            largest = torch.maximum(spectrum.sigma[0], spectrum.noise[0].sqrt())
+            del spectrum
+            gram = _residual_gram(source, task, v_k, y / -sigma_k[:, None])
+            # R itself is rounded to ε ‖Δ‖.
+            spectrum = spectrum_in_place(gram, tolerance, gram_noise(count), scale=(norm * largest).sqrt())
+            del gram
         vectors, sigma = spectrum.top(s)
         e = vectors.clone()
         del vectors
@@ -244,29 +248,59 @@ def _task_products(source: RowSource, tasks: Sequence[int]) -> tuple[list[Tensor
     return grams, crosses, count
 
 
-def _polar_of_tasks(source: RowSource, parts: list[_Part], same: Tensor | None) -> tuple[Tensor, Tensor, bool]:
-    """(K^(-1/2), the vectors of K that are kept, whether that is all of them); restricted to the range by ``same``."""
-    gram, count = _task_gram(source, parts, None)
-    if not len(gram):
-        return gram, gram, True
+def _residual_gram(source: RowSource, task: int, v_k: Tensor, y: Tensor) -> Tensor:
+    """RᵀR of R = Δ_t + S V_k Y, by one pass: without what cancels in H_t − Y_tᵀY_t."""
+    factor = v_k @ y
+    del y
+    gram = torch.zeros_like(factor)
+    for total, delta in chunks(source, [task]):
+        delta.addmm_(total, factor)
+        sym_mm_add(gram, delta.mT, out=gram)
+    return gram
+
+
+def _polar_of_tasks(
+    source: RowSource, parts: list[_Part], v_k: Tensor, sigma_k: Tensor, same: Tensor | None
+) -> tuple[Tensor, Tensor, bool]:
+    """(K^(-1/2), the vectors of K that are kept, whether that is all of them); restricted to the range by ``same``.
+
+    X loses what rounding has left in it of U_k: D = U_kᵀX goes out of K and of ``parts``.
+    """
+    width = sum(part.width for part in parts)
+    if not width:
+        return sigma_k.new_zeros(0, 0), sigma_k.new_zeros(0, 0), True
+    cross = torch.zeros(source.shape[1], width, dtype=torch.float64, device=source.device)
+    gram, count = _task_gram(source, parts, cross=cross)
+    d = v_k.mT @ cross
+    del cross
+    d /= sigma_k[:, None]
+    sym_mm_add(gram, d.mT, alpha=-1.0, out=gram)
+    d /= sigma_k[:, None]
+    start = 0
+    for part in parts:
+        part.q.addmm_(v_k, d[:, start : start + part.width], alpha=-1.0)
+        start += part.width
+    del d
     # As ``default_tolerance``, of columns of length 1.
-    size = torch.full((1, 1), len(gram) ** 0.5, dtype=torch.float64, device=source.device)
+    size = torch.full((1, 1), width**0.5, dtype=torch.float64, device=source.device)
     tolerance = default_tolerance(size) if same is None else same
     spectrum = spectrum_in_place(gram, tolerance, gram_noise(count))
     projector = spectrum.top(spectrum.rank)[0].clone()
-    refine, is_full = bool(spectrum.polar_noise() > ROUNDING), spectrum.rank == len(gram)
+    refine, is_full = bool(spectrum.polar_noise() > ROUNDING), spectrum.rank == width
     root = spectrum.inverse_root()
     if refine:
-        root = newton_schulz(root, _task_gram(source, parts, root)[0])
+        root = newton_schulz(root, _task_gram(source, parts, factor=root)[0])
     return root, projector, is_full
 
 
-def _task_gram(source: RowSource, parts: list[_Part], factor: Tensor | None) -> tuple[Tensor, int]:
-    """(XᵀX, or that of X times a factor; from how many chunks of rows), by one pass."""
+def _task_gram(
+    source: RowSource, parts: list[_Part], *, factor: Tensor | None = None, cross: Tensor | None = None
+) -> tuple[Tensor, int]:
+    """(XᵀX, or that of X times a factor; from how many chunks of rows), by one pass, which adds SᵀX to ``cross``."""
     width = sum(part.width for part in parts)
     gram = torch.zeros(width, width, dtype=torch.float64, device=source.device)
     count = 0
-    for total, *deltas in chunks(source, range(len(parts))) if width else ():
+    for total, *deltas in chunks(source, range(len(parts))):
         count += 1
         x = torch.cat([(delta @ part.e).div_(part.scale) for delta, part in zip(deltas, parts, strict=True)], dim=-1)
         start = 0
@@ -276,6 +310,8 @@ def _task_gram(source: RowSource, parts: list[_Part], factor: Tensor | None) -> 
         if factor is not None:
             x = x @ factor
         sym_mm_add(gram, x.mT, out=gram)
+        if cross is not None:
+            cross.addmm_(total.mT, x)
         del x  # before the next one is made
     return gram, count
 
@@ -292,11 +328,16 @@ def learning_bytes(spec: TensorSpec, tasks: int, s: int, at_once: int) -> int:
     small = 10 * 8 * width**2  # Z, and ``GramEigh`` of it
     polar = 3 * 8 * (tasks * s) ** 2
     return 8 * 8 * PROBES * columns + max(
-        square + chunk_bytes(rows, columns, 1),
+        2 * square + max(eigh_workspace_bytes(columns), chunk_bytes(rows, columns, 2)),
         grams + parts + chunk_bytes(rows, columns, 1 + at_once),
         grams + parts + common,
         grams - square + parts + common + eigh_workspace_bytes(columns),
-        square + parts + polar + chunk_bytes(rows, columns, 1 + tasks) + 16 * chunk_rows(rows, columns) * tasks * s,
+        square
+        + parts
+        + polar
+        + thin
+        + chunk_bytes(rows, columns, 1 + tasks)
+        + 16 * chunk_rows(rows, columns) * tasks * s,
         square + parts + polar + 3 * thin + max(2 * thin, small),
         2 * square + parts + polar + common + 3 * thin,
     )

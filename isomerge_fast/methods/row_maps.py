@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..linalg.certificate import PROBES, probes
 from ..linalg.gram_eigh import PRODUCT, GramEigh
-from ..linalg.gram_spectrum import eigh_workspace_bytes, gram_noise, spectrum_in_place
+from ..linalg.gram_spectrum import GramSpectrum, eigh_workspace_bytes, gram_noise, spectrum_in_place
 from ..linalg.protocol import rounding_tolerance
 from ..ops import BLOCK_ELEMENTS, TaskSum, sym_mm_add, task_sum
 from .certified import exact_products
@@ -29,7 +29,7 @@ SMALLEST_ASPECT = 2
 # Rows are gathered until S_b holds this many elements (4 MiB in float64), and are at least so many: N x N sums are read
 # and written once for all of them.
 CHUNK_ELEMENTS, LEAST_ROWS = 1 << 19, 256
-# A float64 result would need more than a Gram matrix resolves.
+# Relative error that float64 Gram matrices and float32 products may leave each.
 ROUNDING = GramEigh().rounding
 
 
@@ -119,26 +119,34 @@ def chunks(source: RowSource, tasks: Sequence[int], *, seen: Seen | None = None)
         yield tuple(buffer[:filled] for buffer in buffers)
 
 
-def sum_gram(source: RowSource) -> tuple[Tensor, Tensor, dict[str, Any], float]:
-    """(SᵀS, ‖Δ_t‖², what is said of every Δ_t, ``gram_noise``) in one pass; see ``Seen.values`` for what it raises."""
-    columns = source.shape[1]
-    gram = torch.zeros(columns, columns, dtype=torch.float64, device=source.device)
-    seen, count = Seen(), 0
-    for (total,) in chunks(source, (), seen=seen):
-        sym_mm_add(gram, total.mT, out=gram)
-        count += 1
+def sum_spectrum(source: RowSource, k: int, limit: float) -> tuple[GramSpectrum, Tensor, Tensor, dict[str, Any]]:
+    """(V and σ of S, ‖S‖_F, ‖Δ_t‖², what is said of every Δ_t) in one pass; in two where float64 blurs SᵀS or its cut
+    at ``k`` by more than ``limit``. See ``Seen.values`` for what it raises.
+    """
+    rows, columns = source.shape
+    seen = Seen()
+    gram, noise = product_gram(source, None, seen)
     squares, values = seen.values()
-    return gram, squares, values, gram_noise(count)
+    norm = gram.diagonal().sum().sqrt()
+    tolerance = rounding_tolerance(squares.sum().sqrt(), rows, columns, source.dtype)
+    spectrum = spectrum_in_place(gram, tolerance, noise)
+    del gram
+    if spectrum.is_blurred(k, limit):
+        spectrum = spectrum.sharpened(lambda small: product_gram(source, small))
+    return spectrum, norm, squares, values
 
 
-def product_gram(source: RowSource, a: Tensor) -> Tensor:
-    """QᵀQ of Q = S A in one pass."""
-    gram = torch.zeros_like(a)
-    for (total,) in chunks(source, ()):
-        q = total @ a
+def product_gram(source: RowSource, a: Tensor | None, seen: Seen | None = None) -> tuple[Tensor, float]:
+    """(QᵀQ of Q = S A or S, its ``gram_noise``) in one pass."""
+    columns = source.shape[1] if a is None else a.shape[1]
+    gram = torch.zeros(columns, columns, dtype=torch.float64, device=source.device)
+    count = 0
+    for (total,) in chunks(source, (), seen=seen):
+        q = total if a is None else total @ a
         sym_mm_add(gram, q.mT, out=gram)
         del q  # before the next one is made
-    return gram
+        count += 1
+    return gram, gram_noise(count)
 
 
 def newton_schulz(a: Tensor, gram: Tensor) -> Tensor:
@@ -190,12 +198,8 @@ class PolarMap:
         self._values |= values
 
     def _learn(self, source: RowSource, rank_policy: str) -> None:
-        rows, columns = source.shape
-        gram, squares, of_deltas, noise = sum_gram(source)
-        self._norm = gram.diagonal().sum().sqrt()
-        tolerance = rounding_tolerance(squares.sum().sqrt(), rows, columns, source.dtype)
-        spectrum = spectrum_in_place(gram, tolerance, noise)
-        del gram
+        columns = source.shape[1]
+        spectrum, self._norm, _, of_deltas = sum_spectrum(source, columns, ROUNDING)
         self._unresolved = spectrum.unresolved.sum()
         vectors, sigma = spectrum.top(spectrum.rank)
         self._evidence = Evidence(columns, source.device)
@@ -208,7 +212,7 @@ class PolarMap:
         a = spectrum.inverse_root()
         del spectrum
         if refine:
-            a = newton_schulz(a, product_gram(source, a))
+            a = newton_schulz(a, product_gram(source, a)[0])
         self._a = a.float() if product_rounding(columns, (self._norm, a)) <= ROUNDING else a
 
     def rows(self, block: RowBlock) -> Tensor:
@@ -262,12 +266,12 @@ def part_bytes(columns: int, block_elements: int, matrices: int) -> int:
 
 
 def polar_map_bytes(spec: TensorSpec, block_elements: int) -> int:
-    """Peak of ``PolarMap``: the eigensolver, or A with QᵀQ and their product, or what is made of single rows."""
+    """Peak of ``PolarMap``: the second eigensolver, or QᵀQ and its product, or what is made of rows."""
     rows, columns = spec.shape
     square = 8 * columns**2
     return 8 * 8 * PROBES * columns + max(
         square + chunk_bytes(rows, columns, 1),
-        square + eigh_workspace_bytes(columns),
+        2 * square + eigh_workspace_bytes(columns),
         2 * square + chunk_bytes(rows, columns, 2),
         3 * square,
         square + part_bytes(columns, block_elements, 2),
