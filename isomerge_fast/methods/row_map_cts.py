@@ -328,7 +328,7 @@ def learning_bytes(spec: TensorSpec, tasks: int, s: int, at_once: int) -> int:
     small = 10 * 8 * width**2  # Z, and ``GramEigh`` of it
     polar = 3 * 8 * (tasks * s) ** 2
     return 8 * 8 * PROBES * columns + max(
-        2 * square + max(eigh_workspace_bytes(columns), chunk_bytes(rows, columns, 2)),
+        2 * square + max(eigh_workspace_bytes(columns), chunk_bytes(rows, columns, 1, 1)),
         grams + parts + chunk_bytes(rows, columns, 1 + at_once),
         grams + parts + common,
         grams - square + parts + common + eigh_workspace_bytes(columns),
@@ -346,4 +346,4 @@ def learning_bytes(spec: TensorSpec, tasks: int, s: int, at_once: int) -> int:
 def mapping_bytes(spec: TensorSpec, tasks: int, s: int, block_elements: int) -> int:
     """Peak of ``SplitMap.rows``."""
     columns = spec.shape[1]
-    return 8 * columns**2 + 16 * columns * tasks * s + part_bytes(columns, block_elements, 3)
+    return 8 * columns**2 + 16 * columns * tasks * s + part_bytes(columns, block_elements, 2)

@@ -227,6 +227,7 @@ class PolarMap:
                 else:
                     q.copy_(total @ self._a)
                 self._evidence.add(q, total)
+                del total  # before the next one is made
         return out.mul_(self._sigma_mean.to(out.dtype))
 
     def stats(self) -> MergeStats:
@@ -253,16 +254,17 @@ def part_rows(block: RowBlock) -> Iterator[slice]:
     return (slice(start, min(start + step, count)) for start in range(0, count, step))
 
 
-def chunk_bytes(rows: int, columns: int, matrices: int) -> int:
-    """Of ``chunks`` or products of their size, and what making them takes."""
+def chunk_bytes(rows: int, columns: int, matrices: int, products: int = 0) -> int:
+    """Of ``chunks``, and of what makes them or what is made of them, as so many matrices of their size."""
     elements = columns * chunk_rows(rows, columns)
-    return 8 * elements * matrices + max(12 * min(BLOCK_ELEMENTS, elements), 4 * elements + 4 * BLOCK_ELEMENTS)
+    making = max(12 * min(BLOCK_ELEMENTS, elements), 4 * elements + 4 * min(BLOCK_ELEMENTS, elements))
+    return 8 * elements * matrices + max(making, 8 * elements * products)
 
 
-def part_bytes(columns: int, block_elements: int, matrices: int) -> int:
-    """Of ``rows``: the result, and float64 matrices made part by part."""
+def part_bytes(columns: int, block_elements: int, products: int) -> int:
+    """Of ``rows``: the result, and what is made part by part, the evidence included."""
     rows = max(1, block_elements // max(1, columns))
-    return 4 * block_elements + chunk_bytes(rows, columns, matrices)
+    return 4 * block_elements + chunk_bytes(rows, columns, 1, products) + 16 * PROBES * chunk_rows(rows, columns)
 
 
 def polar_map_bytes(spec: TensorSpec, block_elements: int) -> int:
@@ -272,7 +274,7 @@ def polar_map_bytes(spec: TensorSpec, block_elements: int) -> int:
     return 8 * 8 * PROBES * columns + max(
         square + chunk_bytes(rows, columns, 1),
         2 * square + eigh_workspace_bytes(columns),
-        2 * square + chunk_bytes(rows, columns, 2),
+        2 * square + chunk_bytes(rows, columns, 1, 1),
         3 * square,
-        square + part_bytes(columns, block_elements, 2),
+        square + part_bytes(columns, block_elements, 1),
     )
