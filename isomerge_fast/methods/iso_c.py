@@ -18,12 +18,15 @@ from .protocol import (
     Check,
     Deltas,
     MergeStats,
+    RowMap,
+    RowSource,
     TensorSpec,
     check_rank_policy,
     finite_sum,
     require_matrices,
     spectral_mean,
 )
+from .row_maps import PolarMap, has_row_map, polar_map_bytes
 
 
 @dataclass(frozen=True)
@@ -90,8 +93,15 @@ class IsoC:
         solving = choice.solver.workspace_bytes(rows, columns, self._result_dtype(spec.dtype))
         return members * (sum_dtype.itemsize * rows * columns + solving)
 
+    def row_map(self, source: RowSource) -> RowMap:
+        """See ``Method``: σ̄ S (SᵀS)^(-1/2), in float64 but for the last product where that is precise enough."""
+        promise = PROMISES[self.precision]
+        return PolarMap(source, f"{self.name}/by-rows", rank_policy=self.rank_policy, promise=promise)
+
     def row_map_bytes(self, spec: TensorSpec, tasks: int, block_elements: int) -> int | None:
-        return None
+        if self.solver is not None or not has_row_map(spec, self.precision):
+            return None
+        return polar_map_bytes(spec, block_elements)
 
     def flops(self, spec: TensorSpec, tasks: int) -> float:
         short = min(spec.shape)

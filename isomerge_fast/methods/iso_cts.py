@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -20,6 +21,8 @@ from .protocol import (
     Check,
     Deltas,
     MergeStats,
+    RowMap,
+    RowSource,
     TensorSpec,
     check_rank_policy,
     finite_sum,
@@ -27,6 +30,8 @@ from .protocol import (
     spectral_mean,
 )
 from .recombine import recombine, recombine_literally
+from .row_map_cts import SplitMap, learning_bytes, mapping_bytes
+from .row_maps import PolarMap, has_row_map, polar_map_bytes
 
 
 def split_rank(min_dim: int, tasks: int, common_fraction: float) -> tuple[int, int]:
@@ -150,8 +155,34 @@ class IsoCTS:
             recombining = item * long * k + max(3 * thin, item * elements + 3 * left) + small
         return members * max(splitting, task_parts, recombining)
 
+    def row_map(self, source: RowSource) -> RowMap:
+        """See ``Method`` and ``row_map_cts``."""
+        columns, tasks = source.shape[1], source.n_tasks
+        promise = PROMISES[self.precision]
+        k, s = split_rank(columns, tasks, self.common_fraction)
+        if s == 0:
+            algorithm = f"{self.name}/{IsoC.name}/by-rows"
+            return PolarMap(source, algorithm, rank_policy=self.rank_policy, promise=promise, k=columns, s=0)
+        at_once = self._row_tasks_at_once(TensorSpec("", tuple(source.shape), source.dtype), tasks)
+        algorithm = f"{self.name}/by-rows"
+        return SplitMap(source, algorithm, k, s, rank_policy=self.rank_policy, promise=promise, at_once=at_once)
+
     def row_map_bytes(self, spec: TensorSpec, tasks: int, block_elements: int) -> int | None:
-        return None
+        if self.solver is not None or not has_row_map(spec, self.precision):
+            return None
+        _, s = split_rank(spec.shape[1], tasks, self.common_fraction)
+        if s == 0:
+            return polar_map_bytes(spec, block_elements)
+        at_once = self._row_tasks_at_once(spec, tasks)
+        learning = learning_bytes(spec, tasks, s, at_once)
+        return max(learning, mapping_bytes(spec, tasks, s, block_elements))
+
+    def _row_tasks_at_once(self, spec: TensorSpec, tasks: int) -> int:
+        """Tasks that share a pass over all rows: as many as there is memory for."""
+        _, s = split_rank(spec.shape[1], tasks, self.common_fraction)
+        counts = range(tasks, 1, -1)
+        room = math.inf if self.memory_bytes is None else self.memory_bytes
+        return next((count for count in counts if learning_bytes(spec, tasks, s, count) <= room), 1)
 
     def flops(self, spec: TensorSpec, tasks: int) -> float:
         short = min(spec.shape)

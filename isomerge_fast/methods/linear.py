@@ -8,7 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .protocol import Deltas, MergeStats, Method, NotFiniteError, RowMap, RowSource, TensorSpec, finite_sum
+from .protocol import Deltas, MergeStats, Method, RowMap, RowSource, TensorSpec, finite_sum
+from .row_maps import LinearMap
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class TaskArithmetic:
         return total, MergeStats(self.name, values)
 
     def row_map(self, source: RowSource) -> RowMap:
-        return _Linear(self, source, 1.0)
+        return LinearMap(source, self.name)
 
     def row_map_bytes(self, spec: TensorSpec, tasks: int, block_elements: int) -> int | None:
         return spec.dtype.itemsize * block_elements
@@ -67,26 +68,4 @@ class Mean(TaskArithmetic):
         return total.div_(deltas.n_tasks), stats
 
     def row_map(self, source: RowSource) -> RowMap:
-        return _Linear(self, source, 1.0 / source.n_tasks)
-
-
-class _Linear:
-    """TEMPORARY"""
-
-    def __init__(self, method, source, factor):
-        self._m, self._s, self._f, self._seen = method, source, factor, []
-
-    def rows(self, block):
-        found = block.sum(self._s.dtype)
-        self._seen.append(found[1:])
-        if self._f != 1.0:
-            found.total.div_(self._s.n_tasks)
-        return found.total
-
-    def stats(self):
-        squares = torch.stack([x[0] for x in self._seen]).sum(0)
-        largest = torch.stack([x[1] for x in self._seen]).amax(0)
-        bad = torch.nonzero(torch.stack([x[2] for x in self._seen]).sum(0)).flatten().tolist()
-        if bad:
-            raise NotFiniteError(bad)
-        return MergeStats(self._m.name, {"delta_norms": squares.sqrt(), "delta_largest": largest})
+        return LinearMap(source, self.name, divisor=source.n_tasks)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -40,32 +42,56 @@ def recombine(common: Subspace, parts: list[Subspace], dtype: torch.dtype) -> tu
     # Once: what float64 leaves of V_k in it is ε₆₄, and its own singular values are above 1e-5 (see above).
     rest = v_tasks - v_k @ a
     del v_tasks
+    small = small_problem(a, rest)
+    del a, rest
+    weights = small.weights.to(dtype)
+    left = u_polar @ weights[..., :tasks_width, :]
+    del u_polar
+    u_k = common.u.to(dtype)
+    _add_product(left, u_k @ small.q_a.to(dtype), weights[..., tasks_width:, :])
+    right = torch.cat([v_k @ small.q_a, small.q_r], dim=-1).to(dtype)
+    # Repeated tasks share directions, and the result then is no isometry: only its factors can be judged.
+    full = (u_stats.rank == tasks_width) & small.is_full
+    factors = torch.maximum(u_stats.orthogonality, small.orthogonality)
+    del small
+    value = u_k @ v_k.to(dtype).mT
+    _add_product(value, left, right.mT)
+    del left, right
+    return value, torch.where(full, orthogonality(value).double(), factors)
+
+
+@dataclass(frozen=True)
+class SmallProblem:
+    """polar(Z), and the bases in which Z is all of [V_ts, V_k] that is not an identity (see ``recombine``).
+
+    Attributes:
+        q_a, q_r: A = Q_a A' and V_ts − V_k A = Q_r B'.
+        weights: polar(Z)ᵀ − [[0, 0], [I, 0]], so that [polar(U_ts), U_a] times these times [V_a, Q_r]ᵀ is to be added
+            to U_k V_kᵀ.
+        is_full: whether polar(Z) has full rank, [...].
+        orthogonality: of polar(Z), [...].
+    """
+
+    q_a: Tensor
+    q_r: Tensor
+    weights: Tensor
+    is_full: Tensor
+    orthogonality: Tensor
+
+
+def small_problem(a: Tensor, rest: Tensor, tolerance: Tensor | None = None) -> SmallProblem:
+    """Of A = V_kᵀ V_ts and ``rest`` = V_ts − V_k A, both float64; ``tolerance`` is that of the polar factor."""
     q_a, a_small = thin_qr(a)
     q_r, b_small = thin_qr(rest)
-    del rest
-    width = q_a.shape[-1]
+    width, tasks_width = q_a.shape[-1], a.shape[-1]
     z = torch.zeros(*a.shape[:-2], width + q_r.shape[-1], tasks_width + width, dtype=a.dtype, device=a.device)
     z[..., :width, :tasks_width] = a_small
     z[..., width:, :tasks_width] = b_small
     z[..., :width, tasks_width:].diagonal(dim1=-2, dim2=-1).fill_(1.0)
-    z_polar, z_stats = GramEigh().polar(z)
-    # [polar(U_ts), U_a] polar(Z)ᵀ − [U_a, 0], and [V_a, Q_r].
+    z_polar, stats = GramEigh().polar(z, tolerance=tolerance)
     weights = z_polar.mT
     weights[..., tasks_width:, :width].diagonal(dim1=-2, dim2=-1).sub_(1.0)
-    weights = weights.to(dtype)
-    left = u_polar @ weights[..., :tasks_width, :]
-    del u_polar
-    u_k = common.u.to(dtype)
-    _add_product(left, u_k @ q_a.to(dtype), weights[..., tasks_width:, :])
-    right = torch.cat([v_k @ q_a, q_r], dim=-1).to(dtype)
-    del q_r
-    value = u_k @ v_k.to(dtype).mT
-    _add_product(value, left, right.mT)
-    del left, right
-    # Repeated tasks share directions, and the result then is no isometry: only its factors can be judged.
-    full = (u_stats.rank == tasks_width) & (z_stats.rank == min(z.shape[-2:]))
-    factors = torch.maximum(u_stats.orthogonality, z_stats.orthogonality)
-    return value, torch.where(full, orthogonality(value).double(), factors)
+    return SmallProblem(q_a, q_r, weights, stats.rank == min(z.shape[-2:]), stats.orthogonality)
 
 
 def recombine_literally(

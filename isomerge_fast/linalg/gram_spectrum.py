@@ -1,0 +1,140 @@
+"""Singular values and short-side vectors of a matrix that is never held, from its Gram matrix, which is overwritten."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..ops import sym_mm
+from .gram_eigh import GramEigh
+from .protocol import reciprocal, relative_gap, rounding_angle
+
+# A Gram matrix added up in blocks gathers the rounding of every addition.
+NOISE_BLOCKS = 64
+# LAPACK's syevd takes 2 n² + 6 n + 1 numbers and 5 n + 3 integers; what else was seen came to 0.2 n² (n = 3000).
+EIGH_MATRICES = 2.2
+# Of σ₁: directions below are solved again, where that is needed. What they share with those above is off by
+# ε σ₁² / (σ_i σ_j), what they share with each other by ε σ₁ SMALL σ₁ / σ_j²: alike at κ = 1e6.
+SMALL = 1e-2
+
+
+def gram_noise(blocks: int) -> float:
+    """Eigenvalues of a float64 Gram matrix added up in so many blocks are off by about this times λ₁."""
+    return GramEigh().noise * max(1.0, math.sqrt(blocks / NOISE_BLOCKS))
+
+
+def eigh_workspace_bytes(columns: int) -> int:
+    """Peak bytes of ``spectrum_in_place`` beyond the matrix itself."""
+    return int(8 * EIGH_MATRICES * columns**2) + 64 * columns
+
+
+@dataclass(frozen=True)
+class GramSpectrum:
+    """XᵀX = V Σ² Vᵀ.
+
+    Attributes:
+        vectors: V [N, N] float64, its columns in order of *ascending* σ: turning them round would be a copy.
+        sigma: [N] float64, descending; so are the next two.
+        unresolved: [N] bool, those above the tolerance, but not above the rounding of the Gram matrix.
+        noise: [N], what σ² is off by.
+        rank: how many lie above both.
+        tolerance: σ up to this counts as zero.
+    """
+
+    vectors: Tensor
+    sigma: Tensor
+    unresolved: Tensor
+    noise: Tensor
+    rank: int
+    tolerance: Tensor
+
+    def top(self, count: int) -> tuple[Tensor, Tensor]:
+        """(V, σ) of the largest ``count``, or of those that are kept where these are fewer; σ ascending."""
+        count = min(count, self.rank)
+        first = len(self.sigma) - count
+        return self.vectors[:, first:], self.sigma[:count].flip(0)
+
+    def kept_sigma(self, count: int) -> Tensor:
+        """The largest ``count``, descending, zero where not kept."""
+        kept = self.sigma[:count].clone()
+        kept[self.rank :] = 0.0
+        return kept
+
+    def gap(self, count: int) -> Tensor:
+        """See ``Subspace.gap``."""
+        return relative_gap(self.sigma, count)
+
+    def angle(self, count: int) -> Tensor:
+        """See ``Subspace.angle``."""
+        return rounding_angle(self.sigma, count, self.tolerance, self.noise[max(0, count - 1)])
+
+    def inverse_root(self) -> Tensor:
+        """V Σ⁻¹ Vᵀ over what is kept; ``vectors`` is overwritten."""
+        vectors, sigma = self.top(self.rank)
+        vectors *= sigma.rsqrt()
+        return sym_mm(vectors)
+
+    def polar_noise(self) -> Tensor:
+        """‖QᵀQ − I‖_F / √rank that the noise leaves in Q = X V Σ⁻¹ Vᵀ."""
+        inverse = reciprocal(self.kept_sigma(self.rank))
+        relative = self.noise[: self.rank] * inverse.square()
+        # As if every eigenvalue were off by all of it, in quadrature.
+        return (relative.square().sum() / max(1, self.rank)).sqrt()
+
+    def is_blurred(self, count: int, limit: float) -> bool:
+        """Whether, of the largest ``count``, the noise hides a direction, or is more than ``limit`` of a kept σ² or of
+        the angle.
+        """
+        blurred = self.unresolved[:count].any() | (self.angle(count) > limit)
+        last = min(count, self.rank) - 1
+        if last >= 0:
+            blurred |= self.noise[last] > limit * self.sigma[last].square()
+        return bool(blurred)
+
+    def sharpened(self, gram_of: Callable[[Tensor], tuple[Tensor, float]]) -> GramSpectrum:
+        """With the directions below ``SMALL`` σ₁ solved again among themselves: their own Gram matrix has no large
+        entries whose rounding would hide them. ``vectors`` is overwritten.
+
+        Args:
+            gram_of: (W [N, m]) -> ((X W)ᵀ X W, its ``gram_noise``).
+        """
+        largest = self.sigma[0]
+        count = int((self.sigma < SMALL * largest).sum())
+        rest = len(self.sigma) - count
+        if count == 0 or rest == 0:
+            return self
+        small = self.vectors[:, :count]
+        gram, noise = gram_of(small)
+        # X W itself is rounded to ε ‖X‖.
+        part = spectrum_in_place(gram, self.tolerance, noise, scale=(largest * self.sigma[rest]).sqrt())
+        del gram
+        small.copy_(small @ part.vectors)
+        return replace(
+            self,
+            sigma=torch.cat([self.sigma[:rest], part.sigma]),
+            unresolved=torch.cat([self.unresolved[:rest], part.unresolved]),
+            noise=torch.cat([self.noise[:rest], part.noise]),
+            rank=rest + part.rank,
+        )
+
+
+def spectrum_in_place(gram: Tensor, tolerance: Tensor, noise: float, *, scale: Tensor | None = None) -> GramSpectrum:
+    """Of the symmetric ``gram`` [N, N] float64, whose memory becomes that of the vectors. Reads one number.
+
+    Args:
+        tolerance: σ up to this counts as zero, [].
+        noise: relative to λ₁, or to ``scale``² where that is given, for what is a difference of larger matrices.
+    """
+    eigenvalues = torch.empty(len(gram), dtype=gram.dtype, device=gram.device)
+    # Column by column, as LAPACK has it: anything else is copied first.
+    torch.linalg.eigh(gram.mT, out=(eigenvalues, gram.mT))
+    sigma = eigenvalues.flip(0).clamp_min_(0.0).sqrt_()
+    off = noise * (sigma[0] if scale is None else scale).square()
+    hidden = sigma.square() <= 2.0 * off
+    above = sigma > tolerance
+    rank = int((above & ~hidden).sum())
+    return GramSpectrum(gram.mT, sigma, above & hidden, off.expand_as(sigma), rank, tolerance)
