@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from functools import partial
 from math import prod
@@ -21,14 +20,14 @@ from . import __version__, ops
 from .checkpoint.checksum import ALGORITHM
 from .checkpoint.companions import config_with_dtype, copy_companions, model_card
 from .checkpoint.layout import DTYPES, SINGLE_FILE
-from .checkpoint.manifest import FORMAT, MANIFEST_FILE, Journal, describe_inputs, fingerprint, to_json
+from .checkpoint.manifest import FORMAT, MANIFEST_FILE, Journal, describe_inputs, fingerprint, read_manifest, to_json
 from .checkpoint.read_ahead import THREADS as READ_THREADS
 from .checkpoint.read_ahead import ReadAhead
-from .checkpoint.reader import Reader
+from .checkpoint.reader import Reader, allow_open_files
 from .checkpoint.staging import Staging
 from .checkpoint.write_behind import WriteBehind
-from .checkpoint.writer import ShardWriter, sync_folder, write_durably
-from .errors import ConfigError, InputError, ResourceError, nearest
+from .checkpoint.writer import ShardWriter, write_durably
+from .errors import ConfigError, InputError, ResourceError, VerificationError, nearest
 from .heap import return_freed_blocks
 from .methods import METHODS, Method, NotFiniteError, RowBlock
 from .plan import Plan, TensorPlan, check_resources
@@ -129,13 +128,15 @@ def run(
     with Staging(Path(plan.config.out), resume=resume, overwrite=overwrite) as staging:
         description = _describe(plan, target)
         if resume and staging.is_committed:
-            finished = json.loads((staging.out / MANIFEST_FILE).read_bytes())
-            staging.discard()
-            if finished.get("description") != json.loads(to_json(description)):
+            finished = _finished_report(staging.out, description, overwrite)
+            if finished is not None or not overwrite:
+                staging.discard()
+            if finished is not None:
+                return finished
+            if not overwrite:
                 raise ConfigError(f"{staging.out}: holds another merge; --overwrite replaces it")
-            return Report.from_dict(json.loads((staging.out / REPORT_FILE).read_bytes()))
         try:
-            return _Run(plan, target, staging, description, resume, io == "auto", observer).execute()
+            return _Run(plan, target, staging, description, resume, overwrite, io == "auto", observer).execute()
         except InputError:
             staging.discard()  # the same inputs cannot succeed later
             raise
@@ -160,6 +161,21 @@ def _describe(plan: Plan, device: torch.device) -> dict[str, Any]:
     }
 
 
+def _finished_report(out: Path, description: dict[str, Any], overwrite: bool) -> Report | None:
+    """Of the finished merge in ``out``; None where that is of another description, or damaged and to be replaced."""
+    try:
+        if read_manifest(out).get("description") != json.loads(to_json(description)):
+            return None
+        try:
+            return Report.from_dict(json.loads((out / REPORT_FILE).read_bytes()))
+        except (OSError, ValueError, TypeError) as error:
+            raise VerificationError(f"{out / REPORT_FILE}: cannot be read ({error})") from error
+    except VerificationError:
+        if overwrite:
+            return None
+        raise
+
+
 class _Run:
     """One execution of a plan in its staging folder."""
 
@@ -170,10 +186,11 @@ class _Run:
         staging: Staging,
         description: dict[str, Any],
         resume: bool,
+        overwrite: bool,
         direct: bool,
         observer: Observer | None,
     ) -> None:
-        self._direct = direct
+        self._direct, self._overwrite = direct, overwrite
         self._io: dict[str, Any] = {}
         self._plan, self._device, self._staging, self._resume = plan, device, staging, resume
         self._description = description
@@ -184,22 +201,32 @@ class _Run:
 
     def execute(self) -> Report:
         started = time.perf_counter()
-        self._staging.start()
-        journal = Journal(self._staging.journal_path, fingerprint(self._description), resume=self._resume)
+        journal = Journal(
+            self._staging.journal_path,
+            fingerprint(self._description),
+            self._description["inputs"],
+            resume=self._resume,
+            overwrite=self._overwrite,
+        )
         completed = False
         try:
+            # Shards are worth nothing without a journal that tells what is in them.
+            shards = [(Path(folder) / shard).as_posix() for folder in self._folders for shard in self._plan.shards]
+            self._staging.start(shards if journal.finished else ())
             self._open_writers()
             self._merge_all(journal)
             completed = True
         finally:
-            with self._stopwatch.phase("write"):
+            with self._stopwatch.phase("write"), ExitStack() as closing:
+                # As glibc's own threshold ends up; the process may go on without us.
+                closing.callback(return_freed_blocks, eager=False)
+                closing.callback(journal.close)
                 for writer in self._writers.values():
-                    writer.close(validate=completed)
-            journal.close()
-            return_freed_blocks(eager=False)  # as glibc's own threshold ends up; the process may go on without us
+                    closing.callback(writer.close, validate=completed)
         return self._finish(journal.finished, started)
 
     def _open_writers(self) -> None:
+        allow_open_files(2 * len(self._folders) * len(self._plan.shards))
         for folder in self._folders:
             (self._staging.new / folder).mkdir(exist_ok=True)
             for shard, tensors in self._plan.shards.items():
@@ -310,9 +337,6 @@ class _Run:
                 index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
                 write_durably(path / plan.base.index_name, to_json(index, indent=2))
             write_durably(path / "README.md", self._card(scaling).encode())
-            for name in plan.companions:
-                _sync_file(path / name)
-            sync_folder(path)
         manifest = {
             "format": FORMAT,
             "checksum": ALGORITHM,
@@ -484,8 +508,3 @@ def _not_finite(plan: TensorPlan, reader: Reader) -> InputError:
         if count:
             found.append(f"{stored.file}: tensor {plan.name!r} holds {count} NaN or Inf")
     return InputError("a weight is not finite:", found or [f"tensor {plan.name!r}: the deltas overflow float32"])
-
-
-def _sync_file(path: Path) -> None:
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())

@@ -28,6 +28,7 @@ from .checkpoint.layout import (
 )
 from .checkpoint.read_ahead import THREADS as READ_THREADS
 from .checkpoint.reader import READ_BYTES
+from .checkpoint.staging import staged_bytes
 from .checkpoint.writer import OutputTensor
 from .config import MergeConfig
 from .errors import ConfigError, InputError, ResourceError
@@ -210,7 +211,7 @@ def check_resources(plan: Plan, *, max_ram: int | None, max_vram: int | None, de
         folder = Path(os.path.realpath(plan.config.out)).parent
         while not folder.exists():
             folder = folder.parent
-        free = shutil.disk_usage(folder).free
+        free = shutil.disk_usage(folder).free + staged_bytes(Path(plan.config.out))
         if plan.write_bytes > free:
             raise ResourceError(f"{folder}: {free} bytes are free, the output takes {plan.write_bytes}")
 

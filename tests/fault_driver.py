@@ -239,7 +239,7 @@ class Driver:
             self._complain(told, f"left beside the output: {sorted(os.listdir(self._point))}")
 
     def _complain(self, told: list[str], what: str) -> None:
-        self.tally.wrong.append(f"{', '.join(told)}: {what}")
+        self.tally.wrong.append(f"{', '.join(told)}: {what[-1500:]}")
 
 
 def drive(points: int, seed: int, seconds: float | None = None) -> Tally:

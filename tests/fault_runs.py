@@ -19,13 +19,9 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 # What the shim calls its kinds and modes.
-KINDS = {
-    name: 1 << bit
-    for bit, name in enumerate(
-        ["open", "write", "truncate", "sync", "rename", "unlink", "mkdir", "rmdir", "link", "lock", "close"]
-        + ["read", "open_read"]
-    )
-}
+NAMES = ["open", "write", "truncate", "sync", "rename", "unlink", "mkdir", "rmdir", "link", "lock", "close"]
+NAMES += ["read", "open_read"]
+KINDS = {name: 1 << bit for bit, name in enumerate(NAMES)}
 CHANGES = sum(KINDS.values()) - KINDS["read"] - KINDS["open_read"]
 MODES = {
     name: number

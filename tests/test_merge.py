@@ -584,8 +584,8 @@ def test_killed_inside_the_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
     def rename(source: Path, target: Path) -> None:
         nonlocal count
-        count += 1
         real_rename(source, target)
+        count += tmp_path / "out" in (source, target)
         if count == step:
             raise Killed
 
