@@ -30,6 +30,7 @@ from .checkpoint.writer import ShardWriter, write_durably
 from .errors import ConfigError, InputError, ResourceError, VerificationError, nearest
 from .heap import return_freed_blocks
 from .methods import METHODS, Method, NotFiniteError, RowBlock
+from .methods.certified import UnsolvedError
 from .plan import Plan, TensorPlan, check_resources
 from .report import REPORT_FILE, Progress, Report
 from .routes import BY_ROWS
@@ -308,6 +309,8 @@ class _Run:
                     stats = _merge_whole(plan.method, source, output, report)
             except NotFiniteError as error:
                 raise _not_finite(plan, reader) from error
+            except UnsolvedError as error:
+                raise InputError(f"tensor {plan.name!r}: {error}") from error
             output.check_finite()
         report.update(stats)
         report["read_bytes"] = source.read_bytes

@@ -250,7 +250,7 @@ def _mismatches(base: Checkpoint, expert: Checkpoint, on_extra: str) -> Iterable
         if other is None:
             tied = bool((expert.config or {}).get("tie_word_embeddings")) and "lm_head" in name
             hint = " (the expert ties its word embeddings; save base and experts with the same tying)" if tied else ""
-            yield f"{expert.path}: tensor {name!r} {list(stored.shape)} of the base is missing{hint}"
+            yield f"{expert.path}: tensor {name!r} {list(stored.shape)} of the base {base.path} is missing{hint}"
         elif other.shape != stored.shape:
             vocabulary = _TOKEN_TABLES.search(name) and stored.shape[1:] == other.shape[1:]
             hint = " (another vocabulary size?)" if vocabulary else ""
@@ -259,11 +259,14 @@ def _mismatches(base: Checkpoint, expert: Checkpoint, on_extra: str) -> Iterable
                 f"in the base {base.path} {list(stored.shape)}{hint}"
             )
         elif (other.dtype in FLOAT_DTYPES) != (stored.dtype in FLOAT_DTYPES):
-            yield f"{expert.path}: tensor {name!r} is {other.dtype}, in the base {stored.dtype}"
+            yield f"{expert.path}: tensor {name!r} is {other.dtype}, in the base {base.path} {stored.dtype}"
     if on_extra == "error":
         for name in expert.tensors.keys() - base.tensors.keys():
             shape = list(expert.tensors[name].shape)
-            yield f"{expert.path}: tensor {name!r} {shape} is not in the base (on_extra: ignore leaves it out)"
+            yield (
+                f"{expert.path}: tensor {name!r} {shape} is not in the base {base.path} "
+                "(on_extra: ignore leaves it out)"
+            )
 
 
 def _unmergeable(checkpoint: Checkpoint) -> Iterable[str]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from typing import Any
 from ..errors import ConfigError, InputError, VerificationError
 from .checksum import Checksum
 from .layout import Checkpoint, parse_json
-from .writer import sync_folder, write_durably
+from .writer import rename, sync_folder, write_durably
 
 MANIFEST_FILE = "manifest.json"
 FORMAT = 2
@@ -92,7 +91,7 @@ class Journal:
         written = [{"fingerprint": key, "inputs": inputs}, *self.finished.values()]
         temporary = path.with_name(f"{path.name}.new")
         write_durably(temporary, b"".join(_line(entry) for entry in written))
-        os.replace(temporary, path)
+        rename(temporary, path)
         sync_folder(path.parent)
         self._file = open(path, "ab")  # noqa: SIM115 - closed by close()
 

@@ -18,10 +18,7 @@ from types import TracebackType
 
 from ..errors import ConfigError, ResourceError
 from .manifest import MANIFEST_FILE
-from .writer import sync_folder
-
-# What file systems answer that rename files only, or nothing.
-_NO_RENAME = (errno.EXDEV, errno.EPERM, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
+from .writer import rename, sync_folder
 
 
 def staging_folder(out: Path) -> Path:
@@ -82,7 +79,7 @@ class Staging:
         if not self.new.exists():
             # By a rename, so that it is said before the work where folders cannot be renamed.
             self._fresh.mkdir(exist_ok=True)
-            _rename(self._fresh, self.new)
+            rename(self._fresh, self.new)
         for path in sorted(self.new.rglob("*"), reverse=True):  # what is in a folder before the folder
             if path.is_dir():
                 with suppress(OSError):  # not empty
@@ -108,10 +105,10 @@ class Staging:
             sync_folder(Path(folder))
         sync_folder(self.folder)
         if self.out.exists():
-            _rename(self.out, self._old)
+            rename(self.out, self._old)
             self._sync_both()
         try:
-            _rename(self.new, self.out)
+            rename(self.new, self.out)
         except ResourceError:
             if self._old.exists():
                 with suppress(OSError):  # else the next run does it
@@ -193,11 +190,3 @@ class Staging:
             with suppress(OSError):
                 os.close(self._lock)
             self._lock = None
-
-
-def _rename(source: Path, target: Path) -> None:
-    try:
-        os.rename(source, target)
-    except OSError as error:
-        advice = "; the output needs a file system that can rename folders" if error.errno in _NO_RENAME else ""
-        raise ResourceError(f"{source}: cannot be renamed to {target} ({error.strerror}){advice}") from error

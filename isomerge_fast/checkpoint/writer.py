@@ -28,6 +28,9 @@ from .reader import PAGE, READ_BYTES, open_direct, page_buffer
 # Less than this at once goes through the page cache: a direct write waits for the disk.
 DIRECT_BYTES = 1 << 20
 
+# What file systems answer that rename files only, or nothing.
+_NO_RENAME = (errno.EXDEV, errno.EPERM, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
+
 # safetensors sorts by its own dtype ranking, widest first; equal widths have a fixed order as well.
 _DTYPE_RANK = [
     "U64", "I64", "F64", "C64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16",
@@ -221,3 +224,12 @@ def sync_folder(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def rename(source: Path, target: Path) -> None:
+    """Puts ``source`` in the place of ``target``, at once."""
+    try:
+        os.rename(source, target)
+    except OSError as error:
+        advice = "; an output needs a file system that renames files and folders" if error.errno in _NO_RENAME else ""
+        raise ResourceError(f"{source}: cannot be renamed to {target} ({error.strerror}){advice}") from error
