@@ -206,10 +206,13 @@ class _Run:
             self._staging.journal_path,
             fingerprint(self._description),
             self._description["inputs"],
+            threads=torch.get_num_threads(),
             resume=self._resume,
             overwrite=self._overwrite,
         )
         completed = False
+        threads = torch.get_num_threads()
+        torch.set_num_threads(journal.threads)
         try:
             # Shards are worth nothing without a journal that tells what is in them.
             shards = [(Path(folder) / shard).as_posix() for folder in self._folders for shard in self._plan.shards]
@@ -222,6 +225,7 @@ class _Run:
                 # As glibc's own threshold ends up; the process may go on without us.
                 closing.callback(return_freed_blocks, eager=False)
                 closing.callback(journal.close)
+                closing.callback(torch.set_num_threads, threads)
                 for writer in self._writers.values():
                     closing.callback(writer.close, validate=completed)
         return self._finish(journal.finished, started)

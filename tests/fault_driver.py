@@ -242,12 +242,12 @@ class Driver:
         self.tally.wrong.append(f"{', '.join(told)}: {what[-1500:]}")
 
 
-def drive(points: int, seed: int, seconds: float | None = None) -> Tally:
-    """Tries ``points`` points, or as many as fit into ``seconds``. Needs the shim preloaded."""
+def drive(points: int, seed: int, seconds: float | None = None, folder: str | None = None) -> Tally:
+    """Tries ``points`` points in ``folder``, or as many as fit into ``seconds``. Needs the shim preloaded."""
     warm_up()
     started = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="isomerge-faults-") as folder:
-        root = Path(folder)
+    with tempfile.TemporaryDirectory(prefix="isomerge-faults-", dir=folder) as made:
+        root = Path(made)
         driver = Driver(root, make_families(root / "inputs"))
         chance = random.Random(seed)
         while driver.tally.points < points and (seconds is None or time.monotonic() - started < seconds):
@@ -261,6 +261,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=None, help="stop after so many")
+    parser.add_argument("--folder", default=None, help="where; on a disk or in memory")
     arguments = parser.parse_args()
     if "fault_shim" not in os.environ.get("LD_PRELOAD", ""):
         with tempfile.TemporaryDirectory() as folder:
@@ -269,7 +270,10 @@ def main() -> int:
     started = time.monotonic()
     count = arguments.processes
     shares = [(arguments.points + index) // count for index in range(count)]
-    tasks = [(share, arguments.seed * 1000 + index, arguments.seconds) for index, share in enumerate(shares)]
+    tasks = [
+        (share, arguments.seed * 1000 + index, arguments.seconds, arguments.folder)
+        for index, share in enumerate(shares)
+    ]
     if count == 1:
         tallies = [drive(*tasks[0])]
     else:

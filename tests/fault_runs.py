@@ -6,8 +6,10 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -66,9 +68,22 @@ def build_shim(folder: Path) -> Path:
 
 
 def attempt(
-    config: dict[str, Any], fault: Fault, *, log: bool = False, umask: int | None = None, **options: Any
+    config: dict[str, Any],
+    fault: Fault,
+    *,
+    log: bool = False,
+    umask: int | None = None,
+    open_files: int | None = None,
+    threads: int = 1,
+    **options: Any,
 ) -> Outcome:
-    """``merge(config, **options)`` in a fork of this process, which must have the shim preloaded."""
+    """``merge(config, **options)`` in a fork of this process, which must have the shim preloaded.
+
+    Args:
+        log: whether the outcome is to tell of every call that was counted.
+        open_files: the soft limit on them.
+        threads: with which torch computes.
+    """
     receive, send = os.pipe()
     with tempfile.TemporaryFile() as lines:
         child = os.fork()
@@ -77,7 +92,11 @@ def attempt(
             try:
                 if umask is not None:
                     os.umask(umask)
-                outcome = _run(config, fault, lines.fileno() if log else -1, options)
+                if open_files is not None:
+                    resource.setrlimit(
+                        resource.RLIMIT_NOFILE, (open_files, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
+                    )
+                outcome = _run(config, fault, lines.fileno() if log else -1, threads, options)
             except BaseException:
                 outcome = Outcome("crash", traceback.format_exc())
             finally:
@@ -95,10 +114,13 @@ def attempt(
     return Outcome(**{**json.loads(answer), "log": logged})
 
 
-def _run(config: dict[str, Any], fault: Fault, log: int, options: dict[str, Any]) -> Outcome:
+def _run(config: dict[str, Any], fault: Fault, log: int, threads: int, options: dict[str, Any]) -> Outcome:
+    import torch
+
     import isomerge_fast as imf
     from isomerge_fast.errors import IsomergeError
 
+    torch.set_num_threads(threads)
     shim = ctypes.CDLL(None)
     shim.fault_calls.restype = ctypes.c_long
     shim.fault_arm(
@@ -127,6 +149,8 @@ def warm_up() -> None:
     from isomerge_fast import engine  # noqa: F401
 
     imf.iso_c(torch.randn(2, 4, 6))  # loads what the solvers load
+    gc.collect()
+    gc.freeze()  # a collection in a fork would copy every page that holds an object
 
 
 class WarmProcess:

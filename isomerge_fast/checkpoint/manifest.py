@@ -68,18 +68,29 @@ class Journal:
 
     Args:
         key: ``fingerprint`` of the merge; ``inputs`` of it, to name the one that has changed.
+        threads: with which this run would compute. LAPACK's last digits depend on their number, so a merge goes on with
+            that which it began with: attribute ``threads``.
         resume: go on with what is there.
         overwrite: discard what is of another merge, instead of refusing it.
     """
 
     def __init__(
-        self, path: Path, key: str, inputs: list[dict[str, Any]], *, resume: bool, overwrite: bool = False
+        self,
+        path: Path,
+        key: str,
+        inputs: list[dict[str, Any]],
+        *,
+        threads: int,
+        resume: bool,
+        overwrite: bool = False,
     ) -> None:
+        self.threads = threads
         self.finished: dict[str, dict[str, Any]] = {}
         lines = path.read_bytes().splitlines() if resume and path.is_file() else []
         first = _parse_line(lines[0]) if lines else None  # without it nothing is known of the rest
         if first is not None and first.get("fingerprint") == key:
             entries = [entry for line in lines[1:] if (entry := _parse_line(line)) is not None]
+            self.threads = first["threads"]
             self.finished = {entry["name"]: entry for entry in entries}
         elif first is not None and not overwrite:
             changed = "".join(f" ({what})" for what in _changed_inputs(first.get("inputs", []), inputs))
@@ -88,7 +99,7 @@ class Journal:
                 "run with --overwrite to discard it"
             )
         # Rewritten, so that a line torn by a kill does not swallow the next one.
-        written = [{"fingerprint": key, "inputs": inputs}, *self.finished.values()]
+        written = [{"fingerprint": key, "inputs": inputs, "threads": self.threads}, *self.finished.values()]
         temporary = path.with_name(f"{path.name}.new")
         write_durably(temporary, b"".join(_line(entry) for entry in written))
         rename(temporary, path)
