@@ -11,7 +11,7 @@ from typing import Any
 from .errors import ConfigError, nearest
 
 OUTPUT_DTYPES = ("float64", "float32", "float16", "bfloat16")
-ON_EXTRA = ("error", "ignore")
+ON_EXTRA = ("error", "ignore", "copy")
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,8 @@ class MergeConfig:
         stochastic_rounding: a seed. What is written as bfloat16 is rounded up or down at random, up with the
             probability by which it lies nearer to the number above, so that small deltas count on average; the same
             seed gives the same bytes. None rounds to the nearest.
-        on_extra: what becomes of tensors that an expert has and the base has not: "error" or "ignore".
+        on_extra: what becomes of tensors that an expert has and the base has not: "error", "ignore", or "copy" where
+            one expert alone has it.
     """
 
     base: str

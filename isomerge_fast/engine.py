@@ -19,7 +19,7 @@ from torch import Tensor
 from . import __version__, ops
 from .checkpoint.checksum import ALGORITHM
 from .checkpoint.companions import config_with_dtype, copy_companions, model_card
-from .checkpoint.layout import DTYPES, SINGLE_FILE
+from .checkpoint.layout import DTYPES
 from .checkpoint.manifest import FORMAT, MANIFEST_FILE, Journal, describe_inputs, fingerprint, read_manifest, to_json
 from .checkpoint.read_ahead import THREADS as READ_THREADS
 from .checkpoint.read_ahead import ReadAhead
@@ -283,15 +283,11 @@ class _Run:
                 "writing_seconds": writes.busy_seconds,
             }
 
-    def _shard_of(self, tensor: TensorPlan) -> str:
-        return tensor.base.file.name if tensor.base.file.name in self._plan.shards else SINGLE_FILE
-
     def _is_intact(self, tensor: TensorPlan, entry: dict[str, Any]) -> bool:
         """Whether the bytes that the journal claims are in the staged shards."""
-        shard = self._shard_of(tensor)
         with self._stopwatch.phase("read"):
             return all(
-                self._writers[folder, shard].checksum(tensor.name) == entry["checksum"].get(folder)
+                self._writers[folder, tensor.shard].checksum(tensor.name) == entry["checksum"].get(folder)
                 for folder in self._folders
             )
 
@@ -302,7 +298,7 @@ class _Run:
         work, peak = plan.route.work_bytes, self._plan.peak_work_bytes
         return_freed_blocks(eager=work > max(HEAP_RESIDUE_BYTES, peak - HEAP_RESIDUE_BYTES))
         report: dict[str, Any] = {"name": plan.name, "action": plan.action, "route": plan.route.name}
-        output = _Output(plan, self._shard_of(plan), self._folders, self._writers, writes, self._stopwatch)
+        output = _Output(plan, self._folders, self._writers, writes, self._stopwatch)
         with self._stopwatch.phase("compute"):
             try:
                 if plan.method is None:
@@ -340,7 +336,7 @@ class _Run:
                 text = json.dumps(config_with_dtype(plan.base.config, config.dtype), indent=2, ensure_ascii=False)
                 write_durably(path / "config.json", (text + "\n").encode())
             if plan.base.index_name is not None:
-                weight_map = {tensor.name: self._shard_of(tensor) for tensor in plan.tensors}
+                weight_map = {tensor.name: tensor.shard for tensor in plan.tensors}
                 index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
                 write_durably(path / plan.base.index_name, to_json(index, indent=2))
             write_durably(path / "README.md", self._card(scaling).encode())
@@ -353,7 +349,7 @@ class _Run:
                     "scaling": scaling,
                     "tensors": {
                         tensor.name: {
-                            "file": self._shard_of(tensor),
+                            "file": tensor.shard,
                             "action": tensor.action,
                             "checksum": entry["checksum"][folder],
                         }
@@ -404,14 +400,13 @@ class _Output:
     def __init__(
         self,
         plan: TensorPlan,
-        shard: str,
         folders: dict[str, float],
         writers: dict[tuple[str, str], ShardWriter],
         writes: WriteBehind,
         stopwatch: Stopwatch,
     ) -> None:
         self._plan, self._folders, self._writes, self._stopwatch = plan, folders, writes, stopwatch
-        self._shards = {folder: writers[folder, shard] for folder in folders}
+        self._shards = {folder: writers[folder, plan.shard] for folder in folders}
         self._row_elements = prod(plan.route.lines[1:])
         self._overflows = dict.fromkeys(folders, 0)
 
@@ -469,8 +464,12 @@ class _Output:
 
     def fill(self, rows: slice, base: Tensor) -> None:
         """Writes the base, converted where the output has another dtype."""
+        if base.is_floating_point() and ops.count_nonfinite(base):
+            raise NotFiniteError([0])
         out = base.to(DTYPES[self._plan.out.dtype], copy=True)  # the buffer it lies in is read into again
         for folder in self._folders:
+            if out.dtype == torch.float16:
+                self._overflows[folder] += ops.count_nonfinite(out)
             self.put(folder, out, rows.start * self._row_elements)
 
 

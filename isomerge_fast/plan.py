@@ -49,7 +49,10 @@ _TOKEN_TABLES = re.compile(r"(embed|lm_head|wte|output\.weight$|shared\.weight$)
 
 @dataclass(frozen=True)
 class TensorPlan:
-    """One tensor's fate: merged by ``method``, or copied from the base when that is None."""
+    """One tensor's fate: merged by ``method``, or copied when that is None.
+
+    ``base`` is what is copied, or moved: in a tensor that only an expert has, the expert's.
+    """
 
     name: str
     reason: str
@@ -59,6 +62,7 @@ class TensorPlan:
     out: OutputTensor
     route: Route
     flops: float
+    shard: str  # of the output
     rounding_seed: int | None = None  # of stochastic rounding
 
     @property
@@ -168,6 +172,8 @@ def make_plan(
     if config.out is not None:
         check_out(Path(config.out), [base, *experts])
     problems = [problem for expert in experts for problem in _mismatches(base, expert, config.on_extra)]
+    extras, conflicts = _extras(base, experts) if config.on_extra == "copy" else ([], [])
+    problems += conflicts
     problems += [problem for checkpoint in (base, *experts) for problem in _unmergeable(checkpoint)]
     if problems:
         shown = problems[:MAX_PROBLEMS]
@@ -177,9 +183,14 @@ def make_plan(
 
     order = sorted(base.tensors.values(), key=lambda stored: (str(stored.file), stored.start))
     shards: dict[str, list[OutputTensor]] = {}
-    fates = [_Fate(stored, experts, config, method, overrides) for stored in order]
+    fates = [
+        _Fate(stored, stored.file.name if base.is_folder else SINGLE_FILE, experts, config, method, overrides)
+        for stored in order
+    ]
+    last = fates[-1].shard if fates else SINGLE_FILE
+    fates += [_Fate(stored, last, experts, config, method, overrides, is_extra=True) for stored in extras]
     for fate in fates:
-        shards.setdefault(fate.stored.file.name if base.is_folder else SINGLE_FILE, []).append(fate.out)
+        shards.setdefault(fate.shard, []).append(fate.out)
     budget, routes = _choose_routes(fates, device, max_ram, max_vram)
     tensors = [fate.plan(route, device) for fate, route in zip(fates, routes, strict=True)]
     if config.stochastic_rounding is not None and not any(plan.rounding_seed is not None for plan in tensors):
@@ -265,8 +276,23 @@ def _mismatches(base: Checkpoint, expert: Checkpoint, on_extra: str) -> Iterable
             shape = list(expert.tensors[name].shape)
             yield (
                 f"{expert.path}: tensor {name!r} {shape} is not in the base {base.path} "
-                "(on_extra: ignore leaves it out)"
+                "(on_extra: ignore leaves it out, copy takes it)"
             )
+
+
+def _extras(base: Checkpoint, experts: tuple[Checkpoint, ...]) -> tuple[list[StoredTensor], list[str]]:
+    """(tensors that one expert alone has; problems with those that several have: headers do not tell if they agree)."""
+    owners: dict[str, list[StoredTensor]] = {}
+    for expert in experts:
+        for stored in sorted(expert.tensors.values(), key=lambda stored: (str(stored.file), stored.start)):
+            if stored.name not in base.tensors:
+                owners.setdefault(stored.name, []).append(stored)
+    problems = []
+    for name, found in owners.items():
+        if len(found) > 1:
+            where = ", ".join(f"{stored.dtype}{list(stored.shape)} in {stored.file}" for stored in found)
+            problems.append(f"tensor {name!r} is not in the base, and not in one expert alone: {where}")
+    return [found[0] for found in owners.values() if len(found) == 1], problems
 
 
 def _unmergeable(checkpoint: Checkpoint) -> Iterable[str]:
@@ -287,20 +313,25 @@ class _Fate:
     def __init__(
         self,
         stored: StoredTensor,
+        shard: str,
         experts: tuple[Checkpoint, ...],
         config: MergeConfig,
         method: Method,
         overrides: list[tuple[str, Method]],
+        *,
+        is_extra: bool = False,
     ) -> None:
-        self.stored = stored
+        self.stored, self.shard = stored, shard
         is_float = stored.dtype in FLOAT_DTYPES
         dtype = DTYPE_NAMES[getattr(torch, config.dtype)] if is_float and config.dtype else stored.dtype
         self.out = OutputTensor(stored.name, dtype, stored.shape)
         self.sources: tuple[StoredTensor, ...] = ()
         self.method: Method | None = None
         self.rounding_seed = None
-        if not is_float or 0 in stored.shape:
+        if is_extra or not is_float or 0 in stored.shape:
             self.reason = "empty" if 0 in stored.shape else f"{stored.dtype} is not a float: copied from the base"
+            if is_extra:
+                self.reason = f"not in the base: copied from {stored.file}"
             self.spec = TensorSpec(stored.name, stored.shape, torch.float32)
         else:
             self.sources = tuple(expert.tensors[stored.name] for expert in experts)
@@ -338,7 +369,16 @@ class _Fate:
                 reason = "by rows, to keep to the ceiling: float64 Gram matrices"
             flops = route.method.flops(self.spec, len(self.sources))
         return TensorPlan(
-            self.stored.name, reason, self.spec, self.stored, self.sources, self.out, route, flops, self.rounding_seed
+            self.stored.name,
+            reason,
+            self.spec,
+            self.stored,
+            self.sources,
+            self.out,
+            route,
+            flops,
+            self.shard,
+            self.rounding_seed,
         )
 
 
@@ -413,7 +453,12 @@ def _notes(
     stacks = [plan.name for plan in tensors if plan.method and len(plan.base.shape) == 3]
     if stacks and make_method(config.method, config.options).default_exclude:
         yield f"{len(stacks)} 3-D tensor(s), such as {stacks[0]!r}, are averaged: the methods are defined on matrices"
-    if any(plan.method is None and plan.base.dtype not in FLOAT_DTYPES for plan in tensors):
+    extras = [plan for plan in tensors if plan.name not in base.tensors]
+    if extras:
+        yield f"{len(extras)} tensor(s) that only an expert has are copied, such as {extras[0].name!r}"
+    if any(
+        plan.method is None and plan.base.dtype not in FLOAT_DTYPES for plan in tensors if plan.name in base.tensors
+    ):
         yield "integer and boolean tensors come from the base"
     paths = [os.path.realpath(expert.path) for expert in experts]
     for index, path in enumerate(paths):

@@ -150,7 +150,7 @@ def test_all_is_synced_before_the_rename_that_commits_and_that_is_synced_after_i
     assert after.index(("sync", root)) < min(index for index, (name, _) in enumerate(after) if name == "unlink")
 
 
-def test_a_staged_output_without_its_journal_is_not_trusted(point: Point, tmp_path: Path) -> None:
+def test_a_staged_output_without_its_journal_is_not_trusted(point: Point) -> None:
     """A shard of the right size and name, and one that does not belong: neither gets into the output."""
     staged = point.folder / ".out.isomerge/new/scaling-1"
     staged.mkdir(parents=True)
@@ -160,13 +160,12 @@ def test_a_staged_output_without_its_journal_is_not_trusted(point: Point, tmp_pa
     point.resume()
 
 
-def test_a_journal_line_that_is_damaged_is_not_believed(tmp_path: Path, point: Point) -> None:
+def test_a_journal_line_that_is_damaged_is_not_believed(point: Point) -> None:
     """One digit of a report in it, which no checksum of tensors tells of."""
-    syncs = sum(line.startswith("sync ") for line in point.unharmed.log)
-    assert point.run("kill-before", syncs, kinds=KINDS["sync"]).status == "killed"
+    renames = sum(line.startswith("rename ") for line in point.unharmed.log)
+    assert point.run("kill-before", renames, kinds=KINDS["rename"]).status == "killed"
     journal = point.folder / ".out.isomerge/journal.jsonl"
     content = journal.read_bytes()
-    assert content.count(b'"read_bytes": 7680') or content.count(b'"read_bytes":')
     at = content.index(b'"read_bytes": ') + len(b'"read_bytes": ')
     journal.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
     point.resume()
@@ -320,7 +319,8 @@ def test_every_shard_is_closed_when_closing_one_fails(tmp_path: Path, monkeypatc
 
 def test_preflight_counts_what_is_staged(point: Point, monkeypatch: pytest.MonkeyPatch) -> None:
     """A disk that an unfinished merge has filled holds the rest of it."""
-    assert point.run("kill-before", len([x for x in point.unharmed.log if x.startswith("rename ")]), kinds=16)
+    renames = sum(line.startswith("rename ") for line in point.unharmed.log)
+    assert point.run("kill-before", renames, kinds=KINDS["rename"]).status == "killed"
     config = MergeConfig(**{**point._config, "scaling": [0.5, 1.0]})
     usage = shutil.disk_usage(point.folder)._replace(free=100)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
