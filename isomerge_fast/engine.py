@@ -128,15 +128,15 @@ def run(
         torch.cuda.set_per_process_memory_fraction(min(1.0, max_vram / total), target)
     with Staging(Path(plan.config.out), resume=resume, overwrite=overwrite) as staging:
         description = _describe(plan, target)
-        if resume and staging.is_committed:
-            finished = _finished_report(staging.out, description, overwrite)
-            if finished is not None or not overwrite:
-                staging.discard()
-            if finished is not None:
-                return finished
-            if not overwrite:
-                raise ConfigError(f"{staging.out}: holds another merge; --overwrite replaces it")
         try:
+            if resume and staging.is_committed:
+                finished = _finished_report(staging.out, description, overwrite)
+                if finished is not None or not overwrite:
+                    staging.discard()
+                if finished is not None:
+                    return finished
+                if not overwrite:
+                    raise ConfigError(f"{staging.out}: holds another merge; --overwrite replaces it")
             return _Run(plan, target, staging, description, resume, overwrite, io == "auto", observer).execute()
         except InputError:
             staging.discard()  # the same inputs cannot succeed later
@@ -169,7 +169,7 @@ def _finished_report(out: Path, description: dict[str, Any], overwrite: bool) ->
             return None
         try:
             return Report.from_dict(json.loads((out / REPORT_FILE).read_bytes()))
-        except (OSError, ValueError, TypeError) as error:
+        except (OSError, ValueError, TypeError, AttributeError) as error:
             raise VerificationError(f"{out / REPORT_FILE}: cannot be read ({error})") from error
     except VerificationError:
         if overwrite:

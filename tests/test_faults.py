@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import listing, make_base, make_expert, make_family, save_folder
+from checkpoints import listing, load_folder, make_base, make_expert, make_family, save_folder
 from fault_driver import difference, make_families, state_of
 from fault_fuzz import fuzz
 from fault_runs import CHANGES, KINDS, Fault, Outcome, WarmProcess, build_shim, compiler
@@ -457,6 +457,18 @@ def test_a_configuration_that_could_not_be_written_again(tmp_path: Path, value: 
     (tmp_path / "config.json").write_text(f'{{"a": {value}}}')
     with pytest.raises(imf.InputError, match=r"config\.json"):
         make_plan(MergeConfig(str(tmp_path), [str(tmp_path)]))
+
+
+def test_an_expert_that_lacks_what_the_base_ties_is_told_of_with_the_reason(tmp_path: Path) -> None:
+    base, experts = make_family(tmp_path)
+    head = {"lm_head.weight": torch.ones(48, 16)}
+    save_folder(base, {**make_base(), **head})
+    save_folder(experts[0], {**load_folder(experts[0]), **head})
+    save_folder(experts[2], {**load_folder(experts[2]), **head})
+    (experts[1] / "config.json").write_text('{"tie_word_embeddings": true}')
+    with pytest.raises(imf.InputError, match=r"expert1: tensor 'lm_head\.weight'.*the expert ties its word embeddings"):
+        imf.merge(config_of((base, experts), tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
 
 
 # --- solvers that give up ---------------------------------------------------------------------------------------------

@@ -29,8 +29,12 @@ def staging_folder(out: Path) -> Path:
 
 def staged_bytes(out: Path) -> int:
     """Bytes on disk of an unfinished output, which the same merge writes over and another one discards."""
-    paths = [path for path in (staging_folder(out) / "new").rglob("*") if path.is_file()]
-    return sum(path.stat().st_blocks * 512 for path in paths)
+    total = 0
+    for folder, _, names in os.walk(staging_folder(out) / "new"):
+        for name in names:
+            with suppress(OSError):  # another run may be about to move it
+                total += os.stat(os.path.join(folder, name)).st_blocks * 512
+    return total
 
 
 class Staging:
