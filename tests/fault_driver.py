@@ -251,7 +251,13 @@ def drive(points: int, seed: int, seconds: float | None = None, folder: str | No
         driver = Driver(root, make_families(root / "inputs"))
         chance = random.Random(seed)
         while driver.tally.points < points and (seconds is None or time.monotonic() - started < seconds):
+            before = driver.tally.points // 1000
             driver.try_point(chance)
+            if driver.tally.points // 1000 > before:
+                told = (
+                    f"{driver.tally.points} points, {len(driver.tally.wrong)} wrong, {time.monotonic() - started:.0f} s"
+                )
+                print(told, file=sys.stderr, flush=True)
         return driver.tally
 
 
