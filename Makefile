@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL: # two pips in one environment would race
-.PHONY: help demo test test-slow bench gpu kernels numerics lint format venv clean
+.PHONY: help demo test test-slow faults bench gpu kernels numerics lint format venv clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -22,6 +22,10 @@ test: $(VENV)/.installed-test ## run the test suite
 
 test-slow: $(VENV)/.installed-test ## run only the tests marked slow
 	$(BIN)/pytest -m slow
+
+faults: $(VENV)/.installed-test ## 10,000 kill points and 100,000 fuzzed inputs (about 25 minutes on one core)
+	$(BIN)/python tests/fault_driver.py --points 10000
+	$(BIN)/python tests/fault_fuzz.py --inputs 100000
 
 bench: $(VENV)/.installed-bench ## ratios to FusionBench's own functions, with the errors of both (7 minutes on 2 cores)
 	$(BIN)/python -m benchmarks.fusion_bench_ratio

@@ -43,7 +43,9 @@ DtypeOption = Annotated[str | None, typer.Option("--dtype", help="Of the output'
 RoundingOption = Annotated[
     int | None, typer.Option("--stochastic-rounding", help="Seed: what is written as bfloat16 is rounded at random.")
 ]
-OnExtraOption = Annotated[str | None, typer.Option("--on-extra", help="Tensors only an expert has: error or ignore.")]
+OnExtraOption = Annotated[
+    str | None, typer.Option("--on-extra", help="Tensors only an expert has: error, ignore or copy.")
+]
 OutOption = Annotated[str | None, typer.Option("--out", help="Folder to write.")]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
 RamOption = Annotated[str | None, typer.Option("--max-ram", help="Ceiling for resident memory, e.g. 4GiB.")]

@@ -11,7 +11,7 @@ from typing import Any
 from .errors import ConfigError, nearest
 
 OUTPUT_DTYPES = ("float64", "float32", "float16", "bfloat16")
-ON_EXTRA = ("error", "ignore")
+ON_EXTRA = ("error", "ignore", "copy")
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,8 @@ class MergeConfig:
         stochastic_rounding: a seed. What is written as bfloat16 is rounded up or down at random, up with the
             probability by which it lies nearer to the number above, so that small deltas count on average; the same
             seed gives the same bytes. None rounds to the nearest.
-        on_extra: what becomes of tensors that an expert has and the base has not: "error" or "ignore".
+        on_extra: what becomes of tensors that an expert has and the base has not: "error", "ignore", or "copy" where
+            one expert alone has it.
         experts_are_deltas: the experts hold Δ_t = θ_t − θ₀ (task vectors, a saved Δ) and not θ_t.
         save_delta: also write the merged Δ, into ``out/delta``, for ``isomerge apply``. It is kept in float32 (float64
             where an input is that), and what is written beside it is made of it as it is kept.
@@ -159,6 +160,9 @@ def _checked(config: MergeConfig, where: str) -> MergeConfig:
         raise ConfigError(f"{where}: stochastic_rounding is a seed, 0 or more; got {config.stochastic_rounding}")
     if config.on_extra not in ON_EXTRA:
         raise ConfigError(f"{where}: on_extra {config.on_extra!r} is unknown{nearest(config.on_extra, ON_EXTRA)}")
+    for key in ("save_delta", "experts_are_deltas"):
+        if getattr(config, key) and config.on_extra == "copy":
+            raise ConfigError(f"{where}: on_extra: copy and {key} exclude each other: what the base lacks has no delta")
     if config.out is not None and Path(config.out).suffix == ".safetensors":
         raise ConfigError(f"{where}: out is a folder ({config.out}); the weights go into model.safetensors inside it")
     return config

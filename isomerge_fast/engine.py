@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,16 +15,17 @@ import torch
 from . import __version__, ops
 from .checkpoint.checksum import ALGORITHM
 from .checkpoint.companions import config_with_dtype, copy_companions, model_card
-from .checkpoint.manifest import FORMAT, MANIFEST_FILE, Journal, describe_inputs, fingerprint, to_json
+from .checkpoint.manifest import FORMAT, MANIFEST_FILE, Journal, describe_inputs, fingerprint, read_manifest, to_json
 from .checkpoint.read_ahead import THREADS as READ_THREADS
 from .checkpoint.read_ahead import ReadAhead
-from .checkpoint.reader import Reader
+from .checkpoint.reader import Reader, allow_open_files
 from .checkpoint.staging import Staging
 from .checkpoint.write_behind import WriteBehind
-from .checkpoint.writer import ShardWriter, sync_folder, write_durably
-from .errors import ConfigError, InputError, ResourceError, nearest
+from .checkpoint.writer import ShardWriter, write_durably
+from .errors import ConfigError, InputError, ResourceError, VerificationError, nearest
 from .heap import return_freed_blocks
 from .methods import METHODS, Method, NotFiniteError
+from .methods.certified import UnsolvedError
 from .output import TensorOutput
 from .plan import DELTA_FOLDER, Plan, TensorPlan, check_resources, scaling_folders
 from .report import REPORT_FILE, Observer, Progress, Report, Stopwatch
@@ -95,14 +96,16 @@ def run(
         torch.cuda.reset_peak_memory_stats(target)
     with Staging(Path(plan.config.out), resume=resume, overwrite=overwrite) as staging:
         description = _describe(plan, target)
-        if resume and staging.is_committed:
-            finished = json.loads((staging.out / MANIFEST_FILE).read_bytes())
-            staging.discard()
-            if finished.get("description") != json.loads(to_json(description)):
-                raise ConfigError(f"{staging.out}: holds another merge; --overwrite replaces it")
-            return Report.from_dict(json.loads((staging.out / REPORT_FILE).read_bytes()))
         try:
-            return _Run(plan, target, staging, description, resume, io == "auto", observer).execute()
+            if resume and staging.is_committed:
+                finished = _finished_report(staging.out, description, overwrite)
+                if finished is not None or not overwrite:
+                    staging.discard()
+                if finished is not None:
+                    return finished
+                if not overwrite:
+                    raise ConfigError(f"{staging.out}: holds another merge; --overwrite replaces it")
+            return _Run(plan, target, staging, description, resume, overwrite, io == "auto", observer).execute()
         except InputError:
             staging.discard()  # the same inputs cannot succeed later
             raise
@@ -127,6 +130,21 @@ def _describe(plan: Plan, device: torch.device) -> dict[str, Any]:
     }
 
 
+def _finished_report(out: Path, description: dict[str, Any], overwrite: bool) -> Report | None:
+    """Of the finished merge in ``out``; None where that is of another description, or damaged and to be replaced."""
+    try:
+        if read_manifest(out).get("description") != json.loads(to_json(description)):
+            return None
+        try:
+            return Report.from_dict(json.loads((out / REPORT_FILE).read_bytes()))
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise VerificationError(f"{out / REPORT_FILE}: cannot be read ({error})") from error
+    except VerificationError:
+        if overwrite:
+            return None
+        raise
+
+
 class _Run:
     """One execution of a plan in its staging folder."""
 
@@ -137,10 +155,11 @@ class _Run:
         staging: Staging,
         description: dict[str, Any],
         resume: bool,
+        overwrite: bool,
         direct: bool,
         observer: Observer | None,
     ) -> None:
-        self._direct = direct
+        self._direct, self._overwrite = direct, overwrite
         self._io: dict[str, Any] = {}
         self._plan, self._device, self._staging, self._resume = plan, device, staging, resume
         self._description = description
@@ -151,22 +170,37 @@ class _Run:
 
     def execute(self) -> Report:
         started = time.perf_counter()
-        self._staging.start()
-        journal = Journal(self._staging.journal_path, fingerprint(self._description), resume=self._resume)
+        journal = Journal(
+            self._staging.journal_path,
+            fingerprint(self._description),
+            self._description["inputs"],
+            threads=torch.get_num_threads(),
+            resume=self._resume,
+            overwrite=self._overwrite,
+        )
         completed = False
+        threads = torch.get_num_threads()
+        torch.set_num_threads(journal.threads)
         try:
+            # Shards are worth nothing without a journal that tells what is in them.
+            folders = self._plan.folders.items()
+            shards = [(Path(folder) / file).as_posix() for folder, files in folders for file in files]
+            self._staging.start(shards if journal.finished else ())
             self._open_writers()
             self._merge_all(journal)
             completed = True
         finally:
-            with self._stopwatch.phase("write"):
+            with self._stopwatch.phase("write"), ExitStack() as closing:
+                # As glibc's own threshold ends up; the process may go on without us.
+                closing.callback(return_freed_blocks, eager=False)
+                closing.callback(journal.close)
+                closing.callback(torch.set_num_threads, threads)
                 for writer in self._writers.values():
-                    writer.close(validate=completed)
-            journal.close()
-            return_freed_blocks(eager=False)  # as glibc's own threshold ends up; the process may go on without us
+                    closing.callback(writer.close, validate=completed)
         return self._finish(journal.finished, started)
 
     def _open_writers(self) -> None:
+        allow_open_files(2 * sum(map(len, self._plan.folders.values())))
         for folder, files in self._plan.folders.items():
             (self._staging.new / folder).mkdir(exist_ok=True)
             for file, tensors in files.items():
@@ -176,9 +210,8 @@ class _Run:
 
     def _writers_of(self, tensor: TensorPlan) -> dict[str, ShardWriter]:
         """By folder."""
-        file = self._plan.file_of(tensor)
         return {
-            folder: self._writers[folder, file]
+            folder: self._writers[folder, tensor.shard]
             for folder in self._plan.folders
             if folder != DELTA_FOLDER or tensor.delta is not None
         }
@@ -260,6 +293,8 @@ class _Run:
                     stats = _merge_whole(plan.method, source, output, report)
             except NotFiniteError as error:
                 raise _not_finite(plan, reader) from error
+            except UnsolvedError as error:
+                raise InputError(f"tensor {plan.name!r}: {error}") from error
             output.check_finite()
         report.update(stats)
         report["read_bytes"] = source.read_bytes
@@ -285,7 +320,6 @@ class _Run:
                 weight_map = {output.name: file for file, tensors in files.items() for output in tensors}
                 index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
                 write_durably(path / plan.base.index_name, to_json(index, indent=2))
-            sync_folder(path)
         manifest = {
             "format": FORMAT,
             "checksum": ALGORITHM,
@@ -295,7 +329,7 @@ class _Run:
                     "scaling": self._scalings.get(folder),
                     "tensors": {
                         tensor.name: {
-                            "file": plan.file_of(tensor),
+                            "file": tensor.shard,
                             "action": tensor.action,
                             "checksum": entries[tensor.name]["checksum"][folder],
                         }
@@ -331,8 +365,6 @@ class _Run:
             text = json.dumps(config_with_dtype(plan.base.config, plan.config.dtype), indent=2, ensure_ascii=False)
             write_durably(path / "config.json", (text + "\n").encode())
         write_durably(path / "README.md", self._card(scaling).encode())
-        for name in plan.companions:
-            _sync_file(path / name)
 
     def _card(self, scaling: float) -> str:
         config, plan = self._plan.config, self._plan
@@ -395,8 +427,3 @@ def _not_finite(plan: TensorPlan, reader: Reader) -> InputError:
         if count:
             found.append(f"{stored.file}: tensor {plan.name!r} holds {count} NaN or Inf")
     return InputError("a weight is not finite:", found or [f"tensor {plan.name!r}: the deltas overflow float32"])
-
-
-def _sync_file(path: Path) -> None:
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())

@@ -15,7 +15,7 @@ from .checkpoint.ring import aligned
 from .checkpoint.write_behind import WriteBehind
 from .checkpoint.writer import ShardWriter
 from .errors import InputError
-from .methods import RowBlock
+from .methods import NotFiniteError, RowBlock
 from .plan import DELTA_FOLDER, TensorPlan
 from .routes import ROW_STEP
 from .sources import TensorSource
@@ -82,7 +82,13 @@ class TensorOutput:
             self._write(rows, outputs)
 
     def copy(self, block: RowBlock, parts: Sequence[RowBlock], source: TensorSource) -> None:
-        """Writes the base, converted where the output has another dtype. An empty tensor's Δ is empty."""
+        """Writes the base, converted where the output has another dtype. An empty tensor's Δ is empty.
+
+        Raises:
+            NotFiniteError: a float tensor holds NaN or Inf.
+        """
+        if block.base.is_floating_point() and ops.count_nonfinite(block.base):
+            raise NotFiniteError([0])
         for rows, group in self._groups(parts):
             outputs = self._room(rows, block.base)
 

@@ -29,6 +29,7 @@ from .checkpoint.layout import (
 )
 from .checkpoint.read_ahead import THREADS as READ_THREADS
 from .checkpoint.reader import READ_BYTES
+from .checkpoint.staging import staged_bytes
 from .checkpoint.writer import OutputTensor
 from .config import MergeConfig
 from .errors import ConfigError, InputError, ResourceError
@@ -56,7 +57,10 @@ def scaling_folders(scalings: tuple[float, ...]) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class TensorPlan:
-    """One tensor's fate: merged by ``method``, or copied from the base when that is None."""
+    """One tensor's fate: merged by ``method``, or copied when that is None.
+
+    ``base`` is what is copied, or moved: in a tensor that only an expert has, the expert's.
+    """
 
     name: str
     reason: str
@@ -67,6 +71,7 @@ class TensorPlan:
     delta: OutputTensor | None  # the merged Δ, where it is kept
     route: Route
     flops: float
+    shard: str  # of the output
     rounding_seed: int | None = None  # of stochastic rounding
     experts_are_deltas: bool = False
 
@@ -109,18 +114,14 @@ class Plan:
         merged: dict[str, list[OutputTensor]] = {}
         kept: dict[str, list[OutputTensor]] = {}
         for plan in self.tensors:
-            merged.setdefault(self.file_of(plan), []).append(plan.out)
+            merged.setdefault(plan.shard, []).append(plan.out)
             if plan.delta is not None:
-                kept.setdefault(self.file_of(plan), []).append(plan.delta)
+                kept.setdefault(plan.shard, []).append(plan.delta)
         shards = {file: tuple(tensors) for file, tensors in merged.items()}
         folders = dict.fromkeys(scaling_folders(self.config.scalings), shards)
         if self.config.save_delta:
             folders[DELTA_FOLDER] = {file: tuple(tensors) for file, tensors in kept.items()}
         return folders
-
-    def file_of(self, tensor: TensorPlan) -> str:
-        """Name of the file that it is written to: that of the base, or ``model.safetensors`` for a bare one."""
-        return tensor.base.file.name if self.base.is_folder else SINGLE_FILE
 
     @property
     def read_bytes(self) -> int:
@@ -198,6 +199,8 @@ def make_plan(
     if config.out is not None:
         check_out(Path(config.out), [base, *experts])
     problems = [problem for expert in experts for problem in _mismatches(base, expert, config.on_extra)]
+    extras, conflicts = _extras(base, experts) if config.on_extra == "copy" else ([], [])
+    problems += conflicts
     problems += [problem for checkpoint in (base, *experts) for problem in _unmergeable(checkpoint)]
     if problems:
         shown = problems[:MAX_PROBLEMS]
@@ -206,7 +209,12 @@ def make_plan(
         raise InputError(f"{len(problems)} problem(s) found before any output was written:", shown)
 
     order = sorted(base.tensors.values(), key=lambda stored: (str(stored.file), stored.start))
-    fates = [_Fate(stored, experts, config, method, overrides) for stored in order]
+    fates = [
+        _Fate(stored, stored.file.name if base.is_folder else SINGLE_FILE, experts, config, method, overrides)
+        for stored in order
+    ]
+    last = fates[-1].shard if fates else SINGLE_FILE
+    fates += [_Fate(stored, last, experts, config, method, overrides, is_extra=True) for stored in extras]
     budget, routes = _choose_routes(fates, device, max_ram, max_vram)
     tensors = [fate.plan(route, device) for fate, route in zip(fates, routes, strict=True)]
     if config.stochastic_rounding is not None and not any(plan.rounding_seed is not None for plan in tensors):
@@ -237,7 +245,7 @@ def check_resources(plan: Plan, *, max_ram: int | None, max_vram: int | None, de
         folder = Path(os.path.realpath(plan.config.out)).parent
         while not folder.exists():
             folder = folder.parent
-        free = shutil.disk_usage(folder).free
+        free = shutil.disk_usage(folder).free + staged_bytes(Path(plan.config.out))
         if plan.write_bytes > free:
             raise ResourceError(f"{folder}: {free} bytes are free, the output takes {plan.write_bytes}")
 
@@ -276,7 +284,7 @@ def _mismatches(base: Checkpoint, expert: Checkpoint, on_extra: str) -> Iterable
         if other is None:
             tied = bool((expert.config or {}).get("tie_word_embeddings")) and "lm_head" in name
             hint = " (the expert ties its word embeddings; save base and experts with the same tying)" if tied else ""
-            yield f"{expert.path}: tensor {name!r} {list(stored.shape)} of the base is missing{hint}"
+            yield f"{expert.path}: tensor {name!r} {list(stored.shape)} of the base {base.path} is missing{hint}"
         elif other.shape != stored.shape:
             vocabulary = _TOKEN_TABLES.search(name) and stored.shape[1:] == other.shape[1:]
             hint = " (another vocabulary size?)" if vocabulary else ""
@@ -285,11 +293,29 @@ def _mismatches(base: Checkpoint, expert: Checkpoint, on_extra: str) -> Iterable
                 f"in the base {base.path} {list(stored.shape)}{hint}"
             )
         elif (other.dtype in FLOAT_DTYPES) != (stored.dtype in FLOAT_DTYPES):
-            yield f"{expert.path}: tensor {name!r} is {other.dtype}, in the base {stored.dtype}"
+            yield f"{expert.path}: tensor {name!r} is {other.dtype}, in the base {base.path} {stored.dtype}"
     if on_extra == "error":
         for name in expert.tensors.keys() - base.tensors.keys():
             shape = list(expert.tensors[name].shape)
-            yield f"{expert.path}: tensor {name!r} {shape} is not in the base (on_extra: ignore leaves it out)"
+            yield (
+                f"{expert.path}: tensor {name!r} {shape} is not in the base {base.path} "
+                "(on_extra: ignore leaves it out, copy takes it)"
+            )
+
+
+def _extras(base: Checkpoint, experts: tuple[Checkpoint, ...]) -> tuple[list[StoredTensor], list[str]]:
+    """(tensors that one expert alone has; problems with those that several have: headers do not tell if they agree)."""
+    owners: dict[str, list[StoredTensor]] = {}
+    for expert in experts:
+        for stored in sorted(expert.tensors.values(), key=lambda stored: (str(stored.file), stored.start)):
+            if stored.name not in base.tensors:
+                owners.setdefault(stored.name, []).append(stored)
+    problems = []
+    for name, found in owners.items():
+        if len(found) > 1:
+            where = ", ".join(f"{stored.dtype}{list(stored.shape)} in {stored.file}" for stored in found)
+            problems.append(f"tensor {name!r} is not in the base, and not in one expert alone: {where}")
+    return [found[0] for found in owners.values() if len(found) == 1], problems
 
 
 def _unmergeable(checkpoint: Checkpoint) -> Iterable[str]:
@@ -310,20 +336,25 @@ class _Fate:
     def __init__(
         self,
         stored: StoredTensor,
+        shard: str,
         experts: tuple[Checkpoint, ...],
         config: MergeConfig,
         method: Method,
         overrides: list[tuple[str, Method]],
+        *,
+        is_extra: bool = False,
     ) -> None:
-        self.stored = stored
+        self.stored, self.shard = stored, shard
         is_float = stored.dtype in FLOAT_DTYPES
         dtype = DTYPE_NAMES[getattr(torch, config.dtype)] if is_float and config.dtype else stored.dtype
         self.out = OutputTensor(stored.name, dtype, stored.shape)
         self.sources: tuple[StoredTensor, ...] = ()
         self.method: Method | None = None
         self.rounding_seed = None
-        if not is_float or 0 in stored.shape:
+        if is_extra or not is_float or 0 in stored.shape:
             self.reason = "empty" if 0 in stored.shape else f"{stored.dtype} is not a float: copied from the base"
+            if is_extra:
+                self.reason = f"not in the base: copied from {stored.file}"
             self.spec = TensorSpec(stored.name, stored.shape, torch.float32)
         else:
             self.sources = tuple(expert.tensors[stored.name] for expert in experts)
@@ -337,7 +368,7 @@ class _Fate:
             self.rounding_seed = tensor_seed(config.stochastic_rounding, stored.name) if dtype == "BF16" else None
         self.experts_are_deltas = config.experts_are_deltas
         self.delta = None
-        if config.save_delta and is_float:
+        if config.save_delta and is_float and not is_extra:
             self.delta = OutputTensor(stored.name, DTYPE_NAMES[self.spec.dtype], stored.shape)
         read = tuple(DTYPES[source.dtype].itemsize for source in (stored, *self.sources))
         written = DTYPES[dtype].itemsize * len(config.scalings) + (self.spec.dtype.itemsize if self.delta else 0)
@@ -375,6 +406,7 @@ class _Fate:
             self.delta,
             route,
             flops,
+            self.shard,
             self.rounding_seed,
             self.experts_are_deltas,
         )
@@ -451,7 +483,12 @@ def _notes(
     stacks = [plan.name for plan in tensors if plan.method and len(plan.base.shape) == 3]
     if stacks and make_method(config.method, config.options).default_exclude:
         yield f"{len(stacks)} 3-D tensor(s), such as {stacks[0]!r}, are averaged: the methods are defined on matrices"
-    if any(plan.method is None and plan.base.dtype not in FLOAT_DTYPES for plan in tensors):
+    extras = [plan for plan in tensors if plan.name not in base.tensors]
+    if extras:
+        yield f"{len(extras)} tensor(s) that only an expert has are copied, such as {extras[0].name!r}"
+    if any(
+        plan.method is None and plan.base.dtype not in FLOAT_DTYPES for plan in tensors if plan.name in base.tensors
+    ):
         yield "integer and boolean tensors come from the base"
     paths = [os.path.realpath(expert.path) for expert in experts]
     for index, path in enumerate(paths):

@@ -411,6 +411,47 @@ def test_extra_tensors_may_be_ignored(tmp_path: Path) -> None:
     assert load_folder(tmp_path / "out").keys() == make_base().keys()
 
 
+@pytest.mark.parametrize("shards", [1, 3])
+def test_extra_tensors_of_one_expert_may_be_copied(tmp_path: Path, shards: int) -> None:
+    """Into the last shard, in the output's dtype, with the index telling of them."""
+    base, experts = make_family(tmp_path, shards=shards)
+    surplus = {"surplus": torch.randn(2, 3), "count": torch.arange(4), "nothing": torch.zeros(0, 2)}
+    save_folder(tmp_path / "richer", {**load_folder(experts[1]), **surplus}, shards=2)
+    family = base, [experts[0], tmp_path / "richer"]
+    report = imf.merge(config_of(family, tmp_path / "out", on_extra="copy", dtype="bfloat16"))
+    merged = load_folder(tmp_path / "out")
+    assert merged.keys() == make_base().keys() | surplus.keys()
+    assert torch.equal(merged["surplus"], surplus["surplus"].bfloat16())
+    assert torch.equal(merged["count"], surplus["count"])
+    assert verify(tmp_path / "out").tensors == len(merged)
+    assert any("3 tensor(s) that only an expert has are copied" in note for note in report.notes)
+    if shards > 1:
+        index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
+        assert index["weight_map"]["surplus"] == "model-00003-of-00003.safetensors"
+    plain = imf.merge(config_of(family, tmp_path / "plain", on_extra="ignore", dtype="bfloat16"))
+    for name, tensor in load_folder(tmp_path / "plain").items():
+        assert torch.equal(merged[name], tensor), name
+    assert plain.counts()["copy"] + 3 == report.counts()["copy"]
+
+
+def test_extra_tensors_of_several_experts_are_not_chosen_from(tmp_path: Path) -> None:
+    base, experts = make_family(tmp_path)
+    for index in (0, 2):
+        rewrite(experts[index], surplus=torch.ones(2 + index))
+    with pytest.raises(imf.InputError, match=r"'surplus'.*F32\[2\] in .*expert0.*F32\[4\] in .*expert2"):
+        imf.merge(config_of((base, experts), tmp_path / "out", on_extra="copy"))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("value", "message"), [(float("nan"), "expert1.*'surplus' holds 1 NaN"), (1e30, "overflow")])
+def test_extra_tensors_that_are_no_weights_are_not_copied(tmp_path: Path, value: float, message: str) -> None:
+    base, experts = make_family(tmp_path)
+    rewrite(experts[1], surplus=torch.tensor([1.0, value]))
+    with pytest.raises(imf.InputError, match=message):
+        imf.merge(config_of((base, experts), tmp_path / "out", on_extra="copy", dtype="float16"))
+    assert not (tmp_path / "out").exists()
+
+
 def test_negative_k_names_the_tensor(tmp_path: Path) -> None:
     family = make_family(tmp_path, tasks=9)
     with pytest.raises(imf.ConfigError, match=r"'embed_tokens.weight' \[48, 16\].*k = -2"):
@@ -584,8 +625,8 @@ def test_killed_inside_the_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
     def rename(source: Path, target: Path) -> None:
         nonlocal count
-        count += 1
         real_rename(source, target)
+        count += tmp_path / "out" in (source, target)
         if count == step:
             raise Killed
 

@@ -140,6 +140,9 @@ def test_what_cannot_be_applied_is_refused_before_anything_is_written(family: di
     other = save_folder(tmp_path / "other", tensors_of(0, torch.float32), shards=2)
     with pytest.raises(imf.InputError, match="not the base that the delta"):
         imf.apply(tmp_path / "merged", 1.0, tmp_path / "applied", base=other)
+    for key in ("save_delta", "experts_are_deltas"):
+        with pytest.raises(imf.ConfigError, match=f"on_extra: copy and {key}"):
+            imf.merge({**family, key: True, "on_extra": "copy", "out": tmp_path / "applied"})
     with pytest.raises(imf.ConfigError, match="scaling"):
         imf.apply(tmp_path / "merged", float("nan"), tmp_path / "applied")
     assert not list(tmp_path.glob("*applied*"))

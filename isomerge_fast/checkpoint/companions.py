@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import fnmatch
 import json
-import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+from ..errors import ResourceError
+from .writer import write_durably
 
 # What a checkpoint needs to load and to be used, and nothing else: no weights, optimizer states, logs or model card.
 # One level of sub-folders is for sentence-transformers' modules (1_Pooling/config.json) and chat templates.
@@ -55,11 +57,19 @@ def _matches(name: str, pattern: str) -> bool:
 
 
 def copy_companions(source: Path, target: Path, names: Iterable[str]) -> None:
-    """Copies contents (links are followed), never modes: the output's follow the umask."""
+    """Copies contents (links are followed), never modes: the output's follow the umask. They are on disk afterwards.
+
+    Raises:
+        ResourceError: naming the file that cannot be read or written.
+    """
     for name in names:
+        try:
+            content = (source / name).read_bytes()
+        except OSError as error:
+            raise ResourceError(f"{source / name}: cannot be read ({error.strerror}); --resume continues") from error
         destination = target / name
         destination.parent.mkdir(exist_ok=True)
-        shutil.copyfile(source / name, destination)
+        write_durably(destination, content)
 
 
 def config_with_dtype(config: Mapping[str, Any], dtype: str | None) -> dict[str, Any]:

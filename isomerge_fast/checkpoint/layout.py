@@ -25,6 +25,8 @@ INDEX_FILE = "model.safetensors.index.json"
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 MAX_TENSORS = 250_000  # a file; the largest real checkpoints hold about 20,000 in all their shards
+MAX_DIMS = 64  # torch's and numpy's own limit
+MAX_CONFIG_DEPTH = 100  # what is copied and written again by recursion
 LARGE_HEADER_BYTES = 16_000_000  # above this a header may be a tenth of its file at most
 
 DTYPES: dict[str, torch.dtype] = {
@@ -106,7 +108,7 @@ def element_count(shape: Iterable[int]) -> int:
 
 
 def parse_json(data: bytes, what: str) -> Any:
-    """JSON without duplicate keys or NaN literals."""
+    """JSON without duplicate keys, NaN literals or broken escapes."""
 
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
         result: dict[str, Any] = {}
@@ -120,7 +122,13 @@ def parse_json(data: bytes, what: str) -> Any:
         raise InputError(f"{what}: {literal} is not JSON")
 
     try:
-        return json.loads(data.decode("utf-8"), object_pairs_hook=pairs, parse_constant=constant)
+        text = data.decode("utf-8")
+        value = json.loads(text, object_pairs_hook=pairs, parse_constant=constant)
+        if "\\u" in text:
+            json.dumps(value, ensure_ascii=False).encode()  # half of a surrogate pair is no text, and not to be written
+        return value
+    except UnicodeEncodeError as error:
+        raise InputError(f"{what}: half of a surrogate pair ({error.object[error.start]!r})") from error
     except UnicodeDecodeError as error:
         raise InputError(f"{what}: not UTF-8 ({error.reason} at byte {error.start})") from error
     except RecursionError as error:
@@ -187,10 +195,12 @@ def _parse_entry(path: Path, name: str, entry: Any, data_start: int) -> StoredTe
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise InputError(f"{where}: its header entry needs dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if dtype not in DTYPES:
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         raise InputError(f"{where}: dtype {dtype!r} is not supported")
     if not isinstance(shape, list) or not all(type(size) is int and 0 <= size < 2**48 for size in shape):
         raise InputError(f"{where}: shape {shape!r} is not a list of sizes")
+    if len(shape) > MAX_DIMS:
+        raise InputError(f"{where}: {len(shape)} dimensions; refused above {MAX_DIMS}")
     if (
         not isinstance(offsets, list)
         or len(offsets) != 2
@@ -233,7 +243,11 @@ def weight_files(folder: Path) -> tuple[list[Path], Path | None, dict[str, str]]
         for shard in shards:
             if shard in ("", ".", "..") or any(c in "/\\" or ord(c) < 32 for c in shard):
                 raise InputError(f"{index}: shard {shard!r} is not a plain file name; refused")
-            if not (folder / shard).is_file():
+            try:
+                is_there = (folder / shard).is_file()
+            except OSError as error:  # a name that is too long, for one
+                raise InputError(f"{index}: shard {shard!r} cannot be opened ({error.strerror})") from error
+            if not is_there:
                 raise InputError(f"{index}: shard {shard!r} is missing from {folder}")
         if single.is_file() and SINGLE_FILE not in shards:
             raise InputError(f"{folder}: holds both {SINGLE_FILE} and {index.name}; remove the one that is stale")
@@ -293,7 +307,16 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         config = parse_json(_read_small(root / "config.json"), str(root / "config.json"))
         if not isinstance(config, dict):
             raise InputError(f"{root / 'config.json'}: not a JSON object")
+        level: list[Any] = [config]
+        for _ in range(MAX_CONFIG_DEPTH):
+            level = [child for node in level for child in _children(node)]
+        if level:
+            raise InputError(f"{root / 'config.json'}: nested too deeply")
     return Checkpoint(root, tensors, identities, config, index.name if index is not None else None)
+
+
+def _children(node: Any) -> Iterable[Any]:
+    return node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
 
 
 def _read_small(path: Path) -> bytes:

@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, InputError, VerificationError
+from .checksum import Checksum
 from .layout import Checkpoint, parse_json
+from .writer import rename, sync_folder, write_durably
 
 MANIFEST_FILE = "manifest.json"
 FORMAT = 2
@@ -60,41 +62,82 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 class Journal:
-    """One line a finished tensor, in a file beside the staged output. Lines are claims: resuming checks the bytes."""
+    """One line a finished tensor, in a file beside the staged output. Lines are claims: resuming checks the bytes.
 
-    def __init__(self, path: Path, key: str, *, resume: bool) -> None:
+    Every line begins with its own checksum. The first tells of what the merge is.
+
+    Args:
+        key: ``fingerprint`` of the merge; ``inputs`` of it, to name the one that has changed.
+        threads: with which this run would compute. LAPACK's last digits depend on their number, so a merge goes on with
+            that which it began with: attribute ``threads``.
+        resume: go on with what is there.
+        overwrite: discard what is of another merge, instead of refusing it.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        key: str,
+        inputs: list[dict[str, Any]],
+        *,
+        threads: int,
+        resume: bool,
+        overwrite: bool = False,
+    ) -> None:
+        self.threads = threads
         self.finished: dict[str, dict[str, Any]] = {}
         lines = path.read_bytes().splitlines() if resume and path.is_file() else []
-        if lines and _parse_line(lines[0]) == {"fingerprint": key}:
-            for line in lines[1:]:
-                entry = _parse_line(line)
-                if entry is not None and "name" in entry:
-                    self.finished[entry["name"]] = entry
-        elif lines:
+        first = _parse_line(lines[0]) if lines else None  # without it nothing is known of the rest
+        if first is not None and first.get("fingerprint") == key:
+            entries = [entry for line in lines[1:] if (entry := _parse_line(line)) is not None]
+            self.threads = first["threads"]
+            self.finished = {entry["name"]: entry for entry in entries}
+        elif first is not None and not overwrite:
+            changed = "".join(f" ({what})" for what in _changed_inputs(first.get("inputs", []), inputs))
             raise ConfigError(
-                f"{path.parent}: the unfinished merge was of other inputs, options or versions; "
+                f"{path.parent}: the unfinished merge was of other inputs, options or versions{changed}; "
                 "run with --overwrite to discard it"
             )
         # Rewritten, so that a line torn by a kill does not swallow the next one.
-        self._file = open(path, "wb")  # noqa: SIM115 - closed by close()
-        for entry in [{"fingerprint": key}, *self.finished.values()]:
-            self._append(entry)
+        written = [{"fingerprint": key, "inputs": inputs, "threads": self.threads}, *self.finished.values()]
+        temporary = path.with_name(f"{path.name}.new")
+        write_durably(temporary, b"".join(_line(entry) for entry in written))
+        rename(temporary, path)
+        sync_folder(path.parent)
+        self._file = open(path, "ab")  # noqa: SIM115 - closed by close()
 
     def add(self, entry: dict[str, Any]) -> None:
         self.finished[entry["name"]] = entry
-        self._append(entry)
+        self._file.write(_line(entry))
+        self._file.flush()
 
     def close(self) -> None:
         self._file.close()
 
-    def _append(self, entry: dict[str, Any]) -> None:
-        self._file.write(to_json(entry, indent=None))
-        self._file.flush()
+
+def _line(entry: dict[str, Any]) -> bytes:
+    text = to_json(entry, indent=None)
+    return f"{_checksum(text.rstrip())} ".encode() + text
 
 
 def _parse_line(line: bytes) -> dict[str, Any] | None:
-    try:
-        entry = json.loads(line)
-    except ValueError:
-        return None
-    return entry if isinstance(entry, dict) else None
+    checksum, _, text = line.partition(b" ")
+    return json.loads(text) if checksum.decode("latin-1") == _checksum(text) else None
+
+
+def _checksum(text: bytes) -> str:
+    running = Checksum()
+    running.update(text)
+    return running.text
+
+
+def _changed_inputs(before: list[dict[str, Any]], now: list[dict[str, Any]]) -> list[str]:
+    """The first file that is not what it was, in words."""
+    for old, new in zip(before, now, strict=False):
+        if old["path"] != new["path"]:
+            return [f"{new['path']} instead of {old['path']}"]
+        for name in sorted(old["files"].keys() | new["files"].keys()):
+            if old["files"].get(name) != new["files"].get(name):
+                path = Path(new["path"])
+                return [f"{path if path.name == name else path / name} has changed"]
+    return []

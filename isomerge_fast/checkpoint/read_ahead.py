@@ -91,7 +91,8 @@ class ReadAhead:
         """The pieces of the next bundle, valid until the next call.
 
         Raises:
-            InputError: a file that changed, ended early, or failed to read.
+            InputError: a file that changed, is gone or ended early.
+            ResourceError: one that failed to read.
         """
         if self._taken is not None and self._taken.in_ring:
             self._ring.give_back()

@@ -8,8 +8,10 @@ from the cache 7 to 8.)
 from __future__ import annotations
 
 import ctypes
+import errno
 import mmap
 import os
+import resource
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +20,14 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from ..errors import InputError
+from ..errors import InputError, ResourceError
 from .layout import DTYPES, Checkpoint, FileIdentity, StoredTensor
 
 PAGE = 4096
 # One read. Larger ones gain nothing, neither from the cache nor from the disk; smaller ones cost calls.
 READ_BYTES = 4 << 20
+# For what opens files beside us.
+SPARE_FILES = 64
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,7 @@ class Reader:
         for checkpoint in checkpoints:
             self._identities.update(checkpoint.files)
         self._direct = direct
+        allow_open_files(2 * len(self._identities))
         self._descriptors: dict[Path, tuple[int, int | None]] = {}
         self._lock = threading.Lock()
 
@@ -91,7 +96,8 @@ class Reader:
         """The piece in a fresh CPU tensor.
 
         Raises:
-            InputError: the file changed since it was planned, ended early, or failed to read.
+            InputError: the file changed since it was planned, is gone, or ended early.
+            ResourceError: it failed to read.
         """
         data = torch.empty(piece.bytes, dtype=torch.uint8, device="cpu")
         self.read_into(piece, 0, data.numpy().data)
@@ -101,7 +107,7 @@ class Reader:
         """Fills ``target`` with the piece's bytes from ``offset`` on. Safe to call from several threads at once.
 
         Raises:
-            InputError: as ``read``.
+            InputError, ResourceError: as ``read``.
         """
         start, end = piece.start + offset, piece.start + offset + len(target)
         file, name = piece.stored.file, piece.stored.name
@@ -120,7 +126,7 @@ class Reader:
                     raise InputError(f"{file}: ends inside tensor {name!r}")
                 position += count
         except OSError as error:
-            raise InputError(f"{file}: tensor {name!r} cannot be read ({error.strerror})") from error
+            raise _unreadable(f"{file}: tensor {name!r}", error) from error
 
     def check_unchanged(self) -> None:
         """Raises InputError when an input's size or modification time is not what was planned."""
@@ -128,7 +134,7 @@ class Reader:
             try:
                 status = os.stat(path)
             except OSError as error:
-                raise InputError(f"{path}: gone during the merge ({error.strerror})") from error
+                raise _unreadable(str(path), error) from error
             if (status.st_size, status.st_mtime_ns) != (identity.size, identity.mtime_ns):
                 raise InputError(f"{path}: changed during the merge")
 
@@ -157,6 +163,25 @@ class Reader:
                     direct = open_direct(path, os.O_RDONLY)
                 self._descriptors[path] = (descriptor, direct)
             return self._descriptors[path]
+
+
+def _unreadable(what: str, error: OSError) -> InputError | ResourceError:
+    """A file that is gone will not come back by itself; a disk or a server may."""
+    if error.errno in (errno.ENOENT, errno.ENOTDIR):
+        return InputError(f"{what}: gone during the merge ({error.strerror})")
+    return ResourceError(f"{what}: cannot be read ({error.strerror}); --resume continues")
+
+
+def allow_open_files(more: int) -> None:
+    """Raises the soft limit on open files, where ``more`` would not fit, as far as the hard one allows.
+
+    (The soft one is low, 256 or 1024, for the sake of programs that use ``select``; a 70 B model has 30 shards.)
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = len(os.listdir("/dev/fd")) + more + SPARE_FILES
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        limit = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
 
 
 _buffers = threading.local()

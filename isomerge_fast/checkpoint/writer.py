@@ -12,11 +12,12 @@ import json
 import os
 import struct
 from collections.abc import Iterable
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import ResourceError
@@ -26,6 +27,9 @@ from .reader import PAGE, READ_BYTES, open_direct, page_buffer
 
 # Less than this at once goes through the page cache: a direct write waits for the disk.
 DIRECT_BYTES = 1 << 20
+
+# What file systems answer that rename files only, or nothing.
+_NO_RENAME = (errno.EXDEV, errno.EPERM, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
 
 # safetensors sorts by its own dtype ranking, widest first; equal widths have a fixed order as well.
 _DTYPE_RANK = [
@@ -97,7 +101,8 @@ class ShardWriter:
             os.ftruncate(self._descriptor, self._total)
             self._write_at(memoryview(prefix), 0)
         except OSError as error:
-            self._close_descriptors()
+            with suppress(OSError):
+                self._close_descriptors()
             raise _resource_error(path, error) from error
 
     @property
@@ -154,20 +159,24 @@ class ShardWriter:
     def close(self, *, validate: bool) -> None:
         """Ends the file; with ``validate`` it is on disk and safetensors has opened it, else it is left as it is."""
         try:
-            if validate:
-                os.fsync(self._descriptor)
+            with ExitStack() as closing:
+                closing.callback(self._close_descriptors)
+                if validate:
+                    os.fsync(self._descriptor)
         except OSError as error:
             raise _resource_error(self.path, error) from error
-        finally:
-            self._close_descriptors()
         if validate:
-            with safe_open(self.path, framework="np") as opened:
-                assert set(opened.keys()) == set(self.tensors), self.path
+            try:
+                with safe_open(self.path, framework="np") as opened:
+                    assert set(opened.keys()) == set(self.tensors), self.path
+            except (SafetensorError, OSError) as error:
+                raise ResourceError(f"{self.path}: was written and cannot be read ({error})") from error
 
     def _close_descriptors(self) -> None:
-        os.close(self._descriptor)
-        if self._direct is not None:
-            os.close(self._direct)
+        with ExitStack() as closing:
+            closing.callback(os.close, self._descriptor)
+            if self._direct is not None:
+                closing.callback(os.close, self._direct)
 
     def _write_at(self, data: memoryview, offset: int) -> None:
         """Whole pages directly, from an aligned copy; what shares a page with others through the cache."""
@@ -218,3 +227,12 @@ def sync_folder(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def rename(source: Path, target: Path) -> None:
+    """Puts ``source`` in the place of ``target``, at once."""
+    try:
+        os.rename(source, target)
+    except OSError as error:
+        advice = "; an output needs a file system that renames files and folders" if error.errno in _NO_RENAME else ""
+        raise ResourceError(f"{source}: cannot be renamed to {target} ({error.strerror}){advice}") from error

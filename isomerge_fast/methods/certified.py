@@ -4,16 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from ..errors import InputError
 from ..linalg.auto import Choice
 from ..linalg.protocol import PolarSolver
 from .protocol import Deltas, MergeStats, TensorDeltas
 
 S = TypeVar("S", bound=PolarSolver, covariant=True)
+
+
+class UnsolvedError(InputError):
+    """Matrices on which every solver gave up."""
 
 
 def merge_certified(
@@ -23,7 +29,11 @@ def merge_certified(
 
     All checks of all matrices are read from the device at once, after the attempt. Of a batch in memory only the
     matrices that missed are solved again. What was given up, and why, is in ``MergeStats.escalations``; what the last
-    solver could not meet, in ``MergeStats.missed``.
+    solver could not meet, in ``MergeStats.missed``. After a solver that gives up without a result, as LAPACK may, comes
+    the next one.
+
+    Raises:
+        UnsolvedError: all of them did.
     """
     with exact_products(deltas.device):
         return _climb(attempt, deltas, ladder)
@@ -62,20 +72,48 @@ def exact_products(device: torch.device) -> Iterator[None]:
 def _climb(
     attempt: Callable[[Deltas, Choice[S]], tuple[Tensor, MergeStats]], deltas: Deltas, ladder: Sequence[Choice[S]]
 ) -> tuple[Tensor, MergeStats]:
-    value, stats = attempt(deltas, ladder[0])
-    for choice in ladder[1:]:
-        missed = stats.missed()
-        if not missed:
+    done: tuple[Tensor, MergeStats] | None = None
+    failures: list[str] = []  # of solvers before the first that gave a result
+    for choice in ladder:
+        missed = {} if done is None else done[1].missed()
+        if done is not None and not missed:
             break
-        rows = torch.stack(list(missed.values())).any(0)
-        remark = f"{stats.algorithm}: {stats.describe(missed)}"
-        if rows.ndim == 0 or bool(rows.all()) or not isinstance(deltas, TensorDeltas):
-            value, again = attempt(deltas, choice)
-            stats = again.after(stats, remark)
-        else:
-            # Matrices of a batch, with the batch's dimensions made one.
-            rows = rows.to(deltas.device)
-            part, again = attempt(TensorDeltas([tensor[rows] for tensor in deltas.tensors]), choice)
-            value[rows] = part.to(value.dtype)
-            stats = stats.replaced(rows, again).after(stats, remark)
-    return value, stats
+        try:
+            done = _next(attempt, deltas, choice, done, missed)
+        except torch.linalg.LinAlgError as error:
+            failure = f"{choice.solver.name}: {_first_line(error)}"
+            if done is None:
+                failures.append(failure)
+            else:
+                done = done[0], done[1].after(done[1], failure)
+    if done is None:
+        raise UnsolvedError(f"no solver gave a result for matrices {list(deltas.shape)}: {'; '.join(failures)}")
+    value, stats = done
+    return value, replace(stats, escalations=(*failures, *stats.escalations))
+
+
+def _next(
+    attempt: Callable[[Deltas, Choice[S]], tuple[Tensor, MergeStats]],
+    deltas: Deltas,
+    choice: Choice[S],
+    before: tuple[Tensor, MergeStats] | None,
+    missed: dict[str, Tensor],
+) -> tuple[Tensor, MergeStats]:
+    """The result of one more solver, put in where the one before it missed a check."""
+    if before is None:
+        return attempt(deltas, choice)
+    value, stats = before
+    rows = torch.stack(list(missed.values())).any(0)
+    remark = f"{stats.algorithm}: {stats.describe(missed)}"
+    if rows.ndim == 0 or bool(rows.all()) or not isinstance(deltas, TensorDeltas):
+        value, again = attempt(deltas, choice)
+        return value, again.after(stats, remark)
+    # Matrices of a batch, with the batch's dimensions made one.
+    rows = rows.to(deltas.device)
+    part, again = attempt(TensorDeltas([tensor[rows] for tensor in deltas.tensors]), choice)
+    value[rows] = part.to(value.dtype)
+    return value, stats.replaced(rows, again).after(stats, remark)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -1,0 +1,194 @@
+"""Merges run to be killed or made to fail, each in a fork of a process that has torch and the package loaded already.
+
+``WarmProcess`` is for tests: it starts this file with ``fault_shim.c`` preloaded and sends it what to run.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import traceback
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+# What the shim calls its kinds and modes.
+NAMES = ["open", "write", "truncate", "sync", "rename", "unlink", "mkdir", "rmdir", "link", "lock", "close"]
+NAMES += ["read", "open_read"]
+KINDS = {name: 1 << bit for bit, name in enumerate(NAMES)}
+CHANGES = sum(KINDS.values()) - KINDS["read"] - KINDS["open_read"]
+MODES = {
+    name: number
+    for number, name in enumerate(["count", "kill-before", "kill-after", "kill-half", "fail", "fail-on", "short"])
+}
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+
+
+@dataclass(frozen=True)
+class Fault:
+    """At the ``nth`` call of those ``kinds`` below ``folder``. ``fail-on`` fails from there on, ``fail`` once."""
+
+    folder: str
+    mode: str = "count"
+    nth: int = 0
+    kinds: int = CHANGES
+    errno: int = 0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How an attempt ended: ``done``, ``killed``, an error of ours (its class), or ``crash``, which none may."""
+
+    status: str
+    message: str = ""
+    calls: int = 0
+    log: list[str] = field(default_factory=list)
+
+
+def compiler() -> str | None:
+    return next((found for name in ("cc", "gcc", "clang") if (found := shutil.which(name))), None)
+
+
+def build_shim(folder: Path) -> Path:
+    """The shim compiled into ``folder``."""
+    found = compiler()
+    assert found is not None, "no C compiler"
+    target = folder / "fault_shim.so"
+    source = str(HERE / "fault_shim.c")
+    subprocess.run([found, "-shared", "-fPIC", "-O1", "-o", str(target), source, "-ldl"], check=True)
+    return target
+
+
+def attempt(
+    config: dict[str, Any],
+    fault: Fault,
+    *,
+    log: bool = False,
+    umask: int | None = None,
+    open_files: int | None = None,
+    threads: int = 1,
+    **options: Any,
+) -> Outcome:
+    """``merge(config, **options)`` in a fork of this process, which must have the shim preloaded.
+
+    Args:
+        log: whether the outcome is to tell of every call that was counted.
+        open_files: the soft limit on them.
+        threads: with which torch computes.
+    """
+    receive, send = os.pipe()
+    with tempfile.TemporaryFile() as lines:
+        child = os.fork()
+        if not child:
+            outcome = Outcome("crash", "left the fork")
+            try:
+                if umask is not None:
+                    os.umask(umask)
+                if open_files is not None:
+                    resource.setrlimit(
+                        resource.RLIMIT_NOFILE, (open_files, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
+                    )
+                outcome = _run(config, fault, lines.fileno() if log else -1, threads, options)
+            except BaseException:
+                outcome = Outcome("crash", traceback.format_exc())
+            finally:
+                os.write(send, json.dumps(asdict(outcome)).encode())
+                os._exit(0)
+        os.close(send)
+        with open(receive, "rb") as pipe:
+            answer = pipe.read()
+        _, status = os.waitpid(child, 0)
+        lines.seek(0)
+        logged = lines.read().decode().splitlines()
+    if os.WIFSIGNALED(status):
+        killed = os.WTERMSIG(status) == 9
+        return Outcome("killed" if killed else "crash", f"signal {os.WTERMSIG(status)}", log=logged)
+    return Outcome(**{**json.loads(answer), "log": logged})
+
+
+def _run(config: dict[str, Any], fault: Fault, log: int, threads: int, options: dict[str, Any]) -> Outcome:
+    import torch
+
+    import isomerge_fast as imf
+    from isomerge_fast.errors import IsomergeError
+
+    torch.set_num_threads(threads)
+    shim = ctypes.CDLL(None)
+    shim.fault_calls.restype = ctypes.c_long
+    shim.fault_arm(
+        os.fsencode(fault.folder), fault.kinds, ctypes.c_long(fault.nth), MODES[fault.mode], fault.errno, log
+    )
+    status, message = "done", ""
+    try:
+        imf.merge(config, device="cpu", **options)
+    except IsomergeError as error:
+        status, message = type(error).__name__, str(error)
+    except BaseException:
+        status, message = "crash", traceback.format_exc()
+    shim.fault_disarm()
+    return Outcome(status, message, shim.fault_calls())
+
+
+def warm_up() -> None:
+    """What a fork is to find loaded. No parallel work: its threads would be missing from the fork."""
+    import torch
+
+    torch.set_num_threads(1)
+    import xxhash  # noqa: F401
+    from pydantic import TypeAdapter  # noqa: F401
+
+    import isomerge_fast as imf
+    from isomerge_fast import engine  # noqa: F401
+
+    imf.iso_c(torch.randn(2, 4, 6))  # loads what the solvers load
+    gc.collect()
+    gc.freeze()  # a collection in a fork would copy every page that holds an object
+
+
+class WarmProcess:
+    """A context manager; ``run`` makes one attempt."""
+
+    def __init__(self, shim: Path) -> None:
+        self._shim = shim
+
+    def __enter__(self) -> WarmProcess:
+        environment = {**os.environ, **ENVIRONMENT, "LD_PRELOAD": str(self._shim)}
+        self._process = subprocess.Popen(
+            [sys.executable, __file__], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.close()
+        self._process.wait(10)
+        self._process.stdout.close()
+
+    def run(self, config: dict[str, Any], fault: Fault, **options: Any) -> Outcome:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        request = {"config": config, "fault": asdict(fault), "options": options}
+        self._process.stdin.write(json.dumps(request, default=str) + "\n")
+        self._process.stdin.flush()
+        return Outcome(**json.loads(self._process.stdout.readline()))
+
+
+def serve() -> None:
+    warm_up()
+    for line in sys.stdin:
+        request = json.loads(line)
+        outcome = attempt(request["config"], Fault(**request["fault"]), **request["options"])
+        print(json.dumps(asdict(outcome)), flush=True)
+
+
+if __name__ == "__main__":
+    serve()
