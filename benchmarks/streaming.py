@@ -36,7 +36,7 @@ from safetensors.torch import save_file
 
 from benchmarks.measure import device_name
 from isomerge_fast import ops
-from isomerge_fast.checkpoint.reader import READ_BYTES, open_direct, page_buffer
+from isomerge_fast.checkpoint.direct_io import READ_BYTES, open_direct, page_buffer
 from isomerge_fast.workers import Workers, parts_of
 
 MIB = 1 << 20

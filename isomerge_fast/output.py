@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import ops
+from .checkpoint.direct_io import PAGE
 from .checkpoint.layout import DTYPES
 from .checkpoint.ring import aligned
 from .checkpoint.write_behind import WriteBehind
@@ -129,8 +130,8 @@ class TensorOutput:
         yield slice(group[0].rows.start, group[-1].rows.stop), group
 
     def _bytes_of(self, rows: int) -> int:
-        """Of all outputs, each where a vector load is content with it."""
-        return sum(aligned(rows * self._row_elements * dtype.itemsize) for dtype in self._dtypes.values())
+        """Of all outputs, each with a page more, for its place in it."""
+        return sum(PAGE + aligned(rows * self._row_elements * dtype.itemsize) for dtype in self._dtypes.values())
 
     def _room(self, rows: slice, base: Tensor) -> dict[str, Tensor]:
         """Memory for these rows by folder, on the device that computes."""
@@ -142,11 +143,13 @@ class TensorOutput:
                 room = self._writes.room(self._bytes_of(count))
             if room is not None:
                 self._in_room = True
-                outputs, start = {}, 0
+                outputs, end = {}, 0
                 for folder, dtype in self._dtypes.items():
-                    size = count * self._row_elements * dtype.itemsize
-                    outputs[folder] = room[start : start + size].view(dtype).view(shape)
-                    start += aligned(size)
+                    # As it will lie within a page of the file, so that it can be written without a copy.
+                    position = self._writers[folder].position(self._plan.name, rows.start * self._row_elements)
+                    start = end + ((0 if position % dtype.itemsize else position) - end) % PAGE
+                    end = start + count * self._row_elements * dtype.itemsize
+                    outputs[folder] = room[start:end].view(dtype).view(shape)
                 return outputs
         return {folder: torch.empty(shape, dtype=dtype, device=base.device) for folder, dtype in self._dtypes.items()}
 

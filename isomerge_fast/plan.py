@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from .checkpoint.companions import companion_files
+from .checkpoint.direct_io import READ_BYTES
 from .checkpoint.layout import (
     COPIED_DTYPES,
     DTYPE_NAMES,
@@ -28,7 +29,6 @@ from .checkpoint.layout import (
     open_checkpoint,
 )
 from .checkpoint.read_ahead import THREADS as READ_THREADS
-from .checkpoint.reader import READ_BYTES
 from .checkpoint.staging import staged_bytes
 from .checkpoint.writer import OutputTensor
 from .config import MergeConfig

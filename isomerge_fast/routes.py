@@ -25,6 +25,8 @@ MIB = 1 << 20
 # Read ahead at least this much where nothing forbids it, and at the very least: four parts of 2 MiB.
 READ_AHEAD_BYTES, LEAST_READ_AHEAD_BYTES = 128 * MIB, 8 * MIB
 PARTS_AHEAD = 4
+# Of each copy read: it begins somewhere within a page of 4 KiB, and ends so.
+PADDING_BYTES = 8 << 10
 # Without a ceiling tensors are resident whose copies take up to this share of the machine's memory.
 RESIDENT_SHARE = 1 / 32
 # Parts are of so many rows or multiples of it, so that random bits can be made for parts (``ops.apply_delta``).
@@ -155,7 +157,7 @@ def _routes(
         return
     lines = spec.shape
     row = prod(lines[1:])
-    everything = spec.elements * sum(traffic.read)
+    everything = spec.elements * sum(traffic.read) + PADDING_BYTES * len(traffic.read)
     rows = _part_rows(lines, traffic, budget.part)
     writing = spec.bytes + _applying(rows * row, spec, traffic)
     if everything <= budget.whole:
@@ -180,6 +182,7 @@ def _within(method: Method, budget: Budget, beside: int) -> Method:
 
 def _part_rows(lines: Sequence[int], traffic: Traffic, part_bytes: int) -> int:
     row_bytes = max(1, prod(lines[1:]) * sum(traffic.read))
+    part_bytes -= PADDING_BYTES * len(traffic.read)
     return min(max(ROW_STEP, part_bytes // row_bytes // ROW_STEP * ROW_STEP), max(1, lines[0]))
 
 

@@ -12,8 +12,10 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from .reader import READ_BYTES, Piece, Reader
-from .ring import Ring, aligned
+from .direct_io import PAGE, READ_BYTES
+from .layout import DTYPES
+from .reader import Piece, Reader
+from .ring import Ring
 
 # More threads than cores: they wait for the disk, not for each other.
 THREADS = 4
@@ -25,9 +27,22 @@ class Bundle:
 
     pieces: tuple[Piece, ...]
 
+    def places(self) -> list[int]:
+        """Where each piece starts in memory, from a page's first byte on, and where the last one ends.
+
+        As it lies within a page of its file, so that it can be read without a copy; unless that is no place for its
+        dtype.
+        """
+        starts, end = [], 0
+        for piece in self.pieces:
+            within = 0 if piece.start % DTYPES[piece.stored.dtype].itemsize else piece.start % PAGE
+            starts.append(end + (within - end) % PAGE)
+            end = starts[-1] + piece.bytes
+        return [*starts, end]
+
     @property
     def bytes(self) -> int:
-        return sum(aligned(piece.bytes) for piece in self.pieces)
+        return self.places()[-1]
 
 
 @dataclass
@@ -127,10 +142,8 @@ class ReadAhead:
 
 
 def _placed(bundle: Bundle, buffer: Tensor) -> Iterator[tuple[Piece, Tensor]]:
-    start = 0
-    for piece in bundle.pieces:
+    for piece, start in zip(bundle.pieces, bundle.places(), strict=False):
         yield piece, buffer[start : start + piece.bytes]
-        start += aligned(piece.bytes)
 
 
 def _jobs(bundle: Bundle, buffer: Tensor) -> Iterator[list[tuple[Piece, int, Tensor]]]:
@@ -138,10 +151,13 @@ def _jobs(bundle: Bundle, buffer: Tensor) -> Iterator[list[tuple[Piece, int, Ten
     job: list[tuple[Piece, int, Tensor]] = []
     size = 0
     for piece, data in _placed(bundle, buffer):
-        for offset in range(0, piece.bytes, READ_BYTES):
-            part = data[offset : offset + READ_BYTES]
-            job.append((piece, offset, part))
-            size += part.numel()
+        start = 0
+        while start < piece.bytes:
+            # At multiples in the file, so that only a piece's own ends share a page with others.
+            stop = min(start + READ_BYTES - (piece.start + start) % READ_BYTES, piece.bytes)
+            job.append((piece, start, data[start:stop]))
+            size += stop - start
+            start = stop
             if size >= READ_BYTES:
                 yield job
                 job, size = [], 0

@@ -7,9 +7,7 @@ from the cache 7 to 8.)
 
 from __future__ import annotations
 
-import ctypes
 import errno
-import mmap
 import os
 import resource
 import threading
@@ -21,11 +19,9 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError, ResourceError
+from .direct_io import PAGE, READ_BYTES, copy_bytes, is_cached, lies_like, open_direct, page_buffer
 from .layout import DTYPES, Checkpoint, FileIdentity, StoredTensor
 
-PAGE = 4096
-# One read. Larger ones gain nothing, neither from the cache nor from the disk; smaller ones cost calls.
-READ_BYTES = 4 << 20
 # For what opens files beside us.
 SPARE_FILES = 64
 
@@ -139,14 +135,22 @@ class Reader:
                 raise InputError(f"{path}: changed during the merge")
 
     def _read_directly(self, descriptor: int, part: memoryview, position: int) -> int:
-        """Whole pages into a buffer of this thread's own (offsets of tensors are not aligned), of it what is wanted."""
+        """Whole pages, at once: straight to where they are wanted, if that lies like the file, but for the pages at
+        both ends, which hold other tensors too; else all of them by way of a buffer of this thread's own.
+        """
         pages = page_buffer()
-        first = position // PAGE * PAGE
-        last = -(-(position + len(part)) // PAGE) * PAGE
-        count = os.preadv(descriptor, [pages[: last - first]], first) - (position - first)
-        count = min(count, len(part))
+        end = position + len(part)
+        first, inside, outside, last = _down(position), _up(position), _down(end), _up(end)
+        if inside < outside and lies_like(part, position):
+            head, tail = pages[: inside - first], pages[PAGE : PAGE + last - outside]
+            vectors = [head, part[inside - position : outside - position], tail]
+            count = os.preadv(descriptor, [vector for vector in vectors if len(vector)], first) - (position - first)
+            copy_bytes(part[: inside - position], head[position - first :])
+            copy_bytes(part[outside - position :], tail[: end - outside])
+            return min(count, len(part))
+        count = min(os.preadv(descriptor, [pages[: last - first]], first) - (position - first), len(part))
         if count > 0:
-            part[:count] = pages[position - first : position - first + count]
+            copy_bytes(part[:count], pages[position - first : position - first + count])
         return count
 
     def _open(self, path: Path) -> tuple[int, int | None]:
@@ -159,7 +163,7 @@ class Reader:
                     os.close(descriptor)
                     raise InputError(f"{path}: changed since the merge was planned")
                 direct = None
-                if self._direct and status.st_size >= READ_BYTES and not _is_cached(descriptor, status.st_size):
+                if self._direct and status.st_size >= READ_BYTES and not is_cached(descriptor, status.st_size):
                     direct = open_direct(path, os.O_RDONLY)
                 self._descriptors[path] = (descriptor, direct)
             return self._descriptors[path]
@@ -184,42 +188,9 @@ def allow_open_files(more: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
 
 
-_buffers = threading.local()
+def _down(position: int) -> int:
+    return position // PAGE * PAGE
 
 
-def page_buffer() -> memoryview:
-    """``READ_BYTES`` and a page more, aligned as direct I/O wants them: one buffer a thread, used again and again."""
-    if not hasattr(_buffers, "pages"):
-        _buffers.pages = memoryview(mmap.mmap(-1, READ_BYTES + PAGE))
-    return _buffers.pages
-
-
-def open_direct(path: Path, flags: int) -> int | None:
-    """A descriptor past the page cache, or None where the file system, or the system, has no such thing."""
-    if not hasattr(os, "O_DIRECT"):
-        return None
-    try:
-        return os.open(path, flags | os.O_DIRECT | os.O_CLOEXEC)
-    except OSError:
-        return None
-
-
-def _is_cached(descriptor: int, size: int) -> bool:
-    """Whether half of the file or more is in the page cache; yes where the system does not tell."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if not hasattr(libc, "mincore"):
-        return True
-    libc.mmap.restype = ctypes.c_void_p
-    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_longlong]
-    address = libc.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, descriptor, 0)
-    if address in (None, ctypes.c_void_p(-1).value):
-        return True
-    try:
-        resident = (ctypes.c_ubyte * -(-size // PAGE))()
-        libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
-        if libc.mincore(address, size, resident):
-            return True
-        return bytes(resident).count(1) * 2 >= len(resident)
-    finally:
-        libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-        libc.munmap(address, size)
+def _up(position: int) -> int:
+    return -(-position // PAGE) * PAGE

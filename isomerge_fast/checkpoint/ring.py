@@ -12,12 +12,12 @@ from collections import deque
 import torch
 from torch import Tensor
 
-# Places start at multiples of this, which every dtype and vector load is content with.
-ALIGNMENT = 64
+from .direct_io import PAGE
 
 
 def aligned(size: int) -> int:
-    return -(-size // ALIGNMENT) * ALIGNMENT
+    """In whole pages, at which every place starts."""
+    return -(-size // PAGE) * PAGE
 
 
 class Ring:
@@ -35,7 +35,7 @@ class Ring:
 
     def take(self, size: int) -> Tensor | None:
         """``size`` bytes after those taken last, or None where there is no room for them at this moment."""
-        wanted = max(ALIGNMENT, aligned(size))
+        wanted = aligned(max(1, size))
         start = self._place(wanted)
         if start is None:
             return None

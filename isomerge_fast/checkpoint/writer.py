@@ -22,8 +22,8 @@ from torch import Tensor
 
 from ..errors import ResourceError
 from .checksum import Checksum
+from .direct_io import PAGE, READ_BYTES, copy_bytes, lies_like, open_direct, page_buffer
 from .layout import DTYPE_NAMES, DTYPES, StoredTensor, element_count
-from .reader import PAGE, READ_BYTES, open_direct, page_buffer
 
 # Less than this at once goes through the page cache: a direct write waits for the disk.
 DIRECT_BYTES = 1 << 20
@@ -117,12 +117,17 @@ class ShardWriter:
         self.write_part(name, value, 0)
         return self.finish(name)
 
+    def position(self, name: str, first: int) -> int:
+        """Offset in the file of a tensor's element ``first``."""
+        stored = self.tensors[name]
+        return stored.start + first * DTYPES[stored.dtype].itemsize
+
     def write_part(self, name: str, value: Tensor, first: int) -> None:
         """Writes elements of a tensor from element ``first`` on. Parts come in order, each once."""
         stored = self.tensors[name]
         assert DTYPE_NAMES[value.dtype] == stored.dtype, name
         data = tensor_bytes(value)
-        start = stored.start + first * value.element_size()
+        start = self.position(name, first)
         if first == 0:
             self._running[name] = Checksum()
         assert start == stored.start + self._running[name].bytes, name
@@ -179,19 +184,24 @@ class ShardWriter:
                 closing.callback(os.close, self._direct)
 
     def _write_at(self, data: memoryview, offset: int) -> None:
-        """Whole pages directly, from an aligned copy; what shares a page with others through the cache."""
+        """Whole pages directly, by way of a buffer where memory does not lie like the file; what shares a page with
+        others through the cache.
+        """
         head = -offset % PAGE
         body = (len(data) - head) // PAGE * PAGE
         if self._direct is None or body < DIRECT_BYTES:
             self._write_cached(data, offset)
             return
         self._write_cached(data[:head], offset)
-        pages = page_buffer()
+        copied = not lies_like(data, offset)
         position = head
         while position < head + body:
-            size = min(READ_BYTES, head + body - position)
-            pages[:size] = data[position : position + size]
-            count = os.pwrite(self._direct, pages[:size], offset + position)
+            block = data[position : min(position + READ_BYTES, head + body)]
+            if copied:
+                pages = page_buffer()[: len(block)]
+                copy_bytes(pages, block)
+                block = pages
+            count = os.pwrite(self._direct, block, offset + position)
             position += count
             if count % PAGE:  # a direct write cut short; the next one could not start there
                 break
