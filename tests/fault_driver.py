@@ -49,6 +49,7 @@ SCENARIOS = [
     Scenario("one-file", {"family": "one-file", "method": "iso-c"}),
     Scenario("sharded", {"family": "sharded", "method": "task-arithmetic", "scaling": [0.5, 1.25]}, "buffered"),
     Scenario("rounded", {"family": "one-file", "method": "iso-cts", "dtype": "bfloat16", "stochastic_rounding": 7}),
+    Scenario("with-delta", {"family": "sharded", "method": "iso-c", "save_delta": True}),
     Scenario("large", {"family": "large", "method": "mean", "scaling": [1.0, 0.3]}),
     Scenario("other-shards", {"family": "sharded", "method": "mean"}, before="one-file"),
     Scenario("fewer-shards", {"family": "one-file", "method": "iso-c", "scaling": 0.5}, "buffered", before="sharded"),

@@ -14,6 +14,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -362,7 +363,9 @@ def test_two_runs_into_one_folder_and_the_lock_of_a_dead_one(tmp_path: Path) -> 
     assert first.stdout is not None
     try:
         assert first.stdout.readline() == "merging\n"
-        before = listing(tmp_path)
+        before = {}
+        while before != (before := listing(tmp_path)):  # the thread that writes may have something left
+            time.sleep(0.3)
         for resume, overwrite in ((False, False), (True, False), (False, True)):
             with pytest.raises(imf.ConfigError, match=r"out: another merge is writing it at this moment"):
                 imf.merge(config, resume=resume, overwrite=overwrite)
