@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..linalg.auto import PROMISES, Choice, check_precision, fitting, subspace_ladder
-from ..linalg.protocol import Solver, rounding_tolerance
+from ..linalg.protocol import Solver, Subspace, reciprocal, rounding_tolerance
+from ..linalg.sides import short_gram
 from ..linalg.subspace_chebyshev import ChebyshevSubspace
 from ..linalg.svd import FullSvd
 from .certified import merge_certified
@@ -237,28 +238,26 @@ class IsoCTS:
         # In float64: rounding S to float32 alone was an error of 6e-5 (768 x 300, gap at the cut 0.3 %).
         total, squares, of_deltas = finite_sum(deltas, torch.float64, len(deltas.shape) - 2)
         dtype = self._result_dtype(deltas.dtype)
-        limit = rounding_tolerance(squares.sum(0).sqrt(), rows, columns, deltas.dtype)
+        sum_limit = rounding_tolerance(squares.sum(0).sqrt(), rows, columns, deltas.dtype)
         # V enters the recombination's small factors, whose conditioning float32 would not survive; U only products.
         long_dtype = torch.float64 if rows <= columns or isinstance(solver, FullSvd) else dtype
-        common = solver.top_subspace(total, k, tolerance=limit, complement=True, dtype=long_dtype, short_only=True)
+        common = solver.top_subspace(total, k, tolerance=sum_limit, complement=True, dtype=long_dtype, short_only=True)
         # Of tall matrices the search needs U_k now; else S stays the only large thing beside Δ_t.
         if not common.wide and isinstance(solver, ChebyshevSubspace):
             common = solver.complete(total, common, long_dtype)
-        parts = []
+
+        # What an error of S may leave in R, where that matters.
+        error = sum_limit if bool((common.sigma <= 0).any()) else None
+        parts: list[Subspace] = []
         at_once = self._tasks_at_once(deltas, solver)
         for start in range(0, tasks, at_once):
             norm = squares[start : start + at_once].sqrt()
-            limit = rounding_tolerance(norm, rows, columns, deltas.dtype)
             # No name for a delta here: it would outlive the loop, beside what is made of S next.
             if at_once == 1:
-                parts.append(
-                    solver.residual_subspace(deltas.delta(start), total, common, s, norm=norm[0], tolerance=limit[0])
-                )
+                parts.append(_task_part(solver, deltas.delta(start), total, common, s, norm[0], error))
             else:
                 stack = [deltas.delta(start + task) for task in range(len(norm))]
-                parts += solver.residual_subspace(
-                    torch.stack(stack), total, common, s, norm=norm, tolerance=limit
-                ).unbind()
+                parts += _task_part(solver, torch.stack(stack), total, common, s, norm, error).unbind()
                 stack.clear()
         nonzero = torch.linalg.vector_norm(total, dim=(-2, -1)) > 0
         if common.long is None:
@@ -292,3 +291,28 @@ class IsoCTS:
             "unresolved": Check(unresolved, 0),
         }
         return value, MergeStats(f"{self.name}/{solver.name}", values, checks)
+
+
+def _task_part(
+    solver: Solver, delta: Tensor, total: Tensor, common: Subspace, s: int, norm: Tensor, error: Tensor | None
+) -> Subspace:
+    """The top s triplets of R above what the roundings of Δ and, where ``error`` bounds it, of S make of it."""
+    limit = rounding_tolerance(norm, delta.shape[-2], delta.shape[-1], delta.dtype)
+    if error is not None:
+        limit = limit + error * residual_noise(delta, total, common)
+    return solver.residual_subspace(delta, total, common, s, norm=norm, tolerance=limit)
+
+
+def residual_noise(delta: Tensor, total: Tensor, common: Subspace) -> Tensor:
+    """‖Σ_k⁻¹ U_kᵀ Δ‖_F where S has less than k directions, else 0, [...]: by how much R is off for an error of 1 in S.
+
+    An error E of S turns U_k so that R = Δ − U_k U_kᵀ Δ is off by E V_k Σ_k⁻¹ U_kᵀ Δ at most. Deltas of low rank leave
+    nothing else in R, and it would be taken for directions of their own.
+    """
+    if common.wide:
+        squares = (short_gram(delta) @ common.whitened * common.whitened).sum((-2, -1))
+        noise = squares.clamp_min(0).sqrt()
+    else:
+        y = common.whitened.mT @ short_gram(total, delta)
+        noise = torch.linalg.vector_norm(y * reciprocal(common.sigma)[..., None], dim=(-2, -1))
+    return noise * (common.sigma <= 0).any(-1)

@@ -212,6 +212,8 @@ def _parts(
         sym_mm_add(gram, y.mT, alpha=-1.0, out=gram)
         norm = squares[task].sqrt()
         tolerance = rounding_tolerance(norm, rows, columns, source.dtype)
+        if len(sigma_k) < k:  # see ``iso_cts.residual_noise``
+            tolerance = tolerance + common.tolerance * torch.linalg.vector_norm(y / sigma_k[:, None])
         # What cancels in H − YᵀY leaves rounding of the size of ‖Δ‖².
         spectrum = spectrum_in_place(gram, tolerance, gram_noise(count), scale=norm)
         del gram
