@@ -20,8 +20,8 @@ demo: $(VENV)/.installed-demo ## fine-tune experts on real data, merge them, pri
 test: $(VENV)/.installed-test ## run the test suite
 	$(BIN)/pytest
 
-test-slow: $(VENV)/.installed-test ## run only the tests marked slow
-	$(BIN)/pytest -m slow
+test-slow: $(VENV)/.installed-test ## run only the tests marked slow, and those that `make test` leaves out
+	$(BIN)/pytest -m 'slow or long'
 
 faults: $(VENV)/.installed-test ## 10,000 kill points and 100,000 fuzzed inputs (about 25 minutes on one core)
 	$(BIN)/python tests/fault_driver.py --points 10000

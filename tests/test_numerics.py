@@ -127,8 +127,15 @@ def test_lora_sums(shape: tuple[int, int], rank: int, method: str, precision: st
         assert torch.equal(value, merge(deltas, method, precision=precision)[0])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("rank", "method"), [(1, "iso-c"), (16, "iso-c"), (64, "iso-c"), (16, "iso-cts")])
+@pytest.mark.parametrize(
+    ("rank", "method"),
+    [
+        (16, "iso-c"),
+        pytest.param(64, "iso-c", marks=pytest.mark.slow),
+        pytest.param(1, "iso-c", marks=pytest.mark.long),
+        pytest.param(16, "iso-cts", marks=pytest.mark.long),
+    ],
+)
 def test_lora_sums_in_4096(rank: int, method: str) -> None:
     deltas, judge = lora_sum((4096, 4096), rank, 4)
     value, stats = merge(deltas, method)
