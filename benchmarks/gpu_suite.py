@@ -8,8 +8,8 @@ against plain ``torch.linalg.svd`` code on shapes of Llama-3-8B and of vision tr
 multi-billion-parameter model from memory-backed files under a ceiling for GPU memory.
 
 Needs torch, Triton, numpy and safetensors, for the streamed merge xxhash too, and nothing installed: it runs from a
-checkout. A line is printed, and the file written anew, after every row: a run that is cut short leaves what it had. Rows
-that no time is left for are listed as skipped. Exit code 1 where a row failed.
+checkout. A line is printed, and the file written anew, after every row: a run that is cut short leaves what it had.
+Rows that no time is left for are listed as skipped. Exit code 1 where a row failed.
 
 ``--small`` goes through all of it in small sizes, on a CPU too (kernels interpreted); its times mean nothing.
 """
