@@ -39,7 +39,7 @@ from .routes import BY_ROWS, Budget, Route, Traffic, budgets, choose_route, copy
 
 # Resident memory of Python, torch and BLAS: 234 MB before the first tensor, about 350 MB after a merge with the heap
 # trimmed (BLAS keeps buffers), of which the estimates of single tensors cover some. With 325 MB the promise lies above
-# the peaks seen: 791 MB promised, 746 to 760 MB seen over six merges of the 162 M parameter test model by Iso-CTS.
+# the peaks seen: 593 MB promised, 580 MB seen in a merge of the 162 M parameter test model by Iso-CTS under 600 MiB.
 BASELINE_BYTES = 325_000_000
 # With the page-aligned buffers of the threads that read and write.
 PROCESS_BYTES = BASELINE_BYTES + (READ_THREADS + 1) * READ_BYTES

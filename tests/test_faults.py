@@ -27,9 +27,11 @@ from fault_fuzz import fuzz
 from fault_runs import CHANGES, KINDS, Fault, Outcome, WarmProcess, build_shim, compiler
 
 import isomerge_fast as imf
+from isomerge_fast.checkpoint.layout import open_checkpoint
 from isomerge_fast.checkpoint.reader import Reader, whole
 from isomerge_fast.checkpoint.writer import ShardWriter
 from isomerge_fast.config import MergeConfig
+from isomerge_fast.methods import as_deltas
 from isomerge_fast.plan import check_resources, make_plan
 from isomerge_fast.verify import verify
 
@@ -271,7 +273,7 @@ def test_a_read_that_fails_keeps_what_is_staged(point: Point, families: dict[str
 
 
 def test_a_read_that_fails_is_no_fault_of_the_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    checkpoint = imf.checkpoint.layout.open_checkpoint(save_folder(tmp_path, make_base()))  # type: ignore[attr-defined]
+    checkpoint = open_checkpoint(save_folder(tmp_path, make_base()))
     stored = checkpoint.tensors["conv.weight"]
 
     def fail(*_: object) -> int:
@@ -485,9 +487,9 @@ def test_after_a_solver_that_gives_up_comes_the_next(monkeypatch: pytest.MonkeyP
     from isomerge_fast.linalg.gram_eigh import GramEigh
 
     deltas = [torch.randn(6, 9) for _ in range(3)]
-    expected, _ = imf.IsoC().merge(imf.methods.as_deltas(deltas))  # type: ignore[attr-defined]
+    expected, _ = imf.IsoC().merge(as_deltas(deltas))
     monkeypatch.setattr(GramEigh, "polar", give_up)
-    value, stats = imf.IsoC().merge(imf.methods.as_deltas(deltas))  # type: ignore[attr-defined]
+    value, stats = imf.IsoC().merge(as_deltas(deltas))
     assert torch.allclose(value, expected, atol=1e-5)
     assert stats.algorithm == "iso-c/svd-fp64"
     assert stats.escalations[0] == "gram-eigh-fp64: linalg.eigh: The algorithm failed to converge"

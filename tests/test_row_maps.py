@@ -33,6 +33,7 @@ class Rows:
     experts: list[Tensor]
     base: Tensor
     block_rows: int
+    are_deltas: bool = False
     walks: int = 0
 
     @property
@@ -55,7 +56,7 @@ class Rows:
         self.walks += 1
         for start in range(0, len(self.base), self.block_rows):
             rows = slice(start, min(start + self.block_rows, len(self.base)))
-            yield RowBlock(rows, [expert[rows] for expert in self.experts], self.base[rows])
+            yield RowBlock(rows, [expert[rows] for expert in self.experts], self.base[rows], self.are_deltas)
 
 
 def rows_of(deltas: list[Tensor], block_rows: int = 100) -> Rows:
@@ -118,6 +119,14 @@ def test_blocks_change_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> No
     values = [merged(name, deltas, block_rows) for block_rows in (1, 64, 97, 700)]
     for value in values[1:]:
         assert oracle.relative_error(value.numpy(), values[0].double().numpy()) <= 1e-6
+
+
+@pytest.mark.parametrize("name", [*SPECTRAL, "mean", "task-arithmetic"])
+def test_experts_that_are_deltas_have_no_base_taken_off(name: str) -> None:
+    deltas, base = noise(300, 40, 4), noise(300, 40, 1, seed=9)[0]
+    value, stats = by_rows(make_method(name), Rows(deltas, base, 64, are_deltas=True))
+    assert not stats.missed()
+    assert torch.equal(value, by_rows(make_method(name), rows_of(deltas, 64))[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)

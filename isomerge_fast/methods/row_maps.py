@@ -19,7 +19,7 @@ from ..linalg.certificate import PROBES, probes
 from ..linalg.gram_eigh import PRODUCT, GramEigh
 from ..linalg.gram_spectrum import GramSpectrum, eigh_workspace_bytes, gram_noise, spectrum_in_place
 from ..linalg.protocol import rounding_tolerance
-from ..ops import BLOCK_ELEMENTS, TaskSum, sym_mm_add, task_sum
+from ..ops import BLOCK_ELEMENTS, TaskSum, sym_mm_add
 from .certified import exact_products
 from .protocol import Check, MergeStats, NotFiniteError, RowBlock, RowSource, TensorSpec, spectral_mean
 
@@ -106,7 +106,7 @@ def chunks(source: RowSource, tasks: Sequence[int], *, seen: Seen | None = None)
             stop = min(count, start + step - filled)
             part = block.part(slice(start, stop))
             place = slice(filled, filled + stop - start)
-            found = task_sum(part.experts, part.base, out=buffers[0][place])
+            found = part.sum(torch.float64, out=buffers[0][place])
             if seen is not None:
                 seen.add(part.rows.start, found)
             for task, buffer in zip(tasks, buffers[1:], strict=True):
