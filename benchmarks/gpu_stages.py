@@ -19,9 +19,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import isomerge_fast
-from benchmarks import published
-from benchmarks.measure import copy_rate, device_name, float32_matmul, matmul_rate, median_seconds, transfer_rates
 from benchmarks.suite import Suite
+from isomerge_fast.bench import published
+from isomerge_fast.bench.ceilings import (
+    copy_rate,
+    device_name,
+    float32_matmul,
+    matmul_rate,
+    median_seconds,
+    transfer_rates,
+)
+from isomerge_fast.bench.problems import deltas_like_fine_tuning, relative_error
 from isomerge_fast.config import MergeConfig
 from isomerge_fast.engine import run
 from isomerge_fast.linalg.gram_eigh import GramEigh
@@ -46,27 +54,6 @@ VIT = ((768, 768), (3072, 768), (768, 3072), (1024, 4096))  # of ViT-B, and one 
 SMALL_SHAPES = ((96, 96), (64, 160), (160, 64))
 TASKS = 8
 MAX_VRAM = 8 << 30
-
-
-def deltas_like_fine_tuning(rows: int, columns: int, tasks: int, device: torch.device) -> list[Tensor]:
-    """float32 deltas: what all tasks share, singular values falling like i^-0.7, and a floor of noise."""
-    generator = torch.Generator(device=device).manual_seed(0)
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, device=device)
-
-    shared, part = random(rows, 16) @ random(16, columns), min(rows, columns) // 4
-    falling = torch.arange(1, part + 1, device=device).float() ** -0.7
-    result = []
-    for _ in range(tasks):
-        own = (random(rows, part) * falling) @ random(part, columns)
-        noise = random(rows, columns)
-        result.append(1e-2 * (own / own.norm() + 0.3 * shared / shared.norm() + 0.3 * noise / noise.norm()))
-    return result
-
-
-def relative_error(value: Tensor, exact: Tensor) -> float:
-    return ((value.double() - exact).norm() / exact.norm()).item()
 
 
 def environment(suite: Suite) -> None:
@@ -107,7 +94,7 @@ def solvers_right(suite: Suite) -> None:
     ]
     shapes = SMALL_SHAPES if suite.small else ((1100, 1100), (1024, 3072), (3072, 1024))
     for rows, columns in shapes:
-        deltas = deltas_like_fine_tuning(rows, columns, 4, suite.device)
+        deltas = deltas_like_fine_tuning(rows, columns, 4, "decay", device=suite.device)
         total = torch.stack(deltas).double().sum(0)
         exact = published.polar(total)
         for solver, bar in solvers:
@@ -123,7 +110,7 @@ def solvers_right(suite: Suite) -> None:
     halves = SMALL_SHAPES if suite.small else ((550, 550), (512, 1536), (1536, 512))
     for name, judged in (("iso-c", shapes), ("iso-cts", halves)):
         for rows, columns in judged:
-            deltas = deltas_like_fine_tuning(rows, columns, 4, suite.device)
+            deltas = deltas_like_fine_tuning(rows, columns, 4, "decay", device=suite.device)
             exact = getattr(published, name.replace("-", "_"))([delta.double() for delta in deltas])
             for precision, bar in (("fast", 1e-2), ("default", 1e-5), ("reference", 1e-8)):
 
@@ -241,7 +228,7 @@ def methods(suite: Suite) -> None:
     """Our methods beside the published algorithm in plain torch float32, on the same deltas."""
     device = suite.device
     for rows, columns in SMALL_SHAPES if suite.small else (*VIT, *LLAMA):
-        deltas = deltas_like_fine_tuning(rows, columns, TASKS, device)
+        deltas = deltas_like_fine_tuning(rows, columns, TASKS, "decay", device=device)
         large = min(rows, columns) >= 4096
         for name, needs in (("iso-c", 120 if large else 70), ("iso-cts", 220 if large else 90)):
 

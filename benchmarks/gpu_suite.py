@@ -44,8 +44,8 @@ def main() -> int:
         return 2
 
     from benchmarks.gpu_stages import STAGES
-    from benchmarks.measure import device_name
     from benchmarks.suite import Suite
+    from isomerge_fast.bench.ceilings import device_name
 
     default = ROOT / "benchmarks" / "results" / f"{device_name(device)}.json"
     suite = Suite(options.out or default, options.minutes, device, small=options.small)

@@ -35,9 +35,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from benchmarks.measure import device_name
 from isomerge_fast import ops
-from isomerge_fast.checkpoint.direct_io import READ_BYTES, open_direct, page_buffer
+from isomerge_fast.bench.ceilings import device_name, forget, read_all, write_all
 from isomerge_fast.workers import Workers, parts_of
 
 MIB = 1 << 20
@@ -115,15 +114,6 @@ def family(root: Path, name: str, shapes: Mapping[str, tuple[int, ...]], tasks: 
 
 def weights(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.safetensors"))
-
-
-def forget(files: Sequence[Path]) -> None:
-    """Puts files out of the page cache."""
-    for file in files:
-        descriptor = os.open(file, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        os.close(descriptor)
 
 
 # A process between this one and the one measured: a child's peak starts with that of the process it was forked from.
@@ -218,47 +208,6 @@ def difference(models: Sequence[Path], ours: Path, theirs: Path) -> dict[str, An
         most = max(most, float((apart / size.clamp_min(1e-30)).max()) / torch.finfo(torch.bfloat16).eps)
     error, peer_error = (squares[:2] / squares[2]).sqrt().tolist()
     return {"error": error, "mergekit_error": peer_error, "entries_that_differ": differ, "most_roundings_apart": most}
-
-
-def read_all(files: Sequence[Path], *, direct: bool) -> float:
-    """Seconds for reading files once, as ``dd bs=4M`` does."""
-    forget(files)
-    started = time.perf_counter()
-    for file in files:
-        descriptor = open_direct(file, os.O_RDONLY) if direct else os.open(file, os.O_RDONLY)
-        if descriptor is None:
-            return float("inf")
-        pages = page_buffer()[:READ_BYTES]
-        while os.readv(descriptor, [pages]):
-            pass
-        os.close(descriptor)
-    return time.perf_counter() - started
-
-
-def write_all(folder: Path, sizes: Sequence[int], *, direct: bool) -> float:
-    """Seconds for writing files of these sizes, as ``dd bs=4M conv=fsync`` does."""
-    pages = page_buffer()[:READ_BYTES]
-    pages[:] = os.urandom(READ_BYTES)
-    started = time.perf_counter()
-    for index, size in enumerate(sizes):
-        file = folder / f"written-{index}"
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
-        descriptor = open_direct_new(file, flags) if direct else os.open(file, flags)
-        if descriptor is None:
-            return float("inf")
-        for _ in range(-(-size // READ_BYTES)):
-            os.write(descriptor, pages)
-        os.fsync(descriptor)
-        os.close(descriptor)
-    seconds = time.perf_counter() - started
-    for index in range(len(sizes)):
-        (folder / f"written-{index}").unlink()
-    return seconds
-
-
-def open_direct_new(file: Path, flags: int) -> int | None:
-    os.close(os.open(file, flags, 0o666))
-    return open_direct(file, os.O_WRONLY)
 
 
 def arithmetic(elements: int, tasks: int) -> float:

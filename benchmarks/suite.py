@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.measure import device_name
+from isomerge_fast.bench.ceilings import device_name
 
 
 class Suite:

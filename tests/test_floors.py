@@ -30,7 +30,7 @@ FLOORS = (
     {"output"},
     {"engine", "verify"},
     {"api", "console", "doctor"},
-    {"demo", "integrations"},
+    {"demo", "bench", "integrations"},
     {"cli"},
     {"__init__", "__main__"},
 )

@@ -1,0 +1,170 @@
+"""Medians, and what this very device can do at most: the figures that all others are shares of."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..checkpoint.direct_io import READ_BYTES, open_direct, page_buffer
+
+
+def synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def device_name(device: torch.device) -> str:
+    """The device's public name."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return "CPU"
+
+
+def median_seconds(
+    function: Callable[[], Any], device: torch.device, *, budget_seconds: float = 1.0, rounds: int = 30
+) -> float:
+    """Median wall time of one call, the device idle before and after each; two calls first, to compile and to warm up.
+
+    Fewer rounds where ``budget_seconds`` are spent before.
+    """
+    for _ in range(2):
+        function()
+    synchronise(device)
+    times: list[float] = []
+    while len(times) < 3 or (len(times) < rounds and sum(times) < budget_seconds):
+        start = time.perf_counter()
+        function()
+        synchronise(device)
+        times.append(time.perf_counter() - start)
+        if sum(times) > 4 * budget_seconds:
+            break
+    return statistics.median(times)
+
+
+@contextlib.contextmanager
+def float32_matmul(precision: str) -> Iterator[None]:
+    """``ieee`` or ``tf32`` products of float32 matrices by the vendor's library."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def copy_rate(device: torch.device, size_bytes: int = 1 << 30) -> float:
+    """Bytes a second, read and written, of a copy on the device."""
+    source = torch.empty(size_bytes, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * size_bytes / median_seconds(lambda: target.copy_(source), device)
+
+
+def transfer_rates(device: torch.device, size_bytes: int = 1 << 28) -> dict[str, float]:
+    """Bytes a second between pinned host memory and the device, both ways."""
+    there = torch.empty(size_bytes, dtype=torch.uint8, device=device)
+    here = torch.empty(size_bytes, dtype=torch.uint8, pin_memory=True)
+    return {
+        "host_to_device": size_bytes / median_seconds(lambda: there.copy_(here, non_blocking=True), device),
+        "device_to_host": size_bytes / median_seconds(lambda: here.copy_(there, non_blocking=True), device),
+    }
+
+
+def matmul_rate(device: torch.device, side: int, dtype: torch.dtype, precision: str = "ieee") -> float:
+    """Operations a second of a square product by the vendor's library."""
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    with float32_matmul(precision):
+        return 2 * side**3 / median_seconds(lambda: a @ b, device)
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What nothing on this device can be faster than: bytes a second of a copy, operations a second of a product."""
+
+    copy_bytes_per_second: float
+    float32_flops_per_second: float
+    float64_flops_per_second: float
+
+    def floor_seconds(self, moved_bytes: float, float32_flops: float, float64_flops: float) -> float:
+        """The least time for so much: the bytes and the products can overlap, two products cannot."""
+        products = float32_flops / self.float32_flops_per_second + float64_flops / self.float64_flops_per_second
+        return max(moved_bytes / self.copy_bytes_per_second, products)
+
+
+def measure_ceilings(device: torch.device) -> Ceilings:
+    """Three seconds or so: a copy beyond every cache, products of a side where libraries are at their best."""
+    side, size_bytes = (8192, 1 << 30) if device.type == "cuda" else (1536, 1 << 28)
+    return Ceilings(
+        copy_rate(device, size_bytes),
+        matmul_rate(device, side, torch.float32),
+        matmul_rate(device, side, torch.float64),
+    )
+
+
+def forget(files: Sequence[Path]) -> None:
+    """Puts files out of the page cache."""
+    for file in files:
+        descriptor = os.open(file, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+
+
+def read_all(files: Sequence[Path], *, direct: bool) -> float:
+    """Seconds for reading files once that are not in the page cache, as ``dd bs=4M`` does; infinite where ``direct``
+    is not to be had.
+    """
+    forget(files)
+    started = time.perf_counter()
+    for file in files:
+        descriptor = open_direct(file, os.O_RDONLY) if direct else os.open(file, os.O_RDONLY)
+        if descriptor is None:
+            return float("inf")
+        pages = page_buffer()[:READ_BYTES]
+        while os.readv(descriptor, [pages]):
+            pass
+        os.close(descriptor)
+    return time.perf_counter() - started
+
+
+def write_all(folder: Path, sizes: Sequence[int], *, direct: bool) -> float:
+    """Seconds for writing new files of these sizes, as ``dd bs=4M conv=fsync`` does; they are removed again."""
+    pages = page_buffer()[:READ_BYTES]
+    pages[:] = os.urandom(READ_BYTES)
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        started = time.perf_counter()
+        for index, size in enumerate(sizes):
+            file = Path(temporary) / str(index)
+            file.touch()
+            descriptor = open_direct(file, os.O_WRONLY) if direct else os.open(file, os.O_WRONLY)
+            if descriptor is None:
+                return float("inf")
+            for _ in range(-(-size // READ_BYTES)):
+                os.write(descriptor, pages)
+            os.fsync(descriptor)
+            os.close(descriptor)
+        return time.perf_counter() - started
+
+
+def disk_rates(folder: Path, size_bytes: int = 1 << 29) -> tuple[float, float]:
+    """(bytes a second read, bytes a second written and synced) of the disk under ``folder``, past the page cache where
+    that is faster.
+    """
+    writing = min(write_all(folder, [size_bytes], direct=direct) for direct in (True, False))
+    with tempfile.NamedTemporaryFile(dir=folder) as file:
+        file.write(os.urandom(READ_BYTES) * (size_bytes // READ_BYTES))
+        file.flush()
+        reading = min(read_all([Path(file.name)], direct=direct) for direct in (True, False))
+    return size_bytes / reading, size_bytes / writing
