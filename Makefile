@@ -7,10 +7,10 @@ BIN := $(VENV)/bin
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL: # two pips in one environment would race
-.PHONY: help demo test test-slow faults bench gpu kernels numerics lint format venv clean
+.PHONY: help demo test test-slow faults bench bench-full bench-compare accuracy gpu kernels numerics lint format venv clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 demo: $(VENV)/.installed-demo ## fine-tune experts on real data, merge them, print the table (demo-out/)
 	$(BIN)/isomerge demo --out demo-out
@@ -27,8 +27,17 @@ faults: $(VENV)/.installed-test ## 10,000 kill points and 100,000 fuzzed inputs 
 	$(BIN)/python tests/fault_driver.py --points 10000
 	$(BIN)/python tests/fault_fuzz.py --inputs 100000
 
-bench: $(VENV)/.installed-bench ## ratios to FusionBench's own functions, with the errors of both (7 minutes on 2 cores)
-	$(BIN)/python -m benchmarks.fusion_bench_ratio
+bench: $(VENV)/.installed-bench ## time and error beside numpy, torch, FusionBench, mergekit (under 10 minutes on 2 cores)
+	$(BIN)/python -m benchmarks.run
+
+bench-full: $(VENV)/.installed-bench ## the same with larger shapes (about an hour on 2 cores)
+	$(BIN)/python -m benchmarks.run --level full --minutes 120
+
+bench-compare: $(VENV)/.installed-bench ## what became slower or less exact: make bench-compare OLD=a.json NEW=b.json
+	$(BIN)/python -m benchmarks.compare $(OLD) $(NEW)
+
+accuracy: $(VENV)/.installed-demo ## experts on real tasks, merged by every method, over seeds and base strengths
+	$(BIN)/python -m benchmarks.accuracy
 
 gpu: ## prove and measure the kernels on this machine's GPU (8 minutes; the python on PATH, with torch and triton)
 	$(PYTHON) -m benchmarks.gpu_suite
@@ -57,7 +66,7 @@ clean: ## remove build products, caches and the demo's output; .venv stays
 $(VENV)/.installed-demo: EXTRAS := demo
 $(VENV)/.installed-test: EXTRAS := test
 $(VENV)/.installed-dev: EXTRAS := dev,test
-$(VENV)/.installed-bench: EXTRAS := bench
+$(VENV)/.installed-bench: EXTRAS := bench,fusion-bench,mergekit
 
 $(VENV)/.installed-%: setup.py constraints.txt | $(BIN)/pip
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'

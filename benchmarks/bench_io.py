@@ -1,0 +1,161 @@
+"""Reading and writing safetensors files: ours, the safetensors library, and the disk alone.
+
+``cold`` files are put out of the page cache before every call. Written files are on the disk (fsync) when a call ends.
+The disk alone is the better of reading or writing the same bytes in blocks of 4 MiB past the page cache or through it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from benchmarks.harness.rows import OURS, Problem, Row, contests
+from benchmarks.harness.scratch import scratch
+from isomerge_fast.bench.ceilings import forget, read_blocks, write_blocks
+from isomerge_fast.checkpoint.layout import open_checkpoint
+from isomerge_fast.checkpoint.read_ahead import THREADS, Bundle, ReadAhead
+from isomerge_fast.checkpoint.reader import Reader, whole
+from isomerge_fast.checkpoint.writer import OutputTensor, ShardWriter
+
+SAFETENSORS, LOAD_FILE = "safetensors", "safetensors-load-file"
+DISK = {"disk-direct": True, "disk-buffered": False}
+MIB = 1 << 20
+SIDES = {"tiny": 64, "short": 4096, "full": 8192}
+TENSORS = 16  # of bf16, [side, side] each
+
+
+def tensors_of(side: int) -> dict[str, Tensor]:
+    """Tensors of a file: random, so that no file system can compress them, and alike but for a roll."""
+    pool = torch.randn(side, side, generator=torch.Generator().manual_seed(0)).bfloat16()
+    return {f"layers.{index}.weight": pool.roll(index, 0) for index in range(TENSORS)}
+
+
+def input_file(side: int) -> Path:
+    path = scratch() / f"io-{side}.safetensors"
+    if not path.exists():
+        save_file(tensors_of(side), path)
+    return path
+
+
+def reading(level: str, cold: bool, device: torch.device) -> Problem:
+    side = SIDES[level]
+    file = input_file(side)
+    size = file.stat().st_size
+
+    def ours() -> dict[str, float]:
+        checkpoint = open_checkpoint(file)
+        bundles = [Bundle((whole(stored),)) for stored in checkpoint.tensors.values()]
+        seen = {}
+        with (
+            Reader(checkpoint) as reader,
+            ThreadPoolExecutor(THREADS) as threads,
+            ReadAhead(reader, threads, bundles, budget_bytes=64 * MIB) as ahead,
+        ):
+            for name in checkpoint.tensors:
+                (tensor,) = ahead.take()
+                seen[name] = touched(tensor)
+        return seen
+
+    def by_tensor() -> dict[str, float]:
+        with safe_open(file, "pt") as opened:
+            return {name: touched(opened.get_tensor(name)) for name in opened.offset_keys()}
+
+    def at_once() -> dict[str, float]:
+        return {name: touched(tensor) for name, tensor in load_file(file).items()}
+
+    expected = by_tensor()
+    calls: dict[str, Callable[[], dict[str, float] | None]] = {
+        OURS: ours,
+        SAFETENSORS: by_tensor,
+        LOAD_FILE: at_once,
+    }
+    for name, direct in DISK.items():
+        calls[name] = partial(bytes_alone, file, direct)
+    before = partial(forget, [file]) if cold else partial(bytes_alone, file, False)
+    bars = {OURS: 0.0, SAFETENSORS: 0.0, LOAD_FILE: 0.0}
+    return Problem(calls, lambda found: None if found is None else float(found != expected), bars, size, before=before)
+
+
+def bytes_alone(file: Path, direct: bool) -> None:
+    """What nobody looks at."""
+    if not read_blocks([file], direct=direct):
+        raise OSError(f"{file}: no direct I/O on this file system")
+
+
+def touched(tensor: Tensor) -> float:
+    """Something that depends on every page: what a mapping puts off is done now. One number in 32 bytes."""
+    return tensor.view(-1)[::16].double().sum().item()
+
+
+def writing(level: str, device: torch.device) -> Problem:
+    side = SIDES[level]
+    tensors = tensors_of(side)
+    outputs = [OutputTensor(name, "BF16", tuple(tensor.shape)) for name, tensor in tensors.items()]
+    folder = scratch() / f"written-{side}"
+    folder.mkdir(exist_ok=True)
+
+    def ours() -> Path:
+        path = folder / "ours.safetensors"
+        writer = ShardWriter(path, outputs)
+        for name, tensor in tensors.items():
+            writer.write(name, tensor)
+        writer.close(validate=True)
+        return path
+
+    def library() -> Path:
+        path = folder / "library.safetensors"
+        save_file(tensors, path, metadata={"format": "pt"})
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+        return path
+
+    expected = library().read_bytes()
+
+    def error(path: Path | None) -> float | None:
+        return None if path is None else float(path.read_bytes() != expected)
+
+    def clear() -> None:
+        for path in folder.iterdir():
+            path.unlink()
+
+    size = len(expected)
+    calls: dict[str, Callable[[], Path | None]] = {OURS: ours, SAFETENSORS: library}
+    for name, direct in DISK.items():
+        calls[name] = partial(written_alone, folder, size, direct)
+    bars = {OURS: 0.0, SAFETENSORS: 0.0}
+    return Problem(calls, error, bars, size, before=clear, close=partial(shutil.rmtree, folder, True))
+
+
+def written_alone(folder: Path, size: int, direct: bool) -> None:
+    if not write_blocks(folder, [size], direct=direct):
+        raise OSError(f"{folder}: no direct I/O on this file system")
+
+
+def rows() -> list[Row]:
+    found = []
+    for level, side in SIDES.items():
+        size = f"{TENSORS * 2 * side**2 / 1e9:.2g} GB"
+        for cold in (False, True):
+            name = f"read {'cold' if cold else 'cached'} {size}"
+            contenders = (OURS, SAFETENSORS, LOAD_FILE, *(DISK if cold else ["disk-buffered"]))
+            found.append(Row(name, contenders, partial(reading, level, cold), level))
+        found.append(Row(f"write {size}", (OURS, SAFETENSORS, *DISK), partial(writing, level), level))
+    return found
+
+
+ROWS = rows()
+
+
+@contests(ROWS)
+def test_io(row: Row, contender: str, measure: Callable[[Row, str], None]) -> None:
+    measure(row, contender)

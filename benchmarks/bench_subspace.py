@@ -1,0 +1,124 @@
+"""The subspaces of Iso-CTS: the top s directions of what a projection leaves of a tall Δ_t, and the top k of a sum.
+
+The searched and certified task part beside the exact ones, ours by an eigensolver, torch's and numpy's full SVDs, and
+beside torch's randomized ``svd_lowrank``. Errors are ‖sin θ‖_F/√s between the left subspace found and that of numpy's
+float64 SVD.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks import shapes
+from benchmarks.harness.rows import OURS, Problem, Row, contests
+from benchmarks.harness.scratch import kept
+from isomerge_fast.bench.problems import Kind, deltas_like_fine_tuning
+from isomerge_fast.linalg.auto import subspace_ladder
+from isomerge_fast.linalg.gram_eigh import GramEigh
+from isomerge_fast.linalg.protocol import default_tolerance
+from isomerge_fast.methods.iso_cts import split_rank
+
+TORCH, TORCH_LOWRANK, NUMPY, EIGH = "torch", "torch-svd-lowrank", "numpy-fp64", "gram-eigh"
+TASKS = 8
+ANGLE = 1e-5  # what the default tier certifies a searched subspace to
+
+
+def angle_to(exact: Tensor) -> Callable[[Any], float]:
+    """‖U − U* U*ᵀ U‖_F / √s of orthonormal U [M, s], U* ``exact``."""
+
+    def error(result: Any) -> float:
+        u = torch.as_tensor(result).cpu().double()
+        return ((u - exact @ (exact.mT @ u)).norm() / math.sqrt(u.shape[1])).item()
+
+    return error
+
+
+def task_part(shape: tuple[int, int], kind: Kind, device: torch.device) -> Problem:
+    """Top s of R = Δ − U_k U_kᵀ Δ, tall; everybody is given U_k, and forms R or does without."""
+    deltas = deltas_like_fine_tuning(*shape, TASKS, kind, device=device)
+    delta, total = deltas[0], torch.stack(deltas).double().sum(0)
+    k, s = split_rank(min(shape), TASKS, 0.8)
+    solver = subspace_ladder("default", torch.float32)[0].solver
+    norm = torch.linalg.vector_norm(delta.double())
+    found = solver.top_subspace(total, k, complement=True, dtype=torch.float32, short_only=True)
+    common = solver.complete(total, found, torch.float32)
+    u_k = common.u
+    exact_u_k = common.u.double()
+
+    def exactly() -> np.ndarray:
+        u = np.linalg.svd(total.cpu().numpy(), full_matrices=False)[0][:, :k]
+        d = delta.cpu().numpy().astype(np.float64)
+        return np.linalg.svd(d - u @ (u.T @ d), full_matrices=False)[0][:, :s]
+
+    exact = torch.from_numpy(kept(f"part {shape[0]}x{shape[1]} {kind} {device.type}", exactly))
+
+    def residual() -> Tensor:
+        return delta - u_k @ (u_k.mT @ delta)
+
+    def by_solver(solver: GramEigh) -> Tensor:
+        options = {"norm": norm, "tolerance": default_tolerance(delta)}
+        return solver.residual_subspace(delta, total, common, s, **options).u
+
+    array, array_u_k = delta.double().cpu().numpy(), exact_u_k.cpu().numpy()
+    calls = {
+        OURS: lambda: by_solver(solver),  # type: ignore[arg-type]
+        EIGH: lambda: by_solver(GramEigh()),
+        TORCH: lambda: torch.linalg.svd(residual(), full_matrices=False)[0][:, :s],
+        TORCH_LOWRANK: lambda: torch.svd_lowrank(residual(), q=s + 9, niter=8)[0][:, :s],
+        NUMPY: lambda: np.linalg.svd(array - array_u_k @ (array_u_k.T @ array), full_matrices=False)[0][:, :s],
+    }
+    return Problem(calls, angle_to(exact), {OURS: ANGLE, EIGH: ANGLE}, 4.0 * shape[0] * (shape[1] + s))
+
+
+def common_part(shape: tuple[int, int], kind: Kind, device: torch.device) -> Problem:
+    """Top k = 0.8 r of S, both sides."""
+    total = torch.stack(deltas_like_fine_tuning(*shape, TASKS, kind, device=device)).double().sum(0)
+    k, _ = split_rank(min(shape), TASKS, 0.8)
+    array = total.cpu().numpy()
+
+    def exactly() -> np.ndarray:
+        return np.linalg.svd(array, full_matrices=False)[0][:, :k]
+
+    exact = torch.from_numpy(kept(f"common {shape[0]}x{shape[1]} {kind} {device.type}", exactly))
+
+    def ours() -> Tensor:
+        solver = subspace_ladder("default", torch.float32)[0].solver
+        found = solver.top_subspace(total, k, dtype=torch.float32, short_only=True)
+        return solver.complete(total, found, torch.float32).u
+
+    single = total.float()
+    calls = {
+        OURS: ours,
+        TORCH: lambda: torch.linalg.svd(single, full_matrices=False)[0][:, :k],
+        NUMPY: lambda: exactly(),
+    }
+    return Problem(calls, angle_to(exact), {OURS: ANGLE}, 4.0 * shape[0] * (shape[1] + k))
+
+
+CASES: tuple[tuple[str, tuple[int, int], str, tuple[Kind, ...]], ...] = (
+    ("tiny", (96, 48), "tiny", ("noise",)),
+    ("ViT-B/32 fc1", shapes.VIT_B_32.shape("fc1"), "short", ("noise", "decay")),
+    ("ViT-L/14 fc1", shapes.VIT_L_14.shape("fc1"), "full", ("noise", "decay")),
+    ("Llama-3.2-1B gate_proj", shapes.LLAMA_1B.shape("gate_proj"), "full", ("noise",)),
+)
+ROWS = [
+    Row(f"{name} {of} {shape[0]}x{shape[1]} {kind}", contenders, partial(make, shape, kind), level)
+    for of, shape, level, kinds in CASES
+    for kind in kinds
+    for name, make, contenders in (
+        ("task-part", task_part, (OURS, EIGH, TORCH, TORCH_LOWRANK, NUMPY)),
+        ("common-part", common_part, (OURS, TORCH, NUMPY)),
+    )
+]
+
+
+@contests(ROWS)
+def test_subspace(row: Row, contender: str, measure: Callable[[Row, str], None]) -> None:
+    measure(row, contender)

@@ -1,0 +1,1 @@
+"""What measures: rows and contenders, counting, results, tables and pictures."""

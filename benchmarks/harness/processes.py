@@ -1,0 +1,47 @@
+"""Merges as a user starts them, measured from outside: wall time with start-up, peak resident memory."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+# A process between this one and the one measured: a child's peak starts with that of the process it was forked from.
+MEASURED = """
+import json, resource, subprocess, sys, time
+started = time.perf_counter()
+outcome = subprocess.run(sys.argv[1:], stdout=subprocess.PIPE, text=True)
+seconds = time.perf_counter() - started
+usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+print(json.dumps({"seconds": seconds, "peak_bytes": usage.ru_maxrss * 1024, "output": outcome.stdout}))
+sys.exit(outcome.returncode)
+"""
+
+
+def measured(command: Sequence[str | Path]) -> dict[str, Any]:
+    """Wall time and peak memory of a process, from outside."""
+    words = [sys.executable, "-c", MEASURED, *map(str, command)]
+    outcome = subprocess.run(words, capture_output=True, text=True)
+    if outcome.returncode:
+        raise RuntimeError(f"{' '.join(map(str, command))}:\n{outcome.stdout}{outcome.stderr}")
+    return json.loads(outcome.stdout.splitlines()[-1])
+
+
+def merged(models: Sequence[Path], out: Path, *options: str) -> dict[str, Any]:
+    """``isomerge run`` as a user starts it, with its report."""
+    shutil.rmtree(out, ignore_errors=True)
+    command: list[str | Path] = [sys.executable, "-m", "isomerge_fast.cli", "run", "--base", models[0], "--out", out]
+    for expert in models[1:]:
+        command += ["--expert", expert]
+    found = measured([*command, *options, "--format", "json"])
+    return {**found, "report": json.loads(found.pop("output"))}
+
+
+def shares(report: Mapping[str, Any]) -> dict[str, float]:
+    """Of the merge's time, by what its main thread did."""
+    seconds = report["seconds"]
+    return {key: seconds[key] / seconds["total"] for key in ("read", "compute", "write")}

@@ -1,0 +1,231 @@
+"""What several passes of the benchmarks found, as one file: times, ratios with their spread, errors, growth."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness.rows import OURS
+
+FORMAT = 1
+# How many observations the spread that all rows have in common counts for, beside a row's own.
+COMMON_WEIGHT = 4
+# Of the standard deviation of one pass. Medians of three passes of two runs differ by 0.95 of it (one standard
+# deviation): beyond this lies one ratio in a thousand.
+SPREAD = 3.0
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One contender of a row.
+
+    Attributes:
+        seconds: median of every pass.
+        error: relative to float64; bar: the most it may be.
+        peak_bytes: of memory beyond the inputs.
+        flops: by dtype, of ours.
+        floor_seconds: the least time that the ceilings of each pass leave, of ours.
+    """
+
+    seconds: tuple[float, ...]
+    error: float | None = None
+    bar: float | None = None
+    peak_bytes: int | None = None
+    flops: Mapping[str, float] = field(default_factory=dict)
+    floor_seconds: tuple[float, ...] = ()
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    @property
+    def roofline(self) -> float | None:
+        """Share of what the measured ceilings allow."""
+        if not self.floor_seconds:
+            return None
+        return statistics.median(f / s for f, s in zip(self.floor_seconds, self.seconds, strict=True))
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """``value`` times as long as ours; another run on the same machine finds it between ``low`` and ``high``."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.3g} ± {100 * (self.high / self.value - 1):.0f} %"
+
+
+@dataclass(frozen=True)
+class ResultRow:
+    suite: str
+    name: str
+    moved_bytes: float
+    curve: tuple[str, str, float] | None
+    contenders: Mapping[str, Measured]
+
+    @property
+    def ours(self) -> Measured | None:
+        return self.contenders.get(OURS)
+
+    def log_ratios(self, baseline: str) -> list[float]:
+        """Of every pass: log of (seconds of the baseline / seconds of ours)."""
+        ours, theirs = self.contenders[OURS].seconds, self.contenders[baseline].seconds
+        return [math.log(their / our) for our, their in zip(ours, theirs, strict=False)]
+
+    @property
+    def baselines(self) -> list[str]:
+        return [name for name in self.contenders if name != OURS] if self.ours else []
+
+
+@dataclass(frozen=True)
+class Results:
+    """A whole run. ``skipped`` says of contenders why they took no part."""
+
+    machine: dict[str, Any]
+    level: str
+    passes: int
+    seconds: float
+    rows: tuple[ResultRow, ...]
+    skipped: tuple[str, ...] = ()
+
+    @property
+    def common_deviation(self) -> float:
+        """Standard deviation of a log ratio from pass to pass, over all ratios (root mean square); 5 % of one pass."""
+        variances = [
+            statistics.variance(found)
+            for row in self.rows
+            for baseline in row.baselines
+            if len(found := row.log_ratios(baseline)) > 1
+        ]
+        return math.sqrt(statistics.fmean(variances)) if variances else 0.05
+
+    def ratio(self, row: ResultRow, baseline: str) -> Ratio:
+        """Median over the passes, within ``SPREAD`` standard deviations.
+
+        Three passes alone say little about a deviation: a row's own is drawn towards that of all.
+        """
+        found = row.log_ratios(baseline)
+        own = statistics.variance(found) * (len(found) - 1) if len(found) > 1 else 0.0
+        variance = (COMMON_WEIGHT * self.common_deviation**2 + own) / (COMMON_WEIGHT + len(found) - 1)
+        middle, spread = statistics.median(found), SPREAD * math.sqrt(variance)
+        return Ratio(math.exp(middle), math.exp(middle - spread), math.exp(middle + spread))
+
+    def ratios(self) -> Iterator[tuple[ResultRow, str, Ratio]]:
+        for row in self.rows:
+            for baseline in row.baselines:
+                yield row, baseline, self.ratio(row, baseline)
+
+    def row(self, name: str) -> ResultRow | None:
+        return next((row for row in self.rows if row.name == name), None)
+
+    def suites(self) -> dict[str, list[ResultRow]]:
+        found: dict[str, list[ResultRow]] = {}
+        for row in self.rows:
+            found.setdefault(row.suite, []).append(row)
+        return found
+
+    def save(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> Results:
+        """Raises ValueError for a file of another kind."""
+        data = json.loads(path.read_text())
+        if not isinstance(data, dict) or data.pop("format", None) != FORMAT:
+            raise ValueError(f"{path}: not a result file of these benchmarks (format {FORMAT})")
+        rows = [
+            ResultRow(
+                **{
+                    **row,
+                    "curve": row["curve"] and tuple(row["curve"]),
+                    "contenders": {
+                        name: Measured(
+                            **{
+                                **found,
+                                "seconds": tuple(found["seconds"]),
+                                "floor_seconds": tuple(found["floor_seconds"]),
+                            }
+                        )
+                        for name, found in row["contenders"].items()
+                    },
+                }
+            )
+            for row in data.pop("rows")
+        ]
+        return cls(**{**data, "rows": tuple(rows), "skipped": tuple(data["skipped"])})
+
+
+def gather(files: Sequence[Path], *, level: str, seconds: float, skipped: Sequence[str] = ()) -> Results:
+    """What pytest-benchmark wrote in each pass, put together."""
+    passes = [json.loads(file.read_text()) for file in files]
+    found: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    suites: dict[str, str] = {}
+    for one in passes:
+        for entry in one["benchmarks"]:
+            name = entry["group"]
+            suites[name] = re.sub(r"^.*bench_(\w+)\.py::.*$", r"\1", entry["fullname"])
+            found.setdefault(name, {}).setdefault(entry["extra_info"]["contender"], []).append(entry)
+    rows = tuple(_row(suites[name], name, contenders) for name, contenders in found.items())
+    return Results(passes[0]["machine_info"], level, len(passes), round(seconds, 1), rows, tuple(skipped))
+
+
+def _row(suite: str, name: str, contenders: Mapping[str, list[dict[str, Any]]]) -> ResultRow:
+    measured = {}
+    for contender, entries in contenders.items():
+        info = [entry["extra_info"] for entry in entries]
+        peaks = [one["peak_bytes"] for one in info if one["peak_bytes"] is not None]
+        errors = [one["error"] for one in info if one["error"] is not None]
+        measured[contender] = Measured(
+            tuple(entry["stats"]["median"] for entry in entries),
+            max(errors, default=None),
+            info[0]["bar"],
+            max(peaks, default=None),
+            info[0].get("flops", {}),
+            tuple(one["floor_seconds"] for one in info if "floor_seconds" in one),
+        )
+    first = next(iter(contenders.values()))[0]["extra_info"]
+    return ResultRow(suite, name, first["moved_bytes"], first["curve"] and tuple(first["curve"]), measured)
+
+
+@dataclass(frozen=True)
+class Growth:
+    """seconds ∝ x^exponent, least squares in the logarithms over ``points``."""
+
+    curve: str
+    variable: str
+    contender: str
+    points: tuple[tuple[float, float], ...]
+    exponent: float
+
+
+def growth(results: Results) -> list[Growth]:
+    """Of every contender of every curve that was measured at three points or more."""
+    points: dict[tuple[str, str, str], list[tuple[float, float]]] = {}
+    for row in results.rows:
+        if row.curve is not None:
+            curve, variable, x = row.curve
+            for contender, measured in row.contenders.items():
+                points.setdefault((curve, variable, contender), []).append((x, measured.median))
+    found = []
+    for (curve, variable, contender), pairs in points.items():
+        if len(pairs) >= 3:
+            logs = [(math.log(x), math.log(seconds)) for x, seconds in sorted(pairs)]
+            slope = statistics.linear_regression(*zip(*logs, strict=True)).slope
+            found.append(Growth(curve, variable, contender, tuple(sorted(pairs)), slope))
+    return found
+
+
+def machine_label(machine: Mapping[str, Any]) -> str:
+    """As file names have it: ``intel-xeon-processor-2-threads``."""
+    name = re.sub(r"\((r|tm)\)", "", str(machine["device"]), flags=re.IGNORECASE)
+    return re.sub(r"[^a-z0-9]+", "-", f"{name} {machine['threads']} threads".lower()).strip("-")

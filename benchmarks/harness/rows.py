@@ -1,0 +1,100 @@
+"""What is measured: rows of contenders, each at one problem."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.util import find_spec
+from typing import Any
+
+import pytest
+import torch
+
+OURS = "ours"
+# Smallest first: ``tiny`` is for tests of the benchmarks themselves, ``full`` adds to ``short``.
+LEVELS = ("tiny", "short", "full")
+# Contenders that come from a package of their own: (module, extra).
+PEERS = {
+    "fusion-bench": ("fusion_bench", "fusion-bench"),
+    "mergekit": ("mergekit", "mergekit"),
+    "mergekit-fp32": ("mergekit", "mergekit"),
+}
+
+
+@dataclass
+class Problem:
+    """Inputs made, ready to be timed.
+
+    Attributes:
+        calls: what each contender does.
+        error: of a result, relative to float64; None, or gives None, where there is nothing to be off by.
+        bars: the most that a contender's error may be; those are checked before they are timed, and fail.
+        moved_bytes: what has to be read and written at least.
+        before: done before every timed call, untimed.
+        peak: takes the peak memory from a result, where that was measured in another process.
+        close: removes what was made on disk.
+    """
+
+    calls: Mapping[str, Callable[[], Any]]
+    error: Callable[[Any], float | None] | None = None
+    bars: Mapping[str, float] = field(default_factory=dict)
+    moved_bytes: float = 0.0
+    before: Callable[[], None] = lambda: None
+    peak: Callable[[Any], int] | None = None
+    close: Callable[[], None] = lambda: None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the tables.
+
+    Attributes:
+        name: also the group under pytest-benchmark.
+        contenders: by name; where ``OURS`` is among them, the others are what it is compared to.
+        make: its problem, on a device.
+        level: see ``LEVELS``.
+        slow: contenders that take seconds: called once, and that call is timed.
+        once: measured in the first of several passes only.
+        gpu_only: too large for a CPU.
+        curve: (name, variable, value) where the row is a point of a growth curve.
+    """
+
+    name: str
+    contenders: tuple[str, ...]
+    make: Callable[[torch.device], Problem]
+    level: str = "short"
+    slow: frozenset[str] = frozenset()
+    once: bool = False
+    gpu_only: bool = False
+    curve: tuple[str, str, float] | None = None
+
+
+def contests(rows: Sequence[Row]) -> pytest.MarkDecorator:
+    """A test for every contender of every row; those of a row follow each other, so that they are compared at once."""
+    cases = [(row, contender) for row in rows for contender in row.contenders]
+    return pytest.mark.parametrize(
+        ("row", "contender"), [pytest.param(*case, id=f"{case[0].name}-{case[1]}") for case in cases]
+    )
+
+
+def is_wanted(row: Row, level: str, *, later_pass: bool, on_gpu: bool) -> bool:
+    """``tiny`` alone, ``short`` alone, or ``short`` and ``full``."""
+    if (row.once and later_pass) or (row.gpu_only and not on_gpu):
+        return False
+    return row.level == level or (level == "full" and row.level == "short")
+
+
+@cache
+def absence(contender: str) -> str | None:
+    """Why a contender cannot take part, or None."""
+    module, extra = PEERS.get(contender, ("torch", ""))
+    if find_spec(module) is None:
+        return f"{contender} is not installed: pip install 'isomerge-fast[{extra}]'"
+    return None
+
+
+def names(*contenders: str | Iterable[str]) -> tuple[str, ...]:
+    """Contenders in order, each once."""
+    flat = [name for group in contenders for name in ([group] if isinstance(group, str) else group)]
+    return tuple(dict.fromkeys(flat))
