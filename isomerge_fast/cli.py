@@ -313,6 +313,62 @@ def doctor(format: FormatOption = Format.human) -> None:
 
 
 @app.command()
+def bench(
+    config: ConfigArgument = None,
+    base: BaseOption = None,
+    expert: ExpertOption = None,
+    method: MethodOption = None,
+    scaling: ScalingOption = None,
+    option: OptionOption = None,
+    exclude: ExcludeOption = None,
+    dtype: DtypeOption = None,
+    stochastic_rounding: RoundingOption = None,
+    on_extra: OnExtraOption = None,
+    save_delta: DeltaOption = False,
+    out: OutOption = None,
+    device: DeviceOption = "auto",
+    max_ram: RamOption = None,
+    max_vram: VramOption = None,
+    tasks: Annotated[int | None, typer.Option("--tasks", min=1, help="Without a merge: deltas to merge. [8]")] = None,
+    folder: Annotated[Path, typer.Option("--folder", help="On the disk to be measured; left as it is.")] = Path("."),
+    budget: Annotated[float, typer.Option("--budget", min=0.0, help="Seconds for timing, about.")] = 60.0,
+    format: FormatOption = Format.human,
+) -> None:
+    """What this machine does against the published algorithm; with a merge: what that would take here."""
+    changes = {"base": base, "expert": expert, "method": method, "scaling": scaling, "option": option}
+    changes |= {"exclude": exclude, "dtype": dtype, "on_extra": on_extra, "out": out}
+    changes |= {"stochastic_rounding": stochastic_rounding, "save_delta": save_delta or None}
+
+    def say(doing: str) -> None:
+        if format is Format.human and sys.stderr.isatty():
+            print(f"… {doing}", file=sys.stderr)
+
+    def action() -> None:
+        from .console import print_bench, print_estimate
+        from .engine import resolve_device
+
+        target = resolve_device(device)
+        if config is None and max_ram is None and max_vram is None and not any(changes.values()):
+            from .bench.short import measure_short
+
+            found = measure_short(target, tasks=tasks or 8, folder=folder, budget_seconds=budget, say=say).to_dict()
+            answer(format, found, lambda: print_bench(found))
+            return
+        from .bench.estimate import estimate_merge
+        from .plan import check_resources, make_plan
+
+        if tasks is not None:
+            raise ConfigError("--tasks is for a bench without a merge; a merge has as many as it has experts")
+        ram, vram = parse_bytes(max_ram, "--max-ram"), parse_bytes(max_vram, "--max-vram")
+        made = make_plan(gather_config(config, changes), target, max_ram=ram, max_vram=vram)
+        check_resources(made, max_ram=ram, max_vram=vram, device=target)
+        found = estimate_merge(made, target, folder=folder, budget_seconds=budget, say=say).to_dict()
+        answer(format, found, lambda: print_estimate(found))
+
+    guarded(format, action)
+
+
+@app.command()
 def demo(
     out: Annotated[Path, typer.Option("--out", help="Folder for checkpoints, table and picture.")] = Path("demo-out"),
     seed: Annotated[int, typer.Option(help="Of data split, networks and training.")] = 0,

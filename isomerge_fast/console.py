@@ -221,3 +221,94 @@ def print_doctor(findings: dict[str, Any]) -> None:
             f"{check['method']} on {check['device']}", f"{verdict}: error {check['error']:.1e} against float64"
         )
     out.print(table)
+
+
+def print_bench(found: dict[str, Any]) -> None:
+    """Of ``ShortBench.to_dict()``."""
+    out = console()
+    ceilings = found["ceilings"]
+    _print_machine(out, found)
+    out.print(
+        f"at most: copies {ceilings['copy_bytes_per_second'] / 1e9:.1f} GB/s, products "
+        f"{ceilings['float32_flops_per_second'] / 1e9:.0f} GFLOP/s in float32, "
+        f"{ceilings['float64_flops_per_second'] / 1e9:.0f} in float64"
+    )
+    out.print()
+    columns = ("shape", "of", "method", ">ours", ">published", ">ratio", ">from … to", ">rounds")
+    table = _table(*columns, ">error of ours", ">of published", ">promised")
+    for row in found["rows"]:
+        low, high = row["ratio_range"]
+        table.add_row(
+            f"{row['rows']} x {row['columns']}",
+            row["model"],
+            row["method"],
+            _short_duration(row["seconds"]),
+            _short_duration(row["published_seconds"]),
+            f"{row['ratio']:.1f}×",
+            f"{low:.1f} … {high:.1f}",
+            str(row["rounds"]),
+            f"{row['error']:.0e}",
+            f"{row['published_error']:.0e}",
+            f"{row['bound']:.0e}",
+        )
+    out.print(table)
+    out.print()
+    out.print(
+        f"{found['tasks']} deltas in float32, precision {found['precision']}; published: plain torch.linalg.svd in "
+        "float32, in turn with ours; errors against float64 full SVDs"
+    )
+    for left_out in found["skipped"]:
+        out.print(f"no time for {escape(left_out)}")
+
+
+def print_estimate(found: dict[str, Any]) -> None:
+    """Of ``Estimate.to_dict()``."""
+    out = console()
+    _print_machine(out, found)
+    out.print()
+    columns = ("shape", "dtype", "becomes", "route", "algorithm", ">count", ">each", ">in all")
+    table = _table(*columns, "timed")
+    for group in found["groups"]:
+        table.add_row(
+            escape(str(list(group["shape"]))),
+            group["dtype"],
+            group["action"],
+            group["route"],
+            group["algorithm"],
+            str(group["count"]),
+            _short_duration(group["seconds_each"]),
+            _short_duration(group["seconds"]),
+            group["timed"],
+        )
+    out.print(table)
+    out.print()
+    again = f", {size(found['read_again_bytes'])} of it again" if found["read_again_bytes"] else ""
+    out.print(
+        f"compute {duration(found['compute_seconds'])}; "
+        f"read {size(found['read_bytes'] + found['read_again_bytes'])}{again}: {duration(found['read_seconds'])}; "
+        f"write {size(found['write_bytes'])}: {duration(found['write_seconds'])}"
+    )
+    where = "the arithmetic" if found["wall"] == "compute" else "the disk"
+    out.print(
+        f"{found['method']} of {found['experts']} experts, {found['scalings']} scaling(s), would take about "
+        f"{duration(found['total_seconds'])}, starting up aside; the wall is {where}"
+    )
+    vram = f", of GPU memory {size(found['peak_vram_bytes'])}" if found["peak_vram_bytes"] else ""
+    out.print(f"peak memory ≈ {size(found['peak_ram_bytes'])}{vram}")
+    _print_notes(out, found["notes"])
+
+
+def _print_machine(out: Console, found: dict[str, Any]) -> None:
+    machine, disk = found["machine"], found["disk"]
+    out.print(f"{escape(machine['device'])}, {machine['threads']} CPU thread(s), torch {machine['torch']}")
+    out.print(
+        f"disk under {escape(disk['folder'])}: reads {disk['read_bytes_per_second'] / 1e9:.2f} GB/s, "
+        f"writes {disk['write_bytes_per_second'] / 1e9:.2f} GB/s"
+    )
+
+
+def _short_duration(seconds: float) -> str:
+    """With three digits below a second, where tensors are."""
+    if seconds >= 1:
+        return duration(seconds)
+    return f"{1e3 * seconds:.3g} ms" if seconds >= 1e-3 else f"{1e6 * seconds:.3g} µs"
