@@ -242,8 +242,8 @@ def print_bench(found: dict[str, Any]) -> None:
             f"{row['rows']} x {row['columns']}",
             row["model"],
             row["method"],
-            _short_duration(row["seconds"]),
-            _short_duration(row["published_seconds"]),
+            brief(row["seconds"]),
+            brief(row["published_seconds"]),
             f"{row['ratio']:.1f}×",
             f"{low:.1f} … {high:.1f}",
             str(row["rounds"]),
@@ -276,8 +276,8 @@ def print_estimate(found: dict[str, Any]) -> None:
             group["route"],
             group["algorithm"],
             str(group["count"]),
-            _short_duration(group["seconds_each"]),
-            _short_duration(group["seconds"]),
+            brief(group["seconds_each"]),
+            brief(group["seconds"]),
             group["timed"],
         )
     out.print(table)
@@ -307,7 +307,7 @@ def _print_machine(out: Console, found: dict[str, Any]) -> None:
     )
 
 
-def _short_duration(seconds: float) -> str:
+def brief(seconds: float) -> str:
     """With three digits below a second, where tensors are."""
     if seconds >= 1:
         return duration(seconds)

@@ -14,10 +14,11 @@ from checkpoints import make_family, save_folder
 from typer.testing import CliRunner
 
 import isomerge_fast as imf
-from isomerge_fast.bench import ceilings, estimate, short
+from isomerge_fast.bench import ceilings, estimate, samples, short
 from isomerge_fast.bench.ceilings import Ceilings
-from isomerge_fast.bench.estimate import Estimate, estimate_merge, group_plans, method_at, sizes_of
+from isomerge_fast.bench.estimate import Estimate, estimate_merge, group_plans
 from isomerge_fast.bench.problems import deltas_like_fine_tuning
+from isomerge_fast.bench.samples import method_at, sizes_of
 from isomerge_fast.bench.short import Shape, measure_short
 from isomerge_fast.cli import app
 from isomerge_fast.engine import run
@@ -167,8 +168,8 @@ def test_what_exceeds_its_share_is_scaled_and_says_so(
     monkeypatch: pytest.MonkeyPatch, wide_family: list[object], tmp_path: Path
 ) -> None:
     """With no time at all every matrix is timed at the smallest size, and multiplied by the ratio of operations."""
-    monkeypatch.setattr(estimate, "SMALLEST_SIDE", 16)
-    monkeypatch.setattr(estimate, "SMALLEST_ELEMENTS", 32)
+    monkeypatch.setattr(samples, "SMALLEST_SIDE", 16)
+    monkeypatch.setattr(samples, "SMALLEST_ELEMENTS", 32)
     monkeypatch.setattr(estimate, "timed", ticking(lambda function: 0.25))
     plan = plan_of(wide_family, method="iso-cts")
     (up, *_) = [tensor for tensor in plan.tensors if tensor.name == "0.up.weight"]
@@ -196,7 +197,7 @@ def test_no_size_takes_another_solver(wide_family: list[object], monkeypatch: py
     """9 tasks at r = 32 have one direction each, at r = 16 none: that is Iso-C, which says nothing of Iso-CTS. And a
     ceiling is one for the whole: a quarter of the elements has a quarter of the memory, and so the same solver.
     """
-    monkeypatch.setattr(estimate, "SMALLEST_SIDE", 4)
+    monkeypatch.setattr(samples, "SMALLEST_SIDE", 4)
     options = [*wide_family, *(["--expert", wide_family[3]] * 6)]
     groups = group_plans(plan_of(options, method="iso-cts"))
     (up,) = [members[0] for members in groups if members[0].name == "0.up.weight"]

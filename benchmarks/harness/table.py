@@ -10,17 +10,7 @@ from rich.table import Table
 
 from benchmarks.harness.results import Measured, ResultRow, Results, growth
 from benchmarks.harness.rows import OURS
-from isomerge_fast.console import size
-
-# Of contenders that every suite has; others follow in the order in which they were measured.
-SHORT_NAMES = {"torch": "torch", "fusion-bench": "FusionBench", "numpy": "numpy", "numpy-fp32": "numpy fp32"}
-
-
-def seconds(value: float) -> str:
-    for unit, factor in (("s", 1.0), ("ms", 1e3), ("µs", 1e6)):
-        if value * factor >= 1:
-            return f"{value * factor:.3g} {unit}"
-    return f"{value * 1e9:.3g} ns"
+from isomerge_fast.console import brief, size
 
 
 def error(value: float | None) -> str:
@@ -53,7 +43,7 @@ def lines_of(results: Results, row: ResultRow) -> Iterator[list[str]]:
         ratio = "" if is_ours or row.ours is None else str(results.ratio(row, name))
         yield [
             f"  {name}",
-            seconds(measured.median),
+            brief(measured.median),
             ratio,
             error(measured.error),
             "" if measured.peak_bytes is None else size(measured.peak_bytes),
@@ -83,7 +73,7 @@ def print_results(results: Results) -> None:
         for column in ("curve", "contender", "seconds grow like", "from", "to"):
             table.add_column(column, no_wrap=True)
         for curve in curves:
-            ends = [f"{seconds(t)} at {x:g}" for x, t in (curve.points[0], curve.points[-1])]
+            ends = [f"{brief(t)} at {x:g}" for x, t in (curve.points[0], curve.points[-1])]
             table.add_row(curve.curve, curve.contender, f"{curve.variable}^{curve.exponent:.2f}", *ends)
         out.print(table)
     for line in results.skipped:
@@ -125,14 +115,14 @@ def _growth(results: Results) -> Iterator[str]:
 
 
 def _ours(row: ResultRow) -> list[str]:
-    return ["–", "–"] if row.ours is None else [seconds(row.ours.median), error(row.ours.error)]
+    return ["–", "–"] if row.ours is None else [brief(row.ours.median), error(row.ours.error)]
 
 
 def _other(results: Results, row: ResultRow, name: str) -> str:
     if name not in row.contenders:
         return "–"
     found = row.contenders[name]
-    ratio = seconds(found.median) if row.ours is None else f"{results.ratio(row, name)}"
+    ratio = brief(found.median) if row.ours is None else f"{results.ratio(row, name)}"
     return ratio + (f" ({error(found.error)})" if found.error is not None else "")
 
 
