@@ -20,8 +20,8 @@ from torch import Tensor
 
 import isomerge_fast as imf
 from benchmarks import plain_merge, reference_numpy
-from benchmarks.harness import peers
 from benchmarks.harness.checkpoints import SMALL, family, llama_shapes, weights
+from benchmarks.harness.peers import fusion_bench, mergekit, task_arithmetic_recipe
 from benchmarks.harness.processes import merged
 from benchmarks.harness.rows import OURS, Problem, Row, contests
 from benchmarks.harness.scratch import kept, scratch
@@ -107,12 +107,13 @@ def in_process(method: str, label: str, shapes: Shapes, experts: int, device: to
     calls = {
         OURS: ours,
         TORCH: lambda: plain(TORCH, plain_merge.combine(method)),
-        FUSION_BENCH: lambda: plain(FUSION_BENCH, lambda deltas: peers.fusion_bench(method, deltas)),
+        FUSION_BENCH: lambda: plain(FUSION_BENCH, lambda deltas: fusion_bench(method, deltas)),
     }
     error = error_of(models, exact_of(method, models, shapes, label), of_delta=True)
     # Beside the method's own error the float32 roundings of θ, 2^-24 of it, some thirty times as large as Δ.
     bars = {OURS: PROMISES["default"]}
-    return Problem(calls, error, bars, bytes_of(shapes, experts, 4), close=partial(remove, list(outs.values())))
+    moved, close = bytes_of(shapes, experts, 4), partial(remove, list(outs.values()))
+    return Problem(calls, error, bars, moved, is_counted=method.startswith("iso"), close=close)
 
 
 def processes(label: str, shapes: Shapes, experts: int, device: torch.device) -> Problem:
@@ -128,7 +129,7 @@ def processes(label: str, shapes: Shapes, experts: int, device: torch.device) ->
 
     def theirs(name: str, dtype: str) -> tuple[Path, dict[str, Any]]:
         shutil.rmtree(outs[name], ignore_errors=True)
-        return outs[name], peers.mergekit(peers.task_arithmetic_recipe(models, SCALING, dtype), outs[name])
+        return outs[name], mergekit(task_arithmetic_recipe(models, SCALING, dtype), outs[name])
 
     calls = {
         OURS: ours,
@@ -141,6 +142,7 @@ def processes(label: str, shapes: Shapes, experts: int, device: torch.device) ->
         lambda result: of_weights(result[0]),
         {OURS: 2.0**-9},  # one rounding to bf16
         bytes_of(shapes, experts, 2),
+        is_counted=False,
         peak=lambda result: result[1]["peak_bytes"],
         close=partial(remove, list(outs.values())),
     )
@@ -160,23 +162,26 @@ def of_equal_bytes(count: int) -> dict[str, tuple[int, ...]]:
 
 
 def rows() -> list[Row]:
-    two_layers = llama_shapes(768, 3072, 2, 512)
+    one_layer = llama_shapes(768, 3072, 1, 512)
     tiny = llama_shapes(64, 160, 1, 96)
-    peers_of_iso = (TORCH, FUSION_BENCH)
     found = []
-    for level, label, shapes, experts in (("tiny", "llama-tiny", tiny, 2), ("short", "llama-15m", two_layers, 4)):
+    for level, label, shapes, experts in (("tiny", "llama-tiny", tiny, 2), ("short", "llama-9m", one_layer, 4)):
         for method in ("iso-c", "iso-cts"):
             make = partial(in_process, method, label, shapes, experts)
-            slow = frozenset(peers_of_iso if level != "tiny" else ())
-            found.append(Row(f"merge {method} {label} T={experts}", (OURS, *peers_of_iso), make, level, slow))
-    contenders = (OURS, MERGEKIT, MERGEKIT_32)
+            # FusionBench's functions take what plain torch takes, which `methods` shows; once is enough.
+            peers = (TORCH,) if (level, method) == ("short", "iso-cts") else (TORCH, FUSION_BENCH)
+            slow = frozenset(peers if level != "tiny" else ())
+            found.append(Row(f"merge {method} {label} T={experts}", (OURS, *peers), make, level, slow))
     make = partial(processes, "llama-162m", SMALL, 4)
-    name = f"merge task-arithmetic llama-162m T=4 --max-ram {CEILING}"
-    found.append(Row(name, contenders, make, "short", frozenset(contenders)))
-    for count in (16, 128, 1024, 8192):
+    for level, contenders in (("short", (OURS, MERGEKIT)), ("full", (OURS, MERGEKIT_32))):
+        precision = "float32" if MERGEKIT_32 in contenders else "bfloat16"
+        name = f"merge task-arithmetic llama-162m T=4 --max-ram {CEILING}, mergekit in {precision}"
+        found.append(Row(name, contenders, make, level, frozenset(contenders)))
+    for count in (16, 128, 1024, 4096):
         make = partial(in_process, "mean", f"tensors-{count}", of_equal_bytes(count), 2)
         curve = ("merge, mean of 8 M parameters, T = 2", "tensors", float(count))
-        found.append(Row(f"merge mean 8 M parameters in {count} tensors", (OURS, TORCH), make, curve=curve))
+        name = f"merge mean 8 M parameters in {count} tensors"
+        found.append(Row(name, (OURS, TORCH), make, once=count == 4096, curve=curve))
     return found
 
 

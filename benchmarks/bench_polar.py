@@ -65,7 +65,7 @@ CASES: tuple[tuple[str, tuple[int, int], Kind, str], ...] = (
     ("tiny", (40, 64), "noise", "tiny"),
     ("ViT-B/32 q_proj", shapes.VIT_B_32.shape("q_proj"), "decay", "short"),
     ("ViT-B/32 fc2", shapes.VIT_B_32.shape("fc2"), "noise", "short"),
-    ("Llama-3.2-1B k_proj", shapes.LLAMA_1B.shape("k_proj"), "noise", "short"),
+    ("Llama-3.2-1B k_proj", shapes.LLAMA_1B.shape("k_proj"), "noise", "full"),
     ("ViT-L/14 fc1", shapes.VIT_L_14.shape("fc1"), "decay", "full"),
     ("Llama-3.2-1B q_proj", shapes.LLAMA_1B.shape("q_proj"), "noise", "full"),
 )

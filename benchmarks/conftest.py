@@ -20,14 +20,19 @@ import torch
 
 from benchmarks.harness.counting import count_flops, peak_memory
 from benchmarks.harness.rows import LEVELS, OURS, Problem, Row, absence, is_wanted
+from benchmarks.harness.scratch import remembered
 from isomerge_fast.bench.ceilings import Ceilings, device_name, measure_ceilings, synchronise
+from isomerge_fast.heap import return_freed_blocks
 
 # Waiting threads give way soon, as under the command line (see ``isomerge_fast.cli.main``).
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 # Seconds for the timed calls of one contender in one pass.
-BUDGET = {"tiny": 0.02, "short": 0.6, "full": 1.5}
-LEAST_ROUNDS, MOST_ROUNDS = 3, 100
+BUDGET = {"tiny": 0.02, "short": 0.15, "full": 1.5}
+# OpenBLAS's threads go on spinning for 2^26 cycles after a call, which the next contender must not pay for: Iso-C of
+# 256 x 256 took 3.4 times as long right after numpy's SVDs.
+SETTLE_SECONDS = 0.05
+LEAST_ROUNDS, MOST_ROUNDS = 3, 50
 PACKAGES = ("isomerge-fast", "torch", "numpy", "triton", "safetensors", "fusion-bench", "mergekit", "pytest-benchmark")
 
 
@@ -67,6 +72,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if left:
         config.hook.pytest_deselected(items=left)
         items[:] = wanted
+
+
+def pytest_configure() -> None:
+    # glibc moves its thresholds as it goes, and with them what a large temporary costs: plain torch's sum of eight bf16
+    # experts took 25 or 90 ms, depending on what had been freed before. Fixed where they end up.
+    return_freed_blocks(eager=False)
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
@@ -177,19 +188,17 @@ def measure(
             return error
 
         benchmark.group = row.name
+        time.sleep(SETTLE_SECONDS)
         if contender in row.slow:
             result, peak = once(lambda: benchmark.pedantic(timed, setup=before))
             error = judged(result)
         else:
             problem.before()
-            result, peak = once(timed)
-            error = judged(result)
-            peak = problem.peak(result) if problem.peak else peak
-            del result
-            problem.before()
             started = time.perf_counter()
-            timed()
+            result, peak = once(timed)
             seconds = time.perf_counter() - started
+            error = judged(result)
+            del result
             budget = BUDGET[given(pytestconfig).level]
             rounds = max(LEAST_ROUNDS, min(MOST_ROUNDS, round(budget / max(seconds, 1e-9))))
             result = benchmark.pedantic(timed, setup=before, rounds=rounds)
@@ -201,7 +210,7 @@ def measure(
         info["moved_bytes"] = problem.moved_bytes
         info["curve"] = row.curve
         if contender == OURS:
-            flops = {str(dtype).removeprefix("torch."): count for dtype, count in count_flops(call).items()}
+            flops = remembered(f"flops {row.name}", lambda: count_flops(call)) if problem.is_counted else {}
             double = flops.get("float64", 0.0)
             info["flops"] = flops
             info["floor_seconds"] = ceilings.floor_seconds(problem.moved_bytes, sum(flops.values()) - double, double)

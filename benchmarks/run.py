@@ -6,8 +6,8 @@ Each pass is a process of its own (``pytest benchmarks --benchmark-json``) that 
 those of a row right after each other. A ratio is the median over the passes of (seconds of the baseline / seconds of
 ours); its spread is what another run on the same machine stays within (``results.Results.ratio``).
 
-    python -m benchmarks.run --table FILE                          the table of a result file once more
-    python -m benchmarks.run --table FILE --write docs/benchmarks.md   its tables into that file, between the marks
+    python -m benchmarks.run --table FILE                         the tables of a result file once more
+    python -m benchmarks.run --table FILE --write README.md …     into these files, between the marks there
 """
 
 from __future__ import annotations
@@ -26,11 +26,14 @@ from benchmarks.harness.pictures import draw
 from benchmarks.harness.results import Results, gather, machine_label
 from benchmarks.harness.rows import LEVELS
 from benchmarks.harness.scratch import VARIABLE
-from benchmarks.harness.table import markdown, print_results
+from benchmarks.harness.table import markdown, print_results, summary
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-BEGIN, END = "<!-- benchmark tables -->", "<!-- end of benchmark tables -->"
+MARKS = {
+    ("<!-- benchmark tables -->", "<!-- end of benchmark tables -->"): markdown,
+    ("<!-- benchmark summary -->", "<!-- end of benchmark summary -->"): summary,
+}
 
 
 def one_pass(
@@ -85,10 +88,19 @@ def run(
 
 
 def write_tables(path: Path, results: Results) -> None:
-    """The Markdown tables between the marks of a file."""
-    text = path.read_text()
-    start, end = text.index(BEGIN) + len(BEGIN), text.index(END)
-    path.write_text(f"{text[:start]}\n{markdown(results)}\n{text[end:]}")
+    """All tables, and the summary, into a Markdown file, each between its marks where it has them.
+
+    Raises:
+        ValueError: it has neither.
+    """
+    text, found = path.read_text(), False
+    for (begin, end), make in MARKS.items():
+        if begin in text:
+            start = text.index(begin) + len(begin)
+            text, found = f"{text[:start]}\n{make(results)}\n{text[text.index(end) :]}", True
+    if not found:
+        raise ValueError(f"{path}: has no marks such as {next(iter(MARKS))[0]}")
+    path.write_text(text)
 
 
 def main() -> int:
@@ -100,13 +112,13 @@ def main() -> int:
     parser.add_argument("--only", help="suites, by comma: kernels, polar, subspace, methods, merge, io")
     parser.add_argument("--out", type=Path, help="benchmarks/results/<machine>.json when left out")
     parser.add_argument("--table", type=Path, help="print a result file; nothing is measured")
-    parser.add_argument("--write", type=Path, help="with --table: the tables into this Markdown file")
+    parser.add_argument("--write", type=Path, nargs="*", default=[], help="with --table: into these Markdown files")
     options = parser.parse_args()
     if options.table:
         results = Results.load(options.table)
         print_results(results)
-        if options.write:
-            write_tables(options.write, results)
+        for path in options.write:
+            write_tables(path, results)
         return 0
     try:
         results = run(

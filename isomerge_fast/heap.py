@@ -8,22 +8,29 @@ ceiling of 800 MB peaked at 763 to 812 MB by glibc's own moving threshold (up to
 from __future__ import annotations
 
 import ctypes
+from functools import cache
 
 # From glibc's <malloc.h>.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _EAGER_BYTES, _LAZY_BYTES = 1 << 20, 32 << 20
 
 
+@cache
+def _c_library() -> ctypes.CDLL:
+    """Asked for at every tensor; making it anew costs a tenth of a millisecond."""
+    return ctypes.CDLL(None)
+
+
 def trim_heap() -> None:
     """Returns to the system what freed blocks have left in the heap."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    trim = getattr(_c_library(), "malloc_trim", None)
     if trim is not None:
         trim(0)
 
 
 def return_freed_blocks(eager: bool) -> None:
     """From now on freed blocks above 1 MiB go back to the system at once; else those below 32 MiB stay for reuse."""
-    library = ctypes.CDLL(None)
+    library = _c_library()
     setting = getattr(library, "mallopt", None)
     if setting is None or getattr(library, "malloc_trim", None) is None:  # musl and macOS
         return

@@ -148,7 +148,7 @@ class Plan:
         """Estimate of the peak of allocated memory on a GPU."""
         return self.budget.in_transfer + self.peak_work_bytes
 
-    @property
+    @cached_property
     def peak_work_bytes(self) -> int:
         """The largest working set of one tensor, on the device that computes."""
         return max((plan.route.work_bytes for plan in self.tensors), default=0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -23,7 +24,7 @@ from benchmarks.harness.pictures import draw
 from benchmarks.harness.results import Measured, ResultRow, Results, growth, machine_label
 from benchmarks.harness.rows import OURS, Row, absence, is_wanted
 from benchmarks.harness.table import markdown, print_results
-from benchmarks.run import BEGIN, END, run, write_tables
+from benchmarks.run import MARKS, run, write_tables
 from isomerge_fast.bench import published
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -90,9 +91,27 @@ def test_tables_and_pictures(results: Results, tmp_path: Path, capsys: pytest.Ca
     assert [path.name for path in pictures] == ["here-speedups.png", "here-growth.png", "here-error-against-time.png"]
     assert all(path.stat().st_size > 5000 for path in pictures)
     page = tmp_path / "page.md"
-    page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    marked = [f"{begin}\n{{}}\n{end}\n" for begin, end in MARKS]
+    page.write_text("before\n" + "".join(part.format("old") for part in marked) + "after\n")
     write_tables(page, results)
-    assert page.read_text() == f"before\n{BEGIN}\n{text}\n{END}\nafter\n"
+    made = [make(results) for make in MARKS.values()]
+    expected = "".join(part.format(text) for part, text in zip(marked, made, strict=True))
+    assert page.read_text() == f"before\n{expected}after\n"
+    page.write_text("nothing to fill in\n")
+    with pytest.raises(ValueError, match=r"page\.md"):
+        write_tables(page, results)
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/benchmarks.md"])
+def test_documented_tables_are_those_of_a_result_file(name: str, tmp_path: Path) -> None:
+    """`python -m benchmarks.run --table FILE --write …` wrote them; which file, the page says."""
+    text = (ROOT / name).read_text(encoding="utf-8")
+    file = re.search(r"benchmarks/results/[\w-]+-threads\.json", text)
+    assert file is not None
+    page = tmp_path / "page.md"
+    page.write_text(text)
+    write_tables(page, Results.load(ROOT / file[0]))
+    assert page.read_text() == text
 
 
 def test_a_file_is_what_was_saved(results: Results, tmp_path: Path) -> None:
@@ -238,8 +257,8 @@ def test_machine_label() -> None:
 def test_flops_are_counted_by_dtype() -> None:
     a = torch.randn(30, 20)
     counted = count_flops(lambda: (a @ a.mT, torch.linalg.eigh(a.double().mT @ a.double()), torch.linalg.svd(a)))
-    assert counted[torch.float32] == 2 * 30 * 20 * 30 + 6 * 30 * 20**2 + 20 * 20**3
-    assert counted[torch.float64] == 2 * 20 * 30 * 20 + 9 * 20**3
+    assert counted["float32"] == 2 * 30 * 20 * 30 + 6 * 30 * 20**2 + 20 * 20**3
+    assert counted["float64"] == 2 * 20 * 30 * 20 + 9 * 20**3
 
 
 def test_peak_memory_sees_what_is_freed_again() -> None:

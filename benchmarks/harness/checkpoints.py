@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 SHARD_BYTES = 2 << 30
+POOL_ELEMENTS = 1 << 25
 
 
 def llama_shapes(width: int, inner: int, layers: int, vocabulary: int) -> dict[str, tuple[int, ...]]:
@@ -34,7 +35,8 @@ def make_checkpoint(folder: Path, shapes: Mapping[str, tuple[int, ...]], seed: i
     if index_file.exists():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
-    shared, own = (torch.randn(1 << 25, generator=torch.Generator().manual_seed(number)) for number in (0, 1 + seed))
+    drawn = min(POOL_ELEMENTS, sum(map(prod, shapes.values())))
+    shared, own = (torch.randn(drawn, generator=torch.Generator().manual_seed(number)) for number in (0, 1 + seed))
     pool = (0.02 * (shared + 0.1 * own)).bfloat16()
     shards: list[list[str]] = [[]]
     filled = 0
@@ -49,8 +51,7 @@ def make_checkpoint(folder: Path, shapes: Mapping[str, tuple[int, ...]], seed: i
         file, tensors = f"model-{number:05}-of-{len(shards):05}.safetensors", {}
         for name in names:
             turn += 7919
-            count = prod(shapes[name])
-            tensors[name] = pool.roll(turn).repeat(-(-count // len(pool)))[:count].reshape(shapes[name])
+            tensors[name] = around(pool, -turn, prod(shapes[name])).reshape(shapes[name])
             weight_map[name] = file
         save_file(tensors, folder / file, metadata={"format": "pt"})
     width, vocabulary = shapes["model.embed_tokens.weight"][1], shapes["model.embed_tokens.weight"][0]
@@ -71,6 +72,16 @@ def make_checkpoint(folder: Path, shapes: Mapping[str, tuple[int, ...]], seed: i
     (folder / "config.json").write_text(json.dumps(config))
     index_file.write_text(json.dumps({"metadata": {"total_size": 0}, "weight_map": weight_map}))
     return folder
+
+
+def around(pool: torch.Tensor, start: int, count: int) -> torch.Tensor:
+    """``count`` numbers of ``pool`` from ``start`` on, which goes on from its beginning where it ends."""
+    parts, start = [], start % len(pool)
+    while count > 0:
+        parts.append(pool[start : start + count])
+        count -= len(parts[-1])
+        start = 0
+    return torch.cat(parts)
 
 
 def family(root: Path, name: str, shapes: Mapping[str, tuple[int, ...]], tasks: int) -> list[Path]:

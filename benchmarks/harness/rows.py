@@ -31,6 +31,7 @@ class Problem:
         error: of a result, relative to float64; None, or gives None, where there is nothing to be off by.
         bars: the most that a contender's error may be; those are checked before they are timed, and fail.
         moved_bytes: what has to be read and written at least.
+        is_counted: whether the operations that this process asks torch for tell how much is computed.
         before: done before every timed call, untimed.
         peak: takes the peak memory from a result, where that was measured in another process.
         close: removes what was made on disk.
@@ -40,6 +41,7 @@ class Problem:
     error: Callable[[Any], float | None] | None = None
     bars: Mapping[str, float] = field(default_factory=dict)
     moved_bytes: float = 0.0
+    is_counted: bool = True
     before: Callable[[], None] = lambda: None
     peak: Callable[[Any], int] | None = None
     close: Callable[[], None] = lambda: None

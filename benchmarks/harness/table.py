@@ -12,6 +12,9 @@ from benchmarks.harness.results import Measured, ResultRow, Results, growth
 from benchmarks.harness.rows import OURS
 from isomerge_fast.console import brief, size
 
+# In a README's table, with their names there.
+SUMMARISED = {"torch": "torch SVD", "fusion-bench": "FusionBench", "numpy-fp32": "numpy fp32", "mergekit": "mergekit"}
+
 
 def error(value: float | None) -> str:
     return "" if value is None else "0" if value == 0 else f"{value:.1e}"
@@ -97,6 +100,24 @@ def markdown(results: Results) -> str:
     if results.skipped:
         parts += ["", "Skipped: " + "; ".join(results.skipped)]
     return "\n".join(parts)
+
+
+def summary(results: Results) -> str:
+    """One table of the methods on real shapes and of whole merges, for a README."""
+    rows = [row for suite in ("methods", "merge") for row in results.suites().get(suite, []) if row.curve is None]
+    names = [name for name in SUMMARISED if any(name in row.contenders for row in rows)]
+    lines = [
+        cells(["", "ours", *(SUMMARISED[name] for name in names), "errors, ours / theirs"]),
+        "|---" * (3 + len(names)) + "|",
+    ]
+    for row in rows:
+        if row.ours is None:
+            continue
+        ratios = [f"{results.ratio(row, name)}" if name in row.contenders else "–" for name in names]
+        other = next((row.contenders[name] for name in ("torch", *names) if name in row.contenders), None)
+        errors = f"{error(row.ours.error)} / {error(other.error) if other else ''}"
+        lines.append(cells([row.name, brief(row.ours.median), *ratios, errors]))
+    return "\n".join(lines)
 
 
 def _growth(results: Results) -> Iterator[str]:

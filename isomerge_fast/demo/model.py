@@ -99,7 +99,7 @@ def one_thread() -> Iterator[None]:
 
 @one_thread()
 def train(
-    model: DigitsNetwork,
+    model: nn.Module,
     data: Split,
     heads: Tensor,
     tasks: Iterable[int],
@@ -112,6 +112,7 @@ def train(
     """AdamW on the cross-entropy of `LOGIT_SCALE` · features · headᵀ, in place, over images drawn from `tasks` alike.
 
     Args:
+        model: pixels `[..., 64]` to unit features `[..., width]`.
         heads: fp32 `[T, 10, width]`, constants here.
         tasks: the indices of the tasks to draw from: all of them for the base, one for an expert.
         learning_rate: its peak; it falls to zero along a cosine, so that where an expert stops is not a matter of luck.
@@ -134,7 +135,7 @@ def train(
 
 @one_thread()
 @torch.inference_mode()
-def accuracies(model: DigitsNetwork, data: Split, heads: Tensor) -> tuple[float, ...]:
+def accuracies(model: nn.Module, data: Split, heads: Tensor) -> tuple[float, ...]:
     """For each of the T tasks, the share of `data` whose nearest head row is its class."""
     logits = torch.einsum("tnw,tcw->tnc", model(data.pixels), heads)
     return tuple((logits.argmax(-1) == data.labels).double().mean(-1).tolist())

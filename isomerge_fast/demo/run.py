@@ -113,7 +113,7 @@ def run_demo(
 
     Args:
         seed: of the split, the heads, the initial weights and the batches.
-        n_tasks: 2 … 8.
+        n_tasks: 2 … 16.
         base_steps, expert_steps: optimizer steps of the joint pre-training, and of each fine-tuning.
         say: receives each line of progress, then the table.
 

@@ -1,4 +1,4 @@
-"""Eight classification tasks over the same handwritten digits, each with its own frozen class head."""
+"""Up to sixteen classification tasks over the same handwritten digits, each with its own frozen class head."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +13,8 @@ N_PIXELS = 64
 
 # Each maps images [n, 8, 8] with intensities in [-1, 1] to images of the same shape. A task keeps the digit's label, so
 # what an expert learns is to read digits in its own orientation; what a digit looks like is shared, so the experts'
-# updates overlap, and their sum is dominated by a few directions.
+# updates overlap, and their sum is dominated by a few directions. Together they are the eight symmetries of the square,
+# each as it is and inverted. The first eight are the demo's: new ones go behind them.
 TRANSFORMS: dict[str, Callable[[Tensor], Tensor]] = {
     "upright": lambda images: images,
     "rotated-90": lambda images: images.rot90(1, (1, 2)),
@@ -23,6 +24,14 @@ TRANSFORMS: dict[str, Callable[[Tensor], Tensor]] = {
     "upside-down": lambda images: images.flip(1),
     "transposed": lambda images: images.transpose(1, 2),
     "inverted": lambda images: -images,
+    "anti-transposed": lambda images: images.rot90(2, (1, 2)).transpose(1, 2),
+    "inverted-rotated-90": lambda images: -images.rot90(1, (1, 2)),
+    "inverted-rotated-180": lambda images: -images.rot90(2, (1, 2)),
+    "inverted-rotated-270": lambda images: -images.rot90(3, (1, 2)),
+    "inverted-mirrored": lambda images: -images.flip(2),
+    "inverted-upside-down": lambda images: -images.flip(1),
+    "inverted-transposed": lambda images: -images.transpose(1, 2),
+    "inverted-anti-transposed": lambda images: -images.rot90(2, (1, 2)).transpose(1, 2),
 }
 
 
@@ -54,7 +63,7 @@ def load_tasks(n_tasks: int, width: int, seed: int, n_train: int = 1000, n_valid
     """The first `n_tasks` transforms of scikit-learn's 1797 digits, split by `seed`; the rest (400) is the test set.
 
     Raises:
-        ConfigError: `n_tasks` is not within 2 … 8.
+        ConfigError: `n_tasks` is not within 2 … 16.
     """
     if not 2 <= n_tasks <= len(TRANSFORMS):
         raise ConfigError(f"n_tasks must lie within 2 … {len(TRANSFORMS)}, got {n_tasks}")

@@ -1,0 +1,1 @@
+"""How good merged networks are on real tasks (``python -m benchmarks.accuracy``)."""

@@ -1,0 +1,162 @@
+"""The paper's two measures of a merge, task by task, and how they go together.
+
+    SAR(Δ_t, Δ_M) = ‖U_k U_kᵀ Δ_t‖_F / ‖Δ_t‖_F    NAI_t = (merged_t − base_t) / (expert_t − base_t)
+
+SAR is the subspace alignment ratio: how much of a task's update lies in the range of the merged one. NAI is the
+normalised accuracy improvement: how much of what the expert gains over the base the merge gains too.
+
+Reference: arXiv 2502.04959. The plotting script released with it keeps the directions that hold 90 % of the energy,
+and takes the basis of the merged update for the first task only; here the definition in the paper is followed.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+TAIL = 0.05  # the paper's ε: what U_k may leave of ‖Δ_M‖_F
+# Of NAI's denominator. 0.02 is eight of the demo's 400 test digits: below it a handful of digits decides the ratio.
+SMALLEST_GAIN = 0.02
+# To which SAR is rounded. Mean and task arithmetic span the same range, and full-rank updates have SAR 1: float32 tells
+# them apart in the seventh digit, and Spearman's ranks would take that for an order.
+DECIMALS = 5
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """How the tasks' updates lie to one merged update, means over its matrices.
+
+    Args:
+        by_task: SAR of each task.
+        chance: √(k / M), the SAR (root mean square) of updates in random directions, which have nothing to do with the
+            merged one.
+        rank_share: k / min(M, N).
+    """
+
+    by_task: tuple[float, ...]
+    chance: float
+    rank_share: float
+
+
+def kept_rank(singular_values: Tensor, tail: float = TAIL) -> int:
+    """The smallest k with √(Σ_{i>k} σ_i²) ≤ tail · √(Σ_i σ_i²).
+
+    Args:
+        singular_values: `[r]`, largest first.
+
+    Returns:
+        0 … r; 0 where all are zero.
+    """
+    squares = singular_values.double().square()
+    # left[k] is what the first k leave; summed from the smallest, so that small ones are not lost beside large ones.
+    left = torch.cat([squares.flip(0).cumsum(0).flip(0), squares.new_zeros(1)])
+    return int((left > tail**2 * left[0]).sum())
+
+
+def range_basis(merged: Tensor, tail: float = TAIL) -> Tensor:
+    """U_k `[M, k]` in float64, the leading left singular vectors of Δ_M `[M, N]`; k as in ``kept_rank``."""
+    left, values, _ = torch.linalg.svd(merged.double(), full_matrices=False)
+    return left[:, : kept_rank(values, tail)]
+
+
+def alignment_ratio(delta: Tensor, basis: Tensor) -> float:
+    """‖U_k U_kᵀ Δ_t‖_F / ‖Δ_t‖_F of Δ_t `[M, N]` and U_k `[M, k]`.
+
+    Raises:
+        ValueError: Δ_t is zero, and the ratio undefined.
+    """
+    exact = delta.double()
+    norm = torch.linalg.vector_norm(exact)
+    if norm == 0:
+        raise ValueError(f"delta {list(delta.shape)} is zero: no share of it lies anywhere")
+    return float(torch.linalg.vector_norm(basis.mT @ exact) / norm)
+
+
+def align(deltas: Sequence[Mapping[str, Tensor]], merged: Mapping[str, Tensor], tail: float = TAIL) -> Alignment:
+    """Mean over all matrices of SAR(Δ_t, Δ_M), for every task.
+
+    Args:
+        deltas: per task, its update of every tensor; only the `[M, N]` ones count.
+        merged: the merged update of every tensor, before or after α: SAR does not depend on it.
+    """
+    ratios: list[list[float]] = [[] for _ in deltas]
+    chances, shares = [], []
+    for name, update in merged.items():
+        if update.ndim != 2:
+            continue
+        basis = range_basis(update, tail)
+        chances.append(math.sqrt(basis.shape[1] / update.shape[0]))
+        shares.append(basis.shape[1] / min(update.shape))
+        for of_task, delta in zip(ratios, deltas, strict=True):
+            of_task.append(alignment_ratio(delta[name], basis))
+    return Alignment(
+        tuple(round(statistics.fmean(of_task), DECIMALS) for of_task in ratios),
+        statistics.fmean(chances),
+        statistics.fmean(shares),
+    )
+
+
+def accuracy_improvement(
+    base: float, expert: float, merged: float, smallest_gain: float = SMALLEST_GAIN
+) -> float | None:
+    """NAI = (merged − base) / (expert − base); None where the expert gains less than ``smallest_gain``, or loses.
+
+    What is None is left out of means and correlations, and counted.
+    """
+    gain = expert - base
+    return (merged - base) / gain if gain >= smallest_gain - 1e-12 else None
+
+
+def ranks(values: Sequence[float]) -> list[float]:
+    """Places from 1 on, smallest first; equal values share the mean of theirs."""
+    order = sorted(range(len(values)), key=values.__getitem__)
+    places = [0.0] * len(values)
+    start = 0
+    while start < len(order):
+        end = start
+        while end < len(order) and values[order[end]] == values[order[start]]:
+            end += 1
+        for index in order[start:end]:
+            places[index] = (start + 1 + end) / 2
+        start = end
+    return places
+
+
+@dataclass(frozen=True)
+class Correlation:
+    """Pearson's and Spearman's coefficients of ``n`` points; None where a coordinate is constant or n < 3."""
+
+    n: int
+    pearson: float | None
+    spearman: float | None
+
+
+def correlate(points: Sequence[tuple[float, float]]) -> Correlation:
+    """Pearson's ρ of the points, and that of their ranks."""
+    if len(points) < 3:
+        return Correlation(len(points), None, None)
+    xs, ys = (list(coordinates) for coordinates in zip(*points, strict=True))
+    return Correlation(len(points), _pearson(xs, ys), _pearson(ranks(xs), ranks(ys)))
+
+
+def _pearson(xs: Sequence[float], ys: Sequence[float]) -> float | None:
+    try:
+        return statistics.correlation(xs, ys)
+    except statistics.StatisticsError:  # a constant coordinate
+        return None
+
+
+def without_group_means(groups: Sequence[Sequence[tuple[float, float]]]) -> list[tuple[float, float]]:
+    """Every point less its group's mean, coordinate by coordinate: what is left when groups no longer differ."""
+    points = []
+    for group in groups:
+        if group:
+            x, y = (statistics.fmean(coordinates) for coordinates in zip(*group, strict=True))
+            # Rounded as SAR is, so that a group of equal values has no spread that rounding made.
+            points += [(round(a - x, DECIMALS + 1), b - y) for a, b in group]
+    return points

@@ -1,0 +1,165 @@
+"""What the seeds of a setting say together: means, deviations, correlations; and the table of them."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+from benchmarks.accuracy.alignment import DECIMALS, SMALLEST_GAIN, Correlation, correlate, without_group_means
+from benchmarks.accuracy.scores import SeedScore
+from benchmarks.accuracy.settings import METHODS, Setting, candidates
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean and standard deviation over seeds (of the sample; 0 of a single one)."""
+
+    mean: float
+    deviation: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        return cls(fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0)
+
+    def __str__(self) -> str:
+        return f"{self.mean:.3f} ± {self.deviation:.3f}"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table: a method, or the base or the experts, of which only the accuracies are set.
+
+    Args:
+        scalings: the chosen α of every seed.
+        at_grid_end: the number of seeds whose α is at an end of its range.
+        alignment, chance, rank_share: mean over tasks and seeds of SAR, of its chance level, and of k / min(M, N).
+        improvement: mean over tasks and seeds of NAI, where there is one.
+    """
+
+    name: str
+    method: str
+    test: Spread
+    normalised: Spread
+    scalings: tuple[float, ...] = ()
+    at_grid_end: int = 0
+    alignment: float | None = None
+    chance: float | None = None
+    rank_share: float | None = None
+    improvement: float | None = None
+
+
+@dataclass(frozen=True)
+class SettingResult:
+    """All seeds of a setting, and what the table says of them.
+
+    Args:
+        left_out: (task, seed) pairs, of ``n_pairs``, without NAI: their experts gain less than ``SMALLEST_GAIN``.
+        correlations: of SAR_t with NAI_t: over all points; within methods (each method's mean taken off its points);
+            over the methods' means; over the points of Iso-C and Iso-CTS alone.
+        flat_difference: of Iso-CTS's test accuracy less Iso-C's, seed by seed: the two share what a seed makes easy.
+        flat_higher: the number of seeds in which Iso-CTS's is higher.
+    """
+
+    setting: Setting
+    seeds: tuple[SeedScore, ...]
+    rows: tuple[Row, ...]
+    n_pairs: int
+    left_out: int
+    correlations: dict[str, Correlation]
+    flat_difference: Spread
+    flat_higher: int
+
+
+def summarise(setting: Setting, seeds: Sequence[SeedScore], common_fractions: Sequence[float] = ()) -> SettingResult:
+    """Means, deviations and correlations over the seeds of one setting."""
+    base = Row(
+        "base",
+        "base",
+        Spread.of([fmean(score.base_by_task) for score in seeds]),
+        Spread.of([score.base_normalised for score in seeds]),
+    )
+    experts = Row(
+        "experts",
+        "experts",
+        Spread.of([fmean(score.experts_by_task) for score in seeds]),
+        Spread.of([1.0] * len(seeds)),
+    )
+    rows, groups = [base, experts], []
+    for key, candidate in candidates(common_fractions).items():
+        merges = [score.merges[key] for score in seeds]
+        points = [point for merge in merges for point in merge.points()]
+        if key in METHODS:
+            groups.append(points)
+        rows.append(
+            Row(
+                candidate.name,
+                key,
+                Spread.of([merge.test for merge in merges]),
+                Spread.of([merge.normalised for merge in merges]),
+                tuple(merge.scaling for merge in merges),
+                sum(merge.at_grid_end for merge in merges),
+                fmean(ratio for merge in merges for ratio in merge.alignment.by_task),
+                fmean(merge.alignment.chance for merge in merges),
+                fmean(merge.alignment.rank_share for merge in merges),
+                fmean(gain for _, gain in points) if points else None,
+            )
+        )
+    # One decimal fewer than SAR has: mean and sum span the same range, and are to share their rank here.
+    means = [
+        (round(fmean(x), DECIMALS - 1), fmean(y)) for x, y in (zip(*points, strict=True) for points in groups if points)
+    ]
+    of_method = dict(zip(METHODS, groups, strict=True))
+    differences = [score.merges["iso-cts"].test - score.merges["iso-c"].test for score in seeds]
+    pairs = sum(len(score.tasks) for score in seeds)
+    return SettingResult(
+        setting,
+        tuple(seeds),
+        tuple(rows),
+        pairs,
+        pairs - len(groups[0]),
+        {
+            "all points": correlate([point for points in groups for point in points]),
+            "within methods": correlate(without_group_means(groups)),
+            "method means": correlate(means),
+            "Iso-C, Iso-CTS": correlate(of_method["iso-c"] + of_method["iso-cts"]),
+        },
+        Spread.of(differences),
+        sum(difference > 0 for difference in differences),
+    )
+
+
+def table(result: SettingResult) -> str:
+    """One setting as aligned text."""
+    width = max(len(row.name) for row in result.rows)
+    lines = [
+        result.setting.title + f", {len(result.seeds)} seed{'s' * (len(result.seeds) != 1)}",
+        f"{'':{width}}  {'test accuracy':>13}  {'normalised':>13}  {'SAR':>5}  {'chance':>6}  {'k/r':>5}  {'NAI':>6}"
+        "  α",
+    ]
+    for row in result.rows:
+        figures = f"{row.name:{width}}  {row.test!s:>13}  {row.normalised!s:>13}"
+        if row.scalings:
+            ratios = f"{shown(row.alignment, 5)}  {shown(row.chance, 6)}  {shown(row.rank_share, 5)}"
+            scalings = " ".join(f"{scaling:g}" for scaling in row.scalings)
+            mark = f"  ({row.at_grid_end} at an end of the grid)" if row.at_grid_end else ""
+            figures += f"  {ratios}  {shown(row.improvement, 6)}  {scalings}{mark}"
+        lines.append(figures)
+    lines.append(
+        f"Iso-CTS less Iso-C, seed by seed: {result.flat_difference}; "
+        f"higher in {result.flat_higher} of {len(result.seeds)}"
+    )
+    for name, found in result.correlations.items():
+        coefficients = f"Pearson {shown(found.pearson, 6)}  Spearman {shown(found.spearman, 6)}"
+        lines.append(f"SAR with NAI, {name:14}  {coefficients}  ({found.n} points)")
+    if result.left_out:
+        lines.append(
+            f"NAI leaves out {result.left_out} of {result.n_pairs} (task, seed) pairs: "
+            f"the expert gains less than {SMALLEST_GAIN:g} over the base"
+        )
+    return "\n".join(lines)
+
+
+def shown(value: float | None, width: int) -> str:
+    return f"{value:{width}.3f}" if value is not None else f"{'–':>{width}}"
