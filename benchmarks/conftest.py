@@ -31,7 +31,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 BUDGET = {"tiny": 0.02, "short": 0.15, "full": 1.5}
 # OpenBLAS's threads go on spinning for 2^26 cycles after a call, which the next contender must not pay for: Iso-C of
 # 256 x 256 took 3.4 times as long right after numpy's SVDs.
-SETTLE_SECONDS = 0.05
+SETTLE_SECONDS = 0.03
 LEAST_ROUNDS, MOST_ROUNDS = 3, 50
 PACKAGES = ("isomerge-fast", "torch", "numpy", "triton", "safetensors", "fusion-bench", "mergekit", "pytest-benchmark")
 

@@ -7,7 +7,7 @@ those of a row right after each other. A ratio is the median over the passes of 
 ours); its spread is what another run on the same machine stays within (``results.Results.ratio``).
 
     python -m benchmarks.run --table FILE                         the tables of a result file once more
-    python -m benchmarks.run --table FILE --write README.md …     into these files, between the marks there
+    python -m benchmarks.run --table FILE --write README.md …     into these files, between their marks; and pictures
 """
 
 from __future__ import annotations
@@ -69,10 +69,11 @@ def run(
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="isomerge-bench-") as folder:
         files, skipped = [], []
+        took = 0.0
         for number in range(passes):
             elapsed = time.monotonic() - started
-            # The first pass makes the inputs and has the rows that are measured once.
-            if number and elapsed + 0.8 * elapsed / number > 60 * minutes:
+            # The first pass also makes the inputs, judges, and has the rows that are measured once.
+            if elapsed + (0.6 if number == 1 else 1.0) * took > 60 * minutes:
                 print(f"{number} of {passes} passes: another would take more than {minutes:g} minutes", flush=True)
                 break
             file = Path(folder) / f"pass-{number}.json"
@@ -83,7 +84,8 @@ def run(
             files.append(file)
             skipped = skipped or reasons
             count = len(json.loads(file.read_text())["benchmarks"])
-            print(f"pass {number + 1} of {passes}: {count} measured, {time.monotonic() - started:.0f} s", flush=True)
+            took = time.monotonic() - started - elapsed
+            print(f"pass {number + 1} of {passes}: {count} measured, {took:.0f} s", flush=True)
         return gather(files, level=level, seconds=time.monotonic() - started, skipped=skipped)
 
 
@@ -108,17 +110,21 @@ def main() -> int:
     parser.add_argument("--level", choices=LEVELS, default="short")
     parser.add_argument("--passes", type=int, default=3)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--minutes", type=float, default=9.5, help="no pass is begun that would not end by then")
+    parser.add_argument("--minutes", type=float, default=9.8, help="no pass is begun that would not end by then")
     parser.add_argument("--only", help="suites, by comma: kernels, polar, subspace, methods, merge, io")
     parser.add_argument("--out", type=Path, help="benchmarks/results/<machine>.json when left out")
     parser.add_argument("--table", type=Path, help="print a result file; nothing is measured")
-    parser.add_argument("--write", type=Path, nargs="*", default=[], help="with --table: into these Markdown files")
+    parser.add_argument(
+        "--write", type=Path, nargs="*", default=[], help="with --table: files with marks; and pictures"
+    )
     options = parser.parse_args()
     if options.table:
         results = Results.load(options.table)
         print_results(results)
         for path in options.write:
             write_tables(path, results)
+        if options.write:
+            draw(results, options.table.parent, options.table.stem)
         return 0
     try:
         results = run(

@@ -18,7 +18,7 @@ COLOURS = {
     "numpy-fp64": "#999999",
 }
 OTHER = "#E69F00"
-LABELS = {OURS: "isomerge-fast", "torch": "torch.linalg.svd", "fusion-bench": "FusionBench"}
+LABELS = {OURS: "isomerge-fast", "torch": "plain torch", "fusion-bench": "FusionBench"}
 
 
 def draw(results: Results, folder: Path, label: str) -> list[Path]:
@@ -89,11 +89,14 @@ def _growth(results: Results) -> Any:
         return None
     figure = Figure(figsize=(4.2 * len(names), 3.8), layout="constrained")
     for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+        values: set[float] = set()
         for curve in found:
             if curve.curve == name:
                 label = f"{_label(curve.contender)}: {curve.variable}^{curve.exponent:.2f}"
                 axes.loglog(*zip(*curve.points, strict=True), "o-", color=_colour(curve.contender), label=label)
                 axes.set_xlabel(curve.variable)
+                values.update(x for x, _ in curve.points)
+        _ticks(axes, values)
         axes.set_title(name, fontsize=10)
         axes.set_ylabel("seconds")
         axes.legend(frameon=False, fontsize=8)
@@ -122,6 +125,7 @@ def _errors(results: Results) -> Any:
             known = name in COLOURS
             colour = _colour(name) if known else f"C{index}"
             axes.loglog(*zip(*pairs, strict=True), "o" if known else "x", color=colour, label=_label(name), alpha=0.8)
+        _ticks(axes, {0.5, 1.0, 2.0, 5.0, 10.0, 20.0})
         axes.set_title(suite, fontsize=10)
         axes.set_xlabel("times as long as isomerge-fast")
         axes.set_ylabel("relative error against float64")
@@ -129,6 +133,13 @@ def _errors(results: Results) -> Any:
         axes.grid(alpha=0.25)
         _plain(axes)
     return figure
+
+
+def _ticks(axes: Any, values: set[float]) -> None:
+    """Plain numbers on a logarithmic axis, those of ``values`` that lie on it."""
+    low, high = axes.get_xlim()
+    axes.set_xticks(shown := sorted(x for x in values if low <= x <= high), [f"{x:g}" for x in shown])
+    axes.minorticks_off()
 
 
 def _plain(axes: Any) -> None:

@@ -61,7 +61,7 @@ class Ratio:
     high: float
 
     def __str__(self) -> str:
-        return f"{self.value:.3g} ± {100 * (self.high / self.value - 1):.0f} %"
+        return f"{self.value:.3g}× ± {100 * (self.high / self.value - 1):.0f} %"
 
 
 @dataclass(frozen=True)
