@@ -30,7 +30,7 @@ faults: $(VENV)/.installed-test ## 10,000 kill points and 100,000 fuzzed inputs 
 bench: $(VENV)/.installed-bench ## time and error beside numpy, torch, FusionBench, mergekit (under 10 minutes on 2 cores)
 	$(BIN)/python -m benchmarks.run
 
-bench-full: $(VENV)/.installed-bench ## the same with larger shapes (about an hour on 2 cores)
+bench-full: $(VENV)/.installed-bench ## the same with larger shapes, and more of them (long)
 	$(BIN)/python -m benchmarks.run --level full --minutes 120
 
 bench-compare: $(VENV)/.installed-bench ## what became slower or less exact: make bench-compare OLD=a.json NEW=b.json

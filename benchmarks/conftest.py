@@ -76,7 +76,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def pytest_configure() -> None:
     # glibc moves its thresholds as it goes, and with them what a large temporary costs: plain torch's sum of eight bf16
-    # experts took 25 or 90 ms, depending on what had been freed before. Fixed where they end up.
+    # experts took 25 or 110 ms, depending on what had been freed before. Fixed where they end up.
     return_freed_blocks(eager=False)
 
 

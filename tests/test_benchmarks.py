@@ -79,6 +79,13 @@ def test_every_row_has_time_ratio_error_rate_and_memory(results: Results) -> Non
     assert any(curve.contender == OURS and len(curve.points) == 3 for curve in growth(results))
 
 
+def test_a_run_says_who_is_absent(results: Results) -> None:
+    """FusionBench takes part where it is installed."""
+    reason = absence("fusion-bench")
+    assert list(results.skipped) == ([] if reason is None else [reason])
+    assert any("fusion-bench" in row.contenders for row in results.rows) == (reason is None)
+
+
 def test_tables_and_pictures(results: Results, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     print_results(results)
     printed = capsys.readouterr().out
