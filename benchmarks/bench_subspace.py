@@ -68,7 +68,7 @@ def task_part(shape: tuple[int, int], kind: Kind, device: torch.device) -> Probl
 
     array, array_u_k = delta.double().cpu().numpy(), exact_u_k.cpu().numpy()
     calls = {
-        OURS: lambda: by_solver(solver),  # type: ignore[arg-type]
+        OURS: lambda: by_solver(solver),  # type: ignore[arg-type]  # the ladder's first is a GramEigh
         EIGH: lambda: by_solver(GramEigh()),
         TORCH: lambda: torch.linalg.svd(residual(), full_matrices=False)[0][:, :s],
         TORCH_LOWRANK: lambda: torch.svd_lowrank(residual(), q=s + 9, niter=8)[0][:, :s],

@@ -29,8 +29,8 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 # Seconds for the timed calls of one contender in one pass.
 BUDGET = {"tiny": 0.02, "short": 0.15, "full": 1.5}
-# OpenBLAS's threads go on spinning for 2^26 cycles after a call, which the next contender must not pay for: Iso-C of
-# 256 x 256 took 3.4 times as long right after numpy's SVDs.
+# OpenBLAS's threads go on spinning for 2^26 cycles after a call, which the next contender must not pay for: in a pass
+# where numpy's SVDs came right before, Iso-C of 256 x 256 took 3.4 times as long.
 SETTLE_SECONDS = 0.03
 LEAST_ROUNDS, MOST_ROUNDS = 3, 50
 PACKAGES = ("isomerge-fast", "torch", "numpy", "triton", "safetensors", "fusion-bench", "mergekit", "pytest-benchmark")
@@ -64,7 +64,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     options = given(config)
     wanted, left = [], []
     for item in items:
-        row = item.callspec.params.get("row") if hasattr(item, "callspec") else None  # type: ignore[attr-defined]
+        row = item.callspec.params.get("row") if hasattr(item, "callspec") else None  # type: ignore[attr-defined]  # of functions only
         takes_part = row is None or is_wanted(
             row, options.level, later_pass=options.later_pass, on_gpu=options.device.type == "cuda"
         )
@@ -109,7 +109,7 @@ def _numpy_blas() -> str:
     try:
         from threadpoolctl import threadpool_info
     except ImportError:
-        return str(np.show_config(mode="dicts")["Build Dependencies"]["blas"]["name"])  # type: ignore[index]
+        return f"of numpy {np.__version__}, threadpoolctl is not installed"
     pools = [pool for pool in threadpool_info() if "numpy" in pool["filepath"]]
     return ", ".join(f"{pool['internal_api']} {pool['version']} ({pool.get('architecture')})" for pool in pools)
 
@@ -160,10 +160,13 @@ def measure(
     """
 
     def run(row: Row, contender: str) -> None:
-        if reason := absence(contender):
+        # Skipped with the reason, which the run prints: a peer is not installed, or cannot do this here.
+        reason = absence(contender)
+        problem = None if reason else problems(row)
+        reason = reason or (problem.absent.get(contender) if problem else None)
+        if reason or problem is None:
             benchmark.skipped = True
-            pytest.skip(reason)
-        problem = problems(row)
+            pytest.skip(reason or "")
         call = problem.calls[contender]
 
         def timed() -> Any:

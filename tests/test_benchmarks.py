@@ -8,6 +8,7 @@ import math
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,12 +18,12 @@ import torch
 
 pytest.importorskip("pytest_benchmark")
 
-from benchmarks import plain_merge, reference_numpy, shapes
+from benchmarks import bench_io, plain_merge, reference_numpy, shapes
 from benchmarks.compare import FASTER, LESS_EXACT, MISSING, MORE_EXACT, NEW, SAME, SLOWER, compare, outside
 from benchmarks.harness.counting import count_flops, peak_memory
 from benchmarks.harness.pictures import draw
 from benchmarks.harness.results import Measured, ResultRow, Results, growth, machine_label
-from benchmarks.harness.rows import OURS, Row, absence, is_wanted
+from benchmarks.harness.rows import OURS, Problem, Row, absence, is_wanted
 from benchmarks.harness.table import markdown, print_results
 from benchmarks.run import MARKS, run, write_tables
 from isomerge_fast.bench import published
@@ -189,6 +190,21 @@ def test_an_absent_peer_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
         assert absence("mergekit-fp32") == "mergekit-fp32 is not installed: pip install 'isomerge-fast[mergekit]'"
     finally:
         absence.cache_clear()
+
+
+@pytest.mark.parametrize("make", [bench_io.reading, bench_io.writing])
+def test_a_disk_without_direct_io_is_said(
+    make: Callable[..., Problem], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As on a tmpfs, which many systems have under /tmp: the rest of the row is measured all the same."""
+    monkeypatch.setattr(bench_io, "scratch", lambda: tmp_path)
+    monkeypatch.setattr(bench_io, "open_direct", lambda *_: None)
+    arguments = ("tiny", True) if make is bench_io.reading else ("tiny",)
+    problem = make(*arguments, torch.device("cpu"))
+    assert list(problem.absent) == ["disk-direct"]
+    assert "TMPDIR" in problem.absent["disk-direct"]
+    assert problem.error is not None
+    assert problem.error(problem.calls[OURS]()) == 0
 
 
 # --- arithmetic -----------------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.util import find_spec
@@ -34,6 +34,7 @@ class Problem:
         is_counted: whether the operations that this process asks torch for tell how much is computed.
         before: done before every timed call, untimed.
         peak: takes the peak memory from a result, where that was measured in another process.
+        absent: contenders that cannot take part here, and why.
         close: removes what was made on disk.
     """
 
@@ -44,6 +45,7 @@ class Problem:
     is_counted: bool = True
     before: Callable[[], None] = lambda: None
     peak: Callable[[Any], int] | None = None
+    absent: Mapping[str, str] = field(default_factory=dict)
     close: Callable[[], None] = lambda: None
 
 
@@ -94,9 +96,3 @@ def absence(contender: str) -> str | None:
     if find_spec(module) is None:
         return f"{contender} is not installed: pip install 'isomerge-fast[{extra}]'"
     return None
-
-
-def names(*contenders: str | Iterable[str]) -> tuple[str, ...]:
-    """Contenders in order, each once."""
-    flat = [name for group in contenders for name in ([group] if isinstance(group, str) else group)]
-    return tuple(dict.fromkeys(flat))
