@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import enum
+import functools
+import inspect
 import json
 import os
 import re
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -45,6 +48,13 @@ RoundingOption = Annotated[
 ]
 OnExtraOption = Annotated[
     str | None, typer.Option("--on-extra", help="Tensors only an expert has: error, ignore or copy.")
+]
+WeightOption = Annotated[list[float] | None, typer.Option("--weight", help="Of each expert's delta, in their order.")]
+MissingOption = Annotated[
+    str | None, typer.Option("--on-missing", help="Tensors only some adapters adapt: error, or zero.")
+]
+RankOption = Annotated[
+    int | None, typer.Option("--adapter-rank", help="Write a LoRA adapter of this rank (experts are adapters).")
 ]
 OutOption = Annotated[str | None, typer.Option("--out", help="Folder to write.")]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
@@ -84,18 +94,68 @@ def parse_options(pairs: list[str] | None) -> dict[str, Any] | None:
     return options
 
 
-def gather_config(config: Path | None, changes: dict[str, Any]) -> Any:
-    """The MergeConfig of a file with options laid over it, or of options alone."""
-    from .config import load_config
+@dataclass(frozen=True)
+class Described:
+    """What a command line says of a merge: a file, options, or options laid over a file."""
 
-    if config is None and (changes.get("base") is None or not changes.get("expert")):
-        raise ConfigError("give CONFIG.yml, or --base and at least one --expert")
-    scaling = changes.pop("scaling")
-    changes["scaling"] = None if not scaling else scaling[0] if len(scaling) == 1 else scaling
-    changes["experts"] = changes.pop("expert") or None
-    changes["exclude"] = changes["exclude"] or None
-    changes["options"] = parse_options(changes.pop("option"))
-    return load_config(config if config is not None else {}, **changes)
+    file: Path | None
+    options: dict[str, Any]
+
+    @property
+    def is_empty(self) -> bool:
+        return self.file is None and not any(self.options.values())
+
+    def config(self) -> Any:
+        """The MergeConfig."""
+        from .config import load_config
+
+        changes = dict(self.options)
+        if self.file is None and (changes.get("base") is None or not changes.get("expert")):
+            raise ConfigError("give CONFIG.yml, or --base and at least one --expert")
+        scaling = changes.pop("scaling")
+        changes["scaling"] = None if not scaling else scaling[0] if len(scaling) == 1 else scaling
+        changes["experts"] = changes.pop("expert") or None
+        changes["weights"] = changes.pop("weight") or None
+        changes["exclude"] = changes["exclude"] or None
+        changes["save_delta"] = changes["save_delta"] or None
+        changes["options"] = parse_options(changes.pop("option"))
+        return load_config(self.file if self.file is not None else {}, **changes)
+
+
+def _merge_options(
+    config: ConfigArgument = None,
+    base: BaseOption = None,
+    expert: ExpertOption = None,
+    method: MethodOption = None,
+    scaling: ScalingOption = None,
+    option: OptionOption = None,
+    weight: WeightOption = None,
+    exclude: ExcludeOption = None,
+    dtype: DtypeOption = None,
+    stochastic_rounding: RoundingOption = None,
+    on_extra: OnExtraOption = None,
+    on_missing: MissingOption = None,
+    adapter_rank: RankOption = None,
+    save_delta: DeltaOption = False,
+    out: OutOption = None,
+) -> None:
+    """The options of every verb that takes a merge."""
+
+
+def describes_a_merge(verb: Callable[..., None]) -> Callable[..., None]:
+    """``verb`` with ``_merge_options`` for its first parameter, which gets them as ``Described``."""
+    signature = inspect.signature(verb, eval_str=True)
+    shared = inspect.signature(_merge_options, eval_str=True).parameters
+
+    @functools.wraps(verb)
+    def command(**given: Any) -> None:
+        options = {name: given.pop(name) for name in shared}
+        verb(Described(options.pop("config"), options), **given)
+
+    parameters = [*shared.values(), *list(signature.parameters.values())[1:]]
+    command.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]  # functions have it
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return command
 
 
 def answer(format: Format, value: dict[str, Any], human: Callable[[], None]) -> None:
@@ -125,19 +185,9 @@ def guarded(format: Format, action: Callable[[], None]) -> None:
 
 
 @app.command()
+@describes_a_merge
 def run(
-    config: ConfigArgument = None,
-    base: BaseOption = None,
-    expert: ExpertOption = None,
-    method: MethodOption = None,
-    scaling: ScalingOption = None,
-    option: OptionOption = None,
-    exclude: ExcludeOption = None,
-    dtype: DtypeOption = None,
-    stochastic_rounding: RoundingOption = None,
-    on_extra: OnExtraOption = None,
-    save_delta: DeltaOption = False,
-    out: OutOption = None,
+    described: Described,
     device: DeviceOption = "auto",
     max_ram: RamOption = None,
     max_vram: VramOption = None,
@@ -147,18 +197,15 @@ def run(
     format: FormatOption = Format.human,
 ) -> None:
     """Merge checkpoints into --out."""
-    changes = {"base": base, "expert": expert, "method": method, "scaling": scaling, "option": option}
-    changes |= {"exclude": exclude, "dtype": dtype, "on_extra": on_extra, "out": out}
-    changes |= {"stochastic_rounding": stochastic_rounding, "save_delta": save_delta or None}
 
     def action() -> None:
         from .api import merge
         from .console import print_report, watched
 
-        merge_config = gather_config(config, changes)
+        config = described.config()
         with watched(enabled=format is Format.human) as observer:
             report = merge(
-                merge_config,
+                config,
                 device=device,
                 resume=resume,
                 overwrite=overwrite,
@@ -173,28 +220,15 @@ def run(
 
 
 @app.command()
+@describes_a_merge
 def plan(
-    config: ConfigArgument = None,
-    base: BaseOption = None,
-    expert: ExpertOption = None,
-    method: MethodOption = None,
-    scaling: ScalingOption = None,
-    option: OptionOption = None,
-    exclude: ExcludeOption = None,
-    dtype: DtypeOption = None,
-    stochastic_rounding: RoundingOption = None,
-    on_extra: OnExtraOption = None,
-    save_delta: DeltaOption = False,
-    out: OutOption = None,
+    described: Described,
     device: DeviceOption = "auto",
     max_ram: RamOption = None,
     max_vram: VramOption = None,
     format: FormatOption = Format.human,
 ) -> None:
     """What a run would do with every tensor: reads headers only, writes nothing."""
-    changes = {"base": base, "expert": expert, "method": method, "scaling": scaling, "option": option}
-    changes |= {"exclude": exclude, "dtype": dtype, "on_extra": on_extra, "out": out}
-    changes |= {"stochastic_rounding": stochastic_rounding, "save_delta": save_delta or None}
 
     def action() -> None:
         from .console import print_plan
@@ -203,7 +237,7 @@ def plan(
 
         target = resolve_device(device)
         ram, vram = parse_bytes(max_ram, "--max-ram"), parse_bytes(max_vram, "--max-vram")
-        made = make_plan(gather_config(config, changes), target, max_ram=ram, max_vram=vram)
+        made = make_plan(described.config(), target, max_ram=ram, max_vram=vram)
         check_resources(made, max_ram=ram, max_vram=vram, device=target)
         seconds = estimate_seconds(made)
         answer(format, {**made.to_dict(), "estimated_seconds": seconds}, lambda: print_plan(made, seconds))
@@ -313,19 +347,9 @@ def doctor(format: FormatOption = Format.human) -> None:
 
 
 @app.command()
+@describes_a_merge
 def bench(
-    config: ConfigArgument = None,
-    base: BaseOption = None,
-    expert: ExpertOption = None,
-    method: MethodOption = None,
-    scaling: ScalingOption = None,
-    option: OptionOption = None,
-    exclude: ExcludeOption = None,
-    dtype: DtypeOption = None,
-    stochastic_rounding: RoundingOption = None,
-    on_extra: OnExtraOption = None,
-    save_delta: DeltaOption = False,
-    out: OutOption = None,
+    described: Described,
     device: DeviceOption = "auto",
     max_ram: RamOption = None,
     max_vram: VramOption = None,
@@ -335,9 +359,6 @@ def bench(
     format: FormatOption = Format.human,
 ) -> None:
     """What this machine does against the published algorithm; with a merge: what that would take here."""
-    changes = {"base": base, "expert": expert, "method": method, "scaling": scaling, "option": option}
-    changes |= {"exclude": exclude, "dtype": dtype, "on_extra": on_extra, "out": out}
-    changes |= {"stochastic_rounding": stochastic_rounding, "save_delta": save_delta or None}
 
     def say(doing: str) -> None:
         if format is Format.human and sys.stderr.isatty():
@@ -348,7 +369,7 @@ def bench(
         from .engine import resolve_device
 
         target = resolve_device(device)
-        if config is None and max_ram is None and max_vram is None and not any(changes.values()):
+        if described.is_empty and max_ram is None and max_vram is None:
             from .bench.short import measure_short
 
             found = measure_short(target, tasks=tasks or 8, folder=folder, budget_seconds=budget, say=say).to_dict()
@@ -360,7 +381,7 @@ def bench(
         if tasks is not None:
             raise ConfigError("--tasks is for a bench without a merge; a merge has as many as it has experts")
         ram, vram = parse_bytes(max_ram, "--max-ram"), parse_bytes(max_vram, "--max-vram")
-        made = make_plan(gather_config(config, changes), target, max_ram=ram, max_vram=vram)
+        made = make_plan(described.config(), target, max_ram=ram, max_vram=vram)
         check_resources(made, max_ram=ram, max_vram=vram, device=target)
         found = estimate_merge(made, target, folder=folder, budget_seconds=budget, say=say).to_dict()
         answer(format, found, lambda: print_estimate(found))

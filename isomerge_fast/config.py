@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fnmatch
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -9,9 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ConfigError, nearest
+from .mergekit_recipe import is_recipe, read_recipe
 
 OUTPUT_DTYPES = ("float64", "float32", "float16", "bfloat16")
-ON_EXTRA = ("error", "ignore", "copy")
+# What may be said of three kinds of surprise.
+CHOICES = {
+    "on_extra": ("error", "ignore", "copy"),
+    "on_missing": ("error", "zero"),
+    "on_other_base": ("error", "ignore"),
+}
 
 
 @dataclass(frozen=True)
@@ -24,15 +32,27 @@ class Override:
 
 
 @dataclass(frozen=True)
+class WeightRule:
+    """A weight for the tensors whose name matches ``match`` (shell pattern)."""
+
+    match: str
+    weight: float
+
+
+@dataclass(frozen=True)
 class MergeConfig:
     """What to merge, how, and where to.
 
     Attributes:
         base, experts: Hugging Face checkpoint folders, or bare ``.safetensors`` files. Relative to the working folder.
+            Experts may all be LoRA adapter folders (``adapter_config.json``) instead.
         out: folder to write; None for a plan only.
         method: iso-c, iso-cts, mean or task-arithmetic.
         scaling: the paper's α in θ = θ₀ + α·Δ; or several, each an output ``scaling-<α>`` of one decomposition.
         options: hyper-parameters of the method.
+        weights: w_t, one entry an expert: a number, or rules of which the first that matches a tensor's name gives it
+            (1 where none does). Δ_t is multiplied by it, whatever the method: the mean is (1/T) Σ w_t Δ_t. None: 1.
+        normalize_weights: w_t are divided by their sum, tensor by tensor.
         exclude: shell patterns; matching tensors are averaged instead of merged by the method.
         overrides: other methods by name pattern.
         dtype: of all float tensors of the output; None keeps each tensor's dtype in the base.
@@ -41,6 +61,10 @@ class MergeConfig:
             seed gives the same bytes. None rounds to the nearest.
         on_extra: what becomes of tensors that an expert has and the base has not: "error", "ignore", or "copy" where
             one expert alone has it.
+        on_missing: of tensors that some adapters adapt and others leave alone: "error", or "zero": their Δ_t is zero.
+        on_other_base: of adapters that name different bases: "error", or "ignore" where these are the same weights.
+        adapter_rank: write a LoRA adapter of this rank instead of a checkpoint: the merged Δ, of which it is the best
+            approximation; the report has the error. Experts have to be adapters.
         experts_are_deltas: the experts hold Δ_t = θ_t − θ₀ (task vectors, a saved Δ) and not θ_t.
         save_delta: also write the merged Δ, into ``out/delta``, for ``isomerge apply``. It is kept in float32 (float64
             where an input is that), and what is written beside it is made of it as it is kept.
@@ -51,11 +75,16 @@ class MergeConfig:
     method: str = "iso-cts"
     scaling: float | list[float] = 1.0
     options: dict[str, Any] = field(default_factory=dict)
+    weights: list[float | list[WeightRule]] | None = None
+    normalize_weights: bool = False
     exclude: list[str] = field(default_factory=list)
     overrides: list[Override] = field(default_factory=list)
     dtype: str | None = None
     stochastic_rounding: int | None = None
     on_extra: str = "error"
+    on_missing: str = "error"
+    on_other_base: str = "error"
+    adapter_rank: int | None = None
     experts_are_deltas: bool = False
     save_delta: bool = False
     out: str | None = None
@@ -64,10 +93,44 @@ class MergeConfig:
     def scalings(self) -> tuple[float, ...]:
         return tuple(self.scaling) if isinstance(self.scaling, list) else (self.scaling,)
 
+    def weights_of(self, name: str) -> tuple[float, ...] | None:
+        """w_t of a tensor, or None where all are 1.
+
+        Raises:
+            ConfigError: they are to be divided by their sum, and that is zero.
+        """
+        entries = self.weights or [1.0] * len(self.experts)
+        found = tuple(_weight(entry, name) for entry in entries)
+        if self.normalize_weights:
+            total = math.fsum(found)
+            if abs(total) < SMALLEST_SUM:
+                raise ConfigError(f"normalize_weights: weights {list(found)} of tensor {name!r} add up to {total:g}")
+            found = tuple(weight / total for weight in found)
+        return None if all(weight == 1.0 for weight in found) else found
+
+
+# Weights that add up to less are not to be divided by their sum.
+SMALLEST_SUM = 1e-8
+
+
+def _weight(entry: float | list[WeightRule], name: str) -> float:
+    if not isinstance(entry, list):
+        return float(entry)
+    return next((float(rule.weight) for rule in entry if fnmatch.fnmatchcase(name, rule.match)), 1.0)
+
+
+def config_from_dict(raw: Mapping[str, Any]) -> MergeConfig:
+    """The inverse of ``dataclasses.asdict``: of what was checked once."""
+    weights = raw.get("weights")
+    if weights is not None:
+        weights = [[WeightRule(**rule) for rule in each] if isinstance(each, list) else each for each in weights]
+    overrides = [Override(**override) for override in raw["overrides"]]
+    return MergeConfig(**{**raw, "overrides": overrides, "weights": weights})
+
 
 def load_config(source: str | os.PathLike[str] | Mapping[str, Any] | MergeConfig, **changes: Any) -> MergeConfig:
     """A checked MergeConfig from a YAML file, a dict or a MergeConfig; ``changes`` replace keys where they are not
-    None.
+    None. A recipe of mergekit's (it has the key ``merge_method``) is read as one.
 
     Raises:
         ConfigError: unknown key (with the nearest known one), wrong type, or a value out of range; names the file and
@@ -81,6 +144,8 @@ def load_config(source: str | os.PathLike[str] | Mapping[str, Any] | MergeConfig
     else:
         where = str(source)
         raw = _read_yaml(Path(source))
+    if is_recipe(raw):
+        raw = read_recipe(raw, where)
     return _checked(_validate({**raw, **changes}, where), where)
 
 
@@ -129,19 +194,24 @@ def _validate(raw: Mapping[str, Any], where: str) -> MergeConfig:
     for key in raw:
         if key not in known:
             raise ConfigError(f"{where}: unknown key {key!r}{nearest(str(key), known)}")
-    for index, override in enumerate(raw.get("overrides") or []):
-        for key in override if isinstance(override, Mapping) else ():
-            override_keys = {field.name for field in fields(Override)}
-            if key not in override_keys:
-                raise ConfigError(
-                    f"{where}: unknown key {key!r} in overrides[{index}]{nearest(str(key), override_keys)}"
-                )
+    _check_keys(raw.get("overrides"), Override, f"{where}: ", "overrides")
+    for index, rules in enumerate(raw.get("weights") or []):
+        _check_keys(rules, WeightRule, f"{where}: ", f"weights[{index}]")
     # pydantic checks the stdlib dataclass as it stands, so there is one schema and the engine needs no pydantic.
     try:
         return TypeAdapter(MergeConfig).validate_python({key: value for key, value in raw.items() if value is not None})
     except ValidationError as error:
         lines = [f"{'.'.join(str(part) for part in item['loc'])}: {item['msg']}" for item in error.errors()]
         raise ConfigError(f"{where}: " + "; ".join(lines)) from error
+
+
+def _check_keys(entries: Any, kind: type, where: str, what: str) -> None:
+    """Raises ConfigError where one of a list's mappings has a key that ``kind`` has not."""
+    known = {field.name for field in fields(kind)}
+    for index, entry in enumerate(entries if isinstance(entries, list) else ()):
+        for key in entry if isinstance(entry, Mapping) else ():
+            if key not in known:
+                raise ConfigError(f"{where}unknown key {key!r} in {what}[{index}]{nearest(str(key), known)}")
 
 
 def _checked(config: MergeConfig, where: str) -> MergeConfig:
@@ -158,11 +228,32 @@ def _checked(config: MergeConfig, where: str) -> MergeConfig:
         raise ConfigError(f"{where}: dtype {config.dtype!r} is unknown{nearest(config.dtype, OUTPUT_DTYPES)}")
     if config.stochastic_rounding is not None and not 0 <= config.stochastic_rounding < 2**63:
         raise ConfigError(f"{where}: stochastic_rounding is a seed, 0 or more; got {config.stochastic_rounding}")
-    if config.on_extra not in ON_EXTRA:
-        raise ConfigError(f"{where}: on_extra {config.on_extra!r} is unknown{nearest(config.on_extra, ON_EXTRA)}")
+    for key, choices in CHOICES.items():
+        if getattr(config, key) not in choices:
+            raise ConfigError(
+                f"{where}: {key} {getattr(config, key)!r} is unknown{nearest(getattr(config, key), choices)}"
+            )
+    if config.weights is not None:
+        _check_weights(config, where)
+    if config.adapter_rank is not None:
+        if config.adapter_rank < 1:
+            raise ConfigError(f"{where}: adapter_rank is {config.adapter_rank}; it is 1 or more")
+        for key in ("save_delta", "stochastic_rounding", "experts_are_deltas"):
+            if getattr(config, key) not in (None, False):
+                raise ConfigError(f"{where}: adapter_rank and {key} exclude each other")
     for key in ("save_delta", "experts_are_deltas"):
         if getattr(config, key) and config.on_extra == "copy":
             raise ConfigError(f"{where}: on_extra: copy and {key} exclude each other: what the base lacks has no delta")
     if config.out is not None and Path(config.out).suffix == ".safetensors":
         raise ConfigError(f"{where}: out is a folder ({config.out}); the weights go into model.safetensors inside it")
     return config
+
+
+def _check_weights(config: MergeConfig, where: str) -> None:
+    assert config.weights is not None
+    if len(config.weights) != len(config.experts):
+        raise ConfigError(f"{where}: weights has {len(config.weights)} entries for {len(config.experts)} experts")
+    for index, entry in enumerate(config.weights):
+        for weight in [rule.weight for rule in entry] if isinstance(entry, list) else [entry]:
+            if not math.isfinite(weight):
+                raise ConfigError(f"{where}: weights[{index}]: {weight!r} is not a finite number")

@@ -90,7 +90,7 @@ def group_tensors(tensors: tuple[TensorPlan, ...]) -> list[tuple[str, list[Tenso
             re.sub(r"\d+", "#", plan.name),
             plan.base.shape,
             plan.base.dtype,
-            plan.out.dtype,
+            plan.out_dtype,
             plan.action,
             plan.route.name,
             plan.reason,
@@ -114,7 +114,7 @@ def print_plan(plan: Plan, seconds: dict[str, float]) -> None:
     table = _table("tensor", ">count", "shape", "dtype", "becomes", "route", "why")
     for name, members in group_tensors(plan.tensors):
         first = members[0]
-        dtype = first.base.dtype if first.base.dtype == first.out.dtype else f"{first.base.dtype} → {first.out.dtype}"
+        dtype = first.base.dtype if first.base.dtype == first.out_dtype else f"{first.base.dtype} → {first.out_dtype}"
         table.add_row(
             escape(name),
             str(len(members)),
@@ -146,9 +146,12 @@ def print_plan(plan: Plan, seconds: dict[str, float]) -> None:
 def print_report(report: Report, *, every_tensor: bool = False) -> None:
     out = console()
     if every_tensor:
-        table = _table("tensor", "algorithm", ">σ̄", ">rank", ">gap", ">‖QᵀQ−I‖", ">seconds", ">read")
+        columns = {"sigma_mean": ">σ̄", "rank": ">rank", "gap": ">gap", "orthogonality": ">‖QᵀQ−I‖"}
+        if any("truncation" in entry for entry in report.tensors):
+            columns["truncation"] = ">left out"
+        table = _table("tensor", "algorithm", *columns.values(), ">seconds", ">read")
         for entry in report.tensors:
-            numbers = [_number(entry.get(key)) for key in ("sigma_mean", "rank", "gap", "orthogonality")]
+            numbers = [_number(entry.get(key)) for key in columns]
             table.add_row(
                 escape(entry["name"]),
                 entry["algorithm"],
@@ -180,11 +183,27 @@ def print_report(report: Report, *, every_tensor: bool = False) -> None:
             out.print(f"note: {escape(entry['name'])}: {escape(remark)}")
         if entry.get("certified") is False:
             out.print(f"note: {escape(entry['name'])}: NOT certified, see report.json")
-        if isinstance(entry.get("rank"), int) and entry["rank"] < entry.get("min_dim", 0):
-            out.print(f"note: {escape(entry['name'])}: rank {entry['rank']} of {entry['min_dim']}, kept in its range")
+    _print_ranks(out, report)
     _print_notes(out, report.notes)
     for folder in report.outputs:
         out.print(f"written: {escape(folder)}")
+
+
+def _print_ranks(out: Console, report: Report) -> None:
+    """Sums of low rank, and what an adapter's rank leaves out."""
+    deficient = [
+        entry
+        for entry in report.tensors
+        if isinstance(entry.get("rank"), int) and entry["rank"] < entry.get("min_dim", 0)
+    ]
+    if deficient:
+        first = deficient[0]
+        others = f" and {len(deficient) - 1} other tensor(s)" if len(deficient) > 1 else ""
+        name = f"{escape(first['name'])} (rank {first['rank']} of {first['min_dim']})"
+        out.print(f"note: {name}{others}: the sum is of low rank, and the result is kept in its range")
+    lost = [entry["truncation"] for entry in report.tensors if "truncation" in entry]
+    if lost:
+        out.print(f"the adapter's rank leaves out {100 * max(lost):.2g} % of a merged delta at most")
 
 
 def _number(value: Any) -> str:

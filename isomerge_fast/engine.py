@@ -15,6 +15,7 @@ import torch
 from . import __version__, ops
 from .checkpoint.checksum import ALGORITHM
 from .checkpoint.companions import config_with_dtype, copy_companions, model_card
+from .checkpoint.layout import ADAPTER_CONFIG_FILE, StoredTensor
 from .checkpoint.manifest import FORMAT, MANIFEST_FILE, Journal, describe_inputs, fingerprint, read_manifest, to_json
 from .checkpoint.read_ahead import THREADS as READ_THREADS
 from .checkpoint.read_ahead import ReadAhead
@@ -22,15 +23,17 @@ from .checkpoint.reader import Reader, allow_open_files
 from .checkpoint.staging import Staging
 from .checkpoint.write_behind import WriteBehind
 from .checkpoint.writer import ShardWriter, write_durably
+from .config import MergeConfig
 from .errors import ConfigError, InputError, ResourceError, VerificationError, nearest
 from .heap import return_freed_blocks
 from .methods import METHODS, Method, NotFiniteError
-from .methods.certified import UnsolvedError
+from .methods.certified import UnsolvedError, exact_products
+from .methods.factors import merge_factors
 from .output import TensorOutput
 from .plan import DELTA_FOLDER, Plan, TensorPlan, check_resources, scaling_folders
 from .report import REPORT_FILE, Observer, Progress, Report, Stopwatch
-from .routes import BY_ROWS
-from .sources import TensorSource, first_pass
+from .routes import ADAPTER, BY_ROWS
+from .sources import FactorSource, TensorSource, first_pass
 from .transfers import Uploads
 from .workers import Workers
 
@@ -244,13 +247,15 @@ class _Run:
             for tensor in plan.tensors:
                 self._progress.tensor = tensor.name
                 if tensor.name not in intact:
-                    source = TensorSource(
-                        tensor, uploads, reader, threads, workers, budget, self._device, self._stopwatch.phase
-                    )
+                    if tensor.pairs:
+                        source = FactorSource(tensor, uploads, workers, self._device, self._stopwatch.phase)
+                    else:
+                        source = TensorSource(
+                            tensor, uploads, reader, threads, workers, budget, self._device, self._stopwatch.phase
+                        )
                     self._merge_tensor(tensor, source, reader, writes, journal)
                 self._progress.done_tensors += 1
-                self._progress.done_bytes += tensor.base.bytes + sum(expert.bytes for expert in tensor.experts)
-                self._progress.done_bytes += self._write_bytes(tensor)
+                self._progress.done_bytes += tensor.read_bytes + self._write_bytes(tensor)
             with self._stopwatch.phase("write"):
                 writes.drain()
             reader.check_unchanged()
@@ -265,18 +270,24 @@ class _Run:
 
     def _write_bytes(self, tensor: TensorPlan) -> int:
         kept = 0 if tensor.delta is None else tensor.delta.bytes
-        return tensor.out.bytes * len(self._scalings) + kept
+        return tensor.write_bytes * len(self._scalings) + kept
 
     def _is_intact(self, tensor: TensorPlan, entry: dict[str, Any]) -> bool:
         """Whether the bytes that the journal claims are in the staged shards."""
         with self._stopwatch.phase("read"):
             return all(
-                writer.checksum(tensor.name) == entry["checksum"].get(folder)
+                writer.checksum(name) == entry["checksum"].get(folder, {}).get(name)
                 for folder, writer in self._writers_of(tensor).items()
+                for name in tensor.names_in(folder)
             )
 
     def _merge_tensor(
-        self, plan: TensorPlan, source: TensorSource, reader: Reader, writes: WriteBehind, journal: Journal
+        self,
+        plan: TensorPlan,
+        source: FactorSource | TensorSource,
+        reader: Reader,
+        writes: WriteBehind,
+        journal: Journal,
     ) -> None:
         started = time.perf_counter()
         work, peak = plan.route.work_bytes, self._plan.peak_work_bytes
@@ -285,7 +296,9 @@ class _Run:
         output = TensorOutput(plan, self._writers_of(plan), self._scalings, writes, self._stopwatch.phase)
         with self._stopwatch.phase("compute"):
             try:
-                if plan.method is None:
+                if isinstance(source, FactorSource):
+                    stats = _merge_factors(plan, source, output)
+                elif plan.method is None:
                     stats = _copy(source, output)
                 elif plan.route.name == BY_ROWS:
                     stats = _merge_by_rows(plan.method, source, output)
@@ -315,11 +328,11 @@ class _Run:
             path = self._staging.new / folder
             if folder in self._scalings:
                 self._add_companions(path, self._scalings[folder])
-            if plan.base.index_name is not None:
+            if plan.index_name is not None:
                 total_bytes = sum(output.bytes for tensors in files.values() for output in tensors)
                 weight_map = {output.name: file for file, tensors in files.items() for output in tensors}
                 index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
-                write_durably(path / plan.base.index_name, to_json(index, indent=2))
+                write_durably(path / plan.index_name, to_json(index, indent=2))
         manifest = {
             "format": FORMAT,
             "checksum": ALGORITHM,
@@ -328,13 +341,9 @@ class _Run:
                 folder: {
                     "scaling": self._scalings.get(folder),
                     "tensors": {
-                        tensor.name: {
-                            "file": tensor.shard,
-                            "action": tensor.action,
-                            "checksum": entries[tensor.name]["checksum"][folder],
-                        }
+                        name: {"file": tensor.shard, "action": tensor.action, "checksum": checksum}
                         for tensor in plan.tensors
-                        if folder in entries[tensor.name]["checksum"]
+                        for name, checksum in entries[tensor.name]["checksum"].get(folder, {}).items()
                     },
                 }
                 for folder in plan.folders
@@ -357,33 +366,58 @@ class _Run:
         return report
 
     def _add_companions(self, path: Path, scaling: float) -> None:
-        """What belongs to a checkpoint beside its weights and their index."""
+        """What belongs to a checkpoint, or an adapter, beside its weights and their index."""
         plan = self._plan
         if plan.base.is_folder:
             copy_companions(plan.base.path, path, plan.companions)
-        if plan.base.config is not None:
+        if plan.adapter_settings is not None:
+            write_durably(path / ADAPTER_CONFIG_FILE, to_json(plan.adapter_settings, indent=2))
+        elif plan.base.config is not None:
             text = json.dumps(config_with_dtype(plan.base.config, plan.config.dtype), indent=2, ensure_ascii=False)
             write_durably(path / "config.json", (text + "\n").encode())
         write_durably(path / "README.md", self._card(scaling).encode())
 
     def _card(self, scaling: float) -> str:
-        config, plan = self._plan.config, self._plan
+        plan, config = self._plan, self._plan.config
+        nothing = MergeConfig(base="", experts=[])
+        said = {
+            key: value
+            for key, value in asdict(config).items()
+            if key not in ("out", "save_delta") and value != getattr(nothing, key)
+        }
+        recipe = {
+            "method": config.method,
+            **said,
+            "base": str(plan.base.path),
+            "experts": [str(expert.path) for expert in plan.experts],
+            "scaling": scaling,
+        }
+        kinds = {"LoRA adapters": plan.has_adapters, "deltas": config.experts_are_deltas}
+        library = "transformers" if "model_type" in (plan.base.config or {}) else None
         return model_card(
-            base=str(plan.base.path),
-            experts=[str(expert.path) for expert in plan.experts],
-            method=config.method,
+            recipe,
+            kind=next((kind for kind, holds in kinds.items() if holds), "checkpoints"),
             citation=METHODS[config.method].citation,
-            options=config.options,
-            overrides=[asdict(override) for override in config.overrides],
-            scaling=scaling,
-            exclude=config.exclude,
-            dtype=config.dtype,
-            stochastic_rounding=config.stochastic_rounding,
-            on_extra=config.on_extra,
-            experts_are_deltas=config.experts_are_deltas,
             version=__version__,
-            library_name="transformers" if "model_type" in (plan.base.config or {}) else None,
+            library=library if plan.adapter_settings is None else "peft",
         )
+
+
+def _merge_factors(plan: TensorPlan, source: FactorSource, output: TensorOutput) -> dict[str, Any]:
+    assert plan.method is not None
+    merged, stats = merge_factors(plan.method, source.factors(), source.shape, source.dtype)
+    if plan.route.name == ADAPTER:
+        left, right, truncation = merged.truncated(plan.outputs[0].shape[0])
+        output.add_factors(left, right)
+        return {**stats.to_dict(), "truncation": truncation}
+    left, right = merged.left.to(source.dtype), merged.right.to(source.dtype)
+    del merged
+    with exact_products(source.device):
+        for block in source.base_blocks():
+            if ops.count_nonfinite(block.base):
+                raise NotFiniteError([0])
+            output.add(block, lambda part: left[part.rows] @ right, source.parts(block), source)
+    return stats.to_dict()
 
 
 def _copy(source: TensorSource, output: TensorOutput) -> dict[str, Any]:
@@ -420,10 +454,11 @@ def _merge_whole(method: Method, source: TensorSource, output: TensorOutput, rep
 
 def _not_finite(plan: TensorPlan, reader: Reader) -> InputError:
     """Which input holds the NaN or Inf, and how many."""
-    found = []
-    for index, stored in enumerate((plan.base, *plan.experts)):
-        pieces = (bundle.pieces[index] for bundle in first_pass(plan))
-        count = sum(ops.count_nonfinite(reader.read(piece)) for piece in pieces)
-        if count:
-            found.append(f"{stored.file}: tensor {plan.name!r} holds {count} NaN or Inf")
+    counts: dict[StoredTensor, int] = {}
+    for bundle in first_pass(plan):
+        for piece in bundle.pieces:
+            counts[piece.stored] = counts.get(piece.stored, 0) + ops.count_nonfinite(reader.read(piece))
+    found = [
+        f"{stored.file}: tensor {stored.name!r} holds {count} NaN or Inf" for stored, count in counts.items() if count
+    ]
     return InputError("a weight is not finite:", found or [f"tensor {plan.name!r}: the deltas overflow float32"])

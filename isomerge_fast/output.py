@@ -19,7 +19,7 @@ from .errors import InputError
 from .methods import NotFiniteError, RowBlock
 from .plan import DELTA_FOLDER, TensorPlan
 from .routes import ROW_STEP
-from .sources import TensorSource
+from .sources import PlannedSource
 from .transfers import Download
 
 
@@ -42,7 +42,7 @@ class TensorOutput:
     ) -> None:
         self._plan, self._writers, self._scalings = plan, writers, scalings
         self._writes, self._phase = writes, phase
-        self._dtypes = dict.fromkeys(scalings, DTYPES[plan.out.dtype])
+        self._dtypes = dict.fromkeys(scalings, DTYPES[plan.out_dtype])
         if plan.delta is not None:
             self._dtypes[DELTA_FOLDER] = DTYPES[plan.delta.dtype]
         self._in_room = False
@@ -50,7 +50,7 @@ class TensorOutput:
         self._overflows = dict.fromkeys(scalings, 0)
 
     def add(
-        self, block: RowBlock, value: Callable[[RowBlock], Tensor], parts: Sequence[RowBlock], source: TensorSource
+        self, block: RowBlock, value: Callable[[RowBlock], Tensor], parts: Sequence[RowBlock], source: PlannedSource
     ) -> None:
         """Writes θ₀ + α Δ of these rows for every α, rounded once, and Δ itself where it is kept.
 
@@ -58,7 +58,7 @@ class TensorOutput:
             value: Δ of a part of the block.
             parts: of the block, in order, shared out among threads.
         """
-        plan, dtype = self._plan, DTYPES[self._plan.out.dtype]
+        plan, dtype = self._plan, DTYPES[self._plan.out_dtype]
         for rows, group in self._groups(parts):
             outputs = self._room(rows, block.base)
 
@@ -82,8 +82,8 @@ class TensorOutput:
             source.share_out(apply, group)
             self._write(rows, outputs)
 
-    def copy(self, block: RowBlock, parts: Sequence[RowBlock], source: TensorSource) -> None:
-        """Writes the base, converted where the output has another dtype. An empty tensor's Δ is empty.
+    def copy(self, block: RowBlock, parts: Sequence[RowBlock], source: PlannedSource) -> None:
+        """Writes the base, converted where the output has another dtype, and a Δ of zeros where that is kept.
 
         Raises:
             NotFiniteError: a float tensor holds NaN or Inf.
@@ -94,11 +94,33 @@ class TensorOutput:
             outputs = self._room(rows, block.base)
 
             def convert(part: RowBlock, start: int = rows.start, outputs: dict[str, Tensor] = outputs) -> None:
-                for out in outputs.values():
-                    out[part.rows.start - start : part.rows.stop - start] = part.base
+                for folder, out in outputs.items():
+                    out[part.rows.start - start : part.rows.stop - start] = 0 if folder == DELTA_FOLDER else part.base
 
             source.share_out(convert, group)
             self._write(rows, outputs)
+
+    def add_factors(self, left: Tensor, right: Tensor) -> None:
+        """Writes α·left right, [M, N], as the pair of an adapter; α goes into B.
+
+        Args:
+            left: [M, rank]; right: [rank, N]. Either is A or B, as the adapters have it.
+        """
+        a, b = self._plan.outputs
+        # The first adapter that has the pair gave it its names, and its orientation.
+        first = next(pair for pair in self._plan.pairs if pair is not None)
+        inner, outer = (left.mT, right.mT) if first.transposed else (right, left)
+        for folder, alpha in self._scalings.items():
+            for output, value in ((a, inner), (b, outer * alpha)):
+                made = value.to(DTYPES[output.dtype]).contiguous()
+                self._overflows[folder] += ops.count_nonfinite(made)
+                download, writer = Download(made), self._writers[folder]
+
+                def write(name: str = output.name, download: Download = download, writer: ShardWriter = writer) -> None:
+                    writer.write_part(name, download(), 0)
+
+                with self._phase("write"):
+                    self._writes.put(write, size=made.nbytes, in_room=False)
 
     def pieces(self, block: RowBlock) -> Iterator[RowBlock]:
         """The block in parts that there is room for."""
@@ -108,16 +130,25 @@ class TensorOutput:
 
     def check_finite(self) -> None:
         """Raises InputError where finite weights became infinite in the output's dtype."""
+        dtype = str(DTYPES[self._plan.out_dtype]).removeprefix("torch.")
         for folder, count in self._overflows.items():
             if count:
                 raise InputError(
-                    f"tensor {self._plan.name!r}: {count} merged weights overflow float16 "
+                    f"tensor {self._plan.name!r}: {count} merged weights overflow {dtype} "
                     f"at scaling {self._scalings[folder]:g}"
                 )
 
-    def checksums(self) -> dict[str, str]:
-        """Of the finished tensor, by folder."""
-        return {folder: writer.finish(self._plan.name) for folder, writer in self._writers.items()}
+    def checksums(self) -> dict[str, dict[str, str]]:
+        """Of what the tensor became, by folder and name."""
+        return {
+            folder: {name: writer.finish(name) for name in self._plan.names_in(folder)}
+            for folder, writer in self._writers.items()
+        }
+
+    def _name(self, folder: str) -> str:
+        """Of a tensor that stays one."""
+        (name,) = self._plan.names_in(folder)
+        return name
 
     def _groups(self, parts: Sequence[RowBlock]) -> Iterator[tuple[slice, list[RowBlock]]]:
         """Rows that are written at once, with the parts that they are made in: as many as there is room for."""
@@ -146,7 +177,7 @@ class TensorOutput:
                 outputs, end = {}, 0
                 for folder, dtype in self._dtypes.items():
                     # As it will lie within a page of the file, so that it can be written without a copy.
-                    position = self._writers[folder].position(self._plan.name, rows.start * self._row_elements)
+                    position = self._writers[folder].position(self._name(folder), rows.start * self._row_elements)
                     start = end + ((0 if position % dtype.itemsize else position) - end) % PAGE
                     end = start + count * self._row_elements * dtype.itemsize
                     outputs[folder] = room[start:end].view(dtype).view(shape)
@@ -163,7 +194,7 @@ class TensorOutput:
 
         def write() -> None:
             for folder, download in downloads.items():
-                self._writers[folder].write_part(self._plan.name, download(), rows.start * self._row_elements)
+                self._writers[folder].write_part(self._name(folder), download(), rows.start * self._row_elements)
 
         with self._phase("write"):
             self._writes.put(write, size=size, in_room=self._in_room)

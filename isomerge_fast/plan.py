@@ -9,16 +9,19 @@ import re
 import shutil
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass, field, replace
+from functools import cached_property, reduce
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from .checkpoint.adapter import Adapter, LoraPair, base_name, is_adapter, misfits, open_adapter
+from .checkpoint.adapter_output import merged_settings, unwritable
 from .checkpoint.companions import companion_files
 from .checkpoint.direct_io import READ_BYTES
 from .checkpoint.layout import (
+    ADAPTER_FILE,
     COPIED_DTYPES,
     DTYPE_NAMES,
     DTYPES,
@@ -35,12 +38,13 @@ from .config import MergeConfig
 from .errors import ConfigError, InputError, ResourceError
 from .methods import Mean, Method, TensorSpec, make_method
 from .ops import compute_dtype
-from .routes import BY_ROWS, Budget, Route, Traffic, budgets, choose_route, copy_route
+from .routes import BY_ROWS, Budget, Route, Traffic, budgets, choose_route, copy_route, factor_route
 
 # Resident memory of Python, torch and BLAS: 234 MB before the first tensor, about 350 MB after a merge with the heap
-# trimmed (BLAS keeps buffers), of which the estimates of single tensors cover some. With 325 MB the promise lies above
-# the peaks seen: 593 MB promised, 580 MB seen in a merge of the 162 M parameter test model by Iso-CTS under 600 MiB.
-BASELINE_BYTES = 325_000_000
+# trimmed (BLAS keeps buffers), of which the estimates of single tensors cover some. With 335 MB the promise lies above
+# the peaks seen: 603 MB promised, 580 to 596 MB seen in merges of the 162 M parameter test model by Iso-CTS under 600
+# MiB, the most beside busy processes.
+BASELINE_BYTES = 335_000_000
 # With the page-aligned buffers of the threads that read and write.
 PROCESS_BYTES = BASELINE_BYTES + (READ_THREADS + 1) * READ_BYTES
 ASSUMED_READ_BYTES_PER_SECOND = 1e9
@@ -66,18 +70,54 @@ class TensorPlan:
     reason: str
     spec: TensorSpec
     base: StoredTensor
-    experts: tuple[StoredTensor, ...]
-    out: OutputTensor
+    experts: tuple[StoredTensor, ...]  # one a task, or none where the tensor is copied or adapted
+    pairs: tuple[LoraPair | None, ...]  # likewise, of adapters; None: a task that leaves the tensor alone
+    outputs: tuple[OutputTensor, ...]  # one, or the two factors of an adapter
     delta: OutputTensor | None  # the merged Δ, where it is kept
     route: Route
     flops: float
     shard: str  # of the output
     rounding_seed: int | None = None  # of stochastic rounding
     experts_are_deltas: bool = False
+    weights: tuple[float, ...] | None = None  # w_t; None where all are 1
 
     @property
     def method(self) -> Method | None:
         return self.route.method
+
+    @property
+    def tasks(self) -> int:
+        return len(self.experts) or len(self.pairs)
+
+    @property
+    def factors(self) -> tuple[StoredTensor, ...]:
+        """A and B of every task that has them."""
+        return tuple(stored for pair in self.pairs if pair is not None for stored in (pair.a, pair.b))
+
+    @property
+    def inputs(self) -> tuple[StoredTensor, ...]:
+        """All that is read."""
+        return (*((self.base,) if self.route.reads_base else ()), *self.experts, *self.factors)
+
+    @property
+    def read_bytes(self) -> int:
+        """At least once."""
+        return sum(stored.bytes for stored in self.inputs)
+
+    @property
+    def out_dtype(self) -> str:
+        return self.outputs[0].dtype
+
+    def names_in(self, folder: str) -> tuple[str, ...]:
+        """Of what it is in a sub-folder of the output."""
+        if folder == DELTA_FOLDER:
+            return () if self.delta is None else (self.delta.name,)
+        return tuple(output.name for output in self.outputs)
+
+    @property
+    def write_bytes(self) -> int:
+        """For one scaling."""
+        return sum(output.bytes for output in self.outputs)
 
     @property
     def action(self) -> str:
@@ -88,7 +128,7 @@ class TensorPlan:
             "name": self.name,
             "shape": list(self.base.shape),
             "dtype": self.base.dtype,
-            "out_dtype": self.out.dtype,
+            "out_dtype": self.out_dtype,
             "action": self.action,
             "reason": self.reason,
             "route": self.route.name,
@@ -108,13 +148,31 @@ class Plan:
     budget: Budget
     notes: tuple[str, ...] = field(default=())
 
+    @property
+    def has_adapters(self) -> bool:
+        return any(isinstance(expert, Adapter) for expert in self.experts)
+
+    @property
+    def index_name(self) -> str | None:
+        """Of the file that tells which shard holds which tensor, where there is to be one."""
+        return None if self.config.adapter_rank is not None else self.base.index_name
+
+    @property
+    def adapter_settings(self) -> dict[str, Any] | None:
+        """``adapter_config.json``, where the output is an adapter."""
+        if self.config.adapter_rank is None:
+            return None
+        adapters = [expert for expert in self.experts if isinstance(expert, Adapter)]
+        names = [output.name for plan in self.tensors for output in plan.outputs]
+        return merged_settings(adapters, names, self.config.adapter_rank)
+
     @cached_property
     def folders(self) -> dict[str, dict[str, tuple[OutputTensor, ...]]]:
         """What is written: the files of every sub-folder of the output, and what each of them holds."""
         merged: dict[str, list[OutputTensor]] = {}
         kept: dict[str, list[OutputTensor]] = {}
         for plan in self.tensors:
-            merged.setdefault(plan.shard, []).append(plan.out)
+            merged.setdefault(plan.shard, []).extend(plan.outputs)
             if plan.delta is not None:
                 kept.setdefault(plan.shard, []).append(plan.delta)
         shards = {file: tuple(tensors) for file, tensors in merged.items()}
@@ -126,7 +184,7 @@ class Plan:
     @property
     def read_bytes(self) -> int:
         """Bytes to be read at least once: copied tensors from the base only."""
-        return sum(plan.base.bytes + sum(expert.bytes for expert in plan.experts) for plan in self.tensors)
+        return sum(plan.read_bytes for plan in self.tensors)
 
     @property
     def write_bytes(self) -> int:
@@ -195,11 +253,12 @@ def make_plan(
     method = make_method(config.method, config.options)
     overrides = [(override.match, make_method(override.method, override.options)) for override in config.overrides]
     base = open_checkpoint(config.base)
-    experts = tuple(open_checkpoint(path) for path in config.experts)
+    experts = _open_experts(config, base)
     if config.out is not None:
         check_out(Path(config.out), [base, *experts])
     problems = [problem for expert in experts for problem in _mismatches(base, expert, config.on_extra)]
-    extras, conflicts = _extras(base, experts) if config.on_extra == "copy" else ([], [])
+    problems += _disagreements([expert for expert in experts if isinstance(expert, Adapter)], config)
+    extras, conflicts = _extras(base, experts) if config.on_extra == "copy" else ({}, [])
     problems += conflicts
     problems += [problem for checkpoint in (base, *experts) for problem in _unmergeable(checkpoint)]
     if problems:
@@ -209,17 +268,20 @@ def make_plan(
         raise InputError(f"{len(problems)} problem(s) found before any output was written:", shown)
 
     order = sorted(base.tensors.values(), key=lambda stored: (str(stored.file), stored.start))
-    fates = [
-        _Fate(stored, stored.file.name if base.is_folder else SINGLE_FILE, experts, config, method, overrides)
-        for stored in order
-    ]
+    if config.adapter_rank is not None:
+        order = [stored for stored in order if any(_touches(expert, stored.name) for expert in experts)]
+    fates = [_Fate(stored.name, stored, _shard(base, stored), experts, config, method, overrides) for stored in order]
     last = fates[-1].shard if fates else SINGLE_FILE
-    fates += [_Fate(stored, last, experts, config, method, overrides, is_extra=True) for stored in extras]
+    fates += [
+        _Fate(name, stored, last, experts, config, method, overrides, is_extra=True) for name, stored in extras.items()
+    ]
+    if config.adapter_rank is not None:
+        fates = [fate.as_adapter(config.adapter_rank, experts) for fate in fates]
     budget, routes = _choose_routes(fates, device, max_ram, max_vram)
     tensors = [fate.plan(route, device) for fate, route in zip(fates, routes, strict=True)]
     if config.stochastic_rounding is not None and not any(plan.rounding_seed is not None for plan in tensors):
         raise ConfigError("stochastic_rounding: no merged tensor is written as bfloat16 (dtype: bfloat16 does that)")
-    companions = tuple(companion_files(base.path)) if base.is_folder else ()
+    companions = tuple(companion_files(base.path)) if base.is_folder and config.adapter_rank is None else ()
     notes = tuple(_notes(config, base, experts, tensors))
     return Plan(config, base, experts, tuple(tensors), companions, budget, notes)
 
@@ -275,11 +337,76 @@ def estimate_seconds(plan: Plan) -> dict[str, float]:
     }
 
 
+def _open_experts(config: MergeConfig, base: Checkpoint) -> tuple[Checkpoint, ...]:
+    """Checkpoints, or LoRA adapters of the base: all of one kind.
+
+    Raises:
+        InputError: of both kinds, or one that cannot be opened. ConfigError: options that are for the other kind.
+    """
+    adapters = [is_adapter(path) for path in config.experts]
+    if any(adapters) and not all(adapters):
+        lines = [
+            f"{path}: {'a LoRA adapter' if adapter else 'a checkpoint'}"
+            for path, adapter in zip(config.experts, adapters, strict=True)
+        ]
+        raise InputError("experts are adapters or checkpoints, not both; merge the adapters into their base:", lines)
+    if any(adapters):
+        if config.experts_are_deltas:
+            raise ConfigError("experts_are_deltas: LoRA adapters are that by themselves; leave it out")
+        return tuple(open_adapter(path, base) for path in config.experts)
+    for key in ("adapter_rank", "on_missing", "on_other_base"):
+        if getattr(config, key) not in (None, "error"):
+            raise ConfigError(f"{key} is for experts that are LoRA adapters, and these are checkpoints")
+    return tuple(open_checkpoint(path) for path in config.experts)
+
+
+def _shard(base: Checkpoint, stored: StoredTensor) -> str:
+    return stored.file.name if base.is_folder else SINGLE_FILE
+
+
+def _touches(expert: Checkpoint, name: str) -> bool:
+    """Whether an expert has, or adapts, a tensor of the base."""
+    return name in expert.tensors or (isinstance(expert, Adapter) and name in expert.pairs)
+
+
+def _disagreements(adapters: Sequence[Adapter], config: MergeConfig) -> Iterable[str]:
+    """Problems of adapters with each other."""
+    bases = {name: adapter for adapter in adapters if (name := _last_part(base_name(adapter)))}
+    if len(bases) > 1 and config.on_other_base == "error":
+        found = ", ".join(f"{adapter.path} of {base_name(adapter)}" for adapter in bases.values())
+        yield (
+            f"adapters of different bases: {found} (adapter_config.json, base_model_name_or_path; "
+            "on_other_base: ignore, where these are the same weights)"
+        )
+    touched = {name for adapter in adapters for name in (*adapter.pairs, *adapter.tensors)}
+    for adapter in adapters:
+        alone = sorted(name for name in touched if not _touches(adapter, name))
+        if alone and config.on_missing == "error":
+            yield (
+                f"{adapter.path}: leaves {len(alone)} tensor(s) alone that other adapters adapt, such as {alone[0]!r} "
+                "(on_missing: zero takes their delta as zero)"
+            )
+    if config.adapter_rank is not None:
+        yield from unwritable(adapters)
+    for name in sorted(touched):
+        kinds = {name in adapter.pairs for adapter in adapters if _touches(adapter, name)}
+        if len(kinds) > 1:
+            yield f"tensor {name!r} is adapted in one adapter and trained as a whole in another"
+
+
+def _last_part(name: str | None) -> str:
+    """Of a path or a hub id, in lower case: one model is often named by both."""
+    return (name or "").rstrip("/").rpartition("/")[2].lower()
+
+
 def _mismatches(base: Checkpoint, expert: Checkpoint, on_extra: str) -> Iterable[str]:
     """Problems of one expert against the base."""
+    is_adapter = isinstance(expert, Adapter)
+    if isinstance(expert, Adapter):  # what it holds whole goes by the rules of checkpoints, below
+        yield from misfits(base, replace(expert, tensors={}))
     for name, stored in base.tensors.items():
         other = expert.tensors.get(name)
-        if other is None and stored.dtype in COPIED_DTYPES:
+        if other is None and (is_adapter or stored.dtype in COPIED_DTYPES):
             continue  # position_ids and the like, which older releases saved and newer do not: the base has them
         if other is None:
             tied = bool((expert.config or {}).get("tie_word_embeddings")) and "lm_head" in name
@@ -303,19 +430,19 @@ def _mismatches(base: Checkpoint, expert: Checkpoint, on_extra: str) -> Iterable
             )
 
 
-def _extras(base: Checkpoint, experts: tuple[Checkpoint, ...]) -> tuple[list[StoredTensor], list[str]]:
+def _extras(base: Checkpoint, experts: tuple[Checkpoint, ...]) -> tuple[dict[str, StoredTensor], list[str]]:
     """(tensors that one expert alone has; problems with those that several have: headers do not tell if they agree)."""
     owners: dict[str, list[StoredTensor]] = {}
     for expert in experts:
-        for stored in sorted(expert.tensors.values(), key=lambda stored: (str(stored.file), stored.start)):
-            if stored.name not in base.tensors:
-                owners.setdefault(stored.name, []).append(stored)
+        for name, stored in sorted(expert.tensors.items(), key=lambda item: (str(item[1].file), item[1].start)):
+            if name not in base.tensors:
+                owners.setdefault(name, []).append(stored)
     problems = []
     for name, found in owners.items():
         if len(found) > 1:
             where = ", ".join(f"{stored.dtype}{list(stored.shape)} in {stored.file}" for stored in found)
             problems.append(f"tensor {name!r} is not in the base, and not in one expert alone: {where}")
-    return [found[0] for found in owners.values() if len(found) == 1], problems
+    return {name: found[0] for name, found in owners.items() if len(found) == 1}, problems
 
 
 def _unmergeable(checkpoint: Checkpoint) -> Iterable[str]:
@@ -335,6 +462,7 @@ class _Fate:
 
     def __init__(
         self,
+        name: str,
         stored: StoredTensor,
         shard: str,
         experts: tuple[Checkpoint, ...],
@@ -344,35 +472,55 @@ class _Fate:
         *,
         is_extra: bool = False,
     ) -> None:
-        self.stored, self.shard = stored, shard
+        self.name, self.stored, self.shard = name, stored, shard
         is_float = stored.dtype in FLOAT_DTYPES
         dtype = DTYPE_NAMES[getattr(torch, config.dtype)] if is_float and config.dtype else stored.dtype
-        self.out = OutputTensor(stored.name, dtype, stored.shape)
+        self.is_converted = config.dtype is not None
+        self.outputs = (OutputTensor(name, dtype, stored.shape),)
         self.sources: tuple[StoredTensor, ...] = ()
+        self.pairs: tuple[LoraPair | None, ...] = ()
         self.method: Method | None = None
         self.rounding_seed = None
-        if is_extra or not is_float or 0 in stored.shape:
+        self.weights: tuple[float, ...] | None = None
+        self.adapter_rank: int | None = None
+        touched = any(_touches(expert, name) for expert in experts)
+        if is_extra or not is_float or 0 in stored.shape or not touched:
             self.reason = "empty" if 0 in stored.shape else f"{stored.dtype} is not a float: copied from the base"
             if is_extra:
                 self.reason = f"not in the base: copied from {stored.file}"
-            self.spec = TensorSpec(stored.name, stored.shape, torch.float32)
+            elif is_float and not touched:
+                self.reason = "in no adapter: copied from the base"
+            self.spec = TensorSpec(name, stored.shape, torch.float32)
         else:
-            self.sources = tuple(expert.tensors[stored.name] for expert in experts)
-            compute = compute_dtype(*(DTYPES[source.dtype] for source in (stored, *self.sources)))
-            self.spec = TensorSpec(stored.name, stored.shape, compute)
+            if any(isinstance(expert, Adapter) and name in expert.pairs for expert in experts):
+                self.pairs = tuple(expert.pairs.get(name) for expert in experts if isinstance(expert, Adapter))
+            else:  # an adapter without it leaves it as it is in the base
+                self.sources = tuple(expert.tensors.get(name, stored) for expert in experts)
+            compute = compute_dtype(*(DTYPES[source.dtype] for source in (stored, *self.sources, *self._factors)))
+            self.spec = TensorSpec(name, stored.shape, compute)
             self.method, self.reason = _choose_method(self.spec, config, method, overrides)
             try:
                 self.method.check(self.spec, len(experts))
             except ConfigError as error:
-                raise ConfigError(f"tensor {stored.name!r} {list(stored.shape)}: {error}") from error
-            self.rounding_seed = tensor_seed(config.stochastic_rounding, stored.name) if dtype == "BF16" else None
+                raise ConfigError(f"tensor {name!r} {list(stored.shape)}: {error}") from error
+            self.weights = config.weights_of(name)
+            self.rounding_seed = tensor_seed(config.stochastic_rounding, name) if dtype == "BF16" else None
         self.experts_are_deltas = config.experts_are_deltas
         self.delta = None
         if config.save_delta and is_float and not is_extra:
-            self.delta = OutputTensor(stored.name, DTYPE_NAMES[self.spec.dtype], stored.shape)
+            self.delta = OutputTensor(name, DTYPE_NAMES[self.spec.dtype], stored.shape)
         read = tuple(DTYPES[source.dtype].itemsize for source in (stored, *self.sources))
         written = DTYPES[dtype].itemsize * len(config.scalings) + (self.spec.dtype.itemsize if self.delta else 0)
         self.traffic = Traffic(read, written, len(self.sources))
+
+    @property
+    def _factors(self) -> list[StoredTensor]:
+        return [stored for pair in self.pairs if pair is not None for stored in (pair.a, pair.b)]
+
+    @property
+    def _trained(self) -> list[StoredTensor]:
+        """What the experts have of this tensor; of a tensor that is copied, itself."""
+        return [*self._factors, *self.sources] or [self.stored]
 
     @property
     def all_bytes(self) -> int:
@@ -380,35 +528,79 @@ class _Fate:
         return self.spec.elements * sum(self.traffic.read)
 
     @property
+    def ranks(self) -> tuple[int, ...]:
+        return tuple(pair.rank for pair in self.pairs if pair is not None)
+
+    @property
     def key(self) -> tuple[Any, ...]:
         """Equal for tensors that go the same way: those of a model's layers are planned once."""
-        return self.spec.shape, self.spec.dtype, self.traffic, self.method
+        ranks = len(self.pairs), sum(self.ranks), self.adapter_rank
+        return self.spec.shape, self.spec.dtype, self.traffic, self.method, ranks
+
+    def as_adapter(self, rank: int, experts: tuple[Checkpoint, ...]) -> _Fate:
+        """This, as it is written into an adapter: under the names that the first expert which has it gives it."""
+        expert = next(expert for expert in experts if _touches(expert, self.name))
+        assert isinstance(expert, Adapter)
+        self.shard = ADAPTER_FILE
+        pair = expert.pairs.get(self.name)
+        dtype = self.outputs[0].dtype
+        if not self.is_converted:  # as wide as the experts' own
+            dtype = DTYPE_NAMES[reduce(torch.promote_types, (DTYPES[stored.dtype] for stored in self._trained))]
+        if pair is None:
+            self.outputs = (OutputTensor(expert.tensors[self.name].name, dtype, self.stored.shape),)
+            return self
+        self.adapter_rank = rank
+        inner, outer = pair.a.shape[1], pair.b.shape[0]
+        self.outputs = (
+            OutputTensor(pair.a.name, dtype, (rank, inner)),
+            OutputTensor(pair.b.name, dtype, (outer, rank)),
+        )
+        return self
 
     def route(self, budget: Budget, device: torch.device) -> Route:
         if self.method is None:
             return copy_route(self.stored.shape, self.traffic, budget)
+        if self.pairs:
+            return factor_route(
+                self.method,
+                self.spec,
+                self.traffic,
+                budget,
+                device,
+                tasks=len(self.pairs),
+                rank=sum(self.ranks),
+                adapter_rank=self.adapter_rank,
+            )
         return choose_route(self.method, self.spec, self.traffic, budget, device)
 
     def plan(self, route: Route, device: torch.device) -> TensorPlan:
         reason, flops = self.reason, 0.0
-        if route.method is not None:
-            reason = self.reason or route.method.explain(self.spec, len(self.sources), device)
+        tasks = len(self.sources) or len(self.pairs)
+        if self.pairs and route.method is not None:
+            rank, sides = sum(self.ranks), sum(self.spec.shape)
+            reason = self.reason or f"factors of rank {rank} in all: no matrix of this size is factored"
+            # QR of both stacks, and the product.
+            flops = 16.0 * sides * rank**2 + 2.0 * self.spec.elements * rank
+        elif route.method is not None:
+            reason = self.reason or route.method.explain(self.spec, tasks, device)
             if route.name == BY_ROWS and not route.method.any_shape:
                 reason = "by rows, to keep to the ceiling: float64 Gram matrices"
-            flops = route.method.flops(self.spec, len(self.sources))
+            flops = route.method.flops(self.spec, tasks)
         return TensorPlan(
-            self.stored.name,
+            self.name,
             reason,
             self.spec,
             self.stored,
             self.sources,
-            self.out,
+            self.pairs,
+            self.outputs,
             self.delta,
             route,
             flops,
             self.shard,
             self.rounding_seed,
             self.experts_are_deltas,
+            self.weights,
         )
 
 
@@ -491,6 +683,12 @@ def _notes(
     ):
         yield "integer and boolean tensors come from the base"
     paths = [os.path.realpath(expert.path) for expert in experts]
+    for expert in experts:
+        trained_on = base_name(expert) if isinstance(expert, Adapter) else None
+        if trained_on and _last_part(trained_on) != _last_part(str(base.path)):
+            yield f"{expert.path} was trained on {trained_on!r}: see to it that {base.path} is the same"
+        if isinstance(expert, Adapter) and expert.copies:
+            yield f"{expert.path}: {', '.join(expert.copies)} of its base lies in it too; the base's own is taken"
     for index, path in enumerate(paths):
         if path in paths[:index]:
             yield f"expert {config.experts[index]} is given more than once"

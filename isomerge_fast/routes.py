@@ -5,6 +5,8 @@
                 methods; tall matrices of the spectral ones in several passes, where the ceiling asks for it)
     resident    all T + 1 copies are read once and held while the tensor is merged
     streamed    the sum and the result are held, the copies read part by part, again for every pass
+    factors     the thin factors of all deltas are held (LoRA); the base is walked part by part
+    adapter     only they: the result is a pair of thin factors again
 
 Besides what a tensor takes, a merge holds what is read ahead and what waits to be written (``Budget``).
 """
@@ -31,7 +33,7 @@ PADDING_BYTES = 8 << 10
 RESIDENT_SHARE = 1 / 32
 # Parts are of so many rows or multiples of it, so that random bits can be made for parts (``ops.apply_delta``).
 ROW_STEP = 8
-COPY, BY_ROWS, RESIDENT, STREAMED = "copy", "by-rows", "resident", "streamed"
+COPY, BY_ROWS, RESIDENT, STREAMED, FACTORS, ADAPTER = "copy", "by-rows", "resident", "streamed", "factors", "adapter"
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,10 @@ class Route:
     method: Method | None
     work_bytes: int
 
+    @property
+    def reads_base(self) -> bool:
+        return self.name != ADAPTER
+
     def parts(self) -> Iterator[slice]:
         """Rows of ``lines``, in order."""
         for start in range(0, self.lines[0], self.part_rows):
@@ -134,6 +140,34 @@ def copy_route(shape: Sequence[int], traffic: Traffic, budget: Budget) -> Route:
     lines = (prod(shape),)
     rows = _part_rows(lines, traffic, budget.part)
     return Route(COPY, lines, rows, None, rows * traffic.written)
+
+
+def factor_route(
+    method: Method,
+    spec: TensorSpec,
+    traffic: Traffic,
+    budget: Budget,
+    device: torch.device,
+    *,
+    tasks: int,
+    rank: int,
+    adapter_rank: int | None,
+) -> Route:
+    """Of deltas given as factors of ``rank`` columns in all.
+
+    In float64: the factors, their stack, its basis and what that is made in; every task's coordinates and what the
+    method makes of them. Then the result's factors, and a part of their product.
+    """
+    (rows, columns), sides = spec.shape, sum(spec.shape)
+    height, width = min(rank, rows), min(rank, columns)
+    solving = 8 * (7 * sides * rank // 2 + height * width * (tasks + 8))
+    if adapter_rank is not None:
+        outputs = sides * adapter_rank * (16 + traffic.written)
+        return Route(ADAPTER, spec.shape, rows, method, solving + outputs)
+    part_rows = _part_rows(spec.shape, traffic, budget.part)
+    part = part_rows * columns
+    applying = spec.dtype.itemsize * (sides * width + 2 * part) + _applying(part, spec, traffic)
+    return Route(FACTORS, spec.shape, part_rows, method, max(solving, applying) + _on_device(2 * part, traffic, device))
 
 
 def choose_route(method: Method, spec: TensorSpec, traffic: Traffic, budget: Budget, device: torch.device) -> Route:

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from . import ops
 from .checkpoint.read_ahead import Bundle, ReadAhead
-from .checkpoint.reader import Piece, Reader
+from .checkpoint.reader import Piece, Reader, whole
 from .heap import trim_heap
-from .methods import RowBlock
+from .methods import RowBlock, TensorSpec
+from .methods.factors import Factors
 from .plan import TensorPlan
 from .routes import RESIDENT, Budget
 from .transfers import Uploads
@@ -34,16 +35,77 @@ def bundle_of(plan: TensorPlan, rows: slice, experts: Sequence[int]) -> Bundle:
 
 
 def first_pass(plan: TensorPlan) -> Iterator[Bundle]:
-    """What is read of a tensor in any case, and therefore ahead."""
-    for rows in plan.route.readings():
+    """What is read of a tensor in any case, and therefore ahead: the factors of an adapter before the base."""
+    if plan.factors:
+        yield Bundle(tuple(whole(stored) for stored in plan.factors))
+    for rows in plan.route.readings() if plan.route.reads_base else ():
         yield bundle_of(plan, rows, range(len(plan.experts)))
 
 
-class TensorSource:
+class PlannedSource:
+    """One planned tensor, the bundles of whose first pass come next in ``ahead``, and threads to share it out among."""
+
+    def __init__(self, plan: TensorPlan, ahead: Uploads, workers: Workers, device: torch.device, phase: Phase) -> None:
+        self._plan, self._ahead, self._workers, self._phase = plan, ahead, workers, phase
+        self.device = device
+        self._to_take = sum(1 for _ in first_pass(plan))
+        self._read: list[Tensor] = []  # taken last
+        self.read_bytes = 0
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size(self._plan.route.lines)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._plan.spec.dtype
+
+    def parts(self, block: RowBlock) -> list[RowBlock]:
+        """A block in parts for one thread each; on a GPU it stays one."""
+        if self.device.type != "cpu":
+            return [block]
+        return [block.part(rows) for rows in parts_of(block.rows, self._plan.route.lines)]
+
+    def share_out(self, action: Callable[[RowBlock], Result], parts: Sequence[RowBlock]) -> list[Result]:
+        """What ``action`` makes of every part, in order."""
+        return self._workers.map(action, parts)
+
+    def _take(self, ahead: Uploads) -> list[Tensor]:
+        with self._phase("read"):
+            self._read = ahead.take()
+            self._to_take -= ahead is self._ahead
+            self.read_bytes += sum(tensor.nbytes for tensor in self._read)
+            return [tensor.to(self.device) for tensor in self._read]
+
+
+class FactorSource(PlannedSource):
+    """A tensor whose deltas are given as factors: these first, then the base part by part, each once."""
+
+    def factors(self) -> list[Factors | None]:
+        """Of every task, in float64, in which they are stacked; None where it leaves the tensor alone."""
+        read = iter([tensor.double() for tensor in self._take(self._ahead)])
+        weights = self._plan.weights or (1.0,) * self._plan.tasks
+        found: list[Factors | None] = []
+        for pair, weight in zip(self._plan.pairs, weights, strict=True):
+            if pair is None:
+                found.append(None)
+                continue
+            a, b = next(read), next(read)
+            left, right = (a.mT, b.mT) if pair.transposed else (b, a)
+            found.append(Factors(left, right, pair.scale * weight))
+        return found
+
+    def base_blocks(self) -> Iterator[RowBlock]:
+        """Rows of the base alone, in the parts that are written."""
+        for rows in self._plan.route.parts():
+            (base,) = self._take(self._ahead)
+            yield RowBlock(rows, (), base)
+
+
+class TensorSource(PlannedSource):
     """``methods.Deltas`` and ``methods.RowSource`` of one planned tensor.
 
-    The first pass over it is taken from ``ahead``, where its bundles come next; what is read later has buffers of its
-    own.
+    The first pass over it is taken from ``ahead``; what is read later has buffers of its own.
     """
 
     def __init__(
@@ -57,25 +119,17 @@ class TensorSource:
         device: torch.device,
         phase: Phase,
     ) -> None:
-        self._plan, self._ahead, self._reader, self._threads = plan, ahead, reader, threads
-        self._workers, self._budget, self._phase = workers, budget, phase
-        self.device = device
-        self._to_take = sum(1 for _ in plan.route.readings())
-        self._read: list[Tensor] = []  # taken last
+        super().__init__(plan, ahead, workers, device, phase)
+        self._reader, self._threads, self._budget = reader, threads, budget
         self._held: list[Tensor] | None = None
-        self.read_bytes = 0
 
     @property
     def n_tasks(self) -> int:
         return len(self._plan.experts)
 
     @property
-    def shape(self) -> torch.Size:
-        return torch.Size(self._plan.route.lines)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self._plan.spec.dtype
+    def origin(self) -> TensorSpec:
+        return self._plan.spec
 
     def blocks(self) -> Iterator[RowBlock]:
         """See ``methods.RowSource``."""
@@ -92,12 +146,12 @@ class TensorSource:
         """Rows of the base and of some experts, in order. A first pass has to be over all of them."""
         if self._plan.route.name == RESIDENT:
             held = self._hold()
-            yield self._block(slice(0, self.shape[0]), [held[1 + task] for task in tasks], held[0])
+            yield self._block(slice(0, self.shape[0]), [held[1 + task] for task in tasks], held[0], tasks)
         elif self._to_take:
             assert len(tasks) == self.n_tasks
             for rows in self._plan.route.parts():
                 base, *experts = self._take(self._ahead)
-                yield self._block(rows, experts, base)
+                yield self._block(rows, experts, base, tasks)
         else:
             trim_heap()
             bundles = (bundle_of(self._plan, rows, tasks) for rows in self._plan.route.parts())
@@ -109,7 +163,7 @@ class TensorSource:
             ):
                 for rows in self._plan.route.parts():
                     base, *experts = self._take(uploads)
-                    yield self._block(rows, experts, base)
+                    yield self._block(rows, experts, base, tasks)
 
     def on_cpu(self) -> None:
         """Goes on without the GPU, whose memory is full. What was left of a first pass is passed over."""
@@ -148,18 +202,10 @@ class TensorSource:
             torch.stack([part.nonfinite for part in seen]).sum(0),
         )
 
-    def parts(self, block: RowBlock) -> list[RowBlock]:
-        """A block in parts for one thread each; on a GPU it stays one."""
-        if self.device.type != "cpu":
-            return [block]
-        return [block.part(rows) for rows in parts_of(block.rows, self._plan.route.lines)]
-
-    def share_out(self, action: Callable[[RowBlock], Result], parts: Sequence[RowBlock]) -> list[Result]:
-        """What ``action`` makes of every part, in order."""
-        return self._workers.map(action, parts)
-
-    def _block(self, rows: slice, experts: Sequence[Tensor], base: Tensor) -> RowBlock:
-        return RowBlock(rows, experts, base, self._plan.experts_are_deltas)
+    def _block(self, rows: slice, experts: Sequence[Tensor], base: Tensor, tasks: Sequence[int]) -> RowBlock:
+        weights = self._plan.weights
+        chosen = None if weights is None else [weights[task] for task in tasks]
+        return RowBlock(rows, experts, base, self._plan.experts_are_deltas, chosen)
 
     @property
     def _on_gpu(self) -> bool:
@@ -169,10 +215,3 @@ class TensorSource:
         if self._held is None:
             self._held = self._take(self._ahead)
         return self._held
-
-    def _take(self, ahead: Uploads) -> list[Tensor]:
-        with self._phase("read"):
-            self._read = ahead.take()
-            self._to_take -= ahead is self._ahead
-            self.read_bytes += sum(tensor.nbytes for tensor in self._read)
-            return [tensor.to(self.device) for tensor in self._read]

@@ -13,16 +13,18 @@ import torch
 from torch import Tensor
 
 from . import ops
+from .checkpoint.adapter import LoraPair
 from .checkpoint.checksum import Checksum
 from .checkpoint.layout import DTYPES, Checkpoint, StoredTensor, open_checkpoint
 from .checkpoint.manifest import describe_inputs, read_manifest
 from .checkpoint.read_ahead import THREADS, Bundle, ReadAhead
 from .checkpoint.reader import Piece, Reader, whole
 from .checkpoint.writer import tensor_bytes
-from .config import MergeConfig, Override
+from .config import config_from_dict
 from .errors import InputError, VerificationError
 from .methods import RowBlock, TensorDeltas
 from .plan import Plan, TensorPlan, make_plan
+from .routes import ADAPTER
 
 # What the merged delta may differ by, relative to its norm: the promise of the default precision, ten times over.
 DELTA_TOLERANCE = 1e-4
@@ -116,9 +118,7 @@ def _recompute(
 ) -> list[dict[str, Any]]:
     description = manifest["description"]
     paths = [recorded["path"] for recorded in description["inputs"]]
-    raw = dict(description["config"])
-    overrides = [Override(**override) for override in raw.pop("overrides")]
-    config = MergeConfig(base=paths[0], experts=paths[1:], overrides=overrides, **raw)
+    config = config_from_dict({**description["config"], "base": paths[0], "experts": paths[1:]})
     try:
         plan = make_plan(config)
     except InputError as error:
@@ -131,8 +131,9 @@ def _recompute(
     with Reader(plan.base, *plan.experts, *outputs.values()) as reader:
         for tensor in _sample(plan, samples, seed):
             for name, recorded in manifest["outputs"].items():
-                stored = reader.read(whole(outputs[name].tensors[tensor.name]))
-                result = _compare(tensor, reader, stored, recorded["scaling"])
+                found = [reader.read(whole(outputs[name].tensors[each])) for each in tensor.names_in(name)]
+                compare = _compare_factors if tensor.route.name == ADAPTER else _compare
+                result = compare(tensor, reader, found, recorded["scaling"])
                 if result["error"] is None:
                     remarks.append(f"tensor {tensor.name!r}: not judged, the gap at its cut is {result['gap']:.1e}")
                     continue
@@ -158,7 +159,34 @@ def _sample(plan: Plan, samples: int, seed: int) -> list[TensorPlan]:
     return chosen + generator.sample(others, min(len(others), samples - len(chosen)))
 
 
-def _compare(plan: TensorPlan, reader: Reader, stored: Tensor, scaling: float | None) -> dict[str, Any]:
+def _expected(plan: TensorPlan, reader: Reader) -> tuple[Tensor, Tensor, float]:
+    """(θ₀, the merged Δ in float64 by the reference solver, the relative gap at its cut)."""
+    assert plan.method is not None
+    base = reader.read(whole(plan.base)).double()
+    if plan.pairs:
+        experts = [_product(plan, pair, reader) for pair in plan.pairs]
+    else:
+        experts = [reader.read(whole(expert)) for expert in plan.experts]
+    are_deltas = plan.experts_are_deltas or bool(plan.pairs)
+    block = RowBlock(slice(0, 1), experts, base, are_deltas, plan.weights)
+    deltas = [block.delta(task, torch.float64) for task in range(len(experts))]
+    # Rank is judged as the merge judged it: by the rounding of the dtype it was computed in.
+    method = replace(plan.method, precision="reference") if hasattr(plan.method, "precision") else plan.method  # type: ignore[type-var]  # methods are dataclasses
+    if plan.spec.dtype == torch.float32:
+        deltas = [delta.float() for delta in deltas]
+    value, stats = method.merge(TensorDeltas(deltas))
+    return base, value.double(), stats.to_dict().get("gap", 1.0)
+
+
+def _product(plan: TensorPlan, pair: LoraPair | None, reader: Reader) -> Tensor:
+    """Δ of one adapter, [M, N] in float64."""
+    if pair is None:
+        return torch.zeros(plan.spec.shape, dtype=torch.float64)
+    a, b = (reader.read(whole(stored)).double() for stored in (pair.a, pair.b))
+    return pair.scale * (b @ a if not pair.transposed else (b @ a).mT)
+
+
+def _compare(plan: TensorPlan, reader: Reader, found: list[Tensor], scaling: float | None) -> dict[str, Any]:
     """‖stored − round(expected)‖_F / ‖expected − θ₀‖_F, expected = θ₀ + α·Δ in float64 by the reference solver.
 
     An error e_i before rounding moves entry i to the next number with probability |e_i| / ulp_i, which costs ulp_i; so
@@ -166,31 +194,44 @@ def _compare(plan: TensorPlan, reader: Reader, stored: Tensor, scaling: float | 
     Σ |e_i| ulp_i ≤ ‖e‖ ‖ulp‖. Allowed is that, twice, for the e
     that the default precision promises and float32 arithmetic adds. A delta that is 1 % off is found in bf16 as well.
     """
-    assert plan.method is not None
-    base = reader.read(whole(plan.base)).double()
-    experts = [reader.read(whole(expert)) for expert in plan.experts]
-    block = RowBlock(slice(0, 1), experts, base, plan.experts_are_deltas)
-    deltas = [block.delta(task, torch.float64) for task in range(len(experts))]
-    # Rank is judged as the merge judged it: by the rounding of the dtype it was computed in.
-    method = replace(plan.method, precision="reference") if hasattr(plan.method, "precision") else plan.method  # type: ignore[type-var]
-    if plan.spec.dtype == torch.float32:
-        deltas = [delta.float() for delta in deltas]
-    value, stats = method.merge(TensorDeltas(deltas))
-    gap = stats.to_dict().get("gap", 1.0)
-    dtype, seed = DTYPES[plan.out.dtype], plan.rounding_seed
+    (stored,) = found
+    base, value, gap = _expected(plan, reader)
+    dtype, seed = DTYPES[plan.out_dtype], plan.rounding_seed
     if scaling is None:  # Δ itself, which is kept beside the outputs
         dtype, seed = stored.dtype, None
         base.zero_()
     alpha = 1.0 if scaling is None else scaling
-    expected = base + alpha * value.double()
+    expected = base + alpha * value
     moved = torch.linalg.vector_norm(expected - base).item()
     norm = torch.linalg.vector_norm(expected).item()
-    (rounded,) = ops.apply_delta(base, value.double(), scalings=[alpha], dtype=dtype, seed=seed)
+    (rounded,) = ops.apply_delta(base, value, scalings=[alpha], dtype=dtype, seed=seed)
     error = torch.linalg.vector_norm(stored.double() - rounded.double()).item()
     before_rounding = DELTA_TOLERANCE * moved + torch.finfo(plan.spec.dtype).eps * norm
     ulp = torch.finfo(dtype).eps * norm
     allowed = (before_rounding**2 + 2.0 * before_rounding * ulp) ** 0.5
-    scale = moved or norm or 1.0
+    return _result(plan, scaling, error, allowed, moved or norm or 1.0, gap)
+
+
+def _compare_factors(plan: TensorPlan, reader: Reader, found: list[Tensor], scaling: float | None) -> dict[str, Any]:
+    """‖α·Δ − B A‖_F / ‖α·Δ‖_F of an adapter. Allowed is what the best approximation of its rank leaves (Eckart-Young),
+    the default precision's promise and the rounding of both factors.
+    """
+    assert scaling is not None
+    expected = scaling * _expected(plan, reader)[1]
+    a, b = (stored.double() for stored in found)
+    first = next(pair for pair in plan.pairs if pair is not None)
+    product = (b @ a).mT if first.transposed else b @ a
+    norm = torch.linalg.vector_norm(expected).item()
+    left_out = torch.linalg.vector_norm(torch.linalg.svdvals(expected)[a.shape[0] :]).item()
+    rounding = 2.0 * torch.finfo(DTYPES[plan.out_dtype]).eps * norm
+    error = torch.linalg.vector_norm(expected - product).item()
+    allowed = left_out * (1.0 + DELTA_TOLERANCE) + DELTA_TOLERANCE * norm + rounding
+    return _result(plan, scaling, error, allowed, norm or 1.0, 1.0)
+
+
+def _result(
+    plan: TensorPlan, scaling: float | None, error: float, allowed: float, scale: float, gap: float
+) -> dict[str, Any]:
     return {
         "name": plan.name,
         "scaling": scaling,

@@ -41,24 +41,31 @@ def iso_c(
     return mean * (u[:, keep] @ v[:, keep].T)
 
 
-def iso_cts(deltas: list[np.ndarray], common_fraction: float = 0.8) -> np.ndarray:
+def iso_cts(deltas: list[np.ndarray], common_fraction: float = 0.8, *, rank_tolerance: float = 0.0) -> np.ndarray:
+    """``rank_tolerance``: relative to the largest singular value of the sum, for the task parts too; σ̄ is then the mean
+    over what is kept.
+    """
     deltas = [np.asarray(delta, dtype=np.float64) for delta in deltas]
     total = np.sum(deltas, axis=0)
     min_dim, tasks = min(total.shape), len(deltas)
     k, s = split_rank(min_dim, tasks, common_fraction)
     assert k >= 0, "the published algorithm is not defined for a negative k"
     u, sigma, v = thin_svd(total)
+    limit = rank_tolerance * sigma[0] if rank_tolerance else -1.0
+    k = min(k, int((sigma > limit).sum()))
     u_k, v_k = u[:, :k], v[:, :k]
     left, right, kept = [], [], [sigma[:k]]
     for delta in deltas:
         residual = delta - u_k @ (u_k.T @ delta)
         u_t, sigma_t, v_t = thin_svd(residual)
-        left.append(u_t[:, :s])
-        right.append(v_t[:, :s])
-        kept.append(sigma_t[:s])
-    u_all = polar(np.concatenate([*left, u_k], axis=1))
-    v_all = polar(np.concatenate([*right, v_k], axis=1))
-    return np.concatenate(kept).sum() / min_dim * (u_all @ v_all.T)
+        count = min(s, int((sigma_t > limit).sum()))
+        left.append(u_t[:, :count])
+        right.append(v_t[:, :count])
+        kept.append(sigma_t[:count])
+    u_all = polar(np.concatenate([*left, u_k], axis=1), rank_tolerance)
+    v_all = polar(np.concatenate([*right, v_k], axis=1), rank_tolerance)
+    sigmas = np.concatenate(kept)
+    return sigmas.sum() / (sigmas.size if rank_tolerance else min_dim) * (u_all @ v_all.T)
 
 
 def merge_tensor(

@@ -20,7 +20,7 @@ SOURCES = {"isomerge_kernels": ROOT / "kernels" / "isomerge_kernels", "isomerge_
 # Lowest first. A module may import what lies on a lower row, never its own row's neighbours.
 FLOORS = (
     {"isomerge_kernels", "errors"},
-    {"ops", "checkpoint", "report", "heap"},
+    {"ops", "checkpoint", "report", "heap", "mergekit_recipe"},
     {"linalg"},
     {"methods"},
     {"config"},

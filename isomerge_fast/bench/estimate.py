@@ -86,9 +86,10 @@ def group_plans(plan: Plan) -> list[list[TensorPlan]]:
     groups: dict[tuple[Any, ...], list[TensorPlan]] = {}
     for tensor in plan.tensors:
         stored = tuple(copy.dtype for copy in (tensor.base, *tensor.experts))
+        ranks = tuple(0 if pair is None else pair.rank for pair in tensor.pairs)
         rounded = tensor.rounding_seed is not None
-        key = (tensor.base.shape, tensor.spec.dtype, tensor.method, tensor.route.name, stored, tensor.out.dtype)
-        groups.setdefault((*key, tensor.delta is not None, rounded), []).append(tensor)
+        key = (tensor.base.shape, tensor.spec.dtype, tensor.method, tensor.route.name, stored, tensor.out_dtype)
+        groups.setdefault((*key, ranks, tensor.delta is not None, rounded), []).append(tensor)
     return list(groups.values())
 
 
@@ -139,9 +140,8 @@ def _time(tensor: TensorPlan, plan: Plan, device: torch.device, workers: Workers
 
 def _group(members: Sequence[TensorPlan], timing: _Timing) -> Group:
     tensor, size = members[0], timing.size
-    stored_bytes = tensor.base.bytes + sum(expert.bytes for expert in tensor.experts)
     passed = timing.passed_bytes * prod(tensor.base.shape) / max(1, prod(size.shape))
-    again = 0 if tensor.route.name == RESIDENT else max(0, round(passed) - stored_bytes)
+    again = 0 if tensor.route.name == RESIDENT else max(0, round(passed) - tensor.read_bytes)
     each = timing.seconds / size.share
     return Group(
         tensor.action,

@@ -15,8 +15,9 @@ from .. import ops
 from ..checkpoint.layout import DTYPES
 from ..errors import ConfigError
 from ..methods import Method, RowBlock, TensorSpec
+from ..methods.factors import Factors, merge_factors
 from ..plan import Plan, TensorPlan
-from ..routes import BY_ROWS, RESIDENT, Route
+from ..routes import ADAPTER, BY_ROWS, RESIDENT, Route
 from ..workers import Workers, parts_of
 from .problems import deltas_like_fine_tuning
 
@@ -53,6 +54,10 @@ class HeldCopies:
     @property
     def shape(self) -> torch.Size:
         return self._base.shape
+
+    @property
+    def origin(self) -> TensorSpec:
+        return TensorSpec("", tuple(self.shape), self.dtype)
 
     def blocks(self) -> Iterator[RowBlock]:
         """See ``methods.RowSource``."""
@@ -126,9 +131,9 @@ def sizes_of(tensor: TensorPlan, device: torch.device) -> list[Size]:
     ``share`` is the ratio of ``Method.flops``; of the elements for linear methods and copies, which are passes over
     them. A size where another solver would be taken is none.
     """
-    method, tasks, shape = tensor.method, len(tensor.experts), tensor.base.shape
+    method, tasks, shape = tensor.method, tensor.tasks, tensor.base.shape
     sizes = [Size(1, shape, 1.0)]
-    if not shape or 0 in shape:
+    if not shape or 0 in shape or tensor.pairs:  # factors are quick at any size
         return sizes
     divisor = 2
     while True:
@@ -160,10 +165,10 @@ def _solver(tensor: TensorPlan, shape: tuple[int, ...], device: torch.device) ->
         return ""
     spec = replace(tensor.spec, shape=shape)
     try:
-        method.check(spec, len(tensor.experts))
+        method.check(spec, tensor.tasks)
     except ConfigError:
         return "none"
-    return method.explain(spec, len(tensor.experts), device).partition(":")[0]
+    return method.explain(spec, tensor.tasks, device).partition(":")[0]
 
 
 class Sample:
@@ -178,10 +183,11 @@ class Sample:
         longer = prod(whole.lines[1:]) / max(1, prod(lines[1:]))
         rows = min(max(1, int(whole.part_rows * longer)), max(1, lines[0]))
         self._route = replace(whole, lines=lines, part_rows=rows)
+        self._factors = list(self._make_factors(device))
         self._copies = [copy.reshape(lines) for copy in self._make(size.shape, device)]
         self._scalings = list(plan.config.scalings)
         part = (rows, *lines[1:])
-        dtypes = [DTYPES[tensor.out.dtype]] * len(self._scalings) + ([tensor.spec.dtype] if tensor.delta else [])
+        dtypes = [DTYPES[tensor.out_dtype]] * len(self._scalings) + ([tensor.spec.dtype] if tensor.delta else [])
         self._outputs = [torch.empty(part, dtype=dtype, device=device) for dtype in dtypes]
 
     def _make(self, shape: tuple[int, ...], device: torch.device) -> list[Tensor]:
@@ -192,13 +198,23 @@ class Sample:
         generator = torch.Generator(device=device).manual_seed(0)
         base = 0.02 * torch.randn(shape, generator=generator, device=device)
         copies = [base.to(stored[0])]
-        spectral = self._method is not None and not self._method.any_shape
+        spectral = self._method is not None and not self._method.any_shape and len(stored) > 1
         rows, columns = shape if spectral else (0, 0)
         deltas = deltas_like_fine_tuning(rows, columns, len(stored) - 1, device=device) if spectral else []
         for index, dtype in enumerate(stored[1:]):
             delta = deltas[index] if spectral else 0.002 * torch.randn(shape, generator=generator, device=device)
             copies.append((delta if self._tensor.experts_are_deltas else base + delta).to(dtype))
         return copies
+
+    def _make_factors(self, device: torch.device) -> Iterator[Factors | None]:
+        generator = torch.Generator(device=device).manual_seed(0)
+        for pair in self._tensor.pairs:
+            if pair is None:
+                yield None
+                continue
+            rows, columns = pair.shape
+            left = 0.02 * torch.randn(rows, pair.rank, generator=generator, device=device)
+            yield Factors(left, torch.randn(pair.rank, columns, generator=generator, device=device))
 
     def merge(self) -> tuple[str, int]:
         """(algorithm, bytes passed over) of one merge as the engine does it, all but reading and writing."""
@@ -215,6 +231,16 @@ class Sample:
 
                 source.share_out(copy, block)
             return "copy", source.passed_bytes
+        if self._factors:
+            shape = self._tensor.spec.shape
+            merged, stats = merge_factors(self._method, self._factors, shape, self._tensor.spec.dtype)
+            if self._route.name == ADAPTER:
+                merged.truncated(self._tensor.outputs[0].shape[0])
+                return str(stats.to_dict()["algorithm"]), 0
+            left, right = merged.left.to(self._tensor.spec.dtype), merged.right.to(self._tensor.spec.dtype)
+            for block in source.base_blocks():
+                source.share_out(lambda part, block=block: self._apply(part, block, left[part.rows] @ right), block)
+            return str(stats.to_dict()["algorithm"]), source.passed_bytes
         if self._route.name == BY_ROWS:
             row_map = self._method.row_map(source)
             for block in source.blocks():
@@ -235,7 +261,7 @@ class Sample:
             part.base,
             delta,
             scalings=self._scalings,
-            dtype=DTYPES[self._tensor.out.dtype],
+            dtype=DTYPES[self._tensor.out_dtype],
             seed=self._tensor.rounding_seed,
             first=first,
         )
@@ -252,7 +278,9 @@ def sample_bytes(tensor: TensorPlan, size: Size) -> int:
     each = sum(DTYPES[copy.dtype].itemsize for copy in (tensor.base, *tensor.experts)) + 4 * (1 + len(tensor.experts))
     method = method_at(tensor, size.shape)
     spec: TensorSpec = replace(tensor.spec, shape=size.shape)
-    work = 0 if method is None or method.any_shape else method.workspace_bytes(spec, len(tensor.experts))
+    work = 0
+    if method is not None and not method.any_shape and not tensor.pairs:
+        work = method.workspace_bytes(spec, tensor.tasks)
     return prod(size.shape) * each + work + tensor.route.work_bytes // size.divisor**2
 
 

@@ -95,59 +95,31 @@ def _replace_dtype(node: dict[str, Any], dtype: str) -> None:
             _replace_dtype(value, dtype)
 
 
-def model_card(
-    *,
-    base: str,
-    experts: Iterable[str],
-    method: str,
-    citation: str,
-    options: Mapping[str, Any],
-    overrides: Iterable[Mapping[str, Any]],
-    scaling: float,
-    exclude: Iterable[str],
-    dtype: str | None,
-    stochastic_rounding: int | None,
-    on_extra: str,
-    experts_are_deltas: bool,
-    version: str,
-    library_name: str | None,
-) -> str:
-    """README.md of the merged checkpoint: what it was made of, and how to make it again."""
+def model_card(recipe: Mapping[str, Any], *, kind: str, citation: str, version: str, library: str | None) -> str:
+    """README.md of the merged checkpoint or adapter: what it was made of, and how to make it again.
 
-    def quoted(value: Any) -> str:
-        return json.dumps(value, ensure_ascii=False)  # a JSON scalar is a YAML scalar
-
-    experts = list(experts)
-    front = ["---", *([f"library_name: {library_name}"] if library_name else []), "tags: [merge, isomerge-fast]", "---"]
-    recipe = [
-        f"method: {method}",
-        f"base: {quoted(base)}",
-        "experts:",
-        *(f"  - {quoted(expert)}" for expert in experts),
-        f"scaling: {scaling:g}",
-        f"options: {quoted(dict(options))}",
-        *([f"exclude: {quoted(list(exclude))}"] if list(exclude) else []),
-        *([f"overrides: {quoted(list(overrides))}"] if list(overrides) else []),
-        *([f"dtype: {dtype}"] if dtype else []),
-        *([f"stochastic_rounding: {stochastic_rounding}"] if stochastic_rounding is not None else []),
-        *([f"on_extra: {on_extra}"] if on_extra != "error" else []),
-        *(["experts_are_deltas: true"] if experts_are_deltas else []),
-    ]
-    label, kind = ("Delta", "delta(s)") if experts_are_deltas else ("Expert", "checkpoints")
+    Args:
+        recipe: the config's keys, those left out that say nothing.
+        kind: what the experts are, in the plural.
+        library: by which the output is loaded, as model hubs name it.
+    """
+    base, experts, scaling = recipe["base"], recipe["experts"], recipe["scaling"]
+    front = ["---", *([f"library_name: {library}"] if library else []), "tags: [merge, isomerge-fast]", "---"]
     lines = [
         *front,
         "",
-        f"# Merge of {len(experts)} {kind} with {method}",
+        f"# Merge of {len(experts)} {kind} with {recipe['method']}",
         "",
         f"- Base: `{base}`",
-        *(f"- {label}: `{expert}`" for expert in experts),
-        f"- Method: {method} ({citation}), scaling α = {scaling:g}",
+        *(f"- Expert: `{expert}`" for expert in experts),
+        f"- Method: {recipe['method']} ({citation}), scaling α = {scaling:g}",
         f"- Made with isomerge-fast {version}",
         "",
         "To make it again, `isomerge run` this file:",
         "",
         "```yaml",
-        *recipe,
+        # A JSON value is a YAML value.
+        *(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in recipe.items()),
         "out: merged",
         "```",
         "",

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..linalg.auto import PROMISES, Choice, check_precision, fitting, polar_ladder
 from ..linalg.certificate import symmetry
-from ..linalg.protocol import PolarSolver, rounding_tolerance
+from ..linalg.protocol import PolarSolver
 from .certified import merge_certified
 from .protocol import (
     Check,
@@ -24,6 +24,7 @@ from .protocol import (
     check_rank_policy,
     finite_sum,
     require_matrices,
+    rounding_of,
     spectral_mean,
 )
 from .row_maps import PolarMap, has_row_map, polar_map_bytes
@@ -115,7 +116,7 @@ class IsoC:
             ValueError: fewer than two dimensions, or NaN or Inf in a delta.
         """
         require_matrices(self.name, deltas.shape)
-        spec = TensorSpec("", tuple(deltas.shape), deltas.dtype)
+        spec = TensorSpec("", tuple(deltas.shape), deltas.origin.dtype)
         return merge_certified(self._attempt, deltas, self.ladder(spec, deltas.device))
 
     def _result_dtype(self, compute_dtype: torch.dtype) -> torch.dtype:
@@ -128,9 +129,8 @@ class IsoC:
         dtype = self._result_dtype(deltas.dtype)
         if 0 in total.shape:
             return total.to(dtype), MergeStats(self.name, of_deltas)
-        rows, columns = total.shape[-2:]
-        min_dim = min(rows, columns)
-        tolerance = rounding_tolerance(squares.sum(0).sqrt(), rows, columns, deltas.dtype)
+        min_dim = min(deltas.origin.shape[-2:])
+        tolerance = rounding_of(squares.sum(0).sqrt(), deltas.origin)
         q, stats = choice.solver.polar(total, tolerance=tolerance, dtype=dtype)
         asymmetry, negative = symmetry(total, q)
         del total

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..linalg.auto import PROMISES, Choice, check_precision, fitting, subspace_ladder
-from ..linalg.protocol import Solver, Subspace, reciprocal, rounding_tolerance
+from ..linalg.certificate import orthogonality as polar_orthogonality
+from ..linalg.protocol import Solver, Subspace, reciprocal
 from ..linalg.sides import short_gram
 from ..linalg.subspace_chebyshev import ChebyshevSubspace
 from ..linalg.svd import FullSvd
@@ -28,6 +29,7 @@ from .protocol import (
     check_rank_policy,
     finite_sum,
     require_matrices,
+    rounding_of,
     spectral_mean,
 )
 from .recombine import recombine, recombine_literally
@@ -204,13 +206,13 @@ class IsoCTS:
             ConfigError: negative k.
         """
         require_matrices(self.name, deltas.shape)
-        rows, columns = deltas.shape[-2:]
+        rows, columns = deltas.origin.shape[-2:]
         _, s = split_rank(min(rows, columns), deltas.n_tasks, self.common_fraction)
         if s == 0 or 0 in deltas.shape:
             value, stats = self._iso_c().merge(deltas)
             values = {**stats.values, "k": min(rows, columns), "s": 0}
             return value, replace(stats, algorithm=f"{self.name}/{stats.algorithm}", values=values)
-        spec = TensorSpec("", tuple(deltas.shape), deltas.dtype)
+        spec = TensorSpec("", tuple(deltas.shape), deltas.origin.dtype)
         return merge_certified(self._attempt, deltas, self.ladder(spec, deltas.n_tasks))
 
     def _tasks_at_once(self, deltas: Deltas, solver: Solver) -> int:
@@ -232,13 +234,15 @@ class IsoCTS:
 
     def _attempt(self, deltas: Deltas, choice: Choice[Solver]) -> tuple[Tensor, MergeStats]:
         solver = choice.solver
+        origin, tasks = deltas.origin, deltas.n_tasks
+        min_dim = min(origin.shape[-2:])
         rows, columns = deltas.shape[-2:]
-        min_dim, tasks = min(rows, columns), deltas.n_tasks
-        k, s = split_rank(min_dim, tasks, self.common_fraction)
+        # There are no more directions than coordinates.
+        k, s = (min(count, rows, columns) for count in split_rank(min_dim, tasks, self.common_fraction))
         # In float64: rounding S to float32 alone was an error of 6e-5 (768 x 300, gap at the cut 0.3 %).
         total, squares, of_deltas = finite_sum(deltas, torch.float64, len(deltas.shape) - 2)
         dtype = self._result_dtype(deltas.dtype)
-        sum_limit = rounding_tolerance(squares.sum(0).sqrt(), rows, columns, deltas.dtype)
+        sum_limit = rounding_of(squares.sum(0).sqrt(), origin)
         # V enters the recombination's small factors, whose conditioning float32 would not survive; U only products.
         long_dtype = torch.float64 if rows <= columns or isinstance(solver, FullSvd) else dtype
         common = solver.top_subspace(total, k, tolerance=sum_limit, complement=True, dtype=long_dtype, short_only=True)
@@ -250,14 +254,16 @@ class IsoCTS:
         error = sum_limit if bool((common.sigma <= 0).any()) else None
         parts: list[Subspace] = []
         at_once = self._tasks_at_once(deltas, solver)
-        for start in range(0, tasks, at_once):
+        # Where U_k is all of a wide matrix's left side, as in coordinates it may be, R_t = 0.
+        nothing_left = common.complement is not None and common.wide and common.complement.shape[-1] == 0
+        for start in range(0, 0 if nothing_left else tasks, at_once):
             norm = squares[start : start + at_once].sqrt()
             # No name for a delta here: it would outlive the loop, beside what is made of S next.
             if at_once == 1:
-                parts.append(_task_part(solver, deltas.delta(start), total, common, s, norm[0], error))
+                parts.append(_task_part(solver, deltas.delta(start), total, common, s, norm[0], origin, error))
             else:
                 stack = [deltas.delta(start + task) for task in range(len(norm))]
-                parts += _task_part(solver, torch.stack(stack), total, common, s, norm, error).unbind()
+                parts += _task_part(solver, torch.stack(stack), total, common, s, norm, origin, error).unbind()
                 stack.clear()
         nonzero = torch.linalg.vector_norm(total, dim=(-2, -1)) > 0
         if common.long is None:
@@ -270,7 +276,10 @@ class IsoCTS:
         angles = k * common.angle.square() + s * sum(part.angle.square() for part in parts)
         unresolved = common.unresolved + sum(part.unresolved for part in parts)
         # One read of the device: the short form needs every direction of every matrix of the batch.
-        if bool((sigma > 0).all()):
+        if not parts:
+            value = common.u.to(dtype) @ common.v.to(dtype).mT
+            orthogonality = polar_orthogonality(value).double()
+        elif bool((sigma > 0).all()):
             value, orthogonality = recombine(common, parts, dtype)
         else:
             value, orthogonality = recombine_literally(common, parts, dtype, solver)
@@ -294,10 +303,17 @@ class IsoCTS:
 
 
 def _task_part(
-    solver: Solver, delta: Tensor, total: Tensor, common: Subspace, s: int, norm: Tensor, error: Tensor | None
+    solver: Solver,
+    delta: Tensor,
+    total: Tensor,
+    common: Subspace,
+    s: int,
+    norm: Tensor,
+    origin: TensorSpec,
+    error: Tensor | None,
 ) -> Subspace:
     """The top s triplets of R above what the roundings of Δ and, where ``error`` bounds it, of S make of it."""
-    limit = rounding_tolerance(norm, delta.shape[-2], delta.shape[-1], delta.dtype)
+    limit = rounding_of(norm, origin)
     if error is not None:
         limit = limit + error * residual_noise(delta, total, common)
     return solver.residual_subspace(delta, total, common, s, norm=norm, tolerance=limit)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, nearest
+from ..linalg.protocol import rounding_tolerance
 from ..ops import TaskSum, compute_dtype, subtract, task_sum
 
 RANK_POLICIES = ("range", "min-dim")
@@ -55,6 +56,13 @@ class Deltas(Protocol):
         """Where sums and deltas are made."""
         ...
 
+    @property
+    def origin(self) -> TensorSpec:
+        """The tensor that the deltas are of: they themselves, or what they are the coordinates of in bases that all
+        share (``factors``). Its sides decide r, and its dtype what counts as rounding.
+        """
+        ...
+
     def delta(self, task: int) -> Tensor:
         """Δ_t in the compute dtype; not to be written to."""
         ...
@@ -66,9 +74,14 @@ class Deltas(Protocol):
 
 @dataclass(frozen=True)
 class TensorDeltas:
-    """Deltas that are in memory: T tensors of one shape, or one stack [T, ...]. They are never modified."""
+    """Deltas that are in memory: T tensors of one shape, or one stack [T, ...]. They are never modified.
+
+    Args:
+        coordinates_of: see ``Deltas.origin``; None where they stand for themselves.
+    """
 
     tensors: Sequence[Tensor]
+    coordinates_of: TensorSpec | None = None
 
     def __post_init__(self) -> None:
         if len(self.tensors) == 0:
@@ -98,6 +111,10 @@ class TensorDeltas:
     def device(self) -> torch.device:
         return self.tensors[0].device
 
+    @property
+    def origin(self) -> TensorSpec:
+        return self.coordinates_of or TensorSpec("", tuple(self.shape), self.dtype)
+
     def delta(self, task: int) -> Tensor:
         return self.tensors[task].to(self.dtype)
 
@@ -111,27 +128,40 @@ class RowBlock:
 
     Attributes:
         are_deltas: whether the experts are Δ_t themselves, and not θ_t.
+        weights: w_t; None where all are 1. Below, Δ_t is w_t (θ_t − θ₀).
     """
 
     rows: slice
     experts: Sequence[Tensor]
     base: Tensor
     are_deltas: bool = False
+    weights: Sequence[float] | None = None
 
     def sum(self, dtype: torch.dtype, out: Tensor | None = None) -> TaskSum:
         """Σ_t Δ_t of these rows, with what was seen of every Δ_t."""
-        return task_sum(self.experts, None if self.are_deltas else self.base, dtype=dtype, out=out)
+        base = None if self.are_deltas else self.base
+        found = task_sum(self.experts, base, weights=self.weights, dtype=dtype, out=out)
+        if self.weights is None:
+            return found
+        # What the kernel sees, it sees before the weights.
+        size = found.squares.new_tensor(self.weights).abs()
+        largest = None if found.largest is None else found.largest * size
+        return found._replace(squares=found.squares * size.square(), largest=largest)
 
     def delta(self, task: int, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         """Δ_t of these rows."""
         if not self.are_deltas:
-            return subtract(self.experts[task], self.base, dtype=dtype, out=out)
-        return self.experts[task].to(dtype) if out is None else out.copy_(self.experts[task])
+            delta = subtract(self.experts[task], self.base, dtype=dtype, out=out)
+        elif out is not None:
+            delta = out.copy_(self.experts[task])
+        else:  # never the expert itself, where it is to be multiplied
+            delta = self.experts[task].to(dtype, copy=self.weights is not None)
+        return delta if self.weights is None else delta.mul_(self.weights[task])
 
     def part(self, rows: slice) -> RowBlock:
         """Some of these rows, counted from the first of them."""
         place = slice(self.rows.start + rows.start, self.rows.start + rows.stop)
-        return RowBlock(place, [expert[rows] for expert in self.experts], self.base[rows], self.are_deltas)
+        return replace(self, rows=place, experts=[expert[rows] for expert in self.experts], base=self.base[rows])
 
 
 class RowSource(Protocol):
@@ -343,6 +373,11 @@ def require_matrices(name: str, shape: torch.Size) -> None:
     """The spectral methods work on [..., M, N]."""
     if len(shape) < 2:
         raise ValueError(f"{name} needs matrices [M, N] or batches [B, M, N]; got deltas of shape {list(shape)}")
+
+
+def rounding_of(norm: Tensor, origin: TensorSpec) -> Tensor:
+    """``rounding_tolerance`` of deltas with ‖Δ‖_F = ``norm``, by the sides and the dtype of what they are of."""
+    return rounding_tolerance(norm, origin.shape[-2], origin.shape[-1], origin.dtype)
 
 
 def check_rank_policy(rank_policy: str) -> None:

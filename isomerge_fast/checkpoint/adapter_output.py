@@ -1,0 +1,47 @@
+"""``adapter_config.json`` of a merged LoRA adapter."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from .adapter import Adapter
+
+PREFIX = "base_model.model."
+_SUFFIX = re.compile(r"\.(lora_[AB]\.weight|lora_embedding_[AB]|weight|bias)$")
+# Keys of one adapter that say nothing of the merged one.
+_CLEARED = ("rank_pattern", "alpha_pattern")
+_EMPTY = ("exclude_modules", "layers_to_transform", "layers_pattern", "revision", "loftq_config", "eva_config")
+
+
+def merged_settings(adapters: Sequence[Adapter], names: Iterable[str], rank: int) -> dict[str, Any]:
+    """The first adapter's settings, with one rank and scale 1 for the modules that ``names`` (of tensors) belong to."""
+    settings = dict(adapters[0].settings)
+    factored, whole = [], []
+    for name in names:
+        module = _SUFFIX.sub("", name).removeprefix(PREFIX)
+        modules = factored if ".lora_" in name else whole
+        if module not in modules:
+            modules.append(module)
+    settings |= {
+        "r": rank,
+        "lora_alpha": rank,
+        "use_rslora": False,
+        "lora_dropout": 0.0,
+        "init_lora_weights": True,
+        "inference_mode": True,
+        "bias": "none",
+        "target_modules": sorted(factored),
+        "modules_to_save": sorted(whole) or None,
+    }
+    settings |= {key: {} for key in _CLEARED if key in settings}
+    settings |= {key: None for key in _EMPTY if key in settings}
+    return settings
+
+
+def unwritable(adapters: Sequence[Adapter]) -> Iterable[str]:
+    """What cannot be said in one adapter's settings."""
+    for adapter in adapters:
+        if adapter.settings.get("bias", "none") != "none":
+            yield f"{adapter.path}: bias: {adapter.settings['bias']}, trained biases, which a merged adapter would lose"

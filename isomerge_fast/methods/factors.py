@@ -1,0 +1,154 @@
+"""Merges of deltas that are products of thin factors (LoRA): no matrix of the tensor's size is ever factored.
+
+With Δ_t = w_t B_t A_t, stacked B = [w_1 B_1 … w_T B_T] = Q_b R_b and A = [A_1; …; A_T] = (Q_a R_a)ᵀ (thin QRs),
+
+    Δ_t = Q_b C_t Q_aᵀ,    C_t = R_b[:, t] R_a[:, t]ᵀ    [Σ_t r_t x Σ_t r_t].
+
+Every method here commutes with a change to orthonormal coordinates, so that its result is Q_b C Q_aᵀ, with C the same
+method's of the C_t. What depends on the tensor's own sides (r, and with it k and s; what counts as rounding) is taken
+from those (``Deltas.origin``). The published formula is no function of deficient sums; in the range of S this is what
+the dense route gives under ``rank_policy: range`` (docs/numerics.md).
+
+Reference: Panariello et al., "Accurate and Efficient Low-Rank Model Merging in Core Space", arXiv 2509.17786 (the
+coordinates, there for any method).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..linalg.thin import thin_qr
+from .certified import exact_products
+from .protocol import MergeStats, Method, NotFiniteError, TensorDeltas, TensorSpec
+
+# Of the directions that a truncation may choose between, those stay that weigh most in S: its share in what is cut.
+TIE_BREAK = 1e-3
+# Singular values of C below this times the largest are what float64 leaves of zeros.
+NOTHING = 1e-12
+
+
+@dataclass(frozen=True)
+class Factors:
+    """Δ = scale · left right.
+
+    Attributes:
+        left: [M, r]; right: [r, N]; any float dtypes.
+    """
+
+    left: Tensor
+    right: Tensor
+    scale: float = 1.0
+
+    @property
+    def rank(self) -> int:
+        return self.left.shape[-1]
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """A merged Δ = Q_b C Q_aᵀ, in float64.
+
+    Attributes:
+        left_basis: Q_b [M, p], orthonormal columns; right: Q_aᵀ [q, N], orthonormal rows.
+        core: C [p, q]; sum: S in the same coordinates.
+    """
+
+    left_basis: Tensor
+    core: Tensor
+    right: Tensor
+    sum: Tensor
+
+    @property
+    def left(self) -> Tensor:
+        """Q_b C [M, q], so that Δ = left right."""
+        return self.left_basis @ self.core
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.left_basis.shape[0], self.right.shape[1]
+
+    def truncated(self, rank: int) -> tuple[Tensor, Tensor, float]:
+        """(left [M, rank], right [rank, N], ‖Δ − left right‖_F / ‖Δ‖_F), both of about the same norm.
+
+        Padded with zeros where Δ has less directions. Of directions that Δ weighs alike, as Iso-C does with all of
+        them, those are kept that weigh most in S.
+        """
+        norm, size = (torch.linalg.matrix_norm(x) for x in (self.core, self.sum))
+        left = self.left_basis.new_zeros(self.shape[0], rank)
+        right = self.right.new_zeros(rank, self.shape[1])
+        if not self.core.numel() or not bool(norm > 0):
+            return left, right, 0.0
+        tilted = self.core + self.sum * (TIE_BREAK * norm / size if bool(size > 0) else 0.0)
+        # Within the directions of C, so that nothing is lost where there is room for all of them.
+        inside, sigma, _ = torch.linalg.svd(self.core, full_matrices=False)
+        inside = inside[:, sigma > NOTHING * sigma[0]]
+        u = inside @ torch.linalg.svd(inside.mT @ tilted, full_matrices=False)[0][:, :rank]
+        kept = u.mT @ self.core
+        lost = torch.linalg.matrix_norm(self.core - u @ kept) / norm
+        # B and A of one norm, as in training.
+        balance = torch.linalg.matrix_norm(kept).div(math.sqrt(u.shape[1])).sqrt().clamp_min(1e-30)
+        left[:, : u.shape[1]] = self.left_basis @ u * balance
+        right[: u.shape[1]] = kept @ self.right / balance
+        return left, right, float(lost)
+
+
+def merge_factors(
+    method: Method, factors: Sequence[Factors | None], shape: Sequence[int], dtype: torch.dtype = torch.float32
+) -> tuple[LowRank, MergeStats]:
+    """The merged Δ of T deltas given as factors, and its evidence.
+
+    Args:
+        factors: one a task; None is a zero delta.
+        shape: [M, N] of the tensor; dtype: what its deltas would be computed in, which decides what counts as rounding.
+
+    Raises:
+        ValueError: factors that do not fit ``shape`` or each other.
+        NotFiniteError: naming the tasks that hold NaN or Inf.
+    """
+    rows, columns = shape
+    present = [(task, factor) for task, factor in enumerate(factors) if factor is not None]
+    if not present:
+        raise ValueError("factors: at least one task has to have some")
+    for task, factor in present:
+        if factor.left.shape != (rows, factor.rank) or factor.right.shape != (factor.rank, columns):
+            raise ValueError(
+                f"factors[{task}] are {list(factor.left.shape)} and {list(factor.right.shape)}, "
+                f"expected [{rows}, r] and [r, {columns}]"
+            )
+    # Where it is but the product that overflows, the method finds it.
+    bad = [task for task, factor in present if not _is_finite(factor)]
+    if bad:
+        raise NotFiniteError(bad)
+    with exact_products(present[0][1].left.device):
+        left, left_coordinates = thin_qr(torch.cat([each.left.double() * each.scale for _, each in present], dim=1))
+        right, right_coordinates = thin_qr(torch.cat([each.right.mT.double() for _, each in present], dim=1))
+        cores = _cores(factors, left_coordinates, right_coordinates)
+        # Small matrices have room under any ceiling.
+        unlimited: Any = replace(method, memory_bytes=None) if hasattr(method, "memory_bytes") else method  # type: ignore[type-var]  # methods are dataclasses
+        core, stats = unlimited.merge(TensorDeltas(cores, TensorSpec("", (rows, columns), dtype)))
+        total = torch.stack(cores).sum(0)
+    algorithm = f"{stats.algorithm}/factors"
+    rank = sum(each.rank for _, each in present)
+    stats = replace(stats, algorithm=algorithm, values={**stats.values, "factor_rank": rank})
+    return LowRank(left, core.double(), right.mT, total), stats
+
+
+def _is_finite(factor: Factors) -> bool:
+    return bool(torch.isfinite(factor.left).all() & torch.isfinite(factor.right).all()) and math.isfinite(factor.scale)
+
+
+def _cores(factors: Sequence[Factors | None], left: Tensor, right: Tensor) -> list[Tensor]:
+    """C_t of every task, zero where it has no factors."""
+    cores, start = [], 0
+    for factor in factors:
+        rank = 0 if factor is None else factor.rank
+        place = slice(start, start + rank)
+        cores.append(left[:, place] @ right[:, place].mT)
+        start += rank
+    return cores
