@@ -8,6 +8,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from .api import apply, iso_c, iso_cts, merge, merge_state_dicts
+    from .checkpoint.state_dict import open_state_dict
     from .config import MergeConfig, Override
     from .errors import ConfigError, InputError, IsomergeError, ResourceError, VerificationError
     from .methods import IsoC, IsoCTS, Mean, TaskArithmetic
@@ -20,6 +21,7 @@ _HOMES = {
     "iso_cts": "api",
     "merge": "api",
     "merge_state_dicts": "api",
+    "open_state_dict": "checkpoint.state_dict",
     "MergeConfig": "config",
     "Override": "config",
     "ConfigError": "errors",
@@ -53,6 +55,7 @@ __all__ = [
     "iso_cts",
     "merge",
     "merge_state_dicts",
+    "open_state_dict",
 ]
 
 
