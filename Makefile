@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL: # two pips in one environment would race
-.PHONY: help demo test test-slow faults bench bench-full bench-compare accuracy gpu kernels numerics lint format venv clean
+.PHONY: help demo test test-peers test-slow faults bench bench-full bench-compare accuracy gpu kernels numerics lint format venv clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -19,6 +19,9 @@ demo: $(VENV)/.installed-demo ## fine-tune experts on real data, merge them, pri
 # `kernels`.
 test: $(VENV)/.installed-test ## run the test suite
 	$(BIN)/pytest
+
+test-peers: $(VENV)/.installed-peers ## run what is tested inside and beside mergekit, FusionBench and PEFT
+	ISOMERGE_REQUIRE_PEERS=1 $(BIN)/pytest -m 'peer and not long'
 
 test-slow: $(VENV)/.installed-test ## run only the tests marked slow, and those that `make test` leaves out
 	$(BIN)/pytest -m 'slow or long'
@@ -57,7 +60,7 @@ format: $(VENV)/.installed-dev ## let ruff rewrite what it can
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-venv: $(VENV)/.installed-dev ## the environment for development: test and dev extras
+venv: $(VENV)/.installed-dev ## the environment for development: test and dev extras, and the peers
 
 clean: ## remove build products, caches and the demo's output; .venv stays
 	rm -rf build dist demo-out *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
@@ -65,7 +68,9 @@ clean: ## remove build products, caches and the demo's output; .venv stays
 
 $(VENV)/.installed-demo: EXTRAS := demo
 $(VENV)/.installed-test: EXTRAS := test
-$(VENV)/.installed-dev: EXTRAS := dev,test
+$(VENV)/.installed-peers: EXTRAS := test,mergekit,fusion-bench,peft
+# The linters look at what is written for the peers too.
+$(VENV)/.installed-dev: EXTRAS := dev,test,mergekit,fusion-bench,peft
 $(VENV)/.installed-bench: EXTRAS := bench,fusion-bench,mergekit
 
 $(VENV)/.installed-%: setup.py constraints.txt | $(BIN)/pip

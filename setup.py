@@ -30,7 +30,7 @@ EXTRAS = {
     # Peers: compared with, or plugged into. An exact version where what they do inside is relied on.
     "mergekit": ["mergekit==0.1.5"],
     "fusion-bench": ["fusion-bench==0.2.33"],
-    "peft": ["peft"],
+    "peft": ["peft>=0.17"],
     "demo": ["scikit-learn", "matplotlib"],
     "test": [
         "pytest",
@@ -87,5 +87,10 @@ setup(
     zip_safe=False,
     install_requires=["torch>=2.11", "numpy", "safetensors", "xxhash", "pydantic>=2", "typer", "rich", "pyyaml"],
     extras_require=EXTRAS,
-    entry_points={"console_scripts": ["isomerge = isomerge_fast.cli:main"]},
+    entry_points={
+        "console_scripts": [
+            "isomerge = isomerge_fast.cli:main",
+            "isomerge-mergekit-yaml = isomerge_fast.integrations.mergekit:main",
+        ]
+    },
 )

@@ -17,7 +17,7 @@ from benchmarks.harness.processes import measured
 
 def fusion_bench(method: str, deltas: Sequence[dict[str, Tensor]], device: str = "cpu") -> dict[str, Tensor]:
     """The merged Δ of FusionBench's ``iso_c`` or ``iso_cts``; what it prints is swallowed."""
-    from fusion_bench.method.isotropic_merging import iso_utils  # type: ignore[import-not-found]  # an extra, absent in lint
+    from fusion_bench.method.isotropic_merging import iso_utils
 
     function, more = {"iso-c": (iso_utils.iso_c, ()), "iso-cts": (iso_utils.iso_cts, (0.8,))}[method]
     with contextlib.redirect_stdout(io.StringIO()):

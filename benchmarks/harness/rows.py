@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -93,6 +94,7 @@ def is_wanted(row: Row, level: str, *, later_pass: bool, on_gpu: bool) -> bool:
 def absence(contender: str) -> str | None:
     """Why a contender cannot take part, or None."""
     module, extra = PEERS.get(contender, ("torch", ""))
-    if find_spec(module) is None:
+    # Of what is imported already there may be no specification: FusionBench takes its own away.
+    if module not in sys.modules and find_spec(module) is None:
         return f"{contender} is not installed: pip install 'isomerge-fast[{extra}]'"
     return None
