@@ -155,12 +155,12 @@ def factor_route(
 ) -> Route:
     """Of deltas given as factors of ``rank`` columns in all.
 
-    In float64: the factors, their stack, its basis and what that is made in; every task's coordinates and what the
-    method makes of them. Then the result's factors, and a part of their product.
+    The factors; in float64 their stacks, one of which may take two more to be orthonormal; every task's coordinates and
+    what the method makes of them. Then the result's factors, and a part of their product.
     """
     (rows, columns), sides = spec.shape, sum(spec.shape)
     height, width = min(rank, rows), min(rank, columns)
-    solving = 8 * (7 * sides * rank // 2 + height * width * (tasks + 8))
+    solving = 8 * (rank * (3 * sides + 4 * max(rows, columns)) // 2 + height * width * (tasks + 8))
     if adapter_rank is not None:
         outputs = sides * adapter_rank * (16 + traffic.written)
         return Route(ADAPTER, spec.shape, rows, method, solving + outputs)

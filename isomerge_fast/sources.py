@@ -82,8 +82,8 @@ class FactorSource(PlannedSource):
     """A tensor whose deltas are given as factors: these first, then the base part by part, each once."""
 
     def factors(self) -> list[Factors | None]:
-        """Of every task, in float64, in which they are stacked; None where it leaves the tensor alone."""
-        read = iter([tensor.double() for tensor in self._take(self._ahead)])
+        """Of every task, valid until the first of ``base_blocks``; None where it leaves the tensor alone."""
+        read = iter(self._take(self._ahead))
         weights = self._plan.weights or (1.0,) * self._plan.tasks
         found: list[Factors | None] = []
         for pair, weight in zip(self._plan.pairs, weights, strict=True):

@@ -206,7 +206,7 @@ def test_verify_judges_factors_by_the_float64_route(tmp_path: Path, monkeypatch:
 
     def spoiled(*given: Any) -> Any:
         merged, stats = merge_factors(*given)
-        return LowRank(merged.left_basis, merged.core * 1.01, merged.right, merged.sum), stats
+        return LowRank(merged.left_basis, merged.core * 1.01, merged.right_basis, merged.sum), stats
 
     base, adapters = make_adapters(tmp_path)
     monkeypatch.setattr(engine, "merge_factors", spoiled)
