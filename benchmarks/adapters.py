@@ -1,6 +1,7 @@
 """LoRA adapters merged in factor space, beside the dense default on the same deltas.
 
     python -m benchmarks.adapters [--folder DIR] [--adapters 8] [--rank 16] [--rounds 5] [--small] [--out JSON]
+    python -m benchmarks.adapters --table JSON --write PAGE     its table into a page, between the marks there
 
 On a base of the shapes of Llama-3.2-1B (random weights), with adapters of all seven projections:
 
@@ -34,12 +35,14 @@ import isomerge_fast as imf
 from benchmarks.harness.checkpoints import llama_shapes, make_adapter, make_checkpoint
 from benchmarks.harness.processes import merged
 from isomerge_fast.bench.ceilings import device_name
+from isomerge_fast.console import brief, size
 from isomerge_fast.methods import IsoC, IsoCTS, Method, as_deltas
 from isomerge_fast.methods.factors import Factors, merge_factors
 
 LLAMA_1B = llama_shapes(2048, 8192, 16, 128_256, kv=512, tied=True)
 SMALL = llama_shapes(128, 384, 2, 512, kv=64, tied=True)
 LONG_SECONDS = 2.0
+MARKS = ("<!-- adapter figures -->", "<!-- end of adapter figures -->")
 
 
 def seconds_of(action: Callable[[], Any], rounds: int) -> tuple[Any, float]:
@@ -128,6 +131,36 @@ def forwards(base: Path, root: Path, ranks: list[int]) -> Iterator[dict[str, Any
         }
 
 
+def markdown(result: dict[str, Any]) -> str:
+    """The figures as people read them."""
+    rows = {row["row"]: row for row in result["rows"]}
+    lines = ["| | in factor space | dense default | times as fast | error between the two |", "|---|---|---|---|---|"]
+    for name, row in rows.items():
+        if name.startswith("solve/"):
+            _, method, shape = name.split("/")
+            what = "all projections of the model" if shape == "model" else shape
+            figures = [brief(row["seconds"]), brief(row["dense_seconds"]), f"{row['ratio']:.0f}"]
+            figures.append(f"{row['error']:.1e}" if "error" in row else "")
+            lines.append(f"| {method}, {what} | {' | '.join(figures)} |")
+    heads = ["", "seconds", "peak memory", "left out of Δ", "logits off, of what the merge changes of them"]
+    lines += ["", f"| {' | '.join(heads)} |", "|---|---|---|---|---|"]
+    for name, row in rows.items():
+        if name.startswith("merge/"):
+            kind = name.removeprefix("merge/")
+            off = rows.get(f"forward/{kind}", {}).get("error")
+            lost = f"{row['truncation']:.1e}" if "truncation" in row else ""
+            figures = [f"{row['seconds']:.1f}", size(row["peak_bytes"]), lost, "" if off is None else f"{off:.1e}"]
+            lines.append(f"| {kind} out | {' | '.join(figures)} |")
+    return "\n".join(lines)
+
+
+def write_table(path: Path, result: dict[str, Any]) -> None:
+    begin, end = MARKS
+    text = path.read_text()
+    start = text.index(begin) + len(begin)
+    path.write_text(f"{text[:start]}\n{markdown(result)}\n{text[text.index(end) :]}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, help="for checkpoints and outputs; a temporary one when left out")
@@ -136,7 +169,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--small", action="store_true", help="tiny shapes, to see that it runs")
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--table", type=Path, help="a result file; nothing is measured")
+    parser.add_argument("--write", type=Path, help="with --table: a page with marks")
     given = parser.parse_args()
+    if given.table:
+        result = json.loads(given.table.read_text())
+        print(markdown(result))
+        if given.write:
+            write_table(given.write, result)
+        return
     shapes = SMALL if given.small else LLAMA_1B
     full = min(given.adapters * given.rank, min(min(shape) for name, shape in shapes.items() if "_proj" in name))
     rows: list[dict[str, Any]] = []

@@ -18,7 +18,7 @@ import torch
 
 pytest.importorskip("pytest_benchmark")
 
-from benchmarks import bench_io, plain_merge, reference_numpy, shapes
+from benchmarks import adapters, bench_io, plain_merge, reference_numpy, shapes
 from benchmarks.compare import FASTER, LESS_EXACT, MISSING, MORE_EXACT, NEW, SAME, SLOWER, compare, outside
 from benchmarks.harness.counting import count_flops, peak_memory
 from benchmarks.harness.pictures import draw
@@ -119,6 +119,17 @@ def test_documented_tables_are_those_of_a_result_file(name: str, tmp_path: Path)
     page = tmp_path / "page.md"
     page.write_text(text)
     write_tables(page, Results.load(ROOT / file[0]))
+    assert page.read_text() == text
+
+
+def test_the_figures_of_adapters_are_those_of_a_result_file(tmp_path: Path) -> None:
+    """`python -m benchmarks.adapters --table FILE --write docs/peft.md` wrote them."""
+    text = (ROOT / "docs" / "peft.md").read_text(encoding="utf-8")
+    file = re.search(r"benchmarks/results/adapters-[\w-]+-threads\.json", text)
+    assert file is not None
+    page = tmp_path / "page.md"
+    page.write_text(text)
+    adapters.write_table(page, json.loads((ROOT / file[0]).read_text()))
     assert page.read_text() == text
 
 
