@@ -7,20 +7,21 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from .api import apply, iso_c, iso_cts, merge, merge_state_dicts
+    from .api import apply, merge
     from .checkpoint.state_dict import open_state_dict
     from .config import MergeConfig, Override
     from .errors import ConfigError, InputError, IsomergeError, ResourceError, VerificationError
+    from .in_memory import iso_c, iso_cts, merge_state_dicts
     from .methods import IsoC, IsoCTS, Mean, TaskArithmetic
     from .report import Report
 
 # Loaded when first used: `isomerge --help` and shells that only look at the version need no torch.
 _HOMES = {
     "apply": "api",
-    "iso_c": "api",
-    "iso_cts": "api",
+    "iso_c": "in_memory",
+    "iso_cts": "in_memory",
     "merge": "api",
-    "merge_state_dicts": "api",
+    "merge_state_dicts": "in_memory",
     "open_state_dict": "checkpoint.state_dict",
     "MergeConfig": "config",
     "Override": "config",

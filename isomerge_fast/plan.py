@@ -5,37 +5,35 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 import os
-import re
 import shutil
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property, reduce
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .checkpoint.adapter import Adapter, LoraPair, base_name, is_adapter, misfits, open_adapter
-from .checkpoint.adapter_output import merged_settings, unwritable
+from .checkpoint.adapter import Adapter, LoraPair, base_name
+from .checkpoint.adapter_output import merged_settings
 from .checkpoint.companions import companion_files
 from .checkpoint.direct_io import READ_BYTES
 from .checkpoint.layout import (
     ADAPTER_FILE,
-    COPIED_DTYPES,
     DTYPE_NAMES,
     DTYPES,
     FLOAT_DTYPES,
     SINGLE_FILE,
     Checkpoint,
     StoredTensor,
-    open_checkpoint,
 )
 from .checkpoint.read_ahead import THREADS as READ_THREADS
 from .checkpoint.staging import staged_bytes
 from .checkpoint.writer import OutputTensor
 from .config import MergeConfig
-from .errors import ConfigError, InputError, ResourceError
+from .errors import ConfigError, ResourceError
+from .inputs import TOKEN_TABLES, last_part, open_inputs, touches
 from .methods import Mean, Method, TensorSpec, make_method
 from .ops import compute_dtype
 from .routes import BY_ROWS, Budget, Route, Traffic, budgets, choose_route, copy_route, factor_route
@@ -48,10 +46,8 @@ BASELINE_BYTES = 335_000_000
 # With the page-aligned buffers of the threads that read and write.
 PROCESS_BYTES = BASELINE_BYTES + (READ_THREADS + 1) * READ_BYTES
 ASSUMED_READ_BYTES_PER_SECOND = 1e9
-MAX_PROBLEMS = 20
 # Sub-folder of the output for the merged Δ.
 DELTA_FOLDER = "delta"
-_TOKEN_TABLES = re.compile(r"(embed|lm_head|wte|output\.weight$|shared\.weight$)")
 
 
 def scaling_folders(scalings: tuple[float, ...]) -> dict[str, float]:
@@ -252,24 +248,10 @@ def make_plan(
     device = device or torch.device("cpu")
     method = make_method(config.method, config.options)
     overrides = [(override.match, make_method(override.method, override.options)) for override in config.overrides]
-    base = open_checkpoint(config.base)
-    experts = _open_experts(config, base)
-    if config.out is not None:
-        check_out(Path(config.out), [base, *experts])
-    problems = [problem for expert in experts for problem in _mismatches(base, expert, config.on_extra)]
-    problems += _disagreements([expert for expert in experts if isinstance(expert, Adapter)], config)
-    extras, conflicts = _extras(base, experts) if config.on_extra == "copy" else ({}, [])
-    problems += conflicts
-    problems += [problem for checkpoint in (base, *experts) for problem in _unmergeable(checkpoint)]
-    if problems:
-        shown = problems[:MAX_PROBLEMS]
-        if len(problems) > len(shown):
-            shown.append(f"… and {len(problems) - len(shown)} more")
-        raise InputError(f"{len(problems)} problem(s) found before any output was written:", shown)
-
+    base, experts, extras = open_inputs(config)
     order = sorted(base.tensors.values(), key=lambda stored: (str(stored.file), stored.start))
     if config.adapter_rank is not None:
-        order = [stored for stored in order if any(_touches(expert, stored.name) for expert in experts)]
+        order = [stored for stored in order if any(touches(expert, stored.name) for expert in experts)]
     fates = [_Fate(stored.name, stored, _shard(base, stored), experts, config, method, overrides) for stored in order]
     last = fates[-1].shard if fates else SINGLE_FILE
     fates += [
@@ -284,15 +266,6 @@ def make_plan(
     companions = tuple(companion_files(base.path)) if base.is_folder and config.adapter_rank is None else ()
     notes = tuple(_notes(config, base, experts, tensors))
     return Plan(config, base, experts, tuple(tensors), companions, budget, notes)
-
-
-def check_out(out: Path, inputs: Iterable[Checkpoint]) -> None:
-    """Raises ConfigError when writing ``out`` would replace an input or a folder that holds one."""
-    target = Path(os.path.realpath(out))
-    for checkpoint in inputs:
-        source = Path(os.path.realpath(checkpoint.path))
-        if target == source or target in source.parents:
-            raise ConfigError(f"out ({out}) is or contains the input {checkpoint.path}; choose another folder")
 
 
 def check_resources(plan: Plan, *, max_ram: int | None, max_vram: int | None, device: torch.device) -> None:
@@ -337,124 +310,8 @@ def estimate_seconds(plan: Plan) -> dict[str, float]:
     }
 
 
-def _open_experts(config: MergeConfig, base: Checkpoint) -> tuple[Checkpoint, ...]:
-    """Checkpoints, or LoRA adapters of the base: all of one kind.
-
-    Raises:
-        InputError: of both kinds, or one that cannot be opened. ConfigError: options that are for the other kind.
-    """
-    adapters = [is_adapter(path) for path in config.experts]
-    if any(adapters) and not all(adapters):
-        lines = [
-            f"{path}: {'a LoRA adapter' if adapter else 'a checkpoint'}"
-            for path, adapter in zip(config.experts, adapters, strict=True)
-        ]
-        raise InputError("experts are adapters or checkpoints, not both; merge the adapters into their base:", lines)
-    if any(adapters):
-        if config.experts_are_deltas:
-            raise ConfigError("experts_are_deltas: LoRA adapters are that by themselves; leave it out")
-        return tuple(open_adapter(path, base) for path in config.experts)
-    for key in ("adapter_rank", "on_missing", "on_other_base"):
-        if getattr(config, key) not in (None, "error"):
-            raise ConfigError(f"{key} is for experts that are LoRA adapters, and these are checkpoints")
-    return tuple(open_checkpoint(path) for path in config.experts)
-
-
 def _shard(base: Checkpoint, stored: StoredTensor) -> str:
     return stored.file.name if base.is_folder else SINGLE_FILE
-
-
-def _touches(expert: Checkpoint, name: str) -> bool:
-    """Whether an expert has, or adapts, a tensor of the base."""
-    return name in expert.tensors or (isinstance(expert, Adapter) and name in expert.pairs)
-
-
-def _disagreements(adapters: Sequence[Adapter], config: MergeConfig) -> Iterable[str]:
-    """Problems of adapters with each other."""
-    bases = {name: adapter for adapter in adapters if (name := _last_part(base_name(adapter)))}
-    if len(bases) > 1 and config.on_other_base == "error":
-        found = ", ".join(f"{adapter.path} of {base_name(adapter)}" for adapter in bases.values())
-        yield (
-            f"adapters of different bases: {found} (adapter_config.json, base_model_name_or_path; "
-            "on_other_base: ignore, where these are the same weights)"
-        )
-    touched = {name for adapter in adapters for name in (*adapter.pairs, *adapter.tensors)}
-    for adapter in adapters:
-        alone = sorted(name for name in touched if not _touches(adapter, name))
-        if alone and config.on_missing == "error":
-            yield (
-                f"{adapter.path}: leaves {len(alone)} tensor(s) alone that other adapters adapt, such as {alone[0]!r} "
-                "(on_missing: zero takes their delta as zero)"
-            )
-    if config.adapter_rank is not None:
-        yield from unwritable(adapters)
-    for name in sorted(touched):
-        kinds = {name in adapter.pairs for adapter in adapters if _touches(adapter, name)}
-        if len(kinds) > 1:
-            yield f"tensor {name!r} is adapted in one adapter and trained as a whole in another"
-
-
-def _last_part(name: str | None) -> str:
-    """Of a path or a hub id, in lower case: one model is often named by both."""
-    return (name or "").rstrip("/").rpartition("/")[2].lower()
-
-
-def _mismatches(base: Checkpoint, expert: Checkpoint, on_extra: str) -> Iterable[str]:
-    """Problems of one expert against the base."""
-    is_adapter = isinstance(expert, Adapter)
-    if isinstance(expert, Adapter):  # what it holds whole goes by the rules of checkpoints, below
-        yield from misfits(base, replace(expert, tensors={}))
-    for name, stored in base.tensors.items():
-        other = expert.tensors.get(name)
-        if other is None and (is_adapter or stored.dtype in COPIED_DTYPES):
-            continue  # position_ids and the like, which older releases saved and newer do not: the base has them
-        if other is None:
-            tied = bool((expert.config or {}).get("tie_word_embeddings")) and "lm_head" in name
-            hint = " (the expert ties its word embeddings; save base and experts with the same tying)" if tied else ""
-            yield f"{expert.path}: tensor {name!r} {list(stored.shape)} of the base {base.path} is missing{hint}"
-        elif other.shape != stored.shape:
-            vocabulary = _TOKEN_TABLES.search(name) and stored.shape[1:] == other.shape[1:]
-            hint = " (another vocabulary size?)" if vocabulary else ""
-            yield (
-                f"{expert.path}: tensor {name!r} has shape {list(other.shape)}, "
-                f"in the base {base.path} {list(stored.shape)}{hint}"
-            )
-        elif (other.dtype in FLOAT_DTYPES) != (stored.dtype in FLOAT_DTYPES):
-            yield f"{expert.path}: tensor {name!r} is {other.dtype}, in the base {base.path} {stored.dtype}"
-    if on_extra == "error":
-        for name in expert.tensors.keys() - base.tensors.keys():
-            shape = list(expert.tensors[name].shape)
-            yield (
-                f"{expert.path}: tensor {name!r} {shape} is not in the base {base.path} "
-                "(on_extra: ignore leaves it out, copy takes it)"
-            )
-
-
-def _extras(base: Checkpoint, experts: tuple[Checkpoint, ...]) -> tuple[dict[str, StoredTensor], list[str]]:
-    """(tensors that one expert alone has; problems with those that several have: headers do not tell if they agree)."""
-    owners: dict[str, list[StoredTensor]] = {}
-    for expert in experts:
-        for name, stored in sorted(expert.tensors.items(), key=lambda item: (str(item[1].file), item[1].start)):
-            if name not in base.tensors:
-                owners.setdefault(name, []).append(stored)
-    problems = []
-    for name, found in owners.items():
-        if len(found) > 1:
-            where = ", ".join(f"{stored.dtype}{list(stored.shape)} in {stored.file}" for stored in found)
-            problems.append(f"tensor {name!r} is not in the base, and not in one expert alone: {where}")
-    return {name: found[0] for name, found in owners.items() if len(found) == 1}, problems
-
-
-def _unmergeable(checkpoint: Checkpoint) -> Iterable[str]:
-    """Weights that arithmetic on the stored numbers would silently ruin."""
-    quantized = (checkpoint.config or {}).get("quantization_config")
-    if quantized:
-        kind = quantized.get("quant_method", "unknown") if isinstance(quantized, dict) else quantized
-        yield f"{checkpoint.path}: quantized weights ({kind}) cannot be merged; dequantize them first"
-        return
-    for stored in checkpoint.tensors.values():
-        if stored.dtype not in FLOAT_DTYPES | COPIED_DTYPES:
-            yield f"{checkpoint.path}: tensor {stored.name!r} is {stored.dtype}, which cannot be merged"
 
 
 class _Fate:
@@ -483,7 +340,7 @@ class _Fate:
         self.rounding_seed = None
         self.weights: tuple[float, ...] | None = None
         self.adapter_rank: int | None = None
-        touched = any(_touches(expert, name) for expert in experts)
+        touched = any(touches(expert, name) for expert in experts)
         if is_extra or not is_float or 0 in stored.shape or not touched:
             self.reason = "empty" if 0 in stored.shape else f"{stored.dtype} is not a float: copied from the base"
             if is_extra:
@@ -539,7 +396,7 @@ class _Fate:
 
     def as_adapter(self, rank: int, experts: tuple[Checkpoint, ...]) -> _Fate:
         """This, as it is written into an adapter: under the names that the first expert which has it gives it."""
-        expert = next(expert for expert in experts if _touches(expert, self.name))
+        expert = next(expert for expert in experts if touches(expert, self.name))
         assert isinstance(expert, Adapter)
         self.shard = ADAPTER_FILE
         pair = expert.pairs.get(self.name)
@@ -664,7 +521,7 @@ def _notes(
     tables = [
         plan.name
         for plan in tensors
-        if plan.method and plan.action.startswith("iso") and _TOKEN_TABLES.search(plan.name)
+        if plan.method and plan.action.startswith("iso") and TOKEN_TABLES.search(plan.name)
     ]
     if tables:
         lines = ", ".join(f'{{match: "{name}", method: mean}}' for name in tables)
@@ -685,7 +542,7 @@ def _notes(
     paths = [os.path.realpath(expert.path) for expert in experts]
     for expert in experts:
         trained_on = base_name(expert) if isinstance(expert, Adapter) else None
-        if trained_on and _last_part(trained_on) != _last_part(str(base.path)):
+        if trained_on and last_part(trained_on) != last_part(str(base.path)):
             yield f"{expert.path} was trained on {trained_on!r}: see to it that {base.path} is the same"
         if isinstance(expert, Adapter) and expert.copies:
             yield f"{expert.path}: {', '.join(expert.copies)} of its base lies in it too; the base's own is taken"

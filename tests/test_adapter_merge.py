@@ -326,6 +326,11 @@ REFUSED: dict[str, tuple[Callable[[Path], dict[str, Any]], type[Exception], str]
         imf.InputError,
         "adapted in one adapter and trained as a whole in another",
     ),
+    "base-is-an-adapter": (
+        lambda root: {"base": root / "adapter0"},
+        imf.InputError,
+        "adapter0: a LoRA adapter; the base is the checkpoint",
+    ),
     "biases": (biases, imf.InputError, "bias: all, trained biases"),
     "deltas": (lambda _: {"experts_are_deltas": True}, imf.ConfigError, "experts_are_deltas: LoRA adapters are that"),
     "rank": (lambda _: {"adapter_rank": 0}, imf.ConfigError, "adapter_rank is 0"),

@@ -24,11 +24,11 @@ FLOORS = (
     {"linalg"},
     {"methods"},
     {"config"},
-    {"routes"},
+    {"routes", "inputs"},
     {"plan", "workers", "transfers"},
     {"sources"},
     {"output"},
-    {"engine", "verify"},
+    {"engine", "verify", "in_memory"},
     {"api", "console", "doctor"},
     {"demo", "bench", "integrations"},
     {"cli"},
@@ -37,7 +37,7 @@ FLOORS = (
 FLOOR_OF = {name: height for height, names in enumerate(FLOORS) for name in names}
 
 # What only some of the floors above may know.
-FROM_PLAN_UP = {name for name, height in FLOOR_OF.items() if height >= FLOOR_OF["plan"]}
+FROM_PLAN_UP = {"inputs"} | {name for name, height in FLOOR_OF.items() if height >= FLOOR_OF["plan"]}
 KNOWN_TO = {"isomerge_kernels": {"ops"}, "checkpoint": FROM_PLAN_UP, "report": FROM_PLAN_UP}
 
 # Inside linalg: the protocol lies under the solvers, the choice among them above.

@@ -18,6 +18,7 @@ from checkpoints import load_folder, make_base, make_expert, make_family, save_f
 from torch import Tensor
 
 import isomerge_fast as imf
+from isomerge_fast import in_memory
 from isomerge_fast.checkpoint.reader import Reader
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -74,8 +75,10 @@ def test_arrays(kind: str, dtype: str, recwarn: pytest.WarningsRecorder) -> None
 
 def test_arrays_are_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
-    real = imf.api.as_deltas
-    monkeypatch.setattr(imf.api, "as_deltas", lambda given: [seen.append(t.data_ptr()) for t in given] and real(given))
+    real = in_memory.as_deltas
+    monkeypatch.setattr(
+        in_memory, "as_deltas", lambda given: [seen.append(t.data_ptr()) for t in given] and real(given)
+    )
     arrays = [np.asfortranarray(delta.numpy()) for delta in make_deltas()]
     arrays[1].setflags(write=False)
     imf.iso_c(arrays)

@@ -12,8 +12,8 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from ..api import merge_tensors
 from ..errors import ConfigError, nearest
+from ..in_memory import merge_tensors
 from ..methods import IsoC, IsoCTS, Method
 from .peers import FUSION_BENCH, require
 

@@ -1,0 +1,169 @@
+"""The checkpoints and adapters of a merge, opened, and all that keeps them from being merged: by headers alone."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from .checkpoint.adapter import Adapter, base_name, is_adapter, misfits, open_adapter
+from .checkpoint.adapter_output import unwritable
+from .checkpoint.layout import COPIED_DTYPES, FLOAT_DTYPES, Checkpoint, StoredTensor, open_checkpoint
+from .config import MergeConfig
+from .errors import ConfigError, InputError
+
+MAX_PROBLEMS = 20
+TOKEN_TABLES = re.compile(r"(embed|lm_head|wte|output\.weight$|shared\.weight$)")
+
+
+def open_inputs(config: MergeConfig) -> tuple[Checkpoint, tuple[Checkpoint, ...], dict[str, StoredTensor]]:
+    """(the base, the experts, tensors that one expert alone has and that are to be copied).
+
+    Raises:
+        ConfigError: options for another kind of experts; an output folder that is an input.
+        InputError: what cannot be opened, or does not fit; ``problems`` lists it all.
+    """
+    if is_adapter(config.base):
+        raise InputError(f"{config.base}: a LoRA adapter; the base is the checkpoint that it was trained on")
+    base = open_checkpoint(config.base)
+    experts = _open_experts(config, base)
+    if config.out is not None:
+        check_out(Path(config.out), [base, *experts])
+    problems = [problem for expert in experts for problem in _mismatches(base, expert, config.on_extra)]
+    problems += _disagreements([expert for expert in experts if isinstance(expert, Adapter)], config)
+    extras, conflicts = _extras(base, experts) if config.on_extra == "copy" else ({}, [])
+    problems += conflicts
+    problems += [problem for checkpoint in (base, *experts) for problem in _unmergeable(checkpoint)]
+    if problems:
+        shown = problems[:MAX_PROBLEMS]
+        if len(problems) > len(shown):
+            shown.append(f"… and {len(problems) - len(shown)} more")
+        raise InputError(f"{len(problems)} problem(s) found before any output was written:", shown)
+    return base, experts, extras
+
+
+def check_out(out: Path, inputs: Iterable[Checkpoint]) -> None:
+    """Raises ConfigError when writing ``out`` would replace an input or a folder that holds one."""
+    target = Path(os.path.realpath(out))
+    for checkpoint in inputs:
+        source = Path(os.path.realpath(checkpoint.path))
+        if target == source or target in source.parents:
+            raise ConfigError(f"out ({out}) is or contains the input {checkpoint.path}; choose another folder")
+
+
+def _open_experts(config: MergeConfig, base: Checkpoint) -> tuple[Checkpoint, ...]:
+    """Checkpoints, or LoRA adapters of the base: all of one kind.
+
+    Raises:
+        InputError: of both kinds, or one that cannot be opened. ConfigError: options that are for the other kind.
+    """
+    adapters = [is_adapter(path) for path in config.experts]
+    if any(adapters) and not all(adapters):
+        lines = [
+            f"{path}: {'a LoRA adapter' if adapter else 'a checkpoint'}"
+            for path, adapter in zip(config.experts, adapters, strict=True)
+        ]
+        raise InputError("experts are adapters or checkpoints, not both; merge the adapters into their base:", lines)
+    if any(adapters):
+        if config.experts_are_deltas:
+            raise ConfigError("experts_are_deltas: LoRA adapters are that by themselves; leave it out")
+        return tuple(open_adapter(path, base) for path in config.experts)
+    for key in ("adapter_rank", "on_missing", "on_other_base"):
+        if getattr(config, key) not in (None, "error"):
+            raise ConfigError(f"{key} is for experts that are LoRA adapters, and these are checkpoints")
+    return tuple(open_checkpoint(path) for path in config.experts)
+
+
+def touches(expert: Checkpoint, name: str) -> bool:
+    """Whether an expert has, or adapts, a tensor of the base."""
+    return name in expert.tensors or (isinstance(expert, Adapter) and name in expert.pairs)
+
+
+def _disagreements(adapters: Sequence[Adapter], config: MergeConfig) -> Iterable[str]:
+    """Problems of adapters with each other."""
+    bases = {name: adapter for adapter in adapters if (name := last_part(base_name(adapter)))}
+    if len(bases) > 1 and config.on_other_base == "error":
+        found = ", ".join(f"{adapter.path} of {base_name(adapter)}" for adapter in bases.values())
+        yield (
+            f"adapters of different bases: {found} (adapter_config.json, base_model_name_or_path; "
+            "on_other_base: ignore, where these are the same weights)"
+        )
+    touched = {name for adapter in adapters for name in (*adapter.pairs, *adapter.tensors)}
+    for adapter in adapters:
+        alone = sorted(name for name in touched if not touches(adapter, name))
+        if alone and config.on_missing == "error":
+            yield (
+                f"{adapter.path}: leaves {len(alone)} tensor(s) alone that other adapters adapt, such as {alone[0]!r} "
+                "(on_missing: zero takes their delta as zero)"
+            )
+    if config.adapter_rank is not None:
+        yield from unwritable(adapters)
+    for name in sorted(touched):
+        kinds = {name in adapter.pairs for adapter in adapters if touches(adapter, name)}
+        if len(kinds) > 1:
+            yield f"tensor {name!r} is adapted in one adapter and trained as a whole in another"
+
+
+def last_part(name: str | None) -> str:
+    """Of a path or a hub id, in lower case: one model is often named by both."""
+    return (name or "").rstrip("/").rpartition("/")[2].lower()
+
+
+def _mismatches(base: Checkpoint, expert: Checkpoint, on_extra: str) -> Iterable[str]:
+    """Problems of one expert against the base."""
+    is_adapter = isinstance(expert, Adapter)
+    if isinstance(expert, Adapter):  # what it holds whole goes by the rules of checkpoints, below
+        yield from misfits(base, replace(expert, tensors={}))
+    for name, stored in base.tensors.items():
+        other = expert.tensors.get(name)
+        if other is None and (is_adapter or stored.dtype in COPIED_DTYPES):
+            continue  # position_ids and the like, which older releases saved and newer do not: the base has them
+        if other is None:
+            tied = bool((expert.config or {}).get("tie_word_embeddings")) and "lm_head" in name
+            hint = " (the expert ties its word embeddings; save base and experts with the same tying)" if tied else ""
+            yield f"{expert.path}: tensor {name!r} {list(stored.shape)} of the base {base.path} is missing{hint}"
+        elif other.shape != stored.shape:
+            vocabulary = TOKEN_TABLES.search(name) and stored.shape[1:] == other.shape[1:]
+            hint = " (another vocabulary size?)" if vocabulary else ""
+            yield (
+                f"{expert.path}: tensor {name!r} has shape {list(other.shape)}, "
+                f"in the base {base.path} {list(stored.shape)}{hint}"
+            )
+        elif (other.dtype in FLOAT_DTYPES) != (stored.dtype in FLOAT_DTYPES):
+            yield f"{expert.path}: tensor {name!r} is {other.dtype}, in the base {base.path} {stored.dtype}"
+    if on_extra == "error":
+        for name in expert.tensors.keys() - base.tensors.keys():
+            shape = list(expert.tensors[name].shape)
+            yield (
+                f"{expert.path}: tensor {name!r} {shape} is not in the base {base.path} "
+                "(on_extra: ignore leaves it out, copy takes it)"
+            )
+
+
+def _extras(base: Checkpoint, experts: tuple[Checkpoint, ...]) -> tuple[dict[str, StoredTensor], list[str]]:
+    """(tensors that one expert alone has; problems with those that several have: headers do not tell if they agree)."""
+    owners: dict[str, list[StoredTensor]] = {}
+    for expert in experts:
+        for name, stored in sorted(expert.tensors.items(), key=lambda item: (str(item[1].file), item[1].start)):
+            if name not in base.tensors:
+                owners.setdefault(name, []).append(stored)
+    problems = []
+    for name, found in owners.items():
+        if len(found) > 1:
+            where = ", ".join(f"{stored.dtype}{list(stored.shape)} in {stored.file}" for stored in found)
+            problems.append(f"tensor {name!r} is not in the base, and not in one expert alone: {where}")
+    return {name: found[0] for name, found in owners.items() if len(found) == 1}, problems
+
+
+def _unmergeable(checkpoint: Checkpoint) -> Iterable[str]:
+    """Weights that arithmetic on the stored numbers would silently ruin."""
+    quantized = (checkpoint.config or {}).get("quantization_config")
+    if quantized:
+        kind = quantized.get("quant_method", "unknown") if isinstance(quantized, dict) else quantized
+        yield f"{checkpoint.path}: quantized weights ({kind}) cannot be merged; dequantize them first"
+        return
+    for stored in checkpoint.tensors.values():
+        if stored.dtype not in FLOAT_DTYPES | COPIED_DTYPES:
+            yield f"{checkpoint.path}: tensor {stored.name!r} is {stored.dtype}, which cannot be merged"
