@@ -195,6 +195,8 @@ def test_compare_refuses_other_files(results: Results, tmp_path: Path) -> None:
 
 def test_an_absent_peer_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("benchmarks.harness.rows.find_spec", lambda _: None)
+    for module in ("fusion_bench", "mergekit"):  # other tests may have imported them
+        monkeypatch.delitem(sys.modules, module, raising=False)
     absence.cache_clear()
     try:
         assert absence("fusion-bench") == "fusion-bench is not installed: pip install 'isomerge-fast[fusion-bench]'"
