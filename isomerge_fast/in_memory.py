@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import math
 import warnings
 from collections import Counter
@@ -15,12 +14,11 @@ from torch import Tensor
 
 from . import ops
 from .errors import ConfigError, InputError
-from .methods import Mean, Method, NotFiniteError, TensorSpec, as_deltas, make_method
+from .methods import Method, NotFiniteError, TensorSpec, as_deltas, make_method, method_for
 from .methods.protocol import require_matrices
 from .plan import tensor_seed
 
 Array = Tensor | np.ndarray
-FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def iso_c(deltas: Array | Sequence[Array], *, weights: Sequence[float] | None = None, **options: Any) -> Tensor:
@@ -78,7 +76,7 @@ def _merge_deltas(
         tensors = [_as_tensor(delta, f"deltas[{task}]") for task, delta in enumerate(deltas)]
     source = as_deltas(tensors)
     for task, tensor in enumerate(tensors):
-        if tensor.dtype not in FLOATS:
+        if tensor.dtype not in ops.FLOAT_DTYPES:
             raise InputError(f"deltas[{task}] is {tensor.dtype}, which is not merged")
     factors = _check_weights(weights, source.n_tasks)
     if source.device.type == "meta":
@@ -224,7 +222,7 @@ def _check_fit(
     problems = [
         f"base: tensor {name!r} is {tensor.dtype}, which is not merged"
         for name, tensor in base.items()
-        if tensor.is_complex() or (tensor.is_floating_point() and tensor.dtype not in FLOATS)
+        if tensor.is_complex() or (tensor.is_floating_point() and tensor.dtype not in ops.FLOAT_DTYPES)
     ]
     for index, expert in enumerate(experts):
         stored = expert.meta() if isinstance(expert, Described) else None
@@ -241,7 +239,7 @@ def _check_fit(
                 problems.append(f"{where} has shape {list(value.shape)}, in the base {list(tensor.shape)}")
             elif value.is_floating_point() != tensor.is_floating_point():
                 problems.append(f"{where} is {value.dtype}, in the base {tensor.dtype}")
-            elif value.is_floating_point() and value.dtype not in FLOATS:
+            elif value.is_floating_point() and value.dtype not in ops.FLOAT_DTYPES:
                 problems.append(f"{where} is {value.dtype}, which is not merged")
             elif is_real != base_is_real:
                 there, here = ("holds numbers", "a meta tensor") if is_real else ("is a meta tensor", "numbers")
@@ -278,8 +276,7 @@ def _merge_one(
     if base.numel() == 0:
         return base.to(out_dtype, copy=True)
     name = spec.name
-    excluded = any(fnmatch.fnmatchcase(name, pattern) for pattern in (*exclude, *method.default_exclude))
-    chosen = method if method.accepts(spec) and not excluded else Mean()
+    chosen = method_for(method, spec, exclude)
     try:
         if base.is_meta:
             chosen.check(spec, len(experts))

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from .checkpoint.adapter import Adapter, base_name, is_adapter, misfits, open_adapter
 from .checkpoint.adapter_output import unwritable
-from .checkpoint.layout import COPIED_DTYPES, FLOAT_DTYPES, Checkpoint, StoredTensor, open_checkpoint
+from .checkpoint.layout import COPIED_DTYPES, FLOAT_DTYPES, TOKEN_TABLES, Checkpoint, StoredTensor, open_checkpoint
 from .config import MergeConfig
 from .errors import ConfigError, InputError
 
 MAX_PROBLEMS = 20
-TOKEN_TABLES = re.compile(r"(embed|lm_head|wte|output\.weight$|shared\.weight$)")
 
 
 def open_inputs(config: MergeConfig) -> tuple[Checkpoint, tuple[Checkpoint, ...], dict[str, StoredTensor]]:
@@ -114,8 +111,8 @@ def last_part(name: str | None) -> str:
 def _mismatches(base: Checkpoint, expert: Checkpoint, on_extra: str) -> Iterable[str]:
     """Problems of one expert against the base."""
     is_adapter = isinstance(expert, Adapter)
-    if isinstance(expert, Adapter):  # what it holds whole goes by the rules of checkpoints, below
-        yield from misfits(base, replace(expert, tensors={}))
+    if isinstance(expert, Adapter):
+        yield from misfits(base, expert)
     for name, stored in base.tensors.items():
         other = expert.tensors.get(name)
         if other is None and (is_adapter or stored.dtype in COPIED_DTYPES):

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from isomerge_kernels import reference
-from isomerge_kernels.protocol import TaskSum, compute_dtype
+from isomerge_kernels.protocol import FLOAT_DTYPES, TaskSum, compute_dtype
 from isomerge_kernels.reference import BLOCK_ELEMENTS, count_nonfinite, mm, mm_add, row_blocks, subtract
 
 from .errors import MissingPackageError
 
 __all__ = [
     "BLOCK_ELEMENTS",
+    "FLOAT_DTYPES",
     "TaskSum",
     "apply_delta",
     "compute_dtype",

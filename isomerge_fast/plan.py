@@ -25,6 +25,7 @@ from .checkpoint.layout import (
     DTYPES,
     FLOAT_DTYPES,
     SINGLE_FILE,
+    TOKEN_TABLES,
     Checkpoint,
     StoredTensor,
 )
@@ -33,7 +34,7 @@ from .checkpoint.staging import staged_bytes
 from .checkpoint.writer import OutputTensor
 from .config import MergeConfig
 from .errors import ConfigError, ResourceError
-from .inputs import TOKEN_TABLES, last_part, open_inputs, touches
+from .inputs import last_part, open_inputs, touches
 from .methods import Mean, Method, TensorSpec, make_method
 from .ops import compute_dtype
 from .routes import BY_ROWS, Budget, Route, Traffic, budgets, choose_route, copy_route, factor_route

@@ -311,6 +311,14 @@ def whole_and_factors(root: Path) -> dict[str, Any]:
     return {"experts": [whole, save_adapter(root / "factors", draw_factors(1))]}
 
 
+def whole_of_another_vocabulary(root: Path) -> dict[str, Any]:
+    return {"experts": [save_adapter(root / "resized", draw_factors(0), {"lm_head.weight": torch.ones(44, 24)})]}
+
+
+def whole_that_the_base_has_not(root: Path) -> dict[str, Any]:
+    return {"experts": [save_adapter(root / "scored", draw_factors(0), {"score.weight": torch.ones(2, 24)})]}
+
+
 def biases(root: Path) -> dict[str, Any]:
     whole = {"model.layers.0.norm.weight": torch.ones(24)}
     return {"experts": [save_adapter(root / "biases", draw_factors(0), whole, bias="all")], "adapter_rank": 4}
@@ -325,6 +333,16 @@ REFUSED: dict[str, tuple[Callable[[Path], dict[str, Any]], type[Exception], str]
         whole_and_factors,
         imf.InputError,
         "adapted in one adapter and trained as a whole in another",
+    ),
+    "whole-vocabulary": (
+        whole_of_another_vocabulary,
+        imf.InputError,
+        r"resized: tensor 'lm_head.weight' has shape \[44, 24\].*\[40, 24\] \(another vocabulary size",
+    ),
+    "whole-extra": (
+        whole_that_the_base_has_not,
+        imf.InputError,
+        r"scored: tensor 'score.weight' \[2, 24\] is not in the base .*on_extra",
     ),
     "base-is-an-adapter": (
         lambda root: {"base": root / "adapter0"},

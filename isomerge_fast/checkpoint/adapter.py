@@ -12,24 +12,23 @@ import hashlib
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
 from .layout import (
+    ADAPTER_CONFIG_FILE,
+    ADAPTER_FILE,
     FLOAT_DTYPES,
-    MAX_CONFIG_DEPTH,
+    TOKEN_TABLES,
     Checkpoint,
     FileIdentity,
     StoredTensor,
-    parse_json,
+    parse_settings,
     read_header,
 )
-
-WEIGHTS_FILE = "adapter_model.safetensors"
-SETTINGS_FILE = "adapter_config.json"
 
 MAX_SETTINGS_BYTES = 16_000_000  # rank_pattern may name every module of a model, and that is all that grows
 MAX_RANK = 2**31
@@ -99,8 +98,7 @@ _CHANGED_STARTS = ("pissa", "olora", "corda", "lora_ga")
 
 _LINEAR = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(?:\.(?P<adapter>[^.]+))?\.weight")
 _EMBEDDING = re.compile(r"(?P<module>.+)\.lora_embedding_(?P<side>[AB])(?:\.(?P<adapter>[^.]+))?")
-_PREFIX = "base_model.model."
-_TOKEN_TABLES = re.compile(r"embed|lm_head|wte|shared\.weight$")
+PREFIX = "base_model.model."
 
 
 @dataclass(frozen=True)
@@ -146,7 +144,7 @@ class Adapter(Checkpoint):
 
 def is_adapter(path: str | os.PathLike[str]) -> bool:
     """Whether ``path`` is a folder with an ``adapter_config.json``."""
-    return (Path(path) / SETTINGS_FILE).is_file()
+    return (Path(path) / ADAPTER_CONFIG_FILE).is_file()
 
 
 def base_name(adapter: Adapter) -> str | None:
@@ -165,8 +163,8 @@ def open_adapter(path: str | os.PathLike[str], base: Checkpoint) -> Adapter:
     """
     folder = Path(path)
     weights = _weights_file(folder)
-    settings, settings_identity = _read_settings(folder / SETTINGS_FILE)
-    scales = _Scales(folder / SETTINGS_FILE, settings)
+    settings, settings_identity = _read_settings(folder / ADAPTER_CONFIG_FILE)
+    scales = _Scales(folder / ADAPTER_CONFIG_FILE, settings)
     stored, weights_identity = read_header(weights)
     factors, full = _sort(weights, stored)
     rename = _renaming(weights, [f"{module}.weight" for module in factors], base)
@@ -192,7 +190,7 @@ def open_adapter(path: str | os.PathLike[str], base: Checkpoint) -> Adapter:
                 "one of the two is too many, or of another vocabulary; save again with save_embedding_layers=False"
             )
         tensors[target] = tensor
-    files = {weights: weights_identity, folder / SETTINGS_FILE: settings_identity}
+    files = {weights: weights_identity, folder / ADAPTER_CONFIG_FILE: settings_identity}
     return Adapter(folder, tensors, files, pairs=pairs, settings=settings, copies=tuple(copies))
 
 
@@ -204,50 +202,46 @@ def _is_the_bases_own(tensor: StoredTensor, own: StoredTensor | None) -> bool:
 
 
 def misfits(base: Checkpoint, adapter: Adapter) -> Iterator[str]:
-    """What in ``adapter`` does not fit ``base``, a line each: modules and tensors that it has not, other shapes."""
-    wanted: list[tuple[str, tuple[int, ...], str, StoredTensor]] = [
-        (name, pair.shape, f"the module that {pair.a.name!r} and {pair.b.name!r} change", pair.a)
-        for name, pair in adapter.pairs.items()
-    ]
-    wanted += [
-        (name, tensor.shape, f"what {tensor.name!r} replaces", tensor) for name, tensor in adapter.tensors.items()
-    ]
-    for name, shape, what, stored in wanted:
+    """What of the factors does not fit ``base``, a line each: modules that it has not, other shapes. What the adapter
+    holds whole is compared like any checkpoint.
+    """
+    for name, pair in adapter.pairs.items():
+        what, shape = f"the module that {pair.a.name!r} and {pair.b.name!r} change", pair.shape
         own = base.tensors.get(name)
         if own is None:
             tied = bool((base.config or {}).get("tie_word_embeddings")) and "lm_head" in name
             hint = " (the base ties its word embeddings; untie them before training on them)" if tied else ""
             yield f"{adapter.path}: tensor {name!r} {list(shape)}, {what}, is not in the base {base.path}{hint}"
         elif own.shape != shape:
-            vocabulary = _TOKEN_TABLES.search(name) and own.shape[1:] == shape[1:]
+            vocabulary = TOKEN_TABLES.search(name) and own.shape[1:] == shape[1:]
             hint = " (another vocabulary size?)" if vocabulary else ""
             yield (
                 f"{adapter.path}: tensor {name!r}, {what}, has shape {list(shape)}, "
                 f"in the base {base.path} {list(own.shape)}{hint}"
             )
-        elif (stored.dtype in FLOAT_DTYPES) != (own.dtype in FLOAT_DTYPES):
-            yield f"{adapter.path}: tensor {name!r}, {what}, is {stored.dtype}, in the base {base.path} {own.dtype}"
+        elif own.dtype not in FLOAT_DTYPES:
+            yield f"{adapter.path}: tensor {name!r}, {what}, is {own.dtype} in the base {base.path}"
 
 
 def _weights_file(folder: Path) -> Path:
     """The one file of an adapter's weights."""
     if not is_adapter(folder):
-        raise InputError(f"{folder}: not a LoRA adapter; there is no {SETTINGS_FILE} in it")
+        raise InputError(f"{folder}: not a LoRA adapter; there is no {ADAPTER_CONFIG_FILE} in it")
     others = ["*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin"]
-    models = sorted({path.name for pattern in others for path in folder.glob(pattern)} - {WEIGHTS_FILE})
+    models = sorted({path.name for pattern in others for path in folder.glob(pattern)} - {ADAPTER_FILE})
     if models:
         raise InputError(
-            f"{folder}: holds an adapter ({SETTINGS_FILE}) and weights beside it ({', '.join(models[:5])}); "
+            f"{folder}: holds an adapter ({ADAPTER_CONFIG_FILE}) and weights beside it ({', '.join(models[:5])}); "
             "which of the two is meant cannot be told, so put them into folders of their own"
         )
-    if (folder / WEIGHTS_FILE).is_file():
-        return folder / WEIGHTS_FILE
+    if (folder / ADAPTER_FILE).is_file():
+        return folder / ADAPTER_FILE
     if (folder / "adapter_model.bin").is_file():
         raise InputError(
             f"{folder}: only pickled weights (adapter_model.bin), which are never opened. Convert: "
             "PeftModel.from_pretrained(base_model, folder).save_pretrained(other_folder)"
         )
-    raise InputError(f"{folder}: {WEIGHTS_FILE} is missing")
+    raise InputError(f"{folder}: {ADAPTER_FILE} is missing")
 
 
 def _read_settings(file: Path) -> tuple[dict[str, Any], FileIdentity]:
@@ -260,20 +254,9 @@ def _read_settings(file: Path) -> tuple[dict[str, Any], FileIdentity]:
         raise InputError(f"{file}: cannot be read ({error.strerror})") from error
     if len(data) > MAX_SETTINGS_BYTES:
         raise InputError(f"{file}: larger than {MAX_SETTINGS_BYTES} bytes; refused")
-    settings = parse_json(data, str(file))
-    if not isinstance(settings, dict):
-        raise InputError(f"{file}: not a JSON object")
-    level: list[Any] = [settings]
-    for _ in range(MAX_CONFIG_DEPTH):
-        level = [child for node in level for child in _children(node)]
-    if level:
-        raise InputError(f"{file}: nested too deeply")
+    settings = parse_settings(data, str(file))
     check_settings(file, settings)
     return settings, FileIdentity(status.st_size, status.st_mtime_ns, hashlib.sha256(data).hexdigest())
-
-
-def _children(node: Any) -> Iterable[Any]:
-    return node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
 
 
 def check_settings(where: object, settings: Mapping[str, Any]) -> None:
@@ -434,7 +417,7 @@ def _sort(file: Path, stored: Mapping[str, StoredTensor]) -> tuple[dict[str, _Fo
     adapters: dict[str | None, str] = {}  # of the factors, and the first name that holds it
     kept_by: dict[str | None, str] = {}  # of modules_to_save, likewise
     for name, tensor in stored.items():
-        short = name.removeprefix(_PREFIX)
+        short = name.removeprefix(PREFIX)
         match = _LINEAR.fullmatch(short) or _EMBEDDING.fullmatch(short)
         if match is None:
             plain, adapter, is_copy = _whole_name(file, name, short)

@@ -6,9 +6,8 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from .adapter import Adapter
+from .adapter import PREFIX, Adapter
 
-PREFIX = "base_model.model."
 _SUFFIX = re.compile(r"\.(lora_[AB]\.weight|lora_embedding_[AB]|weight|bias)$")
 # Keys of one adapter that say nothing of the merged one.
 _CLEARED = ("rank_pattern", "alpha_pattern")
@@ -18,12 +17,9 @@ _EMPTY = ("exclude_modules", "layers_to_transform", "layers_pattern", "revision"
 def merged_settings(adapters: Sequence[Adapter], names: Iterable[str], rank: int) -> dict[str, Any]:
     """The first adapter's settings, with one rank and scale 1 for the modules that ``names`` (of tensors) belong to."""
     settings = dict(adapters[0].settings)
-    factored, whole = [], []
+    factored, whole = set(), set()
     for name in names:
-        module = _SUFFIX.sub("", name).removeprefix(PREFIX)
-        modules = factored if ".lora_" in name else whole
-        if module not in modules:
-            modules.append(module)
+        (factored if ".lora_" in name else whole).add(_SUFFIX.sub("", name).removeprefix(PREFIX))
     settings |= {
         "r": rank,
         "lora_alpha": rank,

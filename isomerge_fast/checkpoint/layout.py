@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import struct
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -24,6 +25,8 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 ADAPTER_FILE = "adapter_model.safetensors"
 ADAPTER_CONFIG_FILE = "adapter_config.json"
+# Tensors with a row for every token.
+TOKEN_TABLES = re.compile(r"(embed|lm_head|wte|output\.weight$|shared\.weight$)")
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 MAX_TENSORS = 250_000  # a file; the largest real checkpoints hold about 20,000 in all their shards
@@ -217,6 +220,19 @@ def _parse_entry(path: Path, name: str, entry: Any, data_start: int) -> StoredTe
     return StoredTensor(name, dtype, tuple(shape), path, data_start + offsets[0], data_start + offsets[1])
 
 
+def parse_settings(data: bytes, what: str) -> dict[str, Any]:
+    """A JSON object that can be copied and written again."""
+    settings = parse_json(data, what)
+    if not isinstance(settings, dict):
+        raise InputError(f"{what}: not a JSON object")
+    level: list[Any] = [settings]
+    for _ in range(MAX_CONFIG_DEPTH):
+        level = [child for node in level for child in _children(node)]
+    if level:
+        raise InputError(f"{what}: nested too deeply")
+    return settings
+
+
 def find_index(folder: Path) -> Path | None:
     """``model.safetensors.index.json``, or the one index of another name (diffusers has its own), or None."""
     if (folder / INDEX_FILE).is_file():
@@ -306,14 +322,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
             )
     config = None
     if root.is_dir() and (root / "config.json").is_file():
-        config = parse_json(_read_small(root / "config.json"), str(root / "config.json"))
-        if not isinstance(config, dict):
-            raise InputError(f"{root / 'config.json'}: not a JSON object")
-        level: list[Any] = [config]
-        for _ in range(MAX_CONFIG_DEPTH):
-            level = [child for node in level for child in _children(node)]
-        if level:
-            raise InputError(f"{root / 'config.json'}: nested too deeply")
+        config = parse_settings(_read_small(root / "config.json"), str(root / "config.json"))
     return Checkpoint(root, tensors, identities, config, index.name if index is not None else None)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
@@ -24,7 +23,7 @@ from torch import Tensor
 
 from .. import ops
 from ..errors import ConfigError, InputError
-from ..methods import Mean, Method, NotFiniteError, TensorSpec, as_deltas, make_method
+from ..methods import Mean, Method, NotFiniteError, TensorSpec, as_deltas, make_method, method_for
 
 LAMBDA, WEIGHT = "lambda", "weight"
 
@@ -115,8 +114,7 @@ class IsotropicMergeMethod(MergeMethod):
         """Whether the method merges this tensor; others are averaged."""
         method = make_method(self.method)
         name, tensor = group.metadata.name or "", group.tensors[0]
-        excluded = any(fnmatch.fnmatchcase(name, pattern) for pattern in method.default_exclude)
-        return method.accepts(TensorSpec(name, tuple(tensor.shape), torch.float32)) and not excluded
+        return method_for(method, TensorSpec(name, tuple(tensor.shape), torch.float32)) is method
 
     def _merge(
         self,

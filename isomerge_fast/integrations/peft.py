@@ -13,7 +13,6 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -21,9 +20,9 @@ from torch import Tensor, nn
 
 from ..checkpoint.adapter import check_settings
 from ..errors import ConfigError, InputError, nearest
-from ..methods import Mean, Method, NotFiniteError, TensorSpec, make_method
+from ..methods import Method, NotFiniteError, TensorSpec, make_method, method_for
 from ..methods.factors import Factors, LowRank, merge_factors
-from ..ops import compute_dtype
+from ..ops import FLOAT_DTYPES, compute_dtype
 from .peers import require_at_least
 
 # The first release with adapters of bare parameters (ParamWrapper), which are to be told from others here.
@@ -38,7 +37,6 @@ from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper  # noqa: E40
 from peft.utils import ModulesToSaveWrapper  # noqa: E402  # likewise
 
 ON_MISSING = ("error", "zero")
-FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def add_merged_adapter(
@@ -215,7 +213,7 @@ def _check_layer(module: str, layer: LoraLayer, adapter: str) -> None:
                 f"{where}: factors {list(a.shape)} and {list(b.shape)} of a convolution are not merged; "
                 "leave the module out"
             )
-        if tensor.dtype not in FLOATS:
+        if tensor.dtype not in FLOAT_DTYPES:
             raise InputError(f"{where}: {tensor.dtype} factors are not merged; dequantize them first")
         if tensor.is_meta:
             raise InputError(f"{where}: its factors are not in memory; load the adapter first")
@@ -263,7 +261,7 @@ def _merge(method: Method, module: str, layer: LoraLayer, adapters: Sequence[str
     dtype = compute_dtype(*(tensor.dtype for factor in present for tensor in (factor.left, factor.right)))
     spec = TensorSpec(f"{module}.weight", shape, dtype)
     try:
-        used = _used_method(method, spec)
+        used = method_for(method, spec)
         used.check(spec, len(factors))
         return merge_factors(used, factors, shape, dtype)[0]
     except ConfigError as error:
@@ -271,11 +269,6 @@ def _merge(method: Method, module: str, layer: LoraLayer, adapters: Sequence[str
     except NotFiniteError as error:
         names = ", ".join(repr(adapters[task]) for task in error.tasks)
         raise InputError(f"module {module!r}: NaN or Inf in the factors or the scale of adapter {names}") from error
-
-
-def _used_method(method: Method, spec: TensorSpec) -> Method:
-    excluded = any(fnmatchcase(spec.name, pattern) for pattern in method.default_exclude)
-    return Mean() if excluded or not method.accepts(spec) else method
 
 
 def _add(

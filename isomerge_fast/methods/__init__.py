@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import fnmatch
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -42,6 +43,7 @@ __all__ = [
     "TensorSpec",
     "as_deltas",
     "make_method",
+    "method_for",
 ]
 
 
@@ -63,3 +65,9 @@ def make_method(name: str, options: Mapping[str, Any] | None = None) -> Method:
         if default is not None and (not isinstance(value, wanted) or isinstance(value, bool)):
             raise ConfigError(f"option {key!r} of method {name!r} is {value!r}; expected a {type(default).__name__}")
     return METHODS[name](**(options or {}))
+
+
+def method_for(method: Method, spec: TensorSpec, exclude: Sequence[str] = ()) -> Method:
+    """``method``, or the mean where it takes no such tensor or a pattern of ``exclude`` or its own has the name."""
+    excluded = any(fnmatch.fnmatchcase(spec.name, pattern) for pattern in (*exclude, *method.default_exclude))
+    return method if method.accepts(spec) and not excluded else Mean()

@@ -166,7 +166,9 @@ def merge_factors(
                 f"expected [{rows}, r] and [r, {columns}]"
             )
     # Where it is but the product that overflows, the method finds it.
-    bad = [task for task, factor in present if not _is_finite(factor)]
+    finite = torch.stack([factor.left.isfinite().all() & factor.right.isfinite().all() for _, factor in present])
+    flags = zip(present, finite.tolist(), strict=True)
+    bad = [task for (task, factor), flag in flags if not flag or not math.isfinite(factor.scale)]
     if bad:
         raise NotFiniteError(bad)
     with exact_products(present[0][1].left.device):
@@ -181,10 +183,6 @@ def merge_factors(
     rank = sum(each.rank for _, each in present)
     stats = replace(stats, algorithm=algorithm, values={**stats.values, "factor_rank": rank})
     return LowRank(left, core.double(), right, total), stats
-
-
-def _is_finite(factor: Factors) -> bool:
-    return bool(torch.isfinite(factor.left).all() & torch.isfinite(factor.right).all()) and math.isfinite(factor.scale)
 
 
 def _cores(factors: Sequence[Factors | None], left: Tensor, right: Tensor) -> list[Tensor]:
