@@ -20,7 +20,7 @@ demo: $(VENV)/.installed-demo ## fine-tune experts on real data, merge them, pri
 test: $(VENV)/.installed-test ## run the test suite
 	$(BIN)/pytest
 
-test-peers: $(VENV)/.installed-peers ## run what is tested inside and beside mergekit, FusionBench and PEFT
+test-peers: $(VENV)/.installed-peers ## run what is tested inside and beside mergekit, FusionBench, PEFT and Ray
 	ISOMERGE_REQUIRE_PEERS=1 $(BIN)/pytest -m 'peer and not long'
 
 test-slow: $(VENV)/.installed-test ## run only the tests marked slow, and those that `make test` leaves out
@@ -68,9 +68,9 @@ clean: ## remove build products, caches and the demo's output; .venv stays
 
 $(VENV)/.installed-demo: EXTRAS := demo
 $(VENV)/.installed-test: EXTRAS := test
-$(VENV)/.installed-peers: EXTRAS := test,mergekit,fusion-bench,peft
+$(VENV)/.installed-peers: EXTRAS := test,mergekit,fusion-bench,peft,ray
 # The linters look at what is written for the peers too.
-$(VENV)/.installed-dev: EXTRAS := dev,test,mergekit,fusion-bench,peft
+$(VENV)/.installed-dev: EXTRAS := dev,test,mergekit,fusion-bench,peft,ray
 $(VENV)/.installed-bench: EXTRAS := bench,fusion-bench,mergekit
 
 $(VENV)/.installed-%: setup.py constraints.txt | $(BIN)/pip

@@ -31,6 +31,8 @@ EXTRAS = {
     "mergekit": ["mergekit==0.1.5"],
     "fusion-bench": ["fusion-bench==0.2.33"],
     "peft": ["peft>=0.17"],
+    # Many GPUs, many machines.
+    "ray": ["ray>=2.40"],
     "demo": ["scikit-learn", "matplotlib"],
     "test": [
         "pytest",

@@ -24,8 +24,8 @@ from isomerge_fast.bench.ceilings import forget, read_blocks, write_blocks
 from isomerge_fast.checkpoint.direct_io import open_direct
 from isomerge_fast.checkpoint.layout import open_checkpoint
 from isomerge_fast.checkpoint.read_ahead import THREADS, Bundle, ReadAhead
-from isomerge_fast.checkpoint.reader import Reader, whole
-from isomerge_fast.checkpoint.writer import OutputTensor, ShardWriter
+from isomerge_fast.checkpoint.reader import Reader, files_of, whole
+from isomerge_fast.checkpoint.writer import OutputTensor, ShardWriter, create_shard
 
 SAFETENSORS, LOAD_FILE = "safetensors", "safetensors-load-file"
 DISK = {"disk-direct": True, "disk-buffered": False}
@@ -57,7 +57,7 @@ def reading(level: str, cold: bool, device: torch.device) -> Problem:
         bundles = [Bundle((whole(stored),)) for stored in checkpoint.tensors.values()]
         seen = {}
         with (
-            Reader(checkpoint) as reader,
+            Reader(files_of(checkpoint)) as reader,
             ThreadPoolExecutor(THREADS) as threads,
             ReadAhead(reader, threads, bundles, budget_bytes=64 * MIB) as ahead,
         ):
@@ -123,6 +123,7 @@ def writing(level: str, device: torch.device) -> Problem:
 
     def ours() -> Path:
         path = folder / "ours.safetensors"
+        create_shard(path, outputs, resume=False)
         writer = ShardWriter(path, outputs)
         for name, tensor in tensors.items():
             writer.write(name, tensor)

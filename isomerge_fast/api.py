@@ -23,33 +23,40 @@ def merge(
     device: str = "auto",
     max_ram: int | None = None,
     max_vram: int | None = None,
+    threads: int | None = None,
     resume: bool = False,
     overwrite: bool = False,
     io: str = "auto",
     observer: Observer | None = None,
+    ray: bool | str = False,
 ) -> Report:
     """Merges checkpoints on disk into a new one, as ``isomerge run`` does.
 
     Args:
         config: path of a YAML file, a dict with the same keys, or a MergeConfig.
-        device, max_ram, max_vram, resume, overwrite, io, observer: see ``engine.run``; ceilings in bytes.
+        device, max_ram, max_vram, threads, resume, overwrite, io, observer: see ``engine.run``; ceilings in bytes.
+        ray: share the work out among the workers of a Ray cluster: ``host:port`` of it; ``"local"``: one that is
+            started on this machine; True: that which this process is connected to, that of ``RAY_ADDRESS``, or that
+            which this machine belongs to, else as ``"local"``. Ceilings and threads are each worker's.
 
     Returns:
         The report, also written into the output.
 
     Raises:
         ConfigError, InputError, ResourceError: with a message that names what is wrong; nothing half-written is left.
+        MissingPackageError: ``ray`` without Ray.
     """
-    return run(
-        make_plan(load_config(config), resolve_device(device), max_ram=max_ram, max_vram=max_vram),
-        device=device,
-        max_ram=max_ram,
-        max_vram=max_vram,
-        resume=resume,
-        overwrite=overwrite,
-        io=io,
-        observer=observer,
-    )
+    checked = load_config(config)
+    options: dict[str, Any] = {"max_ram": max_ram, "max_vram": max_vram}
+    running = {"resume": resume, "overwrite": overwrite, "io": io, "observer": observer}
+    if ray is False:
+        plan = make_plan(checked, resolve_device(device), **options)
+        return run(plan, device=device, threads=threads, **options, **running)
+    from .integrations.ray_crew import ray_crew
+
+    with ray_crew(None if ray is True else ray, device=device, threads=threads) as crew:
+        plan = crew.plan(checked, **options)
+        return run(plan, device=crew.device, threads=crew.threads, crew=crew, **options, **running)
 
 
 def apply(

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from .errors import ConfigError, IsomergeError
 
@@ -63,6 +64,13 @@ VramOption = Annotated[str | None, typer.Option("--max-vram", help="Ceiling for 
 DeltaOption = Annotated[bool, typer.Option("--save-delta", help="Keep the merged Δ in OUT/delta, for isomerge apply.")]
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Continue an unfinished merge.")]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace the output, at the very end.")]
+ThreadsOption = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads of each process.")]
+RayOption = Annotated[
+    str | None,
+    typer.Option(
+        "--ray", metavar="[ADDRESS]", help="Share the work out over Ray: host:port, local, or what is found here."
+    ),
+]
 IoOption = Annotated[str, typer.Option("--io", help="auto: past the page cache where that is faster; or buffered.")]
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -158,6 +166,20 @@ def describes_a_merge(verb: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
+class OptionalAddress(TyperCommand):
+    """A command whose ``--ray`` may stand without its value: what follows is one if it looks like an address."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        from .integrations.peers import is_ray_address
+
+        following = [*args[1:], ""]
+        told = [
+            "--ray=" if argument == "--ray" and not is_ray_address(after) else argument
+            for argument, after in zip(args, following, strict=True)
+        ]
+        return super().parse_args(ctx, told)
+
+
 def answer(format: Format, value: dict[str, Any], human: Callable[[], None]) -> None:
     if format is Format.json:
         print(json.dumps(value, ensure_ascii=False))
@@ -184,13 +206,15 @@ def guarded(format: Format, action: Callable[[], None]) -> None:
         raise typer.Exit(130) from None
 
 
-@app.command()
+@app.command(cls=OptionalAddress)
 @describes_a_merge
 def run(
     described: Described,
     device: DeviceOption = "auto",
     max_ram: RamOption = None,
     max_vram: VramOption = None,
+    threads: ThreadsOption = None,
+    ray: RayOption = None,
     resume: ResumeOption = False,
     overwrite: OverwriteOption = False,
     io: IoOption = "auto",
@@ -207,10 +231,12 @@ def run(
             report = merge(
                 config,
                 device=device,
+                threads=threads,
                 resume=resume,
                 overwrite=overwrite,
                 io=io,
                 observer=observer,
+                ray=False if ray is None else ray or True,
                 max_ram=parse_bytes(max_ram, "--max-ram"),
                 max_vram=parse_bytes(max_vram, "--max-vram"),
             )
@@ -219,28 +245,69 @@ def run(
     guarded(format, action)
 
 
-@app.command()
+@app.command(cls=OptionalAddress)
 @describes_a_merge
 def plan(
     described: Described,
     device: DeviceOption = "auto",
     max_ram: RamOption = None,
     max_vram: VramOption = None,
+    threads: ThreadsOption = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            "--ray", metavar="[ADDRESS]", help="Predict wall times over Ray; with an address, of that cluster as well."
+        ),
+    ] = None,
+    workers: Annotated[list[int] | None, typer.Option("--workers", min=1, help="With --ray: so many; repeat.")] = None,
+    flops: Annotated[float | None, typer.Option("--flops", help="FLOP/s of a worker, e.g. 2e13. [measured]")] = None,
+    worker_rate: Annotated[
+        str | None, typer.Option("--worker-rate", help="Bytes a second that one worker reads, or writes. [measured]")
+    ] = None,
+    storage_rate: Annotated[
+        str | None, typer.Option("--storage-rate", help="Bytes a second of all workers together, e.g. 40GB.")
+    ] = None,
     format: FormatOption = Format.human,
 ) -> None:
-    """What a run would do with every tensor: reads headers only, writes nothing."""
+    """What a run would do with every tensor: reads headers only, writes nothing. With --ray also how long it would
+    take so many workers, for which a second of the inputs is read.
+    """
 
     def action() -> None:
         from .console import print_plan
         from .engine import resolve_device
-        from .plan import check_resources, estimate_seconds, make_plan
+        from .loads import estimate_seconds
+        from .plan import check_resources, make_plan
 
-        target = resolve_device(device)
-        ram, vram = parse_bytes(max_ram, "--max-ram"), parse_bytes(max_vram, "--max-vram")
-        made = make_plan(described.config(), target, max_ram=ram, max_vram=vram)
-        check_resources(made, max_ram=ram, max_vram=vram, device=target)
-        seconds = estimate_seconds(made)
-        answer(format, {**made.to_dict(), "estimated_seconds": seconds}, lambda: print_plan(made, seconds))
+        given = {"--workers": workers, "--flops": flops, "--worker-rate": worker_rate, "--storage-rate": storage_rate}
+        if ray is None and any(given.values()):
+            raise ConfigError(f"{next(name for name, value in given.items() if value)} is for a plan with --ray")
+        config, target = described.config(), resolve_device(device)
+        ceilings = {"max_ram": parse_bytes(max_ram, "--max-ram"), "max_vram": parse_bytes(max_vram, "--max-vram")}
+        made = make_plan(config, target, **ceilings)
+        check_resources(made, device=target, **ceilings)
+        found = {**made.to_dict(), "estimated_seconds": estimate_seconds(made)}
+        if ray is not None:
+            import torch
+
+            from .bench.outlook import WORKERS, measure_rates, predict
+            from .integrations.ray_crew import ray_crew
+
+            counts = {*(workers or WORKERS)}
+            if ray:
+                with ray_crew(ray, device=target.type, threads=threads) as crew:
+                    counts.add(here := crew.workers(made, crew.threads))
+                found["cluster_workers"] = here
+            rates = measure_rates(
+                made,
+                target,
+                threads or torch.get_num_threads(),
+                flops=flops,
+                worker_bytes=parse_bytes(worker_rate, "--worker-rate"),
+                storage_bytes=parse_bytes(storage_rate, "--storage-rate"),
+            )
+            found["outlook"] = predict(made, rates, counts - {0})
+        answer(format, found, lambda: print_plan(made, found))
 
     guarded(format, action)
 

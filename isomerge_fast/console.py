@@ -109,7 +109,8 @@ def group_tensors(tensors: tuple[TensorPlan, ...]) -> list[tuple[str, list[Tenso
     return result
 
 
-def print_plan(plan: Plan, seconds: dict[str, float]) -> None:
+def print_plan(plan: Plan, found: dict[str, Any]) -> None:
+    """``found``: what was estimated beside it."""
     out = console()
     table = _table("tensor", ">count", "shape", "dtype", "becomes", "route", "why")
     for name, members in group_tensors(plan.tensors):
@@ -126,7 +127,7 @@ def print_plan(plan: Plan, seconds: dict[str, float]) -> None:
         )
     out.print(table)
     out.print()
-    parts = ", ".join(f"{key} ≈ {duration(value)}" for key, value in seconds.items())
+    parts = ", ".join(f"{key} ≈ {duration(value)}" for key, value in found["estimated_seconds"].items())
     out.print(
         f"{plan.config.method} of {len(plan.experts)} experts, "
         f"scaling {', '.join(f'{value:g}' for value in plan.config.scalings)}"
@@ -140,7 +141,36 @@ def print_plan(plan: Plan, seconds: dict[str, float]) -> None:
         f"{size(plan.budget.read_ahead)} for reading ahead"
     )
     out.print(f"estimated on this CPU, bytes at 1 GB/s: {parts}")
+    if "outlook" in found:
+        _print_outlook(out, found["outlook"], found.get("cluster_workers"))
     _print_notes(out, plan.notes)
+
+
+def _print_outlook(out: Console, outlook: dict[str, Any], cluster_workers: int | None) -> None:
+    """Predicted wall times over workers."""
+    rates, rows = outlook["rates"], outlook["rows"]
+    each, together = rates["read_bytes_per_second"], rates["storage_bytes_per_second"]
+    storage = f"{size(together)}/s together" if together else "the storage has no limit"
+    columns = [">workers", f">{storage}", ">speed-up", "the wall"]
+    if not together:
+        columns += [f">{size(each)}/s together", ">speed-up", "the wall"]
+    table = _table(*columns)
+    for row in rows:
+        mark = " (this cluster)" if row["workers"] == cluster_workers else ""
+        cells = [cell for one in (row, row.get("shared")) if one for cell in _outlook_cells(one)]
+        table.add_row(f"{row['workers']}{mark}", *cells)
+    out.print()
+    out.print(
+        f"predicted, starting up aside, for workers of {rates['flops_per_second'] / 1e9:.4g} GFLOP/s that move "
+        f"{size(each)}/s each:"
+    )
+    out.print(table)
+    if cluster_workers == 0:
+        out.print("this cluster has no machine that is large enough for one worker")
+
+
+def _outlook_cells(row: dict[str, Any]) -> tuple[str, str, str]:
+    return duration(row["seconds"]), f"{row['speedup']:.1f}×", row["wall"]
 
 
 def print_report(report: Report, *, every_tensor: bool = False) -> None:
@@ -172,10 +202,13 @@ def print_report(report: Report, *, every_tensor: bool = False) -> None:
     total = report.seconds.get("total", 0.0)
     phases = {key: value for key, value in report.seconds.items() if key != "total"}
     labels = {"read": "waiting for reads", "compute": "computing", "write": "waiting for writes"}
+    whole = max(sum(phases.values()) if len(report.workers) > 1 else total, 1e-9)
     shares = ", ".join(
-        f"{labels[key]} {duration(value)} ({100 * value / max(total, 1e-9):.0f} %)" for key, value in phases.items()
+        f"{labels[key]} {duration(value)} ({100 * value / whole:.0f} %)" for key, value in phases.items()
     )
     out.print(f"{size(moved)} in {duration(total)} ({moved / max(total, 1e-9) / 1e9:.2f} GB/s): {shares}")
+    if len(report.workers) > 1:
+        _print_workers(out, report)
     if report.io:
         out.print(f"files: read {report.io['read']}, written {report.io['write']}")
     for entry in report.tensors:
@@ -187,6 +220,27 @@ def print_report(report: Report, *, every_tensor: bool = False) -> None:
     _print_notes(out, report.notes)
     for folder in report.outputs:
         out.print(f"written: {escape(folder)}")
+
+
+def _print_workers(out: Console, report: Report) -> None:
+    """What each process did."""
+    table = _table("worker", ">units", ">tensors", ">read", ">written", ">busy", ">of the time")
+    total = max(report.seconds.get("total", 0.0), 1e-9)
+    for worker in report.workers:
+        table.add_row(
+            escape(f"{worker['host']} {worker['pid']}"),
+            str(worker["units"]),
+            str(worker["tensors"]),
+            size(worker["read_bytes"]),
+            size(worker["write_bytes"]),
+            duration(worker["seconds"]),
+            f"{100 * worker['seconds'] / total:.0f} %",
+        )
+    out.print(table)
+    out.print(
+        f"{len(report.workers)} workers, evenly busy to {100 * report.balance:.0f} % (their mean over the busiest); "
+        "phases are summed over them"
+    )
 
 
 def _print_ranks(out: Console, report: Report) -> None:

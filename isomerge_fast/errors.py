@@ -31,11 +31,19 @@ class InputError(IsomergeError, ValueError):
         super().__init__("\n".join([message, *(f"  - {problem}" for problem in self.problems)]))
 
 
+class InputChangedError(InputError):
+    """A file that is not what it was when the merge was planned: gone, changed, or shorter."""
+
+
 class ResourceError(IsomergeError):
     """Out of disk or memory, or a ceiling that is too low for this merge."""
 
     exit_code = 4
     kind = "resource"
+
+
+class UnreadableError(ResourceError):
+    """A file that cannot be read at this moment, or by this machine."""
 
 
 class MissingPackageError(IsomergeError, ImportError):

@@ -6,7 +6,6 @@ import fnmatch
 import hashlib
 import os
 import shutil
-import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, reduce
@@ -46,7 +45,6 @@ from .routes import BY_ROWS, Budget, Route, Traffic, budgets, choose_route, copy
 BASELINE_BYTES = 335_000_000
 # With the page-aligned buffers of the threads that read and write.
 PROCESS_BYTES = BASELINE_BYTES + (READ_THREADS + 1) * READ_BYTES
-ASSUMED_READ_BYTES_PER_SECOND = 1e9
 # Sub-folder of the output for the merged Δ.
 DELTA_FOLDER = "delta"
 
@@ -115,6 +113,10 @@ class TensorPlan:
     def write_bytes(self) -> int:
         """For one scaling."""
         return sum(output.bytes for output in self.outputs)
+
+    def bytes_written(self, scalings: int) -> int:
+        """For so many of them, and for the merged Δ where it is kept."""
+        return self.write_bytes * scalings + (0 if self.delta is None else self.delta.bytes)
 
     @property
     def action(self) -> str:
@@ -292,23 +294,6 @@ def _too_low(option: str, given: int, needed: int, plan: Plan) -> str:
         f"{option} is {given} bytes; the smallest that would do is {needed} "
         f"(tensor {largest.name!r} {list(largest.base.shape)} takes {largest.route.work_bytes} of it)"
     )
-
-
-def estimate_seconds(plan: Plan) -> dict[str, float]:
-    """Compute time from a float64 GEMM timed now on this CPU, reading and writing at an assumed 1 GB/s."""
-    sample = torch.ones(512, 512, dtype=torch.float64, device="cpu")
-    torch.mm(sample, sample)
-    seconds = []
-    for _ in range(3):
-        start = time.perf_counter()
-        torch.mm(sample, sample)
-        seconds.append(time.perf_counter() - start)
-    rate = 2 * 512**3 / min(seconds)
-    return {
-        "compute": sum(tensor.flops for tensor in plan.tensors) / rate,
-        "read": plan.read_bytes / ASSUMED_READ_BYTES_PER_SECOND,
-        "write": plan.write_bytes / ASSUMED_READ_BYTES_PER_SECOND,
-    }
 
 
 def _shard(base: Checkpoint, stored: StoredTensor) -> str:

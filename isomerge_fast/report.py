@@ -23,6 +23,8 @@ class Report:
             (waited until there was room for more, and at the end until all was on disk); and ``total``.
         io: how files were read and written (``direct`` or ``page-cache``), and the seconds that the threads which do
             it were busy, together; on a GPU ``peak_vram_bytes``, the most that was allocated.
+        workers: one dict a process: host, pid, the units it finished, tensors, read_bytes, write_bytes, and the seconds
+            that these took. With several processes the phases of ``seconds`` are summed over them.
     """
 
     version: str
@@ -34,6 +36,13 @@ class Report:
     seconds: dict[str, float] = field(default_factory=dict)
     io: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    workers: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def balance(self) -> float:
+        """How evenly the workers were busy: their mean seconds over the most; 1 is even."""
+        most = max((worker["seconds"] for worker in self.workers), default=0.0)
+        return sum(worker["seconds"] for worker in self.workers) / (len(self.workers) * most) if most else 1.0
 
     @property
     def read_bytes(self) -> int:

@@ -18,7 +18,7 @@ from .checkpoint.checksum import Checksum
 from .checkpoint.layout import DTYPES, Checkpoint, StoredTensor, open_checkpoint
 from .checkpoint.manifest import describe_inputs, read_manifest
 from .checkpoint.read_ahead import THREADS, Bundle, ReadAhead
-from .checkpoint.reader import Piece, Reader, whole
+from .checkpoint.reader import Piece, Reader, files_of, whole
 from .checkpoint.writer import tensor_bytes
 from .config import config_from_dict
 from .errors import InputError, VerificationError
@@ -101,7 +101,7 @@ def checksums(checkpoint: Checkpoint, tensors: Sequence[StoredTensor]) -> Iterat
         for first in range(0, stored.elements, PART_ELEMENTS)
     ]
     with (
-        Reader(checkpoint) as reader,
+        Reader(files_of(checkpoint)) as reader,
         ThreadPoolExecutor(THREADS) as threads,
         ReadAhead(reader, threads, (Bundle((piece,)) for piece in pieces), budget_bytes=READ_AHEAD_BYTES) as ahead,
     ):
@@ -128,7 +128,7 @@ def _recompute(
         remarks.append("not recomputed: the recorded inputs have changed since the merge")
         return []
     results, failures = [], []
-    with Reader(plan.base, *plan.experts, *outputs.values()) as reader:
+    with Reader(files_of(plan.base, *plan.experts, *outputs.values())) as reader:
         for tensor in _sample(plan, samples, seed):
             for name, recorded in manifest["outputs"].items():
                 found = [reader.read(whole(outputs[name].tensors[each])) for each in tensor.names_in(name)]

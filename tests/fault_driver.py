@@ -37,12 +37,15 @@ State = dict[str, bytes] | None
 
 @dataclass(frozen=True)
 class Scenario:
-    """A merge; with ``before`` it replaces the output of another one."""
+    """A merge; with ``before`` it replaces the output of another one, with ``units`` every file is merged in so many;
+    attempts after the first have other numbers of them.
+    """
 
     name: str
     config: dict[str, Any]
     io: str = "auto"
     before: str | None = None
+    units: int = 0
 
 
 SCENARIOS = [
@@ -52,6 +55,8 @@ SCENARIOS = [
     Scenario("with-delta", {"family": "sharded", "method": "iso-c", "save_delta": True}),
     Scenario("large", {"family": "large", "method": "mean", "scaling": [1.0, 0.3]}),
     Scenario("other-shards", {"family": "sharded", "method": "mean"}, before="one-file"),
+    Scenario("divided", {"family": "sharded", "method": "iso-c", "save_delta": True}, units=3),
+    Scenario("one-file-divided", {"family": "one-file", "method": "task-arithmetic"}, "buffered", units=4),
     Scenario("fewer-shards", {"family": "one-file", "method": "iso-c", "scaling": 0.5}, "buffered", before="sharded"),
 ]
 
@@ -87,7 +92,7 @@ def state_of(folder: Path) -> State:
     if "report.json" in files:
         try:
             report = json.loads(files["report.json"])
-            for key in ("seconds", "io", "outputs"):
+            for key in ("seconds", "io", "outputs", "workers"):
                 report.pop(key)
             for tensor in report["tensors"]:
                 tensor.pop("seconds")
@@ -142,12 +147,21 @@ class Driver:
         if scenario.before:
             shutil.copytree(self._saved[scenario.before], self._point / "out")
 
-    def _attempt(self, scenario: Scenario, fault: Fault, *, resume: bool = False, overwrite: bool = False) -> Outcome:
+    def _attempt(
+        self,
+        scenario: Scenario,
+        fault: Fault,
+        *,
+        resume: bool = False,
+        overwrite: bool = False,
+        units: int | None = None,
+    ) -> Outcome:
         config = dict(scenario.config)
         base, experts = self._families[config.pop("family")]
         config |= {"base": str(base), "experts": [str(expert) for expert in experts], "out": str(self._point / "out")}
         overwrite = overwrite or scenario.before is not None
-        return attempt(config, fault, resume=resume, overwrite=overwrite, io=scenario.io)
+        units = scenario.units if units is None else units
+        return attempt(config, fault, resume=resume, overwrite=overwrite, io=scenario.io, units=units)
 
     def try_point(self, chance: random.Random) -> None:
         """One point; what is wrong goes into ``tally.wrong``."""
@@ -162,11 +176,11 @@ class Driver:
             overwrite = True
             told += [f"after {other.name} {fault.mode} {fault.nth}", self._attempt(other, fault, overwrite=True).status]
         before = self._settled_output()
-        resume = False
+        resume, units = False, scenario.units
         for _ in range(8):
             failing = chance.randrange(100) < FAILURES_PERCENT
             fault = self._fault(scenario, chance, ["fail", "fail-on", "short"] if failing else KILLS)
-            outcome = self._attempt(scenario, fault, resume=resume, overwrite=overwrite)
+            outcome = self._attempt(scenario, fault, resume=resume, overwrite=overwrite, units=units)
             told += [f"{fault.mode} {fault.nth}" + (f" ({errno.errorcode[fault.errno]})" if fault.errno else "")]
             told += [outcome.status]
             self.tally.points += 1
@@ -175,11 +189,12 @@ class Driver:
             if outcome.status == "done":
                 break
             resume = True
+            units = chance.randrange(4) if scenario.units else 0
             if chance.randrange(100) < DAMAGE_PERCENT:
                 told += [self._damage(chance)]
             if chance.randrange(100) >= AGAIN_PERCENT:
                 break
-        outcome = self._attempt(scenario, Fault(str(self._point)), resume=True, overwrite=overwrite)
+        outcome = self._attempt(scenario, Fault(str(self._point)), resume=True, overwrite=overwrite, units=units)
         self._check_end(scenario, outcome, told)
 
     def _fault(self, scenario: Scenario, chance: random.Random, modes: list[str]) -> Fault:

@@ -31,7 +31,7 @@ from safetensors.torch import load_file
 
 from isomerge_fast.checkpoint.companions import config_with_dtype
 from isomerge_fast.checkpoint.layout import DTYPES, Checkpoint
-from isomerge_fast.checkpoint.reader import Reader, whole
+from isomerge_fast.checkpoint.reader import Reader, files_of, whole
 from isomerge_fast.config import MergeConfig
 from isomerge_fast.errors import IsomergeError
 from isomerge_fast.plan import make_plan
@@ -235,7 +235,7 @@ class Fuzzer:
         if names != set(ours):
             return f"planned {sorted(ours)}, safetensors reads {sorted(names)}"
         theirs = load_file(path)
-        with Reader(checkpoint) as reader:
+        with Reader(files_of(checkpoint)) as reader:
             for name, stored in ours.items():
                 value, expected = reader.read(whole(stored)), theirs[name]
                 same = value.dtype == expected.dtype and value.shape == expected.shape

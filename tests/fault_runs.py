@@ -83,6 +83,7 @@ def attempt(
         log: whether the outcome is to tell of every call that was counted.
         open_files: the soft limit on them.
         threads: with which torch computes.
+        options: of ``merge``; and ``units``: in how many of them every file is merged, in turn.
     """
     receive, send = os.pipe()
     with tempfile.TemporaryFile() as lines:
@@ -116,9 +117,13 @@ def attempt(
 
 def _run(config: dict[str, Any], fault: Fault, log: int, threads: int, options: dict[str, Any]) -> Outcome:
     import torch
+    from crews import InTurn
 
     import isomerge_fast as imf
+    from isomerge_fast.config import load_config
+    from isomerge_fast.engine import run
     from isomerge_fast.errors import IsomergeError
+    from isomerge_fast.plan import make_plan
 
     torch.set_num_threads(threads)
     shim = ctypes.CDLL(None)
@@ -128,7 +133,11 @@ def _run(config: dict[str, Any], fault: Fault, log: int, threads: int, options: 
     )
     status, message = "done", ""
     try:
-        imf.merge(config, device="cpu", **options)
+        if units := options.pop("units", 0):
+            plan = make_plan(load_config(config))
+            run(plan, device="cpu", crew=InTurn(units), **options)
+        else:
+            imf.merge(config, device="cpu", **options)
     except IsomergeError as error:
         status, message = type(error).__name__, str(error)
     except BaseException:
@@ -142,6 +151,7 @@ def warm_up() -> None:
     import torch
 
     torch.set_num_threads(1)
+    import crews  # noqa: F401
     import xxhash  # noqa: F401
     from pydantic import TypeAdapter  # noqa: F401
 

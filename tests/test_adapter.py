@@ -19,7 +19,7 @@ from torch import Tensor
 
 from isomerge_fast.checkpoint.adapter import Adapter, LoraPair, base_name, is_adapter, misfits, open_adapter
 from isomerge_fast.checkpoint.layout import Checkpoint, open_checkpoint
-from isomerge_fast.checkpoint.reader import Reader, whole
+from isomerge_fast.checkpoint.reader import Reader, files_of, whole
 from isomerge_fast.errors import InputError
 
 Q, K, SQUARE, TOKENS = "model.layers.0.q", "model.layers.0.k", "model.layers.1.square", "model.embed_tokens"
@@ -89,7 +89,7 @@ def test_what_is_read(tmp_path: Path, base: Checkpoint) -> None:
     tokens = adapter.pairs[f"{TOKENS}.weight"]
     assert (tokens.transposed, tokens.shape) == (True, (10, 6))
     assert adapter.tensors.keys() == {f"{HEAD}.weight"}
-    with Reader(adapter) as reader:
+    with Reader(files_of(adapter)) as reader:
         assert torch.equal(reader.read(whole(pair.a)), tensors[pair.a.name])
         assert torch.equal(reader.read(whole(pair.b)), tensors[pair.b.name])
 

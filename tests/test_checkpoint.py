@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from isomerge_fast.checkpoint.companions import companion_files, config_with_dtype
 from isomerge_fast.checkpoint.layout import DTYPE_NAMES, DTYPES, open_checkpoint, read_header
-from isomerge_fast.checkpoint.reader import Reader, whole
-from isomerge_fast.checkpoint.writer import OutputTensor, ShardWriter
+from isomerge_fast.checkpoint.reader import Reader, files_of, whole
+from isomerge_fast.checkpoint.writer import OutputTensor, ShardWriter, create_shard
 from isomerge_fast.errors import InputError, ResourceError
 
 
@@ -32,6 +32,7 @@ def every_dtype() -> dict[str, torch.Tensor]:
 
 def write_all(path: Path, tensors: dict[str, torch.Tensor], names: list[str]) -> None:
     described = [OutputTensor(name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()]
+    create_shard(path, described, resume=False)
     writer = ShardWriter(path, described)
     for name in names:
         writer.write(name, tensors[name])
@@ -51,7 +52,7 @@ def test_reader_reads_what_safetensors_reads(tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "model.safetensors")
     checkpoint = open_checkpoint(tmp_path)
     expected = load_file(tmp_path / "model.safetensors")
-    with Reader(checkpoint) as reader:
+    with Reader(files_of(checkpoint)) as reader:
         for name, stored in checkpoint.tensors.items():
             value = reader.read(whole(stored))
             assert value.dtype == expected[name].dtype
@@ -219,18 +220,18 @@ def test_a_changed_input_is_noticed(tmp_path: Path) -> None:
     save_folder(tmp_path, make_base())
     checkpoint = open_checkpoint(tmp_path)
     file = tmp_path / "model.safetensors"
-    with Reader(checkpoint) as reader:
+    with Reader(files_of(checkpoint)) as reader:
         reader.read(whole(checkpoint.tensors["conv.weight"]))
         os.utime(file, ns=(1, 1))
         with pytest.raises(InputError, match="changed during the merge"):
             reader.check_unchanged()
-    with Reader(checkpoint) as reader, pytest.raises(InputError, match="changed since the merge was planned"):
+    with Reader(files_of(checkpoint)) as reader, pytest.raises(InputError, match="changed since the merge was planned"):
         reader.read(whole(checkpoint.tensors["conv.weight"]))
 
 
 def test_a_full_disk_is_a_resource_error(tmp_path: Path) -> None:
     with pytest.raises(ResourceError, match="/dev/full"):
-        ShardWriter(Path("/dev/full"), [OutputTensor("w", "F32", (2,))])
+        create_shard(Path("/dev/full"), [OutputTensor("w", "F32", (2,))], resume=False)
 
 
 def test_companions(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from fault_runs import CHANGES, KINDS, Fault, Outcome, WarmProcess, build_shim, 
 
 import isomerge_fast as imf
 from isomerge_fast.checkpoint.layout import open_checkpoint
-from isomerge_fast.checkpoint.reader import Reader, whole
+from isomerge_fast.checkpoint.reader import Reader, files_of, whole
 from isomerge_fast.checkpoint.writer import ShardWriter
 from isomerge_fast.config import MergeConfig
 from isomerge_fast.methods import as_deltas
@@ -126,7 +126,7 @@ def point(memory: Path, warm: WarmProcess, families: dict[str, Family]) -> Point
 
 
 def test_sigkill_at_any_moment_then_resume_ends_in_the_same_bytes(shim: Path) -> None:
-    """Kills, errors and short writes at random calls of six kinds of merge."""
+    """Kills, errors and short writes at random calls of eight kinds of merge."""
     folder = MEMORY or tempfile.gettempdir()
     command = [sys.executable, str(HERE / "fault_driver.py"), "--points", str(KILL_POINTS), "--folder", folder]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "LD_PRELOAD": ""}, timeout=300)
@@ -167,7 +167,7 @@ def test_a_journal_line_that_is_damaged_is_not_believed(point: Point) -> None:
     """One digit of a report in it, which no checksum of tensors tells of."""
     renames = sum(line.startswith("rename ") for line in point.unharmed.log)
     assert point.run("kill-before", renames, kinds=KINDS["rename"]).status == "killed"
-    journal = point.folder / ".out.isomerge/journal.jsonl"
+    journal = point.folder / ".out.isomerge/journal-1.jsonl"
     content = journal.read_bytes()
     at = content.index(b'"read_bytes": ') + len(b'"read_bytes": ')
     journal.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
@@ -266,7 +266,9 @@ def test_a_read_that_fails_keeps_what_is_staged(point: Point, families: dict[str
         outcome = point._warm.run(config, Fault(inputs, "fail", nth, KINDS["read"], error))
         seen.add(outcome.status)
         assert inputs in outcome.message
-        assert outcome.status == ("ResourceError" if point.folder.joinpath(".out.isomerge").exists() else "InputError")
+        assert outcome.status == (
+            "UnreadableError" if point.folder.joinpath(".out.isomerge").exists() else "InputError"
+        )
         point.resume()
         point.reset()
     assert seen == {"ResourceError", "InputError"}
@@ -280,13 +282,19 @@ def test_a_read_that_fails_is_no_fault_of_the_input(tmp_path: Path, monkeypatch:
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(os, "preadv", fail)
-    with Reader(checkpoint) as reader, pytest.raises(imf.ResourceError, match=r"conv\.weight.*cannot be read"):
+    with (
+        Reader(files_of(checkpoint)) as reader,
+        pytest.raises(imf.ResourceError, match=r"conv\.weight.*cannot be read"),
+    ):
         reader.read(whole(stored))
     monkeypatch.setattr(os, "preadv", lambda *_: 0)
-    with Reader(checkpoint) as reader, pytest.raises(imf.InputError, match=r"ends inside tensor 'conv\.weight'"):
+    with (
+        Reader(files_of(checkpoint)) as reader,
+        pytest.raises(imf.InputError, match=r"ends inside tensor 'conv\.weight'"),
+    ):
         reader.read(whole(stored))
     stored.file.unlink()
-    with Reader(checkpoint) as reader, pytest.raises(imf.InputError, match="gone"):
+    with Reader(files_of(checkpoint)) as reader, pytest.raises(imf.InputError, match="gone"):
         reader.read(whole(stored))
 
 
@@ -544,7 +552,7 @@ def test_resume_goes_on_with_the_threads_it_began_with(tmp_path: Path, warm: War
     base = save_folder(tmp_path / "base", tensors)
     family = (base, [save_folder(tmp_path / "expert", make_expert(tensors, 0))])
     point = Point(tmp_path, warm, family)
-    journal_lines = [index for index, line in enumerate(point.unharmed.log, 1) if "journal.jsonl " in line]
+    journal_lines = [index for index, line in enumerate(point.unharmed.log, 1) if "journal-1.jsonl " in line]
     assert point.run("kill-after", journal_lines[1]).status == "killed"
     point.resume(threads=2)
     assert point.run(overwrite=True, threads=2).status == "done"

@@ -602,7 +602,7 @@ def test_resume_does_not_trust_the_journal(tmp_path: Path, monkeypatch: pytest.M
     """A byte lost after it was journaled (a power cut without fsync) is written again."""
     family = make_family(tmp_path)
     config = config_of(family, tmp_path / "out")
-    monkeypatch.setattr(engine._Run, "_finish", lambda *_: (_ for _ in ()).throw(Killed()))
+    monkeypatch.setattr(engine, "write_all_else", lambda *_: (_ for _ in ()).throw(Killed()))
     with pytest.raises(Killed):
         imf.merge(config)
     monkeypatch.undo()

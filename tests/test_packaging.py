@@ -107,7 +107,7 @@ def test_wheel_metadata(wheel: zipfile.ZipFile):
     assert metadata["Requires-Python"] == ">=3.11"
     assert metadata["License-Expression"] == "Apache-2.0"
     assert f"{folder}/licenses/LICENSE" in wheel.namelist()
-    extras = {"cuda", "mergekit", "fusion-bench", "peft", "demo", "test", "bench", "dev"}
+    extras = {"cuda", "mergekit", "fusion-bench", "peft", "ray", "demo", "test", "bench", "dev"}
     assert set(metadata.get_all("Provides-Extra", [])) == extras
     assert "isomerge = isomerge_fast.cli:main" in wheel.read(f"{folder}/entry_points.txt").decode()
 

@@ -17,7 +17,7 @@ import isomerge_fast as imf
 from isomerge_fast.checkpoint import adapter as adapter_module
 from isomerge_fast.checkpoint.adapter import Adapter, misfits, open_adapter
 from isomerge_fast.checkpoint.layout import open_checkpoint
-from isomerge_fast.checkpoint.reader import Reader, whole
+from isomerge_fast.checkpoint.reader import Reader, files_of, whole
 from isomerge_fast.errors import ConfigError, InputError
 from isomerge_fast.methods import METHODS, as_deltas
 
@@ -84,7 +84,7 @@ def lora_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
 def products(adapter: Adapter) -> dict[str, Tensor]:
     """scale · B A, or its transpose, of every pair in the files."""
     found = {}
-    with Reader(adapter) as reader:
+    with Reader(files_of(adapter)) as reader:
         for name, pair in adapter.pairs.items():
             product = pair.scale * (reader.read(whole(pair.b)).double() @ reader.read(whole(pair.a)).double())
             found[name] = product.mT if pair.transposed else product
@@ -143,7 +143,7 @@ def test_what_peft_saves_is_what_it_applies(
         for name, tensor in adapted.state_dict().items()
         if "original_module" not in name
     }
-    with Reader(adapter) as reader:
+    with Reader(files_of(adapter)) as reader:
         for name, stored in adapter.tensors.items():
             assert torch.equal(reader.read(whole(stored)), own[name]), name
 

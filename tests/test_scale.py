@@ -16,7 +16,8 @@ import torch
 from isomerge_fast.checkpoint.writer import OutputTensor, file_layout
 from isomerge_fast.config import MergeConfig
 from isomerge_fast.errors import ResourceError
-from isomerge_fast.plan import check_resources, estimate_seconds, make_plan
+from isomerge_fast.loads import estimate_seconds
+from isomerge_fast.plan import check_resources, make_plan
 
 Shapes = dict[str, tuple[int, ...]]
 

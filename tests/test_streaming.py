@@ -20,10 +20,10 @@ from isomerge_fast.checkpoint import reader as reader_module
 from isomerge_fast.checkpoint.direct_io import copy_bytes
 from isomerge_fast.checkpoint.layout import Checkpoint, open_checkpoint
 from isomerge_fast.checkpoint.read_ahead import Bundle, ReadAhead
-from isomerge_fast.checkpoint.reader import Piece, Reader, whole
+from isomerge_fast.checkpoint.reader import Piece, Reader, files_of, whole
 from isomerge_fast.checkpoint.ring import Ring, aligned
 from isomerge_fast.checkpoint.write_behind import WriteBehind
-from isomerge_fast.checkpoint.writer import OutputTensor, ShardWriter
+from isomerge_fast.checkpoint.writer import OutputTensor, ShardWriter, create_shard
 from isomerge_fast.methods import IsoC, Mean, Method, TensorSpec
 from isomerge_fast.plan import Plan, TensorPlan, make_plan
 from isomerge_fast.routes import BY_ROWS, COPY, RESIDENT, STREAMED, Budget, Traffic, budgets, choose_route
@@ -65,7 +65,7 @@ def test_every_part_of_a_tensor_is_read_as_it_is_stored(
 ) -> None:
     monkeypatch.setattr(reader_module, "is_cached", lambda descriptor, size: False)
     expected = loaded(checkpoint)
-    with Reader(checkpoint, direct=direct) as reader:
+    with Reader(files_of(checkpoint), direct=direct) as reader:
         for name, stored in checkpoint.tensors.items():
             assert same(reader.read(whole(stored)), expected[name])
             for first, count in ((0, 1), (1, 7), (2048, 2048), (MIB + 5, 4 * MIB - 9), (SIZES["large"] - 1, 1)):
@@ -86,7 +86,7 @@ def test_short_reads_are_continued(checkpoint: Checkpoint, monkeypatch: pytest.M
     for direct in (False, True):
         monkeypatch.setattr(reader_module, "is_cached", lambda descriptor, size, direct=direct: not direct)
         monkeypatch.setattr(os, "preadv", short_read)
-        with Reader(checkpoint) as reader:
+        with Reader(files_of(checkpoint)) as reader:
             found = reader.read(whole(checkpoint.tensors["large"]))
         monkeypatch.setattr(os, "preadv", whole_read)
         assert same(found, loaded(checkpoint)["large"])
@@ -95,7 +95,7 @@ def test_short_reads_are_continued(checkpoint: Checkpoint, monkeypatch: pytest.M
 def test_what_is_cached_is_read_from_the_cache(checkpoint: Checkpoint) -> None:
     (path,) = checkpoint.files
     path.read_bytes()
-    with Reader(checkpoint) as reader:
+    with Reader(files_of(checkpoint)) as reader:
         reader.read(whole(checkpoint.tensors["large"]))
         assert reader.direct_files == 0
 
@@ -103,7 +103,7 @@ def test_what_is_cached_is_read_from_the_cache(checkpoint: Checkpoint) -> None:
 @contextmanager
 def reading_ahead(checkpoint: Checkpoint, bundles: list[Bundle], budget: int) -> Iterator[ReadAhead]:
     with (
-        Reader(checkpoint) as reader,
+        Reader(files_of(checkpoint)) as reader,
         ThreadPoolExecutor(4) as threads,
         ReadAhead(reader, threads, bundles, budget_bytes=budget) as ahead,
     ):
@@ -386,7 +386,9 @@ def test_what_lies_like_the_file_is_written_without_a_copy(tmp_path: Path, monke
     value = torch.randint(-9999, 9999, (2 * MIB,), dtype=torch.int16).view(torch.bfloat16)
     contents = []
     for shift in (0, 2):
-        writer = ShardWriter(tmp_path / f"at-{shift}", [OutputTensor("w", "BF16", (2 * MIB,))])
+        outputs = [OutputTensor("w", "BF16", (2 * MIB,))]
+        create_shard(tmp_path / f"at-{shift}", outputs, resume=False)
+        writer = ShardWriter(tmp_path / f"at-{shift}", outputs)
         place = writer.position("w", 0) % 4096 + shift
         memory = Ring(16 * MIB).take(16 * MIB)
         assert memory is not None
@@ -407,6 +409,7 @@ def test_parts_written_anywhere_make_the_file_that_safetensors_writes(tmp_path: 
 
     tensors = {f"t{index}": torch.randn(size).bfloat16() for index, size in enumerate((3 * MIB + 1, 9, 0, 2 * MIB))}
     outputs = [OutputTensor(name, "BF16", tuple(value.shape)) for name, value in tensors.items()]
+    create_shard(tmp_path / "ours", outputs, resume=False)
     writer = ShardWriter(tmp_path / "ours", outputs, direct=direct)
     for name in reversed(tensors):
         value = tensors[name]
@@ -475,7 +478,7 @@ def source_of(plan: Plan, tensor: TensorPlan, device: torch.device = CPU) -> Ite
     # What comes next must not be taken by this tensor.
     after = bundle_of(tensor, slice(0, 8), [0])
     with (
-        Reader(plan.base, *plan.experts) as reader,
+        Reader(files_of(plan.base, *plan.experts)) as reader,
         ThreadPoolExecutor(2) as threads,
         ReadAhead(reader, threads, [*first_pass(tensor), after], budget_bytes=1 << 20) as ahead,
         Uploads(ahead, CPU, copied=True) as uploads,

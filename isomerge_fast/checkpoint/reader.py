@@ -11,6 +11,7 @@ import errno
 import os
 import resource
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -18,7 +19,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from ..errors import InputError, ResourceError
+from ..errors import InputChangedError, UnreadableError
 from .direct_io import PAGE, READ_BYTES, copy_bytes, is_cached, lies_like, open_direct, page_buffer
 from .layout import DTYPES, Checkpoint, FileIdentity, StoredTensor
 
@@ -55,17 +56,21 @@ def whole(stored: StoredTensor) -> Piece:
     return Piece(stored, 0, stored.shape)
 
 
+def files_of(*checkpoints: Checkpoint) -> dict[Path, FileIdentity]:
+    """Every file of theirs."""
+    return {path: identity for checkpoint in checkpoints for path, identity in checkpoint.files.items()}
+
+
 class Reader:
     """Open files of one or more checkpoints; a context manager. Files changed since they were planned are refused.
 
     Args:
+        files: what each was then; ``files_of`` checkpoints.
         direct: read past the page cache what is not in it, where the file system can.
     """
 
-    def __init__(self, *checkpoints: Checkpoint, direct: bool = True) -> None:
-        self._identities: dict[Path, FileIdentity] = {}
-        for checkpoint in checkpoints:
-            self._identities.update(checkpoint.files)
+    def __init__(self, files: Mapping[Path, FileIdentity], *, direct: bool = True) -> None:
+        self._identities = files
         self._direct = direct
         allow_open_files(2 * len(self._identities))
         self._descriptors: dict[Path, tuple[int, int | None]] = {}
@@ -92,8 +97,8 @@ class Reader:
         """The piece in a fresh CPU tensor.
 
         Raises:
-            InputError: the file changed since it was planned, is gone, or ended early.
-            ResourceError: it failed to read.
+            InputChangedError: the file changed since it was planned, is gone, or ended early.
+            UnreadableError: it failed to read.
         """
         data = torch.empty(piece.bytes, dtype=torch.uint8, device="cpu")
         self.read_into(piece, 0, data.numpy().data)
@@ -103,7 +108,7 @@ class Reader:
         """Fills ``target`` with the piece's bytes from ``offset`` on. Safe to call from several threads at once.
 
         Raises:
-            InputError, ResourceError: as ``read``.
+            InputChangedError, UnreadableError: as ``read``.
         """
         start, end = piece.start + offset, piece.start + offset + len(target)
         file, name = piece.stored.file, piece.stored.name
@@ -119,20 +124,20 @@ class Reader:
                 else:
                     count = self._read_directly(direct, part, position)
                 if count <= 0:
-                    raise InputError(f"{file}: ends inside tensor {name!r}")
+                    raise InputChangedError(f"{file}: ends inside tensor {name!r}")
                 position += count
         except OSError as error:
             raise _unreadable(f"{file}: tensor {name!r}", error) from error
 
     def check_unchanged(self) -> None:
-        """Raises InputError when an input's size or modification time is not what was planned."""
+        """Raises InputChangedError when an input's size or modification time is not what was planned."""
         for path, identity in self._identities.items():
             try:
                 status = os.stat(path)
             except OSError as error:
                 raise _unreadable(str(path), error) from error
             if (status.st_size, status.st_mtime_ns) != (identity.size, identity.mtime_ns):
-                raise InputError(f"{path}: changed during the merge")
+                raise InputChangedError(f"{path}: changed during the merge")
 
     def _read_directly(self, descriptor: int, part: memoryview, position: int) -> int:
         """Whole pages, at once: straight to where they are wanted, if that lies like the file, but for the pages at
@@ -161,7 +166,7 @@ class Reader:
                 status, identity = os.fstat(descriptor), self._identities[path]
                 if (status.st_size, status.st_mtime_ns) != (identity.size, identity.mtime_ns):
                     os.close(descriptor)
-                    raise InputError(f"{path}: changed since the merge was planned")
+                    raise InputChangedError(f"{path}: changed since the merge was planned")
                 direct = None
                 if self._direct and status.st_size >= READ_BYTES and not is_cached(descriptor, status.st_size):
                     direct = open_direct(path, os.O_RDONLY)
@@ -169,11 +174,11 @@ class Reader:
             return self._descriptors[path]
 
 
-def _unreadable(what: str, error: OSError) -> InputError | ResourceError:
+def _unreadable(what: str, error: OSError) -> InputChangedError | UnreadableError:
     """A file that is gone will not come back by itself; a disk or a server may."""
     if error.errno in (errno.ENOENT, errno.ENOTDIR):
-        return InputError(f"{what}: gone during the merge ({error.strerror})")
-    return ResourceError(f"{what}: cannot be read ({error.strerror}); --resume continues")
+        return InputChangedError(f"{what}: gone during the merge ({error.strerror})")
+    return UnreadableError(f"{what}: cannot be read ({error.strerror}); --resume continues")
 
 
 def allow_open_files(more: int) -> None:

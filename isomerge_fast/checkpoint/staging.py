@@ -1,6 +1,6 @@
 """Where an output is built, and how it becomes the output: one rename, after everything is on disk.
 
-Beside the target ``DIR`` lies ``.DIR.isomerge/`` while a merge runs: ``lock``, ``journal.jsonl``, ``new/`` (the output
+Beside the target ``DIR`` lies ``.DIR.isomerge/`` while a merge runs: ``lock``, ``journal*.jsonl``, ``new/`` (the output
 under construction) and, for a moment, ``old/`` (what it replaces). A kill at any point leaves ``DIR`` absent, as it
 was, or complete.
 """
@@ -44,7 +44,6 @@ class Staging:
         self.out = Path(os.path.realpath(out))
         self.folder = staging_folder(out)
         self.new = self.folder / "new"
-        self.journal_path = self.folder / "journal.jsonl"
         self._old = self.folder / "old"
         # Being made, and being deleted: never taken for the output.
         self._fresh, self._trash = self.folder / "fresh", self.folder / "trash"
@@ -98,8 +97,7 @@ class Staging:
         for folder in (self._trash, self.new, self._fresh):
             shutil.rmtree(folder, ignore_errors=True)
         with suppress(OSError):
-            for path in self.folder.glob(f"{self.journal_path.name}*"):
-                path.unlink()
+            self._delete_journals()
             (self.folder / "lock").unlink()
             self.folder.rmdir()
 
@@ -133,6 +131,10 @@ class Staging:
         if self._old.exists():
             os.rename(self._old, self._trash)
             shutil.rmtree(self._trash, ignore_errors=True)
+
+    def _delete_journals(self) -> None:
+        for path in self.folder.glob("journal*"):
+            path.unlink(missing_ok=True)
 
     def _take_lock(self) -> None:
         missing = [folder for folder in (self.out.parent, *self.out.parent.parents) if not folder.exists()]
@@ -172,7 +174,7 @@ class Staging:
                     "continue it with --resume or discard it with --overwrite"
                 )
             shutil.rmtree(self.new)
-            self.journal_path.unlink(missing_ok=True)
+            self._delete_journals()
         self._check_target()
 
     def _check_target(self) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from .layout import DTYPES, Checkpoint, open_checkpoint
-from .reader import Reader, whole
+from .reader import Reader, files_of, whole
 
 
 class StoredStateDict(Mapping[str, Tensor]):
@@ -24,7 +24,7 @@ class StoredStateDict(Mapping[str, Tensor]):
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
-        self._reader = Reader(checkpoint)
+        self._reader = Reader(files_of(checkpoint))
         self._close = weakref.finalize(self, self._reader.__exit__, None, None, None)
 
     def __enter__(self) -> StoredStateDict:

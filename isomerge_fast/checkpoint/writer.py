@@ -8,11 +8,13 @@ written first, with the file at its final size; every tensor then goes to its ow
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import struct
-from collections.abc import Iterable
-from contextlib import ExitStack, suppress
+import time
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +29,9 @@ from .layout import DTYPE_NAMES, DTYPES, StoredTensor, element_count
 
 # Less than this at once goes through the page cache: a direct write waits for the disk.
 DIRECT_BYTES = 1 << 20
+
+# A process that was killed on another machine may hold its locks until the file server has noticed: 90 s on NFS.
+LOCK_SECONDS = 100.0
 
 # What file systems answer that rename files only, or nothing.
 _NO_RENAME = (errno.EXDEV, errno.EPERM, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
@@ -78,32 +83,55 @@ def tensor_bytes(value: Tensor) -> memoryview:
     return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 
+def create_shard(path: Path, tensors: Iterable[OutputTensor], *, resume: bool) -> None:
+    """The file with its header, at its final size and on disk; what is in it already stays with ``resume``."""
+    prefix, placed = file_layout(path, tensors)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | (0 if resume else os.O_TRUNC)
+    try:
+        descriptor = os.open(path, flags, 0o666)
+        try:
+            os.ftruncate(descriptor, _end(prefix, placed))
+            _write_all(descriptor, memoryview(prefix), 0)
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise _resource_error(path, error) from error
+
+
 class ShardWriter:
-    """One safetensors file under construction. What is written goes past the page cache where the file system can.
+    """Tensors of one safetensors file that ``create_shard`` made. They are written past the page cache where the file
+    system can.
 
     (4 GB on an ext4 disk of a 2-core machine, synced: 0.3 to 0.9 GB/s through the cache, 1.6 directly.)
+
+    Several processes may write one file, each its own tensors: every writer locks the bytes of its own. That keeps out
+    a process that was given up and lives on, and makes network file systems write no more than was given them: an NFS
+    client without a lock writes back whole pages, and with them the neighbours' bytes as it has seen them last.
+
+    Args:
+        tensors: all of the file.
+        names: of those that will be written; all when None.
     """
 
     def __init__(
-        self, path: Path, tensors: Iterable[OutputTensor], *, resume: bool = False, direct: bool = True
+        self, path: Path, tensors: Iterable[OutputTensor], *, names: Collection[str] | None = None, direct: bool = True
     ) -> None:
         self.path = path
         prefix, self.tensors = file_layout(path, tensors)
-        self._total = max([len(prefix), *(tensor.end for tensor in self.tensors.values())])
         self._running: dict[str, Checksum] = {}
-        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | (0 if resume else os.O_TRUNC)
+        self._direct = None
         try:
-            self._descriptor = os.open(path, flags, 0o666)
+            self._descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         except OSError as error:
             raise _resource_error(path, error) from error
-        self._direct = open_direct(path, os.O_WRONLY) if direct and self._total >= DIRECT_BYTES else None
         try:
-            os.ftruncate(self._descriptor, self._total)
-            self._write_at(memoryview(prefix), 0)
-        except OSError as error:
-            with suppress(OSError):
-                self._close_descriptors()
-            raise _resource_error(path, error) from error
+            if direct and _end(prefix, self.tensors) >= DIRECT_BYTES:
+                self._direct = open_direct(path, os.O_WRONLY)
+            self._lock(self.tensors.keys() if names is None else names)
+        except BaseException:
+            self._close_descriptors()
+            raise
 
     @property
     def is_direct(self) -> bool:
@@ -177,6 +205,29 @@ class ShardWriter:
             except (SafetensorError, OSError) as error:
                 raise ResourceError(f"{self.path}: was written and cannot be read ({error})") from error
 
+    def _lock(self, names: Collection[str]) -> None:
+        """Waits a while for whoever holds what this writer is about to write: it may be on its way out.
+
+        Locks are of the process: closing any other descriptor of the file would give them up, so none is opened and
+        closed while they are needed.
+        """
+        patience = time.monotonic() + LOCK_SECONDS
+        placed = sorted((self.tensors[name] for name in names), key=lambda stored: stored.start)
+        for start, end in _joined(placed):
+            while True:
+                try:
+                    fcntl.lockf(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, end - start, start)
+                    break
+                except OSError as error:
+                    if error.errno not in (errno.EACCES, errno.EAGAIN):
+                        raise ResourceError(
+                            f"{self.path}: cannot be locked ({error.strerror}); an output needs a file system with "
+                            "byte-range locks"
+                        ) from error
+                    if time.monotonic() > patience:
+                        raise ResourceError(f"{self.path}: another process is writing the same tensors") from error
+                    time.sleep(0.05)
+
     def _close_descriptors(self) -> None:
         with ExitStack() as closing:
             closing.callback(os.close, self._descriptor)
@@ -208,9 +259,29 @@ class ShardWriter:
         self._write_cached(data[position:], offset + position)
 
     def _write_cached(self, data: memoryview, offset: int) -> None:
-        position = 0
-        while position < len(data):
-            position += os.pwrite(self._descriptor, data[position : position + READ_BYTES], offset + position)
+        _write_all(self._descriptor, data, offset)
+
+
+def _write_all(descriptor: int, data: memoryview, offset: int) -> None:
+    position = 0
+    while position < len(data):
+        position += os.pwrite(descriptor, data[position : position + READ_BYTES], offset + position)
+
+
+def _end(prefix: bytes, placed: Mapping[str, StoredTensor]) -> int:
+    """Size of the file."""
+    return max([len(prefix), *(stored.end for stored in placed.values())])
+
+
+def _joined(placed: Sequence[StoredTensor]) -> Iterator[tuple[int, int]]:
+    """(start, end) of runs without a gap, of tensors in the order in which they lie; empty ones have no bytes."""
+    runs: list[list[int]] = []
+    for stored in placed:
+        if runs and runs[-1][1] == stored.start:
+            runs[-1][1] = stored.end
+        elif stored.bytes:
+            runs.append([stored.start, stored.end])
+    return ((start, end) for start, end in runs)
 
 
 def _resource_error(path: Path, error: OSError) -> ResourceError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from importlib import metadata
 
 from ..errors import MissingPackageError
@@ -9,6 +10,8 @@ from ..errors import MissingPackageError
 # Exact where what is inside is relied on: mergekit's extension API changed from 0.1.4 to 0.1.5. The extras of setup.py
 # say the same.
 MERGEKIT, FUSION_BENCH = "0.1.5", "0.2.33"
+# The oldest release whose errors and options these modules were read against.
+RAY = "2.40"
 
 
 def require(package: str, version: str, extra: str) -> None:
@@ -42,3 +45,8 @@ def _numbers(version: str) -> tuple[int, ...]:
             break
         parts.append(int(digits))
     return tuple(parts)
+
+
+def is_ray_address(text: str) -> bool:
+    """``host:port`` of a cluster's head, ``auto``, or ``local``."""
+    return re.fullmatch(r"auto|local|(\[[0-9a-fA-F:]+\]|[^\s:/\[\]]+):\d{1,5}", text) is not None

@@ -1,0 +1,91 @@
+"""How long a merge would take so many workers, from its plan and from what one worker does in a second."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Collection, Iterator
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+
+from ..checkpoint.direct_io import READ_BYTES, open_direct, page_buffer
+from ..forecast import forecast_merge
+from ..loads import Rates
+from ..plan import Plan
+from .ceilings import matmul_rate
+
+# Of the inputs, this much is read, or what comes in so many seconds.
+SAMPLE_BYTES, SAMPLE_SECONDS = 1 << 30, 2.0
+WORKERS = (1, 2, 4, 8, 16, 32, 64)
+
+
+def predict(plan: Plan, rates: Rates, workers: Collection[int]) -> dict[str, Any]:
+    """One row a number of workers; where the storage has no limit, a second one for storage that gives all workers
+    together no more than one of them can move.
+    """
+    rows = []
+    for count in sorted(set(workers)):
+        row = asdict(forecast_merge(plan, count, rates))
+        if math.isinf(rates.storage_bytes_per_second):
+            shared = replace(rates, storage_bytes_per_second=rates.read_bytes_per_second)
+            row["shared"] = asdict(forecast_merge(plan, count, shared))
+        rows.append(row)
+    limit = rates.storage_bytes_per_second
+    told = {**asdict(rates), "storage_bytes_per_second": None if math.isinf(limit) else limit}
+    return {"rates": told, "rows": rows}
+
+
+def measure_rates(
+    plan: Plan,
+    device: torch.device,
+    threads: int,
+    *,
+    flops: float | None = None,
+    worker_bytes: float | None = None,
+    storage_bytes: float | None = None,
+) -> Rates:
+    """Of one worker: what is given is taken, the rest is measured, bytes from the very inputs; nothing is written.
+
+    Args:
+        device: on which workers compute, with so many CPU ``threads``.
+        flops: operations a second; float32 products are timed when None.
+        worker_bytes: bytes a second that one worker reads, or writes; the inputs are read when None, and writing is
+            taken to be as fast.
+        storage_bytes: bytes a second of all workers together; no limit when None.
+    """
+    if flops is None:
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            flops = matmul_rate(device, 8192 if device.type == "cuda" else 1536, torch.float32)
+        finally:
+            torch.set_num_threads(before)
+    each = read_rate(plan) if worker_bytes is None else worker_bytes
+    return Rates(flops, each, each, math.inf if storage_bytes is None else storage_bytes)
+
+
+def read_rate(plan: Plan) -> float:
+    """Bytes a second from the files that are to be read, past the page cache where the file system can."""
+    started, count = time.perf_counter(), 0
+    for size in _blocks(plan):
+        count += size
+        if count >= SAMPLE_BYTES or time.perf_counter() - started > SAMPLE_SECONDS:
+            break
+    return count / (time.perf_counter() - started)
+
+
+def _blocks(plan: Plan) -> Iterator[int]:
+    """Bytes read, block by block, whole files one after the other."""
+    pages = page_buffer()[:READ_BYTES]
+    for path in dict.fromkeys(stored.file for tensor in plan.tensors for stored in tensor.inputs):
+        descriptor = open_direct(path, os.O_RDONLY)
+        if descriptor is None:
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            while count := os.readv(descriptor, [pages]):
+                yield count
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,462 @@
+"""Merges over Ray: the units of a merge are tasks, which worker processes on many GPUs or machines take one by one.
+
+Ray decides where a task runs, and runs it again where its worker or its machine is lost. All files are on a file system
+that every machine sees under the same paths; tasks are given paths and slices of the plan, never tensors.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import __version__
+from ..checkpoint.layout import FileIdentity
+from ..checkpoint.manifest import UnitProgress
+from ..checkpoint.reader import Reader, files_of
+from ..config import MergeConfig
+from ..engine import resolve_device
+from ..errors import (
+    ConfigError,
+    InputChangedError,
+    InputError,
+    IsomergeError,
+    ResourceError,
+    UnreadableError,
+)
+from ..loads import assumed_rates, divide
+from ..plan import Plan, make_plan
+from ..report import Observer, Progress
+from ..unit import Job, Unit, UnitResult, merge_unit
+from .peers import RAY, is_ray_address, require_at_least
+
+# How often a unit is tried again whose worker or machine is lost, or which cannot read its inputs.
+RETRIES = 3
+# Of Ray's object store, where a cluster is started for one merge: only plans go through it.
+OBJECT_STORE_BYTES = 100_000_000
+# How long a machine may take to answer, and how long there may be no machine on which a unit could run.
+ANSWER_SECONDS, PATIENCE_SECONDS = 60.0, 60.0
+POLL_SECONDS = 0.5
+
+
+@contextmanager
+def ray_crew(address: str | None, *, device: str, threads: int | None) -> Iterator[RayCrew]:
+    """Connected to Ray, with every machine of the cluster found fit to merge.
+
+    Args:
+        address: ``host:port`` of a cluster; ``auto``: that of ``RAY_ADDRESS``, or that which this machine belongs to;
+            ``local``: one is started on this machine; None: ``auto`` where there is one, else ``local``. A connection
+            that this process has already is used, whatever the address.
+        device: ``auto``, ``cpu`` or ``cuda``: what the workers compute on.
+        threads: CPU threads of a worker.
+
+    Raises:
+        MissingPackageError: no Ray here, or too old.
+        ConfigError: an address where no cluster answers; workers with another version of this package or of torch.
+        ResourceError: Ray did not start, or a machine does not answer.
+    """
+    require_at_least("ray", RAY, "ray")
+    import ray
+
+    connected = ray.is_initialized()
+    if not connected:
+        _connect(address)
+    try:
+        crew = RayCrew(device, threads)
+        crew.check_versions()
+        yield crew
+    finally:
+        if not connected:
+            ray.shutdown()
+
+
+def _connect(address: str | None) -> None:
+    import ray
+
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    quiet: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
+    if address is not None and not is_ray_address(address):
+        raise ConfigError(f"ray {address!r} is no address of a cluster: give host:port (of its head), auto or local")
+    if address is not None and ":" in address:
+        host, _, port = address.rpartition(":")
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+        except (OSError, OverflowError) as error:
+            raise ConfigError(f"ray {address}: nothing answers there ({error})") from error
+    try:
+        if address != "local":
+            try:
+                ray.init(address=address or "auto", **quiet)
+                return
+            except ConnectionError:
+                if address is not None or "RAY_ADDRESS" in os.environ:
+                    raise
+        ray.init(address="local", include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **quiet)
+    except (RuntimeError, ValueError, OSError) as error:
+        at = address or os.environ.get("RAY_ADDRESS", "local")
+        raise ConfigError(f"ray {at}: {' '.join(str(error).split())}") from error
+
+
+class RayCrew:
+    """The ``Crew`` of a Ray cluster's worker processes.
+
+    Attributes:
+        device: ``cpu``, or ``cuda``: each worker has a GPU of its own.
+        threads: CPU threads of a worker.
+    """
+
+    def __init__(self, device: str, threads: int | None) -> None:
+        gpus = max((machine.resources.get("GPU", 0.0) for machine in _machines()), default=0.0)
+        if device not in ("auto", "cpu", "cuda"):
+            raise ConfigError(f"device {device!r}: over Ray it is auto, cpu or cuda; each worker gets a GPU of its own")
+        if device == "cuda" and gpus < 1:
+            raise ResourceError("device 'cuda': no machine of the Ray cluster has a GPU")
+        self.device = "cuda" if device == "cuda" or (device == "auto" and gpus >= 1) else "cpu"
+        self.threads = threads or (torch.get_num_threads() if self.device == "cpu" else self._cpus_a_gpu)
+
+    def plan(self, config: MergeConfig, *, max_ram: int | None, max_vram: int | None) -> Plan:
+        """``make_plan`` for the workers, all of whose machines see the same files as this one.
+
+        Raises:
+            ConfigError, InputError: as ``make_plan``.
+            ResourceError: a machine that does not see them.
+        """
+        import ray
+        from ray import exceptions
+
+        if self.device == "cuda" and not torch.cuda.is_available():  # what it decides depends on the GPU
+            task = _remote(_plan, num_gpus=1, max_retries=RETRIES)
+            try:
+                plan: Any = ray.get(task.remote(config, max_ram, max_vram))
+            except exceptions.RayTaskError as error:
+                raise _cause(error) from error
+        else:
+            plan = make_plan(config, resolve_device(self.device), max_ram=max_ram, max_vram=max_vram)
+        if config.out is not None:
+            self._check_files(plan, Path(os.path.realpath(config.out)).parent)
+        return plan
+
+    def check_versions(self) -> None:
+        """Raises ConfigError where a machine has not what this one has."""
+        here = {"isomerge-fast": __version__, "torch": metadata.version("torch")}
+        problems = []
+        for machine, found in _ask_all(_versions_there()):
+            for package, version in here.items():
+                if found.get(package) != version:
+                    other = found.get(package) or "not installed"
+                    problems.append(f"{machine}: {package} {other}; here it is {version}")
+        if problems:
+            raise ConfigError(
+                "every machine of the Ray cluster needs the versions of this one:\n  " + "\n  ".join(problems)
+            )
+
+    def _check_files(self, plan: Plan, folder: Path) -> None:
+        """Raises ResourceError where a machine does not see the inputs as they were planned, or the output's folder."""
+        folder.mkdir(parents=True, exist_ok=True)
+        files = {
+            str(path.absolute()): _stamp(identity) for path, identity in files_of(plan.base, *plan.experts).items()
+        }
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".isomerge-") as token:
+            problems = [
+                f"{machine}: {problem}"
+                for machine, found in _ask_all(_files_there(), token.name, str(folder), files)
+                for problem in found
+            ]
+        if problems:
+            raise ResourceError(
+                "every machine of the Ray cluster has to see the inputs and the output's folder under the same paths, "
+                "on a file system that they share:\n  " + "\n  ".join(problems)
+            )
+
+    def workers(self, plan: Plan, threads: int) -> int:
+        """How many units of the plan the cluster can work on at a time."""
+        request = self._request(plan, threads)
+        return sum(machine.holds(request) for machine in _machines())
+
+    def merge(
+        self, plan: Plan, job: Job, claims: Mapping[str, dict[str, Any]], observer: Observer | None
+    ) -> list[UnitResult]:
+        """See ``engine.Crew``. Units are divided for as many workers as there are now, the largest first.
+
+        Raises:
+            ResourceError: no machine is large enough for one worker; a unit failed for good.
+            InputError: a weight that is not finite, and the like.
+        """
+        import ray
+
+        workers = self.workers(plan, job.threads)
+        if not workers:
+            raise ResourceError(self._too_small(plan, job.threads))
+        parts = divide(plan, workers, assumed_rates(torch.device(self.device)))
+        units = [Unit.of(plan, number, tensors, claims) for number, tensors in enumerate(parts, 1)]
+        task = _remote(
+            _work,
+            **self._request(plan, job.threads),
+            max_retries=RETRIES,
+            retry_exceptions=[InputChangedError, UnreadableError],
+        )
+        shared = ray.put(job)
+        waiting = {task.remote(shared, unit, __version__): unit for unit in units}
+        overview = _Overview(plan, job, units, claims, observer)
+        results: list[UnitResult] = []
+        hopeless_since: float | None = None
+        try:
+            while waiting:
+                done, _ = ray.wait(list(waiting), timeout=overview.pause_seconds)
+                for reference in done:
+                    result = self._result(reference, waiting[reference], plan)
+                    del waiting[reference]
+                    results.append(result)
+                    overview.finished(result)
+                overview.update()
+                if done or self.workers(plan, job.threads):
+                    hopeless_since = None
+                elif hopeless_since is None:
+                    hopeless_since = time.monotonic()
+                elif time.monotonic() - hopeless_since > PATIENCE_SECONDS:
+                    raise ResourceError(f"{self._too_small(plan, job.threads)}; --resume continues")
+        finally:
+            for reference in waiting:
+                ray.cancel(reference, force=True)
+            if waiting:  # nobody is to write once the folder is given up
+                ray.wait(list(waiting), num_returns=len(waiting), timeout=ANSWER_SECONDS)
+        return sorted(results, key=lambda result: result.number)
+
+    def _result(self, reference: Any, unit: Unit, plan: Plan) -> UnitResult:
+        """Of a task that has ended.
+
+        Raises:
+            IsomergeError: names the unit, the machine and the cause.
+        """
+        import ray
+        from ray import exceptions
+
+        try:
+            return ray.get(reference)
+        except exceptions.RayTaskError as error:
+            cause = _cause(error)
+            at = f"{unit} on {getattr(cause, 'host', error.ip)}"
+            if isinstance(cause, InputChangedError | UnreadableError):
+                # Where this machine sees what is amiss as well, it is the input; else it is that machine.
+                Reader(files_of(plan.base, *plan.experts)).check_unchanged()
+                raise UnreadableError(f"{at}, tried {RETRIES + 1} times: {cause}; --resume continues") from error
+            if isinstance(cause, IsomergeError):
+                kind = next(
+                    kind for kind in (InputError, ConfigError, ResourceError, IsomergeError) if isinstance(cause, kind)
+                )
+                raise kind(f"{at}: {cause}") from error
+            raise
+        except exceptions.RayError as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ResourceError(
+                f"{unit}: its worker was lost {RETRIES + 1} times, at last by {type(error).__name__} ({reason}); "
+                "--resume continues"
+            ) from error
+
+    def _request(self, plan: Plan, threads: int) -> dict[str, Any]:
+        """What one worker takes of a machine, as Ray calls it."""
+        if self.device == "cpu":
+            return {"num_cpus": threads, "num_gpus": 0, "memory": plan.peak_ram_bytes}
+        return {"num_cpus": min(threads, self._cpus_a_gpu), "num_gpus": 1, "memory": plan.host_buffer_bytes}
+
+    @property
+    def _cpus_a_gpu(self) -> int:
+        shares = [
+            machine.resources.get("CPU", 0.0) // machine.resources["GPU"]
+            for machine in _machines()
+            if machine.resources.get("GPU", 0.0) >= 1
+        ]
+        return max(1, int(min(shares, default=1)))
+
+    def _too_small(self, plan: Plan, threads: int) -> str:
+        request = self._request(plan, threads)
+        gpu = ", a GPU" if request["num_gpus"] else ""
+        wanted = f"{request['num_cpus']:g} CPU(s){gpu} and {request['memory']:g} bytes of memory"
+        machines = "; ".join(
+            f"{machine} has {machine.resources.get('CPU', 0):g} CPUs, {machine.resources.get('GPU', 0):g} GPUs, "
+            f"{machine.resources.get('memory', 0):g} bytes"
+            for machine in _machines()
+        )
+        return (
+            f"no machine of the Ray cluster has {wanted} for one worker ({machines or 'it has none'}); a lower "
+            "--threads or --max-ram takes less"
+        )
+
+
+class _Machine:
+    """A machine of the cluster, and what it has for tasks."""
+
+    def __init__(self, node: Mapping[str, Any]) -> None:
+        self.id: str = node["NodeID"]
+        self.name = f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})"
+        self.resources: dict[str, float] = node["Resources"]
+
+    def __str__(self) -> str:
+        return self.name
+
+    def holds(self, request: Mapping[str, Any]) -> int:
+        """Workers at a time."""
+        has = {"num_cpus": "CPU", "num_gpus": "GPU", "memory": "memory"}
+        return int(min(self.resources.get(has[key], 0.0) // value for key, value in request.items() if value))
+
+
+def _machines() -> list[_Machine]:
+    import ray
+
+    return [_Machine(node) for node in ray.nodes() if node["Alive"]]
+
+
+def _remote(function: Callable[..., Any], **options: Any) -> Any:
+    """A Ray task."""
+    import ray
+
+    return ray.remote(**options)(function)
+
+
+def _ask_all(question: Callable[..., Any], *arguments: Any) -> list[tuple[_Machine, Any]]:
+    """What every machine answers.
+
+    Raises:
+        ResourceError: one that does not.
+    """
+    import ray
+    from ray import exceptions
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    asked = []
+    for machine in _machines():
+        there = NodeAffinitySchedulingStrategy(machine.id, soft=False)
+        task = _remote(question, num_cpus=0, max_retries=0, scheduling_strategy=there)
+        asked.append((machine, task.remote(*arguments)))
+    answers = []
+    for machine, reference in asked:
+        try:
+            answers.append((machine, ray.get(reference, timeout=ANSWER_SECONDS)))
+        except exceptions.RayError as error:
+            reason = str(error).strip().splitlines()[-1]
+            raise ResourceError(f"{machine} of the Ray cluster does not answer ({reason})") from error
+    return answers
+
+
+# Questions are functions inside functions, which travel by value: the machine that is asked may lack this package.
+
+
+def _versions_there() -> Callable[[], dict[str, str]]:
+    def versions() -> dict[str, str]:
+        from importlib import metadata
+
+        found = {}
+        try:
+            import isomerge_fast
+
+            found["isomerge-fast"] = isomerge_fast.__version__
+            found["torch"] = metadata.version("torch")
+        except (ImportError, metadata.PackageNotFoundError):
+            pass
+        return found
+
+    return versions
+
+
+def _files_there() -> Callable[[str, str, dict[str, tuple[int, int]]], list[str]]:
+    def problems(token: str, folder: str, files: dict[str, tuple[int, int]]) -> list[str]:
+        import os
+
+        found = []
+        if not os.path.exists(token):
+            found.append(f"{folder}: not the folder that the driver sees")
+        elif not os.access(folder, os.W_OK):
+            found.append(f"{folder}: not writable")
+        for path, stamp in files.items():
+            try:
+                status = os.stat(path)
+            except OSError as error:
+                found.append(f"{path}: {error.strerror}")
+                continue
+            if (status.st_size, status.st_mtime_ns) != tuple(stamp):
+                found.append(f"{path}: another file than the driver sees")
+            elif not os.access(path, os.R_OK):
+                found.append(f"{path}: not readable")
+        return found
+
+    return problems
+
+
+def _stamp(identity: FileIdentity) -> tuple[int, int]:
+    return identity.size, identity.mtime_ns
+
+
+def _plan(config: MergeConfig, max_ram: int | None, max_vram: int | None) -> Plan:
+    return make_plan(config, torch.device("cuda"), max_ram=max_ram, max_vram=max_vram)
+
+
+def _work(job: Job, unit: Unit, version: str) -> UnitResult:
+    """The task."""
+    host = socket.gethostname()
+    try:
+        if version != __version__:  # of a machine that has joined since
+            raise ConfigError(f"isomerge-fast {__version__} is installed there; the driver has {version}")
+        return merge_unit(job, unit)
+    except IsomergeError as error:
+        error.host = host  # type: ignore[attr-defined]  # travels with it
+        raise
+
+
+def _cause(error: Any) -> BaseException:
+    """Of a task's failure."""
+    return error.cause if isinstance(error.cause, BaseException) else error
+
+
+class _Overview:
+    """How far all workers are, together, from the journals that they keep."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        job: Job,
+        units: Sequence[Unit],
+        claims: Mapping[str, dict[str, Any]],
+        observer: Observer | None,
+    ) -> None:
+        self._observer = observer
+        scalings = len(plan.config.scalings)
+        self._bytes = {tensor.name: tensor.read_bytes + tensor.bytes_written(scalings) for tensor in plan.tensors}
+        self._progress = Progress(len(plan.tensors), sum(self._bytes.values()))
+        self._running = {unit.number: UnitProgress(job.folder, unit.number) for unit in units}
+        self._units = len(units)
+        self._done = set(claims) & self._bytes.keys()
+        self._started = time.perf_counter()
+        self.pause_seconds = POLL_SECONDS
+
+    def finished(self, result: UnitResult) -> None:
+        del self._running[result.number]
+        self._done |= result.entries.keys()
+
+    def update(self) -> None:
+        """Tells the observer."""
+        if self._observer is None:
+            return
+        started = time.perf_counter()
+        at_work = 0
+        for unit in self._running.values():
+            unit.update()
+            at_work += bool(unit.about)
+            for name in unit.finished.keys() - self._done:
+                self._done.add(name)
+                self._progress.tensor = name
+        progress = self._progress
+        progress.done_tensors = len(self._done)
+        progress.done_bytes = sum(self._bytes[name] for name in self._done)
+        progress.seconds["compute"] = started - self._started
+        progress.phase = f"{at_work} worker(s), unit {self._units - len(self._running)}/{self._units}"
+        self._observer(progress)
+        # Thousands of journals on a slow file system: no more than a twentieth of the time.
+        self.pause_seconds = max(POLL_SECONDS, 20 * (time.perf_counter() - started))

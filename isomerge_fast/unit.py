@@ -1,0 +1,385 @@
+"""The work of one process: some tensors of a merge are read, computed and written, one after the other, into files
+that are there already. A merge on one machine is one unit; over several processes each gets units of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import ops
+from .checkpoint.layout import FileIdentity, StoredTensor
+from .checkpoint.manifest import UnitJournal
+from .checkpoint.read_ahead import THREADS as READ_THREADS
+from .checkpoint.read_ahead import ReadAhead
+from .checkpoint.reader import Reader, allow_open_files, files_of
+from .checkpoint.write_behind import WriteBehind
+from .checkpoint.writer import OutputTensor, ShardWriter
+from .errors import InputError, ResourceError
+from .heap import return_freed_blocks
+from .methods import Method, NotFiniteError
+from .methods.certified import UnsolvedError, exact_products
+from .methods.factors import merge_factors
+from .output import TensorOutput
+from .plan import DELTA_FOLDER, Plan, TensorPlan, scaling_folders
+from .report import Observer, Progress, Stopwatch
+from .routes import ADAPTER, BY_ROWS, Budget
+from .sources import FactorSource, TensorSource, first_pass
+from .transfers import Uploads
+from .workers import Workers
+
+# About what glibc's heap may keep of freed blocks. Tensors that come so close to the plan's peak return theirs at once.
+HEAP_RESIDUE_BYTES = 128 << 20
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every process has to know of a merge, whatever its tensors are.
+
+    Attributes:
+        folder: where the journals lie, and under ``new`` the output under construction.
+        key: ``fingerprint`` of the merge.
+        threads: with which is computed.
+        direct: read and write past the page cache where that is faster.
+        scalings: α by sub-folder of the output.
+        peak_work_bytes: of the merge's largest tensor.
+        max_vram: ceiling in bytes for the memory of a GPU.
+    """
+
+    folder: Path
+    key: str
+    device: str
+    threads: int
+    direct: bool
+    scalings: dict[str, float]
+    budget: Budget
+    peak_work_bytes: int
+    max_vram: int | None
+
+    @classmethod
+    def of(
+        cls, plan: Plan, folder: Path, key: str, *, device: str, threads: int, direct: bool, max_vram: int | None
+    ) -> Job:
+        scalings = scaling_folders(plan.config.scalings)
+        return cls(folder, key, device, threads, direct, scalings, plan.budget, plan.peak_work_bytes, max_vram)
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Tensors for one process.
+
+    Attributes:
+        number: names it among the units of a run.
+        files: the inputs that are read.
+        folders: the files written into, by sub-folder of the output, each with all that will be in it.
+        claims: journal entries of earlier runs, by tensor.
+    """
+
+    number: int
+    tensors: tuple[TensorPlan, ...]
+    files: Mapping[Path, FileIdentity]
+    folders: Mapping[str, Mapping[str, tuple[OutputTensor, ...]]]
+    claims: Mapping[str, dict[str, Any]]
+
+    @classmethod
+    def of(cls, plan: Plan, number: int, tensors: tuple[TensorPlan, ...], claims: Mapping[str, dict[str, Any]]) -> Unit:
+        """A slice of a plan."""
+        shards = {tensor.shard for tensor in tensors}
+        read = {stored.file for tensor in tensors for stored in tensor.inputs}
+        known = files_of(plan.base, *plan.experts)
+        return cls(
+            number,
+            tensors,
+            {path: identity for path, identity in known.items() if path in read},
+            {
+                folder: {file: outputs for file, outputs in files.items() if file in shards}
+                for folder, files in plan.folders.items()
+            },
+            {tensor.name: claims[tensor.name] for tensor in tensors if tensor.name in claims},
+        )
+
+    def __str__(self) -> str:
+        shards = sorted({tensor.shard for tensor in self.tensors})
+        files = shards[0] if len(shards) == 1 else f"{len(shards)} files"
+        first, last = self.tensors[0].name, self.tensors[-1].name
+        names = f"tensor {first!r}" if len(self.tensors) == 1 else f"{len(self.tensors)} tensors {first!r} to {last!r}"
+        return f"unit {self.number} ({files}: {names})"
+
+
+@dataclass(frozen=True)
+class UnitResult:
+    """What became of a unit.
+
+    Attributes:
+        entries: of the journal, by tensor: its checksums and its part of the report.
+        seconds: as ``Report.seconds``.
+        io: as ``Report.io``.
+        process: where it ran.
+    """
+
+    number: int
+    entries: dict[str, dict[str, Any]]
+    seconds: dict[str, float]
+    io: dict[str, Any]
+    process: dict[str, Any] = field(default_factory=dict)
+
+
+def this_process() -> dict[str, Any]:
+    return {"host": socket.gethostname(), "pid": os.getpid()}
+
+
+def merge_unit(job: Job, unit: Unit, observer: Observer | None = None) -> UnitResult:
+    """Merges its tensors, and returns when their bytes are on disk.
+
+    Args:
+        observer: called at every change of phase.
+
+    Raises:
+        InputError, ResourceError: see ``errors``; what was finished stays, and is found by the next attempt.
+    """
+    try:
+        return _UnitRun(job, unit, observer).execute()
+    except torch.OutOfMemoryError as error:
+        raise ResourceError(f"{job.device} is out of memory ({error}); a lower --max-vram takes less") from error
+
+
+class _UnitRun:
+    """One attempt at a unit."""
+
+    def __init__(self, job: Job, unit: Unit, observer: Observer | None) -> None:
+        self._job, self._unit = job, unit
+        self._device = torch.device(job.device)
+        moved = sum(tensor.read_bytes + tensor.bytes_written(len(job.scalings)) for tensor in unit.tensors)
+        self._progress = Progress(len(unit.tensors), moved)
+        self._stopwatch = Stopwatch(self._progress, observer)
+        self._writers: dict[tuple[str, str], ShardWriter] = {}
+        self._entries: dict[str, dict[str, Any]] = {}
+        self._io: dict[str, Any] = {}
+
+    def execute(self) -> UnitResult:
+        started = time.perf_counter()
+        job, unit = self._job, self._unit
+        completed = False
+        threads = torch.get_num_threads()
+        torch.set_num_threads(job.threads)
+        self._limit_vram()
+        with ExitStack() as closing:
+            closing.callback(torch.set_num_threads, threads)
+            # As glibc's own threshold ends up; the process may go on without us.
+            closing.callback(return_freed_blocks, eager=False)
+            try:
+                # Before it is asked whose the folder is: what is opened after that may be another merge's.
+                self._open_writers()
+                journal = UnitJournal(job.folder, job.key, job.threads, unit.number, this_process())
+                closing.callback(journal.close)
+                self._merge_all(journal)
+                completed = True
+            finally:
+                with self._stopwatch.phase("write"), ExitStack() as writers:
+                    for writer in self._writers.values():
+                        writers.callback(writer.close, validate=completed)
+        return UnitResult(
+            unit.number,
+            self._entries,
+            {**self._progress.seconds, "total": time.perf_counter() - started},
+            self._io,
+            this_process(),
+        )
+
+    def _limit_vram(self) -> None:
+        if self._device.type != "cuda":
+            return
+        if self._job.max_vram is not None:
+            total = torch.cuda.get_device_properties(self._device).total_memory
+            torch.cuda.set_per_process_memory_fraction(min(1.0, self._job.max_vram / total), self._device)
+        torch.cuda.reset_peak_memory_stats(self._device)
+
+    def _open_writers(self) -> None:
+        names = {folder: set[str]() for folder in self._unit.folders}
+        for tensor in self._unit.tensors:
+            for folder in names:
+                names[folder].update(tensor.names_in(folder))
+        allow_open_files(2 * sum(map(len, self._unit.folders.values())))
+        for folder, files in self._unit.folders.items():
+            for file, tensors in files.items():
+                own = [tensor.name for tensor in tensors if tensor.name in names[folder]]
+                path = self._job.folder / "new" / folder / file
+                self._writers[folder, file] = ShardWriter(path, tensors, names=own, direct=self._job.direct)
+
+    def _merge_all(self, journal: UnitJournal) -> None:
+        """Reads ahead, merges and writes behind, tensor after tensor; what the journal has and the files hold is
+        kept.
+        """
+        tensors, budget = self._unit.tensors, self._job.budget
+        claims = {**self._unit.claims, **journal.finished}
+        for tensor in tensors:
+            if tensor.name in claims and self._is_intact(tensor, claims[tensor.name]):
+                self._entries[tensor.name] = claims[tensor.name]
+        to_do = {tensor.name for tensor in tensors} - self._entries.keys()
+        ahead_of = (bundle for tensor in tensors if tensor.name in to_do for bundle in first_pass(tensor))
+        with (
+            Reader(self._unit.files, direct=self._job.direct) as reader,
+            ThreadPoolExecutor(READ_THREADS, "isomerge-read") as threads,
+            ReadAhead(
+                reader,
+                threads,
+                ahead_of,
+                budget_bytes=budget.read_ahead,
+                pinned=self._device.type == "cuda",
+            ) as ahead,
+            Uploads(ahead, self._device) as uploads,
+            WriteBehind(budget.write_behind) as writes,
+            Workers() as workers,
+        ):
+            for tensor in tensors:
+                self._progress.tensor = tensor.name
+                if tensor.name in to_do:
+                    if tensor.pairs:
+                        source = FactorSource(tensor, uploads, workers, self._device, self._stopwatch.phase)
+                    else:
+                        source = TensorSource(
+                            tensor, uploads, reader, threads, workers, budget, self._device, self._stopwatch.phase
+                        )
+                    self._merge_tensor(tensor, source, reader, writes, journal)
+                self._progress.done_tensors += 1
+                self._progress.done_bytes += tensor.read_bytes + tensor.bytes_written(len(self._job.scalings))
+            with self._stopwatch.phase("write"):
+                writes.drain()
+            reader.check_unchanged()
+            self._io = {
+                "read": "direct" if reader.direct_files else "page-cache",
+                "write": "direct" if any(writer.is_direct for writer in self._writers.values()) else "page-cache",
+                "reading_seconds": ahead.busy_seconds,
+                "writing_seconds": writes.busy_seconds,
+            }
+            if self._device.type == "cuda":
+                self._io["peak_vram_bytes"] = torch.cuda.max_memory_allocated(self._device)
+
+    def _writers_of(self, tensor: TensorPlan) -> dict[str, ShardWriter]:
+        """By folder."""
+        return {
+            folder: self._writers[folder, tensor.shard]
+            for folder in self._unit.folders
+            if folder != DELTA_FOLDER or tensor.delta is not None
+        }
+
+    def _is_intact(self, tensor: TensorPlan, entry: dict[str, Any]) -> bool:
+        """Whether the bytes that the journal claims are in the staged shards."""
+        with self._stopwatch.phase("read"):
+            return all(
+                writer.checksum(name) == entry["checksum"].get(folder, {}).get(name)
+                for folder, writer in self._writers_of(tensor).items()
+                for name in tensor.names_in(folder)
+            )
+
+    def _merge_tensor(
+        self,
+        plan: TensorPlan,
+        source: FactorSource | TensorSource,
+        reader: Reader,
+        writes: WriteBehind,
+        journal: UnitJournal,
+    ) -> None:
+        started = time.perf_counter()
+        work, peak = plan.route.work_bytes, self._job.peak_work_bytes
+        return_freed_blocks(eager=work > max(HEAP_RESIDUE_BYTES, peak - HEAP_RESIDUE_BYTES))
+        report: dict[str, Any] = {"name": plan.name, "action": plan.action, "route": plan.route.name}
+        output = TensorOutput(plan, self._writers_of(plan), self._job.scalings, writes, self._stopwatch.phase)
+        with self._stopwatch.phase("compute"):
+            try:
+                if isinstance(source, FactorSource):
+                    stats = _merge_factors(plan, source, output)
+                elif plan.method is None:
+                    stats = _copy(source, output)
+                elif plan.route.name == BY_ROWS:
+                    stats = _merge_by_rows(plan.method, source, output)
+                else:
+                    stats = _merge_whole(plan.method, source, output, report)
+            except NotFiniteError as error:
+                raise _not_finite(plan, reader) from error
+            except UnsolvedError as error:
+                raise InputError(f"tensor {plan.name!r}: {error}") from error
+            output.check_finite()
+        report.update(stats)
+        report["read_bytes"] = source.read_bytes
+        report["write_bytes"] = plan.bytes_written(len(self._job.scalings))
+        report["seconds"] = round(time.perf_counter() - started, 6)
+
+        def finish() -> None:
+            checksums = output.checksums()
+            entry = {"name": plan.name, "checksum": checksums, "report": report, "process": this_process()}
+            self._entries[plan.name] = entry
+            journal.add(entry)
+
+        with self._stopwatch.phase("write"):
+            writes.put(finish)
+
+
+def _merge_factors(plan: TensorPlan, source: FactorSource, output: TensorOutput) -> dict[str, Any]:
+    assert plan.method is not None
+    merged, stats = merge_factors(plan.method, source.factors(), source.shape, source.dtype)
+    if plan.route.name == ADAPTER:
+        left, right, truncation = merged.truncated(plan.outputs[0].shape[0])
+        output.add_factors(left, right)
+        return {**stats.to_dict(), "truncation": truncation}
+    left, right = merged.left.to(source.dtype), merged.right.to(source.dtype)
+    del merged
+    with exact_products(source.device):
+        for block in source.base_blocks():
+            if ops.count_nonfinite(block.base):
+                raise NotFiniteError([0])
+            output.add(block, lambda part: left[part.rows] @ right, source.parts(block), source)
+    return stats.to_dict()
+
+
+def _copy(source: TensorSource, output: TensorOutput) -> dict[str, Any]:
+    for block in source.blocks():
+        output.copy(block, source.parts(block), source)
+    return {"algorithm": "copy"}
+
+
+def _merge_by_rows(method: Method, source: TensorSource, output: TensorOutput) -> dict[str, Any]:
+    row_map = method.row_map(source)
+    for block in source.blocks():
+        if method.any_shape:
+            output.add(block, row_map.rows, source.parts(block), source)
+        else:  # matrices are multiplied, with all threads at once
+            for piece in output.pieces(block):
+                output.add(piece, row_map.rows, [piece], source)
+    return row_map.stats().to_dict()
+
+
+def _merge_whole(method: Method, source: TensorSource, output: TensorOutput, report: dict[str, Any]) -> dict[str, Any]:
+    try:
+        value, stats = method.merge(source)
+    except torch.OutOfMemoryError:
+        if source.device.type == "cpu":
+            raise
+        report["remarks"] = f"out of memory on {source.device}: computed on the CPU"
+        torch.cuda.empty_cache()
+        source.on_cpu()
+        value, stats = method.merge(source)
+    for block in source.base_blocks():
+        output.add(block, lambda part: value[part.rows], source.parts(block), source)
+    return stats.to_dict()
+
+
+def _not_finite(plan: TensorPlan, reader: Reader) -> InputError:
+    """Which input holds the NaN or Inf, and how many."""
+    counts: dict[StoredTensor, int] = {}
+    for bundle in first_pass(plan):
+        for piece in bundle.pieces:
+            counts[piece.stored] = counts.get(piece.stored, 0) + ops.count_nonfinite(reader.read(piece))
+    found = [
+        f"{stored.file}: tensor {stored.name!r} holds {count} NaN or Inf" for stored, count in counts.items() if count
+    ]
+    return InputError("a weight is not finite:", found or [f"tensor {plan.name!r}: the deltas overflow float32"])

@@ -1,0 +1,36 @@
+"""Crews without Ray: the units of a merge done one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import pairwise
+from typing import Any
+
+from isomerge_fast.plan import Plan, TensorPlan
+from isomerge_fast.report import Observer
+from isomerge_fast.unit import Job, Unit, UnitResult, merge_unit
+
+
+def runs_of(plan: Plan, count: int) -> list[tuple[TensorPlan, ...]]:
+    """Every file's tensors in ``count`` runs, or as many as it has tensors; the last run of each file first."""
+    shards: dict[str, list[TensorPlan]] = {}
+    for tensor in plan.tensors:
+        shards.setdefault(tensor.shard, []).append(tensor)
+    runs = []
+    for shard in shards.values():
+        cuts = [len(shard) * index // count for index in range(count + 1)]
+        runs += [tuple(shard[start:end]) for start, end in pairwise(cuts) if start < end]
+    return runs[::-1]
+
+
+class InTurn:
+    """The ``engine.Crew`` that does so, with every file in ``count`` units."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+
+    def merge(
+        self, plan: Plan, job: Job, claims: Mapping[str, dict[str, Any]], observer: Observer | None
+    ) -> list[UnitResult]:
+        runs = enumerate(runs_of(plan, self._count), 1)
+        return [merge_unit(job, Unit.of(plan, number, tensors, claims), observer) for number, tensors in runs]

@@ -1,0 +1,384 @@
+"""Merges in several units: the same bytes however they are divided, and nobody writes what is another's."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from adapters import make_adapters
+from checkpoints import listing, make_base, make_expert, make_family, save_folder
+from crews import InTurn, runs_of
+from safetensors.torch import save_file
+
+import isomerge_fast as imf
+from isomerge_fast.checkpoint import writer as writing
+from isomerge_fast.checkpoint.layout import DTYPE_NAMES
+from isomerge_fast.checkpoint.manifest import Journal, UnitJournal, UnitProgress, unit_journal
+from isomerge_fast.checkpoint.writer import OutputTensor, ShardWriter, create_shard
+from isomerge_fast.config import load_config
+from isomerge_fast.engine import run
+from isomerge_fast.plan import Plan, make_plan
+from isomerge_fast.report import Observer
+from isomerge_fast.unit import Job, Unit, UnitResult, merge_unit
+
+CASES = {
+    "iso-c": {"method": "iso-c"},
+    "rounded": {"method": "iso-cts", "dtype": "bfloat16", "stochastic_rounding": 3},
+    "scalings": {"method": "task-arithmetic", "scaling": [0.5, 1.0]},
+    "with-delta": {"method": "iso-c", "save_delta": True},
+}
+
+
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    """All but the report, which tells of times and processes."""
+    return {name: content for name, content in listing(folder).items() if name != "report.json"}
+
+
+def config_of(family: tuple[Path, list[Path]], out: Path, **changes: Any) -> dict[str, Any]:
+    return {"base": str(family[0]), "experts": [str(path) for path in family[1]], "out": str(out), **changes}
+
+
+def merge_in(config: dict[str, Any], count: int, **options: Any) -> imf.Report:
+    return run(make_plan(load_config(config)), device="cpu", crew=InTurn(count), **options)
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("case", CASES)
+def test_units_make_the_bytes_of_one_process(tmp_path: Path, case: str, shards: int) -> None:
+    family = make_family(tmp_path, shards=shards)
+    whole = imf.merge(config_of(family, tmp_path / "whole", **CASES[case]))
+    report = merge_in(config_of(family, tmp_path / "parts", **CASES[case]), 4)
+    assert bytes_of(tmp_path / "parts") == bytes_of(tmp_path / "whole")
+    assert [entry["name"] for entry in report.tensors] == [entry["name"] for entry in whole.tensors]
+    (worker,) = report.workers
+    assert worker["pid"] == os.getpid()
+    assert worker["units"] == len(runs_of(make_plan(load_config(config_of(family, tmp_path / "x"))), 4)) > shards
+    assert (worker["tensors"], worker["read_bytes"]) == (len(report.tensors), report.read_bytes)
+    assert imf.Report.from_dict(json.loads((tmp_path / "parts/report.json").read_text())) == report
+
+
+@pytest.mark.parametrize("rank", [None, 2], ids=["checkpoint", "adapter"])
+def test_units_of_adapters_make_the_bytes_of_one_process(tmp_path: Path, rank: int | None) -> None:
+    base, adapters = make_adapters(tmp_path)
+    changes = {"method": "iso-c"} if rank is None else {"method": "iso-c", "adapter_rank": rank}
+    imf.merge(config_of((base, adapters), tmp_path / "whole", **changes))
+    merge_in(config_of((base, adapters), tmp_path / "parts", **changes), 3)
+    assert bytes_of(tmp_path / "parts") == bytes_of(tmp_path / "whole")
+
+
+def test_a_unit_travels_without_the_rest_of_the_plan(tmp_path: Path) -> None:
+    """As it does to other processes: no tensors, and of the inputs only the files it reads."""
+    family = make_family(tmp_path, shards=3)
+    plan = make_plan(load_config(config_of(family, tmp_path / "out")))
+    units = [Unit.of(plan, number, tensors, {}) for number, tensors in enumerate(runs_of(plan, 2))]
+    for unit in units:
+        travelled = pickle.loads(pickle.dumps(unit))
+        assert travelled == unit
+        (shard,) = {tensor.shard for tensor in unit.tensors}
+        assert {path.name for path in unit.files} == {shard}
+        read = {stored.file for tensor in unit.tensors for stored in tensor.inputs}
+        assert unit.files.keys() == read
+        assert set(unit.folders[""]) == {shard}
+        assert len(pickle.dumps(unit)) < 20_000
+    assert sorted(tensor.name for unit in units for tensor in unit.tensors) == sorted(make_base())
+
+
+# --- an unfinished merge goes on, however it is divided ---------------------------------------------------------------
+
+
+class Stopped(Exception):
+    pass
+
+
+class StopsAfter:
+    """A crew that is killed after so many units, or inside the unit after them."""
+
+    def __init__(self, count: int, units: int, *, inside: bool) -> None:
+        self._count, self._units, self._inside = count, units, inside
+
+    def merge(
+        self, plan: Plan, job: Job, claims: Mapping[str, dict[str, Any]], observer: Observer | None
+    ) -> list[UnitResult]:
+        for number, tensors in enumerate(runs_of(plan, self._count), 1):
+            unit = Unit.of(plan, number, tensors, claims)
+            if number > self._units:
+                if self._inside:  # a part of it is done, as its journal tells
+                    merge_unit(job, replace(unit, tensors=unit.tensors[:1]), observer)
+                raise Stopped
+            merge_unit(job, unit, observer)
+        raise AssertionError("not that many units")
+
+
+@pytest.mark.parametrize("again", [0, 1, 5], ids=["one process", "a unit a file", "more units"])
+@pytest.mark.parametrize("inside", [False, True], ids=["between units", "inside a unit"])
+def test_what_units_have_done_is_gone_on_with(tmp_path: Path, again: int, inside: bool) -> None:
+    family = make_family(tmp_path, shards=2)
+    imf.merge(config_of(family, tmp_path / "whole", method="iso-c"))
+    config = config_of(family, tmp_path / "out", method="iso-c")
+    plan = make_plan(load_config(config))
+    with pytest.raises(Stopped):
+        run(plan, device="cpu", crew=StopsAfter(3, 2, inside=inside))
+    done = {tensor.name for run_ in runs_of(plan, 3)[:2] for tensor in run_}
+    if inside:
+        done.add(runs_of(plan, 3)[2][0].name)
+    staged = tmp_path / ".out.isomerge"
+    stamps = _journaled(staged)
+    assert stamps.keys() == done
+    report = imf.merge(config, resume=True) if not again else merge_in(config, again, resume=True)
+    assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "whole")
+    kept = {entry["name"]: entry["seconds"] for entry in report.tensors}
+    assert all(kept[name] == entry["report"]["seconds"] for name, entry in stamps.items())
+    assert not staged.exists()
+
+
+def _journaled(folder: Path) -> dict[str, dict[str, Any]]:
+    found = {}
+    for path in folder.glob("journal-*.jsonl"):
+        follower = UnitProgress(folder, int(path.stem.removeprefix("journal-")))
+        follower.update()
+        found |= follower.finished
+    return found
+
+
+def test_a_second_attempt_at_a_unit_merges_what_is_left(tmp_path: Path) -> None:
+    family = make_family(tmp_path)
+    config = config_of(family, tmp_path / "out", method="iso-c")
+    attempts: list[list[str]] = []
+
+    class Twice:
+        def merge(
+            self, plan: Plan, job: Job, claims: Mapping[str, dict[str, Any]], observer: Observer | None
+        ) -> list[UnitResult]:
+            unit = Unit.of(plan, 1, plan.tensors, claims)
+            merge_unit(job, replace(unit, tensors=unit.tensors[:4]))
+            before = unit_journal(job.folder, 1).read_bytes()
+            result = merge_unit(job, unit)
+            after = unit_journal(job.folder, 1).read_bytes()
+            attempts.append([line.decode() for line in after.splitlines() if line not in before.splitlines()])
+            return [result]
+
+    run(make_plan(load_config(config)), device="cpu", crew=Twice())
+    assert len(attempts[0]) == len(make_base()) - 4
+    imf.merge(config_of(family, tmp_path / "whole", method="iso-c"))
+    assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "whole")
+
+
+def test_a_unit_of_a_merge_that_was_given_up_writes_nothing(tmp_path: Path) -> None:
+    """Its process comes late, and another merge is under construction in the same place."""
+    family = make_family(tmp_path)
+    late: list[tuple[Job, Unit]] = []
+
+    class Late(InTurn):
+        def merge(
+            self, plan: Plan, job: Job, claims: Mapping[str, dict[str, Any]], observer: Observer | None
+        ) -> list[UnitResult]:
+            if not late:
+                late.append((job, Unit.of(plan, 1, plan.tensors, claims)))
+                raise Stopped
+            staged = listing(job.folder / "new")
+            with pytest.raises(imf.ConfigError, match="another merge has taken the place of this one"):
+                merge_unit(*late[0])
+            assert listing(job.folder / "new") == staged
+            return super().merge(plan, job, claims, observer)
+
+    crew = Late(2)
+    for scaling, overwrite in ((0.5, False), (1.0, True)):
+        config = config_of(family, tmp_path / "out", method="iso-c", scaling=scaling)
+        plan = make_plan(load_config(config))
+        if not overwrite:
+            with pytest.raises(Stopped):
+                run(plan, device="cpu", crew=crew)
+        else:
+            run(plan, device="cpu", crew=crew, overwrite=True)
+    imf.merge(config_of(family, tmp_path / "whole", method="iso-c"))
+    assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "whole")
+    with pytest.raises(imf.ResourceError, match="cannot be written"):  # and after its commit
+        merge_unit(*late[0])
+    assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "whole")
+    assert not (tmp_path / ".out.isomerge").exists()
+
+
+# --- journals ---------------------------------------------------------------------------------------------------------
+
+
+def entry(name: str) -> dict[str, Any]:
+    return {"name": name, "checksum": {"": {name: "xxh"}}, "report": {}, "process": {"host": "here", "pid": 1}}
+
+
+def test_journals_of_units_are_gathered_and_those_of_other_merges_are_not(tmp_path: Path) -> None:
+    Journal(tmp_path, "key", [], threads=2, resume=False)
+    for unit, key, threads in ((1, "key", 2), (2, "key", 2)):
+        journal = UnitJournal(tmp_path, key, threads, unit, {})
+        journal.add(entry(f"of unit {unit}"))
+        journal.close()
+    other = unit_journal(tmp_path, 3)
+    foreign = unit_journal(tmp_path, 1).read_bytes().replace(b'"key"', b'"yek"')
+    other.write_bytes(foreign)
+    (tmp_path / "journal-4.jsonl").write_bytes(unit_journal(tmp_path, 1).read_bytes()[:-20])  # torn
+    again = Journal(tmp_path, "key", [], threads=8, resume=True)
+    assert again.threads == 2
+    assert again.finished.keys() == {"of unit 1", "of unit 2"}
+    assert sorted(os.listdir(tmp_path)) == ["journal.jsonl"]
+    assert Journal(tmp_path, "key", [], threads=8, resume=True).finished == again.finished
+
+
+@pytest.mark.parametrize(("key", "threads"), [("other", 2), ("key", 1)], ids=["another merge", "other threads"])
+def test_a_unit_that_is_not_of_this_merge_is_refused(tmp_path: Path, key: str, threads: int) -> None:
+    """Other threads: other last digits."""
+    Journal(tmp_path, "key", [], threads=2, resume=False)
+    with pytest.raises(imf.ConfigError, match="another merge has taken the place"):
+        UnitJournal(tmp_path, key, threads, 1, {})
+    assert os.listdir(tmp_path) == ["journal.jsonl"]
+
+
+def test_a_journal_is_followed_while_it_grows(tmp_path: Path) -> None:
+    Journal(tmp_path, "key", [], threads=1, resume=False)
+    follower = UnitProgress(tmp_path, 7)
+    follower.update()
+    assert not follower.about
+    journal = UnitJournal(tmp_path, "key", 1, 7, {"pid": 5})
+    follower.update()
+    assert follower.about["pid"] == 5
+    journal.add(entry("a"))
+    follower.update()
+    assert follower.finished.keys() == {"a"}
+    path = unit_journal(tmp_path, 7)
+    whole = path.read_bytes()
+    journal.add(entry("b"))
+    line = path.read_bytes()[len(whole) :]
+    journal.close()
+    path.write_bytes(whole + line[:-7])  # written by halves
+    follower.update()
+    assert follower.finished.keys() == {"a"}
+    path.write_bytes(whole + line)
+    follower.update()
+    assert follower.finished.keys() == {"a", "b"}
+    UnitJournal(tmp_path, "key", 1, 7, {"pid": 6}).close()  # a second attempt
+    follower.update()
+    assert follower.about["pid"] == 6
+    assert follower.finished.keys() == {"a", "b"}
+
+
+# --- several processes and one file -----------------------------------------------------------------------------------
+
+SHAPES = {"a": (700_000,), "b": (33,), "c": (0,), "d": (900_001,), "e": (5,)}
+
+
+def made(names: Iterator[str] | list[str] | None = None) -> dict[str, torch.Tensor]:
+    tensors = {
+        name: torch.arange(size[0]).add(index).remainder(251).bfloat16()
+        for index, (name, size) in enumerate(SHAPES.items())
+    }
+    return {name: tensors[name] for name in names} if names is not None else tensors
+
+
+def described() -> list[OutputTensor]:
+    return [OutputTensor(name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)) for name, tensor in made().items()]
+
+
+@contextmanager
+def another_process(path: Path, names: list[str]) -> Iterator[subprocess.Popen[str]]:
+    """Holds a writer of some of the file's tensors; writes them when it is told to, and ends."""
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path; import test_units as t\n"
+        "names = sys.argv[3].split(',')\n"
+        "writer = t.ShardWriter(Path(sys.argv[2]), t.described(), names=names)\n"
+        "print('open', flush=True); sys.stdin.readline()\n"
+        "for name, value in t.made(names).items(): writer.write(name, value)\n"
+        "writer.close(validate=True)\n"
+    )
+    arguments = [sys.executable, "-c", code, str(Path(__file__).parent), str(path), ",".join(names)]
+    with subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "open\n"
+        try:
+            yield process
+        finally:
+            if process.poll() is None:
+                process.kill()
+
+
+def test_two_processes_write_one_file(tmp_path: Path) -> None:
+    """Tensors beside each other, within the same pages."""
+    save_file(made(), tmp_path / "theirs", metadata={"format": "pt"})
+    create_shard(tmp_path / "ours", described(), resume=False)
+    with another_process(tmp_path / "ours", ["a", "d"]) as process:
+        writer = ShardWriter(tmp_path / "ours", described(), names=["b", "c", "e"])
+        for name, value in made(["b", "c", "e"]).items():
+            writer.write(name, value)
+        process.communicate("go\n")
+        assert process.returncode == 0
+        writer.close(validate=True)
+    assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
+
+
+def test_bytes_that_another_process_writes_are_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    create_shard(tmp_path / "file", described(), resume=False)
+    with another_process(tmp_path / "file", ["d"]) as process:
+        monkeypatch.setattr(writing, "LOCK_SECONDS", 0.2)
+        ShardWriter(tmp_path / "file", described(), names=["a", "b", "e"]).close(validate=False)
+        with pytest.raises(imf.ResourceError, match=r"file: another process is writing the same tensors"):
+            ShardWriter(tmp_path / "file", described(), names=["e", "d"])
+        monkeypatch.setattr(writing, "LOCK_SECONDS", 30)
+        monkeypatch.setattr(writing.time, "sleep", lambda _: process.kill())  # while it waits
+        ShardWriter(tmp_path / "file", described()).close(validate=False)
+
+
+def test_a_file_system_without_locks_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    create_shard(tmp_path / "file", described(), resume=False)
+    before = set(os.listdir("/dev/fd"))
+
+    def refuse(*_: Any) -> None:
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", refuse)
+    with pytest.raises(imf.ResourceError, match=r"file: cannot be locked \(No locks available\); .* byte-range locks"):
+        ShardWriter(tmp_path / "file", described())
+    assert set(os.listdir("/dev/fd")) == before
+
+
+def test_a_file_made_again_keeps_its_bytes_only_to_be_resumed(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    create_shard(path, described(), resume=False)
+    writer = ShardWriter(path, described())
+    for name, value in made().items():
+        writer.write(name, value)
+    writer.close(validate=True)
+    content = path.read_bytes()
+    create_shard(path, described(), resume=True)
+    assert path.read_bytes() == content
+    create_shard(path, described(), resume=False)
+    first = 8 + int.from_bytes(content[:8], "little")
+    assert path.read_bytes() == content[:first] + bytes(len(content) - first)
+
+
+# --- threads ----------------------------------------------------------------------------------------------------------
+
+
+def test_threads_are_those_asked_for_and_come_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    before = torch.get_num_threads()
+    base = {"a.weight": torch.randn(8, 8)}
+    family = (save_folder(tmp_path / "base", base), [save_folder(tmp_path / "expert", make_expert(base, 0))])
+    config = config_of(family, tmp_path / "out", method="iso-c")
+
+    def watch(_: Any) -> None:
+        seen.append(torch.get_num_threads())
+
+    imf.merge(config, threads=before + 1, observer=watch)
+    assert before + 1 in seen
+    assert torch.get_num_threads() == before
+    with pytest.raises(imf.ConfigError, match="threads is 0; it is 1 or more"):
+        imf.merge({**config, "out": str(tmp_path / "other")}, threads=0)
+    assert not (tmp_path / "other").exists()
