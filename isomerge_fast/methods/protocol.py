@@ -116,7 +116,8 @@ class TensorDeltas:
         return self.coordinates_of or TensorSpec("", tuple(self.shape), self.dtype)
 
     def delta(self, task: int) -> Tensor:
-        return self.tensors[task].to(self.dtype)
+        # Contiguous: a BLAS that is given a transposed operand may end in other last digits.
+        return self.tensors[task].to(self.dtype).contiguous()
 
     def sum(self, dtype: torch.dtype, batch_dims: int = 0) -> TaskSum:
         return task_sum(self.tensors, dtype=dtype, batch_dims=batch_dims, largest=False)
