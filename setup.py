@@ -32,7 +32,7 @@ EXTRAS = {
     "fusion-bench": ["fusion-bench==0.2.33"],
     "peft": ["peft>=0.17"],
     # Many GPUs, many machines.
-    "ray": ["ray>=2.40"],
+    "ray": ["ray>=2.49"],
     "demo": ["scikit-learn", "matplotlib"],
     "test": [
         "pytest",

@@ -10,6 +10,7 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -172,10 +173,9 @@ class OptionalAddress(TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         from .integrations.peers import is_ray_address
 
-        following = [*args[1:], ""]
         told = [
             "--ray=" if argument == "--ray" and not is_ray_address(after) else argument
-            for argument, after in zip(args, following, strict=True)
+            for argument, after in zip(args, [*args, ""][1:], strict=True)
         ]
         return super().parse_args(ctx, told)
 
@@ -227,7 +227,8 @@ def run(
         from .console import print_report, watched
 
         config = described.config()
-        with watched(enabled=format is Format.human) as observer:
+        # Ray tells on standard output of workers that were lost, which is no part of the answer.
+        with watched(enabled=format is Format.human) as observer, redirect_stdout(sys.stderr):
             report = merge(
                 config,
                 device=device,
@@ -279,9 +280,16 @@ def plan(
         from .loads import estimate_seconds
         from .plan import check_resources, make_plan
 
-        given = {"--workers": workers, "--flops": flops, "--worker-rate": worker_rate, "--storage-rate": storage_rate}
-        if ray is None and any(given.values()):
-            raise ConfigError(f"{next(name for name, value in given.items() if value)} is for a plan with --ray")
+        rates = {
+            "--flops": flops,
+            "--worker-rate": parse_bytes(worker_rate, "--worker-rate"),
+            "--storage-rate": parse_bytes(storage_rate, "--storage-rate"),
+        }
+        for option, value in {"--workers": workers, **rates}.items():
+            if value is not None and ray is None:
+                raise ConfigError(f"{option} is for a plan with --ray")
+            if isinstance(value, int | float) and value <= 0:
+                raise ConfigError(f"{option} is {value:g}; a rate is above zero")
         config, target = described.config(), resolve_device(device)
         ceilings = {"max_ram": parse_bytes(max_ram, "--max-ram"), "max_vram": parse_bytes(max_vram, "--max-vram")}
         made = make_plan(config, target, **ceilings)
@@ -298,15 +306,15 @@ def plan(
                 with ray_crew(ray, device=target.type, threads=threads) as crew:
                     counts.add(here := crew.workers(made, crew.threads))
                 found["cluster_workers"] = here
-            rates = measure_rates(
+            measured = measure_rates(
                 made,
                 target,
                 threads or torch.get_num_threads(),
-                flops=flops,
-                worker_bytes=parse_bytes(worker_rate, "--worker-rate"),
-                storage_bytes=parse_bytes(storage_rate, "--storage-rate"),
+                flops=rates["--flops"],
+                worker_bytes=rates["--worker-rate"],
+                storage_bytes=rates["--storage-rate"],
             )
-            found["outlook"] = predict(made, rates, counts - {0})
+            found["outlook"] = predict(made, measured, counts - {0})
         answer(format, found, lambda: print_plan(made, found))
 
     guarded(format, action)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import subprocess
 import sys
@@ -13,95 +12,25 @@ from typing import Any
 import pytest
 import torch
 
-from isomerge_fast.checkpoint.writer import OutputTensor, file_layout
+from benchmarks import headers
+from benchmarks.headers import config_of, qwen3_moe, save_headers
 from isomerge_fast.config import MergeConfig
 from isomerge_fast.errors import ResourceError
 from isomerge_fast.loads import estimate_seconds
 from isomerge_fast.plan import check_resources, make_plan
 
-Shapes = dict[str, tuple[int, ...]]
-
-
-def llama(layers: int, width: int, inner: int, kv_width: int, vocabulary: int = 128_256) -> Shapes:
-    """Tensors of Llama 3 as Hugging Face stores them."""
-    shapes: Shapes = {
-        "model.embed_tokens.weight": (vocabulary, width),
-        "lm_head.weight": (vocabulary, width),
-        "model.norm.weight": (width,),
-    }
-    for layer in range(layers):
-        attention, mlp = f"model.layers.{layer}.self_attn.", f"model.layers.{layer}.mlp."
-        shapes |= {f"{attention}{name}_proj.weight": (width, width) for name in "qo"}
-        shapes |= {f"{attention}{name}_proj.weight": (kv_width, width) for name in "kv"}
-        shapes |= {f"{mlp}{name}_proj.weight": (inner, width) for name in ("gate", "up")}
-        shapes[f"{mlp}down_proj.weight"] = (width, inner)
-        for name in ("input_layernorm", "post_attention_layernorm"):
-            shapes[f"model.layers.{layer}.{name}.weight"] = (width,)
-    return shapes
-
-
-def qwen3_moe(layers: int = 48, experts: int = 128) -> Shapes:
-    """Tensors of Qwen3-30B-A3B."""
-    width, inner, heads, kv_heads, head = 2048, 768, 32, 4, 128
-    shapes: Shapes = {
-        "model.embed_tokens.weight": (151_936, width),
-        "lm_head.weight": (151_936, width),
-        "model.norm.weight": (width,),
-    }
-    for layer in range(layers):
-        attention = f"model.layers.{layer}.self_attn."
-        shapes[f"{attention}q_proj.weight"] = (heads * head, width)
-        shapes[f"{attention}o_proj.weight"] = (width, heads * head)
-        shapes |= {f"{attention}{name}_proj.weight": (kv_heads * head, width) for name in "kv"}
-        shapes |= {f"{attention}{name}_norm.weight": (head,) for name in "qk"}
-        mlp = f"model.layers.{layer}.mlp."
-        shapes[f"{mlp}gate.weight"] = (experts, width)
-        for expert in range(experts):
-            shapes |= {f"{mlp}experts.{expert}.{name}_proj.weight": (inner, width) for name in ("gate", "up")}
-            shapes[f"{mlp}experts.{expert}.down_proj.weight"] = (width, inner)
-        for name in ("input_layernorm", "post_attention_layernorm"):
-            shapes[f"model.layers.{layer}.{name}.weight"] = (width,)
-    return shapes
-
-
-MODELS: dict[str, tuple[Shapes, int, float]] = {
-    # shapes, experts merged, billions of parameters as published
-    "llama-3-8b": (llama(32, 4096, 14_336, 1024), 4, 8.03),
-    "llama-3-70b": (llama(80, 8192, 28_672, 1024), 8, 70.55),
-    "qwen3-30b-a3b": (qwen3_moe(), 2, 30.53),
+# Experts merged, billions of parameters: as published; of GLM-4.5 as stored, with its layer for multi-token prediction.
+MODELS: dict[str, tuple[int, float]] = {
+    "llama-3-8b": (4, 8.03),
+    "llama-3-70b": (8, 70.55),
+    "qwen3-30b-a3b": (2, 30.53),
+    "glm-4.5": (2, 358.34),
 }
-
-
-def save_headers(folder: Path, shapes: Shapes, shard_bytes: int = 5 << 30) -> Path:
-    """A sharded bf16 checkpoint of sparse files: all is there but the data."""
-    tensors = [OutputTensor(name, "BF16", shape) for name, shape in shapes.items()]
-    shards: list[list[OutputTensor]] = [[]]
-    for tensor in tensors:
-        if shards[-1] and sum(other.bytes for other in shards[-1]) + tensor.bytes > shard_bytes:
-            shards.append([])
-        shards[-1].append(tensor)
-    folder.mkdir()
-    weight_map = {}
-    for index, shard in enumerate(shards):
-        file = f"model-{index + 1:05d}-of-{len(shards):05d}.safetensors"
-        prefix, placed = file_layout(folder / file, shard)
-        with open(folder / file, "wb") as opened:
-            opened.write(prefix)
-            opened.truncate(max(tensor.end for tensor in placed.values()))
-        weight_map |= {tensor.name: file for tensor in shard}
-    index_file = folder / "model.safetensors.index.json"
-    index_file.write_text(json.dumps({"metadata": {"total_size": 0}, "weight_map": weight_map}))
-    return folder
-
-
-def config_of(root: Path, shapes: Shapes, tasks: int, **changes: Any) -> MergeConfig:
-    base, *experts = [str(save_headers(root / str(index), shapes)) for index in range(tasks + 1)]
-    return MergeConfig(base=base, experts=experts, **changes)
 
 
 @pytest.mark.parametrize("model", MODELS)
 def test_a_plan_of_headers_alone_has_the_right_totals(tmp_path: Path, model: str) -> None:
-    shapes, tasks, billions = MODELS[model]
+    shapes, (tasks, billions) = headers.MODELS[model](), MODELS[model]
     elements = {name: torch.Size(shape).numel() for name, shape in shapes.items()}
     assert sum(elements.values()) / 1e9 == pytest.approx(billions, abs=0.005)
     config = config_of(tmp_path, shapes, tasks, method="iso-c", out=None)
@@ -157,7 +86,7 @@ def test_a_ceiling_that_is_too_low_is_refused_with_one_that_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, ceiling: str
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))  # which decides between solvers
-    config = config_of(tmp_path, MODELS["llama-3-8b"][0], 2, method=method)
+    config = config_of(tmp_path, headers.MODELS["llama-3-8b"](), 2, method=method)
     device = torch.device("cuda" if ceiling == "max_vram" else "cpu")
     limits: dict[str, int | None] = {"max_ram": None, "max_vram": None, ceiling: 5_000_000}
     with pytest.raises(ResourceError, match="the smallest that would do is") as refused:
@@ -175,7 +104,7 @@ def test_a_ceiling_that_is_too_low_is_refused_with_one_that_does(
 
 
 def test_the_command_line_plans_without_a_weight(tmp_path: Path) -> None:
-    base, expert = (save_headers(tmp_path / name, MODELS["llama-3-8b"][0]) for name in ("base", "expert"))
+    base, expert = (save_headers(tmp_path / name, headers.MODELS["llama-3-8b"]()) for name in ("base", "expert"))
     command = [sys.executable, "-m", "isomerge_fast.cli", "plan", "--base", str(base), "--expert", str(expert)]
     human = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert "model.layers.{0..31}.mlp.down_proj.weight" in human

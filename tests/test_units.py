@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -222,9 +223,14 @@ def test_journals_of_units_are_gathered_and_those_of_other_merges_are_not(tmp_pa
         journal = UnitJournal(tmp_path, key, threads, unit, {})
         journal.add(entry(f"of unit {unit}"))
         journal.close()
-    other = unit_journal(tmp_path, 3)
-    foreign = unit_journal(tmp_path, 1).read_bytes().replace(b'"key"', b'"yek"')
-    other.write_bytes(foreign)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    Journal(elsewhere, "yek", [], threads=2, resume=False)
+    journal = UnitJournal(elsewhere, "yek", 2, 3, {})
+    journal.add(entry("of another merge"))
+    journal.close()
+    unit_journal(elsewhere, 3).rename(unit_journal(tmp_path, 3))
+    shutil.rmtree(elsewhere)
     (tmp_path / "journal-4.jsonl").write_bytes(unit_journal(tmp_path, 1).read_bytes()[:-20])  # torn
     again = Journal(tmp_path, "key", [], threads=8, resume=True)
     assert again.threads == 2
@@ -333,6 +339,25 @@ def test_bytes_that_another_process_writes_are_waited_for(tmp_path: Path, monkey
         monkeypatch.setattr(writing, "LOCK_SECONDS", 30)
         monkeypatch.setattr(writing.time, "sleep", lambda _: process.kill())  # while it waits
         ShardWriter(tmp_path / "file", described()).close(validate=False)
+
+
+def test_units_lock_what_they_write_and_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    family = make_family(tmp_path)
+    held: list[tuple[int, int]] = []
+    lock = fcntl.lockf
+
+    def watched(descriptor: int, command: int, length: int, start: int) -> None:
+        held.append((start, start + length))
+        lock(descriptor, command, length, start)
+
+    monkeypatch.setattr(fcntl, "lockf", watched)
+    merge_in(config_of(family, tmp_path / "out", method="mean"), 4)
+    path = tmp_path / "out/model.safetensors"
+    first = 8 + int.from_bytes(path.read_bytes()[:8], "little")
+    assert len(held) >= 4
+    ends = [first, *(end for _, end in sorted(held))]
+    assert [start for start, _ in sorted(held)] == ends[:-1]  # side by side
+    assert ends[-1] == path.stat().st_size
 
 
 def test_a_file_system_without_locks_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,8 +10,8 @@ from ..errors import MissingPackageError
 # Exact where what is inside is relied on: mergekit's extension API changed from 0.1.4 to 0.1.5. The extras of setup.py
 # say the same.
 MERGEKIT, FUSION_BENCH = "0.1.5", "0.2.33"
-# The oldest release whose errors and options these modules were read against.
-RAY = "2.40"
+# The first release with ``ray symmetric-run``, by which a scheduler's job starts a cluster.
+RAY = "2.49"
 
 
 def require(package: str, version: str, extra: str) -> None:

@@ -11,7 +11,7 @@ import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, chdir, contextmanager, nullcontext
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,10 @@ OBJECT_STORE_BYTES = 100_000_000
 # How long a machine may take to answer, and how long there may be no machine on which a unit could run.
 ANSWER_SECONDS, PATIENCE_SECONDS = 60.0, 60.0
 POLL_SECONDS = 0.5
+# For a first word from an address. (Ray tries for 160 s and more where something else listens there, or nothing does.)
+CONNECT_SECONDS = 5.0
+# How a client of HTTP/2 begins, without settings of its own. A cluster's head answers with its own: a frame of type 4.
+HELLO, SETTINGS = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0]), b"\4"
 
 
 @contextmanager
@@ -82,27 +86,55 @@ def _connect(address: str | None) -> None:
     import ray
 
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Else Ray tries a unit for which its machine has not enough memory for ever.
+    os.environ.setdefault("RAY_task_oom_retries", str(RETRIES))
     quiet: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
+    if address in (None, "auto"):
+        address = os.environ.get("RAY_ADDRESS") or address
     if address is not None and not is_ray_address(address):
         raise ConfigError(f"ray {address!r} is no address of a cluster: give host:port (of its head), auto or local")
-    if address is not None and ":" in address:
-        host, _, port = address.rpartition(":")
-        try:
-            socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
-        except (OSError, OverflowError) as error:
-            raise ConfigError(f"ray {address}: nothing answers there ({error})") from error
+    found = _started_here() if address in (None, "auto") else address
+    silence = _silence(found) if found is not None and ":" in found else None
+    if silence is not None and address is None:
+        address = "local"
+    elif silence is not None:
+        raise ConfigError(f"ray {found}: {silence}")
     try:
         if address != "local":
             try:
                 ray.init(address=address or "auto", **quiet)
                 return
             except ConnectionError:
-                if address is not None or "RAY_ADDRESS" in os.environ:
+                if address is not None:
                     raise
         ray.init(address="local", include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **quiet)
     except (RuntimeError, ValueError, OSError) as error:
-        at = address or os.environ.get("RAY_ADDRESS", "local")
-        raise ConfigError(f"ray {at}: {' '.join(str(error).split())}") from error
+        advice = "; this machine has to be one of that cluster's" if isinstance(error, ConnectionError) else ""
+        raise ConfigError(f"ray {address or 'local'}: {' '.join(str(error).split())}{advice}") from error
+
+
+def _started_here() -> str | None:
+    """``host:port`` of the cluster that ``ray start`` made or joined last on this machine. It may be gone."""
+    folder = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
+    try:
+        address = Path(folder, "ray", "ray_current_cluster").read_text().strip()
+    except OSError:
+        return None
+    return address if is_ray_address(address) else None
+
+
+def _silence(address: str) -> str | None:
+    """Why there is no head of a cluster at ``host:port``; None where there may be one."""
+    host, _, port = address.rpartition(":")
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS) as connection:
+            if os.environ.get("RAY_USE_TLS", "0") not in ("", "0"):
+                return None
+            connection.sendall(HELLO)
+            answer = connection.recv(9)
+    except (OSError, OverflowError, UnicodeError) as error:
+        return f"nothing answers there ({error})"
+    return None if answer[3:4] == SETTINGS else "what answers there is no head of a Ray cluster"
 
 
 class RayCrew:
@@ -114,6 +146,8 @@ class RayCrew:
     """
 
     def __init__(self, device: str, threads: int | None) -> None:
+        if threads is not None and threads < 1:
+            raise ConfigError(f"threads is {threads}; it is 1 or more")
         gpus = max((machine.resources.get("GPU", 0.0) for machine in _machines()), default=0.0)
         if device not in ("auto", "cpu", "cuda"):
             raise ConfigError(f"device {device!r}: over Ray it is auto, cpu or cuda; each worker gets a GPU of its own")
@@ -127,7 +161,7 @@ class RayCrew:
 
         Raises:
             ConfigError, InputError: as ``make_plan``.
-            ResourceError: a machine that does not see them.
+            ResourceError: a machine that does not see them; none that is large enough for one worker.
         """
         import ray
         from ray import exceptions
@@ -135,11 +169,13 @@ class RayCrew:
         if self.device == "cuda" and not torch.cuda.is_available():  # what it decides depends on the GPU
             task = _remote(_plan, num_gpus=1, max_retries=RETRIES)
             try:
-                plan: Any = ray.get(task.remote(config, max_ram, max_vram))
+                plan: Any = ray.get(task.remote(config, max_ram, max_vram, os.getcwd()))
             except exceptions.RayTaskError as error:
                 raise _cause(error) from error
         else:
             plan = make_plan(config, resolve_device(self.device), max_ram=max_ram, max_vram=max_vram)
+        if not self.workers(plan, self.threads):
+            raise ResourceError(self._too_small(plan, self.threads))
         if config.out is not None:
             self._check_files(plan, Path(os.path.realpath(config.out)).parent)
         return plan
@@ -160,16 +196,19 @@ class RayCrew:
 
     def _check_files(self, plan: Plan, folder: Path) -> None:
         """Raises ResourceError where a machine does not see the inputs as they were planned, or the output's folder."""
-        folder.mkdir(parents=True, exist_ok=True)
         files = {
             str(path.absolute()): _stamp(identity) for path, identity in files_of(plan.base, *plan.experts).items()
         }
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=".isomerge-") as token:
-            problems = [
-                f"{machine}: {problem}"
-                for machine, found in _ask_all(_files_there(), token.name, str(folder), files)
-                for problem in found
-            ]
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=folder, prefix=".isomerge-") as token:
+                problems = [
+                    f"{machine}: {problem}"
+                    for machine, found in _ask_all(_files_there(), token.name, str(folder), files)
+                    for problem in found
+                ]
+        except OSError as error:
+            raise ResourceError(f"{folder}: cannot be written to ({error.strerror})") from error
         if problems:
             raise ResourceError(
                 "every machine of the Ray cluster has to see the inputs and the output's folder under the same paths, "
@@ -204,7 +243,7 @@ class RayCrew:
             retry_exceptions=[InputChangedError, UnreadableError],
         )
         shared = ray.put(job)
-        waiting = {task.remote(shared, unit, __version__): unit for unit in units}
+        waiting = {task.remote(shared, unit, __version__, os.getcwd()): unit for unit in units}
         overview = _Overview(plan, job, units, claims, observer)
         results: list[UnitResult] = []
         hopeless_since: float | None = None
@@ -212,8 +251,7 @@ class RayCrew:
             while waiting:
                 done, _ = ray.wait(list(waiting), timeout=overview.pause_seconds)
                 for reference in done:
-                    result = self._result(reference, waiting[reference], plan)
-                    del waiting[reference]
+                    result = self._result(reference, waiting.pop(reference), plan)
                     results.append(result)
                     overview.finished(result)
                 overview.update()
@@ -224,10 +262,7 @@ class RayCrew:
                 elif time.monotonic() - hopeless_since > PATIENCE_SECONDS:
                     raise ResourceError(f"{self._too_small(plan, job.threads)}; --resume continues")
         finally:
-            for reference in waiting:
-                ray.cancel(reference, force=True)
-            if waiting:  # nobody is to write once the folder is given up
-                ray.wait(list(waiting), num_returns=len(waiting), timeout=ANSWER_SECONDS)
+            _end_all(list(waiting))
         return sorted(results, key=lambda result: result.number)
 
     def _result(self, reference: Any, unit: Unit, plan: Plan) -> UnitResult:
@@ -243,7 +278,7 @@ class RayCrew:
             return ray.get(reference)
         except exceptions.RayTaskError as error:
             cause = _cause(error)
-            at = f"{unit} on {getattr(cause, 'host', error.ip)}"
+            at = f"{unit} on {getattr(cause, 'host', 'a machine')}"
             if isinstance(cause, InputChangedError | UnreadableError):
                 # Where this machine sees what is amiss as well, it is the input; else it is that machine.
                 Reader(files_of(plan.base, *plan.experts)).check_unchanged()
@@ -279,10 +314,10 @@ class RayCrew:
     def _too_small(self, plan: Plan, threads: int) -> str:
         request = self._request(plan, threads)
         gpu = ", a GPU" if request["num_gpus"] else ""
-        wanted = f"{request['num_cpus']:g} CPU(s){gpu} and {request['memory']:g} bytes of memory"
+        wanted = f"{request['num_cpus']:g} CPU(s){gpu} and {request['memory']:.0f} bytes of memory"
         machines = "; ".join(
             f"{machine} has {machine.resources.get('CPU', 0):g} CPUs, {machine.resources.get('GPU', 0):g} GPUs, "
-            f"{machine.resources.get('memory', 0):g} bytes"
+            f"{machine.resources.get('memory', 0):.0f} bytes"
             for machine in _machines()
         )
         return (
@@ -319,6 +354,21 @@ def _remote(function: Callable[..., Any], **options: Any) -> Any:
     import ray
 
     return ray.remote(**options)(function)
+
+
+def _end_all(references: list[Any]) -> None:
+    """Ends tasks, and returns when nobody writes any more."""
+    import ray
+
+    if not references:
+        return
+    # Ray aborts this process ("task that was not pending") where a task ends by itself while it is cancelled, and what
+    # ended one unit may well end others at the same moment: those first.
+    _, running = ray.wait(references, num_returns=len(references), timeout=POLL_SECONDS)
+    for reference in running:
+        ray.cancel(reference, force=True)
+    if running:
+        ray.wait(running, num_returns=len(running), timeout=ANSWER_SECONDS)
 
 
 def _ask_all(question: Callable[..., Any], *arguments: Any) -> list[tuple[_Machine, Any]]:
@@ -394,20 +444,31 @@ def _stamp(identity: FileIdentity) -> tuple[int, int]:
     return identity.size, identity.mtime_ns
 
 
-def _plan(config: MergeConfig, max_ram: int | None, max_vram: int | None) -> Plan:
-    return make_plan(config, torch.device("cuda"), max_ram=max_ram, max_vram=max_vram)
+def _in_folder(folder: str) -> AbstractContextManager[None]:
+    """Where the driver is, so that relative paths mean what they mean there. Absolute ones need no such folder."""
+    return chdir(folder) if os.path.isdir(folder) else nullcontext()
 
 
-def _work(job: Job, unit: Unit, version: str) -> UnitResult:
+def _plan(config: MergeConfig, max_ram: int | None, max_vram: int | None, folder: str) -> Plan:
+    with _in_folder(folder):
+        return make_plan(config, torch.device("cuda"), max_ram=max_ram, max_vram=max_vram)
+
+
+def _work(job: Job, unit: Unit, version: str, folder: str) -> UnitResult:
     """The task."""
-    host = socket.gethostname()
     try:
         if version != __version__:  # of a machine that has joined since
             raise ConfigError(f"isomerge-fast {__version__} is installed there; the driver has {version}")
-        return merge_unit(job, unit)
+        with _in_folder(folder):
+            return merge_unit(job, unit)
     except IsomergeError as error:
-        error.host = host  # type: ignore[attr-defined]  # travels with it
-        raise
+        failure = error
+    except OSError as error:  # as in ``engine.run``
+        failure = ResourceError(f"{error.filename or job.folder}: {error.strerror}; --resume continues")
+    except MemoryError as error:
+        failure = ResourceError(f"out of memory ({error}); --resume continues")
+    failure.host = socket.gethostname()  # type: ignore[union-attr]  # travels with it
+    raise failure
 
 
 def _cause(error: Any) -> BaseException:
