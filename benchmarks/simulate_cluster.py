@@ -23,6 +23,8 @@ from isomerge_fast.plan import Plan, make_plan
 DOCUMENTED = ("llama-3-70b", "glm-4.5")
 TASKS, METHOD = 8, "iso-c"
 RATES = Rates(1e13, 2e9, 2e9)
+# The memory of a worker, which decides what is held and what is read again.
+MAX_RAM = 64 << 30
 STORAGES = (1e10, 4e10)
 WORKERS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 MARKS = ("<!-- simulation -->", "<!-- /simulation -->")
@@ -31,14 +33,15 @@ MARKS = ("<!-- simulation -->", "<!-- /simulation -->")
 def plan_of_headers(model: str, tasks: int, method: str) -> Plan:
     """Of a merge of checkpoints that have no data; they are gone afterwards."""
     with tempfile.TemporaryDirectory() as folder:
-        return make_plan(config_of(Path(folder), MODELS[model](), tasks, method=method, out=None))
+        return make_plan(config_of(Path(folder), MODELS[model](), tasks, method=method, out=None), max_ram=MAX_RAM)
 
 
 def assumptions(rates: Rates = RATES, tasks: int = TASKS, method: str = METHOD) -> str:
     """The head of the page."""
     return _wrapped(
         f"{tasks} experts, {method}, bf16. Assumed, not measured: a worker computes {rates.flops_per_second / 1e12:g} "
-        f"TFLOP/s and reads or writes {_size(rates.read_bytes_per_second)}/s; starting it takes no time."
+        f"TFLOP/s in {MAX_RAM >> 30} GiB and reads or writes {_size(rates.read_bytes_per_second)}/s; starting it "
+        "takes no time."
     )
 
 

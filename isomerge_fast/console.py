@@ -132,8 +132,10 @@ def print_plan(plan: Plan, found: dict[str, Any]) -> None:
         f"{plan.config.method} of {len(plan.experts)} experts, "
         f"scaling {', '.join(f'{value:g}' for value in plan.config.scalings)}"
     )
+    more = plan.passed_bytes - plan.read_bytes
+    again = f" and {size(more)} in further passes" if more else ""
     out.print(
-        f"read {size(plan.read_bytes)}, write {size(plan.write_bytes)} "
+        f"read {size(plan.read_bytes)}{again}, write {size(plan.write_bytes)} "
         f"in {sum(map(len, plan.folders.values()))} file(s)"
     )
     out.print(

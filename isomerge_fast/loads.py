@@ -41,7 +41,7 @@ class Rates:
 
 @dataclass(frozen=True)
 class Load:
-    """What has to be moved and computed: bytes read at least once, bytes written, operations."""
+    """What has to be moved and computed: bytes read in all passes, bytes written, operations."""
 
     read_bytes: int
     write_bytes: int
@@ -68,7 +68,7 @@ def load_of(tensors: Iterable[TensorPlan], scalings: int) -> Load:
     read_bytes = write_bytes = 0
     flops = 0.0
     for tensor in tensors:
-        read_bytes += tensor.read_bytes
+        read_bytes += tensor.passed_bytes
         write_bytes += tensor.bytes_written(scalings)
         flops += tensor.flops
     return Load(read_bytes, write_bytes, flops)

@@ -36,7 +36,7 @@ from .errors import ConfigError, ResourceError
 from .inputs import last_part, open_inputs, touches
 from .methods import Mean, Method, TensorSpec, make_method
 from .ops import compute_dtype
-from .routes import BY_ROWS, Budget, Route, Traffic, budgets, choose_route, copy_route, factor_route
+from .routes import BY_ROWS, STREAMED, Budget, Route, Traffic, budgets, choose_route, copy_route, factor_route
 
 # Resident memory of Python, torch and BLAS: 234 MB before the first tensor, about 350 MB after a merge with the heap
 # trimmed (BLAS keeps buffers), of which the estimates of single tensors cover some. With 335 MB the promise lies above
@@ -98,6 +98,16 @@ class TensorPlan:
     def read_bytes(self) -> int:
         """At least once."""
         return sum(stored.bytes for stored in self.inputs)
+
+    @property
+    def passed_bytes(self) -> int:
+        """Read in all, pass after pass: more than once what is not held."""
+        if self.method is None or self.route.name not in (STREAMED, BY_ROWS):
+            return self.read_bytes
+        if self.route.name == BY_ROWS:
+            return self.read_bytes * (1 + self.method.row_map_passes)
+        again = sum(expert.bytes + self.base.bytes for expert in self.experts) * self.method.deltas_taken
+        return self.read_bytes + again + self.base.bytes
 
     @property
     def out_dtype(self) -> str:
@@ -186,6 +196,11 @@ class Plan:
         return sum(plan.read_bytes for plan in self.tensors)
 
     @property
+    def passed_bytes(self) -> int:
+        """Bytes to be read in all."""
+        return sum(plan.passed_bytes for plan in self.tensors)
+
+    @property
     def write_bytes(self) -> int:
         """Bytes of weights to be written, over all scalings, and of the merged Δ where it is kept."""
         return sum(output.bytes for files in self.folders.values() for tensors in files.values() for output in tensors)
@@ -222,6 +237,7 @@ class Plan:
             "companions": list(self.companions),
             "notes": list(self.notes),
             "read_bytes": self.read_bytes,
+            "passed_bytes": self.passed_bytes,
             "write_bytes": self.write_bytes,
             "peak_ram_bytes": self.peak_ram_bytes,
             "peak_vram_bytes": self.peak_vram_bytes,

@@ -33,7 +33,9 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Planned:
 
     @cache
     def plan(method: str) -> Plan:
-        return make_plan(MergeConfig(base=config.base, experts=config.experts, method=method, out=None))
+        return make_plan(
+            MergeConfig(base=config.base, experts=config.experts, method=method, out=None), max_ram=64 << 30
+        )
 
     return plan
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from checkpoints import save_folder
 from torch import Tensor
 
 import isomerge_fast as imf
+from isomerge_fast import routes
 from isomerge_fast.checkpoint import reader as reader_module
 from isomerge_fast.checkpoint.direct_io import copy_bytes
 from isomerge_fast.checkpoint.layout import Checkpoint, open_checkpoint
@@ -24,9 +26,10 @@ from isomerge_fast.checkpoint.reader import Piece, Reader, files_of, whole
 from isomerge_fast.checkpoint.ring import Ring, aligned
 from isomerge_fast.checkpoint.write_behind import WriteBehind
 from isomerge_fast.checkpoint.writer import OutputTensor, ShardWriter, create_shard
+from isomerge_fast.engine import run
 from isomerge_fast.methods import IsoC, Mean, Method, TensorSpec
 from isomerge_fast.plan import Plan, TensorPlan, make_plan
-from isomerge_fast.routes import BY_ROWS, COPY, RESIDENT, STREAMED, Budget, Traffic, budgets, choose_route
+from isomerge_fast.routes import BY_ROWS, COPY, RESIDENT, STREAMED, Budget, Route, Traffic, budgets, choose_route
 from isomerge_fast.sources import TensorSource, bundle_of, first_pass
 from isomerge_fast.transfers import Download, Uploads
 from isomerge_fast.workers import Workers, parts_of
@@ -457,6 +460,26 @@ def test_a_tensor_goes_the_fastest_way_that_fits(
     assert all(part.start % 8 == 0 for part in route.parts())
     if ceiling and budget.work is not None and route.work_bytes <= budget.work:
         assert budget.read_ahead + budget.write_behind + route.work_bytes <= ceiling
+
+
+@pytest.mark.parametrize("tasks", [2, 3])
+@pytest.mark.parametrize("route", [RESIDENT, STREAMED, BY_ROWS])
+@pytest.mark.parametrize("method", ["iso-c", "iso-cts"])
+def test_what_is_read_in_all_is_what_was_planned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, route: str, tasks: int
+) -> None:
+    def choose(*given: Any) -> Route:
+        return next(found for found in routes._routes(*given) if found.name == route)
+
+    monkeypatch.setattr("isomerge_fast.plan.choose_route", choose)
+    base, *experts = [
+        str(save_folder(tmp_path / str(index), {"w": torch.randn(300, 64)})) for index in range(tasks + 1)
+    ]
+    planned = make_plan(imf.MergeConfig(base, experts, method=method, out=str(tmp_path / "out")))
+    report = run(planned, device="cpu")
+    assert report.tensors[0]["route"] == route
+    assert planned.passed_bytes == report.read_bytes
+    assert (planned.passed_bytes > planned.read_bytes) == (route != RESIDENT)
 
 
 # a tensor's copies

@@ -58,6 +58,8 @@ class IsoC:
     citation: ClassVar[str] = "arXiv 2502.04959"
     default_exclude: ClassVar[tuple[str, ...]] = ("*text_projection*",)
     any_shape: ClassVar[bool] = False
+    deltas_taken: ClassVar[int] = 0
+    row_map_passes: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
         check_rank_policy(self.rank_policy)

@@ -89,6 +89,8 @@ class IsoCTS:
     citation: ClassVar[str] = "arXiv 2502.04959"
     default_exclude: ClassVar[tuple[str, ...]] = ("*text_projection*",)
     any_shape: ClassVar[bool] = False
+    deltas_taken: ClassVar[int] = 1
+    row_map_passes: ClassVar[int] = 3
 
     def __post_init__(self) -> None:
         check_rank_policy(self.rank_policy)

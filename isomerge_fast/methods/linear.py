@@ -23,6 +23,8 @@ class TaskArithmetic:
     citation: ClassVar[str] = "arXiv 2212.04089"
     default_exclude: ClassVar[tuple[str, ...]] = ()
     any_shape: ClassVar[bool] = True
+    deltas_taken: ClassVar[int] = 0
+    row_map_passes: ClassVar[int] = 0
 
     def accepts(self, spec: TensorSpec) -> bool:
         return True

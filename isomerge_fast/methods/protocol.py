@@ -292,6 +292,10 @@ class Method(Protocol):
     default_exclude: ClassVar[tuple[str, ...]]
     any_shape: ClassVar[bool]
     """Whether it is defined on single elements, so that tensors of any shape can be cut up in any way."""
+    deltas_taken: ClassVar[int]
+    """How often ``merge`` takes every Δ_t by itself, beside their sum: what is not held is read again for it."""
+    row_map_passes: ClassVar[int]
+    """How often ``row_map`` goes through all rows, before they are gone through to be written."""
 
     def accepts(self, spec: TensorSpec) -> bool:
         """Whether tensors of this shape are merged by the method (others are averaged)."""
