@@ -44,7 +44,6 @@ def forecast(
     workers: int,
     rates: Rates,
     *,
-    start_seconds: float = 0.0,
     alone: Sequence[Load] | None = None,
 ) -> Forecast:
     """Of N workers that take units from the front of the list as soon as they are free.
@@ -64,7 +63,6 @@ def forecast(
 
     Args:
         units: the largest first, for the last workers to end at about the same time.
-        start_seconds: until a worker takes its first unit.
         alone: what one worker would be given, to be compared with; the same units when left out.
 
     Raises:
@@ -73,9 +71,8 @@ def forecast(
     if workers < 1:
         raise ValueError(f"workers = {workers}: one at least")
     storage = rates.storage_bytes_per_second
-    one = start_seconds + math.fsum(_seconds_alone(load, rates) for load in (units if alone is None else alone))
-    ended, in_hand = _simulate(units, workers, rates)
-    seconds = start_seconds + ended
+    one = math.fsum(_seconds_alone(load, rates) for load in (units if alone is None else alone))
+    seconds, in_hand = _simulate(units, workers, rates)
     bounds = {
         COMPUTE: math.fsum(load.compute_seconds(rates) for load in units) / workers,
         TRANSFERS: math.fsum(load.transfer_seconds(rates) for load in units) / workers,
@@ -89,17 +86,6 @@ def forecast(
         speedup=one / seconds if seconds else 1.0,
         wall=max(bounds, key=bounds.__getitem__),
         units=len(units),
-    )
-
-
-def forecast_merge(plan: Plan, workers: int, rates: Rates, *, start_seconds: float = 0.0) -> Forecast:
-    """Of a merge that is divided for so many workers, compared with one worker that has whole files."""
-    return forecast(
-        unit_loads(plan, workers, rates),
-        workers,
-        rates,
-        start_seconds=start_seconds,
-        alone=unit_loads(plan, 1, rates),
     )
 
 

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks import simulate_cluster
-from isomerge_fast.forecast import forecast, forecast_merge, unit_loads
+from isomerge_fast.forecast import forecast, unit_loads
 from isomerge_fast.loads import Load, Rates, load_of
 from isomerge_fast.plan import Plan
 
@@ -124,13 +124,6 @@ def test_storage_is_shared_fairly(
     assert found.busy_share == pytest.approx(in_hand / (workers * seconds))
 
 
-def test_starting_takes_time_of_every_worker() -> None:
-    found = forecast([Load(0, 0, 6.0)] * 4, 2, UNHURRIED, start_seconds=3.0)
-    assert found.seconds == 3 + 12
-    assert found.busy_share == pytest.approx(12 / 15)
-    assert found.speedup == pytest.approx((3 + 24) / 15)
-
-
 def test_the_speedup_is_over_what_one_worker_would_be_given() -> None:
     """Together the two units' transfers and operations overlap; dealt out to two workers they do not."""
     halves = [Load(20, 0, 0.0), Load(0, 0, 10.0)]
@@ -146,7 +139,6 @@ def test_nothing_takes_no_time() -> None:
     for units in ([], [Load(0, 0, 0.0)] * 3):
         found = forecast(units, 2, limited(1.0))
         assert (found.seconds, found.busy_share, found.speedup) == (0.0, 0.0, 1.0)
-    assert forecast([], 2, UNHURRIED, start_seconds=2.0).seconds == 2
 
 
 @pytest.mark.parametrize("storage", [math.inf, 5.0])
@@ -299,12 +291,11 @@ def test_a_merge_is_compared_with_one_worker_that_has_whole_files(llama: Plan) -
     rates = Rates(total.flops / total.transfer_seconds(simulate_cluster.RATES), 2e9, 2e9)
     files = unit_loads(llama, 1, rates)
     assert len(files) == len({tensor.shard for tensor in llama.tensors})
-    found = forecast_merge(llama, 16, rates, start_seconds=5.0)
     units = unit_loads(llama, 16, rates)
-    assert found == forecast(units, 16, rates, start_seconds=5.0, alone=files)
-    assert found.speedup < 0.99 * forecast(units, 16, rates, start_seconds=5.0).speedup
-    assert found.speedup == pytest.approx((5 + sum(load.seconds(rates) for load in files)) / found.seconds)
-    alone = forecast_merge(llama, 1, rates)
+    found = forecast(units, 16, rates, alone=files)
+    assert found.speedup < 0.99 * forecast(units, 16, rates).speedup
+    assert found.speedup == pytest.approx(sum(load.seconds(rates) for load in files) / found.seconds)
+    alone = forecast(files, 1, rates, alone=files)
     assert alone.seconds == pytest.approx(sum(load.seconds(rates) for load in files))
     assert (alone.speedup, alone.busy_share) == (pytest.approx(1), pytest.approx(1))
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from benchmarks.headers import MODELS, Shapes, config_of, save_headers
 from isomerge_fast.config import MergeConfig
-from isomerge_fast.forecast import forecast_merge
+from isomerge_fast.forecast import forecast, unit_loads
 from isomerge_fast.loads import LEAST_SECONDS, UNITS_A_WORKER, Load, Rates, divide, load_of
 from isomerge_fast.plan import Plan, TensorPlan, make_plan
 
@@ -174,7 +174,11 @@ def test_sixteen_workers_are_fourteen_times_as_fast(llama: Planned, method: str,
     """Of Llama-3-70B: 0.9 N for every N up to 16, whether computing takes longer than moving or not, or as long."""
     plan = llama(method)
     rates = rates_of(times * even_rates(plan).flops_per_second)
-    shares = {workers: forecast_merge(plan, workers, rates).speedup / workers for workers in range(1, 17)}
+    alone = unit_loads(plan, 1, rates)
+    shares = {
+        workers: forecast(unit_loads(plan, workers, rates), workers, rates, alone=alone).speedup / workers
+        for workers in range(1, 17)
+    }
     assert min(shares.values()) >= 0.9, shares
     assert max(shares.values()) <= 1 + 1e-9, shares
 

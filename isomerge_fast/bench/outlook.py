@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ..checkpoint.direct_io import READ_BYTES, open_direct, page_buffer
-from ..forecast import forecast_merge
+from ..forecast import forecast, unit_loads
 from ..loads import Rates
 from ..plan import Plan
 from .ceilings import matmul_rate
@@ -26,12 +26,13 @@ def predict(plan: Plan, rates: Rates, workers: Collection[int]) -> dict[str, Any
     """One row a number of workers; where the storage has no limit, a second one for storage that gives all workers
     together no more than one of them can move.
     """
-    rows = []
+    rows, alone = [], unit_loads(plan, 1, rates)
     for count in sorted(set(workers)):
-        row = asdict(forecast_merge(plan, count, rates))
+        units = unit_loads(plan, count, rates)
+        row = asdict(forecast(units, count, rates, alone=alone))
         if math.isinf(rates.storage_bytes_per_second):
             shared = replace(rates, storage_bytes_per_second=rates.read_bytes_per_second)
-            row["shared"] = asdict(forecast_merge(plan, count, shared))
+            row["shared"] = asdict(forecast(units, count, shared, alone=alone))
         rows.append(row)
     limit = rates.storage_bytes_per_second
     told = {**asdict(rates), "storage_bytes_per_second": None if math.isinf(limit) else limit}
