@@ -78,7 +78,8 @@ class Machine:
     @property
     def environment(self) -> dict[str, str]:
         paths = [str(self.folder), *filter(None, [os.environ.get("PYTHONPATH")])]
-        return {"PYTHONPATH": os.pathsep.join(paths), FOLDER: str(self.folder)}
+        # Ray's workers give way to all else on the machine; where that is much, nothing would come of them.
+        return {"PYTHONPATH": os.pathsep.join(paths), FOLDER: str(self.folder), "RAY_worker_niceness": "0"}
 
     def give(self, call: str, path: str, act: str, **about: Any) -> Given:
         order = Order(call, path, act, **about)

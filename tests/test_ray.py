@@ -381,6 +381,81 @@ def test_an_address_that_cannot_be_reached(
     merge.expect_nothing()
 
 
+class Head:
+    """What says the first word of a cluster's head at a port, and nothing more."""
+
+    def __enter__(self) -> str:
+        self._server = socket.create_server(("127.0.0.1", 0))
+        self._thread = threading.Thread(target=self._answer)
+        self._thread.start()
+        return f"127.0.0.1:{self._server.getsockname()[1]}"
+
+    def _answer(self) -> None:
+        with suppress(OSError):
+            while True:
+                connection, _ = self._server.accept()
+                with connection:
+                    connection.recv(100)
+                    connection.sendall(bytes([0, 0, 0, 4, 0, 0, 0, 0, 0]))
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown(socket.SHUT_RDWR)
+        self._server.close()
+        self._thread.join()
+
+
+@pytest.mark.parametrize(
+    ("given", "variable", "last", "tried"),
+    [
+        (None, None, None, ["auto", "local"]),
+        (None, None, "nobody", ["local"]),
+        (None, None, "head", ["auto", "local"]),  # it may be gone all the same
+        (None, "head", "nobody", ["head"]),
+        (None, "local", None, ["local"]),
+        ("auto", "head", None, ["head"]),
+        ("auto", None, "head", ["auto"]),
+        ("head", "nobody", "nobody", ["head"]),
+        ("local", "nobody", "nobody", ["local"]),
+    ],
+)
+def test_which_cluster_is_tried(
+    unconnected: None,
+    ray_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    given: str | None,
+    variable: str | None,
+    last: str | None,
+    tried: list[str],
+) -> None:
+    """An address goes before RAY_ADDRESS, that before the cluster which ``ray start`` was told of last."""
+    found: list[str] = []
+
+    def init(address: str, **_: Any) -> None:
+        found.append(address)
+        if address != "local":
+            raise ConnectionError("no such cluster")
+
+    monkeypatch.setattr(ray, "init", init)
+    with Head() as head:
+        names = {"head": head, "nobody": "127.0.0.1:9"}
+        if variable is not None:
+            monkeypatch.setenv("RAY_ADDRESS", names.get(variable, variable))
+        if last is not None:
+            (ray_folder / "ray").mkdir(exist_ok=True)
+            (ray_folder / "ray/ray_current_cluster").write_text(names[last])
+        try:
+            if tried[-1] == "local":
+                ray_crew._connect(given)
+            else:
+                with pytest.raises(
+                    imf.ConfigError, match=r"no such cluster; this machine has to be one of that cluster's"
+                ):
+                    ray_crew._connect(names.get(given or "", given))
+        finally:
+            (ray_folder / "ray/ray_current_cluster").unlink(missing_ok=True)
+    assert found == [names.get(name, name) for name in tried]
+
+
 @pytest.mark.parametrize("line", [["--ray", "nonsense"], ["--ray=nonsense"], ["--ray", "nonsense:"]])
 def test_no_address_on_the_command_line(
     unconnected: None, families: dict[str, Family], tmp_path: Path, line: list[str]
