@@ -324,6 +324,7 @@ def listener(kind: str) -> Iterator[int]:
 @pytest.mark.parametrize(
     ("kind", "said"),
     [("nobody", "nothing answers there"), ("silent", "nothing answers there"), ("http", "is no head of a Ray cluster")],
+    ids=["nobody", "silent", "http"],
 )
 def test_an_address_without_a_cluster(
     unconnected: None,
@@ -468,7 +469,8 @@ def test_no_address_on_the_command_line(
 
 def test_auto_without_a_cluster(unconnected: None, families: dict[str, Family], tmp_path: Path) -> None:
     """Before this module has one; another one on this machine would be found."""
-    if any("gcs_server" in process.name() for process in psutil.process_iter()):
+    lines = [process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"])]
+    if any("--gcs-address" in argument for line in lines for argument in line):
         pytest.skip("there is a cluster on this machine")
     merge = Merge(tmp_path, families["one-file"])
     with pytest.raises(imf.ConfigError, match="ray auto: "):
@@ -567,7 +569,7 @@ def test_relative_paths_are_the_drivers(
 
 @pytest.mark.slow
 def test_a_model_of_162_million_parameters(
-    unconnected: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    unconnected: None, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a cluster that is started for it, one core a worker; shows how much sooner it is done."""
     folders = [
@@ -579,20 +581,23 @@ def test_a_model_of_162_million_parameters(
     started = time.perf_counter()
     imf.merge({**merge.config, "out": str(merge.whole)}, device="cpu", threads=1)
     seconds["one process"] = time.perf_counter() - started
+    monkeypatch.setenv("RAY_worker_niceness", "0")  # as ``--ray local`` has it
     started = time.perf_counter()
-    report = merge.over_ray(ray="local")
+    ray.init(address="local", num_cpus=2, include_dashboard=False, object_store_memory=STORE_BYTES)
+    try:
+        report = merge.over_ray()
+    finally:
+        ray.shutdown()
     seconds["two workers"] = time.perf_counter() - started
     merge.expect_done()
-    workers = os.cpu_count() or 1
-    expect_accounts(report, len(test_memory.llama_tensors(0)), min(workers, len(report.workers)))
+    expect_accounts(report, len(test_memory.llama_tensors(0)), 2)
     with capsys.disabled():
         told = ", ".join(f"{name} {value:.1f} s" for name, value in seconds.items())
         ratio = seconds["one process"] / seconds["two workers"]
         print(
             f"\niso-c, 4 experts, one thread a process: {told} ({report.seconds['total']:.1f} s of it the merge): "
-            f"{ratio:.2f} times as fast, balance {report.balance:.3f}, {len(report.workers)} workers"
+            f"{ratio:.2f} times as fast, balance {report.balance:.3f}"
         )
-    assert len(report.workers) > 1 or workers == 1
 
 
 # --- workers that die -------------------------------------------------------------------------------------------------
@@ -654,28 +659,6 @@ def test_a_worker_that_dies_at_every_attempt(
     merge.resume_locally()
 
 
-@pytest.mark.slow
-def test_a_worker_that_ray_kills_for_its_memory_every_time(
-    site: Site, unconnected: None, families: dict[str, Family], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """By itself Ray would try again for ever."""
-    monkeypatch.setenv("RAY_task_oom_retries", "")  # as it was, afterwards
-    monkeypatch.delenv("RAY_task_oom_retries")
-    _, node = site.add("short-of-memory", 4, env_vars={"RAY_memory_usage_threshold": "0.01"})
-    try:
-        merge = Merge(tmp_path, families["eight"])
-        site.connect()
-        # Whoever is asked there may be killed too.
-        monkeypatch.setattr(ray_crew.RayCrew, "check_versions", lambda crew: None)
-        monkeypatch.setattr(ray_crew.RayCrew, "_check_files", lambda crew, plan, folder: None)
-        with pytest.raises(imf.ResourceError, match=r"unit 1 .* lost 4 times, at last by OutOfMemoryError"):
-            merge.over_ray(threads=4)
-        assert merge.staging.exists()
-    finally:
-        site.disconnect()
-        site.remove(node)
-
-
 # --- files that fail --------------------------------------------------------------------------------------------------
 
 
@@ -709,6 +692,7 @@ def test_a_read_that_fails_once_is_tried_again(connected: Site, families: dict[s
 @pytest.mark.parametrize(
     ("call", "error", "said"),
     [("preadv", "EIO", r"cannot be read \(Input/output error\)"), ("open", "ENOENT", "gone during the merge")],
+    ids=["unreadable", "gone"],
 )
 def test_a_worker_that_cannot_read_what_the_driver_can(
     connected: Site, families: dict[str, Family], tmp_path: Path, call: str, error: str, said: str
@@ -949,7 +933,7 @@ def killed_when_held(merge: Merge, machine: Machine, line: list[str], held: int,
     with open(merge.folder.parent / "output", "w+") as output:
         driver = subprocess.Popen(line, stdout=output, stderr=output, env=environment, cwd=merge.folder.parent)
         try:
-            wait_for(lambda: len(set(given.obeyed)) == held or driver.poll() is not None, f"{held} worker(s) are held")
+            wait_for(lambda: len(set(given.obeyed)) >= held or driver.poll() is not None, f"{held} worker(s) are held")
             assert driver.poll() is None, Path(output.name).read_text()
             below = {
                 process.pid: " ".join(process.cmdline()).strip()
@@ -1049,7 +1033,7 @@ def second(site: Site) -> Iterator[Machine]:
     site.disconnect()
 
 
-@pytest.mark.parametrize(("version", "said"), [("0.0.1", "0.0.1"), ("", "not installed")])
+@pytest.mark.parametrize(("version", "said"), [("0.0.1", "0.0.1"), ("", "not installed")], ids=["other", "absent"])
 def test_a_machine_with_another_version_or_without_it(
     site: Site, second: Machine, families: dict[str, Family], tmp_path: Path, version: str, said: str
 ) -> None:
