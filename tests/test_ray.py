@@ -1092,6 +1092,20 @@ def test_a_machine_that_does_not_answer(
     merge.expect_nothing()
 
 
+def test_a_machine_that_was_lost_just_before(connected: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray takes it for alive until it has found out; from then on it need not answer."""
+    real = ray_crew._machines
+    about = {"NodeID": "ab" * 28, "NodeManagerHostname": "lost", "NodeManagerAddress": "there", "Resources": {}}
+    lost = ray_crew._Machine(about)
+    here = [machine.id for machine in real()]
+    lists = [[*real(), lost]]
+    monkeypatch.setattr(ray_crew, "_machines", lambda: lists.pop() if lists else real())
+    assert [machine.id for machine, _ in ray_crew._ask_all(ray_crew._versions_there())] == here
+    monkeypatch.setattr(ray_crew, "_machines", lambda: [*real(), lost])
+    with pytest.raises(imf.ResourceError, match=r"lost \(there\) of the Ray cluster does not answer \("):
+        ray_crew._ask_all(ray_crew._versions_there())
+
+
 def test_a_machine_that_is_lost(
     site: Site,
     second: Machine,

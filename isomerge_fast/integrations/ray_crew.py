@@ -394,6 +394,8 @@ def _ask_all(question: Callable[..., Any], *arguments: Any) -> list[tuple[_Machi
         try:
             answers.append((machine, ray.get(reference, timeout=ANSWER_SECONDS)))
         except exceptions.RayError as error:
+            if machine.id not in {other.id for other in _machines()}:
+                continue  # it was lost a while ago, and Ray has found out by now
             reason = str(error).strip().splitlines()[-1]
             raise ResourceError(f"{machine} of the Ray cluster does not answer ({reason})") from error
     return answers
