@@ -567,39 +567,6 @@ def test_relative_paths_are_the_drivers(
     merge.expect_done()
 
 
-@pytest.mark.slow
-def test_a_model_of_162_million_parameters(
-    unconnected: None, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """On a cluster that is started for it, one core a worker; shows how much sooner it is done."""
-    folders = [
-        save_folder(tmp_path / f"model{seed}", test_memory.llama_tensors(seed), shards=2)
-        for seed in range(test_memory.TASKS + 1)
-    ]
-    merge = Merge(tmp_path / "merge", (folders[0], folders[1:]), scaling=0.3)
-    seconds = {}
-    started = time.perf_counter()
-    imf.merge({**merge.config, "out": str(merge.whole)}, device="cpu", threads=1)
-    seconds["one process"] = time.perf_counter() - started
-    monkeypatch.setenv("RAY_worker_niceness", "0")  # as ``--ray local`` has it
-    started = time.perf_counter()
-    ray.init(address="local", num_cpus=2, include_dashboard=False, object_store_memory=STORE_BYTES)
-    try:
-        report = merge.over_ray()
-    finally:
-        ray.shutdown()
-    seconds["two workers"] = time.perf_counter() - started
-    merge.expect_done()
-    expect_accounts(report, len(test_memory.llama_tensors(0)), 2)
-    with capsys.disabled():
-        told = ", ".join(f"{name} {value:.1f} s" for name, value in seconds.items())
-        ratio = seconds["one process"] / seconds["two workers"]
-        print(
-            f"\niso-c, 4 experts, one thread a process: {told} ({report.seconds['total']:.1f} s of it the merge): "
-            f"{ratio:.2f} times as fast, balance {report.balance:.3f}"
-        )
-
-
 # --- workers that die -------------------------------------------------------------------------------------------------
 
 
@@ -986,39 +953,6 @@ def test_a_merge_without_ray_goes_on_over_ray(connected: Site, families: dict[st
     assert sorted(worker["tensors"] for worker in report.workers) == [2, 6]
 
 
-@pytest.mark.slow
-def test_a_driver_killed_with_a_cluster_of_its_own(
-    unconnected: None, families: dict[str, Family], tmp_path: Path
-) -> None:
-    """The cluster goes with it, and the merge is resumed over another one."""
-    merge = Merge(tmp_path, families["sharded"])
-    machine = Machine(tmp_path / "orders")
-    line = command("run", write_config(merge), "--ray", "local", "--threads", 1, "--device", "cpu", "--format", "json")
-    held = min(2, os.cpu_count() or 1)
-    below = killed_when_held(merge, machine, line, held, env=machine.environment)
-    # Two of Ray's agents, which know nothing of the merge, go after a minute.
-    agents = {pid for pid, name in below.items() if re.fullmatch("ray::[A-Za-z]+Agent", name)}
-    assert len(below) >= len(agents) + held + 2  # of which one is the raylet, and one the head's server
-    try:
-        wait_for(lambda: all(map(is_gone, below.keys() - agents)), "the cluster is gone")
-    finally:
-        for pid in agents:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-    # What Ray tells of the attempt that fails is not among the answer.
-    given = merge.order(machine, "preadv", "expert0", "EIO", times=1)
-    environment = {**os.environ, **machine.environment}
-    done = subprocess.run(
-        [*line, "--resume"], capture_output=True, text=True, env=environment, timeout=PATIENCE_SECONDS
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert len(given.obeyed) == 1
-    assert "Task _work failed" in done.stderr
-    report = json.loads(done.stdout)
-    assert sum(worker["tensors"] for worker in report["workers"] if not worker["units"]) >= 2 * held
-    merge.expect_done()
-
-
 # --- machines that are not alike --------------------------------------------------------------------------------------
 
 
@@ -1146,3 +1080,72 @@ def test_no_machine_is_left_that_is_large_enough(
         running.result(PATIENCE_SECONDS)
     monkeypatch.undo()
     merge.resume_locally()
+
+
+# --- clusters of their own: last, as machines of the cluster above may be given no work after these have come and gone ----
+
+
+@pytest.mark.slow
+def test_a_model_of_162_million_parameters(
+    unconnected: None, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a cluster that is started for it, one core a worker; shows how much sooner it is done."""
+    folders = [
+        save_folder(tmp_path / f"model{seed}", test_memory.llama_tensors(seed), shards=2)
+        for seed in range(test_memory.TASKS + 1)
+    ]
+    merge = Merge(tmp_path / "merge", (folders[0], folders[1:]), scaling=0.3)
+    seconds = {}
+    started = time.perf_counter()
+    imf.merge({**merge.config, "out": str(merge.whole)}, device="cpu", threads=1)
+    seconds["one process"] = time.perf_counter() - started
+    monkeypatch.setenv("RAY_worker_niceness", "0")  # as ``--ray local`` has it
+    started = time.perf_counter()
+    ray.init(address="local", num_cpus=2, include_dashboard=False, object_store_memory=STORE_BYTES)
+    try:
+        report = merge.over_ray()
+    finally:
+        ray.shutdown()
+    seconds["two workers"] = time.perf_counter() - started
+    merge.expect_done()
+    expect_accounts(report, len(test_memory.llama_tensors(0)), 2)
+    with capsys.disabled():
+        told = ", ".join(f"{name} {value:.1f} s" for name, value in seconds.items())
+        ratio = seconds["one process"] / seconds["two workers"]
+        print(
+            f"\niso-c, 4 experts, one thread a process: {told} ({report.seconds['total']:.1f} s of it the merge): "
+            f"{ratio:.2f} times as fast, balance {report.balance:.3f}"
+        )
+
+
+@pytest.mark.slow
+def test_a_driver_killed_with_a_cluster_of_its_own(
+    unconnected: None, families: dict[str, Family], tmp_path: Path
+) -> None:
+    """The cluster goes with it, and the merge is resumed over another one."""
+    merge = Merge(tmp_path, families["sharded"])
+    machine = Machine(tmp_path / "orders")
+    line = command("run", write_config(merge), "--ray", "local", "--threads", 1, "--device", "cpu", "--format", "json")
+    held = min(2, os.cpu_count() or 1)
+    below = killed_when_held(merge, machine, line, held, env=machine.environment)
+    # Two of Ray's agents, which know nothing of the merge, go after a minute.
+    agents = {pid for pid, name in below.items() if re.fullmatch("ray::[A-Za-z]+Agent", name)}
+    assert len(below) >= len(agents) + held + 2  # of which one is the raylet, and one the head's server
+    try:
+        wait_for(lambda: all(map(is_gone, below.keys() - agents)), "the cluster is gone")
+    finally:
+        for pid in agents:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+    # What Ray tells of the attempt that fails is not among the answer.
+    given = merge.order(machine, "preadv", "expert0", "EIO", times=1)
+    environment = {**os.environ, **machine.environment}
+    done = subprocess.run(
+        [*line, "--resume"], capture_output=True, text=True, env=environment, timeout=PATIENCE_SECONDS
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(given.obeyed) == 1
+    assert "Task _work failed" in done.stderr
+    report = json.loads(done.stdout)
+    assert sum(worker["tensors"] for worker in report["workers"] if not worker["units"]) >= 2 * held
+    merge.expect_done()
