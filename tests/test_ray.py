@@ -1082,7 +1082,8 @@ def test_no_machine_is_left_that_is_large_enough(
     merge.resume_locally()
 
 
-# --- clusters of their own: last, as machines of the cluster above may be given no work after these have come and gone ----
+# --- clusters of their own ------------------------------------------------------------------------------------------
+# Last: machines of the cluster above may be given no work after these have come and gone.
 
 
 @pytest.mark.slow
