@@ -65,7 +65,7 @@ class OneProcess:
     def merge(
         self, plan: Plan, job: Job, claims: Mapping[str, dict[str, Any]], observer: Observer | None
     ) -> list[UnitResult]:
-        return [merge_unit(job, unit, observer) for unit in [Unit.of(plan, 1, plan.tensors, claims)]]
+        return [merge_unit(job, Unit.of(plan, 1, plan.tensors, claims), observer)]
 
 
 def run(
