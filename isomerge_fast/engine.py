@@ -12,7 +12,8 @@ from typing import Any, Protocol
 import torch
 
 from . import __version__
-from .checkpoint.manifest import Journal, describe_inputs, fingerprint, read_manifest, to_json
+from .checkpoint.journal import Journal
+from .checkpoint.manifest import describe_inputs, fingerprint, read_manifest, to_json
 from .checkpoint.staging import Staging
 from .checkpoint.writer import create_shard
 from .errors import ConfigError, InputError, ResourceError, VerificationError, nearest

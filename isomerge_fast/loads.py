@@ -22,7 +22,7 @@ SAMPLE_SIDE = 1024
 UNITS_A_WORKER = 4
 # Shards are cut up until the last worker is predicted to be done within this share of the least time possible, ...
 GOOD_BALANCE = 0.97
-# ... or into units of this many seconds: starting one costs about 0.1.
+# ... or into units of this many seconds. (Starting and ending one takes 0.05: the mean of that model in 20 units.)
 LEAST_SECONDS = 1.0
 # By how much smaller units are tried each time. (Iso-CTS of Llama-3-70B, where computing takes as long as moving: the
 # speed-up of 1 to 16 workers is predicted to be 0.915 N at least; with units of half the size each time 0.897 N.)
@@ -82,8 +82,8 @@ def assumed_rates(device: torch.device) -> Rates:
 def _measured_flops() -> float:
     """Operations a second of a float32 product on this CPU.
 
-    (A merge of the 162 M parameter test model, 4 experts, one thread: predicted by these 17.9 s by Iso-C and 53 s by
-    Iso-CTS, took 15.4 and 55; by float64 products, in which the methods do some of it, 36 and 106 were predicted.)
+    (A merge of the 162 M parameter test model, 4 experts, on one core of an AMD EPYC: predicted by these 17.9 s by
+    Iso-C and 53 s by Iso-CTS, took 15.4 and 55; by float64 products, in which the methods do some of it, 36 and 106.)
     """
     sample = torch.ones(SAMPLE_SIDE, SAMPLE_SIDE, device="cpu")
     torch.mm(sample, sample)

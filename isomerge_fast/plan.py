@@ -128,6 +128,10 @@ class TensorPlan:
         """For so many of them, and for the merged Δ where it is kept."""
         return self.write_bytes * scalings + (0 if self.delta is None else self.delta.bytes)
 
+    def moved_bytes(self, scalings: int) -> int:
+        """Read at least once, and written: what progress is counted in."""
+        return self.read_bytes + self.bytes_written(scalings)
+
     @property
     def action(self) -> str:
         return self.method.name if self.method is not None else "copy"

@@ -10,15 +10,15 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from . import ops
+from .checkpoint.journal import UnitJournal
 from .checkpoint.layout import FileIdentity, StoredTensor
-from .checkpoint.manifest import UnitJournal
 from .checkpoint.read_ahead import THREADS as READ_THREADS
 from .checkpoint.read_ahead import ReadAhead
 from .checkpoint.reader import Reader, allow_open_files, files_of
@@ -130,7 +130,7 @@ class UnitResult:
     entries: dict[str, dict[str, Any]]
     seconds: dict[str, float]
     io: dict[str, Any]
-    process: dict[str, Any] = field(default_factory=dict)
+    process: dict[str, Any]
 
 
 def this_process() -> dict[str, Any]:
@@ -158,7 +158,7 @@ class _UnitRun:
     def __init__(self, job: Job, unit: Unit, observer: Observer | None) -> None:
         self._job, self._unit = job, unit
         self._device = torch.device(job.device)
-        moved = sum(tensor.read_bytes + tensor.bytes_written(len(job.scalings)) for tensor in unit.tensors)
+        moved = sum(tensor.moved_bytes(len(job.scalings)) for tensor in unit.tensors)
         self._progress = Progress(len(unit.tensors), moved)
         self._stopwatch = Stopwatch(self._progress, observer)
         self._writers: dict[tuple[str, str], ShardWriter] = {}
@@ -251,7 +251,7 @@ class _UnitRun:
                         )
                     self._merge_tensor(tensor, source, reader, writes, journal)
                 self._progress.done_tensors += 1
-                self._progress.done_bytes += tensor.read_bytes + tensor.bytes_written(len(self._job.scalings))
+                self._progress.done_bytes += tensor.moved_bytes(len(self._job.scalings))
             with self._stopwatch.phase("write"):
                 writes.drain()
             reader.check_unchanged()

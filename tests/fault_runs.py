@@ -151,7 +151,7 @@ def warm_up() -> None:
     import torch
 
     torch.set_num_threads(1)
-    import crews  # noqa: F401
+    import crews  # noqa: F401 - to be loaded
     import xxhash  # noqa: F401
     from pydantic import TypeAdapter  # noqa: F401
 

@@ -139,8 +139,8 @@ class _Obedience:
     def install(self) -> None:
         for name in ("pwrite", "preadv", "fsync"):
             setattr(os, name, self._of_descriptor(name, getattr(os, name)))
-        os.open = self._of_path("open", os.open)  # type: ignore[assignment]
-        os.stat = self._of_path("stat", os.stat)  # type: ignore[assignment]
+        os.open = self._of_path("open", os.open)  # type: ignore[assignment]  # a wrapper of looser types, as is setattr's
+        os.stat = self._of_path("stat", os.stat)  # type: ignore[assignment]  # likewise
 
     def _of_descriptor(self, name: str, real: Callable[..., Any]) -> Callable[..., Any]:
         def call(descriptor: Any, *arguments: Any) -> Any:
@@ -236,7 +236,7 @@ def _pretend_version(folder: Path) -> None:
         return
     pretended: Any = types.ModuleType("isomerge_fast")
     pretended.__version__ = version
-    sys.modules["isomerge_fast"] = pretended if version else None  # type: ignore[assignment]
+    sys.modules["isomerge_fast"] = pretended if version else None  # type: ignore[assignment]  # None: no such module
 
 
 if FOLDER in os.environ and __name__ == "sitecustomize":

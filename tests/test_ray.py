@@ -741,7 +741,7 @@ def test_what_a_worker_says_of_other_errors(tmp_path: Path, monkeypatch: pytest.
 
         monkeypatch.setattr(ray_crew, "merge_unit", fail)
         with pytest.raises(imf.ResourceError) as raised:
-            ray_crew._work(job, unit, imf.__version__, ".")  # type: ignore[arg-type]
+            ray_crew._work(job, unit, imf.__version__, ".")  # type: ignore[arg-type]  # not looked into
         assert str(raised.value) == said
         assert raised.value.host == socket.gethostname()  # type: ignore[attr-defined]
     with pytest.raises(imf.ConfigError, match=r"isomerge-fast .* is installed there; the driver has 0\.0\.1"):

@@ -24,8 +24,8 @@ from safetensors.torch import save_file
 
 import isomerge_fast as imf
 from isomerge_fast.checkpoint import writer as writing
+from isomerge_fast.checkpoint.journal import Journal, UnitJournal, UnitProgress, unit_journal
 from isomerge_fast.checkpoint.layout import DTYPE_NAMES
-from isomerge_fast.checkpoint.manifest import Journal, UnitJournal, UnitProgress, unit_journal
 from isomerge_fast.checkpoint.writer import OutputTensor, ShardWriter, create_shard
 from isomerge_fast.config import load_config
 from isomerge_fast.engine import run

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 
 from .. import __version__
+from ..checkpoint.journal import UnitProgress
 from ..checkpoint.layout import FileIdentity
-from ..checkpoint.manifest import UnitProgress
 from ..checkpoint.reader import Reader, files_of
 from ..config import MergeConfig
 from ..engine import resolve_device
@@ -494,7 +494,7 @@ class _Overview:
     ) -> None:
         self._observer = observer
         scalings = len(plan.config.scalings)
-        self._bytes = {tensor.name: tensor.read_bytes + tensor.bytes_written(scalings) for tensor in plan.tensors}
+        self._bytes = {tensor.name: tensor.moved_bytes(scalings) for tensor in plan.tensors}
         self._progress = Progress(len(plan.tensors), sum(self._bytes.values()))
         self._running = {unit.number: UnitProgress(job.folder, unit.number) for unit in units}
         self._units = len(units)
