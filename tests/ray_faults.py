@@ -63,7 +63,8 @@ class Given:
     @property
     def obeyed(self) -> list[int]:
         """Processes that did, each time they did so."""
-        marks = self._path.parent.glob(f"{self._path.stem}.did-*")
+        found = self._path.parent.glob(f"{self._path.stem}.did-*")
+        marks = [mark for mark in found if mark.suffix.startswith(".did-")]  # and not one that is being made
         return [int(mark.name.split("-")[1]) for mark in sorted(marks, key=lambda mark: mark.stat().st_mtime_ns)]
 
 
