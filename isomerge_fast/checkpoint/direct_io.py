@@ -6,6 +6,8 @@ import ctypes
 import mmap
 import os
 import threading
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy
@@ -32,6 +34,37 @@ def open_direct(path: Path, flags: int) -> int | None:
         return os.open(path, flags | os.O_DIRECT | os.O_CLOEXEC)
     except OSError:
         return None
+
+
+def drop_cache(descriptor: int) -> None:
+    """Have the next reads of a file come from the disk, where the system can.
+
+    A page whose writing failed stays in the page cache as if it were on the disk, and fsync tells of it only once. What
+    waits to be written is written first; that this fails shows in what is read afterwards.
+    """
+    with suppress(OSError):
+        os.fsync(descriptor)
+    if hasattr(os, "posix_fadvise"):
+        with suppress(OSError):
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def read_pages(descriptor: int, start: int, end: int) -> Iterator[memoryview]:
+    """Yield a file's bytes from ``start`` to ``end``, or to its end, in blocks that are valid until the next one.
+
+    Args:
+        descriptor: past the page cache, or through it.
+    """
+    position = start
+    while position < end:
+        pages = page_buffer()
+        first = position // PAGE * PAGE
+        wanted = min(READ_BYTES, -(-end // PAGE) * PAGE - first)
+        count = min(os.preadv(descriptor, [pages[:wanted]], first), end - first)
+        if first + count <= position:
+            return
+        yield pages[position - first : count]
+        position = first + count
 
 
 def is_cached(descriptor: int, size: int) -> bool:

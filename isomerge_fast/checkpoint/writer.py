@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..errors import ResourceError
 from .checksum import Checksum
-from .direct_io import PAGE, READ_BYTES, copy_bytes, lies_like, open_direct, page_buffer
+from .direct_io import PAGE, READ_BYTES, copy_bytes, drop_cache, lies_like, open_direct, page_buffer, read_pages
 from .layout import DTYPE_NAMES, DTYPES, StoredTensor, element_count
 
 # Less than this at once goes through the page cache: a direct write waits for the disk.
@@ -120,7 +120,7 @@ class ShardWriter:
         self.path = path
         prefix, self.tensors = file_layout(path, tensors)
         self._running: dict[str, Checksum] = {}
-        self._direct = None
+        self._direct = self._from_disk = None
         try:
             self._descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         except OSError as error:
@@ -176,14 +176,13 @@ class ShardWriter:
         return running.text
 
     def checksum(self, name: str) -> str:
-        """Checksum of the tensor's bytes as they are in the file now."""
+        """Return the checksum of the tensor's bytes as they are on the disk, whatever the page cache holds."""
         stored, found = self.tensors[name], Checksum()
         try:
-            while found.bytes < stored.bytes:
-                size = min(READ_BYTES, stored.bytes - found.bytes)
-                block = os.pread(self._descriptor, size, stored.start + found.bytes)
-                if not block:
-                    break
+            if self._from_disk is None:
+                drop_cache(self._descriptor)
+                self._from_disk = open_direct(self.path, os.O_RDONLY) or os.dup(self._descriptor)
+            for block in read_pages(self._from_disk, stored.start, stored.end):
                 found.update(block)
         except OSError as error:
             raise _resource_error(self.path, error) from error
@@ -231,8 +230,9 @@ class ShardWriter:
     def _close_descriptors(self) -> None:
         with ExitStack() as closing:
             closing.callback(os.close, self._descriptor)
-            if self._direct is not None:
-                closing.callback(os.close, self._direct)
+            for descriptor in (self._direct, self._from_disk):
+                if descriptor is not None:
+                    closing.callback(os.close, descriptor)
 
     def _write_at(self, data: memoryview, offset: int) -> None:
         """Whole pages directly, by way of a buffer where memory does not lie like the file; what shares a page with
