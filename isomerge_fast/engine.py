@@ -14,7 +14,7 @@ import torch
 from . import __version__
 from .checkpoint.journal import Journal
 from .checkpoint.manifest import describe_inputs, fingerprint, read_manifest, to_json
-from .checkpoint.staging import Staging
+from .checkpoint.staging import Staging, check_replaceable
 from .checkpoint.writer import create_shard
 from .errors import ConfigError, InputError, ResourceError, VerificationError, nearest
 from .finishing import write_all_else
@@ -118,6 +118,7 @@ def run(
                     return finished
                 if not overwrite:
                     raise ConfigError(f"{staging.out}: holds another merge; --overwrite replaces it")
+                check_replaceable(staging.out)
             started = time.perf_counter()
             key = fingerprint(description)
             journal = Journal(
@@ -140,15 +141,18 @@ def run(
             )
             results = (crew or OneProcess()).merge(plan, job, journal.finished, observer)
             entries = {name: entry for result in results for name, entry in result.entries.items()}
-            report = _report(plan, staging.out, str(target), results, entries, started)
+            report = _report(plan, staging, str(target), results, entries, started)
             write_all_else(plan, staging.new, description, entries, report)
             staging.commit()
             return report
         except InputError:
             staging.discard()  # the same inputs cannot succeed later
             raise
-        except OSError as error:
-            raise ResourceError(f"{error.filename or staging.out}: {error.strerror}; --resume continues") from error
+        except (OSError, ResourceError) as error:
+            staging.check_mine()  # what is gone may have gone with the folder
+            if isinstance(error, OSError):
+                raise ResourceError(f"{error.filename or staging.out}: {error.strerror}; --resume continues") from error
+            raise
 
 
 def _create_files(plan: Plan, staging: Staging, journal: Journal, resume: bool) -> None:
@@ -165,7 +169,7 @@ def _create_files(plan: Plan, staging: Staging, journal: Journal, resume: bool) 
 
 def _report(
     plan: Plan,
-    out: Path,
+    staging: Staging,
     device: str,
     results: Sequence[UnitResult],
     entries: Mapping[str, dict[str, Any]],
@@ -184,12 +188,12 @@ def _report(
         version=__version__,
         method=plan.config.method,
         scaling=list(plan.config.scalings),
-        outputs=[str(out / folder) for folder in plan.folders],
+        outputs=[str(staging.out / folder) for folder in plan.folders],
         device=device,
         tensors=[entries[tensor.name]["report"] for tensor in plan.tensors],
         seconds={**seconds, "total": time.perf_counter() - started},
         io=io,
-        notes=list(plan.notes),
+        notes=[*plan.notes, *staging.notes],
         workers=_workers(results, entries),
     )
 

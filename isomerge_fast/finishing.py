@@ -43,7 +43,9 @@ def write_all_else(
             weight_map = {output.name: file for file, tensors in files.items() for output in tensors}
             index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
             write_durably(path / plan.index_name, to_json(index, indent=2))
+    written = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
     manifest = {
+        "files": sorted([*written, MANIFEST_FILE, REPORT_FILE]),
         "format": FORMAT,
         "checksum": ALGORITHM,
         "description": description,

@@ -9,6 +9,7 @@ from pathlib import Path
 from .checkpoint.adapter import Adapter, base_name, is_adapter, misfits, open_adapter
 from .checkpoint.adapter_output import unwritable
 from .checkpoint.layout import COPIED_DTYPES, FLOAT_DTYPES, TOKEN_TABLES, Checkpoint, StoredTensor, open_checkpoint
+from .checkpoint.staging import staging_folder
 from .config import MergeConfig
 from .errors import ConfigError, InputError
 
@@ -42,12 +43,31 @@ def open_inputs(config: MergeConfig) -> tuple[Checkpoint, tuple[Checkpoint, ...]
 
 
 def check_out(out: Path, inputs: Iterable[Checkpoint]) -> None:
-    """Raises ConfigError when writing ``out`` would replace an input or a folder that holds one."""
-    target = Path(os.path.realpath(out))
+    """Check that writing ``out`` replaces and deletes no input: no file of one lies, whatever links and mounts lead to
+    it, in the output folder or in that where the output is built.
+
+    Raises:
+        ConfigError: naming the file.
+    """
+    taken = [Path(os.path.realpath(out)), staging_folder(out)]
+    there = [os.stat(folder) for folder in taken if folder.is_dir()]
+    known: dict[Path, bool] = {}
+
+    def is_inside(folder: Path) -> bool:
+        if folder not in known:
+            known[folder] = (
+                folder in taken
+                or any(os.path.samestat(os.stat(folder), each) for each in there)
+                or (folder.parent != folder and is_inside(folder.parent))
+            )
+        return known[folder]
+
     for checkpoint in inputs:
-        source = Path(os.path.realpath(checkpoint.path))
-        if target == source or target in source.parents:
-            raise ConfigError(f"out ({out}) is or contains the input {checkpoint.path}; choose another folder")
+        for path in (checkpoint.path, *checkpoint.files):
+            real = Path(os.path.realpath(path))
+            if is_inside(real if real.is_dir() else real.parent):
+                what = f"the input {checkpoint.path}" + (f" ({path.name})" if path != checkpoint.path else "")
+                raise ConfigError(f"out ({out}) is or contains {what}; choose another folder")
 
 
 def _open_experts(config: MergeConfig, base: Checkpoint) -> tuple[Checkpoint, ...]:

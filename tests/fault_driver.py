@@ -27,6 +27,8 @@ from typing import Any
 
 from fault_runs import ENVIRONMENT, Fault, Outcome, attempt, build_shim, warm_up
 
+from isomerge_fast.checkpoint.staging import OLD, run_folders
+
 KILLS = ["kill-before", "kill-after", "kill-half"]
 ERRORS = [errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EROFS]
 # Of the points: the second number is how many of a hundred are not kills.
@@ -204,8 +206,11 @@ class Driver:
 
     def _settled_output(self) -> State:
         """What counts as the output: a commit that was cut between its two renames has it in ``old``."""
-        out, old = self._point / "out", self._point / ".out.isomerge/old"
-        return state_of(old if old.exists() and not out.exists() else out)
+        out, old = self._point / "out", self._replaced()
+        return state_of(old if old is not None and not out.exists() else out)
+
+    def _replaced(self) -> Path | None:
+        return next((run / OLD for run in run_folders(self._point / "out") if (run / OLD).exists()), None)
 
     def _damage(self, chance: random.Random) -> str:
         """Does to staged files what a power cut may: bytes that were not synced are zero, or the end is gone."""
@@ -238,7 +243,7 @@ class Driver:
             self._complain(told, f"{outcome.status}: {outcome.message}")
         found = state_of(self._point / "out")
         complete = self._expected[scenario.name]
-        between = found is None and (self._point / ".out.isomerge/old").exists() and fault.mode != "fail"
+        between = found is None and self._replaced() is not None and fault.mode != "fail"
         if not (found in (before, complete) or (between and self._settled_output() == before)):
             self._complain(told, f"the output is neither old nor new: {difference(found, complete)}")
         if outcome.status == "done" and found != complete:

@@ -15,7 +15,8 @@ import subprocess
 import sys
 import tempfile
 import traceback
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -85,38 +86,63 @@ def attempt(
         threads: with which torch computes.
         options: of ``merge``; and ``units``: in how many of them every file is merged, in turn.
     """
-    receive, send = os.pipe()
     with tempfile.TemporaryFile() as lines:
-        child = os.fork()
-        if not child:
+
+        def act() -> Outcome:
+            if umask is not None:
+                os.umask(umask)
+            if open_files is not None:
+                resource.setrlimit(resource.RLIMIT_NOFILE, (open_files, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+            return _run(config, fault, lines.fileno() if log else -1, threads, options)
+
+        outcome = Fork(act).wait()
+        lines.seek(0)
+        return replace(outcome, log=lines.read().decode().splitlines())
+
+
+class Fork:
+    """A fork of this process that does ``action`` and ends."""
+
+    def __init__(self, action: Callable[[], Outcome]) -> None:
+        self._receive, send = os.pipe()
+        self.pid = os.fork()
+        if not self.pid:
             outcome = Outcome("crash", "left the fork")
             try:
-                if umask is not None:
-                    os.umask(umask)
-                if open_files is not None:
-                    resource.setrlimit(
-                        resource.RLIMIT_NOFILE, (open_files, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
-                    )
-                outcome = _run(config, fault, lines.fileno() if log else -1, threads, options)
+                outcome = action()
             except BaseException:
                 outcome = Outcome("crash", traceback.format_exc())
             finally:
                 os.write(send, json.dumps(asdict(outcome)).encode())
                 os._exit(0)
         os.close(send)
-        with open(receive, "rb") as pipe:
+
+    def wait(self) -> Outcome:
+        """Return how it ended."""
+        with open(self._receive, "rb") as pipe:
             answer = pipe.read()
-        _, status = os.waitpid(child, 0)
-        lines.seek(0)
-        logged = lines.read().decode().splitlines()
-    if os.WIFSIGNALED(status):
-        killed = os.WTERMSIG(status) == 9
-        return Outcome("killed" if killed else "crash", f"signal {os.WTERMSIG(status)}", log=logged)
-    return Outcome(**{**json.loads(answer), "log": logged})
+        _, status = os.waitpid(self.pid, 0)
+        if os.WIFSIGNALED(status):
+            return Outcome("killed" if os.WTERMSIG(status) == 9 else "crash", f"signal {os.WTERMSIG(status)}")
+        return Outcome(**json.loads(answer))
 
 
 def _run(config: dict[str, Any], fault: Fault, log: int, threads: int, options: dict[str, Any]) -> Outcome:
     import torch
+
+    torch.set_num_threads(threads)
+    shim = ctypes.CDLL(None)
+    shim.fault_calls.restype = ctypes.c_long
+    shim.fault_arm(
+        os.fsencode(fault.folder), fault.kinds, ctypes.c_long(fault.nth), MODES[fault.mode], fault.errno, log
+    )
+    outcome = merged(config, **options)
+    shim.fault_disarm()
+    return replace(outcome, calls=shim.fault_calls())
+
+
+def merged(config: dict[str, Any], *, units: int = 0, **options: Any) -> Outcome:
+    """``merge(config, **options)`` in this process, every file in so many units, in turn."""
     from crews import InTurn
 
     import isomerge_fast as imf
@@ -125,25 +151,16 @@ def _run(config: dict[str, Any], fault: Fault, log: int, threads: int, options: 
     from isomerge_fast.errors import IsomergeError
     from isomerge_fast.plan import make_plan
 
-    torch.set_num_threads(threads)
-    shim = ctypes.CDLL(None)
-    shim.fault_calls.restype = ctypes.c_long
-    shim.fault_arm(
-        os.fsencode(fault.folder), fault.kinds, ctypes.c_long(fault.nth), MODES[fault.mode], fault.errno, log
-    )
-    status, message = "done", ""
     try:
-        if units := options.pop("units", 0):
-            plan = make_plan(load_config(config))
-            run(plan, device="cpu", crew=InTurn(units), **options)
+        if units:
+            run(make_plan(load_config(config)), device="cpu", crew=InTurn(units), **options)
         else:
             imf.merge(config, device="cpu", **options)
     except IsomergeError as error:
-        status, message = type(error).__name__, str(error)
+        return Outcome(type(error).__name__, str(error))
     except BaseException:
-        status, message = "crash", traceback.format_exc()
-    shim.fault_disarm()
-    return Outcome(status, message, shim.fault_calls())
+        return Outcome("crash", traceback.format_exc())
+    return Outcome("done")
 
 
 def warm_up() -> None:

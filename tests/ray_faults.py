@@ -34,7 +34,7 @@ class Order:
         path: part of the path of the file that is about.
         act: ``hold``: the call waits until the order is taken back; ``meet``: until two processes are at work;
             ``kill``: the process is gone; else the name of an error.
-        staging: the folder where the unit's journal lies.
+        staging: the folder of the run in which the unit's journal lies.
         unit: of this unit only; 0: of any.
         lines: only once so many tensors stand in the unit's journal.
         times: so often; 0: always.
@@ -112,7 +112,8 @@ def _journals(staging: str) -> dict[int, tuple[int, int, int]]:
     """With the time of the last change. By none of the calls that are watched."""
     found = {}
     try:
-        entries = [entry for entry in os.scandir(staging) if entry.name.startswith("journal-")]
+        runs = [run.path for run in os.scandir(staging) if run.name.startswith("run-")]
+        entries = [entry for run in runs for entry in os.scandir(run) if entry.name.startswith("journal-")]
     except OSError:
         return {}
     for entry in entries:

@@ -29,6 +29,7 @@ from fault_runs import CHANGES, KINDS, Fault, Outcome, WarmProcess, build_shim, 
 import isomerge_fast as imf
 from isomerge_fast.checkpoint.layout import open_checkpoint
 from isomerge_fast.checkpoint.reader import Reader, files_of, whole
+from isomerge_fast.checkpoint.staging import run_folders
 from isomerge_fast.checkpoint.writer import ShardWriter
 from isomerge_fast.config import MergeConfig
 from isomerge_fast.methods import as_deltas
@@ -78,6 +79,13 @@ def expect_same(found: Path, expected: Path) -> None:
 def positions(count: int) -> list[int]:
     """The first of so many calls, one in the middle, and the last."""
     return sorted({1, (count + 1) // 2, count} - {0})
+
+
+def the_rename_that_commits(log: list[str]) -> int:
+    """Its number among the renames."""
+    renames = [line for line in log if line.startswith("rename ")]
+    (nth,) = [index for index, line in enumerate(renames, 1) if line.split(" ")[1].endswith("/new")]
+    return nth
 
 
 class Point:
@@ -138,8 +146,9 @@ def test_all_is_synced_before_the_rename_that_commits_and_that_is_synced_after_i
     """For power cuts: no byte and no entry of a folder is only in memory when the output gets its name."""
     calls = [line.rsplit(" ", 1)[0].split(" ", 1) for line in point.unharmed.log]
     root = str(point.whole.parent)
-    staged = f"{root}/.out.isomerge/new"
-    commit = next(index for index, (name, path) in enumerate(calls) if (name, path) == ("rename", staged))
+    commit, staged = next(
+        (index, path) for index, (name, path) in enumerate(calls) if name == "rename" and path.endswith("/new")
+    )
     unsynced = set()
     for name, path in calls[:commit]:
         if name == "sync":
@@ -155,19 +164,20 @@ def test_all_is_synced_before_the_rename_that_commits_and_that_is_synced_after_i
 
 def test_a_staged_output_without_its_journal_is_not_trusted(point: Point) -> None:
     """A shard of the right size and name, and one that does not belong: neither gets into the output."""
-    staged = point.folder / ".out.isomerge/new/scaling-1"
+    staged = point.folder / ".out.isomerge/run-0/new/scaling-1"
     staged.mkdir(parents=True)
     for name in ("model-00001-of-00003.safetensors", "model-00007-of-00009.safetensors"):
         (staged / name).write_bytes(bytes(6000))
-    (point.folder / ".out.isomerge/journal.jsonl").write_bytes(b'{"fingerprint": "of a line that was torn')
+    (point.folder / ".out.isomerge/run-0/journal.jsonl").write_bytes(b'{"fingerprint": "of a line that was torn')
     point.resume()
 
 
 def test_a_journal_line_that_is_damaged_is_not_believed(point: Point) -> None:
     """One digit of a report in it, which no checksum of tensors tells of."""
-    renames = sum(line.startswith("rename ") for line in point.unharmed.log)
-    assert point.run("kill-before", renames, kinds=KINDS["rename"]).status == "killed"
-    journal = point.folder / ".out.isomerge/journal-1.jsonl"
+    nth = the_rename_that_commits(point.unharmed.log)
+    assert point.run("kill-before", nth, kinds=KINDS["rename"]).status == "killed"
+    assert not point.out.exists()
+    journal = run_folders(point.out)[0] / "journal-1.jsonl"
     content = journal.read_bytes()
     at = content.index(b'"read_bytes": ') + len(b'"read_bytes": ')
     journal.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
@@ -201,8 +211,8 @@ def test_resume_with_overwrite_replaces_another_finished_merge(tmp_path: Path) -
     (tmp_path / "out/manifest.json").write_text("{")
     with pytest.raises(imf.VerificationError, match=r"manifest\.json"):
         imf.merge(config, resume=True)
-    imf.merge(config, resume=True, overwrite=True)
-    expect_same(tmp_path / "out", tmp_path / "other")
+    with pytest.raises(imf.ConfigError, match=r"manifest\.json cannot be read, so it is not replaced"):
+        imf.merge(config, resume=True, overwrite=True)
 
 
 def test_a_linked_output_folder_is_replaced_where_it_is(tmp_path: Path) -> None:
@@ -225,8 +235,9 @@ def test_no_space_io_error_or_quota_at_every_stage(point: Point, error: int) -> 
         assert count, kind
         for nth in positions(count):
             outcome = point.run("fail-on", nth, kinds=KINDS[kind], error=error)
-            # What was there already need not be made; what was replaced, or locked, need not go away.
-            tolerated = kind in ("mkdir", "unlink") or (kind, nth) == ("close", count)
+            # What was there already need not be made; what was replaced, or locked, need not go away; a second lock
+            # that is refused is as it should be.
+            tolerated = kind in ("mkdir", "unlink") or (kind, nth) in (("close", count), ("rename", count), ("lock", 2))
             assert outcome.status == "ResourceError" or (tolerated and outcome.status == "done"), (kind, nth, outcome)
             assert outcome.status == "done" or str(point.folder) in outcome.message
             assert not point.out.exists() or state_of(point.out) == state_of(point.whole), (kind, nth)
@@ -239,7 +250,7 @@ def test_a_failed_copy_of_a_companion_names_the_copy(point: Point) -> None:
     nth = next(index for index, line in enumerate(writes, 1) if "tokenizer.json" in line)
     outcome = point.run("fail", nth, kinds=KINDS["write"], error=errno.ENOSPC)
     assert outcome.status == "ResourceError"
-    assert f"{point.folder}/.out.isomerge/new/scaling-0.5/tokenizer.json: no space left" in outcome.message
+    assert f"{run_folders(point.out)[0]}/new/scaling-0.5/tokenizer.json: no space left" in outcome.message
     point.resume()
 
 
@@ -300,13 +311,13 @@ def test_a_read_that_fails_is_no_fault_of_the_input(tmp_path: Path, monkeypatch:
 
 def test_the_old_output_is_put_back_when_the_new_one_cannot_be_renamed(point: Point) -> None:
     shutil.copytree(point.whole, point.out)
-    (point.out / "of-the-old-one.txt").write_text("x")
+    (point.out / "scaling-1/config.json").write_text("of the old one")
     before = listing(point.out)
-    renames = [line for line in point.run(overwrite=True, log=True).log if line.startswith("rename ")]
-    (nth,) = [index for index, line in enumerate(renames, 1) if line.split(" ")[1].endswith("/new")]
+    log = point.run(overwrite=True, log=True).log
     shutil.rmtree(point.out)
     shutil.copytree(point.whole, point.out)
-    (point.out / "of-the-old-one.txt").write_text("x")
+    (point.out / "scaling-1/config.json").write_text("of the old one")
+    nth = the_rename_that_commits(log)
     outcome = point.run("fail", nth, kinds=KINDS["rename"], error=errno.EIO, overwrite=True)
     assert outcome.status == "ResourceError"
     assert listing(point.out) == before
@@ -330,8 +341,9 @@ def test_every_shard_is_closed_when_closing_one_fails(tmp_path: Path, monkeypatc
 
 def test_preflight_counts_what_is_staged(point: Point, monkeypatch: pytest.MonkeyPatch) -> None:
     """A disk that an unfinished merge has filled holds the rest of it."""
-    renames = sum(line.startswith("rename ") for line in point.unharmed.log)
-    assert point.run("kill-before", renames, kinds=KINDS["rename"]).status == "killed"
+    nth = the_rename_that_commits(point.unharmed.log)
+    assert point.run("kill-before", nth, kinds=KINDS["rename"]).status == "killed"
+    assert not point.out.exists()
     config = MergeConfig(**{**point._config, "scaling": [0.5, 1.0]})
     usage = shutil.disk_usage(point.folder)._replace(free=100)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
@@ -400,11 +412,11 @@ def test_an_input_that_changed_before_a_resume_is_named(tmp_path: Path, warm: Wa
     assert point.run("kill-after", 20).status == "killed"
     shard = family[1][1] / "model-00002-of-00002.safetensors"
     os.utime(shard, ns=(1, 1))
-    before = listing(point.folder)
+    before = listing(run_folders(point.out)[0])
     outcome = point.run(resume=True)
     assert outcome.status == "ConfigError"
     assert f"({shard} has changed)" in outcome.message
-    assert listing(point.folder) == before
+    assert listing(run_folders(point.out)[0]) == before
     assert point.run(resume=True, overwrite=True).status == "done"
     assert os.listdir(point.folder) == ["out"]
 

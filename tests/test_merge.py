@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import struct
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import oracle
@@ -17,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 import isomerge_fast as imf
 from isomerge_fast import engine
+from isomerge_fast.checkpoint.staging import run_folders
 from isomerge_fast.errors import ConfigError
 from isomerge_fast.plan import make_plan
 from isomerge_fast.report import Progress
@@ -476,8 +479,61 @@ class TestOutputFolder:
         with pytest.raises(imf.ConfigError, match="not empty"):
             imf.merge(config_of(family, out))
         assert listing(tmp_path) == before
-        imf.merge(config_of(family, out), overwrite=True)
-        assert load_folder(out).keys() == make_base().keys()
+        with pytest.raises(imf.ConfigError, match="not the output of a merge"):  # a checkpoint of somebody's
+            imf.merge(config_of(family, out), overwrite=True)
+        assert listing(tmp_path) == before
+
+    @pytest.mark.parametrize("added", ["thesis.tex", ".git/HEAD", "data", "model-old.safetensors", "1_Pooling/x"])
+    def test_overwrite_takes_only_what_a_merge_has_written(self, tmp_path: Path, added: str) -> None:
+        """A file, a folder, a link to one, a stale shard: none of them is in the manifest."""
+        family = make_family(tmp_path)
+        out = tmp_path / "out"
+        imf.merge(config_of(family, out))
+        (out / added).parent.mkdir(exist_ok=True)
+        if added == "data":
+            (tmp_path / "elsewhere").mkdir()
+            (out / added).symlink_to(tmp_path / "elsewhere")
+        else:
+            (out / added).write_text("years of work")
+        before = listing(tmp_path)
+        with pytest.raises(imf.ConfigError, match=f"holds {re.escape(added)}, which the merge"):
+            imf.merge(config_of(family, out, scaling=0.5), overwrite=True)
+        assert listing(tmp_path) == before
+        assert not (tmp_path / ".out.isomerge").exists()
+
+    @pytest.mark.parametrize("moment", ["before the rename", "after it"])
+    def test_what_comes_into_the_output_while_it_is_replaced_is_kept(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+    ) -> None:
+        family = make_family(tmp_path)
+        config = config_of(family, tmp_path / "out")
+        imf.merge({**config, "scaling": 0.5})
+        old = listing(tmp_path / "out")
+        real, real_rename = engine.write_all_else, os.rename
+
+        def add(folder: Path) -> None:
+            (folder / "thesis.tex").write_text("years of work")
+
+        def finish(*given: Any) -> None:
+            real(*given)
+            if moment == "before the rename":
+                add(tmp_path / "out")
+
+        def rename(source: Any, target: Any, **options: Any) -> None:
+            real_rename(source, target, **options)
+            if moment == "after it" and source == tmp_path / "out":
+                add(target)
+
+        monkeypatch.setattr(engine, "write_all_else", finish)
+        monkeypatch.setattr(os, "rename", rename)
+        with pytest.raises(imf.ConfigError, match=r"holds thesis\.tex"):
+            imf.merge(config, overwrite=True)
+        monkeypatch.undo()
+        assert (tmp_path / "out/thesis.tex").read_text() == "years of work"
+        (tmp_path / "out/thesis.tex").rename(tmp_path / "thesis.tex")
+        assert listing(tmp_path / "out") == old
+        imf.merge(config, resume=True, overwrite=True)  # nothing of the work is lost
+        assert verify(tmp_path / "out").tensors == len(make_base())
 
     def test_overwrite_leaves_no_stale_shard(self, tmp_path: Path) -> None:
         out = tmp_path / "out"
@@ -494,12 +550,12 @@ class TestOutputFolder:
             imf.merge(config_of(family, tmp_path / "out"), overwrite=True)
         assert listing(tmp_path / "out") == before
 
-    def test_not_a_checkpoint(self, tmp_path: Path) -> None:
+    def test_not_a_merge(self, tmp_path: Path) -> None:
         """--overwrite on a folder of other things (a home folder, say) is refused."""
         family = make_family(tmp_path)
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "thesis.tex").write_text("x")
-        with pytest.raises(imf.ConfigError, match="not a checkpoint"):
+        with pytest.raises(imf.ConfigError, match="not the output of a merge"):
             imf.merge(config_of(family, tmp_path / "out"), overwrite=True)
         assert (tmp_path / "out" / "thesis.tex").exists()
 
@@ -510,6 +566,20 @@ class TestOutputFolder:
         before = listing(tmp_path)
         with pytest.raises(imf.ConfigError, match="is or contains the input"):
             imf.merge(config_of(family, tmp_path / which), overwrite=True)
+        assert listing(tmp_path) == before
+
+    @pytest.mark.parametrize("place", ["out", ".out.isomerge/run-0/new"])
+    def test_shards_of_an_input_that_are_links_into_the_output(self, tmp_path: Path, place: str) -> None:
+        """Into what is replaced, or into where it is built; by a folder of links, or by the folder itself."""
+        (base, experts) = make_family(tmp_path)
+        (tmp_path / place).mkdir(parents=True)
+        shutil.move(base / "model.safetensors", tmp_path / place / "model.safetensors")
+        (base / "model.safetensors").symlink_to(tmp_path / place / "model.safetensors")
+        before = listing(tmp_path)
+        for given in (base, tmp_path / place):
+            for options in ({}, {"overwrite": True}, {"resume": True}):
+                with pytest.raises(imf.ConfigError, match="is or contains the input"):
+                    imf.merge(config_of((given, experts), tmp_path / "out"), **options)
         assert listing(tmp_path) == before
 
     def test_empty_folder_and_missing_parents_are_fine(self, tmp_path: Path) -> None:
@@ -584,10 +654,10 @@ def test_resume_is_byte_identical(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert not (tmp_path / "out").exists()
     with pytest.raises(imf.ConfigError, match="unfinished merge"):
         imf.merge(config)
-    journal = (tmp_path / ".out.isomerge/journal.jsonl").read_bytes()
+    journal = (run_folders(tmp_path / "out")[0] / "journal.jsonl").read_bytes()
     with pytest.raises(imf.ConfigError, match="other inputs, options or versions"):
         imf.merge({**config, "scaling": [0.5, 2.0]}, resume=True)
-    assert (tmp_path / ".out.isomerge/journal.jsonl").read_bytes() == journal
+    assert (run_folders(tmp_path / "out")[0] / "journal.jsonl").read_bytes() == journal
     imf.merge(config, resume=True)
     resumed = listing(tmp_path / "out")
     assert {name: data for name, data in resumed.items() if name != "report.json"} == {
@@ -606,7 +676,7 @@ def test_resume_does_not_trust_the_journal(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(Killed):
         imf.merge(config)
     monkeypatch.undo()
-    staged = tmp_path / ".out.isomerge/new/model.safetensors"
+    staged = run_folders(tmp_path / "out")[0] / "new/model.safetensors"
     content = bytearray(staged.read_bytes())
     content[-300:-200] = bytes(100)
     staged.write_bytes(bytes(content))
@@ -623,9 +693,9 @@ def test_killed_inside_the_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     old = listing(tmp_path / "out")
     real_rename, count = os.rename, 0
 
-    def rename(source: Path, target: Path) -> None:
+    def rename(source: Any, target: Any, **options: Any) -> None:
         nonlocal count
-        real_rename(source, target)
+        real_rename(source, target, **options)
         count += tmp_path / "out" in (source, target)
         if count == step:
             raise Killed

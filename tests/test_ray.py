@@ -639,7 +639,7 @@ def test_no_space_for_one_worker(
     code, stdout, _ = invoke("run", "--ray", write_config(merge), "--device", "cpu", "--threads", 1, "--format", "json")
     error = json.loads(stdout)["error"]
     assert (code, error["kind"]) == (4, "resource")
-    file = re.escape(str(merge.staging / "new/model.safetensors"))
+    file = re.escape(f"{merge.staging}/run-") + "[0-9a-f]+/new/model.safetensors"
     assert re.fullmatch(
         rf"unit \d \(model\.safetensors: 4 tensors .*\) on {HOST}: {file}: no space left while writing; .*--resume",
         error["message"],

@@ -56,3 +56,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise VerificationError(f"{path}: not a manifest of format {FORMAT}")
     return manifest
+
+
+def listed_files(manifest: Mapping[str, Any]) -> frozenset[str]:
+    """Return the relative names of all files that the merge wrote, the manifest and the report among them."""
+    return frozenset(manifest["files"])
