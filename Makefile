@@ -26,8 +26,10 @@ test-peers: $(VENV)/.installed-peers ## run what is tested inside and beside mer
 test-slow: $(VENV)/.installed-test ## run only the tests marked slow, and those that `make test` leaves out
 	$(BIN)/pytest -m 'slow or long'
 
-faults: $(VENV)/.installed-test ## 10,000 kill points and 100,000 fuzzed inputs (about 25 minutes on one core)
+faults: $(VENV)/.installed-test ## kills, pairs without locks, failing disks and fuzzed inputs (about 40 minutes on one core)
 	$(BIN)/python tests/fault_driver.py --points 10000
+	$(BIN)/python tests/fault_pairs.py --pairs 100
+	$(BIN)/python tests/fault_disk.py --rounds 100
 	$(BIN)/python tests/fault_fuzz.py --inputs 100000
 
 bench: $(VENV)/.installed-bench ## time and error beside numpy, torch, FusionBench, mergekit (under 10 minutes on 2 cores)
