@@ -9,18 +9,51 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable
-from contextlib import redirect_stdout
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 
-from .errors import ConfigError, IsomergeError
+from .errors import ConfigError, IsomergeError, ResourceError, visible
+from .terminal import CLOSED_PIPE, Stopped, guard_streams, stoppable, take_failure
+
+# click's, of which typer may have a copy of its own.
+UsageError: Any = typer.BadParameter.__base__
+INTERRUPTED = "isomerge: interrupted; --resume continues"
+
+
+class Verbs(TyperGroup):
+    """The verbs, from the first word of theirs that is read."""
+
+    def make_context(self, *arguments: Any, **options: Any) -> Any:
+        with _told():
+            return super().make_context(*arguments, **options)
+
+    def invoke(self, ctx: Any) -> Any:
+        with _told():
+            return super().invoke(ctx)
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """Shows what was given in a wrong way instead of obeying it, and says what comes after an interruption."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        print(INTERRUPTED, file=sys.stderr)
+        raise typer.Exit(stop.exit_code if isinstance(stop, Stopped) else 130) from None
+    except UsageError as error:
+        error.message = visible(error.message)
+        raise
+
 
 app = typer.Typer(
+    cls=Verbs,
     name="isomerge",
     help="Merge fine-tuned checkpoints of one base model with Iso-C and Iso-CTS.",
     no_args_is_help=True,
@@ -180,11 +213,23 @@ class OptionalAddress(TyperCommand):
         return super().parse_args(ctx, told)
 
 
-def answer(format: Format, value: dict[str, Any], human: Callable[[], None]) -> None:
+def answer(format: Format, value: dict[str, Any], human: Callable[[], None], *, done: str | None = None) -> None:
+    """Prints what a verb has found.
+
+    Args:
+        done: what stands all the same if that cannot be printed; without it the verb has failed then.
+    """
     if format is Format.json:
-        print(json.dumps(value, ensure_ascii=False))
+        print_json(value)
     else:
         human()
+    if done is not None and (error := take_failure(sys.stdout)):
+        print(f"isomerge: {done}; only its report could not be printed ({error.strerror})", file=sys.stderr)
+
+
+def print_json(value: dict[str, Any]) -> None:
+    """In ASCII, for any terminal and encoding; DEL is the one control that JSON has no need to escape."""
+    print(json.dumps(value).replace("\x7f", "\\u007f"))
 
 
 def guarded(format: Format, action: Callable[[], None]) -> None:
@@ -194,16 +239,13 @@ def guarded(format: Format, action: Callable[[], None]) -> None:
     except IsomergeError as error:
         if format is Format.json:
             details = {"kind": error.kind, "exit_code": error.exit_code, "message": str(error)}
-            print(json.dumps({"error": details}, ensure_ascii=False))
-        else:
+            print_json({"error": details})
+        if format is Format.human or take_failure(sys.stdout):
             print(f"isomerge: {error}", file=sys.stderr)
         raise typer.Exit(error.exit_code) from None
     except MemoryError as error:
-        print(f"isomerge: out of memory ({error})", file=sys.stderr)
+        print(f"isomerge: out of memory ({visible(str(error))})", file=sys.stderr)
         raise typer.Exit(4) from None
-    except KeyboardInterrupt:
-        print("isomerge: interrupted; --resume continues", file=sys.stderr)
-        raise typer.Exit(130) from None
 
 
 @app.command(cls=OptionalAddress)
@@ -241,7 +283,7 @@ def run(
                 max_ram=parse_bytes(max_ram, "--max-ram"),
                 max_vram=parse_bytes(max_vram, "--max-vram"),
             )
-        answer(format, report.to_dict(), lambda: print_report(report))
+        answer(format, report.to_dict(), lambda: print_report(report), done="the merge is finished and written")
 
     guarded(format, action)
 
@@ -356,7 +398,7 @@ def apply(
                 max_ram=parse_bytes(max_ram, "--max-ram"),
                 max_vram=parse_bytes(max_vram, "--max-vram"),
             )
-        answer(format, report.to_dict(), lambda: print_report(report))
+        answer(format, report.to_dict(), lambda: print_report(report), done="the merge is finished and written")
 
     guarded(format, action)
 
@@ -437,7 +479,7 @@ def bench(
 
     def say(doing: str) -> None:
         if format is Format.human and sys.stderr.isatty():
-            print(f"… {doing}", file=sys.stderr)
+            print(f"… {visible(doing)}", file=sys.stderr)
 
     def action() -> None:
         from .console import print_bench, print_estimate
@@ -479,7 +521,7 @@ def demo(
             raise ConfigError(str(error)) from error
 
         quiet = format is Format.json
-        result = run_demo(out, seed=seed, say=(lambda _: None) if quiet else print)
+        result = run_demo(out, seed=seed, say=lambda text: None if quiet else print(visible(text, keep="\n")))
         answer(format, result.to_dict(), lambda: None)
 
     guarded(format, action)
@@ -503,9 +545,28 @@ def main() -> None:
     # one busy process; with this spin count 0.12 s and 0.39 s, with 1000 0.14 s and 0.33 s.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    if os.environ.get("PYTHONIOENCODING") is None and hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # α and Σ on an ASCII terminal
-    app()
+    guard_streams()
+    with stoppable(INTERRUPTED):
+        sys.exit(_exit_code())
+
+
+def _exit_code() -> int:
+    """Runs the verb of the command line. One whose answer could not be printed has failed, if it did nothing else."""
+    try:
+        app()
+        code = 0
+    except SystemExit as ended:
+        code = ended.code if isinstance(ended.code, int) else 0
+    except Exception:  # a mistake of ours
+        print(visible(traceback.format_exc(), keep="\n"), file=sys.stderr)
+        code = 1
+    lost = take_failure(sys.stdout)
+    if code or lost is None:
+        return code
+    if isinstance(lost, BrokenPipeError):  # whoever read it has seen enough
+        return CLOSED_PIPE
+    print(f"isomerge: standard output cannot be written to ({lost.strerror})", file=sys.stderr)
+    return ResourceError.exit_code
 
 
 if __name__ == "__main__":

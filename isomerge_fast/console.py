@@ -9,21 +9,30 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
+from rich.text import Text
 
+from .errors import visible
 from .plan import Plan, TensorPlan
-from .report import Observer, Progress, Report
+from .report import REPORT_FILE, Observer, Progress, Report
 from .verify import Verification
 
 # Wide enough for a line a tensor when the output goes to a file or a pipe.
 _PIPE_WIDTH = 160
 
 
+class _Console(Console):
+    """Prints lines and tables of plain text: whatever stands in a name is shown, and neither markup nor obeyed."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(visible(text), **options)
+
+
 def console() -> Console:
-    return Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH, soft_wrap=True, highlight=False)
+    width = None if sys.stdout.isatty() else _PIPE_WIDTH
+    return _Console(width=width, soft_wrap=True, highlight=False, markup=False, emoji=False)
 
 
 def size(count: float) -> str:
@@ -117,13 +126,13 @@ def print_plan(plan: Plan, found: dict[str, Any]) -> None:
         first = members[0]
         dtype = first.base.dtype if first.base.dtype == first.out_dtype else f"{first.base.dtype} → {first.out_dtype}"
         table.add_row(
-            escape(name),
+            name,
             str(len(members)),
-            escape(str(list(first.base.shape))),
+            str(list(first.base.shape)),
             dtype,
             first.action,
             first.route.name,
-            escape(first.reason),
+            first.reason,
         )
     out.print(table)
     out.print()
@@ -185,7 +194,7 @@ def print_report(report: Report, *, every_tensor: bool = False) -> None:
         for entry in report.tensors:
             numbers = [_number(entry.get(key)) for key in columns]
             table.add_row(
-                escape(entry["name"]),
+                entry["name"],
                 entry["algorithm"],
                 *numbers,
                 f"{entry['seconds']:.3f}",
@@ -215,13 +224,22 @@ def print_report(report: Report, *, every_tensor: bool = False) -> None:
         out.print(f"files: read {report.io['read']}, written {report.io['write']}")
     for entry in report.tensors:
         if remark := entry.get("remarks"):
-            out.print(f"note: {escape(entry['name'])}: {escape(remark)}")
-        if entry.get("certified") is False:
-            out.print(f"note: {escape(entry['name'])}: NOT certified, see report.json")
+            out.print(f"note: {entry['name']}: {remark}")
     _print_ranks(out, report)
     _print_notes(out, report.notes)
     for folder in report.outputs:
-        out.print(f"written: {escape(folder)}")
+        out.print(f"written: {folder}")
+    _print_uncertified(out, judged)
+
+
+def _print_uncertified(out: Console, judged: list[dict[str, Any]]) -> None:
+    """The last line, where there is one of these: the merge has ended well all the same."""
+    missed = [entry for entry in judged if not entry["certified"]]
+    if missed:
+        first = repr(missed[0]["name"])
+        if reason := missed[0].get("not_certified"):
+            first += f": {reason}"
+        out.print(f"NOT CERTIFIED: {len(missed)} of {len(judged)} tensors (first: {first}); see {REPORT_FILE}")
 
 
 def _print_workers(out: Console, report: Report) -> None:
@@ -230,7 +248,7 @@ def _print_workers(out: Console, report: Report) -> None:
     total = max(report.seconds.get("total", 0.0), 1e-9)
     for worker in report.workers:
         table.add_row(
-            escape(f"{worker['host']} {worker['pid']}"),
+            f"{worker['host']} {worker['pid']}",
             str(worker["units"]),
             str(worker["tensors"]),
             size(worker["read_bytes"]),
@@ -255,7 +273,7 @@ def _print_ranks(out: Console, report: Report) -> None:
     if deficient:
         first = deficient[0]
         others = f" and {len(deficient) - 1} other tensor(s)" if len(deficient) > 1 else ""
-        name = f"{escape(first['name'])} (rank {first['rank']} of {first['min_dim']})"
+        name = f"{first['name']} (rank {first['rank']} of {first['min_dim']})"
         out.print(f"note: {name}{others}: the sum is of low rank, and the result is kept in its range")
     lost = [entry["truncation"] for entry in report.tensors if "truncation" in entry]
     if lost:
@@ -268,17 +286,17 @@ def _number(value: Any) -> str:
 
 def _print_notes(out: Console, notes: Any) -> None:
     for note in notes:
-        out.print(f"note: {escape(note)}")
+        out.print(f"note: {note}")
 
 
 def print_verification(result: Verification) -> None:
     out = console()
-    out.print(f"{escape(result.folder)}: {result.tensors} tensors, {size(result.bytes)}: every checksum is right")
+    out.print(f"{result.folder}: {result.tensors} tensors, {size(result.bytes)}: every checksum is right")
     if result.recomputed:
         table = _table("recomputed in float64", ">scaling", ">error", ">allowed")
         for entry in result.recomputed:
             scaling = "delta" if entry["scaling"] is None else f"{entry['scaling']:g}"
-            table.add_row(escape(entry["name"]), scaling, f"{entry['error']:.1e}", f"{entry['allowed']:.1e}")
+            table.add_row(entry["name"], scaling, f"{entry['error']:.1e}", f"{entry['allowed']:.1e}")
         out.print(table)
     _print_notes(out, result.remarks)
 
@@ -289,7 +307,7 @@ def print_doctor(findings: dict[str, Any]) -> None:
     for key, value in findings["versions"].items():
         table.add_row(key, value)
     for key, value in findings["machine"].items():
-        table.add_row(key, escape(str(value)))
+        table.add_row(key, str(value))
     for check in findings["checks"]:
         verdict = "ok" if check["ok"] else "WRONG"
         table.add_row(
@@ -333,7 +351,7 @@ def print_bench(found: dict[str, Any]) -> None:
         "float32, in turn with ours; errors against float64 full SVDs"
     )
     for left_out in found["skipped"]:
-        out.print(f"no time for {escape(left_out)}")
+        out.print(f"no time for {left_out}")
 
 
 def print_estimate(found: dict[str, Any]) -> None:
@@ -345,7 +363,7 @@ def print_estimate(found: dict[str, Any]) -> None:
     table = _table(*columns, "timed")
     for group in found["groups"]:
         table.add_row(
-            escape(str(list(group["shape"]))),
+            str(list(group["shape"])),
             group["dtype"],
             group["action"],
             group["route"],
@@ -375,9 +393,9 @@ def print_estimate(found: dict[str, Any]) -> None:
 
 def _print_machine(out: Console, found: dict[str, Any]) -> None:
     machine, disk = found["machine"], found["disk"]
-    out.print(f"{escape(machine['device'])}, {machine['threads']} CPU thread(s), torch {machine['torch']}")
+    out.print(f"{machine['device']}, {machine['threads']} CPU thread(s), torch {machine['torch']}")
     out.print(
-        f"disk under {escape(disk['folder'])}: reads {disk['read_bytes_per_second'] / 1e9:.2f} GB/s, "
+        f"disk under {disk['folder']}: reads {disk['read_bytes_per_second'] / 1e9:.2f} GB/s, "
         f"writes {disk['write_bytes_per_second'] / 1e9:.2f} GB/s"
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -13,7 +14,7 @@ import torch
 
 from . import __version__
 from .checkpoint.journal import Journal
-from .checkpoint.manifest import describe_inputs, fingerprint, read_manifest, to_json
+from .checkpoint.manifest import MANIFEST_FILE, describe_inputs, fingerprint, read_manifest, to_json
 from .checkpoint.staging import Staging, check_replaceable
 from .checkpoint.writer import create_shard
 from .errors import ConfigError, InputError, ResourceError, VerificationError, nearest
@@ -107,6 +108,7 @@ def run(
         raise ConfigError(f"threads is {threads}; it is 1 or more")
     target = torch.device(device) if crew is not None else resolve_device(device)
     check_resources(plan, max_ram=max_ram, max_vram=max_vram, device=target)
+    _check_names(plan, plan.config.out)
     with Staging(Path(plan.config.out), resume=resume, overwrite=overwrite) as staging:
         description = _describe(plan, target)
         try:
@@ -153,6 +155,17 @@ def run(
             if isinstance(error, OSError):
                 raise ResourceError(f"{error.filename or staging.out}: {error.strerror}; --resume continues") from error
             raise
+
+
+def _check_names(plan: Plan, out: str) -> None:
+    """Raises ConfigError where a path is not UTF-8, as all that is written about it is JSON."""
+    checkpoints = (plan.base, *plan.experts)
+    inputs = [str(path.absolute()) for found in checkpoints for path in (found.path, *found.files)]
+    for name in (os.path.realpath(out), *inputs, *plan.companions):
+        try:
+            name.encode()
+        except UnicodeEncodeError as error:
+            raise ConfigError(f"{name}: is not UTF-8, so {MANIFEST_FILE} cannot record it; rename it") from error
 
 
 def _create_files(plan: Plan, staging: Staging, journal: Journal, resume: bool) -> None:

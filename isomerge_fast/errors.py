@@ -1,4 +1,6 @@
-"""What may go wrong, by the exit code it ends with. Every message names the file, tensor and shapes it is about."""
+"""What may go wrong, by the exit code it ends with. Every message names the file, tensor and shapes it is about, and
+whatever stands in these is shown, not obeyed.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +8,30 @@ import difflib
 from collections.abc import Iterable
 
 
+def visible(text: str, keep: str = "") -> str:
+    """Return ``text`` with all that a terminal would obey or hide (escapes, line ends, controls, changes of direction,
+    halves of surrogate pairs) written as ``repr`` writes it, but for the characters of ``keep``.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)
+
+
 class IsomergeError(Exception):
-    """Base of the errors a user can mend; ``exit_code`` is what the command line returns."""
+    """Base of the errors a user can mend; ``exit_code`` is what the command line returns.
+
+    The message is one line, and one more for each of ``problems``: names from files cannot begin another.
+    """
 
     exit_code = 1
     kind = "error"
+
+    def __init__(self, message: object = "", problems: Iterable[str] = ()) -> None:
+        self.message, self.problems = str(message), list(problems)
+        super().__init__(self.message, self.problems)
+
+    def __str__(self) -> str:
+        return "\n".join([visible(self.message), *(f"  - {visible(problem)}" for problem in self.problems)])
 
 
 class ConfigError(IsomergeError, ValueError):
@@ -25,10 +46,6 @@ class InputError(IsomergeError, ValueError):
 
     exit_code = 3
     kind = "input"
-
-    def __init__(self, message: str, problems: Iterable[str] = ()) -> None:
-        self.problems = list(problems)
-        super().__init__("\n".join([message, *(f"  - {problem}" for problem in self.problems)]))
 
 
 class InputChangedError(InputError):

@@ -85,9 +85,7 @@ def verify(folder: str | Path, *, samples: int = 4, seed: int = 0) -> Verificati
             if tensor not in recorded["tensors"]
         ]
     if problems:
-        raise VerificationError(
-            "\n".join([f"{root}: {len(problems)} problem(s)", *(f"  - {line}" for line in problems)])
-        )
+        raise VerificationError(f"{root}: {len(problems)} problem(s)", problems)
     remarks: list[str] = []
     recomputed = _recompute(root, manifest, outputs, samples, seed, remarks) if samples else []
     return Verification(str(root), tensors, total_bytes, recomputed, remarks)
@@ -144,7 +142,7 @@ def _recompute(
                         f"{result['error']:.1e}, allowed {result['allowed']:.1e}"
                     )
     if failures:
-        raise VerificationError("\n".join(failures))
+        raise VerificationError(failures[0], failures[1:])
     return results
 
 

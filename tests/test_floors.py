@@ -30,7 +30,7 @@ FLOORS = (
     {"output", "finishing", "forecast"},
     {"unit"},
     {"engine", "verify", "in_memory"},
-    {"api", "console", "doctor"},
+    {"api", "console", "doctor", "terminal"},
     {"demo", "bench", "integrations"},
     {"cli"},
     {"__init__", "__main__"},

@@ -978,7 +978,7 @@ def test_a_machine_with_another_version_or_without_it(
         merge.over_ray()
     first, *problems = str(raised.value).splitlines()
     assert first == "every machine of the Ray cluster needs the versions of this one:"
-    assert re.fullmatch(rf"  {HOST} \(.*\): isomerge-fast {re.escape(said)}; here it is {imf.__version__}", problems[0])
+    assert re.fullmatch(rf"  - {HOST} \(.*\): isomerge-fast {re.escape(said)}; here it is {imf.__version__}", problems[0])
     assert all("torch" in problem for problem in problems[1:])
     merge.expect_nothing()
 
@@ -997,9 +997,9 @@ def test_a_machine_that_does_not_see_the_files(
     assert first.startswith("every machine of the Ray cluster has to see the inputs and the output's folder")
     assert len(problems) == 2
     assert re.fullmatch(
-        rf"  {HOST} \(.*\): {re.escape(str(merge.folder))}: not the folder that the driver sees", problems[0]
+        rf"  - {HOST} \(.*\): {re.escape(str(merge.folder))}: not the folder that the driver sees", problems[0]
     )
-    assert re.fullmatch(rf"  {HOST} \(.*\): {re.escape(str(expert))}: No such file or directory", problems[1])
+    assert re.fullmatch(rf"  - {HOST} \(.*\): {re.escape(str(expert))}: No such file or directory", problems[1])
     merge.expect_nothing()
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 import fnmatch
 import json
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..errors import ResourceError
+from ..errors import ResourceError, visible
 from .writer import write_durably
 
 # What a checkpoint needs to load and to be used, and nothing else: no weights, optimizer states, logs or model card.
@@ -95,6 +96,13 @@ def _replace_dtype(node: dict[str, Any], dtype: str) -> None:
             _replace_dtype(value, dtype)
 
 
+def _code(text: str) -> str:
+    """Return ``text`` as a code span of Markdown, whatever stands in it."""
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    padding = " " if len(fence) > 1 else ""
+    return f"{fence}{padding}{visible(text)}{padding}{fence}"
+
+
 def model_card(recipe: Mapping[str, Any], *, kind: str, citation: str, version: str, library: str | None) -> str:
     """README.md of the merged checkpoint or adapter: what it was made of, and how to make it again.
 
@@ -110,16 +118,16 @@ def model_card(recipe: Mapping[str, Any], *, kind: str, citation: str, version: 
         "",
         f"# Merge of {len(experts)} {kind} with {recipe['method']}",
         "",
-        f"- Base: `{base}`",
-        *(f"- Expert: `{expert}`" for expert in experts),
+        f"- Base: {_code(base)}",
+        *(f"- Expert: {_code(expert)}" for expert in experts),
         f"- Method: {recipe['method']} ({citation}), scaling α = {scaling:g}",
         f"- Made with isomerge-fast {version}",
         "",
         "To make it again, `isomerge run` this file:",
         "",
         "```yaml",
-        # A JSON value is a YAML value.
-        *(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in recipe.items()),
+        # A JSON value is a YAML value, and an escape that ``visible`` makes is one of YAML's.
+        *(f"{key}: {visible(json.dumps(value, ensure_ascii=False))}" for key, value in recipe.items()),
         "out: merged",
         "```",
         "",

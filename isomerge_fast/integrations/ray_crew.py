@@ -193,9 +193,7 @@ class RayCrew:
                     other = found.get(package) or "not installed"
                     problems.append(f"{machine}: {package} {other}; here it is {version}")
         if problems:
-            raise ConfigError(
-                "every machine of the Ray cluster needs the versions of this one:\n  " + "\n  ".join(problems)
-            )
+            raise ConfigError("every machine of the Ray cluster needs the versions of this one:", problems)
 
     def _check_files(self, plan: Plan, folder: Path) -> None:
         """Raises ResourceError where a machine does not see the inputs as they were planned, or the output's folder."""
@@ -215,7 +213,8 @@ class RayCrew:
         if problems:
             raise ResourceError(
                 "every machine of the Ray cluster has to see the inputs and the output's folder under the same paths, "
-                "on a file system that they share:\n  " + "\n  ".join(problems)
+                "on a file system that they share:",
+                problems,
             )
 
     def workers(self, plan: Plan, threads: int) -> int:
@@ -290,7 +289,7 @@ class RayCrew:
                 kind = next(
                     kind for kind in (InputError, ConfigError, ResourceError, IsomergeError) if isinstance(cause, kind)
                 )
-                raise kind(f"{at}: {cause}") from error
+                raise kind(f"{at}: {cause.message}", cause.problems) from error
             raise
         except exceptions.RayError as error:
             reason = str(error).strip().splitlines()[0]

@@ -1,0 +1,107 @@
+"""Where a program of ours meets the terminal: streams that fail, arguments with escapes in them, and signals."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
+from typing import TextIO
+
+# As a shell says of a program that a closed pipe has ended.
+CLOSED_PIPE = 128 + signal.SIGPIPE
+_STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class Stream(io.TextIOWrapper):
+    """A standard stream on which printing never raises: what it cannot encode it writes as an escape, and its first
+    error is kept for ``take_failure``. What was to be printed after that is dropped.
+    """
+
+    _error: OSError | None = None
+
+    def write(self, text: str) -> int:
+        with self._kept():
+            super().write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._kept():
+            super().flush()
+
+    def take_failure(self) -> OSError | None:
+        """Return the error that kept text from being printed since the last call, or None."""
+        self.flush()
+        error, self._error = self._error, None
+        return error
+
+    @contextmanager
+    def _kept(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self._error = self._error or error
+            # What is still in the buffer goes nowhere now: the interpreter tries again when it ends.
+            with suppress(OSError):
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, self.fileno())
+                os.close(nowhere)
+
+
+def take_failure(stream: TextIO) -> OSError | None:
+    """Return why something printed on ``stream`` since the last call is lost, or None."""
+    return stream.take_failure() if isinstance(stream, Stream) else None
+
+
+def guard_streams() -> None:
+    """Make standard output and standard error a ``Stream`` each, those included that were closed from the start."""
+    # Else the next file that is opened takes the place, and what a library writes to its standard error goes into it.
+    while (descriptor := os.open(os.devnull, os.O_RDONLY)) <= 2:
+        pass
+    os.close(descriptor)
+    sys.stdout, sys.stderr = _guarded(sys.stdout, 1), _guarded(sys.stderr, 2)
+
+
+def _guarded(stream: TextIO | None, descriptor: int) -> Stream:
+    if stream is None:  # closed
+        return Stream(open(descriptor, "wb"), "utf-8", "backslashreplace")
+    stream.flush()
+    return Stream(stream.buffer, stream.encoding, "backslashreplace", line_buffering=stream.isatty())
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal that asks the process to end; ``exit_code`` is what a shell calls that."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.exit_code = 128 + number
+
+
+@contextmanager
+def stoppable(message: str) -> Iterator[None]:
+    """Turn the first SIGINT, SIGTERM or SIGHUP into ``Stopped`` where the main thread is; the second one ends the
+    process there, as a kill would, after ``message``. A signal that was ignored before stays so (nohup).
+    """
+    is_stopping = False
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        nonlocal is_stopping
+        if is_stopping:
+            with suppress(OSError):
+                os.write(2, f"{message}\n".encode())
+            os._exit(128 + number)
+        is_stopping = True
+        raise Stopped(number)
+
+    for number in _STOPPING:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number in _STOPPING:
+            if signal.getsignal(number) is stop:
+                signal.signal(number, signal.SIG_DFL)  # what comes now has nothing to clean up, and no traceback
