@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -158,14 +159,17 @@ def run(
 
 
 def _check_names(plan: Plan, out: str) -> None:
-    """Raises ConfigError where a path is not UTF-8, as all that is written about it is JSON."""
+    """Raises ConfigError where a path is bytes that are no text, as all that is written about it is JSON."""
     checkpoints = (plan.base, *plan.experts)
     inputs = [str(path.absolute()) for found in checkpoints for path in (found.path, *found.files)]
     for name in (os.path.realpath(out), *inputs, *plan.companions):
         try:
             name.encode()
         except UnicodeEncodeError as error:
-            raise ConfigError(f"{name}: is not UTF-8, so {MANIFEST_FILE} cannot record it; rename it") from error
+            encoding = sys.getfilesystemencoding()
+            raise ConfigError(
+                f"{name}: no text in {encoding}, so {MANIFEST_FILE} cannot record it; rename it"
+            ) from error
 
 
 def _create_files(plan: Plan, staging: Staging, journal: Journal, resume: bool) -> None:

@@ -21,6 +21,7 @@ class Stream(io.TextIOWrapper):
     error is kept for ``take_failure``. What was to be printed after that is dropped.
     """
 
+    before: TextIO | None = None
     _error: OSError | None = None
 
     def write(self, text: str) -> int:
@@ -67,9 +68,11 @@ def guard_streams() -> None:
 
 def _guarded(stream: TextIO | None, descriptor: int) -> Stream:
     if stream is None:  # closed
-        return Stream(open(descriptor, "wb"), "utf-8", "backslashreplace")
+        return Stream(open(descriptor, "wb", closefd=False), "utf-8", "backslashreplace")
     stream.flush()
-    return Stream(stream.buffer, stream.encoding, "backslashreplace", line_buffering=stream.isatty())
+    guarded = Stream(stream.buffer, stream.encoding, "backslashreplace", line_buffering=bool(stream.line_buffering))
+    guarded.before = stream  # which would close the buffer that they share
+    return guarded
 
 
 class Stopped(KeyboardInterrupt):

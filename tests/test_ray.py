@@ -978,7 +978,9 @@ def test_a_machine_with_another_version_or_without_it(
         merge.over_ray()
     first, *problems = str(raised.value).splitlines()
     assert first == "every machine of the Ray cluster needs the versions of this one:"
-    assert re.fullmatch(rf"  - {HOST} \(.*\): isomerge-fast {re.escape(said)}; here it is {imf.__version__}", problems[0])
+    assert re.fullmatch(
+        rf"  - {HOST} \(.*\): isomerge-fast {re.escape(said)}; here it is {imf.__version__}", problems[0]
+    )
     assert all("torch" in problem for problem in problems[1:])
     merge.expect_nothing()
 
@@ -1150,3 +1152,25 @@ def test_a_driver_killed_with_a_cluster_of_its_own(
     report = json.loads(done.stdout)
     assert sum(worker["tensors"] for worker in report["workers"] if not worker["units"]) >= 2 * held
     merge.expect_done()
+
+
+@pytest.mark.slow
+def test_a_cluster_whose_head_is_lost(unconnected: None, families: dict[str, Family], tmp_path: Path) -> None:
+    """A word of ours comes before Ray ends the process, and nobody writes any more then."""
+    merge = Merge(tmp_path, families["eight"])
+    machine = Machine(tmp_path / "orders")
+    given = merge.order(machine, "pwrite", "/new/", "hold", lines=2)
+    line = command("run", write_config(merge), "--ray", "local", "--threads", 1, "--device", "cpu")
+    environment = {**os.environ, **machine.environment}
+    with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as driver:
+        wait_for(lambda: given.obeyed or driver.poll() is not None, "a worker is held")
+        below = psutil.Process(driver.pid).children(recursive=True)
+        (head,) = [process for process in below if process.name() == "gcs_server"]
+        head.kill()
+        stdout, stderr = driver.communicate(timeout=PATIENCE_SECONDS)
+    assert (driver.returncode, stdout) == (4, "")
+    said = r"isomerge: the head of the Ray cluster \([\d.]+:\d+\) has not answered for 30 s; --resume continues\n"
+    assert re.fullmatch(said, stderr)
+    assert all(map(is_gone, given.obeyed))
+    given.take_back()
+    merge.resume_locally()

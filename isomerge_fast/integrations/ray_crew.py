@@ -7,11 +7,13 @@ that every machine sees under the same paths; tasks are given paths and slices o
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, chdir, contextmanager, nullcontext
+from contextlib import AbstractContextManager, chdir, contextmanager, nullcontext, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -45,6 +47,9 @@ OBJECT_STORE_BYTES = 100_000_000
 # How long a machine may take to answer, and how long there may be no machine on which a unit could run.
 ANSWER_SECONDS, PATIENCE_SECONDS = 60.0, 60.0
 POLL_SECONDS = 0.5
+# How long a cluster's head may be silent, and how long tasks may take to end then. After 60 s Ray ends this process
+# and what still works of the cluster, with a word of its own only; to leave the cluster takes 8 s of these.
+HEAD_SECONDS, ANSWER_SECONDS_WITHOUT_HEAD = 30.0, 10.0
 # For a first word from an address. (Ray tries for 160 s and more where something else listens there, or nothing does.)
 CONNECT_SECONDS = 5.0
 # How a client of HTTP/2 begins, without settings of its own. A cluster's head answers with its own: a frame of type 4.
@@ -72,7 +77,8 @@ def ray_crew(address: str | None, *, device: str, threads: int | None) -> Iterat
 
     connected = ray.is_initialized()
     if not connected:
-        _connect(address)
+        with _own_signals():
+            _connect(address)
     try:
         crew = RayCrew(device, threads)
         crew.check_versions()
@@ -80,6 +86,17 @@ def ray_crew(address: str | None, *, device: str, threads: int | None) -> Iterat
     finally:
         if not connected:
             ray.shutdown()
+
+
+@contextmanager
+def _own_signals() -> Iterator[None]:
+    """Keeps what this process does at a SIGTERM, for which Ray has a way of its own."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if before is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
 
 
 def _connect(address: str | None) -> None:
@@ -228,7 +245,7 @@ class RayCrew:
         """See ``engine.Crew``. Units are divided for as many workers as there are now, the largest first.
 
         Raises:
-            ResourceError: no machine is large enough for one worker; a unit failed for good.
+            ResourceError: no machine is large enough for one worker; a unit failed for good; the head is lost.
             InputError: a weight that is not finite, and the like.
         """
         import ray
@@ -249,6 +266,7 @@ class RayCrew:
         overview = _Overview(plan, job, units, claims, observer)
         results: list[UnitResult] = []
         hopeless_since: float | None = None
+        head = _Head(lambda: self.workers(plan, job.threads), workers)
         try:
             while waiting:
                 done, _ = ray.wait(list(waiting), timeout=overview.pause_seconds)
@@ -257,14 +275,18 @@ class RayCrew:
                     results.append(result)
                     overview.finished(result)
                 overview.update()
-                if done or self.workers(plan, job.threads):
+                if head.silent_seconds > HEAD_SECONDS:
+                    raise ResourceError(f"{head} has not answered for {HEAD_SECONDS:.0f} s; --resume continues")
+                if done or head.workers:
                     hopeless_since = None
                 elif hopeless_since is None:
                     hopeless_since = time.monotonic()
                 elif time.monotonic() - hopeless_since > PATIENCE_SECONDS:
                     raise ResourceError(f"{self._too_small(plan, job.threads)}; --resume continues")
         finally:
-            _end_all(list(waiting))
+            head.leave()
+            lost = head.silent_seconds > HEAD_SECONDS
+            _end_all(list(waiting), ANSWER_SECONDS_WITHOUT_HEAD if lost else ANSWER_SECONDS)
         return sorted(results, key=lambda result: result.number)
 
     def _result(self, reference: Any, unit: Unit, plan: Plan) -> UnitResult:
@@ -351,6 +373,39 @@ def _machines() -> list[_Machine]:
     return [_Machine(node) for node in ray.nodes() if node["Alive"]]
 
 
+class _Head:
+    """The cluster's head, asked again and again by a thread of its own: Ray waits in the call for one that is gone.
+
+    Attributes:
+        workers: how many units the cluster could work on at a time, by its last answer.
+    """
+
+    def __init__(self, ask: Callable[[], int], workers: int) -> None:
+        import ray
+
+        self._ask, self.workers = ask, workers
+        self._address = ray.get_runtime_context().gcs_address
+        self._answered = time.monotonic()
+        self._left = threading.Event()
+        threading.Thread(target=self._watch, name="isomerge-ray-head", daemon=True).start()
+
+    def __str__(self) -> str:
+        return f"the head of the Ray cluster ({self._address})"
+
+    @property
+    def silent_seconds(self) -> float:
+        return time.monotonic() - self._answered
+
+    def leave(self) -> None:
+        self._left.set()
+
+    def _watch(self) -> None:
+        while not self._left.wait(POLL_SECONDS):
+            with suppress(Exception):  # that is no answer either
+                self.workers = self._ask()
+                self._answered = time.monotonic()
+
+
 def _remote(function: Callable[..., Any], **options: Any) -> Any:
     """A Ray task."""
     import ray
@@ -358,8 +413,8 @@ def _remote(function: Callable[..., Any], **options: Any) -> Any:
     return ray.remote(**options)(function)
 
 
-def _end_all(references: list[Any]) -> None:
-    """Ends tasks, and returns when nobody writes any more."""
+def _end_all(references: list[Any], patience: float) -> None:
+    """Ends tasks, and returns when nobody writes any more, or after ``patience`` seconds."""
     import ray
 
     if not references:
@@ -370,7 +425,7 @@ def _end_all(references: list[Any]) -> None:
     for reference in running:
         ray.cancel(reference, force=True)
     if running:
-        ray.wait(running, num_returns=len(running), timeout=ANSWER_SECONDS)
+        ray.wait(running, num_returns=len(running), timeout=patience)
 
 
 def _ask_all(question: Callable[..., Any], *arguments: Any) -> list[tuple[_Machine, Any]]:
