@@ -181,7 +181,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not YAML ({' '.join(str(error).split())})") from error
+        raise ConfigError(f"{path}: not YAML ({error})") from error
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: not a mapping of keys to values")
     return raw
