@@ -5,6 +5,7 @@ whatever stands in these is shown, not obeyed.
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Iterable
 
 
@@ -77,8 +78,25 @@ class VerificationError(IsomergeError):
     kind = "verification"
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
+def nearest(word: object, known: Iterable[str]) -> str:
     """`` (did you mean 'x'?)``, or the list of what is known."""
     known = sorted(known)
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    start = word[:SHOWN_CHARACTERS] if isinstance(word, str) else ""
+    close = difflib.get_close_matches(start, known, n=1, cutoff=0.5)
     return f" (did you mean {close[0]!r}?)" if close else f" (known: {', '.join(known)})"
+
+
+# Of a value that a file holds, in a message: such a value may be a megabyte long, or a short text that unfolds to it.
+SHOWN_CHARACTERS = 80
+_SHORT = reprlib.Repr()
+# It cuts out the middle, and what is left is cut at its end: a list of cut texts is long as well.
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 3 * SHOWN_CHARACTERS
+
+
+def shown(value: object) -> str:
+    """Return a value as Python writes it, cut to a readable length."""
+    try:
+        text = _SHORT.repr(value)
+    except ValueError:  # of a number with thousands of digits, which Python does not write out
+        text = "a number of thousands of digits"
+    return text if len(text) <= SHOWN_CHARACTERS else text[: SHOWN_CHARACTERS - 1] + "…"

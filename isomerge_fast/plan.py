@@ -16,7 +16,7 @@ import torch
 
 from .checkpoint.adapter import Adapter, LoraPair, base_name
 from .checkpoint.adapter_output import merged_settings
-from .checkpoint.companions import companion_files
+from .checkpoint.companions import code_files, companion_files
 from .checkpoint.direct_io import READ_BYTES
 from .checkpoint.layout import (
     ADAPTER_FILE,
@@ -287,7 +287,7 @@ def make_plan(
     if config.stochastic_rounding is not None and not any(plan.rounding_seed is not None for plan in tensors):
         raise ConfigError("stochastic_rounding: no merged tensor is written as bfloat16 (dtype: bfloat16 does that)")
     companions = tuple(companion_files(base.path)) if base.is_folder and config.adapter_rank is None else ()
-    notes = tuple(_notes(config, base, experts, tensors))
+    notes = tuple(_notes(config, base, experts, tensors, code_files(companions)))
     return Plan(config, base, experts, tuple(tensors), companions, budget, notes)
 
 
@@ -521,9 +521,18 @@ def _choose_method(
 
 
 def _notes(
-    config: MergeConfig, base: Checkpoint, experts: tuple[Checkpoint, ...], tensors: list[TensorPlan]
+    config: MergeConfig,
+    base: Checkpoint,
+    experts: tuple[Checkpoint, ...],
+    tensors: list[TensorPlan],
+    code: list[str],
 ) -> Iterable[str]:
     """What might surprise, each with what changes it."""
+    if code:
+        yield (
+            f"code is copied from {base.path}, which loading the output with trust_remote_code would run: "
+            f"{', '.join(code)}"
+        )
     tables = [
         plan.name
         for plan in tensors

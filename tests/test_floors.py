@@ -19,8 +19,8 @@ SOURCES = {"isomerge_kernels": ROOT / "kernels" / "isomerge_kernels", "isomerge_
 
 # Lowest first. A module may import what lies on a lower row, never its own row's neighbours.
 FLOORS = (
-    {"isomerge_kernels", "errors"},
-    {"ops", "checkpoint", "report", "heap", "mergekit_recipe"},
+    {"isomerge_kernels", "errors", "regular_files"},
+    {"ops", "checkpoint", "report", "heap", "mergekit_recipe", "strict_yaml"},
     {"linalg"},
     {"methods"},
     {"config"},
@@ -50,7 +50,7 @@ LAZY = {"__init__", "api", "cli"}
 
 EVERYWHERE = {"torch", "triton", "numpy", "safetensors"}
 PEOPLE = {"pydantic", "typer", "click", "rich", "yaml", "matplotlib", "sklearn"}
-ALSO = {"cli": PEOPLE, "console": {"rich"}, "demo": PEOPLE}
+ALSO = {"cli": PEOPLE, "console": {"rich"}, "demo": PEOPLE, "strict_yaml": {"yaml"}}
 ALSO_IN_FUNCTIONS = {"config": {"pydantic", "yaml"}, "checkpoint": {"xxhash"}}
 
 

@@ -5,13 +5,18 @@ from __future__ import annotations
 import copy
 import fnmatch
 import json
+import os
 import re
-from collections.abc import Iterable, Mapping
+import unicodedata
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..errors import ResourceError, visible
-from .writer import write_durably
+from ..errors import InputError, ResourceError, visible
+from .checksum import Checksum
+from .direct_io import READ_BYTES, page_buffer
+from .folder import list_folder, open_own
+from .writer import write_blocks_durably
 
 # What a checkpoint needs to load and to be used, and nothing else: no weights, optimizer states, logs or model card.
 # One level of sub-folders is for sentence-transformers' modules (1_Pooling/config.json) and chat templates.
@@ -43,34 +48,75 @@ COMPANION_PATTERNS = (
     "LICENSE*",
     "NOTICE*",
 )
+# Weights and their indexes, whatever else their names look like.
+_NEVER = ("*.safetensors", "*.safetensors.index.json")
 _DTYPE_KEYS = ("dtype", "torch_dtype")
 
 
 def companion_files(folder: Path) -> list[str]:
-    """Relative names of the files to copy, sorted."""
-    candidates = [path for pattern in ("*", "*/*") for path in folder.glob(pattern) if path.is_file()]
-    names = sorted(path.relative_to(folder).as_posix() for path in candidates)
-    return [name for name in names if any(_matches(name, pattern) for pattern in COMPANION_PATTERNS)]
+    """Return the relative names of the files to copy, sorted. Each of them can be opened.
+
+    Raises:
+        InputError: a folder that cannot be listed; a companion that is no regular file, cannot be read, leads out of
+            the folder, or is told from another one by case alone.
+    """
+    names = [name for name in list_folder(folder) if not os.path.isdir(folder / name)]
+    inner = [pattern.split("/")[0] for pattern in COMPANION_PATTERNS if "/" in pattern]
+    for name in list_folder(folder):
+        if os.path.isdir(folder / name) and any(fnmatch.fnmatchcase(name, pattern) for pattern in inner):
+            names += [
+                f"{name}/{file}" for file in list_folder(folder / name) if not os.path.isdir(folder / name / file)
+            ]
+    found = sorted(name for name in names if any(_matches(name, pattern) for pattern in COMPANION_PATTERNS))
+    found = [name for name in found if not any(fnmatch.fnmatchcase(name, pattern) for pattern in _NEVER)]
+    known: dict[str, str] = {}
+    for name in found:
+        other = known.setdefault(unicodedata.normalize("NFC", name).casefold(), name)
+        if other != name:
+            raise InputError(f"{folder}: {other!r} and {name!r} are one file where case is not told; remove one")
+        try:
+            os.close(open_own(folder, name)[0])
+        except OSError as error:
+            raise InputError(f"{folder / name}: cannot be read ({error.strerror})") from error
+    return found
+
+
+def code_files(companions: Iterable[str]) -> list[str]:
+    """Return those that are run where the output is loaded with ``trust_remote_code``."""
+    return [name for name in companions if name.endswith(".py")]
 
 
 def _matches(name: str, pattern: str) -> bool:
     return name.count("/") == pattern.count("/") and fnmatch.fnmatchcase(name, pattern)
 
 
-def copy_companions(source: Path, target: Path, names: Iterable[str]) -> None:
-    """Copies contents (links are followed), never modes: the output's follow the umask. They are on disk afterwards.
+def copy_companions(source: Path, target: Path, names: Iterable[str]) -> dict[str, str]:
+    """Copy contents, never modes: the output's follow the umask. Return the checksums of what is on disk afterwards.
 
     Raises:
+        InputError: a file that leads out of ``source`` by now.
         ResourceError: naming the file that cannot be read or written.
     """
+    checksums = {}
     for name in names:
-        try:
-            content = (source / name).read_bytes()
-        except OSError as error:
-            raise ResourceError(f"{source / name}: cannot be read ({error.strerror}); --resume continues") from error
-        destination = target / name
-        destination.parent.mkdir(exist_ok=True)
-        write_durably(destination, content)
+        running = Checksum()
+        (target / name).parent.mkdir(exist_ok=True)
+        write_blocks_durably(target / name, _blocks(source, name, running))
+        checksums[name] = running.text
+    return checksums
+
+
+def _blocks(source: Path, name: str, running: Checksum) -> Iterator[memoryview]:
+    """Yield a file's bytes in blocks, each valid until the next: a tokenizer may have hundreds of megabytes."""
+    block = page_buffer()[:READ_BYTES]
+    try:
+        descriptor, _ = open_own(source, name)
+        with open(descriptor, "rb", buffering=0) as file:
+            while count := os.readv(file.fileno(), [block]):
+                running.update(block[:count])
+                yield block[:count]
+    except OSError as error:
+        raise ResourceError(f"{source / name}: cannot be read ({error.strerror}); --resume continues") from error
 
 
 def config_with_dtype(config: Mapping[str, Any], dtype: str | None) -> dict[str, Any]:

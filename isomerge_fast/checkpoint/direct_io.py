@@ -26,7 +26,7 @@ def page_buffer() -> memoryview:
     return _buffers.pages
 
 
-def open_direct(path: Path, flags: int) -> int | None:
+def open_direct(path: str | Path, flags: int) -> int | None:
     """A descriptor past the page cache, or None where the file system, or the system, has no such thing."""
     if not hasattr(os, "O_DIRECT"):
         return None

@@ -10,8 +10,10 @@ import hashlib
 import json
 import os
 import re
+import stat
 import struct
-from collections.abc import Iterable
+import unicodedata
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ..errors import InputError
+from ..errors import InputError, shown
+from ..regular_files import open_regular, read_regular
+from .folder import list_folder, read_own
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -29,7 +33,14 @@ ADAPTER_CONFIG_FILE = "adapter_config.json"
 TOKEN_TABLES = re.compile(r"(embed|lm_head|wte|output\.weight$|shared\.weight$)")
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
-MAX_TENSORS = 250_000  # a file; the largest real checkpoints hold about 20,000 in all their shards
+MAX_TENSORS = 250_000  # a file; the largest real checkpoints hold about 150,000 in all their shards
+MAX_VALUES = 12 * MAX_TENSORS  # in the header of a file: a tensor of four dimensions has eleven
+MAX_INDEX_BYTES = 32_000_000  # the largest real ones have under 20,000,000
+MAX_INDEXED = 1_000_000  # names in an index
+MAX_SETTINGS_BYTES = 16_000_000  # rank_pattern may name every module of a model, and that is all that grows
+MAX_NAME_CHARACTERS = 1_000  # of a tensor
+MAX_FILE_NAME_BYTES = 255  # of most file systems
+HASHED_BYTES = 1 << 20  # at once
 MAX_DIMS = 64  # torch's and numpy's own limit
 MAX_CONFIG_DEPTH = 100  # what is copied and written again by recursion
 LARGE_HEADER_BYTES = 16_000_000  # above this a header may be a tenth of its file at most
@@ -79,11 +90,42 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class FileIdentity:
-    """What tells that an input is the file it was: size, modification time and the hash of its header."""
+    """What tells that an input is the file it was: size, modification time and the hash of its header.
+
+    Attributes:
+        stamp: what the kernel alone sets, so that a file of the same size and time can be told too. It is of this
+            machine and of this process's plan: copying a file or changing its mode does not make another input of it,
+            and a network file system may say something else on every machine. So it is never written down, and does not
+            travel: None in other processes.
+    """
 
     size: int
     mtime_ns: int
     header_sha256: str
+    stamp: tuple[int, ...] | None = field(default=None, compare=False, repr=False)
+
+    @classmethod
+    def of(cls, status: os.stat_result, header_sha256: str) -> FileIdentity:
+        return cls(status.st_size, status.st_mtime_ns, header_sha256, _stamp(status))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return FileIdentity, (self.size, self.mtime_ns, self.header_sha256)
+
+    @property
+    def recorded(self) -> dict[str, Any]:
+        """What a later process may compare with."""
+        return {"size": self.size, "mtime_ns": self.mtime_ns, "header_sha256": self.header_sha256}
+
+    def is_of(self, status: os.stat_result) -> bool:
+        """Whether a file has this size, modification time and stamp; its header is another question."""
+        same = (status.st_size, status.st_mtime_ns) == (self.size, self.mtime_ns)
+        return same and self.stamp in (None, _stamp(status))
+
+
+def _stamp(status: os.stat_result) -> tuple[int, ...]:
+    """ctime; inode and device where these are of a disk. (FUSE numbers files anew when it has forgotten them.)"""
+    place = (status.st_ino, status.st_dev) if os.major(status.st_dev) else ()
+    return (status.st_ctime_ns, *place)
 
 
 @dataclass(frozen=True)
@@ -112,14 +154,21 @@ def element_count(shape: Iterable[int]) -> int:
     return count
 
 
-def parse_json(data: bytes, what: str) -> Any:
-    """JSON without duplicate keys, NaN literals or broken escapes."""
+def parse_json(data: bytes, what: str, *, most_values: int | None = None) -> Any:
+    """Return what JSON says that has no duplicate keys, NaN literals or broken escapes.
+
+    Args:
+        most_values: more are refused before they are parsed. (Parsed, ``[[],[],…`` takes 25 times its own bytes.)
+    """
+    # Every value but a container's first follows a comma. Those in texts count too, and texts have few.
+    if most_values is not None and data.count(b",") + data.count(b"[") + data.count(b"{") > most_values:
+        raise InputError(f"{what}: more than {most_values} values; refused")
 
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
         result: dict[str, Any] = {}
         for key, value in items:
             if key in result:
-                raise InputError(f"{what}: key {key!r} occurs twice")
+                raise InputError(f"{what}: key {shown(key)} occurs twice")
             result[key] = value
         return result
 
@@ -151,9 +200,9 @@ def read_header(path: Path) -> tuple[dict[str, StoredTensor], FileIdentity]:
         InputError: naming the file, and the tensor where there is one.
     """
     try:
-        with open(path, "rb") as file:
-            status = os.fstat(file.fileno())
-            prefix = file.read(8)
+        descriptor, status = open_regular(path)
+        with open(descriptor, "rb") as file:
+            prefix = file.read(8) if status.st_size >= 8 else b""  # files of /proc, which have no size, may wait
             if len(prefix) < 8:
                 raise InputError(f"{path}: {status.st_size} bytes, too short for a safetensors file")
             (header_bytes,) = struct.unpack("<Q", prefix)
@@ -167,7 +216,9 @@ def read_header(path: Path) -> tuple[dict[str, StoredTensor], FileIdentity]:
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error
 
-    header = parse_json(raw, f"{path}: header")
+    header_sha256 = hashlib.sha256(prefix + raw).hexdigest()
+    header = parse_json(raw, f"{path}: header", most_values=MAX_VALUES)
+    del raw
     if not isinstance(header, dict):
         raise InputError(f"{path}: the header is not a JSON object")
     header.pop("__metadata__", None)
@@ -190,10 +241,24 @@ def read_header(path: Path) -> tuple[dict[str, StoredTensor], FileIdentity]:
             pass
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path}: refused by safetensors ({error})") from error
-    return tensors, FileIdentity(status.st_size, status.st_mtime_ns, hashlib.sha256(prefix + raw).hexdigest())
+    return tensors, FileIdentity.of(status, header_sha256)
+
+
+def hash_header(descriptor: int) -> str:
+    """Return the SHA-256 of an open safetensors file's length field and header, which is read in blocks."""
+    running = hashlib.sha256(prefix := os.pread(descriptor, 8, 0))
+    position, end = len(prefix), len(prefix) + int.from_bytes(prefix, "little")
+    while position < end and (block := os.pread(descriptor, min(HASHED_BYTES, end - position), position)):
+        running.update(block)
+        position += len(block)
+    return running.hexdigest()
 
 
 def _parse_entry(path: Path, name: str, entry: Any, data_start: int) -> StoredTensor:
+    if len(name) > MAX_NAME_CHARACTERS:
+        raise InputError(
+            f"{path}: tensor {shown(name)} has a name of {len(name)} characters; refused above {MAX_NAME_CHARACTERS}"
+        )
     where = f"{path}: tensor {name!r}"
     if not name or any(ord(character) < 32 or ord(character) == 127 for character in name):
         raise InputError(f"{where}: empty name or control characters in it")
@@ -201,9 +266,9 @@ def _parse_entry(path: Path, name: str, entry: Any, data_start: int) -> StoredTe
         raise InputError(f"{where}: its header entry needs dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise InputError(f"{where}: dtype {dtype!r} is not supported")
+        raise InputError(f"{where}: dtype {shown(dtype)} is not supported")
     if not isinstance(shape, list) or not all(type(size) is int and 0 <= size < 2**48 for size in shape):
-        raise InputError(f"{where}: shape {shape!r} is not a list of sizes")
+        raise InputError(f"{where}: shape {shown(shape)} is not a list of sizes")
     if len(shape) > MAX_DIMS:
         raise InputError(f"{where}: {len(shape)} dimensions; refused above {MAX_DIMS}")
     if (
@@ -211,7 +276,7 @@ def _parse_entry(path: Path, name: str, entry: Any, data_start: int) -> StoredTe
         or len(offsets) != 2
         or not all(type(o) is int and 0 <= o < 2**56 for o in offsets)
     ):
-        raise InputError(f"{where}: data_offsets {offsets!r} are not two offsets")
+        raise InputError(f"{where}: data_offsets {shown(offsets)} are not two offsets")
     expected = element_count(shape) * DTYPES[dtype].itemsize
     if offsets[1] - offsets[0] != expected:
         raise InputError(
@@ -222,7 +287,7 @@ def _parse_entry(path: Path, name: str, entry: Any, data_start: int) -> StoredTe
 
 def parse_settings(data: bytes, what: str) -> dict[str, Any]:
     """A JSON object that can be copied and written again."""
-    settings = parse_json(data, what)
+    settings = parse_json(data, what, most_values=MAX_INDEXED)
     if not isinstance(settings, dict):
         raise InputError(f"{what}: not a JSON object")
     level: list[Any] = [settings]
@@ -233,58 +298,86 @@ def parse_settings(data: bytes, what: str) -> dict[str, Any]:
     return settings
 
 
-def find_index(folder: Path) -> Path | None:
-    """``model.safetensors.index.json``, or the one index of another name (diffusers has its own), or None."""
-    if (folder / INDEX_FILE).is_file():
+def find_index(folder: Path, names: Collection[str]) -> Path | None:
+    """``model.safetensors.index.json``, or the one index of another name (diffusers has its own), or None.
+
+    Args:
+        names: of what is in the folder.
+    """
+    if INDEX_FILE in names:
         return folder / INDEX_FILE
-    others = sorted(folder.glob("*.safetensors.index.json"))
+    others = [name for name in names if name.endswith(".safetensors.index.json")]
     if len(others) > 1:
-        raise InputError(
-            f"{folder}: several indexes ({', '.join(path.name for path in others[:5])}) and no {INDEX_FILE}"
-        )
-    return others[0] if others else None
+        raise InputError(f"{folder}: several indexes ({', '.join(others[:5])}) and no {INDEX_FILE}")
+    return folder / others[0] if others else None
 
 
-def weight_files(folder: Path) -> tuple[list[Path], Path | None, dict[str, str]]:
+def weight_files(folder: Path, names: Collection[str]) -> tuple[list[Path], Path | None, dict[str, str]]:
     """The safetensors files of a folder; its index and that index's ``weight_map`` when it has one.
 
     Shards are looked up by name (hub caches are links into ``blobs/``), so names must be plain.
+
+    Args:
+        names: of what is in the folder. What is listed and cannot be opened is an error: nothing takes its place.
     """
-    single = folder / SINGLE_FILE
-    index = find_index(folder)
+    index = find_index(folder, names)
     if index is not None:
-        parsed = parse_json(_read_small(index), str(index))
-        weight_map = parsed.get("weight_map") if isinstance(parsed, dict) else None
-        if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
-            raise InputError(f"{index}: no weight_map of tensor names to shard names")
+        weight_map = _read_index(index)
         shards = sorted(set(weight_map.values()))
-        for shard in shards:
-            if shard in ("", ".", "..") or any(c in "/\\" or ord(c) < 32 for c in shard):
-                raise InputError(f"{index}: shard {shard!r} is not a plain file name; refused")
-            try:
-                is_there = (folder / shard).is_file()
-            except OSError as error:  # a name that is too long, for one
-                raise InputError(f"{index}: shard {shard!r} cannot be opened ({error.strerror})") from error
-            if not is_there:
-                raise InputError(f"{index}: shard {shard!r} is missing from {folder}")
-        if single.is_file() and SINGLE_FILE not in shards:
+        check_shard_names(index, shards)
+        missing = next((shard for shard in shards if shard not in names), None)
+        if missing is not None:
+            raise InputError(f"{index}: shard {missing!r} is missing from {folder}")
+        if SINGLE_FILE in names and SINGLE_FILE not in shards:
             raise InputError(f"{folder}: holds both {SINGLE_FILE} and {index.name}; remove the one that is stale")
         return [folder / shard for shard in shards], index, weight_map
-    if single.is_file():
-        return [single], None, {}
-    others = sorted(folder.glob("*.safetensors"))
+    if SINGLE_FILE in names:
+        return [folder / SINGLE_FILE], None, {}
+    others = [name for name in names if name.endswith(".safetensors")]
     if len(others) == 1:
-        return others, None, {}
+        check_shard_names(folder, others)
+        return [folder / others[0]], None, {}
     if others:
-        names = ", ".join(path.name for path in others[:5])
-        raise InputError(f"{folder}: several .safetensors files and no {INDEX_FILE} ({names}, …)")
-    pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
+        raise InputError(f"{folder}: several .safetensors files and no {INDEX_FILE} ({', '.join(others[:5])}, …)")
+    pickles = [name for name in names if name.endswith((".bin", ".pt", ".pth"))]
     if pickles:
         raise InputError(
             f"{folder}: only pickled weights ({pickles[0]}), which are never opened. "
             "Convert: AutoModel.from_pretrained(folder).save_pretrained(other_folder)"
         )
     raise InputError(f"{folder}: no .safetensors file in it")
+
+
+def _read_index(index: Path) -> dict[str, str]:
+    """The ``weight_map`` of an index."""
+    try:
+        data, _ = read_regular(index, MAX_INDEX_BYTES)
+    except OSError as error:
+        raise InputError(f"{index}: cannot be read ({error.strerror})") from error
+    parsed = parse_json(data, str(index), most_values=MAX_INDEXED)
+    weight_map = parsed.get("weight_map") if isinstance(parsed, dict) else None
+    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise InputError(f"{index}: no weight_map of tensor names to shard names")
+    return weight_map
+
+
+def check_shard_names(where: Path, shards: Iterable[str]) -> None:
+    """Raise InputError where a shard's name leaves its folder, or cannot be one of the output's.
+
+    The output's shards are called like the base's. They end in .safetensors, as nothing else of an output does; and
+    they differ in more than case or Unicode's form, which some file systems do not tell apart.
+    """
+    known: dict[str, str] = {}
+    for shard in shards:
+        if shard in ("", ".", "..") or "/" in shard or "\\" in shard or not shard.isprintable():
+            raise InputError(f"{where}: shard {shown(shard)} is not a plain file name; refused")
+        if not shard.endswith(".safetensors"):
+            raise InputError(f"{where}: shard {shown(shard)} does not end in .safetensors; refused")
+        if len(os.fsencode(shard)) > MAX_FILE_NAME_BYTES:
+            raise InputError(f"{where}: shard {shown(shard)} has a name of over {MAX_FILE_NAME_BYTES} bytes; refused")
+        other = known.setdefault(unicodedata.normalize("NFC", shard).casefold(), shard)
+        if other != shard:
+            raise InputError(f"{where}: shards {other!r} and {shard!r} are one file where case is not told; refused")
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
@@ -294,10 +387,16 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         InputError: the path, a shard, an index or a header is missing or malformed; the message names it.
     """
     root = Path(path)
-    if not root.exists():
-        raise InputError(f"{root}: no such checkpoint folder or .safetensors file")
-    if root.is_dir():
-        files, index, weight_map = weight_files(root)
+    try:
+        is_folder = stat.S_ISDIR(os.stat(root).st_mode)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise InputError(f"{root}: no such checkpoint folder or .safetensors file") from error
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not a name that a file can have"
+        raise InputError(f"{shown(str(root))}: cannot be opened ({reason})") from error
+    names = list_folder(root) if is_folder else []
+    if is_folder:
+        files, index, weight_map = weight_files(root, names)
     elif root.suffix == ".safetensors":
         files, index, weight_map = [root], None, {}
     else:
@@ -314,26 +413,17 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     if index is not None:
         for name, shard in weight_map.items():
             if name not in tensors or tensors[name].file.name != shard:
-                raise InputError(f"{root}: the index puts tensor {name!r} into {shard}, where it is not")
+                raise InputError(f"{root}: the index puts tensor {shown(name)} into {shard}, where it is not")
         unlisted = sorted(set(tensors) - set(weight_map))
         if unlisted:
             raise InputError(
                 f"{root}: the index does not list tensor {unlisted[0]!r} of {tensors[unlisted[0]].file.name}"
             )
     config = None
-    if root.is_dir() and (root / "config.json").is_file():
-        config = parse_settings(_read_small(root / "config.json"), str(root / "config.json"))
+    if "config.json" in names:
+        config = parse_settings(read_own(root, "config.json", MAX_SETTINGS_BYTES)[0], str(root / "config.json"))
     return Checkpoint(root, tensors, identities, config, index.name if index is not None else None)
 
 
 def _children(node: Any) -> Iterable[Any]:
     return node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
-
-
-def _read_small(path: Path) -> bytes:
-    try:
-        if path.stat().st_size > MAX_HEADER_BYTES:
-            raise InputError(f"{path}: larger than {MAX_HEADER_BYTES} bytes; refused")
-        return path.read_bytes()
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from error

@@ -5,7 +5,6 @@ It holds no times or random names, so the same merge gives the same bytes.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
@@ -24,7 +23,7 @@ def describe_inputs(checkpoints: Iterable[Checkpoint]) -> list[dict[str, Any]]:
     return [
         {
             "path": str(checkpoint.path.absolute()),
-            "files": {path.name: dataclasses.asdict(identity) for path, identity in sorted(checkpoint.files.items())},
+            "files": {path.name: identity.recorded for path, identity in sorted(checkpoint.files.items())},
         }
         for checkpoint in checkpoints
     ]

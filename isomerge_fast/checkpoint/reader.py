@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from ..errors import InputChangedError, UnreadableError
+from ..regular_files import IrregularFileError, open_regular
 from .direct_io import PAGE, READ_BYTES, copy_bytes, is_cached, lies_like, open_direct, page_buffer
-from .layout import DTYPES, Checkpoint, FileIdentity, StoredTensor
+from .layout import DTYPES, Checkpoint, FileIdentity, StoredTensor, hash_header
 
 # For what opens files beside us.
 SPARE_FILES = 64
@@ -130,13 +131,13 @@ class Reader:
             raise _unreadable(f"{file}: tensor {name!r}", error) from error
 
     def check_unchanged(self) -> None:
-        """Raises InputChangedError when an input's size or modification time is not what was planned."""
+        """Raises InputChangedError when an input is another file than was planned, or was changed."""
         for path, identity in self._identities.items():
             try:
                 status = os.stat(path)
             except OSError as error:
                 raise _unreadable(str(path), error) from error
-            if (status.st_size, status.st_mtime_ns) != (identity.size, identity.mtime_ns):
+            if not identity.is_of(status):
                 raise InputChangedError(f"{path}: changed during the merge")
 
     def _read_directly(self, descriptor: int, part: memoryview, position: int) -> int:
@@ -162,14 +163,17 @@ class Reader:
         """(a descriptor through the page cache, one past it where that is to be used)."""
         with self._lock:
             if path not in self._descriptors:
-                descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-                status, identity = os.fstat(descriptor), self._identities[path]
-                if (status.st_size, status.st_mtime_ns) != (identity.size, identity.mtime_ns):
+                descriptor, status = open_regular(path)
+                try:
+                    identity = self._identities[path]
+                    if not (identity.is_of(status) and hash_header(descriptor) == identity.header_sha256):
+                        raise InputChangedError(f"{path}: changed since the merge was planned")
+                except BaseException:
                     os.close(descriptor)
-                    raise InputChangedError(f"{path}: changed since the merge was planned")
+                    raise
                 direct = None
                 if self._direct and status.st_size >= READ_BYTES and not is_cached(descriptor, status.st_size):
-                    direct = open_direct(path, os.O_RDONLY)
+                    direct = open_direct(f"/dev/fd/{descriptor}", os.O_RDONLY)  # the same file, whatever is there now
                 self._descriptors[path] = (descriptor, direct)
             return self._descriptors[path]
 
@@ -178,6 +182,8 @@ def _unreadable(what: str, error: OSError) -> InputChangedError | UnreadableErro
     """A file that is gone will not come back by itself; a disk or a server may."""
     if error.errno in (errno.ENOENT, errno.ENOTDIR):
         return InputChangedError(f"{what}: gone during the merge ({error.strerror})")
+    if isinstance(error, IrregularFileError):
+        return InputChangedError(f"{what}: changed during the merge ({error.strerror})")
     return UnreadableError(f"{what}: cannot be read ({error.strerror}); --resume continues")
 
 

@@ -292,9 +292,15 @@ def _resource_error(path: Path, error: OSError) -> ResourceError:
 
 def write_durably(path: Path, data: bytes) -> None:
     """A small file, complete and on disk when this returns."""
+    write_blocks_durably(path, (data,))
+
+
+def write_blocks_durably(path: Path, blocks: Iterable[bytes | memoryview]) -> None:
+    """A file, block by block, complete and on disk when this returns."""
     try:
         with open(path, "wb") as file:
-            file.write(data)
+            for block in blocks:
+                file.write(block)
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:

@@ -287,6 +287,8 @@ class RayCrew:
             head.leave()
             lost = head.silent_seconds > HEAD_SECONDS
             _end_all(list(waiting), ANSWER_SECONDS_WITHOUT_HEAD if lost else ANSWER_SECONDS)
+        # Workers know size, time and header of what was planned; this process also what the kernel says of it.
+        Reader(files_of(plan.base, *plan.experts)).check_unchanged()
         return sorted(results, key=lambda result: result.number)
 
     def _result(self, reference: Any, unit: Unit, plan: Plan) -> UnitResult:

@@ -1,0 +1,81 @@
+"""A checkpoint's folder: what is in it, and the files that have to lie in it."""
+
+from __future__ import annotations
+
+import os
+from contextlib import ExitStack
+from pathlib import Path
+
+from ..errors import InputError
+from ..regular_files import open_regular, read_whole
+
+# Opened for what is inside it, which needs no right to list it.
+_FOLDER_FLAGS = os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC | getattr(os, "O_PATH", os.O_RDONLY)
+
+
+def list_folder(folder: Path) -> list[str]:
+    """Return the names of everything in a folder, sorted.
+
+    Raises:
+        InputError: it cannot be listed. (``glob`` takes such a folder for an empty one.)
+    """
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(entry.name for entry in entries)
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be listed ({error.strerror})") from error
+
+
+def open_own(folder: Path, name: str) -> tuple[int, os.stat_result]:
+    """Open a file whose contents become part of the output; return a descriptor for reading and the file's status.
+
+    Links may lead to other places in the folder. Those of a snapshot in the hub's cache (``models--…/snapshots/…``) may
+    also lead to the files themselves, which lie in ``blobs`` of the same repository. Any other would let whoever made
+    the folder put a file of this machine into the output.
+
+    Raises:
+        InputError: a link that leads elsewhere.
+        OSError: as ``open_regular``.
+    """
+    path = folder / name
+    home, target = Path(os.path.realpath(folder)), Path(os.path.realpath(path))
+    for root in (home, *_blobs(home)):
+        if target != root and target.is_relative_to(root):
+            return _open_below(root, target.relative_to(root).parts)
+    raise InputError(
+        f"{path}: leads out of its folder, to {target}, and only weights may lie elsewhere; if it belongs to the "
+        "checkpoint, put a copy in its place (cp --remove-destination)"
+    )
+
+
+def read_own(folder: Path, name: str, most_bytes: int) -> tuple[bytes, os.stat_result]:
+    """Return the bytes of a small file, and its status.
+
+    Raises:
+        InputError: as ``open_own``; it cannot be read, or is larger than ``most_bytes``.
+    """
+    try:
+        descriptor, status = open_own(folder, name)
+        with open(descriptor, "rb") as file:
+            return read_whole(file.fileno(), status, most_bytes), status
+    except OSError as error:
+        raise InputError(f"{folder / name}: cannot be read ({error.strerror})") from error
+
+
+def _blobs(home: Path) -> list[Path]:
+    """Where the files of a snapshot lie, or of a folder inside one."""
+    for revision in (home, *home.parents):
+        if revision.parent.name == "snapshots":
+            return [revision.parent.parent / "blobs"]
+    return []
+
+
+def _open_below(root: Path, parts: tuple[str, ...]) -> tuple[int, os.stat_result]:
+    """Open a file below ``root`` by a path that has no links in it, and gets none meanwhile."""
+    with ExitStack() as closing:
+        folder = os.open(root, _FOLDER_FLAGS)
+        closing.callback(os.close, folder)
+        for part in parts[:-1]:
+            folder = os.open(part, _FOLDER_FLAGS, dir_fd=folder)
+            closing.callback(os.close, folder)
+        return open_regular(parts[-1], dir_fd=folder, follow=False)

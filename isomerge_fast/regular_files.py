@@ -1,0 +1,86 @@
+"""Files that somebody gave us: regular ones alone are opened, and no open waits for anybody."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+
+_KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device or a terminal",
+    stat.S_IFBLK: "a device",
+    stat.S_IFLNK: "a link",
+}
+
+
+class IrregularFileError(OSError):
+    """Something that has a name in a folder and is no regular file."""
+
+
+def open_regular(
+    path: str | os.PathLike[str], *, dir_fd: int | None = None, follow: bool = True
+) -> tuple[int, os.stat_result]:
+    """Open a regular file; return a descriptor for reading and the file's status.
+
+    Opening a FIFO waits for a writer, and opening a device may do something, so that these are refused before. What
+    takes the file's place after that is opened without waiting, and refused then.
+
+    Args:
+        dir_fd: of the folder that a relative path begins at.
+        follow: whether the path itself may be a link.
+
+    Raises:
+        IrregularFileError: no regular file. OSError: as ``os.open``. Both say in ``strerror`` what is wrong.
+    """
+    try:
+        _require_regular(os.stat(path, dir_fd=dir_fd, follow_symlinks=follow), path)
+        flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW)
+        descriptor = os.open(path, flags, dir_fd=dir_fd)
+    except ValueError as error:  # a NUL, or half of a surrogate pair
+        raise OSError(errno.EINVAL, "not a name that a file can have", repr(path)) from error
+    try:
+        status = os.fstat(descriptor)
+        _require_regular(status, path)
+        os.set_blocking(descriptor, True)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor, status
+
+
+def read_regular(path: str | os.PathLike[str], most_bytes: int) -> tuple[bytes, os.stat_result]:
+    """Return a small file's bytes, as many as it had when it was opened, and its status then.
+
+    Raises:
+        OSError: as ``open_regular``; it is larger than ``most_bytes``.
+    """
+    descriptor, status = open_regular(path)
+    with open(descriptor, "rb") as file:
+        return read_whole(file.fileno(), status, most_bytes), status
+
+
+def read_whole(descriptor: int, status: os.stat_result, most_bytes: int) -> bytes:
+    """Return all bytes of a file that ``open_regular`` opened.
+
+    Files of /proc have no size, and some of them wait when they are read: nothing is read beyond the size.
+
+    Raises:
+        OSError: it is larger than ``most_bytes``, or cannot be read.
+    """
+    if status.st_size > most_bytes:
+        raise OSError(errno.EFBIG, f"{status.st_size} bytes; refused above {most_bytes}")
+    blocks = []
+    missing = status.st_size
+    while missing and (block := os.read(descriptor, missing)):
+        blocks.append(block)
+        missing -= len(block)
+    return blocks[0] if len(blocks) == 1 else b"".join(blocks)
+
+
+def _require_regular(status: os.stat_result, path: str | os.PathLike[str]) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        kind = _KINDS.get(stat.S_IFMT(status.st_mode), "no file")
+        raise IrregularFileError(errno.EINVAL, f"{kind}, not a regular file", os.fspath(path))
