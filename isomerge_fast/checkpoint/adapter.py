@@ -17,11 +17,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError
+from ..errors import InputError, shown
+from .folder import list_folder, read_own
 from .layout import (
     ADAPTER_CONFIG_FILE,
     ADAPTER_FILE,
     FLOAT_DTYPES,
+    MAX_SETTINGS_BYTES,
     TOKEN_TABLES,
     Checkpoint,
     FileIdentity,
@@ -29,9 +31,10 @@ from .layout import (
     parse_settings,
     read_header,
 )
+from .name_pattern import NamePattern, PatternError, is_plain_name
 
-MAX_SETTINGS_BYTES = 16_000_000  # rank_pattern may name every module of a model, and that is all that grows
 MAX_RANK = 2**31
+MAX_EXPRESSIONS = 1_000  # of one setting
 
 _MERGE_FIRST = "merge it into its base with PEFT's merge_and_unload, and give that folder as the expert"
 _CONVERT = "peft.save_as_lora makes a plain LoRA of it, or " + _MERGE_FIRST
@@ -143,8 +146,8 @@ class Adapter(Checkpoint):
 
 
 def is_adapter(path: str | os.PathLike[str]) -> bool:
-    """Whether ``path`` is a folder with an ``adapter_config.json``."""
-    return (Path(path) / ADAPTER_CONFIG_FILE).is_file()
+    """Whether ``path`` is a folder with an ``adapter_config.json``, be it one that cannot be read."""
+    return os.path.lexists(Path(path) / ADAPTER_CONFIG_FILE)
 
 
 def base_name(adapter: Adapter) -> str | None:
@@ -227,16 +230,16 @@ def _weights_file(folder: Path) -> Path:
     """The one file of an adapter's weights."""
     if not is_adapter(folder):
         raise InputError(f"{folder}: not a LoRA adapter; there is no {ADAPTER_CONFIG_FILE} in it")
-    others = ["*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin"]
-    models = sorted({path.name for pattern in others for path in folder.glob(pattern)} - {ADAPTER_FILE})
+    names = list_folder(folder)
+    models = [name for name in names if _is_of_a_model(name)]
     if models:
         raise InputError(
             f"{folder}: holds an adapter ({ADAPTER_CONFIG_FILE}) and weights beside it ({', '.join(models[:5])}); "
             "which of the two is meant cannot be told, so put them into folders of their own"
         )
-    if (folder / ADAPTER_FILE).is_file():
+    if ADAPTER_FILE in names:
         return folder / ADAPTER_FILE
-    if (folder / "adapter_model.bin").is_file():
+    if "adapter_model.bin" in names:
         raise InputError(
             f"{folder}: only pickled weights (adapter_model.bin), which are never opened. Convert: "
             "PeftModel.from_pretrained(base_model, folder).save_pretrained(other_folder)"
@@ -244,19 +247,18 @@ def _weights_file(folder: Path) -> Path:
     raise InputError(f"{folder}: {ADAPTER_FILE} is missing")
 
 
+def _is_of_a_model(name: str) -> bool:
+    if name.endswith((".safetensors", ".safetensors.index.json")):
+        return name != ADAPTER_FILE
+    return name.startswith("pytorch_model") and name.endswith(".bin")
+
+
 def _read_settings(file: Path) -> tuple[dict[str, Any], FileIdentity]:
     """``adapter_config.json``, when all that it switches on is read here."""
-    try:
-        with open(file, "rb") as opened:
-            status = os.fstat(opened.fileno())
-            data = opened.read(MAX_SETTINGS_BYTES + 1)
-    except OSError as error:
-        raise InputError(f"{file}: cannot be read ({error.strerror})") from error
-    if len(data) > MAX_SETTINGS_BYTES:
-        raise InputError(f"{file}: larger than {MAX_SETTINGS_BYTES} bytes; refused")
+    data, status = read_own(file.parent, file.name, MAX_SETTINGS_BYTES)
     settings = parse_settings(data, str(file))
     check_settings(file, settings)
-    return settings, FileIdentity(status.st_size, status.st_mtime_ns, hashlib.sha256(data).hexdigest())
+    return settings, FileIdentity.of(status, hashlib.sha256(data).hexdigest())
 
 
 def check_settings(where: object, settings: Mapping[str, Any]) -> None:
@@ -274,23 +276,23 @@ def check_settings(where: object, settings: Mapping[str, Any]) -> None:
         raise InputError(f"{where}: no peft_type in it; a PEFT adapter says what it is")
     if kind != "LORA":
         hint = _CONVERT if isinstance(kind, str) else "expected a name"
-        raise InputError(f"{where}: peft_type {_shown(kind)} is not read, only 'LORA'; {hint}")
+        raise InputError(f"{where}: peft_type {shown(kind)} is not read, only 'LORA'; {hint}")
     for key, value in settings.items():
         if key in _USED or key in _HARMLESS or _is_off(value):
             continue
         if key in _REFUSED:
-            raise InputError(f"{where}: {key} is {_shown(value)}: {_REFUSED[key]}")
+            raise InputError(f"{where}: {key} is {shown(value)}: {_REFUSED[key]}")
         raise InputError(
-            f"{where}: {key} is {_shown(value)}, a setting that is not known here, of a newer PEFT perhaps; "
+            f"{where}: {key} is {shown(value)}, a setting that is not known here, of a newer PEFT perhaps; "
             "if it changes nothing about how the adapter is applied, set it to null"
         )
     for key in ("use_rslora", "fan_in_fan_out"):
         if not isinstance(settings.get(key, False), bool):
-            raise InputError(f"{where}: {key} is {_shown(settings[key])}, expected true or false")
+            raise InputError(f"{where}: {key} is {shown(settings[key])}, expected true or false")
     if settings.get("bias", "none") not in ("none", "all", "lora_only"):
-        raise InputError(f"{where}: bias is {_shown(settings['bias'])}, expected 'none', 'all' or 'lora_only'")
+        raise InputError(f"{where}: bias is {shown(settings['bias'])}, expected 'none', 'all' or 'lora_only'")
     if not isinstance(settings.get("base_model_name_or_path"), str | None):
-        raise InputError(f"{where}: base_model_name_or_path is {_shown(settings['base_model_name_or_path'])}, no name")
+        raise InputError(f"{where}: base_model_name_or_path is {shown(settings['base_model_name_or_path'])}, no name")
 
     start = settings.get("init_lora_weights", True)
     if start is None or isinstance(start, bool) or (isinstance(start, str) and start.lower() in _PLAIN_STARTS):
@@ -300,17 +302,12 @@ def check_settings(where: object, settings: Mapping[str, Any]) -> None:
         hint = _SAVE_CONVERTED
     elif start == "loftq":
         hint = "it belongs to a quantized base; " + _MERGE_FIRST
-    raise InputError(f"{where}: init_lora_weights is {_shown(start)}: {hint}")
+    raise InputError(f"{where}: init_lora_weights is {shown(start)}: {hint}")
 
 
 def _is_off(value: Any) -> bool:
     """null, false or empty; not 0, which may be a value like any other."""
     return value is None or value is False or (isinstance(value, str | list | dict | set) and not value)
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "…"
 
 
 class _Scales:
@@ -324,60 +321,70 @@ class _Scales:
         self._file, self._root = file, bool(settings.get("use_rslora"))
         self._rank = _number(file, "r", settings.get("r"), is_rank=True)
         self._alpha = _number(file, "lora_alpha", settings.get("lora_alpha"))
-        self._ranks = self._patterns("rank_pattern", settings, is_rank=True)
-        self._alphas = self._patterns("alpha_pattern", settings)
+        self._ranks = _Patterns(file, "rank_pattern", settings, is_rank=True)
+        self._alphas = _Patterns(file, "alpha_pattern", settings)
 
     def of(self, module: str, a: StoredTensor, b: StoredTensor) -> float:
         """Raises InputError where the rank of A and B is not what the settings say."""
-        rank = self._find(self._ranks, module, self._rank)
+        rank = self._ranks.find(module, self._rank)
         if a.shape[0] != rank or b.shape[1] != rank:
             raise InputError(
                 f"{a.file}: {a.name!r} {list(a.shape)} and {b.name!r} {list(b.shape)} are not of rank {int(rank)}, "
                 f"which {self._file.name} says (r, rank_pattern)"
             )
-        alpha = self._find(self._alphas, module, self._alpha)
+        alpha = self._alphas.find(module, self._alpha)
         return alpha / math.sqrt(rank) if self._root else alpha / rank
 
-    def _patterns(
-        self, key: str, settings: Mapping[str, Any], *, is_rank: bool = False
-    ) -> list[tuple[str, re.Pattern[str], float]]:
-        given = settings.get(key)
-        if given is None:
-            return []
-        if not isinstance(given, dict):
-            raise InputError(f"{self._file}: {key} is {_shown(given)}, expected names with numbers")
-        patterns = []
-        for pattern, value in given.items():
-            number = _number(self._file, f"{key} of {_shown(pattern)}", value, is_rank=is_rank)
-            try:
-                patterns.append((pattern, re.compile(rf"(.*\.)?({pattern})$"), number))
-            except (re.error, OverflowError, RecursionError) as error:
-                raise InputError(
-                    f"{self._file}: {key}: {_shown(pattern)} is no regular expression ({error})"
-                ) from error
-        return patterns
 
-    @staticmethod
-    def _find(patterns: list[tuple[str, re.Pattern[str], float]], module: str, default: float) -> float:
-        for _, pattern, value in patterns:
-            if pattern.match(module):
-                return value
+class _Patterns:
+    """``rank_pattern`` or ``alpha_pattern``.
+
+    A pattern of letters, digits, ``_``, ``-`` and dots is a name or the end of one, and is looked up: a file may have
+    one for every module. The others are tried one after the other.
+    """
+
+    def __init__(self, file: Path, key: str, settings: Mapping[str, Any], *, is_rank: bool = False) -> None:
+        given = settings.get(key)
+        if not isinstance(given, dict | None):
+            raise InputError(f"{file}: {key} is {shown(given)}, expected names with numbers")
+        self._places: dict[str, int] = {}
+        self._names: dict[str, int] = {}
+        self._expressions: list[tuple[int, NamePattern]] = []
+        self._numbers: list[float] = []
+        for place, (pattern, value) in enumerate((given or {}).items()):
+            self._numbers.append(_number(file, f"{key} of {shown(pattern)}", value, is_rank=is_rank))
+            self._places[pattern] = place
+            if is_plain_name(pattern):
+                self._names[pattern] = place
+                continue
+            if len(self._expressions) == MAX_EXPRESSIONS:
+                raise InputError(f"{file}: {key} has more than {MAX_EXPRESSIONS} regular expressions; refused")
+            try:
+                self._expressions.append((place, NamePattern(pattern)))
+            except PatternError as error:
+                raise InputError(f"{file}: {key}: {shown(pattern)} {error}") from error
+
+    def find(self, module: str, default: float) -> float:
+        ends = [module, *(module[place + 1 :] for place, character in enumerate(module) if character == ".")]
+        named = min((self._names[end] for end in ends if end in self._names), default=len(self._numbers))
+        earlier = (place for place, pattern in self._expressions if place < named and pattern.matches(module))
         # A name may hold characters that mean something else in a pattern.
-        return next((value for pattern, _, value in patterns if pattern == module), default)
+        place = next(earlier, named if named < len(self._numbers) else self._places.get(module))
+        return default if place is None else self._numbers[place]
 
 
 def _number(file: Path, what: str, value: Any, *, is_rank: bool = False) -> float:
     """A finite number; a whole one above 0 where it is a rank."""
     if is_rank:
         if type(value) is not int or not 0 < value < MAX_RANK:
-            raise InputError(f"{file}: {what} is {_shown(value)}, expected a whole number above 0")
+            raise InputError(f"{file}: {what} is {shown(value)}, expected a whole number above 0")
         return value
     try:
         if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(float(value)):
             return float(value)
     except OverflowError:
         pass
-    raise InputError(f"{file}: {what} is {_shown(value)}, expected a finite number")
+    raise InputError(f"{file}: {what} is {shown(value)}, expected a finite number")
 
 
 @dataclass
