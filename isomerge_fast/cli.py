@@ -19,7 +19,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from .errors import ConfigError, IsomergeError, ResourceError, visible
+from .errors import ConfigError, IsomergeError, ResourceError, shown, visible
 from .terminal import CLOSED_PIPE, Stopped, guard_streams, stoppable, take_failure
 
 # click's, of which typer may have a copy of its own.
@@ -125,14 +125,17 @@ def parse_options(pairs: list[str] | None) -> dict[str, Any] | None:
     """``key=value`` pairs, values read as YAML scalars."""
     if not pairs:
         return None
-    import yaml
+    from .strict_yaml import parse_yaml
 
-    options = {}
+    options: dict[str, Any] = {}
     for pair in pairs:
         key, separator, value = pair.partition("=")
+        key = key.strip()
         if not separator:
-            raise ConfigError(f"--option {pair!r} is not key=value")
-        options[key.strip()] = yaml.safe_load(value)
+            raise ConfigError(f"--option {shown(pair)} is not key=value")
+        if key in options:
+            raise ConfigError(f"--option {shown(key)} is given twice")
+        options[key] = parse_yaml(value, f"--option {shown(key)}")
     return options
 
 

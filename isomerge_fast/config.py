@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import fnmatch
+import json
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from .errors import ConfigError, nearest
+from .errors import ConfigError, nearest, shown
 from .mergekit_recipe import is_recipe, read_recipe
+from .regular_files import read_regular
 
+MAX_BYTES = 8_000_000  # of a YAML file
+MAX_PATH_BYTES = 4_096  # as Linux has it
+# Errors that one message tells of, and its length.
+MAX_ERRORS, MAX_MESSAGE = 5, 500
 OUTPUT_DTYPES = ("float64", "float32", "float16", "bfloat16")
 # What may be said of three kinds of surprise.
 CHOICES = {
@@ -138,8 +144,8 @@ def load_config(source: str | os.PathLike[str] | Mapping[str, Any] | MergeConfig
     """
     changes = _plain({key: value for key, value in changes.items() if value is not None})
     if isinstance(source, MergeConfig):
-        return _checked(replace(source, **changes), "config")
-    if isinstance(source, Mapping):
+        raw, where = {each.name: getattr(source, each.name) for each in fields(source)}, "config"
+    elif isinstance(source, Mapping):
         raw, where = _plain(source), "config"
     else:
         where = str(source)
@@ -162,26 +168,16 @@ def _plain(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
-    import yaml
+    from .strict_yaml import parse_yaml
 
-    class StrictLoader(yaml.SafeLoader):
-        """Refuses a key that is given twice, which YAML's own loader lets the last one win."""
-
-    def mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise ConfigError(f"{path}:{node.start_mark.line + 1}: key {key!r} is given twice")
-        return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
-
-    StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, mapping)
     try:
-        with open(path, encoding="utf-8") as file:
-            raw = yaml.load(file, StrictLoader)
+        data, _ = read_regular(path, MAX_BYTES)
+        text = data.decode("utf-8-sig")
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not YAML ({error})") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not YAML (not UTF-8: {error.reason} at byte {error.start})") from error
+    raw = parse_yaml(text, str(path))
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: not a mapping of keys to values")
     return raw
@@ -192,17 +188,33 @@ def _validate(raw: Mapping[str, Any], where: str) -> MergeConfig:
 
     known = {field.name for field in fields(MergeConfig)}
     for key in raw:
+        if not isinstance(key, str):
+            raise ConfigError(f"{where}: the key {shown(key)} is not text")
         if key not in known:
-            raise ConfigError(f"{where}: unknown key {key!r}{nearest(str(key), known)}")
+            raise ConfigError(f"{where}: unknown key {shown(key)}{nearest(key, known)}")
     _check_keys(raw.get("overrides"), Override, f"{where}: ", "overrides")
-    for index, rules in enumerate(raw.get("weights") or []):
+    weights = raw.get("weights")
+    for index, rules in enumerate(weights if isinstance(weights, list) else ()):
         _check_keys(rules, WeightRule, f"{where}: ", f"weights[{index}]")
+    for key in ("scaling", "weights", "adapter_rank", "stochastic_rounding"):
+        if _has_flag(raw.get(key)):
+            raise ConfigError(f"{where}: {key} is {shown(raw[key])}; expected numbers, not true or false")
     # pydantic checks the stdlib dataclass as it stands, so there is one schema and the engine needs no pydantic.
     try:
         return TypeAdapter(MergeConfig).validate_python({key: value for key, value in raw.items() if value is not None})
     except ValidationError as error:
-        lines = [f"{'.'.join(str(part) for part in item['loc'])}: {item['msg']}" for item in error.errors()]
-        raise ConfigError(f"{where}: " + "; ".join(lines)) from error
+        found = error.errors(include_url=False, include_input=False)
+        lines = [f"{'.'.join(str(part) for part in item['loc'])}: {item['msg']}" for item in found[:MAX_ERRORS]]
+        lines += [f"… and {len(found) - MAX_ERRORS} more"] if len(found) > MAX_ERRORS else []
+        text = "; ".join(lines)
+        raise ConfigError(f"{where}: {text if len(text) <= MAX_MESSAGE else text[:MAX_MESSAGE] + '…'}") from error
+
+
+def _has_flag(value: Any) -> bool:
+    """Whether true or false stands for a number, which pydantic takes for 1 and 0."""
+    if isinstance(value, list | tuple):
+        return any(_has_flag(entry) for entry in value)
+    return isinstance(value.get("weight") if isinstance(value, Mapping) else value, bool)
 
 
 def _check_keys(entries: Any, kind: type, where: str, what: str) -> None:
@@ -211,12 +223,13 @@ def _check_keys(entries: Any, kind: type, where: str, what: str) -> None:
     for index, entry in enumerate(entries if isinstance(entries, list) else ()):
         for key in entry if isinstance(entry, Mapping) else ():
             if key not in known:
-                raise ConfigError(f"{where}unknown key {key!r} in {what}[{index}]{nearest(str(key), known)}")
+                raise ConfigError(f"{where}unknown key {shown(key)} in {what}[{index}]{nearest(key, known)}")
 
 
 def _checked(config: MergeConfig, where: str) -> MergeConfig:
     if not config.experts:
         raise ConfigError(f"{where}: experts is empty; at least one is needed")
+    _check_values(config, where)
     if not config.scalings:
         raise ConfigError(f"{where}: scaling is an empty list")
     for value in config.scalings:
@@ -225,13 +238,13 @@ def _checked(config: MergeConfig, where: str) -> MergeConfig:
     if len({f"{value:g}" for value in config.scalings}) != len(config.scalings):
         raise ConfigError(f"{where}: scaling lists a value twice")
     if config.dtype is not None and config.dtype not in OUTPUT_DTYPES:
-        raise ConfigError(f"{where}: dtype {config.dtype!r} is unknown{nearest(config.dtype, OUTPUT_DTYPES)}")
+        raise ConfigError(f"{where}: dtype {shown(config.dtype)} is unknown{nearest(config.dtype, OUTPUT_DTYPES)}")
     if config.stochastic_rounding is not None and not 0 <= config.stochastic_rounding < 2**63:
         raise ConfigError(f"{where}: stochastic_rounding is a seed, 0 or more; got {config.stochastic_rounding}")
     for key, choices in CHOICES.items():
         if getattr(config, key) not in choices:
             raise ConfigError(
-                f"{where}: {key} {getattr(config, key)!r} is unknown{nearest(getattr(config, key), choices)}"
+                f"{where}: {key} {shown(getattr(config, key))} is unknown{nearest(getattr(config, key), choices)}"
             )
     if config.weights is not None:
         _check_weights(config, where)
@@ -247,6 +260,26 @@ def _checked(config: MergeConfig, where: str) -> MergeConfig:
     if config.out is not None and Path(config.out).suffix == ".safetensors":
         raise ConfigError(f"{where}: out is a folder ({config.out}); the weights go into model.safetensors inside it")
     return config
+
+
+def _check_values(config: MergeConfig, where: str) -> None:
+    """Refuses paths that no file can have, options that are no plain values, and what cannot be written as JSON."""
+    for key, paths in {"base": [config.base], "experts": config.experts, "out": [config.out or "."]}.items():
+        for path in paths:
+            if not path:
+                raise ConfigError(f"{where}: {key} has an empty path")
+            if "\0" in path or len(path.encode(errors="surrogatepass")) > MAX_PATH_BYTES:
+                raise ConfigError(f"{where}: {key} is {shown(path)}, not a path that a file can have")
+    for options in (config.options, *(override.options for override in config.overrides)):
+        for key, value in options.items():
+            if not isinstance(value, str | int | float | None) or (isinstance(value, int) and abs(value) >= 2**63):
+                raise ConfigError(f"{where}: option {shown(key)} is {shown(value)}; expected a word or a number")
+    for key in (each.name for each in fields(config) if each.name != "out"):
+        value = getattr(config, key)
+        try:
+            json.dumps(value, default=asdict, ensure_ascii=False).encode()
+        except ValueError as error:  # half of a surrogate pair, or a number with thousands of digits
+            raise ConfigError(f"{where}: {key} is {shown(value)}, which cannot be written down") from error
 
 
 def _check_weights(config: MergeConfig, where: str) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
-from .errors import ConfigError, nearest
+from .errors import SHOWN_CHARACTERS, ConfigError, nearest, shown
 
 KEYS = (
     "base_model",
@@ -28,6 +28,7 @@ KEYS = (
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 # How many different filters are tried in all combinations to find what weights add up to.
 MOST_FILTERS = 10
+MAX_PATH_CHARACTERS = 4_096
 
 
 def is_recipe(raw: Mapping[str, Any]) -> bool:
@@ -63,7 +64,7 @@ def _number(value: Any) -> float:
         raise ValueError("a number")
     try:
         number = float(value)
-    except ValueError:
+    except (ValueError, OverflowError):
         raise ValueError("a number") from None
     if not math.isfinite(number):
         raise ValueError("a finite number")
@@ -289,18 +290,18 @@ class _Recipe:
         listed = self.raw.get("models")
         if not isinstance(listed, list) or not listed:
             self._fail("models is missing; it lists the models to be merged")
-        models: list[_Model] = []
+        models: dict[_Reference, _Model] = {}
         for index, entry in enumerate(listed):
             key = f"models[{index}]"
             if not isinstance(entry, Mapping) or entry.get("model") is None:
-                self._fail(f"{key} is {entry!r}; expected {{model: path/to/it, parameters: ...}}")
+                self._fail(f"{key} is {shown(entry)}; expected {{model: path/to/it, parameters: ...}}")
             self._check_keys(f"{key}.", entry, ("model", "parameters"))
             own = self._scope(f"{key}.parameters", entry.get("parameters"), per_model=True)
             model = _Model(self._reference(f"{key}.model", entry["model"]), (own, self.shared))
-            if model.reference in [other.reference for other in models]:
+            if model.reference in models:
                 self._fail(f"{key}.model: {model.reference} is listed twice")
-            models.append(model)
-        return models
+            models[model.reference] = model
+        return list(models.values())
 
     def _reference(self, key: str, value: Any) -> _Reference:
         """mergekit's ``path``, ``path+adapter`` or {model: ..., lora: ...}, of folders on disk.
@@ -343,8 +344,11 @@ class _Recipe:
 
     def _text(self, key: str, value: Any) -> str:
         if not isinstance(value, str | os.PathLike) or not os.fspath(value):
-            self._fail(f"{key} is {value!r}; expected the path of a checkpoint")
-        return str(os.fspath(value))
+            self._fail(f"{key} is {shown(value)}; expected the path of a checkpoint")
+        text = str(os.fspath(value))
+        if "\0" in text or len(text) > MAX_PATH_CHARACTERS:
+            self._fail(f"{key} is {shown(text)}, not a path that a file can have")
+        return text
 
     def _expert_path(self, base: _Reference, model: _Model) -> str:
         """The checkpoint, or the adapter where it is one on the base."""
@@ -363,7 +367,7 @@ class _Recipe:
         if values is None:
             values = {}
         if not isinstance(values, Mapping):
-            self._fail(f"{key} is {values!r}; expected names with values")
+            self._fail(f"{key} is {shown(values)}; expected names with values")
         known = self.method.parameters
         self._check_keys(f"{key}.", values, known)
         for name in values if per_model else ():
@@ -405,7 +409,7 @@ class _Recipe:
             self._check_keys(f"{here}.", entry, ("filter", "value"))
             part = entry.get("filter")
             if part is not None and not isinstance(part, str):
-                self._fail(f"{here}.filter is {part!r}; expected a part of a tensor's name, or '*'")
+                self._fail(f"{here}.filter is {shown(part)}; expected a part of a tensor's name, or '*'")
             if isinstance(entry.get("value"), list):
                 self._refuse(f"{here}.value", "a gradient over the layers; give a filter for each of them")
             value = self._value(f"{here}.value", entry.get("value"), read)
@@ -415,7 +419,7 @@ class _Recipe:
         try:
             return read(value)
         except ValueError as error:
-            self._fail(f"{key} is {value!r}; expected {error}")
+            self._fail(f"{key} is {shown(value)}; expected {error}")
 
     def _same_for_all(self, name: str) -> Any:
         """A parameter that has one value for all models and tensors."""
@@ -433,7 +437,7 @@ class _Recipe:
     def _method(self) -> tuple[str, _Method]:
         name = self.raw.get("merge_method")
         if not isinstance(name, str) or name not in METHODS:
-            self._fail(f"merge_method {name!r} is not honoured{nearest(str(name), METHODS)}")
+            self._fail(f"merge_method {shown(name)} is not honoured{nearest(name, METHODS)}")
         return name, METHODS[name]
 
     def _check_tokenizer(self, base: _Reference | None) -> None:
@@ -444,7 +448,7 @@ class _Recipe:
                 self._fail("tokenizer and tokenizer_source exclude each other")
             tokenizer, key = self.raw["tokenizer"], "tokenizer.source"
             if not isinstance(tokenizer, Mapping):
-                self._fail(f"tokenizer is {tokenizer!r}; expected {{source: base}}")
+                self._fail(f"tokenizer is {shown(tokenizer)}; expected {{source: base}}")
             self._check_keys("tokenizer.", tokenizer, ("source", "tokens", "pad_to_multiple_of"))
             for name in ("tokens", "pad_to_multiple_of"):
                 if tokenizer.get(name):
@@ -455,23 +459,27 @@ class _Recipe:
         if base is None:
             self._refuse(key, "without a base_model, whose tokenizer the output has")
         if source != "base" and (source == "union" or self._reference(key, source) != base):
-            self._refuse(key, f"{source!r}; the output has the tokenizer of base_model: 'base'")
+            self._refuse(key, f"{shown(source)}; the output has the tokenizer of base_model: 'base'")
 
     def _dtype(self, key: str) -> str | None:
         value = self.raw.get(key)
         if value is None:
             return None
-        name = str(value).removeprefix("torch.")
+        name = value.removeprefix("torch.") if isinstance(value, str) else ""
         if name not in DTYPES:
-            self._fail(f"{key} {value!r} is unknown{nearest(name, DTYPES)}")
+            self._fail(f"{key} {shown(value)} is unknown{nearest(name, DTYPES)}")
         return name
 
     # ------------------------------------------------------------------------------------------------------- messages
 
     def _check_keys(self, prefix: str, values: Mapping[Any, Any], known: Iterable[str]) -> None:
         for key in values:
+            if not isinstance(key, str):
+                self._fail(f"the key {prefix}{shown(key)} is not text")
             if key not in known:
-                self._fail(f"unknown key {prefix}{key}{nearest(str(key), known)}")
+                self._fail(
+                    f"unknown key {prefix}{key if len(key) <= SHOWN_CHARACTERS else shown(key)}{nearest(key, known)}"
+                )
 
     def _refuse(self, key: str, reason: str) -> NoReturn:
         self._fail(f"{key} is not honoured: {reason}")
