@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 
-from isomerge_fast.checkpoint.adapter import Adapter, LoraPair, base_name, is_adapter, misfits, open_adapter
+from isomerge_fast.checkpoint.adapter import Adapter, LoraPair, _Patterns, base_name, is_adapter, misfits, open_adapter
 from isomerge_fast.checkpoint.layout import Checkpoint, open_checkpoint
+from isomerge_fast.checkpoint.name_pattern import NamePattern, PatternError, is_plain_name
 from isomerge_fast.checkpoint.reader import Reader, files_of, whole
 from isomerge_fast.errors import InputError
 
@@ -327,6 +329,13 @@ REFUSED_SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     "alpha-pattern-value": ({"alpha_pattern": {"q": None}}, "alpha_pattern of 'q' is None, expected a finite"),
     "pattern": ({"alpha_pattern": {"q(": 1}}, r"alpha_pattern: 'q\(' is no regular expression"),
     "huge-pattern": ({"alpha_pattern": {"q{99999999999}": 1}}, "is no regular expression"),
+    "long-pattern": ({"alpha_pattern": {"(" + "q" * 2000 + ")": 1}}, "has 2002 characters; refused above 1000"),
+    "nested-pattern": ({"alpha_pattern": {"(" * 100 + "q" + ")" * 100: 1}}, "is nested too deeply"),
+    "repeating-pattern": ({"alpha_pattern": {"((q{99}){99}){99}": 1}}, "repeats more than is matched"),
+    "back-reference": ({"alpha_pattern": {r"(q)\1": 1}}, r"is no regular expression that is matched \(at '\\\\1'\)"),
+    "look-ahead": ({"alpha_pattern": {"(?=q)q": 1}}, r"has a group that begins with \(\?, which is not matched"),
+    "many-patterns": ({"alpha_pattern": {f"q+{n}": 1 for n in range(1001)}}, "more than 1000 regular expressions"),
+    "a-megabyte": ({"alpha_pattern": "q" * 1_000_000}, "alpha_pattern is 'q+…, expected names"),
 }
 
 
@@ -335,6 +344,72 @@ def test_settings_are_refused_by_name(tmp_path: Path, base: Checkpoint, changes:
     with pytest.raises(InputError, match=message) as caught:
         read(tmp_path, base, GOOD, **changes)
     assert "adapter_config.json" in str(caught.value)
+
+
+def test_patterns_that_take_python_hours(tmp_path: Path, base: Checkpoint) -> None:
+    """Of a few characters each: ``re`` tries 2^n or n^10 ways before it finds that none leads to the end."""
+    slow = ["(.*)*x", "(.+)+x", "(.|.)*x", ".*.*.*.*.*.*.*.*.*.*x", "(.?){40}x", "((([a-z.0-9]+)+)+)+x", "(a|a?)+x"]
+    started = time.perf_counter()
+    adapter = read(tmp_path, base, linear(Q, 8, 6), alpha_pattern={**dict.fromkeys(slow, 1), "q": 12})
+    assert time.perf_counter() - started < 2.0
+    assert adapter.pairs[f"{Q}.weight"].scale == 6.0
+    long = "a." * 400 + "b"
+    for pattern in (*slow, "(a*)*x", "(.*a){12}x"):
+        assert not NamePattern(pattern).matches(long), pattern
+    assert time.perf_counter() - started < 5.0
+
+
+def test_a_pattern_for_every_module(tmp_path: Path) -> None:
+    """4,000 of each: tried one after the other these would be 16 million matches."""
+    names = [f"m.{layer}.e.{expert}.w" for layer in range(40) for expert in range(100)]
+    file = tmp_path / "adapter_config.json"
+    patterns = _Patterns(file, "alpha_pattern", {"alpha_pattern": {name: at for at, name in enumerate(names)}})
+    started = time.perf_counter()
+    assert [patterns.find(name, -1.0) for name in names] == list(range(len(names)))
+    assert patterns.find("m.0.e.0.v", -1.0) == -1.0
+    assert time.perf_counter() - started < 1.0
+
+
+PIECES = [
+    "a",
+    "b",
+    ".",
+    r"\.",
+    r"\d",
+    "[ab]",
+    "[^a]",
+    "1",
+    "(?:",
+    "(",
+    ")",
+    "|",
+    "*",
+    "+",
+    "?",
+    "{2}",
+    "{1,}",
+    "^",
+    "$",
+    "*?",
+]
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    pattern=st.lists(st.sampled_from(PIECES), min_size=1, max_size=7).map("".join),
+    names=st.lists(st.text("ab1.", max_size=7), min_size=1, max_size=6),
+)
+def test_patterns_match_what_python_matches(pattern: str, names: list[str]) -> None:
+    """By PEFT's rule, ``(.*\\.)?(pattern)$``. What one does not compile the other refuses, and may refuse more."""
+    if is_plain_name(pattern):
+        return
+    try:
+        ours = NamePattern(pattern)
+    except PatternError:
+        return
+    theirs = re.compile(rf"(.*\.)?({pattern})$")
+    for name in names:
+        assert ours.matches(name) == (theirs.match(name) is not None), name
 
 
 def test_what_steers_training_only_is_read(tmp_path: Path, base: Checkpoint) -> None:

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
+import shutil
+import signal
+import socket
 import struct
+import tracemalloc
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -14,11 +20,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from isomerge_fast.checkpoint.companions import companion_files, config_with_dtype
-from isomerge_fast.checkpoint.layout import DTYPE_NAMES, DTYPES, open_checkpoint, read_header
+from isomerge_fast.checkpoint.adapter import open_adapter
+from isomerge_fast.checkpoint.checksum import Checksum
+from isomerge_fast.checkpoint.companions import companion_files, config_with_dtype, copy_companions
+from isomerge_fast.checkpoint.layout import DTYPE_NAMES, DTYPES, FileIdentity, open_checkpoint, read_header
+from isomerge_fast.checkpoint.manifest import describe_inputs
 from isomerge_fast.checkpoint.reader import Reader, files_of, whole
 from isomerge_fast.checkpoint.writer import OutputTensor, ShardWriter, create_shard
-from isomerge_fast.errors import InputError, ResourceError
+from isomerge_fast.errors import InputChangedError, InputError, ResourceError
+from isomerge_fast.regular_files import IrregularFileError, open_regular
 
 
 def every_dtype() -> dict[str, torch.Tensor]:
@@ -229,6 +239,258 @@ def test_a_changed_input_is_noticed(tmp_path: Path) -> None:
         reader.read(whole(checkpoint.tensors["conv.weight"]))
 
 
+def swap(file: Path, content: bytes) -> None:
+    """Puts another file in the place of one, with the same size and modification time."""
+    status = file.stat()
+    assert len(content) == status.st_size
+    other = file.with_name("other")
+    other.write_bytes(content)
+    os.utime(other, ns=(status.st_atime_ns, status.st_mtime_ns))
+    other.rename(file)
+
+
+def reordered(content: bytes) -> bytes:
+    """The same tensors ``a`` and ``z``, of equal size, in the other order in the file."""
+    length = struct.unpack("<Q", content[:8])[0]
+    header, data = json.loads(content[8 : 8 + length]), content[8 + length :]
+    header["a"]["data_offsets"], header["z"]["data_offsets"] = header["z"]["data_offsets"], header["a"]["data_offsets"]
+    text = json.dumps(header, separators=(",", ":")).encode().ljust(length)
+    assert len(text) == length
+    return content[:8] + text + data[len(data) // 2 :] + data[: len(data) // 2]
+
+
+def flipped(content: bytes) -> bytes:
+    return content[:-1] + bytes([content[-1] ^ 1])
+
+
+SWAPS: dict[str, Callable[[bytes], bytes]] = {"header": reordered, "weights": flipped, "nothing": bytes}
+
+
+@pytest.mark.parametrize("change", SWAPS.values(), ids=SWAPS)
+def test_a_swapped_input_is_noticed(tmp_path: Path, change: Callable[[bytes], bytes]) -> None:
+    """Of the same size and time, whatever in it differs: before anything is read, and at the end."""
+    file = tmp_path / "model.safetensors"
+    save_file({"a": torch.zeros(64, 64), "z": torch.ones(64, 64)}, file)
+    checkpoint = open_checkpoint(tmp_path)
+    with Reader(files_of(checkpoint)) as reader:
+        reader.read(whole(checkpoint.tensors["a"]))
+        swap(file, change(file.read_bytes()))
+        with pytest.raises(InputChangedError, match=r"model\.safetensors: changed during the merge"):
+            reader.check_unchanged()
+    with Reader(files_of(checkpoint)) as reader, pytest.raises(InputChangedError, match="changed since the merge was"):
+        reader.read(whole(checkpoint.tensors["a"]))
+
+
+def test_what_the_kernel_says_of_an_input_stays_here(tmp_path: Path) -> None:
+    """Another machine sees other inodes and times of change, and a copy has others: size, time and header count."""
+    file = tmp_path / "model.safetensors"
+    save_file({"a": torch.zeros(64, 64), "z": torch.ones(64, 64)}, file)
+    checkpoint = open_checkpoint(tmp_path)
+    before = describe_inputs([checkpoint])
+    assert before[0]["files"]["model.safetensors"].keys() == {"size", "mtime_ns", "header_sha256"}
+    file.chmod(0o640)
+    swap(file, file.read_bytes())
+    assert describe_inputs([open_checkpoint(tmp_path)]) == before
+    travelled = pickle.loads(pickle.dumps(files_of(checkpoint)))
+    assert travelled == files_of(checkpoint)
+    with Reader(travelled) as reader:
+        assert torch.equal(reader.read(whole(checkpoint.tensors["z"])), torch.ones(64, 64))
+        reader.check_unchanged()
+    swap(file, reordered(file.read_bytes()))
+    with Reader(travelled) as reader, pytest.raises(InputChangedError, match="changed since the merge was planned"):
+        reader.read(whole(checkpoint.tensors["a"]))
+
+
+def test_inodes_count_on_disks_only(tmp_path: Path) -> None:
+    """FUSE numbers a file anew when it has forgotten it: that is no change. Its ctime counts."""
+    (tmp_path / "x").write_bytes(b"x")
+    status = (tmp_path / "x").stat()
+
+    def seen(device: int, inode: int, ctime_ns: int) -> os.stat_result:
+        values = dict(zip(("st_mode", "st_ino", "st_dev"), status[:3], strict=True))
+        values |= {"st_ino": inode, "st_dev": device}
+        return os.stat_result(
+            (values["st_mode"], inode, device, *status[3:]),
+            {"st_size": status.st_size, "st_mtime_ns": status.st_mtime_ns, "st_ctime_ns": ctime_ns},
+        )
+
+    disk, fuse = os.makedev(8, 1), os.makedev(0, 50)
+    assert FileIdentity.of(seen(disk, 1, 5), "").is_of(seen(disk, 1, 5))
+    assert not FileIdentity.of(seen(disk, 1, 5), "").is_of(seen(disk, 2, 5))
+    assert not FileIdentity.of(seen(disk, 1, 5), "").is_of(seen(disk, 1, 6))
+    assert FileIdentity.of(seen(fuse, 1, 5), "").is_of(seen(fuse, 2, 5))
+    assert not FileIdentity.of(seen(fuse, 1, 5), "").is_of(seen(fuse, 1, 6))
+
+
+@pytest.fixture
+def impatient() -> Iterator[None]:
+    """Whoever waits for a FIFO is interrupted after a while."""
+
+    def interrupt(number: int, frame: object) -> None:
+        raise TimeoutError("something is waited for")
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    signal.alarm(10)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+def put_fifo(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def put_link_to_fifo(path: Path) -> None:
+    put_fifo(path.with_name("f"))
+    path.symlink_to("f")
+
+
+def put_socket(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as listening:  # of a relative path: such names are short
+        before = Path.cwd()
+        os.chdir(path.parent)
+        try:
+            listening.bind(path.name)
+        finally:
+            os.chdir(before)
+
+
+IRREGULAR: dict[str, tuple[Callable[[Path], None], str]] = {
+    "fifo": (put_fifo, "a FIFO, not a regular file"),
+    "link-to-fifo": (put_link_to_fifo, "a FIFO, not a regular file"),
+    "socket": (put_socket, "a socket, not a regular file"),
+    "terminal": (lambda path: path.symlink_to("/dev/tty"), "a device or a terminal, not a regular file|out of its"),
+    "device": (lambda path: path.symlink_to("/dev/zero"), "a device or a terminal, not a regular file|out of its"),
+    "dangling": (lambda path: path.symlink_to("nowhere"), "cannot be read"),
+}
+
+
+def open_all(folder: Path) -> None:
+    """As a plan opens a base."""
+    open_checkpoint(folder)
+    companion_files(folder)
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize(("put", "message"), IRREGULAR.values(), ids=IRREGULAR)
+def test_only_regular_files_are_opened(tmp_path: Path, put: Callable[[Path], None], message: str) -> None:
+    """Whatever we open of somebody's folder: never waited for, never passed over."""
+    good = save_folder(tmp_path / "good", make_base(), shards=2, config={})
+    (good / "tokenizer.json").write_text("{}")
+    for name in sorted(path.name for path in good.iterdir()):
+        folder = tmp_path / f"without-{name}"
+        shutil.copytree(good, folder)
+        (folder / name).unlink()
+        put(folder / name)
+        with pytest.raises(InputError, match=message) as caught:
+            open_all(folder)
+        assert f"{folder / name}: " in str(caught.value)
+    single = save_folder(tmp_path / "single", make_base())
+    (single / "model.safetensors").rename(single / "other.safetensors")
+    put(single / "model.safetensors")
+    with pytest.raises(InputError, match=r"model\.safetensors: "):  # not the other one in its place
+        open_checkpoint(single)
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    put(adapter / "adapter_config.json")
+    (adapter / "adapter_model.safetensors").write_bytes(b"")
+    with pytest.raises(InputError, match=r"adapter_config\.json: "):
+        open_adapter(adapter, open_checkpoint(good))
+
+
+@pytest.mark.usefixtures("impatient")
+def test_what_becomes_a_fifo_meanwhile_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_bytes(b"x")
+    os.mkfifo(tmp_path / "fifo")
+    regular, before = os.stat(tmp_path / "file"), len(os.listdir("/dev/fd"))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "stat", lambda *_, **__: regular)
+        with pytest.raises(IrregularFileError, match="FIFO"):
+            open_regular(tmp_path / "fifo")
+    assert len(os.listdir("/dev/fd")) == before
+    descriptor, _ = open_regular(tmp_path / "file")
+    assert os.get_blocking(descriptor)
+    os.close(descriptor)
+
+
+BAD_SHARDS = {
+    "manifest": "manifest.json",
+    "report": "report.json",
+    "card": "README.md",
+    "config": "config.json",
+    "index": "model.safetensors.index.json",
+    "adapter": "adapter_config.json",
+    "tokenizer": "tokenizer.json",
+    "delta": "delta",
+    "scaling": "scaling-0.5",
+    "journal": "journal-1.jsonl",
+    "pickle": "pytorch_model.bin",
+    "trailing-dot": "a.safetensors.",
+    "trailing-space": "a.safetensors ",
+    "upper-case": "a.SAFETENSORS",
+    "too-long": "a" * 250 + ".safetensors",
+    "line-feed": "a\nb.safetensors",
+    "right-to-left": "a\u202eb.safetensors",
+    "escape": "a\x9bb.safetensors",
+    "backslash": "a\\b.safetensors",
+    "same-but-for-case": "MODEL-1.safetensors",
+    "same-but-for-form": "mode\u0301l-1.safetensors",
+}
+
+
+@pytest.mark.parametrize("shard", BAD_SHARDS.values(), ids=BAD_SHARDS)
+def test_shards_have_names_of_their_own(tmp_path: Path, shard: str) -> None:
+    """The output's are called like the base's; nothing else of an output ends in .safetensors."""
+    twin = "mod\u00e9l-1.safetensors" if "\u0301" in shard else "model-1.safetensors"
+    for name in (twin, shard):
+        if len(name) < 255:
+            save_file({"a" if name == twin else "b": torch.ones(2)}, tmp_path / name)
+    index = {"weight_map": {"a": twin, "b": shard}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(InputError, match="shard") as caught:
+        open_checkpoint(tmp_path)
+    assert "refused" in str(caught.value)
+    assert len(str(caught.value)) < 400 + len(str(tmp_path))
+
+
+def test_the_only_file_of_a_folder_has_a_name_too(tmp_path: Path) -> None:
+    save_file(make_base(), tmp_path / "a\u202eb.safetensors")
+    with pytest.raises(InputError, match="not a plain file name"):
+        open_checkpoint(tmp_path)
+
+
+def test_an_index_of_a_stranger_is_read_in_bounded_memory(tmp_path: Path) -> None:
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_bytes(b'{"weight_map":[' + b"[]," * 2_000_000 + b"[]]}")
+    tracemalloc.start()
+    try:
+        with pytest.raises(InputError, match="more than 1000000 values; refused"):
+            open_checkpoint(tmp_path)
+        assert tracemalloc.get_traced_memory()[1] < 20_000_000
+    finally:
+        tracemalloc.stop()
+    os.truncate(index, 99_000_000)
+    with pytest.raises(InputError, match="99000000 bytes; refused above 32000000"):
+        open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        {"a" * 5_000_000: entry()},
+        {"w": entry("F" * 5_000_000)},
+        {"w": entry(shape=[1] * 500_000)},
+        {"w": entry(10**4_000)},
+    ],
+    ids=["name", "dtype", "shape", "number"],
+)
+def test_messages_about_a_header_are_short(tmp_path: Path, header: object) -> None:
+    (tmp_path / "model.safetensors").write_bytes(raw_file(header))
+    with pytest.raises(InputError) as caught:
+        open_checkpoint(tmp_path)
+    assert len(str(caught.value)) < 300 + len(str(tmp_path))
+
+
 def test_a_full_disk_is_a_resource_error(tmp_path: Path) -> None:
     with pytest.raises(ResourceError, match="/dev/full"):
         create_shard(Path("/dev/full"), [OutputTensor("w", "F32", (2,))], resume=False)
@@ -250,6 +512,172 @@ def test_companions(tmp_path: Path) -> None:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("x")
     assert companion_files(tmp_path) == sorted(wanted)
+
+
+def test_weights_are_no_companions(tmp_path: Path) -> None:
+    for name in ("LICENSE.safetensors", "NOTICE-1.safetensors", "tokenizer.safetensors.index.json", "LICENSE.md"):
+        (tmp_path / name).write_text("{}")
+    assert companion_files(tmp_path) == ["LICENSE.md"]
+
+
+class TestLinksOfCompanions:
+    def refused(self, folder: Path, message: str) -> None:
+        with pytest.raises(InputError, match=message) as caught:
+            companion_files(folder)
+        assert str(folder) in str(caught.value)
+
+    @pytest.mark.parametrize("target", ["/etc/shadow", "/proc/self/environ", "../secret", "../base-2/secret"])
+    @pytest.mark.parametrize("name", ["tokenizer_a.json", "1_Pooling/config.json"])
+    def test_out_of_the_folder(self, tmp_path: Path, target: str, name: str) -> None:
+        folder = tmp_path / "base"
+        (folder / name).parent.mkdir(parents=True)
+        (tmp_path / "base-2").mkdir()
+        for secret in ("secret", "base-2/secret"):
+            (tmp_path / secret).write_text("hf_SECRET")
+        up = "../" if "/" in name and target.startswith("..") else ""
+        (folder / name).symlink_to(up + target)
+        self.refused(folder, r"leads out of its folder, to .*put a copy in its place")
+
+    def test_a_folder_that_is_a_link(self, tmp_path: Path) -> None:
+        (tmp_path / "elsewhere").mkdir()
+        (tmp_path / "elsewhere/config.json").write_text("{}")
+        (tmp_path / "base").mkdir()
+        (tmp_path / "base/1_Pooling").symlink_to("../elsewhere")
+        self.refused(tmp_path / "base", "leads out of its folder")
+
+    def test_config_and_adapter_settings(self, tmp_path: Path) -> None:
+        """They are copied as well, if only what is JSON of them. Weights may lie anywhere, and their index."""
+        save_folder(tmp_path / "store", make_base(), shards=2, config={"token": "hf_SECRET"})
+        folder = tmp_path / "base"
+        folder.mkdir()
+        for file in (tmp_path / "store").iterdir():
+            if file.name != "config.json":
+                (folder / file.name).symlink_to(file)
+        assert open_checkpoint(folder).tensors.keys() == make_base().keys()
+        for name in ("config.json", "adapter_config.json"):
+            (folder / name).symlink_to(tmp_path / "store/config.json")
+        with pytest.raises(InputError, match=r"base/config\.json: leads out of its folder"):
+            open_checkpoint(folder)
+        (folder / "adapter_model.safetensors").touch()
+        for file in folder.glob("model*"):
+            file.unlink()
+        with pytest.raises(InputError, match=r"adapter_config\.json: leads out of its folder"):
+            open_adapter(folder, open_checkpoint(tmp_path / "store"))
+
+    def test_inside_the_folder_and_into_its_blobs(self, tmp_path: Path) -> None:
+        """Also when the cache is reached by a link, and from a folder inside the snapshot (diffusers)."""
+        repository = tmp_path / "hub/models--org--name"
+        snapshot = repository / "snapshots/0123abc"
+        (repository / "blobs").mkdir(parents=True)
+        (repository / "blobs/cafe").write_text("{}")
+        (snapshot / "unet").mkdir(parents=True)
+        (snapshot / "tokenizer.json").symlink_to("../../blobs/cafe")
+        (snapshot / "vocab.json").symlink_to("tokenizer.json")
+        (snapshot / "unet/tokenizer.json").symlink_to("../../../blobs/cafe")
+        (tmp_path / "cache").symlink_to("hub")
+        for folder in (snapshot, tmp_path / "cache/models--org--name/snapshots/0123abc"):
+            assert companion_files(folder) == ["tokenizer.json", "vocab.json"]
+            assert companion_files(folder / "unet") == ["tokenizer.json"]
+            (tmp_path / "out").mkdir(exist_ok=True)
+            copy_companions(folder, tmp_path / "out", ["vocab.json"])
+            assert (tmp_path / "out/vocab.json").read_text() == "{}"
+        other = tmp_path / "hub/models--me--private/blobs"
+        other.mkdir(parents=True)
+        (other / "beef").write_text("hf_SECRET")
+        (snapshot / "merges.txt").symlink_to("../../../models--me--private/blobs/beef")
+        self.refused(snapshot, r"merges\.txt: leads out of its folder")
+
+    def test_a_link_put_in_later(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Between the check and the opening, and between the plan and the copying."""
+        base, out = tmp_path / "base", tmp_path / "out"
+        for folder in (base, out):
+            folder.mkdir()
+        (tmp_path / "secret").write_text("hf_SECRET")
+        (base / "tokenizer.json").write_text("{}")
+        names = companion_files(base)
+        (base / "tokenizer.json").unlink()
+        (base / "tokenizer.json").symlink_to("../secret")
+        with pytest.raises(InputError, match="leads out of its folder"):
+            copy_companions(base, out, names)
+        real = os.path.realpath
+        monkeypatch.setattr(os.path, "realpath", lambda path, **_: path if "tokenizer" in str(path) else real(path))
+        with pytest.raises(ResourceError, match=r"tokenizer\.json: cannot be read"):
+            copy_companions(base, out, names)
+        assert not any(path.read_text() for path in out.iterdir())
+
+
+class TestWhatCannotBeRead:
+    """Root reads everything, so that the kernel's answer is made up."""
+
+    def deny(self, monkeypatch: pytest.MonkeyPatch, function: str, denied: Path) -> None:
+        real = getattr(os, function)
+
+        def asked(path: object, *arguments: object, **options: object) -> object:
+            if str(path) == str(denied) or (options.get("dir_fd") is not None and str(path) == denied.name):
+                raise PermissionError(13, "Permission denied", str(path))
+            return real(path, *arguments, **options)
+
+        monkeypatch.setattr(os, function, asked)
+
+    def test_a_folder_that_cannot_be_listed(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Its tokenizer is there, and would be missing from the output."""
+        save_folder(tmp_path, make_base(), config={})
+        (tmp_path / "1_Pooling").mkdir()
+        (tmp_path / "1_Pooling/config.json").write_text("{}")
+        self.deny(monkeypatch, "scandir", tmp_path / "1_Pooling")
+        with pytest.raises(InputError, match=r"1_Pooling: cannot be listed \(Permission denied\)"):
+            companion_files(tmp_path)
+        self.deny(monkeypatch, "scandir", tmp_path)
+        for opened in (open_checkpoint, companion_files):
+            with pytest.raises(InputError, match=r"cannot be listed \(Permission denied\)"):
+                opened(tmp_path)
+
+    @pytest.mark.parametrize("name", ["tokenizer.json", "config.json"])
+    def test_a_file_that_cannot_be_read(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+        save_folder(tmp_path, make_base(), config={})
+        (tmp_path / "tokenizer.json").write_text("{}")
+        self.deny(monkeypatch, "open", tmp_path / name)
+        with pytest.raises(InputError, match=rf"{name}: cannot be read \(Permission denied\)"):
+            open_all(tmp_path)
+
+    def test_a_path_that_cannot_be_asked_for(self, tmp_path: Path) -> None:
+        with pytest.raises(InputError, match="cannot be opened"):
+            open_checkpoint(tmp_path / ("a" * 300))
+
+
+def test_companions_that_case_alone_tells_apart(tmp_path: Path) -> None:
+    for name in ("LICENSE.md", "LICENSE.MD"):
+        (tmp_path / name).write_text(name)
+    with pytest.raises(InputError, match=r"'LICENSE\.MD' and 'LICENSE\.md' are one file"):
+        companion_files(tmp_path)
+
+
+def test_companions_are_copied_in_blocks(tmp_path: Path) -> None:
+    """A tokenizer of 64 MB takes no memory of its size; modes follow the umask, whatever the original has."""
+    base, out = tmp_path / "base", tmp_path / "out"
+    (base / "1_Pooling").mkdir(parents=True)
+    out.mkdir()
+    (base / "1_Pooling/config.json").write_text('{"x": 1}')
+    with open(base / "tokenizer.json", "wb") as file:
+        file.write(b"head")
+        file.truncate(64_000_000)
+    (base / "tokenizer.json").chmod(0o600)
+    before = os.umask(0o022)
+    tracemalloc.start()
+    try:
+        checksums = copy_companions(base, out, companion_files(base))
+        assert tracemalloc.get_traced_memory()[1] < 8_000_000
+    finally:
+        tracemalloc.stop()
+        os.umask(before)
+    assert checksums.keys() == {"1_Pooling/config.json", "tokenizer.json"}
+    for name, checksum in checksums.items():
+        content = (base / name).read_bytes()
+        assert (out / name).read_bytes() == content
+        whole_file = Checksum()
+        whole_file.update(content)
+        assert checksum == whole_file.text
+        assert (out / name).stat().st_mode & 0o777 == 0o644
 
 
 def test_config_dtype() -> None:

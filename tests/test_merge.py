@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 import isomerge_fast as imf
 from isomerge_fast import engine
 from isomerge_fast.checkpoint.staging import run_folders
-from isomerge_fast.errors import ConfigError
+from isomerge_fast.errors import ConfigError, InputChangedError
 from isomerge_fast.plan import make_plan
 from isomerge_fast.report import Progress
 from isomerge_fast.verify import verify
@@ -728,6 +728,50 @@ def test_an_input_that_changes_under_way_stops_the_merge(tmp_path: Path, monkeyp
     with pytest.raises(imf.InputError, match=r"expert0.*changed during the merge"):
         imf.merge(config_of(family, tmp_path / "out"), observer=observer)
     assert not (tmp_path / "out").exists()
+
+
+def test_an_input_swapped_after_the_plan_stops_the_merge(tmp_path: Path) -> None:
+    """By a file of the same size, time and header, which differs in one weight."""
+    family = make_family(tmp_path)
+    plan = make_plan(imf.MergeConfig(str(family[0]), [str(path) for path in family[1]], out=str(tmp_path / "out")))
+    file = family[1][0] / "model.safetensors"
+    content, status = file.read_bytes(), file.stat()
+    file.write_bytes(content[:-4] + b"\0\0\0\0")
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+    with pytest.raises(InputChangedError, match=r"expert0.*changed since the merge was planned"):
+        engine.run(plan)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "expert0", "expert1", "expert2"]
+
+
+def test_a_resume_knows_its_inputs_by_what_may_be_copied(tmp_path: Path) -> None:
+    """Copied with their times, and of another mode, the inputs are the same: the finished merge is left as it is."""
+    family = make_family(tmp_path)
+    imf.merge(config_of(family, tmp_path / "out", method="mean"))
+    before = listing(tmp_path / "out")
+    for folder in (family[0], *family[1]):
+        shutil.copytree(folder, tmp_path / "copy")
+        shutil.rmtree(folder)
+        (tmp_path / "copy").rename(folder)
+        (folder / "model.safetensors").chmod(0o600)
+    imf.merge(config_of(family, tmp_path / "out", method="mean"), resume=True)
+    assert listing(tmp_path / "out") == before
+
+
+def test_what_of_a_base_reaches_the_output(tmp_path: Path) -> None:
+    """Copied code is told of; nothing is written when a link leads out of the base."""
+    family = make_family(tmp_path, tasks=1)
+    (family[0] / "modeling_x.py").write_text("import os\n")
+    (family[0] / "tokenizer.json").write_text("{}")
+    report = imf.merge(config_of(family, tmp_path / "out", method="mean"))
+    (note,) = [note for note in report.notes if "trust_remote_code" in note]
+    assert note.endswith("modeling_x.py")
+    assert f"code is copied from {family[0]}" in note
+    assert (tmp_path / "out/modeling_x.py").read_text() == "import os\n"
+    (tmp_path / "secret").write_text("hf_SECRET")
+    (family[0] / "tokenizer_config.json").symlink_to(tmp_path / "secret")
+    with pytest.raises(imf.InputError, match=r"tokenizer_config\.json: leads out of its folder"):
+        imf.merge(config_of(family, tmp_path / "other", method="mean"))
+    assert not list(tmp_path.glob("*other*"))
 
 
 def test_progress_counts_every_byte(tmp_path: Path) -> None:

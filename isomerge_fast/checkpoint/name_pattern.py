@@ -184,6 +184,8 @@ class _Parser:
         match = _REPEAT.match(self._pattern, self.position)
         if match is None:
             return node
+        if node[0] == "anchor":
+            raise PatternError("is no regular expression (an anchor is repeated)")
         self.position = match.end()
         if self._take("+"):
             raise PatternError("has a possessive repetition, which is not matched")
