@@ -480,7 +480,7 @@ def test_an_index_of_a_stranger_is_read_in_bounded_memory(tmp_path: Path) -> Non
         {"a" * 5_000_000: entry()},
         {"w": entry("F" * 5_000_000)},
         {"w": entry(shape=[1] * 500_000)},
-        {"w": entry(10**4_000)},
+        {"w": {**entry(), "dtype": 10**4_000}},
     ],
     ids=["name", "dtype", "shape", "number"],
 )
