@@ -361,6 +361,7 @@ IRREGULAR: dict[str, tuple[Callable[[Path], None], str]] = {
     "socket": (put_socket, "a socket, not a regular file"),
     "terminal": (lambda path: path.symlink_to("/dev/tty"), "a device or a terminal, not a regular file|out of its"),
     "device": (lambda path: path.symlink_to("/dev/zero"), "a device or a terminal, not a regular file|out of its"),
+    "folder": (lambda path: path.symlink_to("."), "a folder, not a regular file|out of its"),
     "dangling": (lambda path: path.symlink_to("nowhere"), "cannot be read"),
 }
 
@@ -508,6 +509,7 @@ def test_companions(tmp_path: Path) -> None:
         "trainer_state.json",
     ]
     unwanted += ["checkpoint-1/config.json", ".git/config", "model.safetensors.index.json", "scripts/train.py"]
+    (tmp_path / "LICENSES").mkdir()
     for name in wanted + unwanted:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("x")

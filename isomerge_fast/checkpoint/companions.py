@@ -60,15 +60,14 @@ def companion_files(folder: Path) -> list[str]:
         InputError: a folder that cannot be listed; a companion that is no regular file, cannot be read, leads out of
             the folder, or is told from another one by case alone.
     """
-    names = [name for name in list_folder(folder) if not os.path.isdir(folder / name)]
     inner = [pattern.split("/")[0] for pattern in COMPANION_PATTERNS if "/" in pattern]
-    for name in list_folder(folder):
-        if os.path.isdir(folder / name) and any(fnmatch.fnmatchcase(name, pattern) for pattern in inner):
-            names += [
-                f"{name}/{file}" for file in list_folder(folder / name) if not os.path.isdir(folder / name / file)
-            ]
+    names = list_folder(folder)
+    for name in [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in inner)]:
+        if os.path.isdir(folder / name):
+            names += [f"{name}/{file}" for file in list_folder(folder / name)]
     found = sorted(name for name in names if any(_matches(name, pattern) for pattern in COMPANION_PATTERNS))
     found = [name for name in found if not any(fnmatch.fnmatchcase(name, pattern) for pattern in _NEVER)]
+    found = [name for name in found if not _is_folder(folder / name)]
     known: dict[str, str] = {}
     for name in found:
         other = known.setdefault(unicodedata.normalize("NFC", name).casefold(), name)
@@ -84,6 +83,11 @@ def companion_files(folder: Path) -> list[str]:
 def code_files(companions: Iterable[str]) -> list[str]:
     """Return those that are run where the output is loaded with ``trust_remote_code``."""
     return [name for name in companions if name.endswith(".py")]
+
+
+def _is_folder(path: Path) -> bool:
+    """Whether it is one itself, such as LICENSES; a link to one is a companion that cannot be read."""
+    return path.is_dir() and not path.is_symlink()
 
 
 def _matches(name: str, pattern: str) -> bool:

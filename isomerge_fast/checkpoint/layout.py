@@ -237,7 +237,8 @@ def read_header(path: Path) -> tuple[dict[str, StoredTensor], FileIdentity]:
         flaw = "truncated" if position > status.st_size else "has trailing bytes"
         raise InputError(f"{path}: {flaw}: the header describes {position} bytes, the file has {status.st_size}")
     try:
-        with safe_open(path, framework="np"):
+        descriptor, _ = open_regular(path)  # safetensors itself would wait for a FIFO that is there by now
+        with open(descriptor, "rb"), safe_open(f"/dev/fd/{descriptor}", framework="np"):
             pass
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path}: refused by safetensors ({error})") from error
