@@ -116,7 +116,7 @@ def _blocks(source: Path, name: str, running: Checksum) -> Iterator[memoryview]:
     try:
         descriptor, _ = open_own(source, name)
         with open(descriptor, "rb", buffering=0) as file:
-            while count := os.readv(file.fileno(), [block]):
+            while count := os.preadv(file.fileno(), [block], running.bytes):
                 running.update(block[:count])
                 yield block[:count]
     except OSError as error:
