@@ -232,7 +232,7 @@ def answer(format: Format, value: dict[str, Any], human: Callable[[], None], *, 
 
 def print_json(value: dict[str, Any]) -> None:
     """In ASCII, for any terminal and encoding; DEL is the one control that JSON has no need to escape."""
-    print(json.dumps(value).replace("\x7f", "\\u007f"))
+    print(json.dumps(value, allow_nan=False).replace("\x7f", "\\u007f"))
 
 
 def guarded(format: Format, action: Callable[[], None]) -> None:

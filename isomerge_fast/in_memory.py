@@ -14,8 +14,8 @@ from torch import Tensor
 
 from . import ops
 from .errors import ConfigError, InputError
-from .methods import Method, NotFiniteError, TensorSpec, as_deltas, make_method, method_for
-from .methods.protocol import require_matrices
+from .methods import Method, NotFiniteError, OutOfRangeError, TensorSpec, as_deltas, make_method, method_for
+from .methods.protocol import check_factors, require_matrices
 from .plan import tensor_seed
 
 Array = Tensor | np.ndarray
@@ -79,6 +79,7 @@ def _merge_deltas(
         if tensor.dtype not in ops.FLOAT_DTYPES:
             raise InputError(f"deltas[{task}] is {tensor.dtype}, which is not merged")
     factors = _check_weights(weights, source.n_tasks)
+    check_factors("weight", factors, source.dtype)
     if source.device.type == "meta":
         require_matrices(name, source.shape)
         method.check(TensorSpec("deltas", tuple(source.shape[-2:]), source.dtype), source.n_tasks)
@@ -168,6 +169,11 @@ def merge_tensors(
     factors = _check_weights(weights, len(experts))
     known = _shapes_of(base, "base")
     dtypes = _check_fit(known, isinstance(base, Described), experts)
+    for name, tensor in known.items():
+        if tensor.is_floating_point():
+            compute = ops.compute_dtype(*dtypes[name])
+            check_factors(f"tensor {name!r}: scaling", [scaling], compute)
+            check_factors(f"tensor {name!r}: weight", factors, compute)
     if stochastic_rounding is not None:
         outputs = [dtype or tensor.dtype for tensor in known.values() if tensor.is_floating_point()]
         if stochastic_rounding < 0:
@@ -288,10 +294,24 @@ def _merge_one(
         ]
         value, _ = chosen.merge(as_deltas(deltas))
     except NotFiniteError as error:
-        raise InputError(f"tensor {name!r}: base or experts{error.tasks} hold NaN or Inf") from error
+        inputs = [base, *(_as_tensor(expert[name], f"tensor {name!r}") for expert in experts)]
+        held = any(bool(ops.count_nonfinite(tensor)) for tensor in inputs)
+        what = "hold NaN or Inf" if held else f"are too far apart for {_dtype_name(spec.dtype)}"
+        raise InputError(f"tensor {name!r}: base or experts{error.tasks} {what}") from error
+    except OutOfRangeError as error:
+        raise InputError(f"tensor {name!r}: {error}") from error
     except ConfigError as error:
         raise ConfigError(f"tensor {name!r} {list(base.shape)}: {error}") from error
-    return ops.apply_delta(origin, value, scalings=[scaling], dtype=out_dtype, seed=seed)[0].to(base.device)
+    (merged,) = ops.apply_delta(origin, value, scalings=[scaling], dtype=out_dtype, seed=seed)
+    if count := int(ops.count_nonfinite(merged)):
+        raise InputError(
+            f"tensor {name!r}: {count} merged weights overflow {_dtype_name(out_dtype)} at scaling {scaling:g}"
+        )
+    return merged.to(base.device)
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _delta(expert: Tensor, base: Tensor, dtype: torch.dtype, weight: float) -> Tensor:

@@ -15,8 +15,7 @@ from .checkpoint.layout import DTYPES
 from .checkpoint.ring import aligned
 from .checkpoint.write_behind import WriteBehind
 from .checkpoint.writer import ShardWriter
-from .errors import InputError
-from .methods import NotFiniteError, RowBlock
+from .methods import RowBlock
 from .plan import DELTA_FOLDER, TensorPlan
 from .routes import ROW_STEP
 from .sources import PlannedSource
@@ -47,7 +46,8 @@ class TensorOutput:
             self._dtypes[DELTA_FOLDER] = DTYPES[plan.delta.dtype]
         self._in_room = False
         self._row_elements = prod(plan.route.lines[1:])
-        self._overflows = dict.fromkeys(scalings, 0)
+        # By folder, of all that was made: how much of it is NaN or infinite, on the device that computes.
+        self._not_finite: dict[str, list[Tensor]] = {folder: [] for folder in writers}
 
     def add(
         self, block: RowBlock, value: Callable[[RowBlock], Tensor], parts: Sequence[RowBlock], source: PlannedSource
@@ -62,7 +62,7 @@ class TensorOutput:
         for rows, group in self._groups(parts):
             outputs = self._room(rows, block.base)
 
-            def apply(part: RowBlock, start: int = rows.start, outputs: dict[str, Tensor] = outputs) -> None:
+            def apply(part: RowBlock, start: int = rows.start, outputs: dict[str, Tensor] = outputs) -> list[Tensor]:
                 place = slice(part.rows.start - start, part.rows.stop - start)
                 delta = value(part)
                 if DELTA_FOLDER in outputs:
@@ -78,26 +78,25 @@ class TensorOutput:
                 )
                 for folder, merged in zip(self._scalings, made, strict=True):
                     outputs[folder][place] = merged
+                # While it is in the cache.
+                return [ops.count_nonfinite(out[place]) for out in outputs.values()]
 
-            source.share_out(apply, group)
+            self._see(outputs, source.share_out(apply, group))
             self._write(rows, outputs)
 
     def copy(self, block: RowBlock, parts: Sequence[RowBlock], source: PlannedSource) -> None:
-        """Writes the base, converted where the output has another dtype, and a Δ of zeros where that is kept.
-
-        Raises:
-            NotFiniteError: a float tensor holds NaN or Inf.
-        """
-        if block.base.is_floating_point() and ops.count_nonfinite(block.base):
-            raise NotFiniteError([0])
+        """Writes the base, converted where the output has another dtype, and a Δ of zeros where that is kept."""
         for rows, group in self._groups(parts):
             outputs = self._room(rows, block.base)
 
-            def convert(part: RowBlock, start: int = rows.start, outputs: dict[str, Tensor] = outputs) -> None:
+            def convert(part: RowBlock, start: int = rows.start, outputs: dict[str, Tensor] = outputs) -> list[Tensor]:
+                place = slice(part.rows.start - start, part.rows.stop - start)
                 for folder, out in outputs.items():
-                    out[part.rows.start - start : part.rows.stop - start] = 0 if folder == DELTA_FOLDER else part.base
+                    out[place] = 0 if folder == DELTA_FOLDER else part.base
+                is_float = part.base.is_floating_point()
+                return [ops.count_nonfinite(out[place]) for out in outputs.values()] if is_float else []
 
-            source.share_out(convert, group)
+            self._see(outputs, source.share_out(convert, group))
             self._write(rows, outputs)
 
     def add_factors(self, left: Tensor, right: Tensor) -> None:
@@ -113,7 +112,7 @@ class TensorOutput:
         for folder, alpha in self._scalings.items():
             for output, value in ((a, inner), (b, outer * alpha)):
                 made = value.to(DTYPES[output.dtype]).contiguous()
-                self._overflows[folder] += ops.count_nonfinite(made)
+                self._not_finite[folder].append(ops.count_nonfinite(made))
                 download, writer = Download(made), self._writers[folder]
 
                 def write(name: str = output.name, download: Download = download, writer: ShardWriter = writer) -> None:
@@ -128,15 +127,16 @@ class TensorOutput:
         for start in range(0, len(block.base), step):
             yield block.part(slice(start, min(start + step, len(block.base))))
 
-    def check_finite(self) -> None:
-        """Raises InputError where finite weights became infinite in the output's dtype."""
-        dtype = str(DTYPES[self._plan.out_dtype]).removeprefix("torch.")
-        for folder, count in self._overflows.items():
+    def overflows(self) -> str | None:
+        """What became infinite, or NaN, of all that was made of finite weights, in words. One read of the device."""
+        for folder, seen in self._not_finite.items():
+            count = int(torch.stack(seen).sum()) if seen else 0
             if count:
-                raise InputError(
-                    f"tensor {self._plan.name!r}: {count} merged weights overflow {dtype} "
-                    f"at scaling {self._scalings[folder]:g}"
-                )
+                kept = self._plan.delta if folder == DELTA_FOLDER else None
+                dtype = str(DTYPES[self._plan.out_dtype if kept is None else kept.dtype]).removeprefix("torch.")
+                what = f"at scaling {self._scalings[folder]:g}" if kept is None else "in the merged Δ that is kept"
+                return f"{count} merged weights overflow {dtype} {what}"
+        return None
 
     def checksums(self) -> dict[str, dict[str, str]]:
         """Of what the tensor became, by folder and name."""
@@ -144,6 +144,12 @@ class TensorOutput:
             folder: {name: writer.finish(name) for name in self._plan.names_in(folder)}
             for folder, writer in self._writers.items()
         }
+
+    def _see(self, outputs: Mapping[str, Tensor], counts: Sequence[Sequence[Tensor]]) -> None:
+        """Keeps the counts of every part, in the order of ``outputs``."""
+        for part in counts:
+            for folder, count in zip(outputs, part, strict=False):
+                self._not_finite[folder].append(count)
 
     def _name(self, folder: str) -> str:
         """Of a tensor that stays one."""
@@ -186,9 +192,6 @@ class TensorOutput:
 
     def _write(self, rows: slice, outputs: dict[str, Tensor]) -> None:
         """Has rows of ``Route.lines`` fetched and written, in the thread that does so."""
-        for folder in self._overflows:
-            if outputs[folder].dtype == torch.float16:
-                self._overflows[folder] += ops.count_nonfinite(outputs[folder])
         downloads = {folder: Download(out) for folder, out in outputs.items()}
         size = 0 if self._in_room else sum(out.nbytes for out in outputs.values())
 

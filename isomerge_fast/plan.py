@@ -35,6 +35,7 @@ from .config import MergeConfig
 from .errors import ConfigError, ResourceError
 from .inputs import last_part, open_inputs, touches
 from .methods import Mean, Method, TensorSpec, make_method
+from .methods.protocol import check_factors
 from .ops import compute_dtype
 from .routes import BY_ROWS, STREAMED, Budget, Route, Traffic, budgets, choose_route, copy_route, factor_route
 
@@ -367,6 +368,9 @@ class _Fate:
             except ConfigError as error:
                 raise ConfigError(f"tensor {name!r} {list(stored.shape)}: {error}") from error
             self.weights = config.weights_of(name)
+            where = f"tensor {name!r} {list(stored.shape)}: "
+            check_factors(f"{where}scaling", config.scalings, compute)
+            check_factors(f"{where}weight", self.weights or (), compute)
             self.rounding_seed = tensor_seed(config.stochastic_rounding, name) if dtype == "BF16" else None
         self.experts_are_deltas = config.experts_are_deltas
         self.delta = None

@@ -4,10 +4,12 @@ that are there already. A merge on one machine is one unit; over several process
 
 from __future__ import annotations
 
+import math
 import os
 import socket
+import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -26,14 +28,14 @@ from .checkpoint.write_behind import WriteBehind
 from .checkpoint.writer import OutputTensor, ShardWriter
 from .errors import InputError, ResourceError
 from .heap import return_freed_blocks
-from .methods import Method, NotFiniteError
+from .methods import Method, NotFiniteError, OutOfRangeError
 from .methods.certified import UnsolvedError, exact_products
 from .methods.factors import merge_factors
 from .output import TensorOutput
 from .plan import DELTA_FOLDER, Plan, TensorPlan, scaling_folders
 from .report import Observer, Progress, Stopwatch
 from .routes import ADAPTER, BY_ROWS, Budget
-from .sources import FactorSource, TensorSource, first_pass
+from .sources import FactorSource, TensorSource, bundle_of, first_pass
 from .transfers import Uploads
 from .workers import Workers
 
@@ -304,12 +306,20 @@ class _UnitRun:
                     stats = _merge_by_rows(plan.method, source, output)
                 else:
                     stats = _merge_whole(plan.method, source, output, report)
+                _require_finite(stats)
             except NotFiniteError as error:
-                raise _not_finite(plan, reader) from error
+                dtype = str(plan.spec.dtype).removeprefix("torch.")
+                raise _out_of_range(plan, reader, f"the deltas overflow {dtype}") from error
+            except OutOfRangeError as error:
+                raise _out_of_range(plan, reader, str(error)) from error
             except UnsolvedError as error:
                 raise InputError(f"tensor {plan.name!r}: {error}") from error
-            output.check_finite()
+            if (overflow := output.overflows()) is not None:
+                raise _out_of_range(plan, reader, overflow)
+            remarks = [*report.pop("remarks", ()), *_absurd(plan, stats, reader)]
         report.update(stats)
+        if remarks:
+            report["remarks"] = "; ".join(remarks)
         report["read_bytes"] = source.read_bytes
         report["write_bytes"] = plan.bytes_written(len(self._job.scalings))
         report["seconds"] = round(time.perf_counter() - started, 6)
@@ -335,8 +345,6 @@ def _merge_factors(plan: TensorPlan, source: FactorSource, output: TensorOutput)
     del merged
     with exact_products(source.device):
         for block in source.base_blocks():
-            if ops.count_nonfinite(block.base):
-                raise NotFiniteError([0])
             output.add(block, lambda part: left[part.rows] @ right, source.parts(block), source)
     return stats.to_dict()
 
@@ -364,7 +372,7 @@ def _merge_whole(method: Method, source: TensorSource, output: TensorOutput, rep
     except torch.OutOfMemoryError:
         if source.device.type == "cpu":
             raise
-        report["remarks"] = f"out of memory on {source.device}: computed on the CPU"
+        report["remarks"] = [f"out of memory on {source.device}: computed on the CPU"]
         torch.cuda.empty_cache()
         source.on_cpu()
         value, stats = method.merge(source)
@@ -373,13 +381,67 @@ def _merge_whole(method: Method, source: TensorSource, output: TensorOutput, rep
     return stats.to_dict()
 
 
-def _not_finite(plan: TensorPlan, reader: Reader) -> InputError:
-    """Which input holds the NaN or Inf, and how many."""
+def _require_finite(stats: Mapping[str, Any]) -> None:
+    """Raises OutOfRangeError where a number of the evidence is NaN or infinite: what it stands for cannot be right."""
+    for key, value in stats.items():
+        numbers = value if isinstance(value, list) else [value]
+        if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
+            raise OutOfRangeError(f"{key} is {value}")
+
+
+def _out_of_range(plan: TensorPlan, reader: Reader, reason: str) -> InputError:
+    """Which input holds NaN or Inf, and how many; where none does, ``reason``, with every input's largest weight."""
     counts: dict[StoredTensor, int] = {}
+    largest: dict[StoredTensor, float] = {}
     for bundle in first_pass(plan):
         for piece in bundle.pieces:
-            counts[piece.stored] = counts.get(piece.stored, 0) + ops.count_nonfinite(reader.read(piece))
+            value = reader.read(piece)
+            counts[piece.stored] = counts.get(piece.stored, 0) + int(ops.count_nonfinite(value))
+            most = _largest(value) if value.is_floating_point() else 0.0
+            largest[piece.stored] = max(largest.get(piece.stored, 0.0), most)
     found = [
         f"{stored.file}: tensor {stored.name!r} holds {count} NaN or Inf" for stored, count in counts.items() if count
     ]
-    return InputError("a weight is not finite:", found or [f"tensor {plan.name!r}: the deltas overflow float32"])
+    if found:
+        return InputError("a weight is not finite:", found)
+    sizes = [f"{stored.file}: the largest weight of {stored.name!r} is {most:.3g}" for stored, most in largest.items()]
+    return InputError(f"tensor {plan.name!r}: {reason}", sizes)
+
+
+def _largest(value: torch.Tensor) -> float:
+    return max(map(abs, map(float, torch.aminmax(value)))) if value.numel() else 0.0
+
+
+# No training moves a weight by so many times the tensor's largest one, or, where that is small, by so much. A flipped
+# bit makes 1311 of 0.02 in float16, and 7e36 in the other dtypes.
+ABSURD = 1e3
+
+
+def _absurd(plan: TensorPlan, stats: Mapping[str, Any], reader: Reader) -> Iterator[str]:
+    """A remark on every expert whose max |Δ_t| (‖Δ_t‖_F, where deltas are factors) is ``ABSURD`` times as large as 1,
+    as the base's largest weight (its ‖θ₀‖_F) and as what the others have, in the median of those that have any.
+    """
+    kind, what = ("delta_norms", "‖Δ‖") if plan.pairs else ("delta_largest", "largest |Δ|")
+    sizes: Sequence[float] = stats.get(kind, ())
+    of_base: float | None = None
+    for task, size in enumerate(sizes):
+        others = [other for index, other in enumerate(sizes) if index != task and other > 0]
+        beside = {"the others'": statistics.median_low(others)} if others else {}
+        if size <= ABSURD * max([1.0, *beside.values()]):
+            continue
+        if plan.route.reads_base:
+            of_base = _size_of_base(plan, reader) if of_base is None else of_base
+            beside["the base's own weights'"] = of_base
+        if beside and size > ABSURD * max(beside.values()):
+            pair = plan.pairs[task] if plan.pairs else None
+            file = plan.experts[task].file if pair is None else pair.a.file
+            compared = " and ".join(f"{value:.3g}, {whose}" for whose, value in beside.items())
+            yield f"{file}: the {what} is {size:.3g}, beside {compared}: is a weight damaged?"
+
+
+def _size_of_base(plan: TensorPlan, reader: Reader) -> float:
+    """max |θ₀|, or ‖θ₀‖_F where deltas are factors, read anew."""
+    parts = (reader.read(piece) for rows in plan.route.parts() for piece in bundle_of(plan, rows, ()).pieces)
+    if plan.pairs:
+        return math.hypot(*(float(torch.linalg.vector_norm(part, dtype=torch.float64)) for part in parts))
+    return max(map(_largest, parts))

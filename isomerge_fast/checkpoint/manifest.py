@@ -35,7 +35,8 @@ def fingerprint(description: Mapping[str, Any]) -> str:
 
 
 def to_json(value: Any, indent: int | None = 1) -> bytes:
-    return (json.dumps(value, indent=indent, sort_keys=True, ensure_ascii=False) + "\n").encode()
+    """``value`` as JSON, the same bytes every time. ValueError where it holds NaN or Infinity, which JSON has not."""
+    return (json.dumps(value, indent=indent, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

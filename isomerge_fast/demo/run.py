@@ -165,7 +165,7 @@ def run_demo(
         tuple(rows),
         time.perf_counter() - started,
     )
-    (out / "demo.json").write_text(json.dumps(result.to_dict(), indent=2) + "\n")
+    (out / "demo.json").write_text(json.dumps(result.to_dict(), indent=2, allow_nan=False) + "\n")
     say("")
     say(result.table())
     say("")

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from .. import ops
 from ..errors import ConfigError, InputError
-from ..methods import Mean, Method, NotFiniteError, TensorSpec, as_deltas, make_method, method_for
+from ..methods import Mean, Method, NotFiniteError, OutOfRangeError, TensorSpec, as_deltas, make_method, method_for
+from ..methods.protocol import check_factors
 
 LAMBDA, WEIGHT = "lambda", "weight"
 
@@ -90,7 +91,7 @@ class IsotropicMergeMethod(MergeMethod):
             mergekit gives the base. No gradients are recorded.
 
         Raises:
-            InputError: NaN or Inf in an input; names the tensor and the models.
+            InputError: NaN or Inf in an input, or in what is made of it; names the tensor and the models.
             ConfigError: options that do not fit a tensor, such as a negative k; names the tensor.
         """
         results: dict[int, Tensor] = {}
@@ -136,6 +137,7 @@ class IsotropicMergeMethod(MergeMethod):
             spec = TensorSpec(group.metadata.name or "", tuple(base.shape[1:]), compute)
             try:
                 method.check(spec, len(experts))
+                check_factors(LAMBDA, [values[LAMBDA]], compute)
             except ConfigError as error:
                 raise ConfigError(f"{_name(group)}: {error}") from error
         with torch.no_grad(), torch.autocast(base.device.type, enabled=False):
@@ -147,8 +149,15 @@ class IsotropicMergeMethod(MergeMethod):
                 value, _ = method.merge(as_deltas(deltas))
             except NotFiniteError as error:
                 raise InputError(_not_finite(batch, groups)) from error
+            except OutOfRangeError as error:
+                raise InputError(f"{', '.join(map(_name, groups))}: {error}") from error
             value = value.reshape(base.shape)
-            return ops.apply_delta(base, value, scalings=[values[LAMBDA]], dtype=out_dtype)[0]
+            (merged,) = ops.apply_delta(base, value, scalings=[values[LAMBDA]], dtype=out_dtype)
+            for group, tensor in zip(groups, merged, strict=True) if ops.count_nonfinite(merged) else ():
+                if count := int(ops.count_nonfinite(tensor)):
+                    overflow = f"{count} merged weights overflow {out_dtype} at lambda {values[LAMBDA]:g}"
+                    raise InputError(f"{_name(group)}: {overflow}")
+            return merged
 
 
 def _alone(delta: Tensor) -> Tensor:

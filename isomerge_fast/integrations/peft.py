@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from ..checkpoint.adapter import check_settings
 from ..errors import ConfigError, InputError, nearest
-from ..methods import Method, NotFiniteError, TensorSpec, make_method, method_for
+from ..methods import Method, NotFiniteError, OutOfRangeError, TensorSpec, make_method, method_for
 from ..methods.factors import Factors, LowRank, merge_factors
-from ..ops import FLOAT_DTYPES, compute_dtype
+from ..ops import FLOAT_DTYPES, compute_dtype, count_nonfinite
 from .peers import require_at_least
 
 # The first release with adapters of bare parameters (ParamWrapper), which are to be told from others here.
@@ -269,6 +269,8 @@ def _merge(method: Method, module: str, layer: LoraLayer, adapters: Sequence[str
     except NotFiniteError as error:
         names = ", ".join(repr(adapters[task]) for task in error.tasks)
         raise InputError(f"module {module!r}: NaN or Inf in the factors or the scale of adapter {names}") from error
+    except OutOfRangeError as error:
+        raise InputError(f"module {module!r}: adapters {', '.join(map(repr, adapters))}: {error}") from error
 
 
 def _add(
@@ -296,7 +298,7 @@ def _add(
             difference = sorted(added ^ layers.keys())
             raise InputError(f"PEFT did not put the adapter on the modules that it is for: {', '.join(difference[:5])}")
         for module, (left, right) in values.items():
-            _write(layers[module], adapters, adapter_name, left, right)
+            _write(module, layers[module], adapters, adapter_name, left, right)
     except BaseException:
         if adapter_name in tuner.peft_config:
             tuner.delete_adapter(adapter_name)
@@ -306,8 +308,10 @@ def _add(
         before.restore(tuner)
 
 
-def _write(layer: LoraLayer, adapters: Sequence[str], adapter_name: str, left: Tensor, right: Tensor) -> None:
-    """Δ = left right, as the weight is stored, into A and B.
+def _write(
+    module: str, layer: LoraLayer, adapters: Sequence[str], adapter_name: str, left: Tensor, right: Tensor
+) -> None:
+    """Δ = left right, as the weight is stored, into A and B. InputError where their dtype cannot hold it.
 
     In the dtype of the adapters that it is made of: PEFT keeps those in float32 over a base of 16 bits, but makes this
     one in the base's dtype.
@@ -317,7 +321,10 @@ def _write(layer: LoraLayer, adapters: Sequence[str], adapter_name: str, left: T
     a, b = _weights(layer, adapter_name)
     new_a, new_b = (left.mT, right.mT) if _is_transposed(layer) else (right, left)
     for parameter, value in ((a, new_a), (b, new_b)):
-        parameter.data = value.to(device=parameter.device, dtype=dtype).contiguous()
+        made = value.to(device=parameter.device, dtype=dtype).contiguous()
+        if count := int(count_nonfinite(made)):
+            raise InputError(f"module {module!r}: {count} entries of the merged factors overflow {dtype}")
+        parameter.data = made
 
 
 def _config(tuner: LoraModel, adapters: Sequence[str], rank: int, layers: Mapping[str, LoraLayer]) -> LoraConfig:

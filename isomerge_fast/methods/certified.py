@@ -13,7 +13,7 @@ from torch import Tensor
 from ..errors import InputError
 from ..linalg.auto import Choice
 from ..linalg.protocol import PolarSolver
-from .protocol import Deltas, MergeStats, TensorDeltas
+from .protocol import Deltas, MergeStats, TensorDeltas, require_kept
 
 S = TypeVar("S", bound=PolarSolver, covariant=True)
 
@@ -34,9 +34,12 @@ def merge_certified(
 
     Raises:
         UnsolvedError: all of them did.
+        OutOfRangeError: as ``require_kept``.
     """
     with exact_products(deltas.device):
-        return _climb(attempt, deltas, ladder)
+        value, stats = _climb(attempt, deltas, ladder)
+    require_kept(stats)
+    return value, stats
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from .protocol import (
     TensorSpec,
     check_rank_policy,
     finite_sum,
+    require_comparable,
     require_matrices,
     rounding_of,
     spectral_mean,
@@ -128,6 +129,7 @@ class IsoC:
     def _attempt(self, deltas: Deltas, choice: Choice[PolarSolver]) -> tuple[Tensor, MergeStats]:
         sum_dtype = torch.promote_types(choice.sum_dtype, deltas.dtype)
         total, squares, of_deltas = finite_sum(deltas, sum_dtype, len(deltas.shape) - 2)
+        require_comparable(of_deltas["delta_norms"], deltas.origin)
         dtype = self._result_dtype(deltas.dtype)
         if 0 in total.shape:
             return total.to(dtype), MergeStats(self.name, of_deltas)

@@ -28,6 +28,7 @@ from .protocol import (
     TensorSpec,
     check_rank_policy,
     finite_sum,
+    require_comparable,
     require_matrices,
     rounding_of,
     spectral_mean,
@@ -243,6 +244,7 @@ class IsoCTS:
         k, s = (min(count, rows, columns) for count in split_rank(min_dim, tasks, self.common_fraction))
         # In float64: rounding S to float32 alone was an error of 6e-5 (768 x 300, gap at the cut 0.3 %).
         total, squares, of_deltas = finite_sum(deltas, torch.float64, len(deltas.shape) - 2)
+        require_comparable(of_deltas["delta_norms"], deltas.origin)
         dtype = self._result_dtype(deltas.dtype)
         sum_limit = rounding_of(squares.sum(0).sqrt(), origin)
         # V enters the recombination's small factors, whose conditioning float32 would not survive; U only products.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
@@ -222,7 +223,7 @@ class MergeStats:
 
     Keys of ``values``, where the method has them: ``sigma_mean`` (σ̄), ``rank`` (directions kept), ``gap`` (relative gap
     at the cut k), ``k``, ``s``, ``delta_norms`` and ``delta_largest`` (‖Δ_t‖_F and
-    max |Δ_t| per task, the latter of deltas from files).
+    max |Δ_t| per task, on the CPU, the latter of deltas from files).
 
     Keys of ``checks``, the certificate (docs/numerics.md): ``orthogonality`` and ``asymmetry`` of the
     polar factor, ``negative`` (its sign), ``angle`` (subspaces, as an error of the merged Δ), ``unresolved``
@@ -353,20 +354,84 @@ class NotFiniteError(ValueError):
         super().__init__(f"deltas[{tasks[0]}] holds NaN or Inf (tasks with such values: {tasks})")
 
 
+class OutOfRangeError(ValueError):
+    """Deltas that are all finite, and of sizes that no result can be made of."""
+
+
 def finite_sum(deltas: Deltas, dtype: torch.dtype, batch_dims: int = 0) -> tuple[Tensor, Tensor, dict[str, Any]]:
     """(``deltas.sum``, its ``squares``, what ``MergeStats.values`` says of every Δ_t). One read of the device.
 
     Raises:
-        NotFiniteError: naming the tasks that hold NaN or Inf.
+        As ``delta_sizes``.
     """
     total, squares, largest, nonfinite = deltas.sum(dtype, batch_dims)
-    bad = torch.nonzero(_by_task(nonfinite).sum(1)).flatten().tolist()
+    most = None if largest is None else _by_task(largest)
+    return total, squares, delta_sizes(_by_task(squares), most, _by_task(nonfinite))
+
+
+def delta_sizes(squares: Tensor, largest: Tensor | None, nonfinite: Tensor) -> dict[str, Any]:
+    """What ``MergeStats.values`` says of every Δ_t, on the CPU, of what its parts are, [T, parts] each. One read of the
+    device.
+
+    Raises:
+        NotFiniteError: naming the tasks that hold NaN or Inf.
+        OutOfRangeError: a norm whose square float64 does not hold.
+    """
+    rows = [nonfinite.sum(1).double(), squares.sum(1).sqrt()]
+    if largest is not None:
+        rows.append(largest.amax(1).double())
+    counts, norms, *rest = torch.stack(rows).cpu()
+    bad = torch.nonzero(counts).flatten().tolist()
     if bad:
         raise NotFiniteError(bad)
-    values = {"delta_norms": _by_task(squares).sum(1).sqrt()}
-    if largest is not None:
-        values["delta_largest"] = _by_task(largest).amax(1)
-    return total, squares, values
+    if not bool(norms.isfinite().all()):
+        raise OutOfRangeError(f"‖Δ‖ of the tasks is {_shown(norms)}: more than float64 holds the squares of")
+    return {"delta_norms": norms, **({"delta_largest": rest[0]} if rest else {})}
+
+
+def require_comparable(norms: Tensor, origin: TensorSpec) -> None:
+    """Raises OutOfRangeError where a spectral method can make nothing of deltas with these ‖Δ_t‖_F, [T].
+
+    - Σ_t ‖Δ_t‖, which bounds every σ and σ̄, is beyond ``origin.dtype`` or ``COMPUTED_NORMS``.
+    - One Δ_t is larger than any training makes it, and another one has all its singular values in what counts as the
+      rounding of that: the result would be the large one's alone, and the others' absence a line in the report.
+    """
+    total, (least, most) = math.fsum(norms.tolist()), COMPUTED_NORMS
+    dtype = str(origin.dtype).removeprefix("torch.")
+    if not (total == 0 or least <= total <= min(most, torch.finfo(origin.dtype).max)):
+        raise OutOfRangeError(f"‖Δ‖ of the tasks is {_shown(norms)}: out of the range of {dtype} arithmetic")
+    rounding = rounding_of(norms.square().sum().sqrt(), origin)
+    if total > LARGEST_TRAINED_NORM and bool(((norms > 0) & (norms <= rounding)).any()):
+        raise OutOfRangeError(
+            f"‖Δ‖ of the tasks is {_shown(norms)}: the small ones are lost in what {dtype} rounds of the largest"
+        )
+
+
+# Squares and their sums are normal numbers of float64, and those of a billionth as well.
+COMPUTED_NORMS = (1e-140, 1e150)
+# A matrix of 10^9 weights that moved by 3 each. A flipped bit of an exponent makes 7e36 of 0.02.
+LARGEST_TRAINED_NORM = 1e5
+
+
+def require_kept(stats: MergeStats) -> None:
+    """Raises OutOfRangeError where nothing was kept of the one Δ_t that is not 0: of several, all may cancel."""
+    rank, norms = stats.values.get("rank"), stats.values.get("delta_norms")
+    if rank is None or norms is None or int((norms > 0).sum()) != 1:
+        return
+    if not bool(torch.as_tensor(rank).any()):
+        raise OutOfRangeError(f"‖Δ‖ of the tasks is {_shown(norms)}: no direction of it is told from rounding")
+
+
+def check_factors(what: str, values: Iterable[float], dtype: torch.dtype) -> None:
+    """Raises ConfigError where a scaling or weight is no finite number in the dtype that is computed in."""
+    for value in values:
+        if not abs(value) <= torch.finfo(dtype).max:
+            name = str(dtype).removeprefix("torch.")
+            raise ConfigError(f"{what} {value:g} is no finite number in {name}, which this is computed in")
+
+
+def _shown(norms: Tensor) -> str:
+    return ", ".join(f"{norm:.3g}" for norm in norms.tolist())
 
 
 def _by_task(seen: Tensor) -> Tensor:

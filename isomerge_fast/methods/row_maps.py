@@ -21,7 +21,7 @@ from ..linalg.gram_spectrum import GramSpectrum, eigh_workspace_bytes, gram_nois
 from ..linalg.protocol import rounding_tolerance
 from ..ops import BLOCK_ELEMENTS, TaskSum, sym_mm_add
 from .certified import exact_products
-from .protocol import Check, MergeStats, NotFiniteError, RowBlock, RowSource, TensorSpec, spectral_mean
+from .protocol import Check, MergeStats, RowBlock, RowSource, TensorSpec, delta_sizes, require_comparable, spectral_mean
 
 # Gram matrices square the condition number, and no other solver follows when they miss: left to long matrices, whose
 # sums are well-conditioned.
@@ -54,18 +54,13 @@ class Seen:
         """(‖Δ_t‖² [T], what ``MergeStats.values`` says of every Δ_t), as ``finite_sum`` has it. One read of the device.
 
         Raises:
-            NotFiniteError: naming the tasks that hold NaN or Inf.
+            As ``delta_sizes``.
         """
         parts = [self._parts[first] for first in sorted(self._parts)]
-        bad = torch.nonzero(torch.stack([nonfinite for _, _, nonfinite in parts]).sum(0)).flatten().tolist()
-        if bad:
-            raise NotFiniteError(bad)
         squares = torch.stack([squares for squares, _, _ in parts]).sum(0)
-        values = {"delta_norms": squares.sqrt()}
         largest = [largest for _, largest, _ in parts if largest is not None]
-        if largest:
-            values["delta_largest"] = torch.stack(largest).amax(0)
-        return squares, values
+        nonfinite = torch.stack([nonfinite for _, _, nonfinite in parts], 1)
+        return squares, delta_sizes(squares[:, None], torch.stack(largest, 1) if largest else None, nonfinite)
 
 
 class LinearMap:
@@ -127,6 +122,7 @@ def sum_spectrum(source: RowSource, k: int, limit: float) -> tuple[GramSpectrum,
     seen = Seen()
     gram, noise = product_gram(source, None, seen)
     squares, values = seen.values()
+    require_comparable(values["delta_norms"], TensorSpec("", tuple(source.shape), source.dtype))
     norm = gram.diagonal().sum().sqrt()
     tolerance = rounding_tolerance(squares.sum().sqrt(), rows, columns, source.dtype)
     spectrum = spectrum_in_place(gram, tolerance, noise)

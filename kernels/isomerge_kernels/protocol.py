@@ -17,7 +17,8 @@ class TaskSum(NamedTuple):
 
     Attributes:
         total: in the shape of a Δ_t, in the dtype asked for.
-        squares: ‖Δ_t‖_F², float64.
+        squares: ‖Δ_t‖_F², float64, right for all that float32 holds. Of float64 entries Inf where it is more than
+            float64 holds; never 0 where Δ_t is not, but the smallest number there is.
         largest: max |Δ_t|, float64; NaN where not all entries are finite, None where it was not asked for.
         nonfinite: how many entries of Δ_t are NaN or Inf, int64.
     """
@@ -26,6 +27,11 @@ class TaskSum(NamedTuple):
     squares: Tensor
     largest: Tensor | None
     nonfinite: Tensor
+
+
+def visible(squares: Tensor, largest: Tensor) -> Tensor:
+    """``squares``, of which those that float64 cannot tell from 0 are its smallest normal number where Δ_t is not 0."""
+    return torch.where(largest > 0, squares.clamp_min(torch.finfo(torch.float64).tiny), squares)
 
 
 def compute_dtype(*dtypes: torch.dtype) -> torch.dtype:

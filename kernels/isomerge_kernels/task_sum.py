@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._launch import OPTIONS, TRITON_DTYPES, Config, address_table, as_lines, blocks_of, is_aligned, on_device
-from .protocol import TaskSum, check_out, check_same, compute_dtype, weights_of
+from .protocol import TaskSum, check_out, check_same, compute_dtype, visible, weights_of
 
 # Eight bf16 a thread are one vector; with 2048 on 4 warps more bytes are under way a block, with 1024 more blocks fit.
 # (An estimate until a GPU has timed all of them.)
@@ -41,6 +41,26 @@ def load_task(
     source = tl.multiple_of(tl.load(row).to(tl.pointer_type(EXPERT)), ALIGNMENT)
     stride = tl.multiple_of(tl.load(row + 1), ALIGNMENT)
     return tl.load(source + (line * stride + offsets), mask=mask, other=0.0)
+
+
+# Squares of float32 overflow from 1.8e19 on and vanish below 1e-23. So they are added up twice: of SMALL times the
+# numbers, which counts up to SPLIT, and of LARGE times the numbers. Powers of two change no digit.
+SMALL, LARGE, SPLIT = tl.constexpr(2.0**40), tl.constexpr(2.0**-64), tl.constexpr(2.0**12)
+# Back again, as squares in float64.
+OF_SMALL, OF_LARGE = tl.constexpr(2.0**-80), tl.constexpr(2.0**128)
+
+
+@triton.jit
+def sum_of_squares(x, largest, COMPUTE: tl.constexpr):
+    """Σ x² in float64, with max |x| = ``largest``: of float32 right from 1e-31 on to the largest numbers."""
+    if tl.float64 == COMPUTE:
+        squares = tl.sum(x * x, axis=0)
+    else:
+        small, large = x * SMALL, x * LARGE
+        of_small = tl.sum(small * small, axis=0).to(tl.float64) * OF_SMALL
+        of_large = tl.sum(large * large, axis=0).to(tl.float64) * OF_LARGE
+        squares = tl.where(largest <= SPLIT, of_small, of_large)
+    return squares
 
 
 @triton.jit
@@ -89,9 +109,10 @@ def task_sum_kernel(
         delta = tl.where(mask, expert - origin, 0.0)
         total += weight * delta.to(accumulate)
         size = tl.abs(delta)
-        tl.store(statistic, tl.sum(delta * delta, axis=0).to(tl.float64))
+        most = tl.max(size, axis=0)
+        tl.store(statistic, sum_of_squares(delta, most, COMPUTE))
         statistic += kind_stride
-        tl.store(statistic, tl.max(size, axis=0).to(tl.float64))
+        tl.store(statistic, most.to(tl.float64))
         statistic += kind_stride
         finite = (size < float("inf")).to(tl.int32)  # which NaN is not either
         tl.store(statistic, (BLOCK - tl.sum(finite, axis=0)).to(tl.float64))
@@ -155,5 +176,5 @@ def task_sum(
                 **OPTIONS,
             )
     squares, most, nonfinite = statistics.view(3, tasks, *batch, -1)
-    counts = nonfinite.sum(-1).long()
-    return TaskSum(out, squares.sum(-1), most.amax(-1).masked_fill_(counts > 0, torch.nan), counts)
+    counts, most = nonfinite.sum(-1).long(), most.amax(-1)
+    return TaskSum(out, visible(squares.sum(-1), most), most.masked_fill_(counts > 0, torch.nan), counts)
