@@ -15,7 +15,8 @@ from .checkpoint.layout import DTYPES
 from .checkpoint.ring import aligned
 from .checkpoint.write_behind import WriteBehind
 from .checkpoint.writer import ShardWriter
-from .methods import RowBlock
+from .methods import OutOfRangeError, RowBlock
+from .methods.factors import product_bound
 from .plan import DELTA_FOLDER, TensorPlan
 from .routes import ROW_STEP
 from .sources import PlannedSource
@@ -104,7 +105,14 @@ class TensorOutput:
 
         Args:
             left: [M, rank]; right: [rank, N]. Either is A or B, as the adapters have it.
+
+        Raises:
+            OutOfRangeError: the product may be more than float32 holds, as what adapters are multiplied out in.
         """
+        bound = product_bound(left, right)
+        for alpha in self._scalings.values():
+            if not bound * abs(alpha) <= torch.finfo(torch.float32).max:
+                raise OutOfRangeError(f"weights up to {bound * abs(alpha):.3g} overflow float32 at scaling {alpha:g}")
         a, b = self._plan.outputs
         # The first adapter that has the pair gave it its names, and its orientation.
         first = next(pair for pair in self._plan.pairs if pair is not None)

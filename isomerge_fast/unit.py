@@ -432,11 +432,13 @@ def _absurd(plan: TensorPlan, stats: Mapping[str, Any], reader: Reader) -> Itera
         if plan.route.reads_base:
             of_base = _size_of_base(plan, reader) if of_base is None else of_base
             beside["the base's own weights'"] = of_base
-        if beside and size > ABSURD * max(beside.values()):
+        elif not others:
+            beside["a matrix of ones'"] = math.sqrt(plan.spec.elements)
+        if size > ABSURD * max(beside.values()):
             pair = plan.pairs[task] if plan.pairs else None
             file = plan.experts[task].file if pair is None else pair.a.file
             compared = " and ".join(f"{value:.3g}, {whose}" for whose, value in beside.items())
-            yield f"{file}: the {what} is {size:.3g}, beside {compared}: is a weight damaged?"
+            yield f"{file}: its {what} is {size:.3g}, beside {compared}: is a weight damaged?"
 
 
 def _size_of_base(plan: TensorPlan, reader: Reader) -> float:

@@ -152,7 +152,31 @@ def sum_checks() -> Iterator[tuple[str, Check]]:
         assert all(torch.equal(total, totals[0]) for total in totals)  # element by element the same order
         return {}
 
-    yield from (("strided", strided), ("far-apart", far_apart), ("not-finite", not_finite))
+    def sizes(device: torch.device) -> dict[str, float]:
+        """Norms of all that the dtypes hold, in both forms, also where one block is large and all others are not."""
+        x = random((2, 2048), torch.float64, device, 0)
+        for dtype, scale in (
+            *((torch.float32, scale) for scale in (1e-30, 1e-12, 1e7, 1e19, 7e37)),
+            *((torch.bfloat16, 7e37), (torch.float64, 1e-120), (torch.float64, 1e120)),
+        ):
+            delta = x.to(dtype)
+            rows = slice(1 if scale > 1 else 0, 2)
+            delta[rows] = (x[rows] * scale).to(dtype)
+            exact = torch.linalg.vector_norm(delta.double())[None]
+            for form in (task_sum, reference):
+                found = form.task_sum([delta], torch.zeros_like(delta))
+                torch.testing.assert_close(found.squares.sqrt(), exact, rtol=1e-5, atol=0)
+                assert not found.nonfinite.any()
+        for form in (task_sum, reference):
+            for dtype, scale in ((torch.float32, 1e-44), (torch.float64, 1e-200)):
+                assert bool((form.task_sum([(x * scale).to(dtype)]).squares > 0).all())  # not zero
+            found = form.task_sum([x * 1e200])  # not a count of what is not finite
+            assert found.squares.isinf().all()
+            assert not found.nonfinite.any()
+            assert not form.task_sum([x * 0.0]).squares.any()
+        return {}
+
+    yield from (("strided", strided), ("far-apart", far_apart), ("not-finite", not_finite), ("sizes", sizes))
     yield "configurations", configurations
 
 

@@ -296,6 +296,10 @@ class TestInMemory:
             merge_states(given, "iso_c")
         with pytest.raises(InputError, match="the weighted deltas are too large"):
             merge_states(states(), "iso_c", parameters={"weight": 1e38})
+        with pytest.raises(InputError, match=r"^tensor .* merged weights overflow torch.float32 at lambda"):
+            merge_states(states(), "iso_c", parameters={"lambda": 3e38})
+        with pytest.raises(ConfigError, match=r"^tensor '.*' \[.*\]: lambda 1e\+300 is no finite number in float32"):
+            merge_states(states(), "iso_c", parameters={"lambda": 1e300})
 
     @pytest.mark.parametrize(
         ("parameter", "value"),

@@ -181,6 +181,65 @@ class TestDegenerate:
 
 
 @pytest.mark.parametrize("function", [imf.iso_c, imf.iso_cts], ids=["iso-c", "iso-cts"])
+class TestSizes:
+    """What the arithmetic can hold is merged as if it were of size 1; all else is refused, with the sizes."""
+
+    @pytest.mark.parametrize("scale", [2.0**-100, 2.0**-66, 2.0**66, 2.0**100, 2.0**118])
+    def test_scale_changes_nothing_else(self, function, scale: float) -> None:
+        deltas = make_deltas(48, 80, 3)
+        value = function([delta * scale for delta in deltas])
+        expected = {imf.iso_c: oracle.iso_c, imf.iso_cts: oracle.iso_cts}[function](numpy(deltas))
+        assert oracle.relative_error(value.double().numpy() / scale, expected) <= DEFAULT_BOUND
+
+    @pytest.mark.parametrize(
+        ("value", "dtype", "message"),
+        [
+            (1.3e37, torch.float32, r"‖Δ‖ of the tasks is .*, 1.3e\+37, .*: the small ones are lost"),
+            (1.3e37, torch.bfloat16, "the small ones are lost in what float32 rounds of the largest"),
+            (1e10, torch.float32, "the small ones are lost in what float32 rounds of the largest"),
+            (1e300, torch.float64, "‖Δ‖ of the tasks is .*inf.*: more than float64 holds the squares of"),
+            (1e20, torch.float64, "the small ones are lost in what float64 rounds of the largest"),
+        ],
+    )
+    def test_one_huge_entry(self, function, value: float, dtype: torch.dtype, message: str) -> None:
+        deltas = [1e-3 * delta.to(dtype) for delta in make_deltas(48, 80, 3)]
+        deltas[1][5, 7] = value
+        with pytest.raises(ValueError, match=message):
+            function(deltas)
+
+    def test_what_is_small_and_no_damage_is_merged(self, function) -> None:
+        """A tensor that one task left nearly as it was is an ordinary one."""
+        deltas = make_deltas(48, 80, 3)
+        tiny = torch.zeros(48, 80)
+        tiny[3, 4] = 1e-20
+        value = function([*deltas, tiny])
+        if function is imf.iso_c:
+            assert oracle.relative_error(value.numpy(), oracle.iso_c(numpy(deltas))) <= DEFAULT_BOUND
+
+    @pytest.mark.parametrize("scale", [1e-200, 1e151])
+    def test_out_of_range(self, function, scale: float) -> None:
+        deltas = [scale * delta.double() for delta in make_deltas(48, 80, 3)]
+        with pytest.raises(ValueError, match="out of the range of float64 arithmetic"):
+            function(deltas)
+        with pytest.raises(ValueError, match="out of the range of float32 arithmetic"):
+            function([1.5e38 * delta / delta.norm() for delta in make_deltas(48, 80, 3)])
+
+    def test_weights_are_numbers_of_the_dtype(self, function) -> None:
+        with pytest.raises(imf.ConfigError, match=r"weight 1e\+300 is no finite number in float32"):
+            function(make_deltas(4, 8, 2), weights=[1e300, 1.0])
+
+
+def test_nothing_kept_of_a_delta_is_no_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a solver answers: rank 0 of the only delta that is not zero is an error."""
+    real = FullSvd.polar
+    monkeypatch.setattr(FullSvd, "polar", lambda self, x, tolerance, dtype: real(self, x * 0.0, dtype=dtype))
+    method, delta = make_method("iso-c", {"precision": "reference"}), make_deltas(8, 12, 1)[0]
+    with pytest.raises(ValueError, match="no direction of it is told from rounding"):
+        method.merge(as_deltas([delta, torch.zeros(8, 12)]))
+    assert not method.merge(as_deltas([delta, -delta]))[0].any()
+
+
+@pytest.mark.parametrize("function", [imf.iso_c, imf.iso_cts], ids=["iso-c", "iso-cts"])
 @pytest.mark.parametrize("shape", [(48, 80), (80, 48)], ids=["wide", "tall"])
 def test_batch_equals_its_members(function, shape: tuple[int, int]) -> None:
     """[T, B, M, N]; one member is of low rank, so the batch mixes ranks."""

@@ -500,6 +500,8 @@ def test_arguments_are_refused_before_the_model_is_touched() -> None:
         add_merged_adapter(model, ["a", "b"], "merged")
     with torch.no_grad():
         model.base_model.model.model.layers[1].mlp.up_proj.lora_B["b"].weight[0, 0] = 0
+    with pytest.raises(InputError, match=r"module '.*': weights up to .* of the merged delta overflow float32"):
+        add_merged_adapter(model, ["a", "b"], "merged", method="mean", scaling=1e60)
     assert list(model.peft_config) == before[2]
 
 

@@ -253,6 +253,33 @@ def test_tensors_of_inference_mode_are_taken_outside_of_it() -> None:
     merged += 1  # a plain tensor
 
 
+# --------------------------------------------------------------------------------------------------------------- sizes
+
+
+@pytest.mark.parametrize(
+    ("value", "changes", "message"),
+    [
+        (3.39e38, {"dtype": torch.bfloat16}, "640 merged weights overflow bfloat16 at scaling 1"),
+        (1e5, {"dtype": torch.float16}, "640 merged weights overflow float16 at scaling 1"),
+        (1e3, {"scaling": 1e38}, "merged weights overflow float32 at scaling 1e\\+38"),
+        (3e38, {"method": "task-arithmetic"}, r"base or experts\[0, 1, 2\] are too far apart for float32"),
+        (1.0, {"scaling": 1e300}, "tensor 'w': scaling 1e\\+300 is no finite number in float32"),
+        (1.0, {"scaling": float("nan")}, "tensor 'w': scaling nan is no finite number in float32"),
+        (1.0, {"weights": [1e300, 1, 1]}, "tensor 'w': weight 1e\\+300 is no finite number in float32"),
+        (1e20, {"method": "iso-c", "flipped": True}, "tensor 'w': ‖Δ‖ of the tasks is 1e\\+20"),
+    ],
+)
+def test_what_the_dtypes_cannot_hold_is_an_error(value: float, changes: dict[str, Any], message: str) -> None:
+    given: dict[str, Any] = {"method": "mean", **changes}
+    experts = [delta + value for delta in make_deltas()]
+    if given.pop("flipped", False):
+        experts = make_deltas()
+        experts[0][2, 3] = value
+    base = torch.full(SHAPE, -value) if value == 3e38 else torch.zeros(SHAPE)
+    with pytest.raises(ValueError, match=message):
+        imf.merge_state_dicts({"w": base}, [{"w": expert} for expert in experts], **given)
+
+
 # ---------------------------------------------------------------------------------------------------------------- meta
 
 

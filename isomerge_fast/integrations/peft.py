@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..checkpoint.adapter import check_settings
 from ..errors import ConfigError, InputError, nearest
 from ..methods import Method, NotFiniteError, OutOfRangeError, TensorSpec, make_method, method_for
-from ..methods.factors import Factors, LowRank, merge_factors
+from ..methods.factors import Factors, LowRank, merge_factors, product_bound
 from ..ops import FLOAT_DTYPES, compute_dtype, count_nonfinite
 from .peers import require_at_least
 
@@ -316,6 +316,8 @@ def _write(
     In the dtype of the adapters that it is made of: PEFT keeps those in float32 over a base of 16 bits, but makes this
     one in the base's dtype.
     """
+    if not (bound := product_bound(left, right)) <= torch.finfo(torch.float32).max:
+        raise InputError(f"module {module!r}: weights up to {bound:.3g} of the merged delta overflow float32")
     dtypes = [tensor.dtype for name in adapters if _has(layer, name) for tensor in _weights(layer, name)]
     dtype = functools.reduce(torch.promote_types, dtypes)
     a, b = _weights(layer, adapter_name)

@@ -142,6 +142,11 @@ class LowRank:
         return left, right, float(lost)
 
 
+def product_bound(left: Tensor, right: Tensor) -> float:
+    """A bound on the entries of left right, which is never formed: ‖a row of left‖ ‖a column of right‖."""
+    return float(torch.linalg.vector_norm(left, dim=1).amax() * torch.linalg.vector_norm(right, dim=0).amax())
+
+
 def merge_factors(
     method: Method, factors: Sequence[Factors | None], shape: Sequence[int], dtype: torch.dtype = torch.float32
 ) -> tuple[LowRank, MergeStats]:

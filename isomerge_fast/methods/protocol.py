@@ -148,7 +148,9 @@ class RowBlock:
         # What the kernel sees, it sees before the weights.
         size = found.squares.new_tensor(self.weights).abs()
         largest = None if found.largest is None else found.largest * size
-        return found._replace(squares=found.squares * size.square(), largest=largest)
+        # A square that overflows, times a zero delta's, were NaN.
+        squares = torch.where(found.squares == 0, found.squares, found.squares * size.square())
+        return found._replace(squares=squares, largest=largest)
 
     def delta(self, task: int, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         """Δ_t of these rows."""

@@ -17,8 +17,8 @@ class TaskSum(NamedTuple):
 
     Attributes:
         total: in the shape of a Δ_t, in the dtype asked for.
-        squares: ‖Δ_t‖_F², float64, right for all that float32 holds. Of float64 entries Inf where it is more than
-            float64 holds; never 0 where Δ_t is not, but the smallest number there is.
+        squares: ‖Δ_t‖_F², float64, of whatever float32 holds (a GPU: of 1e-30 and more). Of float64 entries it is Inf
+            where float64 does not hold it; and it is never 0 where Δ_t is not, but the smallest normal number.
         largest: max |Δ_t|, float64; NaN where not all entries are finite, None where it was not asked for.
         nonfinite: how many entries of Δ_t are NaN or Inf, int64.
     """

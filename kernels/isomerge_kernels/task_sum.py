@@ -45,14 +45,14 @@ def load_task(
 
 # Squares of float32 overflow from 1.8e19 on and vanish below 1e-23. So they are added up twice: of SMALL times the
 # numbers, which counts up to SPLIT, and of LARGE times the numbers. Powers of two change no digit.
-SMALL, LARGE, SPLIT = tl.constexpr(2.0**40), tl.constexpr(2.0**-64), tl.constexpr(2.0**12)
+SMALL, LARGE, SPLIT = tl.constexpr(2.0**35), tl.constexpr(2.0**-70), tl.constexpr(2.0**23)
 # Back again, as squares in float64.
-OF_SMALL, OF_LARGE = tl.constexpr(2.0**-80), tl.constexpr(2.0**128)
+OF_SMALL, OF_LARGE = tl.constexpr(2.0**-70), tl.constexpr(2.0**140)
 
 
 @triton.jit
 def sum_of_squares(x, largest, COMPUTE: tl.constexpr):
-    """Σ x² in float64, with max |x| = ``largest``: of float32 right from 1e-31 on to the largest numbers."""
+    """Σ x² in float64, with max |x| = ``largest``: of float32 right from 1e-30 on to the largest numbers."""
     if tl.float64 == COMPUTE:
         squares = tl.sum(x * x, axis=0)
     else:
