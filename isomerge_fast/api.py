@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from .checkpoint.manifest import read_manifest
-from .config import MergeConfig, load_config
+from .checkpoint.layout import Checkpoint
+from .checkpoint.manifest import MANIFEST_FILE, Manifest, file_name, read_manifest
+from .config import MergeConfig, load_config, recorded_config
 from .engine import resolve_device, run
-from .errors import InputError
-from .plan import DELTA_FOLDER, make_plan
+from .errors import ConfigError, InputError, VerificationError
+from .plan import DELTA_FOLDER, Plan, TensorPlan, make_plan
 from .report import Observer, Report
 
 __all__ = ["apply", "merge"]
@@ -86,33 +88,33 @@ def apply(
         out, device, max_ram, max_vram, resume, overwrite, io, observer: as for ``merge``.
 
     Raises:
-        InputError: no Δ there, or the base is not the one that it was made for.
+        InputError: no Δ there; or Δ is not as it was kept, or the base is not the one that it was made for, which is
+            seen in their headers before anything is written, or in their bytes while they are read: then nothing is
+            left.
+        VerificationError: the manifest was changed.
         ConfigError, ResourceError: as ``merge``.
     """
     folder = Path(merged)
-    description = read_manifest(folder)["description"]
-    if not description["config"]["save_delta"]:
+    manifest = read_manifest(folder)
+    then = _recorded_config(folder, manifest)
+    if not then.save_delta:
         raise InputError(f"{folder}: holds no merged Δ; merge again with save_delta")
-    recorded = description["inputs"][0]
     config = load_config(
         {
-            "base": recorded["path"] if base is None else base,
+            "base": then.base if base is None else base,
             "experts": [folder / DELTA_FOLDER],
             "experts_are_deltas": True,
             "method": "task-arithmetic",
             "scaling": scaling,
-            "dtype": dtype or description["config"]["dtype"],
-            "stochastic_rounding": description["config"]["stochastic_rounding"],
+            "dtype": dtype or then.dtype,
+            "stochastic_rounding": then.stochastic_rounding,
             "out": out,
         }
     )
     plan = make_plan(config, resolve_device(device), max_ram=max_ram, max_vram=max_vram)
-    for path, identity in plan.base.files.items():
-        then = recorded["files"].get(path.name)
-        if then is None or (then["size"], then["header_sha256"]) != (identity.size, identity.header_sha256):
-            raise InputError(f"{path}: not the base that the delta in {folder} was made for")
+    _check_headers(plan, folder, manifest)
     return run(
-        plan,
+        replace(plan, tensors=tuple(_with_checksums(tensor, folder, manifest) for tensor in plan.tensors)),
         device=device,
         max_ram=max_ram,
         max_vram=max_vram,
@@ -121,3 +123,41 @@ def apply(
         io=io,
         observer=observer,
     )
+
+
+def _recorded_config(folder: Path, manifest: Manifest) -> MergeConfig:
+    """Return the config of the merge that made the output in ``folder``."""
+    try:
+        return recorded_config(manifest["description"])
+    except ConfigError as error:
+        raise VerificationError(f"{folder / MANIFEST_FILE}: not the manifest of a merge ({error})") from error
+
+
+def _check_headers(plan: Plan, folder: Path, manifest: Manifest) -> None:
+    """Raise InputError where files of the base or of Δ are not those of the merge that kept Δ."""
+    recorded = manifest["description"]["inputs"][0]["files"]
+    base = {name: (entry["size"], entry["header_sha256"]) for name, entry in recorded.items()}
+    kept = {name: (entry["bytes"], entry["header_sha256"]) for name, entry in manifest["shards"].items()}
+    for path, found in _headers(plan.base).items():
+        if base.pop(path.name, None) != found:
+            raise InputError(f"{path}: not the base that the delta in {folder} was made for")
+    if base:
+        raise InputError(f"{plan.base.path}: not the base that the delta in {folder} was made for: no {min(base)}")
+    (delta,) = plan.experts
+    for path, found in _headers(delta).items():
+        if kept.get(file_name(DELTA_FOLDER, path.name)) != found:
+            raise InputError(f"{path}: not the delta that the merge kept (its size or header differs)")
+
+
+def _headers(checkpoint: Checkpoint) -> dict[Path, tuple[int, str]]:
+    return {path: (identity.size, identity.header_sha256) for path, identity in checkpoint.files.items()}
+
+
+def _with_checksums(tensor: TensorPlan, folder: Path, manifest: Manifest) -> TensorPlan:
+    """Return the tensor's plan, with the checksums that base and Δ had in the merge that kept Δ."""
+    try:
+        kept = manifest["outputs"][DELTA_FOLDER]["tensors"]
+        delta = [kept[expert.name]["checksum"] for expert in tensor.experts]
+        return replace(tensor, checksums=(manifest.get("base", {})[tensor.name], *delta))
+    except KeyError as error:
+        raise VerificationError(f"{folder / MANIFEST_FILE}: has no checksum of tensor {tensor.name!r}") from error

@@ -242,6 +242,7 @@ def guarded(format: Format, action: Callable[[], None]) -> None:
     except IsomergeError as error:
         if format is Format.json:
             details = {"kind": error.kind, "exit_code": error.exit_code, "message": str(error)}
+            details |= {"problems": error.problems} if error.problems else {}
             print_json({"error": details})
         if format is Format.human or take_failure(sys.stdout):
             print(f"isomerge: {error}", file=sys.stderr)
@@ -413,7 +414,7 @@ def verify(
     seed: Annotated[int, typer.Option(help="Of the choice of samples.")] = 0,
     format: FormatOption = Format.human,
 ) -> None:
-    """Check a merged checkpoint: every tensor's checksum, and a sample recomputed in float64."""
+    """Check a merged checkpoint: every byte of every file, and a sample of tensors recomputed in float64."""
 
     def action() -> None:
         from dataclasses import asdict
@@ -435,15 +436,10 @@ def report(
     """What a merge did: algorithm, evidence, seconds and bytes of every tensor."""
 
     def action() -> None:
-        from .checkpoint.layout import parse_json
         from .console import print_report
-        from .errors import InputError
-        from .report import REPORT_FILE, Report
+        from .finishing import read_report
 
-        path = folder / REPORT_FILE
-        if not path.is_file():
-            raise InputError(f"{folder}: no {REPORT_FILE}; not the output of a finished merge")
-        loaded = Report.from_dict(parse_json(path.read_bytes(), str(path)))
+        loaded, _ = read_report(folder)
         answer(format, loaded.to_dict(), lambda: print_report(loaded, every_tensor=True))
 
     guarded(format, action)

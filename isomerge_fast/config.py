@@ -14,6 +14,7 @@ from typing import Any
 from .errors import ConfigError, nearest, shown
 from .mergekit_recipe import is_recipe, read_recipe
 from .regular_files import read_regular
+from .schema import check
 
 MAX_BYTES = 8_000_000  # of a YAML file
 MAX_PATH_BYTES = 4_096  # as Linux has it
@@ -125,13 +126,23 @@ def _weight(entry: float | list[WeightRule], name: str) -> float:
     return next((float(rule.weight) for rule in entry if fnmatch.fnmatchcase(name, rule.match)), 1.0)
 
 
-def config_from_dict(raw: Mapping[str, Any]) -> MergeConfig:
-    """The inverse of ``dataclasses.asdict``: of what was checked once."""
+def recorded_config(description: Mapping[str, Any]) -> MergeConfig:
+    """Return the config of a merge from what its manifest says of it, as strictly checked as any other.
+
+    Raises:
+        ConfigError: an unknown key, a wrong type or a value out of range.
+    """
+    base, *experts = (recorded["path"] for recorded in description["inputs"])
+    raw = {**description["config"], "base": base, "experts": experts}
+    try:
+        check(raw, MergeConfig, "config")
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     weights = raw.get("weights")
     if weights is not None:
         weights = [[WeightRule(**rule) for rule in each] if isinstance(each, list) else each for each in weights]
-    overrides = [Override(**override) for override in raw["overrides"]]
-    return MergeConfig(**{**raw, "overrides": overrides, "weights": weights})
+    overrides = [Override(**override) for override in raw.get("overrides", [])]
+    return _checked(MergeConfig(**{**raw, "overrides": overrides, "weights": weights}), "config")
 
 
 def load_config(source: str | os.PathLike[str] | Mapping[str, Any] | MergeConfig, **changes: Any) -> MergeConfig:

@@ -14,9 +14,10 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 from rich.text import Text
 
+from .checkpoint.manifest import REPORT_FILE
 from .errors import visible
 from .plan import Plan, TensorPlan
-from .report import REPORT_FILE, Observer, Progress, Report
+from .report import Observer, Progress, Report
 from .verify import Verification
 
 # Wide enough for a line a tensor when the output goes to a file or a pipe.
@@ -291,13 +292,18 @@ def _print_notes(out: Console, notes: Any) -> None:
 
 def print_verification(result: Verification) -> None:
     out = console()
-    out.print(f"{result.folder}: {result.tensors} tensors, {size(result.bytes)}: every checksum is right")
+    out.print(
+        f"{result.folder}: {result.files} files, {result.tensors} tensors, {size(result.bytes)}: "
+        "every checksum is right"
+    )
     if result.recomputed:
         table = _table("recomputed in float64", ">scaling", ">error", ">allowed")
         for entry in result.recomputed:
             scaling = "delta" if entry["scaling"] is None else f"{entry['scaling']:g}"
             table.add_row(entry["name"], scaling, f"{entry['error']:.1e}", f"{entry['allowed']:.1e}")
         out.print(table)
+    for change in result.inputs_changed:
+        out.print(f"an input has changed since the merge: {change}")
     _print_notes(out, result.remarks)
 
 

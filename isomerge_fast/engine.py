@@ -15,13 +15,21 @@ import torch
 
 from . import __version__
 from .checkpoint.journal import Journal
-from .checkpoint.manifest import MANIFEST_FILE, describe_inputs, fingerprint, read_manifest, to_json
+from .checkpoint.manifest import (
+    MANIFEST_FILE,
+    ShardEntry,
+    describe_inputs,
+    file_name,
+    fingerprint,
+    read_manifest,
+    to_json,
+)
 from .checkpoint.staging import Staging, check_replaceable
 from .checkpoint.writer import create_shard
 from .errors import ConfigError, InputError, ResourceError, VerificationError, nearest
-from .finishing import write_all_else
+from .finishing import read_report, write_all_else
 from .plan import Plan, check_resources
-from .report import REPORT_FILE, Observer, Report
+from .report import PHASES, Observer, Report
 from .unit import Job, Unit, UnitResult, merge_unit
 
 IO = ("auto", "buffered")
@@ -132,7 +140,7 @@ def run(
                 resume=resume,
                 overwrite=overwrite,
             )
-            _create_files(plan, staging, journal, resume)
+            shards = _create_files(plan, staging, journal, resume)
             job = Job.of(
                 plan,
                 staging.folder,
@@ -145,7 +153,7 @@ def run(
             results = (crew or OneProcess()).merge(plan, job, journal.finished, observer)
             entries = {name: entry for result in results for name, entry in result.entries.items()}
             report = _report(plan, staging, str(target), results, entries, started)
-            write_all_else(plan, staging.new, description, entries, report)
+            write_all_else(plan, staging.new, description, entries, shards, report)
             staging.commit()
             return report
         except InputError:
@@ -172,8 +180,9 @@ def _check_names(plan: Plan, out: str) -> None:
             ) from error
 
 
-def _create_files(plan: Plan, staging: Staging, journal: Journal, resume: bool) -> None:
-    """All that units write into."""
+def _create_files(plan: Plan, staging: Staging, journal: Journal, resume: bool) -> dict[str, ShardEntry]:
+    """Make all that units write into; return what the manifest says of it."""
+    shards: dict[str, ShardEntry] = {}
     folders = plan.folders.items()
     # Shards are worth nothing without a journal that tells what is in them.
     kept = [(Path(folder) / file).as_posix() for folder, files in folders for file in files]
@@ -181,7 +190,9 @@ def _create_files(plan: Plan, staging: Staging, journal: Journal, resume: bool) 
     for folder, files in folders:
         (staging.new / folder).mkdir(exist_ok=True)
         for file, tensors in files.items():
-            create_shard(staging.new / folder / file, tensors, resume=resume)
+            size, header_sha256 = create_shard(staging.new / folder / file, tensors, resume=resume)
+            shards[file_name(folder, file)] = {"bytes": size, "header_sha256": header_sha256}
+    return shards
 
 
 def _report(
@@ -192,7 +203,7 @@ def _report(
     entries: Mapping[str, dict[str, Any]],
     started: float,
 ) -> Report:
-    seconds = {phase: sum(result.seconds[phase] for result in results) for phase in ("read", "compute", "write")}
+    seconds = {phase: sum(result.seconds[phase] for result in results) for phase in PHASES}
     ways = ("read", "write")
     busy = ("reading_seconds", "writing_seconds")
     io = {
@@ -251,13 +262,10 @@ def _describe(plan: Plan, device: torch.device) -> dict[str, Any]:
 def _finished_report(out: Path, description: dict[str, Any], overwrite: bool) -> Report | None:
     """Of the finished merge in ``out``; None where that is of another description, or damaged and to be replaced."""
     try:
-        if read_manifest(out).get("description") != json.loads(to_json(description)):
+        if read_manifest(out)["description"] != json.loads(to_json(description)):
             return None
-        try:
-            return Report.from_dict(json.loads((out / REPORT_FILE).read_bytes()))
-        except (OSError, ValueError, TypeError, AttributeError) as error:
-            raise VerificationError(f"{out / REPORT_FILE}: cannot be read ({error})") from error
-    except VerificationError:
+        return read_report(out)[0]
+    except (InputError, VerificationError) as error:
         if overwrite:
             return None
-        raise
+        raise VerificationError(str(error)) from error

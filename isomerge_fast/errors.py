@@ -6,7 +6,10 @@ from __future__ import annotations
 
 import difflib
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+
+# So many problems are told of in one message.
+MAX_PROBLEMS = 20
 
 
 def visible(text: str, keep: str = "") -> str:
@@ -21,7 +24,8 @@ def visible(text: str, keep: str = "") -> str:
 class IsomergeError(Exception):
     """Base of the errors a user can mend; ``exit_code`` is what the command line returns.
 
-    The message is one line, and one more for each of ``problems``: names from files cannot begin another.
+    The message is one line, and one more for each of ``problems``, where there are several: names from files cannot begin
+    another.
     """
 
     exit_code = 1
@@ -76,6 +80,12 @@ class VerificationError(IsomergeError):
 
     exit_code = 5
     kind = "verification"
+
+
+def first_of(problems: Sequence[str]) -> list[str]:
+    """Return as many problems as one message tells of, and how many there are beside them."""
+    more = len(problems) - MAX_PROBLEMS
+    return [*problems[:MAX_PROBLEMS], *([f"… and {more} more"] if more > 0 else [])]
 
 
 def nearest(word: object, known: Iterable[str]) -> str:

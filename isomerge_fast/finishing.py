@@ -3,21 +3,35 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from . import __version__
 from .checkpoint.checksum import ALGORITHM
 from .checkpoint.companions import config_with_dtype, copy_companions, model_card
 from .checkpoint.layout import ADAPTER_CONFIG_FILE
-from .checkpoint.manifest import FORMAT, MANIFEST_FILE, to_json
-from .checkpoint.writer import write_durably
+from .checkpoint.manifest import (
+    FORMAT,
+    MANIFEST_FILE,
+    REPORT_FILE,
+    Description,
+    FileEntry,
+    Manifest,
+    Output,
+    ShardEntry,
+    file_entry,
+    file_name,
+    to_json,
+)
+from .checkpoint.sealed import read_sealed, write_sealed
+from .checkpoint.writer import OutputTensor, write_durably
 from .config import MergeConfig
+from .errors import InputError, ResourceError, VerificationError
 from .methods import METHODS
 from .plan import Plan, scaling_folders
-from .report import REPORT_FILE, Report
+from .report import Report
 
 
 def write_all_else(
@@ -25,6 +39,7 @@ def write_all_else(
     folder: Path,
     description: Mapping[str, Any],
     entries: Mapping[str, Mapping[str, Any]],
+    shards: dict[str, ShardEntry],
     report: Report,
 ) -> None:
     """Completes the output in ``folder``, durably.
@@ -32,49 +47,102 @@ def write_all_else(
     Args:
         description: all that decides the output's bytes.
         entries: of the journal, by tensor.
+        shards: what the manifest says of the files of weights.
     """
     scalings = scaling_folders(plan.config.scalings)
-    for name, files in plan.folders.items():
-        path = folder / name
-        if name in scalings:
-            _add_companions(plan, path, scalings[name])
+    files: dict[str, FileEntry] = {}
+    for name, weights in plan.folders.items():
+        written = _add_companions(plan, folder / name, scalings[name]) if name in scalings else []
         if plan.index_name is not None:
-            total_bytes = sum(output.bytes for tensors in files.values() for output in tensors)
-            weight_map = {output.name: file for file, tensors in files.items() for output in tensors}
-            index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
-            write_durably(path / plan.index_name, to_json(index, indent=2))
-    written = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
-    manifest = {
-        "files": sorted([*written, MANIFEST_FILE, REPORT_FILE]),
+            written.append(_add_index(plan.index_name, folder / name, weights))
+        files |= _entries(folder, name, written)
+    manifest: Manifest = {
         "format": FORMAT,
         "checksum": ALGORITHM,
-        "description": description,
-        "outputs": {
-            name: {
-                "scaling": scalings.get(name),
-                "tensors": {
-                    output: {"file": tensor.shard, "action": tensor.action, "checksum": checksum}
-                    for tensor in plan.tensors
-                    for output, checksum in entries[tensor.name]["checksum"].get(name, {}).items()
-                },
+        "description": cast(Description, description),
+        "outputs": {name: _output(plan, name, scalings.get(name), entries) for name in plan.folders},
+        "files": files,
+        "shards": shards,
+    }
+    if plan.config.save_delta:
+        manifest["base"] = {tensor.name: entries[tensor.name]["base_checksum"] for tensor in plan.tensors}
+    digest = write_sealed(folder / MANIFEST_FILE, [to_json(manifest)])
+    write_sealed(folder / REPORT_FILE, [to_json({**report.to_dict(), "manifest": digest})])
+
+
+def read_report(folder: Path) -> tuple[Report, str]:
+    """Return the report of a finished output, and the digest of the manifest that it was written with.
+
+    Raises:
+        InputError: none there. VerificationError: it cannot be read, or was changed.
+    """
+    path = folder / REPORT_FILE
+    if not path.is_file():
+        raise InputError(f"{folder}: no {REPORT_FILE}; not the output of a finished merge")
+    value, flaw = read_sealed(path)
+    if flaw is not None:
+        raise VerificationError(flaw)
+    try:
+        return Report.from_dict(value), str(value.get("manifest"))
+    except ValueError as error:
+        raise VerificationError(f"{path}: not a report ({error})") from error
+
+
+def _output(plan: Plan, name: str, scaling: float | None, entries: Mapping[str, Mapping[str, Any]]) -> Output:
+    """Return what the manifest says of a sub-folder's tensors."""
+    written = {tensor.name: tensor for tensors in plan.folders[name].values() for tensor in tensors}
+    return {
+        "scaling": scaling,
+        "tensors": {
+            output: {
+                "file": tensor.shard,
+                "action": tensor.action,
+                "dtype": written[output].dtype,
+                "shape": list(written[output].shape),
+                "checksum": checksum,
             }
-            for name in plan.folders
+            for tensor in plan.tensors
+            for output, checksum in entries[tensor.name]["checksum"].get(name, {}).items()
         },
     }
-    write_durably(folder / MANIFEST_FILE, to_json(manifest))
-    write_durably(folder / REPORT_FILE, to_json(report.to_dict()))
 
 
-def _add_companions(plan: Plan, path: Path, scaling: float) -> None:
-    """What belongs to a checkpoint, or an adapter, beside its weights and their index."""
+def _entries(folder: Path, name: str, written: Iterable[str]) -> dict[str, FileEntry]:
+    """Return what the manifest says of files of a sub-folder."""
+    found = {}
+    for each in written:
+        path = folder / name / each
+        try:
+            found[file_name(name, each)] = file_entry(path)
+        except OSError as error:
+            raise ResourceError(f"{path}: was written and cannot be read ({error.strerror})") from error
+    return found
+
+
+def _add_index(name: str, path: Path, weights: Mapping[str, Iterable[OutputTensor]]) -> str:
+    """Write the file that tells which shard holds which tensor; return its name."""
+    total_bytes = sum(output.bytes for tensors in weights.values() for output in tensors)
+    weight_map = {output.name: file for file, tensors in weights.items() for output in tensors}
+    index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+    write_durably(path / name, to_json(index, indent=2))
+    return name
+
+
+def _add_companions(plan: Plan, path: Path, scaling: float) -> list[str]:
+    """Write what belongs to a checkpoint, or an adapter, beside weights and index; return the files' names."""
+    written = []
     if plan.base.is_folder:
         copy_companions(plan.base.path, path, plan.companions)
+        written += plan.companions
     if plan.adapter_settings is not None:
         write_durably(path / ADAPTER_CONFIG_FILE, to_json(plan.adapter_settings, indent=2))
+        written.append(ADAPTER_CONFIG_FILE)
     elif plan.base.config is not None:
         text = json.dumps(config_with_dtype(plan.base.config, plan.config.dtype), indent=2, ensure_ascii=False)
         write_durably(path / "config.json", (text + "\n").encode())
+        written.append("config.json")
     write_durably(path / "README.md", _card(plan, scaling).encode())
+    return [*written, "README.md"]
 
 
 def _card(plan: Plan, scaling: float) -> str:

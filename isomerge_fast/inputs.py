@@ -11,9 +11,7 @@ from .checkpoint.adapter_output import unwritable
 from .checkpoint.layout import COPIED_DTYPES, FLOAT_DTYPES, TOKEN_TABLES, Checkpoint, StoredTensor, open_checkpoint
 from .checkpoint.staging import staging_folder
 from .config import MergeConfig
-from .errors import ConfigError, InputError
-
-MAX_PROBLEMS = 20
+from .errors import ConfigError, InputError, first_of
 
 
 def open_inputs(config: MergeConfig) -> tuple[Checkpoint, tuple[Checkpoint, ...], dict[str, StoredTensor]]:
@@ -35,10 +33,7 @@ def open_inputs(config: MergeConfig) -> tuple[Checkpoint, tuple[Checkpoint, ...]
     problems += conflicts
     problems += [problem for checkpoint in (base, *experts) for problem in _unmergeable(checkpoint)]
     if problems:
-        shown = problems[:MAX_PROBLEMS]
-        if len(problems) > len(shown):
-            shown.append(f"… and {len(problems) - len(shown)} more")
-        raise InputError(f"{len(problems)} problem(s) found before any output was written:", shown)
+        raise InputError(f"{len(problems)} problem(s) found before any output was written:", first_of(problems))
     return base, experts, extras
 
 

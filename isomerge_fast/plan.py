@@ -76,6 +76,7 @@ class TensorPlan:
     rounding_seed: int | None = None  # of stochastic rounding
     experts_are_deltas: bool = False
     weights: tuple[float, ...] | None = None  # w_t; None where all are 1
+    checksums: tuple[str, ...] = ()  # that base and experts are known to have, where they are
 
     @property
     def method(self) -> Method | None:

@@ -6,9 +6,45 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
-REPORT_FILE = "report.json"
+from .schema import check
+
+PHASES = ("read", "compute", "write")
+
+
+class TensorReport(TypedDict):
+    """What is always said of a tensor, and of the rest what is looked at by name; there is more."""
+
+    name: str
+    action: str
+    algorithm: str
+    read_bytes: int
+    write_bytes: int
+    seconds: float
+    remarks: NotRequired[str]
+    certified: NotRequired[bool]
+    min_dim: NotRequired[int]
+    truncation: NotRequired[float]
+
+
+class WorkerReport(TypedDict):
+    """What a process did."""
+
+    host: str
+    pid: int
+    units: int
+    tensors: int
+    read_bytes: int
+    write_bytes: int
+    seconds: float
+
+
+class IoReport(TypedDict):
+    """How files were read and written."""
+
+    read: str
+    write: str
 
 
 @dataclass(frozen=True)
@@ -64,8 +100,18 @@ class Report:
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> Report:
-        """The inverse of ``to_dict``."""
+        """Return the inverse of ``to_dict``.
+
+        Raises:
+            ValueError: naming what is not as it is in a report.
+        """
         known = {key: value for key, value in raw.items() if key in cls.__dataclass_fields__}
+        check(known, cls, "report")
+        check(known.get("tensors", []), list[TensorReport], "tensors")
+        check(known.get("workers", []), list[WorkerReport], "workers")
+        check(known.get("io") or {"read": "", "write": ""}, IoReport, "io")
+        if unknown := known.get("seconds", {}).keys() - {*PHASES, "total"}:
+            raise ValueError(f"seconds has an unknown key {min(unknown)!r}")
         return cls(**known)
 
 
@@ -79,7 +125,7 @@ class Progress:
     done_bytes: int = 0
     tensor: str = ""
     phase: str = ""
-    seconds: dict[str, float] = field(default_factory=lambda: {"read": 0.0, "compute": 0.0, "write": 0.0})
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
 
 
 Observer = Callable[[Progress], None]

@@ -22,7 +22,7 @@ from . import ops
 from .checkpoint.journal import UnitJournal
 from .checkpoint.layout import FileIdentity, StoredTensor
 from .checkpoint.read_ahead import THREADS as READ_THREADS
-from .checkpoint.read_ahead import ReadAhead
+from .checkpoint.read_ahead import InputChecksums, ReadAhead
 from .checkpoint.reader import Reader, allow_open_files, files_of
 from .checkpoint.write_behind import WriteBehind
 from .checkpoint.writer import OutputTensor, ShardWriter
@@ -228,6 +228,9 @@ class _UnitRun:
                 self._entries[tensor.name] = claims[tensor.name]
         to_do = {tensor.name for tensor in tensors} - self._entries.keys()
         ahead_of = (bundle for tensor in tensors if tensor.name in to_do for bundle in first_pass(tensor))
+        checksums = InputChecksums(
+            stored for tensor in tensors if tensor.name in to_do for stored in self._summed_inputs(tensor)
+        )
         with (
             Reader(self._unit.files, direct=self._job.direct) as reader,
             ThreadPoolExecutor(READ_THREADS, "isomerge-read") as threads,
@@ -237,6 +240,7 @@ class _UnitRun:
                 ahead_of,
                 budget_bytes=budget.read_ahead,
                 pinned=self._device.type == "cuda",
+                checksums=checksums,
             ) as ahead,
             Uploads(ahead, self._device) as uploads,
             WriteBehind(budget.write_behind) as writes,
@@ -251,7 +255,7 @@ class _UnitRun:
                         source = TensorSource(
                             tensor, uploads, reader, threads, workers, budget, self._device, self._stopwatch.phase
                         )
-                    self._merge_tensor(tensor, source, reader, writes, journal)
+                    self._merge_tensor(tensor, source, reader, checksums, writes, journal)
                 self._progress.done_tensors += 1
                 self._progress.done_bytes += tensor.moved_bytes(len(self._job.scalings))
             with self._stopwatch.phase("write"):
@@ -274,6 +278,16 @@ class _UnitRun:
             if folder != DELTA_FOLDER or tensor.delta is not None
         }
 
+    @property
+    def _keeps_delta(self) -> bool:
+        return DELTA_FOLDER in self._unit.folders
+
+    def _summed_inputs(self, tensor: TensorPlan) -> tuple[StoredTensor, ...]:
+        """Of what is read, that of which checksums are made: to be compared, or recorded for ``apply``."""
+        if tensor.checksums:
+            return (tensor.base, *tensor.experts)
+        return (tensor.base,) if self._keeps_delta else ()
+
     def _is_intact(self, tensor: TensorPlan, entry: dict[str, Any]) -> bool:
         """Whether the bytes that the journal claims are in the staged shards."""
         with self._stopwatch.phase("read"):
@@ -288,6 +302,7 @@ class _UnitRun:
         plan: TensorPlan,
         source: FactorSource | TensorSource,
         reader: Reader,
+        checksums: InputChecksums,
         writes: WriteBehind,
         journal: UnitJournal,
     ) -> None:
@@ -317,6 +332,11 @@ class _UnitRun:
             if (overflow := output.overflows()) is not None:
                 raise _out_of_range(plan, reader, overflow)
             remarks = [*report.pop("remarks", ()), *_absurd(plan, stats, reader)]
+        entry = {"name": plan.name, "report": report, "process": this_process()}
+        found = {stored: checksums.take(stored) for stored in self._summed_inputs(plan)}
+        _check_inputs(plan, found)
+        if self._keeps_delta:
+            entry["base_checksum"] = found[plan.base]
         report.update(stats)
         if remarks:
             report["remarks"] = "; ".join(remarks)
@@ -325,13 +345,22 @@ class _UnitRun:
         report["seconds"] = round(time.perf_counter() - started, 6)
 
         def finish() -> None:
-            checksums = output.checksums()
-            entry = {"name": plan.name, "checksum": checksums, "report": report, "process": this_process()}
+            entry["checksum"] = output.checksums()
             self._entries[plan.name] = entry
             journal.add(entry)
 
         with self._stopwatch.phase("write"):
             writes.put(finish)
+
+
+def _check_inputs(plan: TensorPlan, found: Mapping[StoredTensor, str]) -> None:
+    """Raise InputError where the bytes of an input are not those that they are known to be."""
+    for stored, known in zip((plan.base, *plan.experts), plan.checksums, strict=False):
+        if found[stored] != known:
+            raise InputError(
+                f"{stored.file}: tensor {stored.name!r} is not what it was in the merge that kept the delta "
+                "(checksum differs)"
+            )
 
 
 def _merge_factors(plan: TensorPlan, source: FactorSource, output: TensorOutput) -> dict[str, Any]:

@@ -1,9 +1,12 @@
-"""Checks a finished output: every byte against its manifest, and a sample of tensors recomputed in float64."""
+"""Checks a finished output: every byte of every file against its manifest, and a sample of tensors recomputed in
+float64.
+"""
 
 from __future__ import annotations
 
+import os
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,15 +18,36 @@ from torch import Tensor
 from . import ops
 from .checkpoint.adapter import LoraPair
 from .checkpoint.checksum import Checksum
-from .checkpoint.layout import DTYPES, Checkpoint, StoredTensor, open_checkpoint
-from .checkpoint.manifest import describe_inputs, read_manifest
+from .checkpoint.layout import DTYPES, Checkpoint, StoredTensor, read_header
+from .checkpoint.manifest import (
+    MANIFEST_FILE,
+    REPORT_FILE,
+    FileEntry,
+    Manifest,
+    ShardEntry,
+    TensorEntry,
+    examine_manifest,
+    file_entry,
+    file_name,
+    list_output,
+)
 from .checkpoint.read_ahead import THREADS, Bundle, ReadAhead
 from .checkpoint.reader import Piece, Reader, files_of, whole
+from .checkpoint.sealed import open_on_disk
 from .checkpoint.writer import tensor_bytes
-from .config import config_from_dict
-from .errors import InputError, VerificationError
-from .methods import RowBlock, TensorDeltas
-from .plan import Plan, TensorPlan, make_plan
+from .config import MergeConfig, recorded_config
+from .errors import (
+    ConfigError,
+    InputChangedError,
+    InputError,
+    ResourceError,
+    UnreadableError,
+    VerificationError,
+    first_of,
+)
+from .finishing import read_report
+from .methods import NotFiniteError, RowBlock, TensorDeltas, make_method
+from .plan import DELTA_FOLDER, Plan, TensorPlan, make_plan, scaling_folders
 from .routes import ADAPTER
 
 # What the merged delta may differ by, relative to its norm: the promise of the default precision, ten times over.
@@ -37,17 +61,29 @@ PART_ELEMENTS, READ_AHEAD_BYTES = 1 << 22, 64 << 20
 
 @dataclass(frozen=True)
 class Verification:
-    """What was checked. ``recomputed``: name, scaling, error relative to the merged delta, and what was allowed."""
+    """What was checked and found sound.
+
+    Attributes:
+        tensors, bytes: of all outputs; ``files``: whose every byte was checked.
+        recomputed: name, scaling, error relative to the merged delta, and what was allowed.
+        inputs_changed: inputs that are there and are not what they were, by file; that is no fault of the output.
+        remarks: what could not be judged, and why.
+    """
 
     folder: str
     tensors: int
     bytes: int
+    files: int
     recomputed: list[dict[str, Any]] = field(default_factory=list)
+    inputs_changed: list[str] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
 
 
 def verify(folder: str | Path, *, samples: int = 4, seed: int = 0) -> Verification:
-    """Verifies the output in ``folder``.
+    """Verifies the output in ``folder``: every file of it, and nothing else in it.
+
+    Files are read from the disk and not from the page cache, in which a page whose writing failed looks as if it were
+    written.
 
     Args:
         samples: tensors to recompute in float64 by full SVD from the recorded inputs (0: checksums only).
@@ -55,40 +91,154 @@ def verify(folder: str | Path, *, samples: int = 4, seed: int = 0) -> Verificati
 
     Raises:
         InputError: no finished output there.
-        VerificationError: a missing, extra or changed tensor, or one that is not what its inputs give; names it.
+        VerificationError: a file or tensor that is missing, was added or changed, or that is not what its inputs give;
+            ``problems`` names them.
     """
     root = Path(folder)
-    manifest = read_manifest(root)
-    problems: list[str] = []
-    outputs: dict[str, Checkpoint] = {}
-    tensors = total_bytes = 0
-    for name, recorded in manifest["outputs"].items():
-        try:
-            checkpoint = outputs[name] = open_checkpoint(root / name)
-        except InputError as error:
-            raise VerificationError(str(error)) from error
-        present = []
-        for tensor, entry in recorded["tensors"].items():
-            stored = checkpoint.tensors.get(tensor)
-            if stored is None or stored.file.name != entry["file"]:
-                problems.append(f"{root / name}: tensor {tensor!r} is missing from {entry['file']}")
-            else:
-                present.append(stored)
-        for stored, checksum in zip(present, checksums(checkpoint, present), strict=True):
-            if checksum != recorded["tensors"][stored.name]["checksum"]:
-                problems.append(f"{stored.file}: tensor {stored.name!r} is not what was written (checksum differs)")
-            else:
-                tensors, total_bytes = tensors + 1, total_bytes + stored.bytes
-        problems += [
-            f"{root / name}: tensor {tensor!r} was added"
-            for tensor in checkpoint.tensors
-            if tensor not in recorded["tensors"]
-        ]
+    manifest, flaw = examine_manifest(root)
+    problems = [] if flaw is None else [flaw]
+    listing, unknown = list_output(root, manifest)
+    problems += [f"{root / name}: was added" for name in unknown]
+    config = None
+    try:
+        config = _config(manifest)
+    except ConfigError as error:
+        problems.append(f"{root / MANIFEST_FILE}: not the manifest of a merge ({error})")
+    problems += _report_problems(root, None if flaw else manifest.get("digest"))
+    problems += [
+        problem
+        for name, entry in manifest["files"].items()
+        for problem in _file_problems(root / name, listing.get(name), entry)
+    ]
+    outputs = {name: Checkpoint(root / name, {}, {}) for name in manifest["outputs"]}
+    for shard in _shards(manifest):
+        problems += _shard_problems(root / shard.name, listing.get(shard.name), shard, outputs[shard.folder])
+    result = Verification(
+        str(root),
+        sum(len(output.tensors) for output in outputs.values()),
+        sum(output.bytes for output in outputs.values()),
+        len(listing),
+    )
+    if not problems and samples:
+        assert config is not None
+        problems += _recompute(root, manifest, config, outputs, samples, seed, result)
     if problems:
-        raise VerificationError(f"{root}: {len(problems)} problem(s)", problems)
-    remarks: list[str] = []
-    recomputed = _recompute(root, manifest, outputs, samples, seed, remarks) if samples else []
-    return Verification(str(root), tensors, total_bytes, recomputed, remarks)
+        raise VerificationError(f"{root}: {len(problems)} problem(s)", first_of(problems))
+    return result
+
+
+def _config(manifest: Manifest) -> MergeConfig:
+    """Return the config of the merge.
+
+    Raises:
+        ConfigError: one that no merge has, or of other outputs than those that are listed.
+    """
+    config = recorded_config(manifest["description"])
+    for chosen in (config, *config.overrides):
+        make_method(chosen.method, chosen.options)
+    expected: dict[str, float | None] = {**scaling_folders(config.scalings)}
+    if config.save_delta:
+        expected[DELTA_FOLDER] = None
+    found = {name: output["scaling"] for name, output in manifest["outputs"].items()}
+    if found != expected:
+        raise ConfigError(f"its outputs are of scalings {found}, its config of {expected}")
+    return config
+
+
+def _report_problems(root: Path, digest: str | None) -> Iterator[str]:
+    """Yield what is wrong with the report. ``digest``: of the manifest, or None where that was changed."""
+    try:
+        _, own = read_report(root)
+    except InputError:
+        yield f"{root / REPORT_FILE}: is missing"
+    except VerificationError as error:
+        yield str(error)
+    else:
+        if digest is not None and own != digest:
+            yield f"{root / REPORT_FILE}: is the report of another merge"
+
+
+def _file_problems(path: Path, found: Path | None, entry: FileEntry) -> Iterator[str]:
+    """Yield what is wrong with a file that is not one of weights."""
+    if found is None:
+        yield f"{path}: is missing"
+        return
+    try:
+        now = file_entry(found)
+    except OSError as error:
+        yield f"{path}: cannot be read ({error.strerror})"
+        return
+    if now["bytes"] != entry["bytes"]:
+        yield f"{path}: has {now['bytes']} bytes, and was written with {entry['bytes']}"
+    elif now["checksum"] != entry["checksum"]:
+        yield f"{path}: is not what was written (checksum differs)"
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """A file of weights as the manifest has it: in which sub-folder, and which tensors."""
+
+    name: str
+    folder: str
+    entry: ShardEntry
+    tensors: dict[str, TensorEntry]
+
+
+def _shards(manifest: Manifest) -> list[_Shard]:
+    shards: dict[str, _Shard] = {}
+    for folder, output in manifest["outputs"].items():
+        for tensor, entry in output["tensors"].items():
+            name = file_name(folder, entry["file"])
+            shard = shards.setdefault(name, _Shard(name, folder, manifest["shards"][name], {}))
+            shard.tensors[tensor] = entry
+    return list(shards.values())
+
+
+def _shard_problems(path: Path, found: Path | None, shard: _Shard, output: Checkpoint) -> Iterator[str]:
+    """Yield what is wrong with a file of weights; what is in it is added to ``output``."""
+    if found is None:
+        yield f"{path}: is missing, and with it {len(shard.tensors)} tensor(s)"
+        return
+    try:
+        os.close(open_on_disk(found))
+        tensors, identity = read_header(found)
+    except OSError as error:
+        yield f"{path}: cannot be read ({error.strerror})"
+        return
+    except InputError as error:
+        yield str(error)
+        return
+    problems = [*_layout_problems(path, tensors, shard.tensors)]
+    if identity.header_sha256 != shard.entry["header_sha256"] and not problems:
+        problems.append(f"{path}: its header is not what was written (its metadata, or the order of its tensors)")
+    yield from problems
+    present = [tensors[name] for name in shard.tensors if name in tensors]
+    part = Checkpoint(output.path, tensors, {found: identity})
+    try:
+        for stored, checksum in zip(present, checksums(part, present), strict=True):
+            if checksum != shard.tensors[stored.name]["checksum"]:
+                yield f"{path}: tensor {stored.name!r} is not what was written (checksum differs)"
+    except (InputChangedError, UnreadableError) as error:
+        yield f"{path}: cannot be read ({getattr(error.__cause__, 'strerror', None) or error})"
+    output.tensors.update(tensors)
+    output.files[found] = identity
+
+
+def _layout_problems(
+    path: Path, found: Mapping[str, StoredTensor], recorded: Mapping[str, TensorEntry]
+) -> Iterator[str]:
+    """Yield what is wrong with the tensors of a file, by its header."""
+    for name, entry in recorded.items():
+        stored = found.get(name)
+        if stored is None:
+            yield f"{path}: tensor {name!r} is missing"
+        elif (stored.dtype, list(stored.shape)) != (entry["dtype"], entry["shape"]):
+            yield (
+                f"{path}: tensor {name!r} is {stored.dtype}{list(stored.shape)}, "
+                f"and was written as {entry['dtype']}{entry['shape']}"
+            )
+    for name in sorted(found.keys() - recorded.keys()):
+        yield f"{path}: tensor {name!r} was added"
 
 
 def checksums(checkpoint: Checkpoint, tensors: Sequence[StoredTensor]) -> Iterator[str]:
@@ -112,38 +262,92 @@ def checksums(checkpoint: Checkpoint, tensors: Sequence[StoredTensor]) -> Iterat
 
 
 def _recompute(
-    root: Path, manifest: dict[str, Any], outputs: dict[str, Checkpoint], samples: int, seed: int, remarks: list[str]
-) -> list[dict[str, Any]]:
-    description = manifest["description"]
-    paths = [recorded["path"] for recorded in description["inputs"]]
-    config = config_from_dict({**description["config"], "base": paths[0], "experts": paths[1:]})
+    root: Path,
+    manifest: Manifest,
+    config: MergeConfig,
+    outputs: Mapping[str, Checkpoint],
+    samples: int,
+    seed: int,
+    result: Verification,
+) -> Iterator[str]:
+    """Yield how tensors of a sample differ from what the recorded inputs give; all else goes into ``result``."""
+    gone = [path for path in (config.base, *config.experts) if not os.path.exists(path)]
+    if gone:
+        result.remarks.append(f"not recomputed: {', '.join(gone)}: no longer there")
+        return
     try:
         plan = make_plan(config)
-    except InputError as error:
-        remarks.append(f"not recomputed: the recorded inputs are not as they were ({error})")
-        return []
-    if describe_inputs([plan.base, *plan.experts]) != description["inputs"]:
-        remarks.append("not recomputed: the recorded inputs have changed since the merge")
-        return []
-    results, failures = [], []
+    except (InputError, ConfigError) as error:
+        result.inputs_changed.append(f"{error}; not recomputed")
+        return
+    changed, touched = _changes(manifest, plan)
+    result.inputs_changed.extend(f"{path}: is not the file that was merged; not recomputed" for path in changed)
+    result.inputs_changed.extend(f"{path}: was written again (another modification time)" for path in touched)
+    if changed:
+        return
+    suspects: set[Path] = set()
     with Reader(files_of(plan.base, *plan.experts, *outputs.values())) as reader:
         for tensor in _sample(plan, samples, seed):
-            for name, recorded in manifest["outputs"].items():
-                found = [reader.read(whole(outputs[name].tensors[each])) for each in tensor.names_in(name)]
-                compare = _compare_factors if tensor.route.name == ADAPTER else _compare
-                result = compare(tensor, reader, found, recorded["scaling"])
-                if result["error"] is None:
-                    remarks.append(f"tensor {tensor.name!r}: not judged, the gap at its cut is {result['gap']:.1e}")
-                    continue
-                results.append(result)
-                if not result["error"] <= result["allowed"]:
-                    failures.append(
-                        f"{root / name}: tensor {tensor.name!r} differs from its float64 recomputation by "
-                        f"{result['error']:.1e}, allowed {result['allowed']:.1e}"
-                    )
-    if failures:
-        raise VerificationError(failures[0], failures[1:])
-    return results
+            problems = [*_recompute_tensor(root, manifest, outputs, tensor, reader, result)]
+            if problems:
+                suspects.update(stored.file for stored in tensor.inputs)
+            yield from problems
+    if suspects:
+        rewritten = sorted(suspects & {*touched})
+        yield (
+            "either the output was made of other bytes, or an input has changed since: "
+            + ", ".join(map(str, rewritten or sorted(suspects)))
+            + ("" if rewritten else " (of the size, header and modification time that they had)")
+        )
+
+
+def _changes(manifest: Manifest, plan: Plan) -> tuple[list[Path], list[Path]]:
+    """Return the files of inputs that are not what they were: by size or header; and by modification time alone."""
+    changed, touched = [], []
+    for recorded, checkpoint in zip(manifest["description"]["inputs"], [plan.base, *plan.experts], strict=True):
+        now = {path.name: (path, identity) for path, identity in checkpoint.files.items()}
+        for name in sorted(recorded["files"].keys() | now.keys()):
+            then, found = recorded["files"].get(name), now.get(name)
+            if then is None or found is None:
+                changed.append(checkpoint.path / name)
+            elif (then["size"], then["header_sha256"]) != (found[1].size, found[1].header_sha256):
+                changed.append(found[0])
+            elif then["mtime_ns"] != found[1].mtime_ns:
+                touched.append(found[0])
+    return changed, touched
+
+
+def _recompute_tensor(
+    root: Path,
+    manifest: Manifest,
+    outputs: Mapping[str, Checkpoint],
+    tensor: TensorPlan,
+    reader: Reader,
+    result: Verification,
+) -> Iterator[str]:
+    """Yield how a tensor differs, in each output, from what its inputs give."""
+    compare = _compare_factors if tensor.route.name == ADAPTER else _compare
+    for name, output in manifest["outputs"].items():
+        made = (*tensor.outputs,) if name != DELTA_FOLDER else (tensor.delta,)
+        stored = [outputs[name].tensors.get(each.name) for each in made if each is not None]
+        found = [each for each in stored if each is not None]
+        if [(each.dtype, each.shape) for each in found] != [(each.dtype, each.shape) for each in made if each]:
+            yield f"{root / name}: tensor {tensor.name!r} is not of the shape and dtype that its inputs give"
+            continue
+        try:
+            entry = compare(tensor, reader, [reader.read(whole(each)) for each in found], output["scaling"])
+        except (InputError, ResourceError, NotFiniteError) as error:
+            yield f"{root / name}: tensor {tensor.name!r} cannot be recomputed ({error})"
+            continue
+        if entry["error"] is None:
+            result.remarks.append(f"tensor {tensor.name!r}: not judged, the gap at its cut is {entry['gap']:.1e}")
+            continue
+        result.recomputed.append(entry)
+        if not entry["error"] <= entry["allowed"]:
+            yield (
+                f"{root / name}: tensor {tensor.name!r} differs from its float64 recomputation by "
+                f"{entry['error']:.1e}, allowed {entry['allowed']:.1e}"
+            )
 
 
 def _sample(plan: Plan, samples: int, seed: int) -> list[TensorPlan]:

@@ -94,7 +94,7 @@ def state_of(folder: Path) -> State:
     if "report.json" in files:
         try:
             report = json.loads(files["report.json"])
-            for key in ("seconds", "io", "outputs", "workers"):
+            for key in ("seconds", "io", "outputs", "workers", "digest"):
                 report.pop(key)
             for tensor in report["tensors"]:
                 tensor.pop("seconds")

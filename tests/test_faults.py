@@ -207,7 +207,7 @@ def test_resume_with_overwrite_replaces_another_finished_merge(tmp_path: Path) -
     imf.merge({**config, "out": str(tmp_path / "other")})
     expect_same(tmp_path / "out", tmp_path / "other")
     report = imf.merge(config, resume=True, overwrite=True)  # finished: left as it is
-    assert report.to_dict() == json.loads((tmp_path / "out/report.json").read_text())
+    assert report.to_dict().items() <= json.loads((tmp_path / "out/report.json").read_text()).items()
     (tmp_path / "out/manifest.json").write_text("{")
     with pytest.raises(imf.VerificationError, match=r"manifest\.json"):
         imf.merge(config, resume=True)

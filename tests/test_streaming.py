@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 import time
@@ -19,13 +20,15 @@ from torch import Tensor
 import isomerge_fast as imf
 from isomerge_fast import routes
 from isomerge_fast.checkpoint import reader as reader_module
+from isomerge_fast.checkpoint.checksum import Checksum
 from isomerge_fast.checkpoint.direct_io import copy_bytes
 from isomerge_fast.checkpoint.layout import Checkpoint, open_checkpoint
+from isomerge_fast.checkpoint.manifest import MANIFEST_FILE
 from isomerge_fast.checkpoint.read_ahead import Bundle, ReadAhead
 from isomerge_fast.checkpoint.reader import Piece, Reader, files_of, whole
 from isomerge_fast.checkpoint.ring import Ring, aligned
 from isomerge_fast.checkpoint.write_behind import WriteBehind
-from isomerge_fast.checkpoint.writer import OutputTensor, ShardWriter, create_shard
+from isomerge_fast.checkpoint.writer import OutputTensor, ShardWriter, create_shard, tensor_bytes
 from isomerge_fast.engine import run
 from isomerge_fast.methods import IsoC, Mean, Method, TensorSpec
 from isomerge_fast.plan import Plan, TensorPlan, make_plan
@@ -589,3 +592,11 @@ def test_the_size_of_parts_changes_no_byte(
         for name in ("shared-out", "small"):
             other = tmp_path / name / path.relative_to(tmp_path / "large")
             assert path.read_bytes() == other.read_bytes()
+    if "save_delta" in options:  # by which ``apply`` knows the base
+        expected = {}
+        for name, value in models[0].items():
+            running = Checksum()
+            running.update(tensor_bytes(value))
+            expected[name] = running.text
+        for name in plans:
+            assert json.loads((tmp_path / name / MANIFEST_FILE).read_bytes())["base"] == expected

@@ -12,8 +12,9 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
+from .checksum import Checksum
 from .direct_io import PAGE, READ_BYTES
-from .layout import DTYPES
+from .layout import DTYPES, StoredTensor
 from .reader import Piece, Reader
 from .ring import Ring
 
@@ -45,6 +46,33 @@ class Bundle:
         return self.places()[-1]
 
 
+class InputChecksums:
+    """Running checksums of some tensors, while their parts come in order.
+
+    Args:
+        tensors: those that are wanted; all others are passed over.
+    """
+
+    def __init__(self, tensors: Iterable[StoredTensor]) -> None:
+        self._wanted = set(tensors)
+        self._running: dict[StoredTensor, Checksum] = {}
+
+    def add(self, piece: Piece, data: Tensor) -> None:
+        """Add a part's bytes. A part that was added before (a tensor may stand for several experts) changes nothing."""
+        if not self._wanted or piece.stored not in self._wanted:
+            return
+        running = self._running.setdefault(piece.stored, Checksum())
+        if running.bytes == piece.start - piece.stored.start:
+            running.update(data.numpy().data)
+
+    def take(self, stored: StoredTensor) -> str:
+        """Return the checksum of a tensor all of which was added, and forget it."""
+        self._wanted.remove(stored)
+        running = self._running.pop(stored, None) or Checksum()  # of an empty one no part came
+        assert running.bytes == stored.bytes, stored.name
+        return running.text
+
+
 @dataclass
 class _Reading:
     bundle: Bundle
@@ -61,6 +89,7 @@ class ReadAhead:
         budget_bytes: of the bundle taken last and of those ahead together. A bundle that is larger has a buffer of its
             own, beside no other.
         pinned: whether buffers are page-locked, for asynchronous copies to a GPU.
+        checksums: which are to go on with what is taken.
     """
 
     def __init__(
@@ -71,8 +100,10 @@ class ReadAhead:
         *,
         budget_bytes: int,
         pinned: bool = False,
+        checksums: InputChecksums | None = None,
     ) -> None:
         self._reader, self._threads, self._pinned = reader, threads, pinned
+        self._checksums = checksums
         self._ring = Ring(budget_bytes, pinned=pinned)
         self._bundles: Iterator[Bundle] = iter(bundles)
         self._next = next(self._bundles, None)
@@ -118,7 +149,11 @@ class ReadAhead:
             self.busy_seconds += part.result()
         # The disk is not to wait until this bundle is done with.
         self._top_up()
-        return [piece.view(data) for piece, data in _placed(reading.bundle, reading.buffer)]
+        placed = list(_placed(reading.bundle, reading.buffer))
+        if self._checksums is not None:
+            for piece, data in placed:
+                self._checksums.add(piece, data)
+        return [piece.view(data) for piece, data in placed]
 
     def _top_up(self) -> None:
         while self._next is not None:

@@ -22,7 +22,7 @@ from pathlib import Path
 from types import TracebackType
 
 from ..errors import ConfigError, InputError, ResourceError, VerificationError
-from .manifest import MANIFEST_FILE, listed_files, read_manifest
+from .manifest import MANIFEST_FILE, list_output, read_manifest
 from .writer import rename, sync_folder
 
 LOCK_FILE, NEW, OLD = "lock", "new", "old"
@@ -347,22 +347,17 @@ def check_replaceable(folder: Path) -> None:
     if not os.listdir(folder):
         return
     try:
-        listed = listed_files(read_manifest(folder))
+        _, unknown = list_output(folder, read_manifest(folder))
     except (InputError, VerificationError) as error:
         raise ConfigError(
             f"{folder}: not the output of a merge, or its {MANIFEST_FILE} cannot be read, so it is not replaced even "
             "with --overwrite; move it away, or remove it"
         ) from error
-    for parent, folders, names in os.walk(folder):
-        inside = os.path.relpath(parent, folder)
-        found = [*names, *(name for name in folders if os.path.islink(os.path.join(parent, name)))]
-        for name in sorted(found):
-            path = os.path.normpath(os.path.join(inside, name))
-            if path not in listed:
-                raise ConfigError(
-                    f"{folder}: holds {path}, which the merge that --overwrite would replace has not written; "
-                    "move it away"
-                )
+    if unknown:
+        raise ConfigError(
+            f"{folder}: holds {unknown[0]}, which the merge that --overwrite would replace has not written; "
+            "move it away"
+        )
 
 
 def _entries(folder: Path | int, prefix: str) -> list[os.DirEntry[str]]:

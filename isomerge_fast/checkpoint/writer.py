@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import struct
@@ -83,20 +84,26 @@ def tensor_bytes(value: Tensor) -> memoryview:
     return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 
-def create_shard(path: Path, tensors: Iterable[OutputTensor], *, resume: bool) -> None:
-    """The file with its header, at its final size and on disk; what is in it already stays with ``resume``."""
+def create_shard(path: Path, tensors: Iterable[OutputTensor], *, resume: bool) -> tuple[int, str]:
+    """Make the file with its header, at its final size and on disk; what is in it already stays with ``resume``.
+
+    Returns:
+        (its size, the hash of its header), as ``FileIdentity`` has them.
+    """
     prefix, placed = file_layout(path, tensors)
+    size = _end(prefix, placed)
     flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | (0 if resume else os.O_TRUNC)
     try:
         descriptor = os.open(path, flags, 0o666)
         try:
-            os.ftruncate(descriptor, _end(prefix, placed))
+            os.ftruncate(descriptor, size)
             _write_all(descriptor, memoryview(prefix), 0)
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
     except OSError as error:
         raise _resource_error(path, error) from error
+    return size, hashlib.sha256(prefix).hexdigest()
 
 
 class ShardWriter:

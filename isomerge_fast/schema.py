@@ -1,0 +1,96 @@
+"""Checks what was parsed from JSON against Python's own types: one schema for the checker, the code and the reader."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import typing
+from functools import cache
+from types import NoneType, UnionType
+from typing import Any, NotRequired, get_args, get_origin, is_typeddict
+
+# JSON has no bounds; what is counted and compared has.
+_BOUNDS = {int: 2**63, float: sys.float_info.max}
+
+
+def check(value: Any, kind: Any, what: str) -> None:
+    """Raise ValueError, naming the place, where a value is not of a type.
+
+    Args:
+        kind: a TypedDict (other keys than its own are not looked at), a dataclass (which has no other keys), list[…],
+            dict[str, …], a union, Any or a scalar. A bool is no number, and a float may be written as an int.
+        what: what the value is, for the message.
+    """
+    if kind is Any:
+        return
+    outer, inner = get_origin(kind) or kind, get_args(kind)
+    if outer in (UnionType, typing.Union):
+        _check_union(value, inner, what)
+    elif outer is list:
+        _expect(isinstance(value, list), value, "a list", what)
+        for index, item in enumerate(value):
+            check(item, inner[0], f"{what}[{index}]")
+    elif outer is dict:
+        _expect(isinstance(value, dict), value, "an object", what)
+        for key, item in value.items():
+            check(item, inner[1], f"{what}[{key!r}]")
+    elif is_typeddict(kind) or dataclasses.is_dataclass(kind):
+        _check_keys(value, kind, what)
+    else:
+        _expect(type(value) is kind or (type(value), kind) == (int, float), value, kind, what)
+        if kind in _BOUNDS:
+            _expect(abs(value) <= _BOUNDS[kind], value, "within bounds", what)
+
+
+def _check_union(value: Any, kinds: tuple[Any, ...], what: str) -> None:
+    complaints = []
+    for kind in kinds:
+        try:
+            check(value, kind, what)
+            return
+        except ValueError as error:
+            complaints.append(str(error))
+    # What is said of a place inside the value is of the alternative that it was meant for.
+    raise ValueError(next((text for text in complaints if not text.startswith(f"{what} is")), complaints[0]))
+
+
+def _check_keys(value: Any, kind: Any, what: str) -> None:
+    _expect(isinstance(value, dict), value, "an object", what)
+    known = _keys(kind)
+    for key, (inner, is_required) in known.items():
+        if key in value:
+            check(value[key], inner, f"{what}.{key}")
+        elif is_required:
+            raise ValueError(f"{what} has no {key!r}")
+    unknown = [] if is_typeddict(kind) else [key for key in value if key not in known]
+    if unknown:
+        raise ValueError(f"{what} has an unknown key {unknown[0]!r}")
+
+
+@cache
+def _keys(kind: Any) -> dict[str, tuple[Any, bool]]:
+    """By key: the type of its value, and whether it has to be there."""
+    hints = typing.get_type_hints(kind, include_extras=True)
+    if is_typeddict(kind):
+        return {
+            key: (get_args(hint)[0], False) if get_origin(hint) is NotRequired else (hint, True)
+            for key, hint in hints.items()
+        }
+    missing = dataclasses.MISSING
+    return {
+        field.name: (hints[field.name], field.default is missing and field.default_factory is missing)
+        for field in dataclasses.fields(kind)
+    }
+
+
+def _expect(holds: bool, value: Any, wanted: Any, what: str) -> None:
+    """``wanted``: a type, or words."""
+    if not holds:
+        shown = json.dumps(value) if isinstance(value, str | int | float | NoneType) else _name(type(value))
+        raise ValueError(f"{what} is {shown[:60]}, not {wanted if isinstance(wanted, str) else _name(wanted)}")
+
+
+def _name(kind: Any) -> str:
+    names = {str: "a string", int: "an integer", float: "a number", bool: "true or false", NoneType: "null"}
+    return {**names, dict: "an object", list: "a list"}.get(kind, str(kind))
