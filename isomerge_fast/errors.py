@@ -24,8 +24,7 @@ def visible(text: str, keep: str = "") -> str:
 class IsomergeError(Exception):
     """Base of the errors a user can mend; ``exit_code`` is what the command line returns.
 
-    The message is one line, and one more for each of ``problems``, where there are several: names from files cannot begin
-    another.
+    The message is one line, and one more for each of ``problems``: names from files cannot begin another.
     """
 
     exit_code = 1

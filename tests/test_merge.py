@@ -640,7 +640,7 @@ class TestOutputFolder:
         else:
             (out / added).write_text("years of work")
         before = listing(tmp_path)
-        with pytest.raises(imf.ConfigError, match=f"holds {re.escape(added)}, which the merge"):
+        with pytest.raises(imf.ConfigError, match=f"holds {re.escape(added.partition('/')[0])}, which the merge"):
             imf.merge(config_of(family, out, scaling=0.5), overwrite=True)
         assert listing(tmp_path) == before
         assert not (tmp_path / ".out.isomerge").exists()
