@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import pickle
 import signal
 import subprocess
@@ -179,7 +180,7 @@ class TestNames:
             ended = isomerge(*run_of(pair, out))
             assert (ended.code, ended.out) == (2, "")
             assert r"x\udcff" in ended.err
-            assert "no text in utf-8, so manifest.json cannot record it; rename it" in ended.err
+            assert re.search("cannot be written down|manifest.json cannot record it; rename it", ended.err)
             assert ended.err.count("\n") == 1
         assert os.listdir(tmp_path) == [folder.name]
         (folder / "merged").symlink_to(merged)
