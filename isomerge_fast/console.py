@@ -148,9 +148,10 @@ def print_plan(plan: Plan, found: dict[str, Any]) -> None:
         f"read {size(plan.read_bytes)}{again}, write {size(plan.write_bytes)} "
         f"in {sum(map(len, plan.folders.values()))} file(s)"
     )
+    held = f", {size(plan.metadata_bytes)} for names and places" if plan.metadata_bytes else ""
     out.print(
         f"peak memory ≈ {size(plan.peak_ram_bytes)} on a CPU: {size(plan.peak_work_bytes)} for the largest tensor, "
-        f"{size(plan.budget.read_ahead)} for reading ahead"
+        f"{size(plan.budget.read_ahead)} for reading ahead{held}"
     )
     out.print(f"estimated on this CPU, bytes at 1 GB/s: {parts}")
     if "outlook" in found:

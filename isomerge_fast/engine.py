@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 
 from . import __version__
-from .checkpoint.journal import Journal
+from .checkpoint.journal import Entries, Journal
 from .checkpoint.manifest import (
     MANIFEST_FILE,
     ShardEntry,
@@ -58,9 +58,7 @@ def resolve_device(device: str) -> torch.device:
 class Crew(Protocol):
     """Processes that a merge is shared out among."""
 
-    def merge(
-        self, plan: Plan, job: Job, claims: Mapping[str, dict[str, Any]], observer: Observer | None
-    ) -> list[UnitResult]:
+    def merge(self, plan: Plan, job: Job, claims: Entries, observer: Observer | None) -> list[UnitResult]:
         """Merges all tensors of the plan, as units of ``merge_unit``.
 
         Args:
@@ -73,9 +71,7 @@ class Crew(Protocol):
 class OneProcess:
     """The ``Crew`` of one: this process, and all tensors as one unit."""
 
-    def merge(
-        self, plan: Plan, job: Job, claims: Mapping[str, dict[str, Any]], observer: Observer | None
-    ) -> list[UnitResult]:
+    def merge(self, plan: Plan, job: Job, claims: Entries, observer: Observer | None) -> list[UnitResult]:
         return [merge_unit(job, Unit.of(plan, 1, plan.tensors, claims), observer)]
 
 
@@ -151,7 +147,9 @@ def run(
                 max_vram=max_vram,
             )
             results = (crew or OneProcess()).merge(plan, job, journal.finished, observer)
-            entries = {name: entry for result in results for name, entry in result.entries.items()}
+            entries = Entries()
+            for result in results:
+                entries.update(result.entries)
             report = _report(plan, staging, str(target), results, entries, started)
             write_all_else(plan, staging.new, description, entries, shards, report)
             staging.commit()
@@ -200,7 +198,7 @@ def _report(
     staging: Staging,
     device: str,
     results: Sequence[UnitResult],
-    entries: Mapping[str, dict[str, Any]],
+    entries: Entries,
     started: float,
 ) -> Report:
     seconds = {phase: sum(result.seconds[phase] for result in results) for phase in PHASES}
@@ -218,7 +216,7 @@ def _report(
         scaling=list(plan.config.scalings),
         outputs=[str(staging.out / folder) for folder in plan.folders],
         device=device,
-        tensors=[entries[tensor.name]["report"] for tensor in plan.tensors],
+        tensors=[_shared(entries[tensor.name]["report"]) for tensor in plan.tensors],
         seconds={**seconds, "total": time.perf_counter() - started},
         io=io,
         notes=[*plan.notes, *staging.notes],
@@ -226,7 +224,12 @@ def _report(
     )
 
 
-def _workers(results: Sequence[UnitResult], entries: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:
+def _shared(report: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a tensor's part of the report. Equal strings, of all tensors, are one object."""
+    return {sys.intern(key): sys.intern(value) if isinstance(value, str) else value for key, value in report.items()}
+
+
+def _workers(results: Sequence[UnitResult], entries: Entries) -> list[dict[str, Any]]:
     """What each process did, those of earlier runs among them; that which was busy longest first."""
     nothing = {"units": 0, "tensors": 0, "read_bytes": 0, "write_bytes": 0, "seconds": 0.0}
     found: dict[tuple[str, int], dict[str, Any]] = {}

@@ -11,6 +11,7 @@ from typing import Any, cast
 from . import __version__
 from .checkpoint.checksum import ALGORITHM
 from .checkpoint.companions import config_with_dtype, copy_companions, model_card
+from .checkpoint.json_text import Made, json_blocks
 from .checkpoint.layout import ADAPTER_CONFIG_FILE
 from .checkpoint.manifest import (
     FORMAT,
@@ -19,14 +20,14 @@ from .checkpoint.manifest import (
     Description,
     FileEntry,
     Manifest,
-    Output,
     ShardEntry,
+    TensorEntry,
     file_entry,
     file_name,
     to_json,
 )
 from .checkpoint.sealed import read_sealed, write_sealed
-from .checkpoint.writer import OutputTensor, write_durably
+from .checkpoint.writer import OutputTensor, write_blocks_durably, write_durably
 from .config import MergeConfig
 from .errors import InputError, ResourceError, VerificationError
 from .methods import METHODS
@@ -60,14 +61,21 @@ def write_all_else(
         "format": FORMAT,
         "checksum": ALGORITHM,
         "description": cast(Description, description),
-        "outputs": {name: _output(plan, name, scalings.get(name), entries) for name in plan.folders},
+        "outputs": {
+            name: {
+                "scaling": scalings.get(name),
+                "tensors": cast(dict[str, TensorEntry], _recorded(plan, name, entries)),
+            }
+            for name in plan.folders
+        },
         "files": files,
         "shards": shards,
     }
     if plan.config.save_delta:
-        manifest["base"] = {tensor.name: entries[tensor.name]["base_checksum"] for tensor in plan.tensors}
-    digest = write_sealed(folder / MANIFEST_FILE, [to_json(manifest)])
-    write_sealed(folder / REPORT_FILE, [to_json({**report.to_dict(), "manifest": digest})])
+        checksums = Made(entries.keys(), lambda name: entries[name]["base_checksum"])
+        manifest["base"] = cast(dict[str, str], checksums)
+    digest = write_sealed(folder / MANIFEST_FILE, json_blocks(manifest))
+    write_sealed(folder / REPORT_FILE, json_blocks({**report.to_dict(), "manifest": digest}))
 
 
 def read_report(folder: Path) -> tuple[Report, str]:
@@ -88,23 +96,22 @@ def read_report(folder: Path) -> tuple[Report, str]:
         raise VerificationError(f"{path}: not a report ({error})") from error
 
 
-def _output(plan: Plan, name: str, scaling: float | None, entries: Mapping[str, Mapping[str, Any]]) -> Output:
-    """Return what the manifest says of a sub-folder's tensors."""
-    written = {tensor.name: tensor for tensors in plan.folders[name].values() for tensor in tensors}
-    return {
-        "scaling": scaling,
-        "tensors": {
-            output: {
-                "file": tensor.shard,
-                "action": tensor.action,
-                "dtype": written[output].dtype,
-                "shape": list(written[output].shape),
-                "checksum": checksum,
-            }
-            for tensor in plan.tensors
-            for output, checksum in entries[tensor.name]["checksum"].get(name, {}).items()
-        },
-    }
+def _recorded(plan: Plan, folder: str, entries: Mapping[str, Mapping[str, Any]]) -> Made:
+    """Return what the manifest says of a sub-folder's tensors, by their names there."""
+    written = {output.name: output for tensors in plan.folders[folder].values() for output in tensors}
+    owners = {output: tensor for tensor in plan.tensors for output in tensor.names_in(folder)}
+
+    def record(output: str) -> TensorEntry:
+        tensor = owners[output]
+        return {
+            "file": tensor.shard,
+            "action": tensor.action,
+            "dtype": written[output].dtype,
+            "shape": list(written[output].shape),
+            "checksum": entries[tensor.name]["checksum"][folder][output],
+        }
+
+    return Made(owners, record)
 
 
 def _entries(folder: Path, name: str, written: Iterable[str]) -> dict[str, FileEntry]:
@@ -124,7 +131,7 @@ def _add_index(name: str, path: Path, weights: Mapping[str, Iterable[OutputTenso
     total_bytes = sum(output.bytes for tensors in weights.values() for output in tensors)
     weight_map = {output.name: file for file, tensors in weights.items() for output in tensors}
     index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
-    write_durably(path / name, to_json(index, indent=2))
+    write_blocks_durably(path / name, json_blocks(index, indent=2))
     return name
 
 

@@ -176,6 +176,7 @@ def _unmergeable(checkpoint: Checkpoint) -> Iterable[str]:
         kind = quantized.get("quant_method", "unknown") if isinstance(quantized, dict) else quantized
         yield f"{checkpoint.path}: quantized weights ({kind}) cannot be merged; dequantize them first"
         return
+    mergeable = FLOAT_DTYPES | COPIED_DTYPES
     for stored in checkpoint.tensors.values():
-        if stored.dtype not in FLOAT_DTYPES | COPIED_DTYPES:
+        if stored.dtype not in mergeable:
             yield f"{checkpoint.path}: tensor {stored.name!r} is {stored.dtype}, which cannot be merged"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, NotRequired, TypedDict
 
 from .schema import check
@@ -96,7 +96,9 @@ class Report:
         return result
 
     def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "read_bytes": self.read_bytes, "write_bytes": self.write_bytes}
+        """Return what JSON can hold of it; lists and dicts are its own."""
+        own = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return {**own, "read_bytes": self.read_bytes, "write_bytes": self.write_bytes}
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> Report:

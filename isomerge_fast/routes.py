@@ -103,7 +103,7 @@ class Route:
         return iter([slice(0, self.lines[0])]) if self.name == RESIDENT else self.parts()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Traffic:
     """What moves for one element of a tensor: bytes of every copy read, and of all outputs written."""
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from . import ops
-from .checkpoint.journal import UnitJournal
+from .checkpoint.journal import Entries, UnitJournal
 from .checkpoint.layout import FileIdentity, StoredTensor
 from .checkpoint.read_ahead import THREADS as READ_THREADS
 from .checkpoint.read_ahead import InputChecksums, ReadAhead
@@ -90,10 +90,10 @@ class Unit:
     tensors: tuple[TensorPlan, ...]
     files: Mapping[Path, FileIdentity]
     folders: Mapping[str, Mapping[str, tuple[OutputTensor, ...]]]
-    claims: Mapping[str, dict[str, Any]]
+    claims: Entries
 
     @classmethod
-    def of(cls, plan: Plan, number: int, tensors: tuple[TensorPlan, ...], claims: Mapping[str, dict[str, Any]]) -> Unit:
+    def of(cls, plan: Plan, number: int, tensors: tuple[TensorPlan, ...], claims: Entries) -> Unit:
         """A slice of a plan."""
         shards = {tensor.shard for tensor in tensors}
         read = {stored.file for tensor in tensors for stored in tensor.inputs}
@@ -106,7 +106,7 @@ class Unit:
                 folder: {file: outputs for file, outputs in files.items() if file in shards}
                 for folder, files in plan.folders.items()
             },
-            {tensor.name: claims[tensor.name] for tensor in tensors if tensor.name in claims},
+            claims.of(tensor.name for tensor in tensors),
         )
 
     def __str__(self) -> str:
@@ -129,7 +129,7 @@ class UnitResult:
     """
 
     number: int
-    entries: dict[str, dict[str, Any]]
+    entries: Entries
     seconds: dict[str, float]
     io: dict[str, Any]
     process: dict[str, Any]
@@ -164,7 +164,7 @@ class _UnitRun:
         self._progress = Progress(len(unit.tensors), moved)
         self._stopwatch = Stopwatch(self._progress, observer)
         self._writers: dict[tuple[str, str], ShardWriter] = {}
-        self._entries: dict[str, dict[str, Any]] = {}
+        self._entries = Entries()
         self._io: dict[str, Any] = {}
 
     def execute(self) -> UnitResult:
@@ -222,10 +222,10 @@ class _UnitRun:
         kept.
         """
         tensors, budget = self._unit.tensors, self._job.budget
-        claims = {**self._unit.claims, **journal.finished}
         for tensor in tensors:
-            if tensor.name in claims and self._is_intact(tensor, claims[tensor.name]):
-                self._entries[tensor.name] = claims[tensor.name]
+            entry = journal.finished.get(tensor.name) or self._unit.claims.get(tensor.name)
+            if entry is not None and self._is_intact(tensor, entry):
+                self._entries.add(entry)
         to_do = {tensor.name for tensor in tensors} - self._entries.keys()
         ahead_of = (bundle for tensor in tensors if tensor.name in to_do for bundle in first_pass(tensor))
         checksums = InputChecksums(
@@ -346,7 +346,7 @@ class _UnitRun:
 
         def finish() -> None:
             entry["checksum"] = output.checksums()
-            self._entries[plan.name] = entry
+            self._entries.add(entry)
             journal.add(entry)
 
         with self._stopwatch.phase("write"):

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from itertools import pairwise
-from typing import Any
 
+from isomerge_fast.checkpoint.journal import Entries
 from isomerge_fast.plan import Plan, TensorPlan
 from isomerge_fast.report import Observer
 from isomerge_fast.unit import Job, Unit, UnitResult, merge_unit
@@ -29,8 +28,6 @@ class InTurn:
     def __init__(self, count: int) -> None:
         self._count = count
 
-    def merge(
-        self, plan: Plan, job: Job, claims: Mapping[str, dict[str, Any]], observer: Observer | None
-    ) -> list[UnitResult]:
+    def merge(self, plan: Plan, job: Job, claims: Entries, observer: Observer | None) -> list[UnitResult]:
         runs = enumerate(runs_of(plan, self._count), 1)
         return [merge_unit(job, Unit.of(plan, number, tensors, claims), observer) for number, tensors in runs]

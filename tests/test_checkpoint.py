@@ -12,6 +12,7 @@ import struct
 import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,8 +24,9 @@ from safetensors.torch import load_file, save_file
 from isomerge_fast.checkpoint.adapter import open_adapter
 from isomerge_fast.checkpoint.checksum import Checksum
 from isomerge_fast.checkpoint.companions import companion_files, config_with_dtype, copy_companions
+from isomerge_fast.checkpoint.json_text import Made, json_blocks
 from isomerge_fast.checkpoint.layout import DTYPE_NAMES, DTYPES, FileIdentity, open_checkpoint, read_header
-from isomerge_fast.checkpoint.manifest import describe_inputs
+from isomerge_fast.checkpoint.manifest import describe_inputs, to_json
 from isomerge_fast.checkpoint.reader import Reader, files_of, whole
 from isomerge_fast.checkpoint.writer import OutputTensor, ShardWriter, create_shard
 from isomerge_fast.errors import InputChangedError, InputError, ResourceError
@@ -495,6 +497,37 @@ def test_messages_about_a_header_are_short(tmp_path: Path, header: object) -> No
 def test_a_full_disk_is_a_resource_error(tmp_path: Path) -> None:
     with pytest.raises(ResourceError, match="/dev/full"):
         create_shard(Path("/dev/full"), [OutputTensor("w", "F32", (2,))], resume=False)
+
+
+def test_json_made_part_by_part_is_the_json_made_at_once() -> None:
+    plain: dict[str, Any] = {
+        "outputs": {"": {"tensors": {"b": {"shape": [2, 3], "é\n": 1e-9}, "a": {}}}, "x": {"tensors": {}}},
+        "reports": [{"z": [1.5, None], "a": 'quote " and\nline'}, {}, [], "text", [[1], {"k": []}]],
+        "nothing": [[], {}, None, True],
+        "tuple": (1, "2"),
+        "many": {str(number): {"n": number} for number in range(300)},
+    }
+    tensors = plain["outputs"][""]["tensors"]
+    made = {**plain, "outputs": {"": {"tensors": Made(tensors, tensors.__getitem__)}, "x": {"tensors": Made((), str)}}}
+    for indent in (1, 2):
+        blocks = list(json_blocks(made, indent))
+        assert b"".join(blocks) == to_json(plain, indent)
+        assert len(blocks) > 3
+    assert b"".join(json_blocks({})) == to_json({})
+    for value in (float("nan"), [float("inf")]):  # which JSON has not
+        with pytest.raises(ValueError, match="JSON"):
+            list(json_blocks({"a": value}))
+
+
+def test_checkpoints_of_one_layout_share_what_they_can(tmp_path: Path) -> None:
+    tensors = {f"layers.{index}.weight": torch.zeros(3, 5) for index in range(3)}
+    one, other = (open_checkpoint(save_folder(tmp_path / name, tensors)).tensors for name in "ab")
+    for name, stored in one.items():
+        assert stored.name is name is other[name].name
+        assert stored.dtype is other[name].dtype
+        assert stored.shape is one["layers.0.weight"].shape
+        assert not hasattr(stored, "__dict__")
+        assert (stored.bytes, stored.end) == (60, stored.start + 60)
 
 
 def test_companions(tmp_path: Path) -> None:

@@ -5,11 +5,17 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import pytest
 import torch
 from checkpoints import save_folder
+
+from benchmarks.headers import config_of, save_headers
+from isomerge_fast import plan as planning
+from isomerge_fast import routes
+from isomerge_fast.engine import run
 
 CEILING_BYTES = 600 << 20
 LAYERS, WIDTH, INNER, VOCABULARY = 12, 768, 3072, 32_000  # a 162 M parameter Llama: 2 token tables, 12 layers
@@ -117,3 +123,48 @@ def test_freed_blocks_go_back_to_the_system_where_the_peak_is_decided() -> None:
     assert eager <= 10
     assert lazy >= 50  # of 100 MiB; without that the test would show nothing
     assert trimmed <= 10
+
+
+def tiny_tensors(count: int) -> dict[str, tuple[int, ...]]:
+    return {f"model.layers.{i // 400}.mlp.experts.{i % 400}.gate_proj.weight": (8,) for i in range(count)}
+
+
+def test_what_is_held_of_tensors_beside_their_bytes_is_planned_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the growth of what Python has allocated, from one count of tensors to another."""
+    monkeypatch.setattr(planning, "METADATA_IN_BASELINE_BYTES", 0)
+    # What is read ahead has objects of its own, in proportion to its bytes.
+    monkeypatch.setattr(routes, "LEAST_READ_AHEAD_BYTES", 1 << 20)
+    peaks, promised = [], []
+    for count in (10, 50, 250):  # the first loads modules
+        root = tmp_path / str(count)
+        root.mkdir()
+        config = config_of(root, tiny_tensors(count), 6, method="mean", out=str(root / "out"))
+        tracemalloc.start()
+        try:
+            plan = planning.make_plan(config, max_ram=planning.PROCESS_BYTES)
+            run(plan)
+            peaks.append(tracemalloc.get_traced_memory()[1])
+        finally:
+            tracemalloc.stop()
+        promised.append(plan.metadata_bytes)
+    grown = peaks[2] - peaks[1]
+    print(f"{grown / 200:.0f} bytes a tensor, {(promised[2] - promised[1]) / 200:.0f} planned for")
+    assert grown <= promised[2] - promised[1] <= 2 * grown
+
+
+@pytest.mark.long
+def test_tensors_by_the_thousand_stay_under_the_ceiling(tmp_path: Path) -> None:
+    """45,000 of eight experts: 0.7 MB of weights a checkpoint."""
+    base = save_headers(tmp_path / "base", tiny_tensors(45_000), shard_bytes=1 << 17)
+    command = [sys.executable, "-m", "isomerge_fast.cli", "run", "--base", str(base), "--method", "mean"]
+    for task in range(8):
+        (tmp_path / str(task)).symlink_to(base)
+        command += ["--expert", str(tmp_path / str(task))]
+    command += ["--max-ram", str(CEILING_BYTES), "--out", str(tmp_path / "out")]
+    outcome = subprocess.run([sys.executable, "-c", MEASURE, *command], capture_output=True, text=True, cwd=tmp_path)
+    assert outcome.returncode == 0, outcome.stdout + outcome.stderr
+    peak_bytes = int(outcome.stderr.split("peak_kib=")[1]) * 1024
+    print(f"peak {peak_bytes / 1e6:.0f} MB")
+    assert peak_bytes <= CEILING_BYTES

@@ -17,7 +17,7 @@ from benchmarks.headers import config_of, qwen3_moe, save_headers
 from isomerge_fast.config import MergeConfig
 from isomerge_fast.errors import ResourceError
 from isomerge_fast.loads import estimate_seconds
-from isomerge_fast.plan import check_resources, make_plan
+from isomerge_fast.plan import METADATA_IN_BASELINE_BYTES, PROCESS_BYTES, check_resources, make_plan
 
 # Experts merged, billions of parameters: as published; of GLM-4.5 as stored, with its layer for multi-token prediction.
 MODELS: dict[str, tuple[int, float]] = {
@@ -101,6 +101,23 @@ def test_a_ceiling_that_is_too_low_is_refused_with_one_that_does(
     limits[ceiling] = int(found[1]) - 1_000_000
     with pytest.raises(ResourceError):
         check_resources(make_plan(config, device, **limits), device=device, **limits)
+
+
+def test_what_is_held_of_many_tensors_counts_under_a_ceiling(tmp_path: Path) -> None:
+    """4,000 of two experts, 14 MB in all: nothing to the weights, which are 64 kB a checkpoint."""
+    shapes: headers.Shapes = {f"experts.{index}.weight": (8,) for index in range(4_000)}
+    config = config_of(tmp_path, shapes, 2, method="mean")
+    plan = make_plan(config)
+    assert 3_000 * len(shapes) < plan.metadata_bytes + METADATA_IN_BASELINE_BYTES < 4_000 * len(shapes)
+    limits: dict[str, Any] = {"max_ram": PROCESS_BYTES + plan.metadata_bytes, "max_vram": None}
+    with pytest.raises(
+        ResourceError, match=f"held of 4000 tensors beside their bytes {plan.metadata_bytes}"
+    ) as refused:
+        check_resources(make_plan(config, **limits), device=torch.device("cpu"), **limits)
+    found = re.search(r"that would do is (\d+)", str(refused.value))
+    assert found
+    limits["max_ram"] = int(found[1])
+    check_resources(make_plan(config, **limits), device=torch.device("cpu"), **limits)
 
 
 def test_the_command_line_plans_without_a_weight(tmp_path: Path) -> None:

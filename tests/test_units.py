@@ -9,7 +9,7 @@ import pickle
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 
 import isomerge_fast as imf
 from isomerge_fast.checkpoint import writer as writing
-from isomerge_fast.checkpoint.journal import Journal, UnitJournal, UnitProgress, unit_journal
+from isomerge_fast.checkpoint.journal import Entries, Journal, UnitJournal, UnitProgress, unit_journal
 from isomerge_fast.checkpoint.layout import DTYPE_NAMES
 from isomerge_fast.checkpoint.staging import run_folders
 from isomerge_fast.checkpoint.writer import OutputTensor, ShardWriter, create_shard
@@ -83,7 +83,7 @@ def test_a_unit_travels_without_the_rest_of_the_plan(tmp_path: Path) -> None:
     """As it does to other processes: no tensors, and of the inputs only the files it reads."""
     family = make_family(tmp_path, shards=3)
     plan = make_plan(load_config(config_of(family, tmp_path / "out")))
-    units = [Unit.of(plan, number, tensors, {}) for number, tensors in enumerate(runs_of(plan, 2))]
+    units = [Unit.of(plan, number, tensors, Entries()) for number, tensors in enumerate(runs_of(plan, 2))]
     for unit in units:
         travelled = pickle.loads(pickle.dumps(unit))
         assert travelled == unit
@@ -109,9 +109,7 @@ class StopsAfter:
     def __init__(self, count: int, units: int, *, inside: bool) -> None:
         self._count, self._units, self._inside = count, units, inside
 
-    def merge(
-        self, plan: Plan, job: Job, claims: Mapping[str, dict[str, Any]], observer: Observer | None
-    ) -> list[UnitResult]:
+    def merge(self, plan: Plan, job: Job, claims: Entries, observer: Observer | None) -> list[UnitResult]:
         for number, tensors in enumerate(runs_of(plan, self._count), 1):
             unit = Unit.of(plan, number, tensors, claims)
             if number > self._units:
@@ -158,9 +156,7 @@ def test_a_second_attempt_at_a_unit_merges_what_is_left(tmp_path: Path) -> None:
     attempts: list[list[str]] = []
 
     class Twice:
-        def merge(
-            self, plan: Plan, job: Job, claims: Mapping[str, dict[str, Any]], observer: Observer | None
-        ) -> list[UnitResult]:
+        def merge(self, plan: Plan, job: Job, claims: Entries, observer: Observer | None) -> list[UnitResult]:
             unit = Unit.of(plan, 1, plan.tensors, claims)
             merge_unit(job, replace(unit, tensors=unit.tensors[:4]))
             before = unit_journal(job.folder, 1).read_bytes()
@@ -181,9 +177,7 @@ def test_a_unit_of_a_merge_that_was_given_up_writes_nothing(tmp_path: Path) -> N
     late: list[tuple[Job, Unit]] = []
 
     class Late(InTurn):
-        def merge(
-            self, plan: Plan, job: Job, claims: Mapping[str, dict[str, Any]], observer: Observer | None
-        ) -> list[UnitResult]:
+        def merge(self, plan: Plan, job: Job, claims: Entries, observer: Observer | None) -> list[UnitResult]:
             if not late:
                 late.append((job, Unit.of(plan, 1, plan.tensors, claims)))
                 raise Stopped
@@ -237,6 +231,15 @@ def test_journals_of_units_are_gathered_and_those_of_other_merges_are_not(tmp_pa
     assert again.finished.keys() == {"of unit 1", "of unit 2"}
     assert sorted(os.listdir(tmp_path)) == ["journal.jsonl"]
     assert Journal(tmp_path, "key", [], threads=8, resume=True).finished == again.finished
+
+
+def test_journal_entries_are_read_as_they_were_added() -> None:
+    held, others = Entries([entry("a"), entry("é")]), Entries([{**entry("é"), "more": [1.5, None]}])
+    assert held == {"a": entry("a"), "é": entry("é")}
+    held.update(others)
+    assert (held["é"], held.get("b"), "b" in held, len(held)) == ({**entry("é"), "more": [1.5, None]}, None, False, 2)
+    assert held.of(["b", "é"]) == others
+    assert pickle.loads(pickle.dumps(held)) == held
 
 
 @pytest.mark.parametrize(("key", "threads"), [("other", 2), ("key", 1)], ids=["another merge", "other threads"])

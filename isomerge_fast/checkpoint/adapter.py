@@ -144,6 +144,10 @@ class Adapter(Checkpoint):
     settings: dict[str, Any] = field(default_factory=dict, compare=False)
     copies: tuple[str, ...] = ()
 
+    @property
+    def stored_tensors(self) -> int:
+        return len(self.tensors) + 2 * len(self.pairs)
+
 
 def is_adapter(path: str | os.PathLike[str]) -> bool:
     """Whether ``path`` is a folder with an ``adapter_config.json``, be it one that cannot be read."""

@@ -12,9 +12,11 @@ import os
 import re
 import stat
 import struct
+import sys
 import unicodedata
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,7 @@ ADAPTER_FILE = "adapter_model.safetensors"
 ADAPTER_CONFIG_FILE = "adapter_config.json"
 # Tensors with a row for every token.
 TOKEN_TABLES = re.compile(r"(embed|lm_head|wte|output\.weight$|shared\.weight$)")
+_CONTROLS = re.compile(r"[\x00-\x1f\x7f]")
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 MAX_TENSORS = 250_000  # a file; the largest real checkpoints hold about 150,000 in all their shards
@@ -68,24 +71,30 @@ FLOAT_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
 COPIED_DTYPES = frozenset({"I64", "I32", "I16", "I8", "U8", "BOOL", "U64", "U32", "U16"})
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """One tensor in one file: ``end - start`` bytes at absolute offset ``start``."""
+    """One tensor in one file: ``bytes`` at absolute offset ``start``, up to ``end``.
+
+    A merge holds one for every tensor of every checkpoint: what can be shared among them is (``_parse_entry``).
+    """
 
     name: str
     dtype: str  # safetensors' name, a key of DTYPES
     shape: tuple[int, ...]
     file: Path
     start: int
-    end: int
 
     @property
     def bytes(self) -> int:
-        return self.end - self.start
+        return prod(self.shape) * DTYPES[self.dtype].itemsize
+
+    @property
+    def end(self) -> int:
+        return self.start + self.bytes
 
     @property
     def elements(self) -> int:
-        return element_count(self.shape)
+        return prod(self.shape)
 
 
 @dataclass(frozen=True)
@@ -143,15 +152,13 @@ class Checkpoint:
         return sum(tensor.bytes for tensor in self.tensors.values())
 
     @property
+    def stored_tensors(self) -> int:
+        """How many there are in its files."""
+        return len(self.tensors)
+
+    @property
     def is_folder(self) -> bool:
         return self.path.is_dir()
-
-
-def element_count(shape: Iterable[int]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
 
 
 def parse_json(data: bytes, what: str, *, most_values: int | None = None) -> Any:
@@ -225,7 +232,9 @@ def read_header(path: Path) -> tuple[dict[str, StoredTensor], FileIdentity]:
     if len(header) > MAX_TENSORS:
         raise InputError(f"{path}: {len(header)} tensors in one file; refused above {MAX_TENSORS}")
     data_start = 8 + header_bytes
-    tensors = {name: _parse_entry(path, name, entry, data_start) for name, entry in header.items()}
+    shapes: dict[tuple[int, ...], tuple[int, ...]] = {}
+    entries = (_parse_entry(path, name, entry, data_start, shapes) for name, entry in header.items())
+    tensors = {tensor.name: tensor for tensor in entries}
 
     position = data_start
     for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.start, tensor.end)):
@@ -255,13 +264,16 @@ def hash_header(descriptor: int) -> str:
     return running.hexdigest()
 
 
-def _parse_entry(path: Path, name: str, entry: Any, data_start: int) -> StoredTensor:
+def _parse_entry(
+    path: Path, name: str, entry: Any, data_start: int, shapes: dict[tuple[int, ...], tuple[int, ...]]
+) -> StoredTensor:
+    """Return the tensor of one header entry. Equal strings, of all checkpoints, and equal ``shapes`` are one object."""
     if len(name) > MAX_NAME_CHARACTERS:
         raise InputError(
             f"{path}: tensor {shown(name)} has a name of {len(name)} characters; refused above {MAX_NAME_CHARACTERS}"
         )
     where = f"{path}: tensor {name!r}"
-    if not name or any(ord(character) < 32 or ord(character) == 127 for character in name):
+    if not name or _CONTROLS.search(name):
         raise InputError(f"{where}: empty name or control characters in it")
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise InputError(f"{where}: its header entry needs dtype, shape and data_offsets")
@@ -278,12 +290,13 @@ def _parse_entry(path: Path, name: str, entry: Any, data_start: int) -> StoredTe
         or not all(type(o) is int and 0 <= o < 2**56 for o in offsets)
     ):
         raise InputError(f"{where}: data_offsets {shown(offsets)} are not two offsets")
-    expected = element_count(shape) * DTYPES[dtype].itemsize
+    expected = prod(shape) * DTYPES[dtype].itemsize
     if offsets[1] - offsets[0] != expected:
         raise InputError(
             f"{where}: {dtype}{shape} takes {expected} bytes, its data_offsets {offsets} span another size"
         )
-    return StoredTensor(name, dtype, tuple(shape), path, data_start + offsets[0], data_start + offsets[1])
+    shared = shapes.setdefault(tuple(shape), tuple(shape))
+    return StoredTensor(sys.intern(name), sys.intern(dtype), shared, path, data_start + offsets[0])
 
 
 def parse_settings(data: bytes, what: str) -> dict[str, Any]:

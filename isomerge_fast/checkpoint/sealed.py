@@ -13,7 +13,7 @@ from ..errors import InputError, VerificationError
 from .checksum import Checksum
 from .direct_io import drop_cache, read_pages
 from .layout import parse_settings
-from .writer import write_durably
+from .writer import write_blocks_durably
 
 _SEAL = re.compile(rb',\n "digest": "([0-9a-f]{32})"\n}\n\Z')
 _LONGEST_SEAL = 64
@@ -26,16 +26,21 @@ def write_sealed(path: Path, text: Iterable[bytes]) -> str:
     Args:
         text: in blocks: indented JSON, of one key at least.
     """
-    running, sealed, held = Checksum(), bytearray(), b""
+    running = Checksum()
+    write_blocks_durably(path, _sealed(text, running))
+    return running.text
+
+
+def _sealed(text: Iterable[bytes], running: Checksum) -> Iterator[bytes]:
+    """Yield the text with its checksum in it, which ``running`` is at the end."""
+    held = b""
     for block in text:
         whole = held + block
         held = whole[-len(_END) :]
         running.update(whole[: -len(_END)])
-        sealed += whole[: -len(_END)]
-    assert held == _END, path
-    sealed += f',\n "digest": "{running.text}"\n}}\n'.encode()
-    write_durably(path, bytes(sealed))
-    return running.text
+        yield whole[: -len(_END)]
+    assert held == _END
+    yield f',\n "digest": "{running.text}"\n}}\n'.encode()
 
 
 def read_sealed(path: Path) -> tuple[dict[str, Any], str | None]:

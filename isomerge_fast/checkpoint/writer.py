@@ -17,6 +17,7 @@ import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 import torch
@@ -26,7 +27,7 @@ from torch import Tensor
 from ..errors import ResourceError
 from .checksum import Checksum
 from .direct_io import PAGE, READ_BYTES, copy_bytes, drop_cache, lies_like, open_direct, page_buffer, read_pages
-from .layout import DTYPE_NAMES, DTYPES, StoredTensor, element_count
+from .layout import DTYPE_NAMES, DTYPES, StoredTensor
 
 # Less than this at once goes through the page cache: a direct write waits for the disk.
 DIRECT_BYTES = 1 << 20
@@ -44,7 +45,7 @@ _DTYPE_RANK = [
 ]  # fmt: skip
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class OutputTensor:
     """A tensor to be written."""
 
@@ -54,7 +55,7 @@ class OutputTensor:
 
     @property
     def bytes(self) -> int:
-        return element_count(self.shape) * DTYPES[self.dtype].itemsize
+        return prod(self.shape) * DTYPES[self.dtype].itemsize
 
 
 def file_layout(path: Path, tensors: Iterable[OutputTensor]) -> tuple[bytes, dict[str, StoredTensor]]:
@@ -72,9 +73,7 @@ def file_layout(path: Path, tensors: Iterable[OutputTensor]) -> tuple[bytes, dic
     placed = {}
     for tensor in ordered:
         offsets = header[tensor.name]["data_offsets"]  # type: ignore[index]  # built just above
-        placed[tensor.name] = StoredTensor(
-            tensor.name, tensor.dtype, tensor.shape, path, start + offsets[0], start + offsets[1]
-        )
+        placed[tensor.name] = StoredTensor(tensor.name, tensor.dtype, tensor.shape, path, start + offsets[0])
     return struct.pack("<Q", len(text)) + text, placed
 
 

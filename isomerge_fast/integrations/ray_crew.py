@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from .. import __version__
-from ..checkpoint.journal import UnitProgress
+from ..checkpoint.journal import Entries, UnitProgress
 from ..checkpoint.layout import FileIdentity
 from ..checkpoint.reader import Reader, files_of
 from ..config import MergeConfig
@@ -239,9 +239,7 @@ class RayCrew:
         request = self._request(plan, threads)
         return sum(machine.holds(request) for machine in _machines())
 
-    def merge(
-        self, plan: Plan, job: Job, claims: Mapping[str, dict[str, Any]], observer: Observer | None
-    ) -> list[UnitResult]:
+    def merge(self, plan: Plan, job: Job, claims: Entries, observer: Observer | None) -> list[UnitResult]:
         """See ``engine.Crew``. Units are divided for as many workers as there are now, the largest first.
 
         Raises:
@@ -545,7 +543,7 @@ class _Overview:
         plan: Plan,
         job: Job,
         units: Sequence[Unit],
-        claims: Mapping[str, dict[str, Any]],
+        claims: Entries,
         observer: Observer | None,
     ) -> None:
         self._observer = observer

@@ -17,7 +17,7 @@ from ..ops import TaskSum, compute_dtype, subtract, task_sum
 RANK_POLICIES = ("range", "min-dim")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TensorSpec:
     """What is known of a tensor before it is read."""
 
