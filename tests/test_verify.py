@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 import isomerge_fast as imf
 from isomerge_fast.checkpoint.layout import read_header
 from isomerge_fast.checkpoint.manifest import FORMAT, MANIFEST_FILE, REPORT_FILE, to_json
-from isomerge_fast.checkpoint.sealed import write_sealed
+from isomerge_fast.checkpoint.sealed import read_sealed, write_sealed
 from isomerge_fast.cli import app
 from isomerge_fast.report import Progress
 from isomerge_fast.verify import verify
@@ -645,3 +645,12 @@ def test_what_resumes_keeps_the_checksums_of_the_base(own: Merged) -> None:
     imf.merge({**own.config, "out": own.out}, resume=True)
     assert (own.out / MANIFEST_FILE).read_bytes() == (own.clean / MANIFEST_FILE).read_bytes()
     imf.apply(own.out, 1.0, own.root / "applied")
+
+
+def test_a_report_of_tens_of_thousands_of_tensors_is_read(tmp_path: Path) -> None:
+    """More values than a stranger's settings may have."""
+    count = 1_000_100
+    write_sealed(tmp_path / REPORT_FILE, [b'{\n "numbers": [', b"0, " * (count - 1), b"0]\n}\n"])
+    value, flaw = read_sealed(tmp_path / REPORT_FILE)
+    assert flaw is None
+    assert len(value["numbers"]) == count

@@ -299,9 +299,9 @@ def _parse_entry(
     return StoredTensor(sys.intern(name), sys.intern(dtype), shared, path, data_start + offsets[0])
 
 
-def parse_settings(data: bytes, what: str) -> dict[str, Any]:
+def parse_settings(data: bytes, what: str, *, most_values: int = MAX_INDEXED) -> dict[str, Any]:
     """A JSON object that can be copied and written again."""
-    settings = parse_json(data, what, most_values=MAX_INDEXED)
+    settings = parse_json(data, what, most_values=most_values)
     if not isinstance(settings, dict):
         raise InputError(f"{what}: not a JSON object")
     level: list[Any] = [settings]
