@@ -32,6 +32,8 @@ SMALLEST_SIDE, LARGEST_FRACTION = 256, 1 / 16
 # How far the columns of a block may grow apart between two Rayleigh-Ritz steps, and the angle at which the search ends.
 # Both are flat: 1e2 to 1e4 and 3e-4 to 3e-3 take the same time to 10 % (3072 x 768, noise and decaying spectra).
 GROWTH, SEARCH_ANGLE = 1e3, 1e-3
+# Of the bound, what the angle is at most: a tenth was seen.
+SEEN = 0.2
 # Up to this size Δ is converted to float64 once (32 MiB), and not by every product that needs it.
 CONVERTED_ELEMENTS = 1 << 22
 
@@ -230,7 +232,8 @@ class ChebyshevSubspace(GramEigh):
             limit = torch.maximum(tolerance, self.resolution * sigma[..., 0])[..., None]
             kept = sigma[..., :s] > limit
             bound = angle_bound(Ritz(x, values, torch.linalg.vector_norm(w, dim=-2)), kept.sum(-1))
-            if bool((bound <= self.angle).all()):
+            unresolved = self._unresolved(sigma[..., :s], tolerance)
+            if bool(((bound <= self.angle) & (unresolved == 0)).all()):
                 kept_sigma = torch.where(kept, sigma[..., :s], 0.0)
                 return Subspace(
                     short=x[..., :, :s] * kept[..., None, :],
@@ -238,8 +241,8 @@ class ChebyshevSubspace(GramEigh):
                     sigma=kept_sigma,
                     complement=None,
                     gap=relative_gap(sigma, s),
-                    angle=bound,
-                    unresolved=(sigma[..., :s] > tolerance[..., None]).sum(-1) - kept.sum(-1),
+                    angle=SEEN * bound,
+                    unresolved=unresolved,
                     wide=False,
                 )
             if step < self.corrections:

@@ -152,6 +152,7 @@ class IsoC:
             "asymmetry": Check(asymmetry, promise),
             "negative": Check(negative, promise),
             "unresolved": Check(torch.as_tensor(stats.unresolved, device=q.device).expand(stats.rank.shape), 0),
+            "rounding": Check(torch.as_tensor(stats.error, device=q.device).expand(stats.rank.shape), promise),
         }
         if sum_dtype == torch.float32 and stats.spread is not None:
             # Measured: 0.2 ε rms(σ) rms(1/σ) for T = 8, from 160 x 64 to 4096 x 256; √T for the roundings of a sum.
