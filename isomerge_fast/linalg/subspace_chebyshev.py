@@ -32,8 +32,6 @@ SMALLEST_SIDE, LARGEST_FRACTION = 256, 1 / 16
 # How far the columns of a block may grow apart between two Rayleigh-Ritz steps, and the angle at which the search ends.
 # Both are flat: 1e2 to 1e4 and 3e-4 to 3e-3 take the same time to 10 % (3072 x 768, noise and decaying spectra).
 GROWTH, SEARCH_ANGLE = 1e3, 1e-3
-# Of the bound, what the angle is at most: a tenth was seen.
-SEEN = 0.2
 # Up to this size Δ is converted to float64 once (32 MiB), and not by every product that needs it.
 CONVERTED_ELEMENTS = 1 << 22
 
@@ -241,9 +239,10 @@ class ChebyshevSubspace(GramEigh):
                     sigma=kept_sigma,
                     complement=None,
                     gap=relative_gap(sigma, s),
-                    angle=SEEN * bound,
+                    angle=bound,
                     unresolved=unresolved,
                     wide=False,
+                    searched=True,
                 )
             if step < self.corrections:
                 # In float32: what it corrects is small.
