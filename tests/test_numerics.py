@@ -71,7 +71,7 @@ def test_tiers_keep_their_promises(case: Case, method: str) -> None:
             # At κ = 1e6 two orders of rows differ by 9e-9 (512 x 64, T = 8): more than that is nobody's to know.
             error -= judges_own_error(case, method, judge)
         assert error <= promise, (precision, evidence)
-        # At κ = 1e6 float64 leaves Iso-CTS some 1e-9 … 1e-8, and its certificate, an estimate from above, need not hold.
+        # At κ = 1e6 float64 leaves Iso-CTS 1e-9 … 1e-8: the certificate, an estimate from above, need not hold.
         beyond = precision == "reference" and method == "iso-cts" and case.condition >= 1e6
         assert evidence["certified"] or beyond, (precision, evidence)
 

@@ -25,8 +25,8 @@ PRECISIONS = tuple(PROMISES)
 # estimate: no GPU has been at hand).
 ITERATION_SIDE = 1024
 
-# ‖sin θ‖/√s of tall task parts in the fast tier; half of it or so becomes error.
-FAST_ANGLE = 5e-3
+# ‖sin θ‖/√s of tall task parts in the fast tier, which may be magnified twenty times (see ``ChebyshevSubspace``).
+FAST_ANGLE = 5e-4
 
 S = TypeVar("S", bound=PolarSolver, covariant=True)
 

@@ -66,7 +66,6 @@ class Subspace:
             was searched for, an estimate from the solver's rounding and the gap where all directions were computed.
         unresolved: as in ``PolarStats``, of the k.
         wide: whether the short side is the left one.
-        searched: whether ``angle`` is the bound.
     """
 
     short: Tensor
@@ -77,7 +76,6 @@ class Subspace:
     angle: Tensor
     unresolved: Tensor
     wide: bool
-    searched: bool = False
 
     @cached_property
     def whitened(self) -> Tensor:
@@ -88,7 +86,7 @@ class Subspace:
         """The members along the first batch dimension."""
         assert self.long is not None
         return [
-            Subspace(short, long, sigma, None, gap, angle, unresolved, self.wide, self.searched)
+            Subspace(short, long, sigma, None, gap, angle, unresolved, self.wide)
             for short, long, sigma, gap, angle, unresolved in zip(
                 self.short, self.long, self.sigma, self.gap, self.angle, self.unresolved, strict=True
             )

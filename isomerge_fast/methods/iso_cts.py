@@ -39,8 +39,6 @@ from .row_maps import PolarMap, has_row_map, polar_map_bytes
 
 # Of U_k, beside the cut.
 CUT_COLUMNS = 4
-# Of the bound of a search, times what it grows by: 0.07 (3072 x 768) to 0.24 (768 x 256) came out as error.
-SEEN = 0.3
 
 
 def split_rank(min_dim: int, tasks: int, common_fraction: float) -> tuple[int, int]:
@@ -338,7 +336,7 @@ def _task_part(
     # A flag is read, after the eigensolver, which waits for the device too.
     if bool((angle > 1e-3 * promise).any()) and common.sigma.shape[-1]:
         angle = projection_angle(part, turned, share_at_cut(delta, total, common), min_dim, norm)
-    return replace(part, angle=(SEEN if part.searched else 1.0) * part.angle + angle)
+    return replace(part, angle=part.angle + angle)
 
 
 def share_at_cut(delta: Tensor, total: Tensor, common: Subspace) -> Tensor:

@@ -18,10 +18,10 @@ from ..linalg.thin import thin_qr
 SAME_DIRECTION = 1e-6
 # Relative error that rounding the bases to float32 may leave.
 ROUNDING = 1e-6
-# Of a subspace's ``angle``, which takes the rounding of its matrix for one of full size at the cut, what is taken for its
-# share in the residuals; and ‖dR‖ over ‖Δ‖ in float64. With both, the error of 512 x 64 at κ = 1e6 is a third of what is
-# estimated, and that of most others far less.
-TURNED = 0.04
+# Of a subspace's ``angle``, which takes the rounding of its matrix for one of full size at the cut, what is taken for
+# its share in the residuals; and ‖dR‖ over ‖Δ‖ in float64. With both, the error of 512 x 64 at κ = 1e6 is a third of
+# what is estimated, and that of most others far less.
+TURNED = 0.03
 PROJECTION = 0.7 * torch.finfo(torch.float64).eps
 
 
