@@ -276,6 +276,17 @@ def test_nearly_opposite_experts() -> None:
         assert oracle.relative_error(value.numpy(), judged.value) <= promise or stats.missed()
 
 
+def test_experts_that_cancel_are_not_added_up_in_float32() -> None:
+    """The rounding of a float32 sum is that of its largest partial sum."""
+    generator = torch.Generator().manual_seed(0)
+    first = torch.randn(16, 60, generator=generator)
+    deltas = [sign * first + 1e-5 * torch.randn(16, 60, generator=generator) for sign in (1, -1) * 4]
+    value, stats = merge(deltas, "iso-c")
+    assert any("sum_rounding" in remark for remark in stats.escalations)
+    assert stats.to_dict()["certified"]
+    assert oracle.relative_error(value.numpy(), oracle.iso_c(numpy(deltas))) <= PROMISES["default"]
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_what_is_not_certified_says_why(name: str) -> None:
     deltas = Case(0, 60, 150, 1e6, 4).deltas()
