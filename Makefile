@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL: # two pips in one environment would race
-.PHONY: help demo test test-peers test-slow faults bench bench-full bench-compare accuracy gpu kernels numerics lint format venv clean
+.PHONY: help demo test test-peers test-slow faults fuzz-numerics bench bench-full bench-compare accuracy gpu kernels numerics lint format venv clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -31,6 +31,10 @@ faults: $(VENV)/.installed-test ## kills, pairs without locks, failing disks and
 	$(BIN)/python tests/fault_pairs.py --pairs 100
 	$(BIN)/python tests/fault_disk.py --rounds 100
 	$(BIN)/python tests/fault_fuzz.py --inputs 100000
+
+# One thread: the matrices are small.
+fuzz-numerics: $(VENV)/.installed-test ## 10,000 random merges of 500 families and more against the oracle (3 minutes on one core)
+	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python tests/fuzz_numerics.py
 
 bench: $(VENV)/.installed-bench ## time and error beside numpy, torch, FusionBench, mergekit (under 10 minutes on 2 cores)
 	$(BIN)/python -m benchmarks.run

@@ -25,8 +25,8 @@ PRECISIONS = tuple(PROMISES)
 # estimate: no GPU has been at hand).
 ITERATION_SIDE = 1024
 
-# ‖sin θ‖/√s of tall task parts in the fast tier; half of it or so becomes error.
-FAST_ANGLE = 5e-3
+# ‖sin θ‖/√s of tall task parts in the fast tier, which may be magnified twenty times (see ``ChebyshevSubspace``).
+FAST_ANGLE = 5e-4
 
 S = TypeVar("S", bound=PolarSolver, covariant=True)
 
@@ -83,11 +83,14 @@ def polar_ladder(
     return tuple(ladder)
 
 
-def subspace_ladder(precision: str, dtype: torch.dtype, *, lean: bool = False) -> tuple[Choice[Solver], ...]:
+def subspace_ladder(
+    precision: str, dtype: torch.dtype, *, lean: bool = False, tall: bool = False
+) -> tuple[Choice[Solver], ...]:
     """Solvers for the common and the task subspaces of Iso-CTS, as ``polar_ladder``.
 
     Args:
         lean: without the search, which needs U_k beside S and Δ_t.
+        tall: where there is a search, which may miss what the Gram matrices of all directions do not.
     """
     check_precision(precision)
     svd: Choice[Solver] = Choice(FullSvd(), _svd_reason(precision, dtype))
@@ -96,10 +99,12 @@ def subspace_ladder(precision: str, dtype: torch.dtype, *, lean: bool = False) -
     exact: Choice[Solver] = Choice(ChebyshevSubspace(), "float64 Gram matrices; tall task parts by a certified search")
     if lean:
         return (Choice(GramEigh(), "float64 Gram matrices, in blocks: less memory than the search"), svd)
+    whole: Choice[Solver] = Choice(GramEigh(), "float64 Gram matrices, all directions of the task parts")
+    last = (whole, svd) if tall else (svd,)
     if precision == "default":
-        return (exact, svd)
+        return (exact, *last)
     loose = ChebyshevSubspace(parts_dtype=torch.float32, angle=FAST_ANGLE)
-    return (Choice(loose, "as default, the task parts in float32 or to a looser angle"), exact, svd)
+    return (Choice(loose, "as default, the task parts in float32 or to a looser angle"), exact, *last)
 
 
 def _svd_reason(precision: str, dtype: torch.dtype) -> str:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -31,6 +32,7 @@ from .protocol import (
     rounding_angle,
 )
 from .sides import BLOCK_ELEMENTS, long_product, short_gram, short_multiply, short_product, short_project
+from .spectrum import Product, largest_beyond
 
 EPS = torch.finfo(torch.float32).eps
 # Rounding of a float32 product G^(-1/2) X, relative to ‖Q‖, over rms(σ) rms(1/σ): measured 3.6 ε (768 x 3072).
@@ -92,8 +94,21 @@ class GramEigh:
         spread = _spread(kept_sigma, inverse)
         if narrow_gram:
             noise = torch.zeros_like(noise)  # what is left is skew, which no Newton-Schulz step mends
-        small = torch.stack([PRODUCT * spread, noise]) <= rounding
-        narrow, clean = small.reshape(2, -1).all(1).tolist()
+        unresolved = self._unresolved(sigma, limit)
+        small = torch.stack([PRODUCT * spread <= rounding, noise <= rounding, unresolved == 0])
+        narrow, clean, resolved = small.reshape(3, -1).all(1).tolist()
+        if not resolved:
+            unresolved = self._seen(unresolved, _products(x), vectors * keep[..., None, :], limit)
+        stats = PolarStats(
+            self.name,
+            kept_sigma.sum(-1),
+            rank,
+            orthogonality=torch.empty(0),
+            unresolved=unresolved,
+            error=skew_error(self._blur(sigma)[..., None] * inverse.square()),
+            sigma=kept_sigma,
+            spread=spread,
+        )
         # G^(-1/2), as a product that is symmetric and half the work.
         root = sym_mm((vectors * inverse.sqrt()[..., None, :]).to(dtype if narrow else vectors.dtype))
         q = short_multiply(root, x, torch.empty(x.shape, dtype=dtype, device=x.device))
@@ -103,17 +118,14 @@ class GramEigh:
             probe = probes(sigma.shape[-1], dtype, x.device)
             defect = short_product(q, long_product(q, probe, dtype))
             defect -= (vectors @ (keep[..., :, None] * (vectors.mT @ probe.to(vectors)))).to(dtype)
-            orthogonality = torch.linalg.matrix_norm(defect) / scale
-            return q, PolarStats(
-                self.name, kept_sigma.sum(-1), rank, orthogonality, self._unresolved(sigma, limit), spread
-            )
+            return q, replace(stats, orthogonality=torch.linalg.matrix_norm(defect) / scale)
         step = short_gram(q, dtype=dtype)
         defect = step - sym_mm((vectors * keep[..., None, :]).to(dtype))
         orthogonality = torch.linalg.matrix_norm(defect) / scale
         del vectors, defect
         step.mul_(-0.5).diagonal(dim1=-2, dim2=-1).add_(1.5)
         short_multiply(step, q, q)
-        return q, PolarStats(self.name, kept_sigma.sum(-1), rank, orthogonality, self._unresolved(sigma, limit), spread)
+        return q, replace(stats, orthogonality=orthogonality)
 
     def top_subspace(
         self,
@@ -131,14 +143,17 @@ class GramEigh:
         kept_sigma = kept_sigma[..., :k]
         vectors = vectors.double()
         top = vectors[..., :, :k] * (kept_sigma > 0)[..., None, :]
+        unresolved = self._unresolved(sigma[..., :k], limit)
+        if bool((unresolved > 0).any()):
+            unresolved = self._seen(unresolved, _products(x), top, limit)
         subspace = Subspace(
             short=top,
             long=None,
             sigma=kept_sigma,
             complement=complement_basis(vectors[..., :, k:], top, kept_sigma) if complement else None,
             gap=relative_gap(sigma, k),
-            angle=rounding_angle(sigma, k, limit, self.noise * sigma[..., :1].square().sum(-1)),
-            unresolved=self._unresolved(sigma[..., :k], limit),
+            angle=rounding_angle(sigma, k, limit, self._blur(sigma)),
+            unresolved=unresolved,
             wide=x.shape[-2] <= x.shape[-1],
         )
         return subspace if short_only else self.complete(x, subspace, dtype or x.dtype)
@@ -176,16 +191,24 @@ class GramEigh:
                 long=None if part.long is None else part.long * visible[..., None, :],
                 sigma=part.sigma * visible,
                 angle=part.angle + rounding * reciprocal(part.sigma[..., -1] * part.gap) / math.sqrt(max(1, s)),
-                unresolved=part.unresolved + ((part.sigma > 0) & ~visible).sum(-1),
+                unresolved=part.unresolved + (~visible & (noise > tolerance)[..., None]).sum(-1),
             )
         y = common.whitened.mT @ short_gram(total, delta)
         vectors, sigma, kept_sigma = self._eigh(sym_mm_add(short_gram(delta), y.mT, alpha=-1.0), tolerance)
         # What cancels in ΔᵀΔ − YᵀY leaves rounding of the size of ‖Δ‖².
         noise = self.noise * norm.square()
         hidden = sigma[..., :s].square() <= 2.0 * noise[..., None]
-        unresolved = (hidden & (sigma[..., :s] > tolerance[..., None])).sum(-1)
+        unresolved = _hidden(sigma[..., :s], noise, tolerance)
         kept_sigma = torch.where(hidden, 0.0, kept_sigma[..., :s])
         top = vectors[..., :, :s] * (kept_sigma > 0)[..., None, :]
+        if bool((unresolved > 0).any()):
+
+            def residual(v: Tensor) -> Tensor:
+                return long_product(delta, v, torch.float64) - long_product(
+                    total, common.whitened @ (y @ v), torch.float64
+                )
+
+            unresolved = self._seen(unresolved, (residual, partial(short_product, delta)), top, tolerance)
         scaled = top * reciprocal(kept_sigma)[..., None, :]
         u_t = long_product(delta, scaled, torch.float64)
         u_t -= long_product(total, common.whitened @ (y @ scaled), torch.float64)
@@ -210,7 +233,7 @@ class GramEigh:
         """Eigenvectors in ``dtype``, singular values, and these with the truncated ones set to zero; all descending."""
         eigenvalues, vectors = eigh(gram)
         sigma = eigenvalues.flip(-1).double().clamp_min(0.0).sqrt()
-        limit = torch.maximum(tolerance.double(), self.resolution * sigma[..., 0])
+        limit = torch.maximum(tolerance.double(), (2.0 * self._blur(sigma)).sqrt())
         return vectors.flip(-1), sigma, torch.where(sigma > limit[..., None], sigma, 0.0)
 
     def _narrow_gram(self, x: Tensor) -> Tensor | None:
@@ -231,9 +254,46 @@ class GramEigh:
         passed = (failed == 0) & (2.5 * EPS * spread.double() <= self.rounding)
         return gram.double() if bool(passed.all()) else None
 
+    def _blur(self, sigma: Tensor) -> Tensor:
+        """What σ² is off by, [..., r] -> [...]; products below the smallest number over ε have lost digits."""
+        info = torch.finfo(self.dtype)
+        return self.noise * sigma[..., :1].square().sum(-1) + info.tiny / info.eps
+
     def _unresolved(self, sigma: Tensor, tolerance: Tensor) -> Tensor:
-        hidden = sigma <= self.resolution * sigma[..., :1]
-        return (hidden & (sigma > tolerance[..., None])).sum(-1)
+        return _hidden(sigma, self._blur(sigma), tolerance)
+
+    def _seen(self, unresolved: Tensor, products: tuple[Product, Product], kept: Tensor, tolerance: Tensor) -> Tensor:
+        """``unresolved``, and 0 where products with X itself, whose rounding is not squared, show that nothing beyond
+        the kept directions is above the tolerance. That is what sums of low rank come to.
+        """
+        if self.dtype != torch.float64:
+            return unresolved
+        return torch.where(largest_beyond(*products, kept) <= tolerance, 0, unresolved)
+
+
+def skew_error(relative: Tensor) -> Tensor:
+    """What errors of G = X Xᵀ leave in G^(-1/2) X that is no matter of orthogonality, over √rank: no Newton-Schulz step
+    mends it. From the error of every σ², relative to it and 0 where it is not kept: [..., r] -> [...].
+
+    An error e of the entries of G turns a pair of directions by e |σ_i − σ_j| / (2 σ_i σ_j (σ_i + σ_j)).
+    """
+    pairs = (relative.sum(-1).square() - relative.square().sum(-1)).clamp_min(0.0)
+    return (pairs / (relative > 0).sum(-1).clamp_min(1)).sqrt() / (4.0 * math.sqrt(max(1, relative.shape[-1])))
+
+
+def _products(x: Tensor) -> tuple[Product, Product]:
+    """With X on its short side, and back."""
+    return partial(long_product, x, dtype=torch.float64), partial(short_product, x)
+
+
+def _hidden(sigma: Tensor, noise: Tensor, tolerance: Tensor) -> Tensor:
+    """How many σ² within twice the noise may be those of directions above the tolerance, [..., c] -> [...].
+
+    A σ² that came out as zero, or below, is no less hidden than its neighbours: it is anything up to the noise.
+    """
+    squares, noise = sigma.square(), noise[..., None]
+    # Not `<=` and `>`: NaN, which an overflow may leave, hides everything.
+    return (~(squares > 2.0 * noise) & ~(squares + noise <= tolerance.square()[..., None])).sum(-1)
 
 
 def _spread(sigma: Tensor, inverse: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..ops import sym_mm
-from .gram_eigh import GramEigh
+from .gram_eigh import GramEigh, skew_error
 from .protocol import reciprocal, relative_gap, rounding_angle
 
 # A Gram matrix added up in blocks gathers the rounding of every addition.
@@ -39,7 +39,7 @@ class GramSpectrum:
     Attributes:
         vectors: V [N, N] float64, its columns in order of *ascending* σ: turning them round would be a copy.
         sigma: [N] float64, descending; so are the next two.
-        unresolved: [N] bool, those above the tolerance, but not above the rounding of the Gram matrix.
+        unresolved: [N] bool, those left out that the rounding of the Gram matrix may hide above the tolerance.
         noise: [N], what σ² is off by.
         rank: how many lie above both.
         tolerance: σ up to this counts as zero.
@@ -80,10 +80,15 @@ class GramSpectrum:
 
     def polar_noise(self) -> Tensor:
         """‖QᵀQ − I‖_F / √rank that the noise leaves in Q = X V Σ⁻¹ Vᵀ."""
-        inverse = reciprocal(self.kept_sigma(self.rank))
-        relative = self.noise[: self.rank] * inverse.square()
         # As if every eigenvalue were off by all of it, in quadrature.
-        return (relative.square().sum() / max(1, self.rank)).sqrt()
+        return (self._relative_noise().square().sum() / max(1, self.rank)).sqrt()
+
+    def skew_error(self) -> Tensor:
+        """What it leaves there besides, and a Newton-Schulz step does not mend, [] (see ``gram_eigh``)."""
+        return skew_error(self._relative_noise())
+
+    def _relative_noise(self) -> Tensor:
+        return self.noise * reciprocal(self.kept_sigma(len(self.sigma))).square()
 
     def is_blurred(self, count: int, limit: float) -> bool:
         """Whether, of the largest ``count``, the noise hides a direction, or is more than ``limit`` of a kept σ² or of
@@ -134,7 +139,9 @@ def spectrum_in_place(gram: Tensor, tolerance: Tensor, noise: float, *, scale: T
     torch.linalg.eigh(gram.mT, out=(eigenvalues, gram.mT))
     sigma = eigenvalues.flip(0).clamp_min_(0.0).sqrt_()
     off = noise * (sigma[0] if scale is None else scale).square()
-    hidden = sigma.square() <= 2.0 * off
-    above = sigma > tolerance
-    rank = int((above & ~hidden).sum())
-    return GramSpectrum(gram.mT, sigma, above & hidden, off.expand_as(sigma), rank, tolerance)
+    squares = sigma.square()
+    hidden = squares <= 2.0 * off
+    rank = int(((sigma > tolerance) & ~hidden).sum())
+    # What came out as zero, or below, may be anything up to the noise.
+    unresolved = hidden & (squares + off > tolerance.square())
+    return GramSpectrum(gram.mT, sigma, unresolved, off.expand_as(sigma), rank, tolerance)

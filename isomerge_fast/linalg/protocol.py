@@ -18,6 +18,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+# Rows of the pairs of ``polar_growth`` that are made at once: few, for the memory's sake.
+GROWTH_ROWS = 64
+
 
 @dataclass(frozen=True)
 class PolarStats:
@@ -28,7 +31,11 @@ class PolarStats:
         nuclear_norm: ‖X‖_* = Σσ over the kept directions, shape [...].
         rank: number of kept directions, shape [...].
         orthogonality: ‖QᵀQ − P‖_F / √r on the short side, P the projector on the kept directions, shape [...].
-        unresolved: number of directions above the tolerance that the solver's own rounding hides, shape [...].
+        unresolved: number of directions left out that may lie above the tolerance, hidden by the solver's own rounding,
+            shape [...].
+        error: ‖dQ‖_F / √rank that the solver's own rounding leaves, estimated from σ, shape [...]. What is skew of it,
+            ``orthogonality`` does not see, and ``asymmetry`` hardly where σ is small.
+        sigma: kept singular values, zero where truncated, shape [..., r]; None where the solver does not see σ.
         spread: rms(σ) · rms(1/σ) over the kept directions, shape [...]: rounding X to ε moves Q by about ε times this,
             relative to ‖Q‖. None where the solver does not see σ.
     """
@@ -38,6 +45,8 @@ class PolarStats:
     rank: Tensor
     orthogonality: Tensor
     unresolved: Tensor | int = 0
+    error: Tensor | float = 0.0
+    sigma: Tensor | None = None
     spread: Tensor | None = None
 
 
@@ -191,6 +200,31 @@ def rounding_angle(sigma: Tensor, k: int, tolerance: Tensor, noise: Tensor) -> T
     gap = upper.square() - lower.square()
     angle = noise / (math.sqrt(k) * gap.clamp_min(torch.finfo(sigma.dtype).tiny))
     return torch.where((upper > tolerance) & (upper - lower > tolerance), angle, 0.0)
+
+
+def polar_growth(sigma: Tensor, short: int, long: int, *, ones: int = 0) -> Tensor:
+    """‖dQ‖_F / e, where Q + dQ is the polar factor of X + E and the entries of E [..., long, short] are random and of
+    size e, to first order: [..., r] -> [...].
+
+    In the basis of the singular vectors dQ_ij = (E_ij − E_ji) / (σ_i + σ_j), and E_ij / σ_j for the directions i beyond
+    those kept. That there is no i = j is what matters: one small σ alone does little in a square X.
+
+    Args:
+        sigma: zero where a direction is not kept.
+        ones: so many more σ are 1.
+    """
+    kept, inverse = sigma > 0, reciprocal(sigma)
+    squares = inverse.square().sum(-1)
+    # Of pairs with i = j the term would be 2 / (2 σ)².
+    pairs = -0.5 * squares
+    for rows, there in zip(sigma.split(GROWTH_ROWS, dim=-1), kept.split(GROWTH_ROWS, dim=-1), strict=True):
+        terms = 2.0 / (rows[..., :, None] + sigma[..., None, :]).square()
+        both = there[..., :, None] & kept[..., None, :]
+        pairs = pairs + torch.where(both, terms, 0.0).sum((-2, -1))
+    if ones:
+        pairs = pairs + ones * (4.0 * kept / (sigma + 1.0).square()).sum(-1) + 0.5 * ones * (ones - 1)
+    beyond = long + short - 2 * (kept.sum(-1) + ones)
+    return (pairs.clamp_min(0.0) + beyond * (squares + ones)).sqrt()
 
 
 def reciprocal(sigma: Tensor) -> Tensor:

@@ -8,9 +8,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .protocol import PolarStats, Subspace, complement_basis, default_tolerance, relative_gap, rounding_angle
+from .protocol import (
+    PolarStats,
+    Subspace,
+    complement_basis,
+    default_tolerance,
+    polar_growth,
+    relative_gap,
+    rounding_angle,
+)
 
 EPS = torch.finfo(torch.float64).eps
+# Relative to σ₁: what LAPACK leaves of zeros, and by how much every σ and σ_i (u_i, v_i) may be off, in all directions.
+RESOLUTION, NOISE = 16.0 * EPS, 4.0 * EPS
 
 
 @dataclass(frozen=True)
@@ -24,14 +34,18 @@ class FullSvd:
     ) -> tuple[Tensor, PolarStats]:
         """See ``PolarSolver``."""
         u, sigma, vh = torch.linalg.svd(x.double(), full_matrices=False)
-        keep = sigma > (default_tolerance(x) if tolerance is None else tolerance)[..., None]
+        keep = sigma > _limit(default_tolerance(x) if tolerance is None else tolerance, sigma)[..., None]
+        kept_sigma = sigma * keep
         # Scaling the short side truncates without a copy of the long one.
         wide = x.shape[-2] <= x.shape[-1]
         q = (u * keep[..., None, :]) @ vh if wide else u @ (vh * keep[..., :, None])
         defect = u.mT @ u if wide else vh @ vh.mT
         defect.diagonal(dim1=-2, dim2=-1).sub_(1.0)
         orthogonality = torch.linalg.matrix_norm(defect) / math.sqrt(max(1, sigma.shape[-1]))
-        stats = PolarStats(self.name, (sigma * keep).sum(-1), keep.sum(-1), orthogonality)
+        rank, (short, long) = keep.sum(-1), sorted(x.shape[-2:])
+        entry = NOISE * sigma[..., :1].sum(-1) / math.sqrt(max(1, short))
+        error = entry * polar_growth(kept_sigma, short, long) / rank.clamp_min(1).sqrt()
+        stats = PolarStats(self.name, kept_sigma.sum(-1), rank, orthogonality, error=error, sigma=kept_sigma)
         return q.to(dtype or x.dtype), stats
 
     def top_subspace(
@@ -48,7 +62,7 @@ class FullSvd:
         u, sigma, vh = torch.linalg.svd(x.double(), full_matrices=False)
         wide = x.shape[-2] <= x.shape[-1]
         short, long = (u, vh.mT) if wide else (vh.mT, u)
-        tolerance = default_tolerance(x) if tolerance is None else tolerance
+        tolerance = _limit(default_tolerance(x) if tolerance is None else tolerance, sigma)
         keep = sigma[..., :k] > tolerance[..., None]
         top = short[..., :, :k] * keep[..., None, :]
         kept_sigma = sigma[..., :k] * keep
@@ -59,7 +73,7 @@ class FullSvd:
             complement=complement_basis(short[..., :, k:], top, kept_sigma) if complement else None,
             gap=relative_gap(sigma, k),
             # A few ε₆₄ σ₁ in X are twice that, times σ_k, in σ_k².
-            angle=rounding_angle(sigma, k, tolerance, 8.0 * EPS * sigma[..., 0] * sigma[..., max(0, k - 1)]),
+            angle=rounding_angle(sigma, k, tolerance, 2.0 * NOISE * sigma[..., 0] * sigma[..., max(0, k - 1)]),
             unresolved=torch.zeros_like(sigma[..., 0], dtype=torch.int64),
             wide=wide,
         )
@@ -82,3 +96,7 @@ class FullSvd:
     def workspace_bytes(self, rows: int, columns: int, dtype: torch.dtype) -> int:
         """Peak bytes of one solve beyond its input: LAPACK's copy and work (about 8 r²), U, Vᵀ, the product."""
         return 8 * (5 * rows * columns + 9 * min(rows, columns) ** 2)
+
+
+def _limit(tolerance: Tensor, sigma: Tensor) -> Tensor:
+    return torch.maximum(tolerance.double(), RESOLUTION * sigma[..., :1].sum(-1))

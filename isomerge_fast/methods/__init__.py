@@ -68,7 +68,7 @@ def make_method(name: str, options: Mapping[str, Any] | None = None) -> Method:
         wanted = (float, int) if isinstance(default, float) else type(default)
         if default is None:
             # Set by the plan, or by who has a solver at hand; no word or number stands for one.
-            wanted = (int, type(None)) if key.endswith("_bytes") else object
+            wanted = (int, type(None)) if known[key].type == "int | None" else object
             if wanted is object and isinstance(value, _PLAIN):
                 raise ConfigError(
                     f"option {key!r} of method {name!r} is {shown(value)}; it is an object, set in Python"

@@ -152,9 +152,13 @@ class IsoC:
             "asymmetry": Check(asymmetry, promise),
             "negative": Check(negative, promise),
             "unresolved": Check(torch.as_tensor(stats.unresolved, device=q.device).expand(stats.rank.shape), 0),
+            "rounding": Check(torch.as_tensor(stats.error, device=q.device).expand(stats.rank.shape), promise),
         }
-        if sum_dtype == torch.float32 and stats.spread is not None:
-            # Measured: 0.2 ε rms(σ) rms(1/σ) for T = 8, from 160 x 64 to 4096 x 256; √T for the roundings of a sum.
-            error = stats.spread * (0.1 * torch.finfo(sum_dtype).eps * math.sqrt(deltas.n_tasks))
+        if sum_dtype == torch.float32 and stats.spread is not None and stats.sigma is not None:
+            # Measured: 0.2 ε rms(σ) rms(1/σ) for T = 8, from 160 x 64 to 4096 x 256; √T for the roundings of a sum. Of
+            # experts that cancel, what is rounded is larger than S.
+            size = torch.linalg.vector_norm(stats.sigma, dim=-1)
+            cancelled = torch.where(size > 0, squares.sum(0).sqrt() / size, 1.0).clamp_min(1.0)
+            error = stats.spread * cancelled * (0.1 * torch.finfo(sum_dtype).eps * math.sqrt(deltas.n_tasks))
             checks["sum_rounding"] = Check(error, 0.1 * promise)
         return q, MergeStats(f"{self.name}/{stats.solver}", values, checks)

@@ -14,7 +14,7 @@ from ..errors import ConfigError
 from ..linalg.auto import PROMISES, Choice, check_precision, fitting, subspace_ladder
 from ..linalg.certificate import orthogonality as polar_orthogonality
 from ..linalg.protocol import Solver, Subspace, reciprocal
-from ..linalg.sides import short_gram
+from ..linalg.sides import long_product, short_gram, short_product
 from ..linalg.subspace_chebyshev import ChebyshevSubspace
 from ..linalg.svd import FullSvd
 from .certified import merge_certified
@@ -33,9 +33,12 @@ from .protocol import (
     rounding_of,
     spectral_mean,
 )
-from .recombine import recombine, recombine_literally
+from .recombine import projection_angle, recombine, recombine_literally
 from .row_map_cts import SplitMap, learning_bytes, mapping_bytes
 from .row_maps import PolarMap, has_row_map, polar_map_bytes
+
+# Of U_k, beside the cut.
+CUT_COLUMNS = 4
 
 
 def split_rank(min_dim: int, tasks: int, common_fraction: float) -> tuple[int, int]:
@@ -116,7 +119,8 @@ class IsoCTS:
         def workspace(choice: Choice[Solver]) -> int:
             return self._workspace_bytes(choice.solver, spec, tasks)
 
-        ladder = subspace_ladder(self.precision, spec.dtype)
+        rows, columns = spec.shape[-2:]
+        ladder = subspace_ladder(self.precision, spec.dtype, tall=rows > columns)
         if self.memory_bytes is not None and workspace(ladder[0]) > self.memory_bytes:
             ladder = subspace_ladder(self.precision, spec.dtype, lean=True)
         return fitting(ladder, workspace, self.memory_bytes)
@@ -256,6 +260,7 @@ class IsoCTS:
 
         # What an error of S may leave in R, where that matters.
         error = sum_limit if bool((common.sigma <= 0).any()) else None
+        promise = PROMISES[self.precision]
         parts: list[Subspace] = []
         at_once = self._tasks_at_once(deltas, solver)
         # Where U_k is all of a wide matrix's left side, as in coordinates it may be, R_t = 0.
@@ -264,10 +269,10 @@ class IsoCTS:
             norm = squares[start : start + at_once].sqrt()
             # No name for a delta here: it would outlive the loop, beside what is made of S next.
             if at_once == 1:
-                parts.append(_task_part(solver, deltas.delta(start), total, common, s, norm[0], origin, error))
+                parts.append(_task_part(solver, deltas.delta(start), total, common, s, norm[0], origin, error, promise))
             else:
                 stack = [deltas.delta(start + task) for task in range(len(norm))]
-                parts += _task_part(solver, torch.stack(stack), total, common, s, norm, origin, error).unbind()
+                parts += _task_part(solver, torch.stack(stack), total, common, s, norm, origin, error, promise).unbind()
                 stack.clear()
         nonzero = torch.linalg.vector_norm(total, dim=(-2, -1)) > 0
         if common.long is None:
@@ -276,17 +281,20 @@ class IsoCTS:
         sigma = torch.cat([common.sigma, *(part.sigma for part in parts)], dim=-1)
         rank = (sigma > 0).sum(-1)
         sigma_mean = spectral_mean(sigma.sum(-1), rank, min_dim, self.rank_policy) * nonzero
-        # Every direction that is off by θ costs √2 θ of √r.
-        angles = k * common.angle.square() + s * sum(part.angle.square() for part in parts)
         unresolved = common.unresolved + sum(part.unresolved for part in parts)
+        # Every direction that is off by θ costs √2 θ of √r, and those of tasks as much more as they are alike.
+        squares = 2.0 * k * common.angle.square()
+        same_directions = torch.zeros_like(rank)
         # One read of the device: the short form needs every direction of every matrix of the batch.
         if not parts:
             value = common.u.to(dtype) @ common.v.to(dtype).mT
             orthogonality = polar_orthogonality(value).double()
-        elif bool((sigma > 0).all()):
-            value, orthogonality = recombine(common, parts, dtype)
         else:
-            value, orthogonality = recombine_literally(common, parts, dtype, solver)
+            of_tasks = s * sum(part.angle.square() for part in parts)
+            joined = (recombine if bool((sigma > 0).all()) else recombine_literally)(common, parts, dtype, solver)
+            value, orthogonality, same_directions = joined.value, joined.orthogonality, joined.same_directions
+            squares = squares + joined.growth.square() * of_tasks + joined.error.square()
+            del joined
         value *= sigma_mean.to(value.dtype)[..., None, None]
         values = {
             "sigma_mean": sigma_mean,
@@ -295,12 +303,12 @@ class IsoCTS:
             "k": k,
             "s": s,
             "gap": common.gap,
+            "same_directions": same_directions,
             **of_deltas,
         }
-        promise = PROMISES[self.precision]
         checks = {
             "orthogonality": Check(orthogonality, promise),
-            "angle": Check((2.0 * angles / min_dim).sqrt(), promise),
+            "angle": Check((squares / min_dim).sqrt(), promise),
             "unresolved": Check(unresolved, 0),
         }
         return value, MergeStats(f"{self.name}/{solver.name}", values, checks)
@@ -315,12 +323,30 @@ def _task_part(
     norm: Tensor,
     origin: TensorSpec,
     error: Tensor | None,
+    promise: float,
 ) -> Subspace:
     """The top s triplets of R above what the roundings of Δ and, where ``error`` bounds it, of S make of it."""
     limit = rounding_of(norm, origin)
     if error is not None:
         limit = limit + error * residual_noise(delta, total, common)
-    return solver.residual_subspace(delta, total, common, s, norm=norm, tolerance=limit)
+    part = solver.residual_subspace(delta, total, common, s, norm=norm, tolerance=limit)
+    # What U_k is off, whatever of Δ it concerns; where that would matter, what it does concern.
+    turned, min_dim = common.angle * math.sqrt(common.sigma.shape[-1]), common.short.shape[-2]
+    angle = projection_angle(part, turned, norm, min_dim, norm)
+    # A flag is read, after the eigensolver, which waits for the device too.
+    if bool((angle > 1e-3 * promise).any()) and common.sigma.shape[-1]:
+        angle = projection_angle(part, turned, share_at_cut(delta, total, common), min_dim, norm)
+    return replace(part, angle=part.angle + angle)
+
+
+def share_at_cut(delta: Tensor, total: Tensor, common: Subspace) -> Tensor:
+    """max ‖u_iᵀ Δ‖ over the last few of U_k, [...]: what is off at the cut turns these into what is beyond it."""
+    if common.wide:
+        share = long_product(delta, common.short[..., -CUT_COLUMNS:], torch.float64)
+    else:
+        u = long_product(total, common.whitened[..., -CUT_COLUMNS:], torch.float64)
+        share = short_product(delta, u)
+    return torch.linalg.vector_norm(share, dim=-2).amax(-1)
 
 
 def residual_noise(delta: Tensor, total: Tensor, common: Subspace) -> Tensor:

@@ -228,8 +228,10 @@ class MergeStats:
     max |Δ_t| per task, on the CPU, the latter of deltas from files).
 
     Keys of ``checks``, the certificate (docs/numerics.md): ``orthogonality`` and ``asymmetry`` of the
-    polar factor, ``negative`` (its sign), ``angle`` (subspaces, as an error of the merged Δ), ``unresolved``
-    (directions that the solver's rounding hides).
+    polar factor, ``negative`` (its sign), ``rounding`` (the solver's own, which these hardly see), ``angle``
+    (subspaces, as an error of the merged Δ), ``unresolved`` (directions that the solver's rounding hides).
+
+    Of Iso-CTS ``values`` has ``same_directions`` too: how many directions of tasks count as one with others.
     """
 
     algorithm: str
@@ -260,7 +262,8 @@ class MergeStats:
         zero = torch.zeros((), device="cpu")
 
         def put(whole: Any, new: Any) -> Any:
-            if isinstance(whole, Tensor) and whole.shape == rows.shape:
+            # What is of every task may be as many numbers as there are matrices.
+            if isinstance(whole, Tensor) and whole.shape == rows.shape and new.numel() in (1, int(rows.sum())):
                 whole = whole.clone()
                 whole[rows.to(whole.device)] = new.to(whole.dtype)
             return whole
@@ -281,7 +284,10 @@ class MergeStats:
         values |= {key: check.value.tolist() for key, check in self.checks.items()}
         result = {"algorithm": self.algorithm, **values}
         if self.checks:
-            result["certified"] = not self.missed()
+            missed = self.missed()
+            result["certified"] = not missed
+            if missed:
+                result["not_certified"] = self.describe(missed)
         if self.escalations:
             result["escalations"] = list(self.escalations)
         return result

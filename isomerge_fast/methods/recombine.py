@@ -2,22 +2,76 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ..linalg.certificate import orthogonality
-from ..linalg.gram_eigh import GramEigh
-from ..linalg.protocol import PolarSolver, PolarStats, Subspace
+from ..linalg.protocol import PolarSolver, PolarStats, Subspace, polar_growth, reciprocal
 from ..linalg.thin import thin_qr
 
 # Two unit vectors closer than this are one direction. Bases are known to 1e-7 or better; distinct tasks of pure noise
 # come as close as 2e-5 in one of a hundred draws.
 SAME_DIRECTION = 1e-6
+# Relative error that rounding the bases to float32 may leave.
+ROUNDING = 1e-6
+# Of a subspace's ``angle``, which takes the rounding of its matrix for one of full size at the cut, what is taken for
+# its share in the residuals; and ‖dR‖ over ‖Δ‖ in float64. With both, the error of 512 x 64 at κ = 1e6 is a third of
+# what is estimated, and that of most others far less.
+TURNED = 0.03
+PROJECTION = 0.7 * torch.finfo(torch.float64).eps
 
 
-def recombine(common: Subspace, parts: list[Subspace], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True)
+class Recombined:
+    """U° V°ᵀ and what is known of it.
+
+    Attributes:
+        value: [..., M, N].
+        orthogonality: see ``PolarStats``, [...].
+        growth: an error θ of the tasks' directions, ‖·‖_F of both sides, is about ``growth`` θ in ``value``, [...].
+        error: ‖·‖_F that the small polar factors may be off by, estimated, [...].
+        same_directions: how many are one with others by ``SAME_DIRECTION``, of the side that has more, [...].
+    """
+
+    value: Tensor
+    orthogonality: Tensor
+    growth: Tensor
+    error: Tensor
+    same_directions: Tensor
+
+
+class Part(Protocol):
+    """A task's directions, as ``Subspace`` has them and ``row_map_cts``."""
+
+    @property
+    def sigma(self) -> Tensor: ...
+
+    @property
+    def gap(self) -> Tensor: ...
+
+
+def projection_angle(part: Part, turned: Tensor, share: Tensor, min_dim: int, norm: Tensor) -> Tensor:
+    """‖sin θ‖_F / √s that the projection leaves in the top s of R = Δ − U_k U_kᵀ Δ, [...]: by its own rounding, and by
+    what U_k is off, which turns what Δ has of U_k beside the cut into what is beyond it.
+
+    Args:
+        turned: ‖sin θ‖_F of U_k; a single entry of such a turn is that over √r.
+        share: ‖uᵀΔ‖ for such a u, [...]: that of R is beyond.
+        norm: ‖Δ‖_F, which rounding is relative to.
+    """
+    kept = part.sigma > 0
+    smallest = torch.where(kept, part.sigma, math.inf).amin(-1)
+    # Where directions were left out nothing lies near the cut.
+    gap = torch.where(kept.all(-1), part.gap, 1.0)
+    off = PROJECTION * norm + TURNED * turned * (share + part.sigma[..., 0])
+    return off * reciprocal(smallest * gap) / math.sqrt(max(1, min_dim) * max(1, kept.shape[-1]))
+
+
+def recombine(common: Subspace, parts: list[Subspace], dtype: torch.dtype, solver: PolarSolver) -> Recombined:
     """U° V°ᵀ = W_k − U_a V_aᵀ + [polar(U_ts), U_a] · polar(Z)ᵀ · [V_a, Q_r]ᵀ where every direction is there.
 
     With A = V_kᵀ V_ts = Q_a A' and V_ts − V_k A = Q_r B' (thin QRs), V_a = V_k Q_a, U_a = U_k Q_a, W_k = U_k V_kᵀ and
@@ -26,14 +80,12 @@ def recombine(common: Subspace, parts: list[Subspace], dtype: torch.dtype) -> tu
     Args:
         parts: emptied, to be freed as soon as they are not needed.
         dtype: of the result.
-
-    Returns:
-        The product [..., M, N] and its orthogonality (see ``PolarStats``).
+        solver: of the small polar factors.
     """
     u_tasks, v_tasks = _side_by_side(parts)
     # What is thin is float64: κ(U_ts) and κ(Z) are 1e3 on typical square sums, and 5e4 in one of a hundred; float32
     # would leave 1e-5 of the result undetermined.
-    u_polar, u_stats = _polar_of_tasks(u_tasks, common)
+    u_polar, u_stats, u_growth = _polar_of_tasks(u_tasks, common, solver)
     tasks_width = u_tasks.shape[-1]
     del u_tasks
     u_polar = u_polar.to(dtype)
@@ -42,7 +94,7 @@ def recombine(common: Subspace, parts: list[Subspace], dtype: torch.dtype) -> tu
     # Once: what float64 leaves of V_k in it is ε₆₄, and its own singular values are above 1e-5 (see above).
     rest = v_tasks - v_k @ a
     del v_tasks
-    small = small_problem(a, rest)
+    small = small_problem(a, rest, solver)
     del a, rest
     weights = small.weights.to(dtype)
     left = u_polar @ weights[..., :tasks_width, :]
@@ -51,13 +103,16 @@ def recombine(common: Subspace, parts: list[Subspace], dtype: torch.dtype) -> tu
     _add_product(left, u_k @ small.q_a.to(dtype), weights[..., tasks_width:, :])
     right = torch.cat([v_k @ small.q_a, small.q_r], dim=-1).to(dtype)
     # Repeated tasks share directions, and the result then is no isometry: only its factors can be judged.
-    full = (u_stats.rank == tasks_width) & small.is_full
-    factors = torch.maximum(u_stats.orthogonality, small.orthogonality)
+    same = torch.maximum(tasks_width - u_stats.rank, small.same_directions)
+    factors = torch.maximum(u_stats.orthogonality, small.stats.orthogonality)
+    v_growth = small.growth(v_k.shape[-2], v_k.shape[-1])
+    error = _in_quadrature(u_stats.error * u_stats.rank.sqrt(), small.stats.error * small.stats.rank.sqrt())
     del small
     value = u_k @ v_k.to(dtype).mT
     _add_product(value, left, right.mT)
     del left, right
-    return value, torch.where(full, orthogonality(value).double(), factors)
+    found = torch.where(same == 0, orthogonality(value).double(), factors)
+    return Recombined(value, found, _in_quadrature(u_growth, v_growth), error, same)
 
 
 @dataclass(frozen=True)
@@ -68,19 +123,30 @@ class SmallProblem:
         q_a, q_r: A = Q_a A' and V_ts − V_k A = Q_r B'.
         weights: polar(Z)ᵀ − [[0, 0], [I, 0]], so that [polar(U_ts), U_a] times these times [V_a, Q_r]ᵀ is to be added
             to U_k V_kᵀ.
-        is_full: whether polar(Z) has full rank, [...].
-        orthogonality: of polar(Z), [...].
+        stats: of polar(Z).
+        same_directions: how many Z has less than could be, [...].
     """
 
     q_a: Tensor
     q_r: Tensor
     weights: Tensor
-    is_full: Tensor
-    orthogonality: Tensor
+    stats: PolarStats
+    same_directions: Tensor
+
+    def growth(self, columns: int, k: int) -> Tensor:
+        """See ``Recombined``; of [V_ts, V_k] with so many rows [columns, ts + k]."""
+        width = self.weights.shape[-2] - self.q_a.shape[-1]
+        assert self.stats.sigma is not None
+        return task_growth(self.stats.sigma, width + k, columns, width, ones=k - self.q_a.shape[-1])
 
 
-def small_problem(a: Tensor, rest: Tensor, tolerance: Tensor | None = None) -> SmallProblem:
-    """Of A = V_kᵀ V_ts and ``rest`` = V_ts − V_k A, both float64; ``tolerance`` is that of the polar factor."""
+def task_growth(sigma: Tensor, short: int, long: int, width: int, *, ones: int = 0) -> Tensor:
+    """``polar_growth`` over the ‖·‖_F of an error in so many of the columns."""
+    return polar_growth(sigma, short, long, ones=ones) / math.sqrt(max(1, width * long))
+
+
+def small_problem(a: Tensor, rest: Tensor, solver: PolarSolver) -> SmallProblem:
+    """Of A = V_kᵀ V_ts and ``rest`` = V_ts − V_k A, both float64."""
     q_a, a_small = thin_qr(a)
     q_r, b_small = thin_qr(rest)
     width, tasks_width = q_a.shape[-1], a.shape[-1]
@@ -88,24 +154,58 @@ def small_problem(a: Tensor, rest: Tensor, tolerance: Tensor | None = None) -> S
     z[..., :width, :tasks_width] = a_small
     z[..., width:, :tasks_width] = b_small
     z[..., :width, tasks_width:].diagonal(dim1=-2, dim2=-1).fill_(1.0)
-    z_polar, stats = GramEigh().polar(z, tolerance=tolerance)
+    z_polar, stats = solver.polar(z, tolerance=_same(z))
     weights = z_polar.mT
     weights[..., tasks_width:, :width].diagonal(dim1=-2, dim2=-1).sub_(1.0)
-    return SmallProblem(q_a, q_r, weights, stats.rank == min(z.shape[-2:]), stats.orthogonality)
+    return SmallProblem(q_a, q_r, weights, stats, min(z.shape[-2:]) - stats.rank)
 
 
-def recombine_literally(
-    common: Subspace, parts: list[Subspace], dtype: torch.dtype, solver: PolarSolver
-) -> tuple[Tensor, Tensor]:
+def recombine_literally(common: Subspace, parts: list[Subspace], dtype: torch.dtype, solver: PolarSolver) -> Recombined:
     """U° V°ᵀ by two polar factors restricted to their ranges, for deficient sums and zero tasks; else as ``recombine``.
 
     The columns are unit vectors or zero: singular values below ``SAME_DIRECTION`` mean that directions repeat.
     """
-    u_tasks, v_tasks = _side_by_side(parts)
-    same = torch.full(u_tasks.shape[:-2], SAME_DIRECTION, dtype=torch.float64, device=u_tasks.device)
-    u_polar, u_stats = solver.polar(torch.cat([u_tasks.to(dtype), common.u.to(dtype)], dim=-1), tolerance=same)
-    v_polar, v_stats = solver.polar(torch.cat([v_tasks.to(dtype), common.v.to(dtype)], dim=-1), tolerance=same)
-    return u_polar @ v_polar.mT, torch.maximum(u_stats.orthogonality, v_stats.orthogonality)
+    sides = _side_by_side(parts)
+    factors, errors, growths = [], [], []
+    same = torch.zeros((), dtype=torch.int64, device=common.sigma.device)
+    found = torch.zeros((), dtype=torch.float64, device=common.sigma.device)
+    for tasks, shared in zip(sides, (common.u, common.v), strict=True):
+        there = (shared != 0).any(-2).sum(-1) + (tasks != 0).any(-2).sum(-1)
+        polar, stats, error = _polar_in_range(tasks, shared, dtype, solver)
+        factors.append(polar)
+        errors.append(error)
+        assert stats.sigma is not None
+        growths.append(task_growth(stats.sigma, polar.shape[-1], polar.shape[-2], tasks.shape[-1]))
+        same, found = torch.maximum(same, there - stats.rank), torch.maximum(found, stats.orthogonality)
+    value = factors[0] @ factors[1].mT
+    return Recombined(value, found, _in_quadrature(*growths), _in_quadrature(*errors), same)
+
+
+def _polar_in_range(
+    tasks: Tensor, shared: Tensor, dtype: torch.dtype, solver: PolarSolver
+) -> tuple[Tensor, PolarStats, Tensor]:
+    """(polar([U_1 … U_T, U_k]) by ``SAME_DIRECTION``, its evidence, ‖·‖_F that it may be off by), rounded to ``dtype``
+    first, unless its columns are so nearly dependent that this would show. Reads one flag.
+    """
+    for rounded in (dtype, torch.float64):
+        x = torch.cat([tasks.to(rounded), shared.to(rounded)], dim=-1)
+        polar, stats = solver.polar(x, tolerance=_same(x), dtype=dtype)
+        assert stats.sigma is not None
+        size = stats.rank.sqrt()
+        entry = torch.finfo(rounded).eps / math.sqrt(max(1, x.shape[-2]))
+        rounding = entry * polar_growth(stats.sigma, min(x.shape[-2:]), max(x.shape[-2:]))
+        if rounded == torch.float64 or bool((rounding <= ROUNDING * size).all()):
+            return polar, stats, _in_quadrature(rounding, stats.error * size)
+    raise AssertionError("float64 is the last")
+
+
+def _in_quadrature(a: Tensor, b: Tensor) -> Tensor:
+    return (a.square() + b.square()).sqrt()
+
+
+def _same(x: Tensor) -> Tensor:
+    """``SAME_DIRECTION`` for every matrix of a batch."""
+    return torch.full(x.shape[:-2], SAME_DIRECTION, dtype=torch.float64, device=x.device)
 
 
 def _side_by_side(parts: list[Subspace]) -> tuple[Tensor, Tensor]:
@@ -117,12 +217,19 @@ def _side_by_side(parts: list[Subspace]) -> tuple[Tensor, Tensor]:
     return u_tasks, torch.cat(v, dim=-1)
 
 
-def _polar_of_tasks(u_tasks: Tensor, common: Subspace) -> tuple[Tensor, PolarStats]:
-    """polar([U_1 … U_T]) in float64. Wide: [U_1 … U_T] = Q_c E with a square E, so it is Q_c polar(E)."""
+def _polar_of_tasks(u_tasks: Tensor, common: Subspace, solver: PolarSolver) -> tuple[Tensor, PolarStats, Tensor]:
+    """(polar([U_1 … U_T]) in float64, its evidence, its ``task_growth``).
+
+    Wide: [U_1 … U_T] = Q_c E with a square E, so it is Q_c polar(E).
+    """
+    inside = common.complement.mT @ u_tasks if common.wide and common.complement is not None else u_tasks
+    polar, stats = solver.polar(inside, tolerance=_same(inside))
+    long, width = inside.shape[-2:]
+    assert stats.sigma is not None
+    growth = task_growth(stats.sigma, width, long, width)
     if common.wide and common.complement is not None:
-        polar, stats = GramEigh().polar(common.complement.mT @ u_tasks)
-        return common.complement @ polar, stats
-    return GramEigh().polar(u_tasks)
+        polar = common.complement @ polar
+    return polar, stats, growth
 
 
 def _add_product(value: Tensor, a: Tensor, b: Tensor) -> None:

@@ -20,18 +20,19 @@ are restricted to their ranges, by ``SAME_DIRECTION``.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ..linalg.certificate import PROBES
+from ..linalg.gram_eigh import GramEigh
 from ..linalg.gram_spectrum import GramSpectrum, eigh_workspace_bytes, gram_noise, spectrum_in_place
-from ..linalg.protocol import default_tolerance, rounding_tolerance
+from ..linalg.protocol import rounding_tolerance
 from ..ops import sym_mm_add
 from .certified import exact_products
 from .protocol import Check, MergeStats, RowBlock, RowSource, TensorSpec, spectral_mean
-from .recombine import SAME_DIRECTION, small_problem
+from .recombine import SAME_DIRECTION, projection_angle, small_problem, task_growth
 from .row_maps import (
     ROUNDING,
     Evidence,
@@ -54,13 +55,14 @@ class _Part:
         sigma: [s] float64, zero where a direction is not kept.
         e, q: E and Q, [N, kept] float64.
         scale: σ of those kept, in the order of the columns.
-        angle, unresolved: as of ``Subspace``.
+        gap, angle, unresolved: as of ``Subspace``.
     """
 
     sigma: Tensor
     e: Tensor
     q: Tensor
     scale: Tensor
+    gap: Tensor
     angle: Tensor
     unresolved: Tensor
 
@@ -106,18 +108,16 @@ class SplitMap:
             "gap": common.gap(k),
             **of_deltas,
         }
-        angles = k * common.angle(k).square()
-        unresolved = common.unresolved[:k].sum()
-        for part in parts:
-            angles += s * part.angle.square()
-            unresolved += part.unresolved
-        self._checks = {
-            "angle": Check((2.0 * angles / columns).sqrt(), self._promise),
-            "unresolved": Check(unresolved, 0),
-        }
         self._evidence = Evidence(columns, source.device)
         is_full = int(rank) == k + s * source.n_tasks
-        self._compose(source, common, k, parts, norm, squares, is_full)
+        unresolved = common.unresolved[:k].sum() + sum(part.unresolved for part in parts)
+        angles = 2.0 * k * common.angle(k).square()
+        of_tasks = s * sum(part.angle.square() for part in parts)
+        growths = self._compose(source, common, k, parts, norm, squares, is_full)
+        self._checks = {
+            "angle": Check(((angles + growths * of_tasks) / columns).sqrt(), self._promise),
+            "unresolved": Check(unresolved, 0),
+        }
 
     def _compose(
         self,
@@ -128,31 +128,35 @@ class SplitMap:
         norm: Tensor,
         squares: Tensor,
         is_full: bool,
-    ) -> None:
-        """A, E_t and B_t, with the merged rows σ̄ (S_b A + Σ_t Δ_tb E_t B_t)."""
+    ) -> Tensor:
+        """A, E_t and B_t, with the merged rows σ̄ (S_b A + Σ_t Δ_tb E_t B_t); ``growth``² of both sides' directions."""
         columns, omega = source.shape[1], self._evidence.omega
-        same = None if is_full else torch.tensor(SAME_DIRECTION, dtype=torch.float64, device=source.device)
         v_k, sigma_k = common.top(k)
-        root, projector, left_full = _polar_of_tasks(source, parts, v_k, sigma_k, same)
+        root, projector, sigma_tasks = _polar_of_tasks(source, parts, v_k, sigma_k)
         v_tasks = torch.cat([part.e for part in parts], dim=-1)
         width = v_tasks.shape[-1]
         a = v_k.mT @ v_tasks
         rest = v_tasks.addmm_(v_k, a, alpha=-1.0)
         del v_tasks
-        whole = is_full and left_full
-        defect = torch.zeros((), dtype=torch.float64, device=source.device)
+        defect, growths = torch.zeros(2, dtype=torch.float64, device=source.device)
+        same_directions = width - (sigma_tasks > 0).sum()
         if width:
-            small = small_problem(a, rest, same)
+            small = small_problem(a, rest, GramEigh())
             del rest
+            same_directions = torch.maximum(same_directions, small.same_directions)
+            growths = task_growth(sigma_tasks, width, source.shape[0], width).square()
+            growths = growths + small.growth(columns, len(sigma_k)).square()
             right = torch.cat([v_k @ small.q_a, small.q_r], dim=-1)
             b = small.weights[:width] @ right.mT
             a_k = torch.addmm(v_k.mT, small.q_a, small.weights[width:] @ right.mT)
-            whole, defect = whole and bool(small.is_full), small.orthogonality
+            defect = small.stats.orthogonality
             del small, right
         else:
             del rest
             b, a_k = v_k.new_zeros(0, columns), v_k.mT.clone()
         del a
+        self._values["same_directions"] = same_directions
+        whole = is_full and int(same_directions) == 0
         # What MᵀM Ω is of M = [polar(X), U_k] [B; A_k]; where no direction is missing, Ω itself.
         expected = b.mT @ (projector @ (projector.mT @ (b @ omega))) + a_k.mT @ (a_k @ omega)
         self._expected = omega if whole else expected
@@ -174,6 +178,7 @@ class SplitMap:
         narrow = product_rounding(columns, (norm, a), *products) <= ROUNDING
         self._a = a.float() if narrow else a
         self._tasks = [(e.to(self._a.dtype), b_t.to(self._a.dtype)) for e, b_t in self._tasks]
+        return growths
 
     def rows(self, block: RowBlock) -> Tensor:
         """See ``RowMap``. Every row is to be asked for once."""
@@ -211,6 +216,8 @@ def _parts(
         y /= sigma_k[:, None]
         sym_mm_add(gram, y.mT, alpha=-1.0, out=gram)
         norm = squares[task].sqrt()
+        # See ``iso_cts.share_at_cut``.
+        at_cut = torch.linalg.vector_norm(y[:4], dim=-1).amax() if len(y) else norm
         tolerance = rounding_tolerance(norm, rows, columns, source.dtype)
         if len(sigma_k) < k:  # see ``iso_cts.residual_noise``
             tolerance = tolerance + common.tolerance * torch.linalg.vector_norm(y / sigma_k[:, None])
@@ -230,8 +237,11 @@ def _parts(
         y = y @ e
         y /= sigma_k[:, None] * -sigma
         kept, angle, unresolved = spectrum.kept_sigma(s), spectrum.angle(s), spectrum.unresolved[:s].sum()
+        gap = spectrum.gap(s)
         del spectrum
-        parts.append(_Part(kept, e, v_k @ y, sigma, angle, unresolved))
+        part = _Part(kept, e, v_k @ y, sigma, gap, angle, unresolved)
+        turned = common.angle(k) * k**0.5
+        parts.append(replace(part, angle=angle + projection_angle(part, turned, at_cut, columns, norm)))
     return parts
 
 
@@ -262,15 +272,16 @@ def _residual_gram(source: RowSource, task: int, v_k: Tensor, y: Tensor) -> Tens
 
 
 def _polar_of_tasks(
-    source: RowSource, parts: list[_Part], v_k: Tensor, sigma_k: Tensor, same: Tensor | None
-) -> tuple[Tensor, Tensor, bool]:
-    """(K^(-1/2), the vectors of K that are kept, whether that is all of them); restricted to the range by ``same``.
+    source: RowSource, parts: list[_Part], v_k: Tensor, sigma_k: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(K^(-1/2), the vectors of K that are kept, the singular values of X with zeros for those that are not), by
+    ``SAME_DIRECTION``.
 
     X loses what rounding has left in it of U_k: D = U_kᵀX goes out of K and of ``parts``.
     """
     width = sum(part.width for part in parts)
     if not width:
-        return sigma_k.new_zeros(0, 0), sigma_k.new_zeros(0, 0), True
+        return sigma_k.new_zeros(0, 0), sigma_k.new_zeros(0, 0), sigma_k.new_zeros(0)
     cross = torch.zeros(source.shape[1], width, dtype=torch.float64, device=source.device)
     gram, count = _task_gram(source, parts, cross=cross)
     d = v_k.mT @ cross
@@ -283,16 +294,14 @@ def _polar_of_tasks(
         part.q.addmm_(v_k, d[:, start : start + part.width], alpha=-1.0)
         start += part.width
     del d
-    # As ``default_tolerance``, of columns of length 1.
-    size = torch.full((1, 1), width**0.5, dtype=torch.float64, device=source.device)
-    tolerance = default_tolerance(size) if same is None else same
-    spectrum = spectrum_in_place(gram, tolerance, gram_noise(count))
-    projector = spectrum.top(spectrum.rank)[0].clone()
-    refine, is_full = bool(spectrum.polar_noise() > ROUNDING), spectrum.rank == width
+    same = torch.tensor(SAME_DIRECTION, dtype=torch.float64, device=source.device)
+    spectrum = spectrum_in_place(gram, same, gram_noise(count))
+    projector, sigma = spectrum.top(spectrum.rank)[0].clone(), spectrum.kept_sigma(width)
+    refine = bool(spectrum.polar_noise() > ROUNDING)
     root = spectrum.inverse_root()
     if refine:
         root = newton_schulz(root, _task_gram(source, parts, factor=root)[0])
-    return root, projector, is_full
+    return root, projector, sigma
 
 
 def _task_gram(

@@ -196,7 +196,7 @@ class PolarMap:
     def _learn(self, source: RowSource, rank_policy: str) -> None:
         columns = source.shape[1]
         spectrum, self._norm, _, of_deltas = sum_spectrum(source, columns, ROUNDING)
-        self._unresolved = spectrum.unresolved.sum()
+        self._unresolved, self._error = spectrum.unresolved.sum(), spectrum.skew_error()
         vectors, sigma = spectrum.top(spectrum.rank)
         self._evidence = Evidence(columns, source.device)
         self._expected = vectors @ (vectors.mT @ self._evidence.omega)
@@ -234,6 +234,7 @@ class PolarMap:
             "asymmetry": Check(asymmetry, self._promise),
             "negative": Check(negative, self._promise),
             "unresolved": Check(self._unresolved, 0),
+            "rounding": Check(self._error, self._promise),
         }
         return MergeStats(self._algorithm, self._values, checks)
 
