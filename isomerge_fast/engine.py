@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,7 +15,7 @@ from typing import Any, Protocol
 import torch
 
 from . import __version__
-from .checkpoint.journal import Entries, Journal
+from .checkpoint.journal import Entries, Journal, forget
 from .checkpoint.manifest import (
     MANIFEST_FILE,
     ShardEntry,
@@ -26,7 +27,7 @@ from .checkpoint.manifest import (
 )
 from .checkpoint.staging import Staging, check_replaceable
 from .checkpoint.writer import create_shard
-from .errors import ConfigError, InputError, ResourceError, VerificationError, nearest
+from .errors import ConfigError, InputError, LostWritesError, ResourceError, VerificationError, nearest
 from .finishing import read_report, write_all_else
 from .plan import Plan, check_resources
 from .report import PHASES, Observer, Report
@@ -159,6 +160,9 @@ def run(
             raise
         except (OSError, ResourceError) as error:
             staging.check_mine()  # what is gone may have gone with the folder
+            if isinstance(error, LostWritesError):
+                with suppress(OSError):  # a disk that takes nothing at all is mounted anew, without its cache
+                    forget(staging.folder)
             if isinstance(error, OSError):
                 raise ResourceError(f"{error.filename or staging.out}: {error.strerror}; --resume continues") from error
             raise

@@ -63,6 +63,12 @@ class ResourceError(IsomergeError):
     kind = "resource"
 
 
+class LostWritesError(ResourceError):
+    """Writing back to the disk failed after the writes themselves had succeeded: nothing that was written to the output
+    under construction is to be believed, in memory or on the disk.
+    """
+
+
 class UnreadableError(ResourceError):
     """A file that cannot be read at this moment, or by this machine."""
 

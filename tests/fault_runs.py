@@ -148,7 +148,7 @@ def merged(config: dict[str, Any], *, units: int = 0, **options: Any) -> Outcome
     import isomerge_fast as imf
     from isomerge_fast.config import load_config
     from isomerge_fast.engine import run
-    from isomerge_fast.errors import IsomergeError
+    from isomerge_fast.errors import IsomergeError, LostWritesError
     from isomerge_fast.plan import make_plan
 
     try:
@@ -156,6 +156,8 @@ def merged(config: dict[str, Any], *, units: int = 0, **options: Any) -> Outcome
             run(make_plan(load_config(config)), device="cpu", crew=InTurn(units), **options)
         else:
             imf.merge(config, device="cpu", **options)
+    except LostWritesError as error:
+        return Outcome("ResourceError", str(error))
     except IsomergeError as error:
         return Outcome(type(error).__name__, str(error))
     except BaseException:

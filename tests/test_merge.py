@@ -526,7 +526,7 @@ def test_copied_weights_that_overflow_are_not_written(tmp_path: Path, save_delta
 @pytest.mark.parametrize("key", ["scaling", "weights"])
 def test_factors_are_numbers_of_the_dtype(tmp_path: Path, key: str) -> None:
     family = family_of(tmp_path, torch.ones(3), torch.ones(3))
-    value: object = 1e300 if key == "scaling" else [1e300]
+    value: Any = 1e300 if key == "scaling" else [1e300]
     with pytest.raises(ConfigError, match=r"tensor 'w' \[3\]: (scaling|weight) 1e\+300 is no finite number in float32"):
         make_plan(imf.MergeConfig(str(family[0]), [str(family[1][0])], **{key: value}))
     double = family_of(tmp_path / "double", torch.ones(3).double(), torch.ones(3).double())
@@ -721,9 +721,10 @@ class TestOutputFolder:
         (base / "model.safetensors").symlink_to(tmp_path / place / "model.safetensors")
         before = listing(tmp_path)
         for given in (base, tmp_path / place):
-            for options in ({}, {"overwrite": True}, {"resume": True}):
+            for resume, overwrite in ((False, False), (True, False), (False, True)):
                 with pytest.raises(imf.ConfigError, match="is or contains the input"):
-                    imf.merge(config_of((given, experts), tmp_path / "out"), **options)
+                    config = config_of((given, experts), tmp_path / "out")
+                    imf.merge(config, resume=resume, overwrite=overwrite)
         assert listing(tmp_path) == before
 
     def test_empty_folder_and_missing_parents_are_fine(self, tmp_path: Path) -> None:

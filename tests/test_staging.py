@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from test_merge import config_of
 import isomerge_fast as imf
 from isomerge_fast import engine
 from isomerge_fast.checkpoint import writer as writing
+from isomerge_fast.checkpoint.journal import Entries
 from isomerge_fast.checkpoint.staging import Staging, run_folders, staging_folder
 from isomerge_fast.config import load_config
 from isomerge_fast.engine import OneProcess
@@ -45,7 +47,7 @@ def bytes_of(out: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("options", [{}, {"overwrite": True}, {"resume": True}], ids=str)
-def test_a_link_in_the_place_of_the_staging_folder_is_not_followed(tmp_path: Path, options: dict[str, bool]) -> None:
+def test_a_link_in_the_place_of_the_staging_folder_is_not_followed(tmp_path: Path, options: dict[str, Any]) -> None:
     """Made beforehand in a folder that all may write to."""
     family = make_family(tmp_path)
     victim = tmp_path / "victim"
@@ -78,9 +80,9 @@ def test_the_folder_of_another_user_is_refused(tmp_path: Path) -> None:
     (theirs / "run-0/new/letter").write_text("x")
     os.chown(theirs, 12345, 12345)
     before = listing(theirs)
-    for options in ({}, {"overwrite": True}, {"resume": True}):
+    for resume, overwrite in ((False, False), (True, False), (False, True)):
         with pytest.raises(imf.ConfigError, match=r"belongs to another user \(uid 12345\)"):
-            imf.merge(config_of(family, tmp_path / "out"), **options)
+            imf.merge(config_of(family, tmp_path / "out"), resume=resume, overwrite=overwrite)
     assert listing(theirs) == before
     assert os.listdir(theirs) == ["run-0"]
 
@@ -120,9 +122,7 @@ class Between(OneProcess):
     def __init__(self, action: Callable[[], None], *, after: bool) -> None:
         self._action, self._after = action, after
 
-    def merge(
-        self, plan: Plan, job: Job, claims: Mapping[str, dict[str, Any]], observer: Observer | None
-    ) -> list[UnitResult]:
+    def merge(self, plan: Plan, job: Job, claims: Entries, observer: Observer | None) -> list[UnitResult]:
         if not self._after:
             self._action()
         results = super().merge(plan, job, claims, observer)
@@ -138,12 +138,12 @@ class Between(OneProcess):
     ids=["resumed by another run", "discarded by the same merge", "discarded by another one"],
 )
 def test_a_run_whose_folder_was_taken_ends_with_an_error(
-    tmp_path: Path, no_locks: None, scaling: float, options: dict[str, bool], after: bool
+    tmp_path: Path, no_locks: None, scaling: float, options: dict[str, Any], after: bool
 ) -> None:
     family = make_family(tmp_path, shards=2)
     imf.merge(config_of(family, tmp_path / "whole", scaling=scaling))
     other = config_of(family, tmp_path / "out", scaling=scaling)
-    crew = Between(lambda: imf.merge(other, **options) and None, after=after)  # type: ignore[arg-type]  # a dict of bools
+    crew = Between(lambda: imf.merge(other, **options) and None, after=after)
     with pytest.raises(imf.ConfigError, match="another merge into it has taken the place of this one"):
         engine.run(make_plan(load_config(config_of(family, tmp_path / "out"))), device="cpu", crew=crew)
     assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "whole")
@@ -221,6 +221,47 @@ def test_claims_are_believed_of_the_disk_and_not_of_the_cache(
     monkeypatch.setattr(writing.ShardWriter, "write_part", write_part)
     imf.merge(config, resume=True)
     assert 0 < len(set(computed)) < len(make_base())
+    assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("moment", ["in the run", "before the resume"])
+def test_after_lost_writes_a_merge_begins_with_new_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """Of the blocks of a file the file system may have kept a wrong record, which only mounting it again shows."""
+    family = make_family(tmp_path)
+    config = config_of(family, tmp_path / "out", method="mean")
+    imf.merge({**config, "out": tmp_path / "whole"})
+    failing = moment == "in the run"
+    real = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        is_made = os.fstat(descriptor).st_blocks > 8
+        if failing and is_made and os.readlink(f"/proc/self/fd/{descriptor}").endswith("/new/model.safetensors"):
+            raise OSError(errno.EIO, "Input/output error")
+        real(descriptor)
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fsync)
+        if failing:
+            with pytest.raises(imf.ResourceError, match=r"model\.safetensors: cannot be written"):
+                imf.merge(config)
+        else:
+            patch.setattr(engine, "write_all_else", stop)
+            with pytest.raises(KeyboardInterrupt):
+                imf.merge(config)
+            failing = True
+            with pytest.raises(imf.ResourceError, match=r"model\.safetensors: cannot be written"):
+                imf.merge(config, resume=True)
+    shard = run_folders(tmp_path / "out")[0] / "new/model.safetensors"
+    before = shard.stat().st_ino
+    kept = os.open(shard, os.O_RDONLY)  # so that its number is not given to another file
+    imf.merge(config, resume=True)
+    assert (tmp_path / "out/model.safetensors").stat().st_ino != before
+    os.close(kept)
     assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "whole")
 
 

@@ -39,11 +39,12 @@ def open_direct(path: str | Path, flags: int) -> int | None:
 def drop_cache(descriptor: int) -> None:
     """Have the next reads of a file come from the disk, where the system can.
 
-    A page whose writing failed stays in the page cache as if it were on the disk, and fsync tells of it only once. What
-    waits to be written is written first; that this fails shows in what is read afterwards.
+    A page whose writing failed stays in the page cache as if it were on the disk, and fsync tells of it only once.
+
+    Raises:
+        OSError: what waited to be written cannot be, or could not be before.
     """
-    with suppress(OSError):
-        os.fsync(descriptor)
+    os.fsync(descriptor)
     if hasattr(os, "posix_fadvise"):
         with suppress(OSError):
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)

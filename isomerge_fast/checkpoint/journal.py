@@ -160,6 +160,16 @@ class UnitProgress:
                 self.about = entry
 
 
+def forget(folder: Path) -> None:
+    """Delete the journals of a merge that has lost writes, so that a resume begins with new files.
+
+    What failed may be in the file system's own records of a file, where reading its bytes from the disk shows nothing
+    until it is mounted again. (Seen on ext4 without a journal: blocks that were written, and recorded as unwritten.)
+    """
+    for path in folder.glob("journal*"):
+        path.unlink(missing_ok=True)
+
+
 def unit_journal(folder: Path, unit: int) -> Path:
     return folder / _unit_file(str(unit))
 

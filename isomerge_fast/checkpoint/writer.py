@@ -24,7 +24,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..errors import ResourceError
+from ..errors import LostWritesError, ResourceError
 from .checksum import Checksum
 from .direct_io import PAGE, READ_BYTES, copy_bytes, drop_cache, lies_like, open_direct, page_buffer, read_pages
 from .layout import DTYPE_NAMES, DTYPES, StoredTensor
@@ -97,7 +97,7 @@ def create_shard(path: Path, tensors: Iterable[OutputTensor], *, resume: bool) -
         try:
             os.ftruncate(descriptor, size)
             _write_all(descriptor, memoryview(prefix), 0)
-            os.fsync(descriptor)
+            _sync(descriptor, path)
         finally:
             os.close(descriptor)
     except OSError as error:
@@ -184,10 +184,9 @@ class ShardWriter:
     def checksum(self, name: str) -> str:
         """Return the checksum of the tensor's bytes as they are on the disk, whatever the page cache holds."""
         stored, found = self.tensors[name], Checksum()
+        if self._from_disk is None:
+            self._from_disk = self._open_on_disk()
         try:
-            if self._from_disk is None:
-                drop_cache(self._descriptor)
-                self._from_disk = open_direct(self.path, os.O_RDONLY) or os.dup(self._descriptor)
             for block in read_pages(self._from_disk, stored.start, stored.end):
                 found.update(block)
         except OSError as error:
@@ -200,7 +199,7 @@ class ShardWriter:
             with ExitStack() as closing:
                 closing.callback(self._close_descriptors)
                 if validate:
-                    os.fsync(self._descriptor)
+                    _sync(self._descriptor, self.path)
         except OSError as error:
             raise _resource_error(self.path, error) from error
         if validate:
@@ -232,6 +231,18 @@ class ShardWriter:
                     if time.monotonic() > patience:
                         raise ResourceError(f"{self.path}: another process is writing the same tensors") from error
                     time.sleep(0.05)
+
+    def _open_on_disk(self) -> int:
+        """A descriptor for reading what is on the disk.
+
+        Raises:
+            LostWritesError: an earlier run's writes could not be written back.
+        """
+        try:
+            drop_cache(self._descriptor)
+            return open_direct(self.path, os.O_RDONLY) or os.dup(self._descriptor)
+        except OSError as error:
+            raise _resource_error(self.path, error, is_lost=True) from error
 
     def _close_descriptors(self) -> None:
         with ExitStack() as closing:
@@ -290,10 +301,24 @@ def _joined(placed: Sequence[StoredTensor]) -> Iterator[tuple[int, int]]:
     return ((start, end) for start, end in runs)
 
 
-def _resource_error(path: Path, error: OSError) -> ResourceError:
+def _resource_error(path: Path, error: OSError, *, is_lost: bool = False) -> ResourceError:
+    """``is_lost``: it was told of writes that had seemed to succeed. An I/O error may always be of such."""
+    kind = LostWritesError if is_lost or error.errno == errno.EIO else ResourceError
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return ResourceError(f"{path}: no space left while writing; free some and run again with --resume")
-    return ResourceError(f"{path}: cannot be written ({error.strerror})")
+        return kind(f"{path}: no space left while writing; free some and run again with --resume")
+    return kind(f"{path}: cannot be written ({error.strerror})")
+
+
+def _sync(descriptor: int, path: Path) -> None:
+    """Has a file, or a folder's entries, written to the disk.
+
+    Raises:
+        LostWritesError: they cannot be.
+    """
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        raise _resource_error(path, error, is_lost=True) from error
 
 
 def write_durably(path: Path, data: bytes) -> None:
@@ -308,7 +333,7 @@ def write_blocks_durably(path: Path, blocks: Iterable[bytes | memoryview]) -> No
             for block in blocks:
                 file.write(block)
             file.flush()
-            os.fsync(file.fileno())
+            _sync(file.fileno(), path)
     except OSError as error:
         raise _resource_error(path, error) from error
 
@@ -317,7 +342,7 @@ def sync_folder(path: Path) -> None:
     """Makes the folder's entries durable."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        os.fsync(descriptor)
+        _sync(descriptor, path)
     finally:
         os.close(descriptor)
 

@@ -31,6 +31,7 @@ from ..errors import (
     InputChangedError,
     InputError,
     IsomergeError,
+    LostWritesError,
     ResourceError,
     UnreadableError,
 )
@@ -308,9 +309,8 @@ class RayCrew:
                 Reader(files_of(plan.base, *plan.experts)).check_unchanged()
                 raise UnreadableError(f"{at}, tried {RETRIES + 1} times: {cause}; --resume continues") from error
             if isinstance(cause, IsomergeError):
-                kind = next(
-                    kind for kind in (InputError, ConfigError, ResourceError, IsomergeError) if isinstance(cause, kind)
-                )
+                kinds = (InputError, ConfigError, LostWritesError, ResourceError, IsomergeError)
+                kind = next(kind for kind in kinds if isinstance(cause, kind))
                 raise kind(f"{at}: {cause.message}", cause.problems) from error
             raise
         except exceptions.RayError as error:
