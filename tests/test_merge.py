@@ -722,8 +722,8 @@ class TestOutputFolder:
         before = listing(tmp_path)
         for given in (base, tmp_path / place):
             for resume, overwrite in ((False, False), (True, False), (False, True)):
+                config = config_of((given, experts), tmp_path / "out")
                 with pytest.raises(imf.ConfigError, match="is or contains the input"):
-                    config = config_of((given, experts), tmp_path / "out")
                     imf.merge(config, resume=resume, overwrite=overwrite)
         assert listing(tmp_path) == before
 
