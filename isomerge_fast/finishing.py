@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from . import __version__
-from .checkpoint.checksum import ALGORITHM
+from .checkpoint.checksum import ALGORITHM, Checksum
 from .checkpoint.companions import config_with_dtype, copy_companions, model_card
 from .checkpoint.json_text import Made, json_blocks
 from .checkpoint.layout import ADAPTER_CONFIG_FILE
@@ -22,14 +22,14 @@ from .checkpoint.manifest import (
     Manifest,
     ShardEntry,
     TensorEntry,
-    file_entry,
+    entry_of,
     file_name,
     to_json,
 )
 from .checkpoint.sealed import read_sealed, write_sealed
 from .checkpoint.writer import OutputTensor, write_blocks_durably, write_durably
 from .config import MergeConfig
-from .errors import InputError, ResourceError, VerificationError
+from .errors import InputError, VerificationError
 from .methods import METHODS
 from .plan import Plan, scaling_folders
 from .report import Report
@@ -53,10 +53,10 @@ def write_all_else(
     scalings = scaling_folders(plan.config.scalings)
     files: dict[str, FileEntry] = {}
     for name, weights in plan.folders.items():
-        written = _add_companions(plan, folder / name, scalings[name]) if name in scalings else []
+        written = _add_companions(plan, folder / name, scalings[name]) if name in scalings else {}
         if plan.index_name is not None:
-            written.append(_add_index(plan.index_name, folder / name, weights))
-        files |= _entries(folder, name, written)
+            written[plan.index_name] = _add_index(plan.index_name, folder / name, weights)
+        files |= {file_name(name, each): entry_of(content) for each, content in written.items()}
     manifest: Manifest = {
         "format": FORMAT,
         "checksum": ALGORITHM,
@@ -114,42 +114,26 @@ def _recorded(plan: Plan, folder: str, entries: Mapping[str, Mapping[str, Any]])
     return Made(owners, record)
 
 
-def _entries(folder: Path, name: str, written: Iterable[str]) -> dict[str, FileEntry]:
-    """Return what the manifest says of files of a sub-folder."""
-    found = {}
-    for each in written:
-        path = folder / name / each
-        try:
-            found[file_name(name, each)] = file_entry(path)
-        except OSError as error:
-            raise ResourceError(f"{path}: was written and cannot be read ({error.strerror})") from error
-    return found
-
-
-def _add_index(name: str, path: Path, weights: Mapping[str, Iterable[OutputTensor]]) -> str:
-    """Write the file that tells which shard holds which tensor; return its name."""
+def _add_index(name: str, path: Path, weights: Mapping[str, Iterable[OutputTensor]]) -> Checksum:
+    """Write the file that tells which shard holds which tensor; return its checksum."""
     total_bytes = sum(output.bytes for tensors in weights.values() for output in tensors)
     weight_map = {output.name: file for file, tensors in weights.items() for output in tensors}
     index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
-    write_blocks_durably(path / name, json_blocks(index, indent=2))
-    return name
+    return write_blocks_durably(path / name, json_blocks(index, indent=2))
 
 
-def _add_companions(plan: Plan, path: Path, scaling: float) -> list[str]:
-    """Write what belongs to a checkpoint, or an adapter, beside weights and index; return the files' names."""
-    written = []
-    if plan.base.is_folder:
-        copy_companions(plan.base.path, path, plan.companions)
-        written += plan.companions
+def _add_companions(plan: Plan, path: Path, scaling: float) -> dict[str, Checksum]:
+    """Write what belongs to a checkpoint, or an adapter, beside weights and index; return the files' checksums."""
+    written = copy_companions(plan.base.path, path, plan.companions) if plan.base.is_folder else {}
     if plan.adapter_settings is not None:
-        write_durably(path / ADAPTER_CONFIG_FILE, to_json(plan.adapter_settings, indent=2))
-        written.append(ADAPTER_CONFIG_FILE)
+        written[ADAPTER_CONFIG_FILE] = write_durably(
+            path / ADAPTER_CONFIG_FILE, to_json(plan.adapter_settings, indent=2)
+        )
     elif plan.base.config is not None:
         text = json.dumps(config_with_dtype(plan.base.config, plan.config.dtype), indent=2, ensure_ascii=False)
-        write_durably(path / "config.json", (text + "\n").encode())
-        written.append("config.json")
-    write_durably(path / "README.md", _card(plan, scaling).encode())
-    return [*written, "README.md"]
+        written["config.json"] = write_durably(path / "config.json", (text + "\n").encode())
+    written["README.md"] = write_durably(path / "README.md", _card(plan, scaling).encode())
+    return written
 
 
 def _card(plan: Plan, scaling: float) -> str:

@@ -94,31 +94,29 @@ def _matches(name: str, pattern: str) -> bool:
     return name.count("/") == pattern.count("/") and fnmatch.fnmatchcase(name, pattern)
 
 
-def copy_companions(source: Path, target: Path, names: Iterable[str]) -> dict[str, str]:
-    """Copy contents, never modes: the output's follow the umask. Return the checksums of what is on disk afterwards.
+def copy_companions(source: Path, target: Path, names: Iterable[str]) -> dict[str, Checksum]:
+    """Copy contents, never modes: the output's follow the umask. Return the checksums of what was written.
 
     Raises:
         InputError: a file that leads out of ``source`` by now.
         ResourceError: naming the file that cannot be read or written.
     """
-    checksums = {}
+    written = {}
     for name in names:
-        running = Checksum()
         (target / name).parent.mkdir(exist_ok=True)
-        write_blocks_durably(target / name, _blocks(source, name, running))
-        checksums[name] = running.text
-    return checksums
+        written[name] = write_blocks_durably(target / name, _blocks(source, name))
+    return written
 
 
-def _blocks(source: Path, name: str, running: Checksum) -> Iterator[memoryview]:
+def _blocks(source: Path, name: str) -> Iterator[memoryview]:
     """Yield a file's bytes in blocks, each valid until the next: a tokenizer may have hundreds of megabytes."""
-    block = page_buffer()[:READ_BYTES]
+    block, position = page_buffer()[:READ_BYTES], 0
     try:
         descriptor, _ = open_own(source, name)
         with open(descriptor, "rb", buffering=0) as file:
-            while count := os.preadv(file.fileno(), [block], running.bytes):
-                running.update(block[:count])
+            while count := os.preadv(file.fileno(), [block], position):
                 yield block[:count]
+                position += count
     except OSError as error:
         raise ResourceError(f"{source / name}: cannot be read ({error.strerror}); --resume continues") from error
 

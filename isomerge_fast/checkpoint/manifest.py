@@ -215,4 +215,9 @@ def file_entry(path: Path) -> FileEntry:
     running = Checksum()
     for block in disk_blocks(path):
         running.update(block)
-    return {"bytes": running.bytes, "checksum": running.text}
+    return entry_of(running)
+
+
+def entry_of(content: Checksum) -> FileEntry:
+    """Return what the manifest says of a file with this content."""
+    return {"bytes": content.bytes, "checksum": content.text}

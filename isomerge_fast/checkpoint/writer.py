@@ -321,21 +321,24 @@ def _sync(descriptor: int, path: Path) -> None:
         raise _resource_error(path, error, is_lost=True) from error
 
 
-def write_durably(path: Path, data: bytes) -> None:
-    """A small file, complete and on disk when this returns."""
-    write_blocks_durably(path, (data,))
+def write_durably(path: Path, data: bytes) -> Checksum:
+    """Write a small file, complete and on disk when this returns; return the checksum of what was written."""
+    return write_blocks_durably(path, (data,))
 
 
-def write_blocks_durably(path: Path, blocks: Iterable[bytes | memoryview]) -> None:
-    """A file, block by block, complete and on disk when this returns."""
+def write_blocks_durably(path: Path, blocks: Iterable[bytes | memoryview]) -> Checksum:
+    """Write a file, block by block, as ``write_durably``."""
+    written = Checksum()
     try:
         with open(path, "wb") as file:
             for block in blocks:
+                written.update(block)
                 file.write(block)
             file.flush()
             _sync(file.fileno(), path)
     except OSError as error:
         raise _resource_error(path, error) from error
+    return written
 
 
 def sync_folder(path: Path) -> None:
