@@ -207,7 +207,7 @@ def test_tiers_keep_their_promises(weights: Weights, method: str, name: str) -> 
         value, stats = make_method(method, {"precision": precision}).merge(as_deltas(deltas))
         evidence = stats.to_dict()
         assert oracle.relative_error(value.numpy(), judge) <= promise, (precision, evidence)
-        # The rounding of the reference is estimated, and at κ = 1e5 with tasks that are alike (they magnify an angle 40 x)
+        # The reference estimates its rounding, and at κ = 1e5 with tasks that are alike (which magnify an angle by 40)
         # by far too much: 4.5e-8 where the error is 8e-12. It says so, and claims nothing.
         may_decline = (precision, method, name) == ("reference", "iso-cts", "embeddings.position_embeddings.weight")
         assert evidence["certified"] or (may_decline and evidence["not_certified"].startswith("angle")), evidence
