@@ -170,7 +170,7 @@ FIT = {"base": "b", "experts": ["e"]}
         {"merge_method": "iso_c", "base_model": bomb(), "models": ITSELF},
         {"merge_method": "iso_c", "base_model": "b", "models": [{"model": "e", "parameters": {"weight": 10**5_000}}]},
         {"merge_method": "iso_c", "base_model": "b", "models": [{"model": "e", 10**5_000: 1}]},
-        MergeConfig(base="b", experts=["e"], scaling="lots"),  # type: ignore[arg-type]
+        MergeConfig(base="b", experts=["e"], scaling="lots"),  # type: ignore[arg-type]  # as a caller may
         MergeConfig(base="b\0", experts=["e"]),
         MergeConfig(base="b", experts=["e"], options={"solver": object()}),
     ],
