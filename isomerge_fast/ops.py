@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from isomerge_kernels import reference
+from isomerge_kernels.devices import DeviceTraits, traits_of
 from isomerge_kernels.protocol import FLOAT_DTYPES, TaskSum, compute_dtype
 from isomerge_kernels.reference import BLOCK_ELEMENTS, count_nonfinite, mm, mm_add, row_blocks, subtract
 
@@ -22,6 +23,7 @@ from .errors import MissingPackageError
 __all__ = [
     "BLOCK_ELEMENTS",
     "FLOAT_DTYPES",
+    "DeviceTraits",
     "TaskSum",
     "apply_delta",
     "compute_dtype",
@@ -33,12 +35,12 @@ __all__ = [
     "sym_mm",
     "sym_mm_add",
     "task_sum",
+    "traits_of",
 ]
 
 # Half the tiles save time when there are many of them; below this side, and for float64 where the matrix units do not
 # multiply it, the vendor's library is taken. (Estimates, until benchmarks/gpu_suite.py has timed both on a GPU.)
 SYMMETRIC_SIDE = 1024
-FLOAT64_TENSOR_CORES = ((8, 0), (9, 0))
 
 
 @cache
@@ -135,13 +137,13 @@ def sym_mm_add(
 def is_for_kernel(a: Tensor) -> bool:
     """The rule by which a symmetric product on a GPU goes to the kernel instead of the vendor's library.
 
-    The result has ``SYMMETRIC_SIDE`` rows or more; and float64 only on ``FLOAT64_TENSOR_CORES`` (A100, H100).
+    The result has ``SYMMETRIC_SIDE`` rows or more; and float64 only where tensor cores multiply it (A100, H100).
     """
     if a.shape[-2] < SYMMETRIC_SIDE:
         return False
-    return a.dtype != torch.float64 or gpu_kernels().capability_of(a.device) in FLOAT64_TENSOR_CORES
+    return a.dtype != torch.float64 or traits_of(a.device).has_float64_tensor_cores
 
 
 def product_precision(device: torch.device) -> str:
     """Of float32 products: tf32x3 on NVIDIA, about as exact as float32 and on its tensor cores; else ieee."""
-    return "ieee" if gpu_kernels().capability_of(device) is None else "tf32x3"
+    return "ieee" if traits_of(device).capability is None else "tf32x3"

@@ -11,6 +11,7 @@ import pytest
 import torch
 from allocation import peak_bytes
 from cases import CASES, Case
+from pretend_gpu import H100, RTX5090
 from torch import Tensor
 
 import isomerge_fast as imf
@@ -21,6 +22,8 @@ from isomerge_fast.linalg.protocol import Solver
 from isomerge_fast.linalg.subspace_chebyshev import ChebyshevSubspace, filtered_block
 from isomerge_fast.linalg.svd import FullSvd
 from isomerge_fast.methods import MergeStats, TensorDeltas, TensorSpec, as_deltas, make_method
+from isomerge_kernels import devices
+from isomerge_kernels.devices import DeviceTraits
 
 METHODS = ("iso-c", "iso-cts")
 
@@ -482,11 +485,11 @@ def test_a_ceiling_takes_the_leaner_solver() -> None:
     assert oracle.relative_error(value.numpy(), expected(Case(0, 1100, 260, 1e2, 8), "iso-cts")) <= PROMISES["default"]
 
 
-@pytest.mark.parametrize(("capability", "dtype"), [((9, 0), "fp64"), ((12, 0), "fp32")], ids=["h100", "other"])
-def test_what_cuda_would_take(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], dtype: str) -> None:
+@pytest.mark.parametrize(("traits", "dtype"), [(H100, "fp64"), (RTX5090, "fp32")], ids=["h100", "other"])
+def test_what_cuda_would_take(monkeypatch: pytest.MonkeyPatch, traits: DeviceTraits, dtype: str) -> None:
     """Iterations first, on float64 sums, then the solvers of a CPU; below the iterations' side as on a CPU."""
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     cuda = torch.device("cuda")
+    monkeypatch.setitem(devices.KNOWN, cuda, traits)
     for shape, first in (((4096, 4096), "polar-express"), ((14336, 4096), "gram-newton-schulz")):
         ladder = polar_ladder("default", shape, torch.float32, cuda)
         names = [choice.solver.name for choice in ladder]

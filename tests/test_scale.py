@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from pretend_gpu import H100
 
 from benchmarks import headers
 from benchmarks.headers import config_of, qwen3_moe, save_headers
@@ -18,6 +19,7 @@ from isomerge_fast.config import MergeConfig
 from isomerge_fast.errors import ResourceError
 from isomerge_fast.loads import estimate_seconds
 from isomerge_fast.plan import METADATA_IN_BASELINE_BYTES, PROCESS_BYTES, check_resources, make_plan
+from isomerge_kernels import devices
 
 # Experts merged, billions of parameters: as published; of GLM-4.5 as stored, with its layer for multi-token prediction.
 MODELS: dict[str, tuple[int, float]] = {
@@ -85,7 +87,7 @@ def test_planning_grows_no_faster_than_the_number_of_tensors(tmp_path: Path) -> 
 def test_a_ceiling_that_is_too_low_is_refused_with_one_that_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, ceiling: str
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))  # which decides between solvers
+    monkeypatch.setitem(devices.KNOWN, torch.device("cuda"), H100)  # which decides between solvers
     config = config_of(tmp_path, headers.MODELS["llama-3-8b"](), 2, method=method)
     device = torch.device("cuda" if ceiling == "max_vram" else "cpu")
     limits: dict[str, int | None] = {"max_ram": None, "max_vram": None, ceiling: 5_000_000}

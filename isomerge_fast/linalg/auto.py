@@ -9,7 +9,7 @@ from typing import Generic, TypeVar
 import torch
 
 from ..errors import ConfigError, nearest
-from ..ops import FLOAT64_TENSOR_CORES
+from ..ops import traits_of
 from .gram_eigh import GramEigh
 from .polar_express import PolarExpress
 from .polar_gram import GramNewtonSchulz
@@ -68,8 +68,9 @@ def polar_ladder(
     exact = Choice(GramEigh(), "float64 Gram matrix: resolves float32 input")
     careful = Choice(GramEigh(rounding=0.0), "float64 products, and a Newton-Schulz step whatever is predicted")
     ladder: list[Choice[PolarSolver]] = [exact, careful, svd]
-    if device.type == "cuda" and short >= ITERATION_SIDE:
-        narrow = precision == "fast" or torch.cuda.get_device_capability(device) not in FLOAT64_TENSOR_CORES
+    traits = traits_of(device)
+    if traits.is_gpu and short >= ITERATION_SIDE:
+        narrow = precision == "fast" or not traits.has_float64_tensor_cores
         iterate = torch.float32 if narrow else torch.float64
         if aspect >= 2:
             return (Choice(GramNewtonSchulz(iterate), f"products only; {rows} x {columns} is tall or wide"), *ladder)

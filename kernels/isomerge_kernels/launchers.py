@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .apply_delta import apply_delta
-from .symmetric_matmul import capability_of, symmetric_matmul
+from .symmetric_matmul import symmetric_matmul
 from .task_sum import task_sum
 
-__all__ = ["apply_delta", "capability_of", "symmetric_matmul", "task_sum"]
+__all__ = ["apply_delta", "symmetric_matmul", "task_sum"]

@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._launch import OPTIONS, on_device
+from .devices import traits_of
 
 PRECISIONS = ("ieee", "tf32x3", "bf16x3")
 
@@ -132,12 +133,6 @@ def default_config(key: str, capability: tuple[int, int] | None) -> TileConfig:
     return CONFIGS[key][1 if splits_in_registers else 0]
 
 
-def capability_of(device: torch.device) -> tuple[int, int] | None:
-    """NVIDIA's compute capability, None of other devices."""
-    is_nvidia = device.type == "cuda" and torch.version.hip is None
-    return torch.cuda.get_device_capability(device) if is_nvidia else None
-
-
 def symmetric_matmul(
     a: Tensor,
     b: Tensor | None = None,
@@ -181,7 +176,7 @@ def symmetric_matmul(
         raise ValueError(f"out has strides {out.stride()}: expected a contiguous tensor for several batch dimensions")
     if out.numel() == 0:
         return out
-    config = config or default_config(config_key(a.dtype, precision), capability_of(a.device))
+    config = config or default_config(config_key(a.dtype, precision), traits_of(a.device).capability)
     left, right, target = _flat(a.expand(*batch, n, k)), _flat(b.expand(*batch, k, n)), _flat(out)
     addend = target if c is None else _flat(c)
     tiles = math.ceil(n / config.block)
