@@ -1,0 +1,72 @@
+"""The way of a GPU, without one: right results, nothing on two devices, and how often the host launches and waits."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import pytest
+import torch
+from pretend_gpu import CUDA, PretendGpu, PretendTensor, pretend_gpu
+from torch import Tensor
+
+from isomerge_fast.bench.problems import deltas_like_fine_tuning
+from isomerge_fast.methods import METHODS, MergeStats, TensorDeltas
+
+TASKS = 8
+# Launches of torch's operations and of ours, reads of the device and uploads of one merge of 8 tasks, at most.
+BARS: dict[tuple[str, tuple[int, int]], tuple[int, int, int]] = {
+    ("iso-c", (768, 768)): (180, 4, 3),
+    ("iso-cts", (768, 768)): (760, 22, 3),
+    ("iso-c", (3072, 768)): (220, 5, 3),
+    ("iso-cts", (3072, 768)): (1800, 47, 4),
+    ("iso-c", (1024, 2048)): (260, 3, 3),
+    ("iso-cts", (1024, 2048)): (1000, 22, 3),
+}
+
+
+@lru_cache(maxsize=1)
+def deltas_of(shape: tuple[int, int]) -> list[Tensor]:
+    return deltas_like_fine_tuning(*shape, TASKS, "decay")
+
+
+def merge(gpu: PretendGpu, name: str, deltas: list[Tensor]) -> tuple[Tensor, MergeStats]:
+    there: list[Tensor] = [gpu.upload(delta) for delta in deltas]
+    gpu.reset()
+    value, stats = METHODS[name]().merge(TensorDeltas(there))
+    assert isinstance(value, PretendTensor)
+    return value.held, stats
+
+
+@pytest.mark.parametrize(("name", "shape"), BARS, ids=str)
+def test_a_merge_on_a_gpu_launches_and_waits_no_more_than(name: str, shape: tuple[int, int]) -> None:
+    deltas = deltas_of(shape)
+    with pretend_gpu() as gpu:
+        value, stats = merge(gpu, name, deltas)
+        launches, reads, uploads = BARS[name, shape]
+        assert gpu.launch_count <= launches, gpu.launches.most_common(10)
+        assert gpu.read_count <= reads, gpu.reads
+        assert gpu.uploads <= uploads
+        assert not stats.missed()
+    expected, _ = METHODS[name]().merge(TensorDeltas(deltas))
+    assert torch.linalg.vector_norm(value - expected) <= 1e-5 * torch.linalg.vector_norm(expected)
+
+
+def test_what_a_gpu_refuses_is_refused_and_what_it_does_is_counted() -> None:
+    with pretend_gpu() as gpu:
+        there = torch.ones(3, device=CUDA)
+        gpu.reset()
+        with pytest.raises(RuntimeError, match="on the same device"):
+            torch.add(there, torch.ones(3))
+        assert (there + torch.ones(())).device == CUDA  # a number
+        assert gpu.launch_count == 1
+        assert there[1:].sum().item() == 2.0
+        assert (gpu.launch_count, gpu.read_count) == (2, 1)
+        assert there[there > 0].shape == (3,)  # counts before it goes on
+        assert (there.tolist(), bool((there > 0).all())) == ([1.0] * 3, True)
+        assert gpu.read_count == 4
+        moved = torch.zeros(3).to(CUDA)
+        moved[1:] = there[:2]
+        assert isinstance(moved, PretendTensor)
+        assert moved.held.tolist() == [0.0, 1.0, 1.0]
+        assert gpu.uploads == 1
+    assert not torch.cuda.is_available()
