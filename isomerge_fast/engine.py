@@ -29,6 +29,7 @@ from .checkpoint.staging import Staging, check_replaceable
 from .checkpoint.writer import create_shard
 from .errors import ConfigError, InputError, LostWritesError, ResourceError, VerificationError, nearest
 from .finishing import read_report, write_all_else
+from .ops import indexed
 from .plan import Plan, check_resources
 from .report import PHASES, Observer, Report
 from .unit import Job, Unit, UnitResult, merge_unit
@@ -37,14 +38,14 @@ IO = ("auto", "buffered")
 
 
 def resolve_device(device: str) -> torch.device:
-    """``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+    """Return the device that ``auto``, ``cpu``, ``cuda`` or ``cuda:N`` names, with its number.
 
     Raises:
         ConfigError: unknown name.
         ResourceError: CUDA asked for and not there.
     """
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return indexed(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     try:
         resolved = torch.device(device)
     except RuntimeError:
@@ -53,7 +54,7 @@ def resolve_device(device: str) -> torch.device:
         raise ConfigError(f"device {device!r} is unknown (known: auto, cpu, cuda, cuda:N)")
     if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
         raise ResourceError(f"device {device!r}: this torch sees {torch.cuda.device_count()} CUDA device(s)")
-    return resolved
+    return indexed(resolved)
 
 
 class Crew(Protocol):
@@ -259,6 +260,8 @@ def _describe(plan: Plan, device: torch.device) -> dict[str, Any]:
         "version": __version__,
         "torch": torch.__version__,
         "device": device.type,
+        # Nothing on a CPU, whose instructions are torch's to choose.
+        **({"arithmetic": plan.arithmetic} if device.type == "cuda" else {}),
         "config": config,
         # A ceiling can mean another solver, and with it other last digits.
         "solvers": sorted({tensor.reason for tensor in plan.tensors if tensor.method is not None}),

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from isomerge_kernels import reference
-from isomerge_kernels.devices import DeviceTraits, traits_of
+from isomerge_kernels.devices import DeviceTraits, indexed, traits_of
 from isomerge_kernels.protocol import FLOAT_DTYPES, TaskSum, compute_dtype
 from isomerge_kernels.reference import BLOCK_ELEMENTS, count_nonfinite, mm, mm_add, row_blocks, subtract
 
@@ -28,6 +28,7 @@ __all__ = [
     "apply_delta",
     "compute_dtype",
     "count_nonfinite",
+    "indexed",
     "mm",
     "mm_add",
     "row_blocks",

@@ -35,9 +35,10 @@ from .checkpoint.writer import OutputTensor
 from .config import MergeConfig
 from .errors import ConfigError, ResourceError
 from .inputs import last_part, open_inputs, touches
+from .linalg.arithmetic import describe_arithmetic
 from .methods import Mean, Method, TensorSpec, make_method
 from .methods.protocol import check_factors
-from .ops import compute_dtype
+from .ops import compute_dtype, traits_of
 from .routes import BY_ROWS, STREAMED, Budget, Route, Traffic, budgets, choose_route, copy_route, factor_route
 
 # Resident memory of Python, torch and BLAS: 234 MB before the first tensor, about 350 MB after a merge with the heap
@@ -55,6 +56,9 @@ COPY_METADATA_BYTES, TENSOR_METADATA_BYTES, TASK_METADATA_BYTES, OUTPUT_METADATA
 NAMES_HELD = 5
 # Of that, what is in the baseline already: about a thousand tensors of eight experts.
 METADATA_IN_BASELINE_BYTES = 4_000_000
+# Of a GPU's memory, where no ceiling is given: the rest is for its context, for libraries' workspaces, and for what
+# blocks of many sizes leave between them. (An estimate until a GPU has shown it.)
+GPU_MEMORY_SHARE = 0.85
 # Sub-folder of the output for the merged Δ.
 DELTA_FOLDER = "delta"
 
@@ -171,6 +175,8 @@ class Plan:
     companions: tuple[str, ...]
     budget: Budget
     metadata_bytes: int  # of what is held of all tensors beside their bytes, as far as the baseline has no room for it
+    arithmetic: str  # see ``describe_arithmetic``
+    device_bytes: int  # that a merge may take of the GPU it is planned for; 0 on a CPU
     notes: tuple[str, ...] = field(default=())
 
     @property
@@ -304,7 +310,18 @@ def make_plan(
         raise ConfigError("stochastic_rounding: no merged tensor is written as bfloat16 (dtype: bfloat16 does that)")
     companions = tuple(companion_files(base.path)) if base.is_folder and config.adapter_rank is None else ()
     notes = tuple(_notes(config, base, experts, tensors, code_files(companions)))
-    return Plan(config, base, experts, tuple(tensors), companions, budget, metadata, notes)
+    return Plan(
+        config,
+        base,
+        experts,
+        tuple(tensors),
+        companions,
+        budget,
+        metadata,
+        describe_arithmetic(device),
+        usable_memory_bytes(device),
+        notes,
+    )
 
 
 def check_resources(plan: Plan, *, max_ram: int | None, max_vram: int | None, device: torch.device) -> None:
@@ -315,6 +332,12 @@ def check_resources(plan: Plan, *, max_ram: int | None, max_vram: int | None, de
         raise ResourceError(_too_low("max_ram", max_ram, needed, plan))
     if max_vram is not None and on_gpu and plan.peak_vram_bytes > max_vram:
         raise ResourceError(_too_low("max_vram", max_vram, plan.peak_vram_bytes, plan))
+    if max_vram is None and on_gpu and plan.peak_vram_bytes > plan.device_bytes:
+        largest = max(plan.tensors, key=lambda tensor: tensor.route.work_bytes)
+        raise ResourceError(
+            f"{device}: {plan.device_bytes} bytes of its memory can be used, the merge takes {plan.peak_vram_bytes} "
+            f"(of tensor {largest.name!r} {list(largest.spec.shape)}); --device cpu merges without it"
+        )
     if plan.config.out is not None:
         folder = Path(os.path.realpath(plan.config.out)).parent
         while not folder.exists():
@@ -529,6 +552,8 @@ def _choose_routes(
 ) -> tuple[Budget, list[Route]]:
     """The largest budget beside which every tensor fits; where none is, the smallest, which says what is needed."""
     on_gpu = device.type == "cuda"
+    if on_gpu and max_vram is None:
+        max_vram = usable_memory_bytes(device)
     host = None if max_ram is None else max(0, max_ram - PROCESS_BYTES)
     largest = max((fate.all_bytes for fate in fates if fate.method and not fate.method.any_shape), default=0)
     budget, routes = Budget(0, None), []
@@ -542,6 +567,14 @@ def _choose_routes(
         if budget.work is None or all(route.work_bytes <= budget.work for route in routes):
             break
     return budget, routes
+
+
+def usable_memory_bytes(device: torch.device) -> int:
+    """Return what a merge without a ceiling may take of a GPU: a share of all of its memory.
+
+    Not of what is free: the same merge on the same kind of GPU is to give the same bytes.
+    """
+    return int(GPU_MEMORY_SHARE * traits_of(device).memory_bytes)
 
 
 def tensor_seed(seed: int | None, name: str) -> int | None:

@@ -27,6 +27,10 @@ MIB = 1 << 20
 # Read ahead at least this much where nothing forbids it, and at the very least: four parts of 2 MiB.
 READ_AHEAD_BYTES, LEAST_READ_AHEAD_BYTES = 128 * MIB, 8 * MIB
 PARTS_AHEAD = 4
+# At most so much is page-locked for copies to a GPU, which costs some tenths of a second a GiB; torch rounds it up to a
+# power of two. Half of it holds all copies of a tensor: of 16 experts of 14336 x 4096 in bfloat16. (An estimate until a
+# GPU's host has shown what locking costs.)
+PINNED_BYTES = 4 << 30
 # Of each copy read: it begins somewhere within a page of 4 KiB, and ends so.
 PADDING_BYTES = 8 << 10
 # Without a ceiling tensors are resident whose copies take up to this share of the machine's memory.
@@ -123,6 +127,8 @@ def budgets(largest: int, *, host: int | None, vram: int | None, on_gpu: bool) -
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     resident = min(largest, int(memory * RESIDENT_SHARE) if host is None else host // 4)
     size = max(READ_AHEAD_BYTES, 3 * resident)
+    if on_gpu:
+        size = min(size, PINNED_BYTES)
     if host is not None:
         size = min(size, host // 3)
     while True:
@@ -197,12 +203,12 @@ def _routes(
     if everything <= budget.whole:
         held = _on_device(spec.elements, traffic, device)
         chosen = _within(method, budget, held)
-        work = max(chosen.workspace_bytes(spec, traffic.tasks), writing)
+        work = max(chosen.workspace_bytes(spec, traffic.tasks, device), writing)
         yield Route(RESIDENT, lines, rows, chosen, work + held)
     # Of parts there are two: one is taken while that before it is still at hand.
     again = budget.again + _on_device(2 * rows * row, traffic, device)
     chosen = _within(method, budget, again + 32 * min(BLOCK_ELEMENTS, spec.elements))
-    work = max(chosen.workspace_bytes(spec, traffic.tasks) + 32 * min(BLOCK_ELEMENTS, spec.elements), writing)
+    work = max(chosen.workspace_bytes(spec, traffic.tasks, device) + 32 * min(BLOCK_ELEMENTS, spec.elements), writing)
     yield Route(STREAMED, lines, rows, chosen, work + again)
     chosen = _within(method, budget, again + _applying(rows * row, spec, traffic))
     by_rows = chosen.row_map_bytes(spec, traffic.tasks, rows * row)

@@ -165,14 +165,12 @@ class TensorSource(PlannedSource):
                     base, *experts = self._take(uploads)
                     yield self._block(rows, experts, base, tasks)
 
-    def on_cpu(self) -> None:
-        """Goes on without the GPU, whose memory is full. What was left of a first pass is passed over."""
-        self.device = torch.device("cpu")
+    def start_over(self) -> None:
+        """Begin again after a failure. What was left of a first pass is passed over; what is held is held no more."""
+        self._held = None
         if self._plan.route.name != RESIDENT:
             while self._to_take:
                 self._take(self._ahead)
-        elif not self._to_take:
-            self._held = [tensor.cpu() for tensor in self._read]
 
     def delta(self, task: int) -> Tensor:
         """See ``methods.Deltas``."""
@@ -213,5 +211,6 @@ class TensorSource(PlannedSource):
 
     def _hold(self) -> list[Tensor]:
         if self._held is None:
-            self._held = self._take(self._ahead)
+            taken = [] if self._to_take else self._read
+            self._held = [tensor.to(self.device) for tensor in taken] or self._take(self._ahead)
         return self._held

@@ -11,7 +11,7 @@ import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,8 @@ from .checkpoint.write_behind import WriteBehind
 from .checkpoint.writer import OutputTensor, ShardWriter
 from .errors import InputError, ResourceError
 from .heap import return_freed_blocks
-from .methods import Method, NotFiniteError, OutOfRangeError
+from .linalg.arithmetic import describe_arithmetic
+from .methods import MergeStats, Method, NotFiniteError, OutOfRangeError
 from .methods.certified import UnsolvedError, exact_products
 from .methods.factors import merge_factors
 from .output import TensorOutput
@@ -55,6 +56,7 @@ class Job:
         scalings: α by sub-folder of the output.
         peak_work_bytes: of the merge's largest tensor.
         max_vram: ceiling in bytes for the memory of a GPU.
+        arithmetic: see ``Plan``.
     """
 
     folder: Path
@@ -66,13 +68,25 @@ class Job:
     budget: Budget
     peak_work_bytes: int
     max_vram: int | None
+    arithmetic: str
 
     @classmethod
     def of(
         cls, plan: Plan, folder: Path, key: str, *, device: str, threads: int, direct: bool, max_vram: int | None
     ) -> Job:
         scalings = scaling_folders(plan.config.scalings)
-        return cls(folder, key, device, threads, direct, scalings, plan.budget, plan.peak_work_bytes, max_vram)
+        return cls(
+            folder,
+            key,
+            device,
+            threads,
+            direct,
+            scalings,
+            plan.budget,
+            plan.peak_work_bytes,
+            max_vram,
+            plan.arithmetic,
+        )
 
 
 @dataclass(frozen=True)
@@ -148,10 +162,7 @@ def merge_unit(job: Job, unit: Unit, observer: Observer | None = None) -> UnitRe
     Raises:
         InputError, ResourceError: see ``errors``; what was finished stays, and is found by the next attempt.
     """
-    try:
-        return _UnitRun(job, unit, observer).execute()
-    except torch.OutOfMemoryError as error:
-        raise ResourceError(f"{job.device} is out of memory ({error}); a lower --max-vram takes less") from error
+    return _UnitRun(job, unit, observer).execute()
 
 
 class _UnitRun:
@@ -159,7 +170,8 @@ class _UnitRun:
 
     def __init__(self, job: Job, unit: Unit, observer: Observer | None) -> None:
         self._job, self._unit = job, unit
-        self._device = torch.device(job.device)
+        self._device = ops.indexed(torch.device(job.device))
+        self._require_same_arithmetic()
         moved = sum(tensor.moved_bytes(len(job.scalings)) for tensor in unit.tensors)
         self._progress = Progress(len(unit.tensors), moved)
         self._stopwatch = Stopwatch(self._progress, observer)
@@ -173,9 +185,9 @@ class _UnitRun:
         completed = False
         threads = torch.get_num_threads()
         torch.set_num_threads(job.threads)
-        self._limit_vram()
         with ExitStack() as closing:
             closing.callback(torch.set_num_threads, threads)
+            closing.enter_context(self._limited_vram())
             # As glibc's own threshold ends up; the process may go on without us.
             closing.callback(return_freed_blocks, eager=False)
             try:
@@ -197,13 +209,32 @@ class _UnitRun:
             this_process(),
         )
 
-    def _limit_vram(self) -> None:
+    def _require_same_arithmetic(self) -> None:
+        """Raise ResourceError where this process would give other last digits than the plan was made for."""
+        here = describe_arithmetic(self._device)
+        if here != self._job.arithmetic:
+            raise ResourceError(
+                f"{self._device} computes with {here}, the merge was planned for {self._job.arithmetic}: the results "
+                "would differ in their last digits; give it devices of one kind"
+            )
+
+    @contextmanager
+    def _limited_vram(self) -> Iterator[None]:
+        """Hold the process to the ceiling; put back afterwards what it was allowed before."""
         if self._device.type != "cuda":
+            yield
             return
-        if self._job.max_vram is not None:
-            total = torch.cuda.get_device_properties(self._device).total_memory
-            torch.cuda.set_per_process_memory_fraction(min(1.0, self._job.max_vram / total), self._device)
         torch.cuda.reset_peak_memory_stats(self._device)
+        if self._job.max_vram is None:
+            yield
+            return
+        before = torch.cuda.get_per_process_memory_fraction(self._device)
+        ceiling = self._job.max_vram / ops.traits_of(self._device).memory_bytes
+        torch.cuda.set_per_process_memory_fraction(min(before, ceiling), self._device)
+        try:
+            yield
+        finally:
+            torch.cuda.set_per_process_memory_fraction(before, self._device)
 
     def _open_writers(self) -> None:
         names = {folder: set[str]() for folder in self._unit.folders}
@@ -320,7 +351,7 @@ class _UnitRun:
                 elif plan.route.name == BY_ROWS:
                     stats = _merge_by_rows(plan.method, source, output)
                 else:
-                    stats = _merge_whole(plan.method, source, output, report)
+                    stats = _merge_whole(plan.method, source, output)
                 _require_finite(stats)
             except NotFiniteError as error:
                 dtype = str(plan.spec.dtype).removeprefix("torch.")
@@ -329,9 +360,15 @@ class _UnitRun:
                 raise _out_of_range(plan, reader, str(error)) from error
             except UnsolvedError as error:
                 raise InputError(f"tensor {plan.name!r}: {error}") from error
+            except torch.OutOfMemoryError as error:
+                raise ResourceError(
+                    f"{self._device} is out of memory at tensor {plan.name!r}, which was planned to take {work} bytes "
+                    f"beside {self._job.budget.in_transfer} in transfer ({str(error).splitlines()[0]}); what else runs "
+                    "on it takes room: --resume continues when there is more, --max-vram plans with less"
+                ) from error
             if (overflow := output.overflows()) is not None:
                 raise _out_of_range(plan, reader, overflow)
-            remarks = [*report.pop("remarks", ()), *_absurd(plan, stats, reader)]
+            remarks = list(_absurd(plan, stats, reader))
         entry = {"name": plan.name, "report": report, "process": this_process()}
         found = {stored: checksums.take(stored) for stored in self._summed_inputs(plan)}
         _check_inputs(plan, found)
@@ -395,19 +432,21 @@ def _merge_by_rows(method: Method, source: TensorSource, output: TensorOutput) -
     return row_map.stats().to_dict()
 
 
-def _merge_whole(method: Method, source: TensorSource, output: TensorOutput, report: dict[str, Any]) -> dict[str, Any]:
-    try:
-        value, stats = method.merge(source)
-    except torch.OutOfMemoryError:
-        if source.device.type == "cpu":
-            raise
-        report["remarks"] = [f"out of memory on {source.device}: computed on the CPU"]
-        torch.cuda.empty_cache()
-        source.on_cpu()
-        value, stats = method.merge(source)
+def _merge_whole(method: Method, source: TensorSource, output: TensorOutput) -> dict[str, Any]:
+    value, stats = _merge_or_again(method, source)
     for block in source.base_blocks():
         output.add(block, lambda part: value[part.rows], source.parts(block), source)
     return stats.to_dict()
+
+
+def _merge_or_again(method: Method, source: TensorSource) -> tuple[torch.Tensor, MergeStats]:
+    """Merge a tensor; where a GPU's memory is full, once more without what the first attempt left: the same bytes."""
+    with suppress(torch.OutOfMemoryError):
+        return method.merge(source)
+    # Not while the error is handled, which holds on to everything that was made until then.
+    torch.cuda.empty_cache()
+    source.start_over()
+    return method.merge(source)
 
 
 def _require_finite(stats: Mapping[str, Any]) -> None:

@@ -152,10 +152,10 @@ class PretendGpu:
             return ours[0]  # there already, which only torch does not know
         asked = "cuda" if asked == "meta" else asked  # a number that becomes an operand
         if not ours and asked != "cuda":
-            return function(*args, **(kwargs | {"pin_memory": False} if kwargs.get("pin_memory") else kwargs))
+            return function(*args, **kwargs)
         self._check(name, tensors, asked)
         by_held = {id(tensor.held): tensor for tensor in ours}
-        plain = {key: value for key, value in kwargs.items() if key != "pin_memory"}
+        plain = dict(kwargs)
         if device is not None:
             plain["device"] = "cpu"
         args, plain = tree_map(lambda leaf: leaf.held if isinstance(leaf, PretendTensor) else leaf, (args, plain))
@@ -311,17 +311,20 @@ def pretend_gpu(traits: DeviceTraits = H100) -> Iterator[PretendGpu]:
             raise ValueError("Expected a torch.device with a specified index or an integer, but got: cuda")
         gpu.fractions.append(fraction)
 
+    name = f"pretended {traits.capability}"
     properties = SimpleNamespace(
-        name="pretended", total_memory=traits.memory_bytes, major=(traits.capability or (0, 0))[0], minor=0
+        name=name, total_memory=traits.memory_bytes, major=(traits.capability or (0, 0))[0], minor=0
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ThreadPoolExecutor, "submit", submit_under_mode)
         patch.setattr(ops, "gpu_kernels", lambda: kernels)
+        empty = torch.empty
+        patch.setattr(torch, "empty", lambda *size, pin_memory=False, **options: empty(*size, **options))
         for make in (torch.tensor, torch.as_tensor):
             patch.setattr(torch, make.__name__, made_of(make))
         for device in (CUDA, torch.device("cuda")):
             patch.setitem(devices.KNOWN, device, traits)
-        for name, value in {
+        for attribute, value in {
             "_lazy_init": lambda: None,
             "is_available": lambda: True,
             "device_count": lambda: 1,
@@ -333,13 +336,13 @@ def pretend_gpu(traits: DeviceTraits = H100) -> Iterator[PretendGpu]:
             "empty_cache": lambda: None,
             "reset_peak_memory_stats": lambda device=None: None,
             "max_memory_allocated": lambda device=None: 0,
-            "get_device_name": lambda device=None: "pretended",
+            "get_device_name": lambda device=None: name,
             "get_device_capability": lambda device=None: traits.capability,
             "get_device_properties": lambda device=None: properties,
             "mem_get_info": lambda device=None: (traits.memory_bytes, traits.memory_bytes),
             "set_per_process_memory_fraction": set_fraction,
             "get_per_process_memory_fraction": lambda device=None: gpu.fractions[-1],
         }.items():
-            patch.setattr(torch.cuda, name, value)
+            patch.setattr(torch.cuda, attribute, value)
         with _Mode(gpu):
             yield gpu

@@ -291,3 +291,25 @@ def test_certificates_are_reported(tmp_path: Path) -> None:
         assert entry["certified"]
         assert entry["orthogonality"] <= 1e-2
         assert entry["asymmetry"] <= 1e-2
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, ("expandable_segments:True", "10000")),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "backend:native", "OMP_WAIT_POLICY": "passive"}, (None, None)),
+        ({"PYTORCH_ALLOC_CONF": "backend:native", "GOMP_SPINCOUNT": "1"}, ("backend:native", "1")),
+    ],
+    ids=["nothing is set", "by other names", "by these names"],
+)
+def test_what_torch_is_told_before_it_is_loaded(given: dict[str, str], expected: tuple[str | None, str | None]) -> None:
+    code = (
+        "import os, sys, isomerge_fast.cli as cli\n"
+        "assert 'torch' not in sys.modules\n"
+        "cli._exit_code = lambda: print(os.environ.get('PYTORCH_ALLOC_CONF'), os.environ.get('GOMP_SPINCOUNT')) or 0\n"
+        "cli.main()"
+    )
+    ours = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+    environment = {name: value for name, value in os.environ.items() if name not in ours} | given
+    told = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert told.stdout.split() == [str(value) for value in expected]

@@ -369,7 +369,7 @@ def test_methods_declare_themselves(name: str) -> None:
     method = make_method(name)
     spec = TensorSpec("w", (64, 96), torch.float32)
     assert method.accepts(spec)
-    assert method.workspace_bytes(spec, 4) >= spec.bytes
+    assert method.workspace_bytes(spec, 4, torch.device("cpu")) >= spec.bytes
     assert method.flops(spec, 4) > 0
     assert method.citation.startswith("arXiv ")
 

@@ -26,6 +26,7 @@ from isomerge_kernels import devices
 from isomerge_kernels.devices import DeviceTraits
 
 METHODS = ("iso-c", "iso-cts")
+CPU = torch.device("cpu")
 
 
 def numpy(deltas: list[Tensor]) -> list[np.ndarray]:
@@ -465,7 +466,7 @@ def test_solver_keeps_to_its_workspace(solver: Solver, shape: tuple[int, int]) -
 def test_method_keeps_to_its_workspace(shape: tuple[int, int], method: str, options: dict) -> None:
     deltas = FreshDeltas(Case(0, *shape, 1e1, 8).deltas())
     chosen = make_method(method, options)
-    promised = chosen.workspace_bytes(TensorSpec("x", shape, torch.float32), 8)
+    promised = chosen.workspace_bytes(TensorSpec("x", shape, torch.float32), 8, CPU)
     peak, (_, stats) = peak_bytes(lambda: chosen.merge(deltas))
     assert not stats.escalations
     assert peak <= promised <= 5 * peak
@@ -474,11 +475,11 @@ def test_method_keeps_to_its_workspace(shape: tuple[int, int], method: str, opti
 def test_a_ceiling_takes_the_leaner_solver() -> None:
     spec = TensorSpec("x", (4000, 512), torch.float32)
     method = make_method("iso-cts")
-    needed = method.workspace_bytes(spec, 8)
+    needed = method.workspace_bytes(spec, 8, CPU)
     lean = method.within(needed - 1)
     assert "chebyshev" in method.explain(spec, 8, torch.device("cpu"))
     assert "chebyshev" not in lean.explain(spec, 8, torch.device("cpu"))
-    assert lean.workspace_bytes(spec, 8) < needed
+    assert lean.workspace_bytes(spec, 8, CPU) < needed
     deltas = Case(0, 1100, 260, 1e2, 8).deltas()
     value, stats = merge(deltas, "iso-cts", memory_bytes=1)
     assert "chebyshev" not in stats.algorithm

@@ -538,14 +538,14 @@ def test_a_source_gives_the_same_deltas_by_every_route_and_as_often_as_wanted(tm
 
 @pytest.mark.parametrize("route", [RESIDENT, STREAMED])
 @pytest.mark.parametrize("taken", [0, 1])
-def test_a_source_goes_on_on_the_cpu(tmp_path: Path, route: str, taken: int) -> None:
-    """Whenever the device's memory was full: before anything was taken, or after the first part."""
+def test_a_source_starts_over(tmp_path: Path, route: str, taken: int) -> None:
+    """Whenever a device's memory was full: before anything was taken, or after the first part."""
     plan, tensor, (base, *experts) = planned(tmp_path, route)
     with source_of(plan, tensor) as source:
         if taken:
             blocks = source.blocks()
             next(blocks)
-        source.on_cpu()
+        source.start_over()
         found = source.sum(torch.float64).total
         torch.testing.assert_close(found, sum((expert["w"] - base["w"]).double() for expert in experts))
 

@@ -108,7 +108,7 @@ def _time(tensor: TensorPlan, plan: Plan, device: torch.device, workers: Workers
     """From the smallest size up, each time to the largest that is expected to fit into what is left."""
     room = memory_for_samples(device)
     sizes = sizes_of(tensor, device)
-    sizes = [size for size in sizes if sample_bytes(tensor, size) <= room] or sizes[:1]
+    sizes = [size for size in sizes if sample_bytes(tensor, size, device) <= room] or sizes[:1]
     spent, size, first = 0.0, sizes[0], True
     while True:
         sample, making = timed(lambda size=size: Sample(tensor, size, plan, device, workers), device)

@@ -273,14 +273,14 @@ class Sample:
             output[place] = tensor
 
 
-def sample_bytes(tensor: TensorPlan, size: Size) -> int:
+def sample_bytes(tensor: TensorPlan, size: Size, device: torch.device) -> int:
     """Peak of a ``Sample`` and its merge: the copies, the float32 deltas that they are made of, and the work."""
     each = sum(DTYPES[copy.dtype].itemsize for copy in (tensor.base, *tensor.experts)) + 4 * (1 + len(tensor.experts))
     method = method_at(tensor, size.shape)
     spec: TensorSpec = replace(tensor.spec, shape=size.shape)
     work = 0
     if method is not None and not method.any_shape and not tensor.pairs:
-        work = method.workspace_bytes(spec, tensor.tasks)
+        work = method.workspace_bytes(spec, tensor.tasks, device)
     return prod(size.shape) * each + work + tensor.route.work_bytes // size.divisor**2
 
 

@@ -95,7 +95,7 @@ class Journal:
         elif first is not None and not overwrite:
             changed = "".join(f" ({what})" for what in _changed_inputs(first.get("inputs", []), inputs))
             raise ConfigError(
-                f"{folder}: the unfinished merge was of other inputs, options or versions{changed}; "
+                f"{folder}: the unfinished merge was of other inputs, options, devices or versions{changed}; "
                 "run with --overwrite to discard it"
             )
         head = {"fingerprint": key, "inputs": inputs, "threads": self.threads}

@@ -86,9 +86,9 @@ class IsoC:
         choice = self.ladder(spec, device)[0]
         return f"{choice.solver.name}: {choice.reason}"
 
-    def workspace_bytes(self, spec: TensorSpec, tasks: int) -> int:
+    def workspace_bytes(self, spec: TensorSpec, tasks: int, device: torch.device) -> int:
         # Of what is expected to be taken: without a ceiling, an escalation to a full SVD may need more.
-        return self._workspace_bytes(self.ladder(spec, torch.device("cpu"))[0], spec)
+        return self._workspace_bytes(self.ladder(spec, device)[0], spec)
 
     def _workspace_bytes(self, choice: Choice[PolarSolver], spec: TensorSpec) -> int:
         rows, columns = spec.shape[-2:]

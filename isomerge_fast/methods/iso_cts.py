@@ -17,6 +17,7 @@ from ..linalg.protocol import Solver, Subspace, reciprocal
 from ..linalg.sides import long_product, short_gram, short_product
 from ..linalg.subspace_chebyshev import ChebyshevSubspace
 from ..linalg.svd import FullSvd
+from ..ops import traits_of
 from .certified import merge_certified
 from .iso_c import IsoC
 from .protocol import (
@@ -111,13 +112,13 @@ class IsoCTS:
     def within(self, memory_bytes: int) -> IsoCTS:
         return replace(self, memory_bytes=memory_bytes)
 
-    def ladder(self, spec: TensorSpec, tasks: int) -> Sequence[Choice[Solver]]:
+    def ladder(self, spec: TensorSpec, tasks: int, device: torch.device) -> Sequence[Choice[Solver]]:
         """The solvers to be tried, in order."""
         if self.solver is not None:
             return (Choice(self.solver, "given"),)
 
         def workspace(choice: Choice[Solver]) -> int:
-            return self._workspace_bytes(choice.solver, spec, tasks)
+            return self._workspace_bytes(choice.solver, spec, tasks, device)
 
         rows, columns = spec.shape[-2:]
         ladder = subspace_ladder(self.precision, spec.dtype, tall=rows > columns)
@@ -128,7 +129,7 @@ class IsoCTS:
     def explain(self, spec: TensorSpec, tasks: int, device: torch.device) -> str:
         if split_rank(min(spec.shape), tasks, self.common_fraction)[1] == 0:
             return f"too few directions for {tasks} tasks: {self._iso_c().explain(spec, tasks, device)}"
-        choice = self.ladder(spec, tasks)[0]
+        choice = self.ladder(spec, tasks, device)[0]
         return f"{choice.solver.name}: {choice.reason}"
 
     def _iso_c(self) -> IsoC:
@@ -138,26 +139,44 @@ class IsoCTS:
         """The reference judges the others: its result is never rounded."""
         return torch.float64 if self.precision == "reference" else compute_dtype
 
-    def workspace_bytes(self, spec: TensorSpec, tasks: int) -> int:
-        return self._workspace_bytes(self.ladder(spec, tasks)[0].solver, spec, tasks)
+    def workspace_bytes(self, spec: TensorSpec, tasks: int, device: torch.device) -> int:
+        return self._workspace_bytes(self.ladder(spec, tasks, device)[0].solver, spec, tasks, device)
 
-    def _workspace_bytes(self, solver: Solver, spec: TensorSpec, tasks: int) -> int:
+    def _workspace_bytes(self, solver: Solver, spec: TensorSpec, tasks: int, device: torch.device) -> int:
+        k, s = split_rank(min(spec.shape[-2:]), tasks, self.common_fraction)
+        return self._bytes_with(solver, spec, tasks, k, s, self._tasks_at_once(solver, spec, tasks, k, s, device))
+
+    def _tasks_at_once(self, solver: Solver, spec: TensorSpec, tasks: int, k: int, s: int, device: torch.device) -> int:
+        """Return how many tasks' small problems are solved as one batch: on a GPU, as many as fit under the ceiling, or
+        into half of all its memory. (What is free of it would change the bytes from run to run.)
+
+        One at a time on a CPU, where a batch of 8 gains 5 % in products and nothing in eigensolvers.
+        """
+        if self.tasks_at_once is not None:
+            return max(1, min(self.tasks_at_once, tasks))
+        traits = traits_of(device)
+        if not traits.is_gpu:
+            return 1
+        room = traits.memory_bytes // 2 if self.memory_bytes is None else self.memory_bytes
+        counts = range(tasks, 1, -1)
+        return next((count for count in counts if self._bytes_with(solver, spec, tasks, k, s, count) <= room), 1)
+
+    def _bytes_with(self, solver: Solver, spec: TensorSpec, tasks: int, k: int, s: int, at_once: int) -> int:
         rows, columns = spec.shape[-2:]
         elements, members = rows * columns, spec.elements // max(1, rows * columns)
         item = self._result_dtype(spec.dtype).itemsize
         short, long = min(rows, columns), max(rows, columns)
-        k, s = split_rank(short, tasks, self.common_fraction)
         thin = 8 * long * s * tasks
         small = 8 * 10 * short**2
         splitting = 8 * elements + solver.workspace_bytes(rows, columns, spec.dtype)
-        bases = thin + 2 * thin // max(1, tasks)  # of the tasks before, and one being made
-        delta = spec.dtype.itemsize * elements
+        bases = thin + 2 * at_once * thin // max(1, tasks)  # of the tasks before, and those being made
+        delta = spec.dtype.itemsize * elements * (at_once + (at_once > 1))  # in a batch, and one on its way into it
         if isinstance(solver, FullSvd):
             task_parts = splitting + delta + bases
         else:  # no copies of Δ_t or S, only blocks of them
-            task_parts = 8 * elements + delta + bases + small
+            task_parts = 8 * elements + delta + bases + at_once * small
             if rows > columns and isinstance(solver, ChebyshevSubspace):
-                task_parts += item * long * k + solver.search_bytes(rows, columns, s)
+                task_parts += item * long * k + at_once * solver.search_bytes(rows, columns, s)
         left = item * long * s * tasks
         if rows <= columns:  # V_k in float64, V_ts and what is left of it, then V_k in float32 and the result
             recombining = 8 * long * k + max(4 * thin, item * (long * k + elements) + 4 * left) + small
@@ -220,24 +239,7 @@ class IsoCTS:
             values = {**stats.values, "k": min(rows, columns), "s": 0}
             return value, replace(stats, algorithm=f"{self.name}/{stats.algorithm}", values=values)
         spec = TensorSpec("", tuple(deltas.shape), deltas.origin.dtype)
-        return merge_certified(self._attempt, deltas, self.ladder(spec, deltas.n_tasks))
-
-    def _tasks_at_once(self, deltas: Deltas, solver: Solver) -> int:
-        """Tasks whose small problems are solved as one batch: those that fit, on a GPU.
-
-        One at a time on a CPU, where a batch of 8 gains 5 % in products and nothing in eigensolvers.
-        """
-        if self.tasks_at_once is not None:
-            return max(1, min(self.tasks_at_once, deltas.n_tasks))
-        if deltas.device.type != "cuda":
-            return 1
-        spec = TensorSpec("", tuple(deltas.shape), deltas.dtype)
-        room = torch.cuda.mem_get_info(deltas.device)[0] // 2
-        if self.memory_bytes is not None:
-            room = min(room, self.memory_bytes - self._workspace_bytes(solver, spec, deltas.n_tasks))
-        # Δ_t, its projection in float64, and what the eigensolver takes.
-        each = 3 * 8 * spec.elements
-        return max(1, min(deltas.n_tasks, room // max(1, each)))
+        return merge_certified(self._attempt, deltas, self.ladder(spec, deltas.n_tasks, deltas.device))
 
     def _attempt(self, deltas: Deltas, choice: Choice[Solver]) -> tuple[Tensor, MergeStats]:
         solver = choice.solver
@@ -262,7 +264,8 @@ class IsoCTS:
         error = sum_limit if bool((common.sigma <= 0).any()) else None
         promise = PROMISES[self.precision]
         parts: list[Subspace] = []
-        at_once = self._tasks_at_once(deltas, solver)
+        spec = TensorSpec("", tuple(deltas.shape), deltas.dtype)
+        at_once = self._tasks_at_once(solver, spec, tasks, k, s, deltas.device)
         # Where U_k is all of a wide matrix's left side, as in coordinates it may be, R_t = 0.
         nothing_left = common.complement is not None and common.wide and common.complement.shape[-1] == 0
         for start in range(0, 0 if nothing_left else tasks, at_once):
@@ -271,9 +274,12 @@ class IsoCTS:
             if at_once == 1:
                 parts.append(_task_part(solver, deltas.delta(start), total, common, s, norm[0], origin, error, promise))
             else:
-                stack = [deltas.delta(start + task) for task in range(len(norm))]
-                parts += _task_part(solver, torch.stack(stack), total, common, s, norm, origin, error, promise).unbind()
-                stack.clear()
+                count = len(norm)
+                stack = torch.empty(count, *deltas.shape, dtype=deltas.dtype, device=deltas.device)
+                for task in range(count):
+                    stack[task] = deltas.delta(start + task)
+                parts += _task_part(solver, stack, total, common, s, norm, origin, error, promise).unbind()
+                del stack
         nonzero = torch.linalg.vector_norm(total, dim=(-2, -1)) > 0
         if common.long is None:
             common = solver.complete(total, common, long_dtype)

@@ -38,7 +38,7 @@ class TaskArithmetic:
     def check(self, spec: TensorSpec, tasks: int) -> None:
         pass
 
-    def workspace_bytes(self, spec: TensorSpec, tasks: int) -> int:
+    def workspace_bytes(self, spec: TensorSpec, tasks: int, device: torch.device) -> int:
         return spec.bytes
 
     def flops(self, spec: TensorSpec, tasks: int) -> float:

@@ -322,7 +322,7 @@ class Method(Protocol):
         """Raises ConfigError when the options do not fit this tensor."""
         ...
 
-    def workspace_bytes(self, spec: TensorSpec, tasks: int) -> int:
+    def workspace_bytes(self, spec: TensorSpec, tasks: int, device: torch.device) -> int:
         """Peak bytes inside ``merge`` beyond what ``deltas`` holds, the result included."""
         ...
 

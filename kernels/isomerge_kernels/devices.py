@@ -58,6 +58,13 @@ def traits_of(device: torch.device) -> DeviceTraits:
     return KNOWN[device]
 
 
+def indexed(device: torch.device) -> torch.device:
+    """Return the device with its number, as torch's memory functions want it: the current GPU where none is given."""
+    if device.type != "cuda" or device.index is not None:
+        return device
+    return torch.device("cuda", torch.cuda.current_device())
+
+
 def _ask(device: torch.device) -> DeviceTraits:
     if device.type != "cuda":  # which AMD's are too
         return CPU

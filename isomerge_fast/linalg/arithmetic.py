@@ -1,0 +1,29 @@
+"""What decides the last digits of a merge beside its inputs and options: the GPU, and what is installed for it."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+from ..ops import traits_of
+
+
+def describe_arithmetic(device: torch.device) -> str:
+    """Return in words what a merge on ``device`` is computed with; resumed with anything else, its bytes would differ.
+
+    Of a GPU the model (libraries choose by the count of its multiprocessors), all of its memory (from which batches
+    follow), and the versions of what launches on it. torch's own version is known to every merge.
+    """
+    traits = traits_of(device)
+    if not traits.is_gpu:
+        return device.type
+    model = f"{torch.cuda.get_device_name(device)}, {traits.memory_bytes} bytes"
+    return "; ".join([model, *(f"{package} {_version(package)}" for package in ("triton",))])
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "absent"

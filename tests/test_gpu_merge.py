@@ -1,0 +1,142 @@
+"""Merges of files on a GPU that is pretended: the device, its memory, its ceilings, and what a journal is of."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import listing, make_family
+from pretend_gpu import A100, H100, pretend_gpu
+
+import isomerge_fast as imf
+from isomerge_fast.engine import resolve_device
+from isomerge_fast.methods import IsoCTS
+from isomerge_fast.verify import verify
+
+CEILING = 64 << 20
+
+
+Family = tuple[Path, list[Path]]
+
+
+def merge(family: Family, out: Path, *, method: str = "iso-cts", **options: Any) -> imf.Report:
+    config = {"base": family[0], "experts": family[1], "out": out, "method": method}
+    return imf.merge(config, device="cuda", **options)
+
+
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    """All but the report, which tells of times."""
+    return {name: content for name, content in listing(folder).items() if name != "report.json"}
+
+
+@pytest.mark.parametrize("method", ["task-arithmetic", "iso-c", "iso-cts"])
+@pytest.mark.parametrize("max_vram", [None, CEILING])
+def test_a_merge_of_files_on_a_gpu(tmp_path: Path, method: str, max_vram: int | None) -> None:
+    family = make_family(tmp_path)
+    with pretend_gpu() as gpu:
+        report = merge(family, tmp_path / "out", method=method, max_vram=max_vram)
+        assert report.device == "cuda:0"
+        assert gpu.launches["apply_delta"] > 0
+        assert gpu.launches["task_sum"] > 0
+    assert not [row for row in report.tensors if row.get("certified") is False]
+    assert verify(tmp_path / "out").recomputed
+
+
+@pytest.mark.parametrize("name", ["auto", "cuda", "cuda:0"])
+def test_a_device_has_its_number(name: str) -> None:
+    """Without one, torch's functions for its memory refuse it."""
+    with pretend_gpu():
+        assert resolve_device(name) == torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_ceiling_on_memory_is_lifted_when_the_merge_is_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    family = make_family(tmp_path)
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("interrupted")
+
+    with pretend_gpu() as gpu:
+        torch.cuda.set_per_process_memory_fraction(0.5, torch.device("cuda", 0))  # the caller's own
+        if fails:
+            monkeypatch.setattr(IsoCTS, "merge", fail)
+            with pytest.raises(RuntimeError, match="interrupted"):
+                merge(family, tmp_path / "out", max_vram=CEILING)
+        else:
+            merge(family, tmp_path / "out", max_vram=CEILING)
+        assert gpu.fractions == [1.0, 0.5, CEILING / H100.memory_bytes, 0.5]
+
+
+class Full:
+    """``IsoCTS.merge`` on a GPU whose memory is full the first few times."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, times: int) -> None:
+        self.left, self._merge = times, IsoCTS.merge
+        monkeypatch.setattr(IsoCTS, "merge", lambda method, deltas: self(method, deltas))
+
+    def __call__(self, method: IsoCTS, deltas: Any) -> Any:
+        deltas.delta(0)  # something was taken already
+        if self.left:
+            self.left -= 1
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+        return self._merge(method, deltas)
+
+
+def test_a_tensor_for_which_there_is_no_room_is_tried_again_with_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    family = make_family(tmp_path)
+    with pretend_gpu():
+        merge(family, tmp_path / "whole")
+        Full(monkeypatch, 1)
+        merge(family, tmp_path / "out")
+    assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "whole")
+
+
+def test_out_of_memory_is_said_at_once_and_what_is_done_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    family = make_family(tmp_path)
+    with pretend_gpu():
+        merge(family, tmp_path / "whole")
+        with monkeypatch.context() as patch:
+            Full(patch, 2)
+            with pytest.raises(
+                imf.ResourceError, match=r"cuda:0 is out of memory at tensor '.*planned to take \d+ bytes"
+            ):
+                merge(family, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+        merge(family, tmp_path / "out", resume=True)
+    assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "whole")
+
+
+def test_an_unfinished_merge_does_not_go_on_with_another_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor with other packages: what is left would have other last digits."""
+    family = make_family(tmp_path)
+    with monkeypatch.context() as patch, pretend_gpu(H100):
+        Full(patch, 2)
+        with pytest.raises(imf.ResourceError):
+            merge(family, tmp_path / "out")
+    with pretend_gpu(A100), pytest.raises(imf.ConfigError, match="devices or versions"):
+        merge(family, tmp_path / "out", resume=True)
+
+
+def test_a_plan_without_a_ceiling_keeps_to_the_memory_there_is(tmp_path: Path) -> None:
+    family = make_family(tmp_path)
+    tiny = type(H100)(True, (9, 0), 1 << 20)
+    with pretend_gpu(tiny), pytest.raises(imf.ResourceError, match=r"cuda:0: 891289 bytes of its memory can be used"):
+        merge(family, tmp_path / "out")
+
+
+def test_free_memory_decides_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def free(device: object = None) -> tuple[int, int]:
+        raise AssertionError("asked for free memory")
+
+    family = make_family(tmp_path)
+    with pretend_gpu():
+        monkeypatch.setattr(torch.cuda, "mem_get_info", free)
+        merge(family, tmp_path / "out")
