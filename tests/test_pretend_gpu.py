@@ -51,6 +51,22 @@ def test_a_merge_on_a_gpu_launches_and_waits_no_more_than(name: str, shape: tupl
     assert torch.linalg.vector_norm(value - expected) <= 1e-5 * torch.linalg.vector_norm(expected)
 
 
+def test_of_a_batch_on_a_gpu_what_missed_is_solved_again() -> None:
+    """One of three matrices whose sum spans nine orders of magnitude."""
+    generator = torch.Generator().manual_seed(0)
+    deltas = [torch.randn(3, 60, 40, generator=generator) for _ in range(3)]
+    for delta in deltas:
+        delta[1] *= torch.logspace(0, -9, 40)
+    with pretend_gpu() as gpu:
+        value, stats = merge(gpu, "iso-c", deltas)
+        assert len(stats.escalations) > 0
+        before = gpu.read_count
+        assert stats.to_dict()["algorithm"] == stats.algorithm
+        assert gpu.read_count == before  # all of the evidence is there already
+    expected, _ = METHODS["iso-c"]().merge(TensorDeltas(deltas))
+    torch.testing.assert_close(value, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+
+
 def test_what_a_gpu_refuses_is_refused_and_what_it_does_is_counted() -> None:
     with pretend_gpu() as gpu:
         there = torch.ones(3, device=CUDA)

@@ -104,18 +104,19 @@ def _next(
 ) -> tuple[Tensor, MergeStats]:
     """The result of one more solver, put in where the one before it missed a check."""
     if before is None:
-        return attempt(deltas, choice)
+        value, stats = attempt(deltas, choice)
+        return value, stats.read()
     value, stats = before
     rows = torch.stack(list(missed.values())).any(0)
     remark = f"{stats.algorithm}: {stats.describe(missed)}"
     if rows.ndim == 0 or bool(rows.all()) or not isinstance(deltas, TensorDeltas):
         value, again = attempt(deltas, choice)
-        return value, again.after(stats, remark)
+        return value, again.read().after(stats, remark)
     # Matrices of a batch, with the batch's dimensions made one.
     rows = rows.to(deltas.device)
     part, again = attempt(TensorDeltas([tensor[rows] for tensor in deltas.tensors]), choice)
     value[rows] = part.to(value.dtype)
-    return value, stats.replaced(rows, again).after(stats, remark)
+    return value, stats.replaced(rows, again.read()).after(stats, remark)
 
 
 def _first_line(error: Exception) -> str:

@@ -221,7 +221,8 @@ class Check:
 
 @dataclass(frozen=True)
 class MergeStats:
-    """Evidence of one merge. Tensors are read (and the device synchronised) only by ``missed`` and ``to_dict``.
+    """Evidence of one merge. Tensors are read (and the device synchronised) by ``read``, all at once, or by ``missed``
+    and ``to_dict``.
 
     Keys of ``values``, where the method has them: ``sigma_mean`` (σ̄), ``rank`` (directions kept), ``gap`` (relative gap
     at the cut k), ``k``, ``s``, ``delta_norms`` and ``delta_largest`` (‖Δ_t‖_F and
@@ -238,6 +239,27 @@ class MergeStats:
     values: dict[str, Any] = field(default_factory=dict)
     checks: dict[str, Check] = field(default_factory=dict)
     escalations: tuple[str, ...] = ()
+
+    def read(self) -> MergeStats:
+        """Return this with everything on the CPU. One read of the device."""
+        found = {("value", key): value for key, value in self.values.items() if isinstance(value, Tensor)}
+        found |= {("check", key): check.value for key, check in self.checks.items()}
+        away = {key: value for key, value in found.items() if value.device.type != "cpu"}
+        if not away:
+            return self
+        # Counts are whole numbers that float64 holds.
+        together = torch.cat([value.double().flatten() for value in away.values()]).cpu()
+        parts = together.split([value.numel() for value in away.values()])
+        here = {
+            key: part.to(value.dtype).view(value.shape) for (key, value), part in zip(away.items(), parts, strict=True)
+        }
+        return replace(
+            self,
+            values={key: here.get(("value", key), value) for key, value in self.values.items()},
+            checks={
+                key: replace(check, value=here.get(("check", key), check.value)) for key, check in self.checks.items()
+            },
+        )
 
     def missed(self) -> dict[str, Tensor]:
         """The checks that miss their limit, as booleans per matrix on the CPU. One read of the device."""
