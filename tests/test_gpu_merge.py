@@ -11,8 +11,9 @@ from checkpoints import listing, make_family
 from pretend_gpu import A100, H100, pretend_gpu
 
 import isomerge_fast as imf
-from isomerge_fast.engine import resolve_device
+from isomerge_fast.engine import resolve_device, run
 from isomerge_fast.methods import IsoCTS
+from isomerge_fast.plan import make_plan
 from isomerge_fast.verify import verify
 
 CEILING = 64 << 20
@@ -123,6 +124,19 @@ def test_an_unfinished_merge_does_not_go_on_with_another_gpu(tmp_path: Path, mon
             merge(family, tmp_path / "out")
     with pretend_gpu(A100), pytest.raises(imf.ConfigError, match="devices or versions"):
         merge(family, tmp_path / "out", resume=True)
+
+
+def test_a_process_on_another_kind_of_gpu_refuses_its_part(tmp_path: Path) -> None:
+    base, experts = make_family(tmp_path)
+    config = imf.MergeConfig(str(base), [str(expert) for expert in experts], out=str(tmp_path / "out"))
+    with pretend_gpu(H100):
+        plan = make_plan(config, resolve_device("cuda"))
+    with (
+        pretend_gpu(A100),
+        pytest.raises(imf.ResourceError, match=r"pretended \(8, 0\).*planned for pretended \(9, 0\)"),
+    ):
+        run(plan, device="cuda")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_plan_without_a_ceiling_keeps_to_the_memory_there_is(tmp_path: Path) -> None:
