@@ -7,6 +7,7 @@ thin products instead of one square one. Nothing here reads the device.
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -17,10 +18,19 @@ PROBES = 8
 
 
 def probes(rows: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Ω [rows, PROBES], the same every time."""
-    generator = torch.Generator().manual_seed(0)
-    draw = torch.randn(rows, PROBES, generator=generator, dtype=torch.float64, device="cpu")
-    return draw.div_(math.sqrt(PROBES)).to(device, dtype)
+    """Return Ω [rows, PROBES], the same every time; not to be written to."""
+    return fixed_draw(rows, PROBES, dtype, device, divisor=math.sqrt(PROBES))
+
+
+# A merge draws a few kinds, of 2 MiB or less (4096 x 111 in float32), and each was drawn on the CPU and copied anew.
+@lru_cache(maxsize=16)
+def fixed_draw(rows: int, columns: int, dtype: torch.dtype, device: torch.device, *, divisor: float = 1.0) -> Tensor:
+    """Return normal numbers [rows, columns] over ``divisor``, the same every time; not to be written to."""
+    with torch.inference_mode(False):  # what is kept may be used outside of it
+        generator = torch.Generator().manual_seed(0)
+        draw = torch.randn(rows, columns, generator=generator, dtype=torch.float64, device="cpu")
+        # Rounded first: the copy then is done when it returns, whichever stream uses it next.
+        return draw.div_(divisor).to(dtype).to(device)
 
 
 def symmetry(x: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..ops import sym_mm, sym_mm_add
+from ..ops import sym_mm, sym_mm_add, traits_of
 from .certificate import probes
 from .cusolver import eigh
 from .protocol import (
@@ -137,20 +137,21 @@ class GramEigh:
         dtype: torch.dtype | None = None,
         short_only: bool = False,
     ) -> Subspace:
-        """See ``SubspaceSolver``."""
+        """See ``SubspaceSolver``. Reads two flags from the device at once."""
         limit = default_tolerance(x) if tolerance is None else tolerance
         vectors, sigma, kept_sigma = self._eigh(short_gram(x, dtype=self.dtype), limit)
         kept_sigma = kept_sigma[..., :k]
         vectors = vectors.double()
         top = vectors[..., :, :k] * (kept_sigma > 0)[..., None, :]
         unresolved = self._unresolved(sigma[..., :k], limit)
-        if bool((unresolved > 0).any()):
+        is_hiding, is_whole = torch.stack([(unresolved > 0).any(), (kept_sigma > 0).all()]).tolist()
+        if is_hiding:
             unresolved = self._seen(unresolved, _products(x), top, limit)
         subspace = Subspace(
             short=top,
             long=None,
             sigma=kept_sigma,
-            complement=complement_basis(vectors[..., :, k:], top, kept_sigma) if complement else None,
+            complement=complement_basis(vectors[..., :, k:], top, is_whole=is_whole) if complement else None,
             gap=relative_gap(sigma, k),
             angle=rounding_angle(sigma, k, limit, self._blur(sigma)),
             unresolved=unresolved,
@@ -160,11 +161,13 @@ class GramEigh:
 
     def complete(self, x: Tensor, subspace: Subspace, dtype: torch.dtype) -> Subspace:
         """See ``SubspaceSolver``: X maps the short side's vectors to the long side's, times σ. As in ``polar``, a
-        float32 result is computed in float32 where that leaves an error below ``rounding``. Reads one flag.
+        float32 result is computed in float32 where that leaves an error below ``rounding``, which is a flag to be read;
+        not where float64 is as fast.
         """
         inverse = reciprocal(subspace.sigma)
         scaled = subspace.short * inverse[..., None, :]
-        if dtype == torch.float32 and bool((PRODUCT * _spread(subspace.sigma, inverse) <= self.rounding).all()):
+        is_slow = dtype == torch.float32 and not traits_of(x.device).has_float64_tensor_cores
+        if is_slow and bool((PRODUCT * _spread(subspace.sigma, inverse) <= self.rounding).all()):
             scaled = scaled.to(dtype)
         return replace(subspace, long=long_product(x, scaled, dtype))
 
@@ -241,11 +244,11 @@ class GramEigh:
 
         It leaves at most 2.5 ε₃₂ (rms(σ) rms(1/σ))² in Q (160 x 64 … 4096 x 256, noise, spikes, decay). Both means come
         without an eigensolver: tr G, and tr G⁻¹ = E ‖L⁻¹ω‖² with the Cholesky factor L. Long matrices pass, square ones
-        do not. Reads one flag.
+        do not. Reads one flag, and none where float64 is as fast and nothing is to be gained.
         """
         rows, columns = x.shape[-2:]
         short = min(rows, columns)
-        if short == 0 or max(rows, columns) < 2 * short:
+        if short == 0 or max(rows, columns) < 2 * short or traits_of(x.device).has_float64_tensor_cores:
             return None
         gram = short_gram(x, dtype=torch.float32)
         lower, failed = torch.linalg.cholesky_ex(gram)

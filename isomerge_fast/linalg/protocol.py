@@ -18,7 +18,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-# Rows of the pairs of ``polar_growth`` that are made at once: few, for the memory's sake.
+from ..ops import traits_of
+
+# Rows of the pairs of ``polar_growth`` that are made at once on a CPU: few, for the memory's sake.
 GROWTH_ROWS = 64
 
 
@@ -217,7 +219,10 @@ def polar_growth(sigma: Tensor, short: int, long: int, *, ones: int = 0) -> Tens
     squares = inverse.square().sum(-1)
     # Of pairs with i = j the term would be 2 / (2 σ)².
     pairs = -0.5 * squares
-    for rows, there in zip(sigma.split(GROWTH_ROWS, dim=-1), kept.split(GROWTH_ROWS, dim=-1), strict=True):
+    width = max(1, sigma.numel())
+    # Four such blocks are there at once.
+    step = max(1, traits_of(sigma.device).block_elements(4 * GROWTH_ROWS * width) // (4 * width))
+    for rows, there in zip(sigma.split(step, dim=-1), kept.split(step, dim=-1), strict=True):
         terms = 2.0 / (rows[..., :, None] + sigma[..., None, :]).square()
         both = there[..., :, None] & kept[..., None, :]
         pairs = pairs + torch.where(both, terms, 0.0).sum((-2, -1))
@@ -232,12 +237,13 @@ def reciprocal(sigma: Tensor) -> Tensor:
     return torch.where(sigma > 0, 1.0 / sigma.clamp_min(torch.finfo(sigma.dtype).tiny), 0.0)
 
 
-def complement_basis(rest: Tensor, short: Tensor, sigma: Tensor) -> Tensor:
-    """``rest`` (the directions after the k-th), or I − W Wᵀ when some of the k were truncated (see ``Subspace``).
+def complement_basis(rest: Tensor, short: Tensor, *, is_whole: bool) -> Tensor:
+    """Return ``rest``, the directions after the k-th, or I − W Wᵀ when some of the k were truncated (see ``Subspace``).
 
-    Reads one flag from the device.
+    Args:
+        is_whole: whether none of the k was, of any matrix.
     """
-    if bool((sigma > 0).all()):
+    if is_whole:
         return rest.clone()
     projector = -(short @ short.mT)
     projector.diagonal(dim1=-2, dim2=-1).add_(1.0)

@@ -12,10 +12,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..ops import mm_add, sym_mm_add
+from ..ops import mm_add, sym_mm_add, traits_of
 
-# A block of the long side holds about this many elements (8 MiB of float64). A Gram matrix of 32000 x 768 takes the
-# same time to 6 % from 2^19 to 2^22 (2-core CPU), 26 % more at 2^17.
+# On a CPU a block of the long side holds about this many elements (8 MiB of float64). The Gram matrix of 32000 x 768
+# takes the same time to 6 % from 2^19 to 2^22 (2-core CPU), 26 % more at 2^17.
 BLOCK_ELEMENTS = 1 << 20
 
 
@@ -26,7 +26,8 @@ def long_blocks(x: Tensor, dtype: torch.dtype, *, whole: bool = False) -> Iterat
     """
     rows, columns = x.shape[-2:]
     short, length = min(rows, columns), max(rows, columns)
-    step = max(1, BLOCK_ELEMENTS // max(1, short * math.prod(x.shape[:-2])))
+    elements = traits_of(x.device).block_elements(BLOCK_ELEMENTS)
+    step = max(1, elements // max(1, short * math.prod(x.shape[:-2])))
     if whole and x.dtype == dtype:
         step = max(1, length)
     for start in range(0, length, step):

@@ -12,6 +12,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..ops import traits_of
+
 Product = Callable[[Tensor], Tensor]
 
 # Without the margins, over 64 spectra (r = 24 … 512; Gaussian, linear, log-spaced with κ up to 1e7, one value apart),
@@ -47,11 +49,23 @@ def singular_range(gram: Tensor, *, tolerance: Tensor) -> tuple[Tensor, Tensor]:
     largest = torch.minimum(LARGEST_MARGIN * largest, bound.sqrt())
 
     lower, failed = torch.linalg.cholesky_ex(gram)
-    inverse = _largest_eigenvalue(lambda v: torch.cholesky_solve(v, lower), start, SMALLEST_STEPS).sqrt()
+    inverse = _largest_eigenvalue(_inverse_product(lower), start, SMALLEST_STEPS).sqrt()
     smallest = 1.0 / (SMALLEST_MARGIN * inverse)
     limit = torch.maximum(tolerance.double(), RESOLUTION * largest)
     # What a failed factorisation leaves may be anything, NaN included, but stays in its own member of the batch.
     return largest, torch.where((failed == 0) & (smallest > limit), smallest, 0.0)
+
+
+def _inverse_product(lower: Tensor) -> Product:
+    """Return the product with (L Lᵀ)⁻¹.
+
+    On a GPU L⁻¹ is formed once: a solve with a few columns takes as long there as one with all of them.
+    """
+    if not traits_of(lower.device).is_gpu:
+        return lambda v: torch.cholesky_solve(v, lower)
+    unit = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device)
+    inverse = torch.linalg.solve_triangular(lower, unit, upper=False)
+    return lambda v: inverse.mT @ (inverse @ v)
 
 
 def largest_beyond(forward: Product, backward: Product, vectors: Tensor) -> Tensor:

@@ -22,10 +22,12 @@ import torch
 from torch import Tensor
 
 from ..ops import mm, mm_add, sym_mm_add
+from .certificate import fixed_draw
 from .cusolver import eigh
 from .gram_eigh import GramEigh
 from .protocol import Subspace, reciprocal, relative_gap
 from .sides import BLOCK_ELEMENTS, long_product, short_gram, short_product
+from .thin import flagged_qr
 
 # Below these the whole spectrum is as cheap.
 SMALLEST_SIDE, LARGEST_FRACTION = 256, 1 / 16
@@ -66,12 +68,10 @@ def filtered_block(
     iteration", J. Comput. Phys. 219 (2006).
     """
     n, width = gram.shape[-1], s + oversampling
-    generator = torch.Generator().manual_seed(0)
-    block = torch.randn(n, width, generator=generator, dtype=torch.float64, device="cpu").to(gram)
-    block = block.expand(*gram.shape[:-2], n, width)
+    block = fixed_draw(n, width, gram.dtype, gram.device).expand(*gram.shape[:-2], n, width)
     for _ in range(2):
         block = mm(gram, block)
-    ritz = _rayleigh_ritz(gram, torch.linalg.qr(block)[0])
+    ritz, missed = _ritz_in(gram, block)
     kept = torch.full(gram.shape[:-2], s, device=gram.device)
     degree = 0
     while degree < max_degree:
@@ -80,13 +80,20 @@ def filtered_block(
         done = (ritz.residuals[..., :s].amax(-1) <= floor) | (angle_bound(ritz, kept) <= angle)
         # The growth of the largest eigenvalue's column over that of the smallest: cosh(d·acosh((λ₁ − m)/w)).
         middle, half = (cut - noise) / 2.0, ((cut + noise) / 2.0).clamp_min(torch.finfo(gram.dtype).tiny)
-        if bool(done.all()):
+        ratio = torch.where(done, 1.0, (1.05 * largest - middle) / half).amax()
+        flags = (missed.any(), done.all(), ((noise > cut) & ~done).any())
+        ratio, *read = torch.stack([ratio, *flags]).tolist()
+        is_missed, is_done, is_hidden = map(bool, read)
+        if is_missed:
+            ritz, missed = _rayleigh_ritz(gram, torch.linalg.qr(block)[0]), torch.zeros_like(missed)
+            continue
+        if is_done:
             break
-        if bool((noise > cut)[~done].any()):
+        if is_hidden:
             return None
-        ratio = torch.where(done, 1.0, (1.05 * largest - middle) / half).amax().item()
         step = max(4, int(math.log(GROWTH) / math.acosh(max(1.05, ratio))))
-        ritz = _rayleigh_ritz(gram, torch.linalg.qr(_chebyshev(gram, ritz.vectors, middle, half, step))[0])
+        block = _chebyshev(gram, ritz.vectors, middle, half, step)
+        ritz, missed = _ritz_in(gram, block)
         degree += step
     return ritz
 
@@ -118,6 +125,12 @@ def _chebyshev(gram: Tensor, x: Tensor, middle: Tensor, half: Tensor, degree: in
     for _ in range(degree - 1):
         before, now = now, mm_add(before, shifted, now, alpha=2.0, beta=-1.0)
     return now
+
+
+def _ritz_in(gram: Tensor, block: Tensor) -> tuple[Ritz, Tensor]:
+    """Return what ``_rayleigh_ritz`` finds in the span of ``block``, and where ``flagged_qr`` missed that."""
+    x, _, missed = flagged_qr(block)
+    return _rayleigh_ritz(gram, x), missed
 
 
 def _rayleigh_ritz(gram: Tensor, x: Tensor) -> Ritz:
@@ -217,7 +230,7 @@ class ChebyshevSubspace(GramEigh):
         assert common.long is not None
         # Converted once where that is small; else every product converts blocks of it.
         exact_delta = delta.double() if delta.numel() <= CONVERTED_ELEMENTS else delta
-        x = torch.linalg.qr(block.double())[0]
+        x, _, missed = flagged_qr(block.double())
         image = long_product(exact_delta, x, torch.float64)
         inside = common.whitened @ (common.whitened.mT @ short_product(total, image))
         image -= long_product(total, inside, torch.float64)
@@ -231,7 +244,7 @@ class ChebyshevSubspace(GramEigh):
             kept = sigma[..., :s] > limit
             bound = angle_bound(Ritz(x, values, torch.linalg.vector_norm(w, dim=-2)), kept.sum(-1))
             unresolved = self._unresolved(sigma[..., :s], tolerance)
-            if bool(((bound <= self.angle) & (unresolved == 0)).all()):
+            if bool(((bound <= self.angle) & (unresolved == 0) & ~missed).all()):
                 kept_sigma = torch.where(kept, sigma[..., :s], 0.0)
                 return Subspace(
                     short=x[..., :, :s] * kept[..., None, :],
@@ -249,6 +262,7 @@ class ChebyshevSubspace(GramEigh):
                 c = correction(gram, *narrow)
                 x[..., :, :s] += c
                 image[..., :, :s] += delta @ c - common.long.to(delta.dtype) @ (y @ c)
-                x, r = torch.linalg.qr(x)
+                x, r, again = flagged_qr(x)
+                missed = missed | again
                 image = torch.linalg.solve_triangular(r, image, upper=True, left=False)
         return None

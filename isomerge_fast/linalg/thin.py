@@ -5,13 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..ops import traits_of
+
 # CholeskyQR2 in float64 is orthonormal to rounding up to κ of about 1e7 (Yamamoto et al. 2015); far below that is left
 # to it, the rest to Householder. Diagonal ratios of the factor under-estimate κ, hence the distance.
 SMALLEST_DIAGONAL_RATIO = 1e-5
+# ‖QᵀQ − I‖_F of a Q before its last pass: that pass leaves rounding alone.
+NEARLY_ORTHONORMAL = 0.1
 
 
 def thin_qr(x: Tensor) -> tuple[Tensor, Tensor]:
-    """X = Q R of a tall float64 X [..., L, c], by CholeskyQR2 where it is safe, else Householder.
+    """Return Q and R of a tall float64 X = Q R [..., L, c], by CholeskyQR2 where it is safe, else Householder.
 
     A few GEMM-like passes over X instead of Householder's column by column: 3072 x 152 in 11 ms instead of 57 on 2 CPU
     cores. R is upper triangular up to rounding; its diagonal may differ in sign from
@@ -19,15 +23,50 @@ def thin_qr(x: Tensor) -> tuple[Tensor, Tensor]:
     """
     if x.shape[-2] < x.shape[-1]:
         return torch.linalg.qr(x)
-    factors = []
-    q = x
+    q, factors, safe = x, [], []
     for _ in range(2):
         lower, failed = torch.linalg.cholesky_ex(q.mT @ q)
         diagonal = lower.diagonal(dim1=-2, dim2=-1)
-        ratio = diagonal.amin(-1) / diagonal.amax(-1) if diagonal.shape[-1] else diagonal.new_ones(())
+        ratio = diagonal.amin(-1) / diagonal.amax(-1) if diagonal.shape[-1] else diagonal.new_ones(failed.shape)
         # Not `<`: NaN, which a failed factorisation may leave, has to end up here too.
-        if bool(failed.any()) or not bool((ratio > SMALLEST_DIAGONAL_RATIO).all()):
-            return torch.linalg.qr(x)
+        safe.append((failed == 0) & (ratio > SMALLEST_DIAGONAL_RATIO))
         q = torch.linalg.solve_triangular(lower.mT, q, upper=True, left=False)
         factors.append(lower.mT)
+    if not bool(torch.stack(safe).all()):
+        return torch.linalg.qr(x)
     return q, factors[1] @ factors[0]
+
+
+def flagged_qr(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return Q, R of a tall X = Q R [..., L, c], and which of a batch were missed [...], which nothing waits for.
+
+    On a CPU by Householder, which misses none. On a GPU that goes through a batch one by one, column by column: there
+    by shifted CholeskyQR3 in float64, for κ up to 1e12 or so, and what is missed has columns of I for Q and I for R.
+
+    Reference: Fukaya, Kannan, Nakatsukasa, Yamamoto, Yanagisawa, "Shifted Cholesky QR for computing the QR
+    factorization of ill-conditioned matrices", SIAM J. Sci. Comput. 42 (2020).
+    """
+    if not traits_of(x.device).is_gpu:
+        q, r = torch.linalg.qr(x)
+        return q, r, torch.zeros(x.shape[:-2], dtype=torch.bool, device=x.device)
+    long, columns = x.shape[-2:]
+    unit = torch.eye(long, columns, dtype=torch.float64, device=x.device)
+    q, r = x.double(), unit[:columns]
+    missed = torch.zeros(x.shape[:-2], dtype=torch.bool, device=x.device)
+    for step in range(3):
+        gram = q.mT @ q
+        if step == 0:
+            eps = torch.finfo(torch.float64).eps / 2
+            shift = 11.0 * (long * columns + columns * (columns + 1)) * eps * gram.diagonal(dim1=-2, dim2=-1).sum(-1)
+            gram.diagonal(dim1=-2, dim2=-1).add_(shift[..., None])
+        elif step == 2:
+            # Not `>`: NaN, which a failed factorisation may leave, is missed.
+            missed |= ~(torch.linalg.matrix_norm(gram - unit[:columns]) <= NEARLY_ORTHONORMAL)
+        lower, failed = torch.linalg.cholesky_ex(gram)
+        missed |= failed != 0
+        q = torch.linalg.solve_triangular(lower.mT, q, upper=True, left=False)
+        r = lower.mT @ r
+    empty = ~x.any(-1).any(-1)  # not missed: R = 0
+    q = torch.where(missed[..., None, None], unit, q)
+    r = torch.where(missed[..., None, None], unit[:columns] * ~empty[..., None, None], r)
+    return q.to(x.dtype), r.to(x.dtype), missed & ~empty

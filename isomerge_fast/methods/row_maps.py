@@ -19,7 +19,7 @@ from ..linalg.certificate import PROBES, probes
 from ..linalg.gram_eigh import PRODUCT, GramEigh
 from ..linalg.gram_spectrum import GramSpectrum, eigh_workspace_bytes, gram_noise, spectrum_in_place
 from ..linalg.protocol import rounding_tolerance
-from ..ops import BLOCK_ELEMENTS, TaskSum, sym_mm_add
+from ..ops import BLOCK_ELEMENTS, TaskSum, sym_mm_add, traits_of
 from .certified import exact_products
 from .protocol import Check, MergeStats, RowBlock, RowSource, TensorSpec, delta_sizes, require_comparable, spectral_mean
 
@@ -29,6 +29,10 @@ SMALLEST_ASPECT = 2
 # Rows are gathered until S_b holds this many elements (4 MiB in float64), and are at least so many: N x N sums are read
 # and written once for all of them.
 CHUNK_ELEMENTS, LEAST_ROWS = 1 << 19, 256
+# On a GPU: 1024 rows of 4096 are multiplied in six times the time that their N x N sum takes to be read and written (an
+# estimate: no GPU has been at hand), and each task has such a chunk.
+GPU_CHUNK_ELEMENTS = 1 << 22
+CPU = torch.device("cpu")
 # Relative error that float64 Gram matrices and float32 products may leave each.
 ROUNDING = GramEigh().rounding
 
@@ -81,9 +85,10 @@ class LinearMap:
         return MergeStats(self._algorithm, self._seen.values()[1])
 
 
-def chunk_rows(rows: int, columns: int) -> int:
-    """Rows that are worked on at once."""
-    return min(rows, max(LEAST_ROWS, CHUNK_ELEMENTS // max(1, columns)))
+def chunk_rows(rows: int, columns: int, device: torch.device) -> int:
+    """Return how many rows are worked on at once."""
+    elements = GPU_CHUNK_ELEMENTS if traits_of(device).is_gpu else CHUNK_ELEMENTS
+    return min(rows, max(LEAST_ROWS, elements // max(1, columns)))
 
 
 def chunks(source: RowSource, tasks: Sequence[int], *, seen: Seen | None = None) -> Iterator[tuple[Tensor, ...]]:
@@ -92,7 +97,7 @@ def chunks(source: RowSource, tasks: Sequence[int], *, seen: Seen | None = None)
     They do not depend on the source's blocks.
     """
     rows, columns = source.shape
-    step = chunk_rows(rows, columns)
+    step = chunk_rows(rows, columns, source.device)
     buffers = [torch.empty(step, columns, dtype=torch.float64, device=source.device) for _ in range(1 + len(tasks))]
     filled = 0
     for block in source.blocks():
@@ -247,31 +252,32 @@ def product_rounding(columns: int, *products: tuple[Tensor, Tensor]) -> float:
 def part_rows(block: RowBlock) -> Iterator[slice]:
     """The rows of a block, counted from its first, so many at a time as there is memory for in float64."""
     count, columns = block.base.shape
-    step = chunk_rows(count, columns)
+    step = chunk_rows(count, columns, block.base.device)
     return (slice(start, min(start + step, count)) for start in range(0, count, step))
 
 
-def chunk_bytes(rows: int, columns: int, matrices: int, products: int = 0) -> int:
+def chunk_bytes(rows: int, columns: int, matrices: int, products: int = 0, *, device: torch.device = CPU) -> int:
     """Of ``chunks``, and of what makes them or what is made of them, as so many matrices of their size."""
-    elements = columns * chunk_rows(rows, columns)
+    elements = columns * chunk_rows(rows, columns, device)
     making = max(12 * min(BLOCK_ELEMENTS, elements), 4 * elements + 4 * min(BLOCK_ELEMENTS, elements))
     return 8 * elements * matrices + max(making, 8 * elements * products)
 
 
-def part_bytes(columns: int, block_elements: int, products: int) -> int:
+def part_bytes(columns: int, block_elements: int, products: int, *, device: torch.device = CPU) -> int:
     """Of ``rows``: the result, and what is made part by part, the evidence included."""
     rows = max(1, block_elements // max(1, columns))
-    return 4 * block_elements + chunk_bytes(rows, columns, 1, products) + 16 * PROBES * chunk_rows(rows, columns)
+    chunk = chunk_bytes(rows, columns, 1, products, device=device)
+    return 4 * block_elements + chunk + 16 * PROBES * chunk_rows(rows, columns, device)
 
 
-def polar_map_bytes(spec: TensorSpec, block_elements: int) -> int:
+def polar_map_bytes(spec: TensorSpec, block_elements: int, *, device: torch.device = CPU) -> int:
     """Peak of ``PolarMap``: the second eigensolver, or QᵀQ and its product, or what is made of rows."""
     rows, columns = spec.shape
     square = 8 * columns**2
     return 8 * 8 * PROBES * columns + max(
-        square + chunk_bytes(rows, columns, 1),
+        square + chunk_bytes(rows, columns, 1, device=device),
         2 * square + eigh_workspace_bytes(columns),
-        2 * square + chunk_bytes(rows, columns, 1, 1),
+        2 * square + chunk_bytes(rows, columns, 1, 1, device=device),
         3 * square,
-        square + part_bytes(columns, block_elements, 1),
+        square + part_bytes(columns, block_elements, 1, device=device),
     )

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from .devices import traits_of
 from .protocol import TaskSum, check_apply, check_out, check_same, compute_dtype, weights_of
 
 MASK = 0xFFFFFFFF
@@ -46,7 +47,7 @@ def subtract(expert: Tensor, base: Tensor, *, dtype: torch.dtype, out: Tensor | 
     out = torch.empty(base.shape, dtype=dtype, device=base.device) if out is None else out
     if base.ndim == 0:
         return out.copy_(expert.to(dtype) - base.to(dtype))
-    for rows in row_blocks(base.shape):
+    for rows in row_blocks(base.shape, traits_of(base.device).block_elements(BLOCK_ELEMENTS)):
         # copy_ widens block by block: no second full-size tensor in `dtype`.
         out[rows].copy_(expert[rows]).sub_(base[rows].to(dtype))
     return out
@@ -238,7 +239,8 @@ def count_nonfinite(x: Tensor) -> Tensor:
     if x.numel() == 0 or (x.device.type == "cpu" and all(map(torch.isfinite, torch.aminmax(x)))):
         return torch.zeros((), dtype=torch.int64, device=x.device)
     x = x[None] if x.ndim == 0 else x
-    return torch.stack([(~torch.isfinite(x[rows])).sum() for rows in row_blocks(x.shape, 4 * BLOCK_ELEMENTS)]).sum()
+    elements = traits_of(x.device).block_elements(4 * BLOCK_ELEMENTS)
+    return torch.stack([(~torch.isfinite(x[rows])).sum() for rows in row_blocks(x.shape, elements)]).sum()
 
 
 # From this many rows on a symmetric product is made of panels. At 768 four panels take 0.78 of a full product's time in
