@@ -8,14 +8,17 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from pretend_gpu import H100, pretend_gpu
 
 import isomerge_fast as imf
 from isomerge_fast.errors import ConfigError
 from isomerge_fast.linalg.gram_eigh import GramEigh
 from isomerge_fast.linalg.svd import FullSvd
-from isomerge_fast.linalg.thin import thin_qr
+from isomerge_fast.linalg.thin import flagged_qr, thin_qr
 from isomerge_fast.methods import METHODS, TensorSpec, as_deltas, make_method
 from isomerge_fast.methods.iso_cts import split_rank
+from isomerge_kernels import devices
+from isomerge_kernels.devices import DeviceTraits
 
 # Errors promised for full-rank fp32 input; measured at most 4e-7 and 3e-13 on these cases.
 DEFAULT_BOUND, REFERENCE_BOUND = 1e-5, 1e-9
@@ -320,19 +323,65 @@ def test_solvers_against_numpy(solver, shape: tuple[int, int]) -> None:
     assert oracle.relative_error(short.numpy(), np.eye(min(shape))) <= 1e-10
 
 
+def with_condition(x: torch.Tensor, condition: float) -> torch.Tensor:
+    u, _, vh = torch.linalg.svd(x, full_matrices=False)
+    scales = torch.logspace(0, -np.log10(min(condition, 1e300)), min(x.shape[-2:]), dtype=torch.float64)
+    return u @ (scales[:, None] * vh)
+
+
 @pytest.mark.parametrize("condition", [1e0, 1e3, 1e5, 1e7, 3e7, 1e8, 1e9, 1e14, float("inf")])
 @pytest.mark.parametrize("shape", [(200, 30), (30, 30), (10, 30), (2, 80, 12)], ids=str)
 def test_thin_qr(shape: tuple[int, ...], condition: float) -> None:
     """Orthonormal and exact at every condition number, by whichever of its two ways; deficient input too."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(shape, generator=generator, dtype=torch.float64)
-    u, _, vh = torch.linalg.svd(x, full_matrices=False)
-    scales = torch.logspace(0, -np.log10(min(condition, 1e300)), min(shape[-2:]), dtype=torch.float64)
-    x = u @ (scales[:, None] * vh)
+    x = with_condition(x, condition)
     q, r = thin_qr(x)
     eye = torch.eye(q.shape[-1], dtype=torch.float64)
     assert torch.linalg.matrix_norm(q.mT @ q - eye).max() <= 1e-13 * q.shape[-1]
     assert torch.linalg.matrix_norm(q @ r - x).max() <= 1e-14 * np.sqrt(x.numel()) * torch.linalg.matrix_norm(x).max()
+
+
+@pytest.mark.parametrize("traits", [devices.CPU, H100], ids=["cpu", "h100"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("condition", [1e0, 1e3, 1e7, 1e9, 1e11])
+def test_flagged_qr(
+    condition: float, dtype: torch.dtype, traits: DeviceTraits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Orthonormal and exact to the rounding of its dtype, beside members that are zero and not finite."""
+    monkeypatch.setitem(devices.KNOWN, torch.device("cpu"), traits)
+    generator = torch.Generator().manual_seed(0)
+    x = with_condition(torch.randn(4, 200, 30, generator=generator, dtype=torch.float64), condition).to(dtype)
+    x[1] = 0.0
+    if traits.is_gpu:
+        monkeypatch.delattr(torch.linalg, "qr")  # Householder's is for the CPU
+        x[2, 5, 5] = torch.inf
+    q, r, missed = flagged_qr(x)
+    assert missed.tolist() == [False, False, traits.is_gpu, False]
+    assert q.dtype == r.dtype == dtype
+    eye, eps = torch.eye(30, dtype=dtype), torch.finfo(dtype).eps
+    assert torch.linalg.matrix_norm(q.mT @ q - eye).max() <= 30 * eps  # of what is missed too, which is finite
+    there = [0, 1, 3]
+    allowed = 30 * eps * torch.linalg.matrix_norm(x[there])
+    assert (torch.linalg.matrix_norm(q[there] @ r[there] - x[there]) <= allowed).all()
+
+
+def test_flagged_qr_says_what_it_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(devices.KNOWN, torch.device("cpu"), H100)
+    x = torch.ones(2, 50, 6, dtype=torch.float64)
+    x[0] = torch.eye(50, 6)
+    q, r, missed = flagged_qr(x)
+    assert missed.tolist() == [False, True]
+    assert torch.equal(q[1], torch.eye(50, 6, dtype=torch.float64))
+    assert r.isfinite().all()
+
+
+def test_thin_qr_reads_once() -> None:
+    with pretend_gpu() as gpu:
+        x = gpu.upload(torch.randn(200, 30, dtype=torch.float64))
+        gpu.reset()
+        thin_qr(x)
+        assert gpu.read_count == 1
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 
 import fuzz_numerics
@@ -11,18 +12,21 @@ import pytest
 import torch
 from allocation import peak_bytes
 from cases import CASES, Case
-from pretend_gpu import H100, RTX5090
+from pretend_gpu import H100, RTX5090, PretendTensor, pretend_gpu
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import isomerge_fast as imf
 from isomerge_fast.linalg.auto import PROMISES, polar_ladder
-from isomerge_fast.linalg.certificate import orthogonality, symmetry
+from isomerge_fast.linalg.certificate import PROBES, fixed_draw, orthogonality, probes, symmetry
 from isomerge_fast.linalg.gram_eigh import GramEigh
-from isomerge_fast.linalg.protocol import Solver
+from isomerge_fast.linalg.protocol import Solver, polar_growth
+from isomerge_fast.linalg.sides import long_blocks
 from isomerge_fast.linalg.subspace_chebyshev import ChebyshevSubspace, filtered_block
 from isomerge_fast.linalg.svd import FullSvd
 from isomerge_fast.methods import MergeStats, TensorDeltas, TensorSpec, as_deltas, make_method
-from isomerge_kernels import devices
+from isomerge_fast.methods.row_maps import chunk_rows
+from isomerge_kernels import devices, reference
 from isomerge_kernels.devices import DeviceTraits
 
 METHODS = ("iso-c", "iso-cts")
@@ -498,3 +502,123 @@ def test_what_cuda_would_take(monkeypatch: pytest.MonkeyPatch, traits: DeviceTra
         assert {choice.sum_dtype for choice in ladder} == {torch.float64}
     small = polar_ladder("default", (768, 768), torch.float32, cuda)
     assert small == polar_ladder("default", (768, 768), torch.float32, torch.device("cpu"))
+
+
+ON_A_GPU = [
+    (H100, Case(4, 512, 64, 1e3, 20)),
+    (H100, Case(9, 600, 260, 1e6, 8)),
+    (RTX5090, Case(9, 600, 260, 1e1, 8)),
+]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("traits", "case"), ON_A_GPU, ids=["short", "ill-conditioned", "other"])
+def test_tiers_keep_their_promises_by_the_rules_of_a_gpu(traits: DeviceTraits, case: Case, method: str) -> None:
+    deltas, judge = case.deltas(), expected(case, method)
+    with pretend_gpu(traits) as gpu:
+        for precision, promise in PROMISES.items():
+            value, stats = merge([gpu.upload(delta) for delta in deltas], method, precision=precision)
+            assert isinstance(value, PretendTensor)
+            assert oracle.relative_error(value.held.numpy(), judge) <= promise, (precision, stats.to_dict())
+
+
+def test_zero_and_repeated_tasks_by_the_rules_of_a_gpu() -> None:
+    """What has no Cholesky factor is nothing to search in, or Householder's."""
+    first = Case(0, 600, 260, 1e2, 8).deltas()
+    low = [delta[:, :3] @ delta[:3] for delta in first]
+    for deltas in ([*first[:7], torch.zeros(600, 260)], [*first[:6], first[0], low[7]], low):
+        wanted, _ = merge(deltas, "iso-cts")
+        with pretend_gpu() as gpu:
+            value, stats = merge([gpu.upload(delta) for delta in deltas], "iso-cts")
+            assert not stats.missed(), stats.to_dict()
+            assert isinstance(value, PretendTensor)
+            assert oracle.relative_error(value.held.numpy(), wanted.double().numpy()) <= PROMISES["default"]
+
+
+def test_a_search_goes_on_with_householder_where_cholesky_has_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eigenvalues so far apart that the first block has no Cholesky factor; and one that is of low rank."""
+    monkeypatch.setitem(devices.KNOWN, torch.device("cpu"), H100)
+    householder = []
+    qr = torch.linalg.qr
+    monkeypatch.setattr(torch.linalg, "qr", lambda x: householder.append(x.shape) or qr(x))
+    gram = torch.diag(torch.logspace(0, -250, 300, dtype=torch.float64))
+    found = filtered_block(gram, 6, noise=torch.tensor(1e-16, dtype=torch.float64), angle=1e-6)
+    assert found is not None
+    assert householder == [(300, 15)]
+    assert torch.linalg.vector_norm(found.vectors[6:, :6]) <= 1e-6
+    gram = torch.diag((torch.arange(300) < 5).double())
+    assert filtered_block(gram, 6, noise=torch.tensor(1e-12, dtype=torch.float64), angle=1e-6) is None
+
+
+def test_draws_are_kept_and_are_what_they_were() -> None:
+    fixed_draw.cache_clear()
+    draw = torch.randn(50, PROBES, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    with torch.inference_mode():
+        first = probes(50, torch.float32, torch.device("cpu"))
+    assert torch.equal(first, draw.div(math.sqrt(PROBES)).float())
+    assert not first.is_inference()  # nor is it unfit for those that come after
+    assert probes(50, torch.float32, torch.device("cpu")) is first
+    deltas = Case(0, 600, 260, 1e2, 4).deltas()
+    with pretend_gpu() as gpu:
+        for expected_uploads in (True, False):
+            there = [gpu.upload(delta) for delta in deltas]
+            gpu.reset()
+            merge(there, "iso-cts")
+            assert bool(gpu.uploads) == expected_uploads
+    kept = [fixed_draw(260, columns, torch.float32, torch.device("cpu")) for columns in (8, 16)]
+    before = [draw.clone() for draw in kept]
+    merge(deltas, "iso-cts")
+    merge(deltas, "iso-c")
+    assert all(torch.equal(*pair) for pair in zip(kept, before, strict=True))
+
+
+class Calls(TorchDispatchMode):
+    """How many operations there are, those that are views left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if "slice" not in str(function) and "empty" not in str(function):
+            self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+def test_blocks_fill_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """4096 x 14336 in a few pieces, where a CPU's cache has hundreds; nothing is held or computed here."""
+    meta = torch.device("meta")
+    stack = torch.empty(8, 4096, 14336, device=meta)
+    base = torch.empty(4096, 14336, device=meta, dtype=torch.bfloat16)
+
+    def counts() -> list[int]:
+        blocks = len(list(long_blocks(stack, torch.float64)))
+        with Calls() as of_subtract:
+            reference.subtract(base, base, dtype=torch.float32)
+        with Calls() as of_count:
+            reference.count_nonfinite(base)
+        with Calls() as of_growth:
+            polar_growth(torch.empty(4096, device=meta, dtype=torch.float64), 4096, 4096)
+        return [blocks, len(of_subtract.names), len(of_count.names), len(of_growth.names)]
+
+    monkeypatch.setitem(devices.KNOWN, meta, devices.CPU)
+    assert all(count > few for count, few in zip(counts(), (440, 670, 220, 800), strict=True))
+    assert chunk_rows(128256, 4096, meta) == 256
+    monkeypatch.setitem(devices.KNOWN, meta, H100)
+    assert all(count <= few for count, few in zip(counts(), (14, 6, 15, 60), strict=True)), counts()
+    assert chunk_rows(128256, 4096, meta) == 1024
+
+
+def test_full_svd_by_gesvd_on_nvidia(monkeypatch: pytest.MonkeyPatch) -> None:
+    drivers = []
+    svd = torch.linalg.svd
+
+    def recorded(x: Tensor, *, full_matrices: bool, driver: str | None) -> object:
+        drivers.append(driver)
+        return svd(x, full_matrices=full_matrices)
+
+    monkeypatch.setattr(torch.linalg, "svd", recorded)
+    for traits in (H100, DeviceTraits(True), devices.CPU):
+        monkeypatch.setitem(devices.KNOWN, torch.device("cpu"), traits)
+        FullSvd().polar(torch.eye(3))
+    assert drivers == ["gesvd", None, None]

@@ -9,6 +9,7 @@ import oracle
 import pytest
 import torch
 from allocation import peak_bytes
+from pretend_gpu import H100
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from isomerge_fast.linalg.polar_express import PolarExpress, Quintic, minimax_quintic, quintics
@@ -16,6 +17,8 @@ from isomerge_fast.linalg.polar_gram import GramNewtonSchulz, split
 from isomerge_fast.linalg.polar_iteration import start
 from isomerge_fast.linalg.polar_qdwh import Qdwh, cholesky_step, halley_steps, qr_step
 from isomerge_fast.linalg.spectrum import RESOLUTION, singular_range
+from isomerge_kernels import devices
+from isomerge_kernels.devices import DeviceTraits
 
 SINGLE, DOUBLE = torch.float32, torch.float64
 SOLVERS = [PolarExpress(), PolarExpress(SINGLE), GramNewtonSchulz(), GramNewtonSchulz(SINGLE), Qdwh(), Qdwh(SINGLE)]
@@ -256,9 +259,16 @@ def spectra(rows: int) -> dict[str, torch.Tensor]:
     }
 
 
+each_rule = pytest.mark.parametrize("traits", [devices.CPU, H100], ids=["cpu", "h100"])
+
+
+@each_rule
 @pytest.mark.parametrize("rows", [2, 24, 192])
-def test_singular_range(rows: int) -> None:
+def test_singular_range(rows: int, traits: DeviceTraits, monkeypatch: pytest.MonkeyPatch) -> None:
     """σ₁ from above and σ_r from below, within a few per cent, of a batch of all spectra at once and of each alone."""
+    monkeypatch.setitem(devices.KNOWN, torch.device("cpu"), traits)
+    if traits.is_gpu:  # L⁻¹ is formed once instead
+        monkeypatch.delattr(torch, "cholesky_solve")
     sigma = torch.stack(list(spectra(rows).values()))
     generator = torch.Generator().manual_seed(1)
     u = torch.linalg.qr(torch.randn(len(sigma), rows, rows, generator=generator, dtype=DOUBLE)).Q
@@ -283,8 +293,10 @@ def test_singular_range_obeys_norms() -> None:
         assert largest.square() == pytest.approx(torch.linalg.eigvalsh(gram)[-1].item(), rel=1e-12)
 
 
-def test_singular_range_of_the_deficient_is_0() -> None:
+@each_rule
+def test_singular_range_of_the_deficient_is_0(traits: DeviceTraits, monkeypatch: pytest.MonkeyPatch) -> None:
     """Zero, indefinite, of low rank, unresolved, below the tolerance; and one in the same batch that is well."""
+    monkeypatch.setitem(devices.KNOWN, torch.device("cpu"), traits)
     ones = torch.ones(6, dtype=DOUBLE)
     diagonals = ones.repeat(6, 1)
     diagonals[0] = 0.0
