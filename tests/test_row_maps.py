@@ -14,11 +14,13 @@ import torch
 from allocation import peak_bytes
 from cases import Case
 from checkpoints import load_folder, save_folder
+from pretend_gpu import pretend_gpu
 from row_sources import Rows, by_rows, rows_of
 from torch import Tensor
 
 import isomerge_fast as imf
 from isomerge_fast.methods import MergeStats, NotFiniteError, TensorSpec, as_deltas, make_method
+from isomerge_fast.methods.row_maps import product_rounding
 from isomerge_fast.plan import PROCESS_BYTES
 
 BOUND = 1e-5  # relative Frobenius error, the promise of precision "default"
@@ -339,3 +341,12 @@ def test_engine_takes_the_route_under_a_ceiling(tmp_path: Path, name: str, dtype
     moved = (free - base.float()).norm()
     # One in a few thousand roundings to bfloat16 falls to the other side.
     assert (low - free).norm() <= (1e-5 if dtype == torch.float32 else 2e-3) * moved
+
+
+def test_all_roundings_of_products_are_read_at_once() -> None:
+    products = [(torch.tensor(2.0).double(), delta.double()) for delta in noise(30, 20, 8)]
+    with pretend_gpu() as gpu:
+        there = [(gpu.upload(norm), gpu.upload(a)) for norm, a in products]
+        gpu.reset()
+        assert product_rounding(20, *there) == product_rounding(20, *products)
+        assert gpu.read_count == 1

@@ -245,8 +245,11 @@ class PolarMap:
 
 
 def product_rounding(columns: int, *products: tuple[Tensor, Tensor]) -> float:
-    """What float32 leaves in Σ X A, relative to √N, from ‖X‖_F and the A [·, N]: that of ``GramEigh.polar``."""
-    return PRODUCT / columns * sum(float(norm * torch.linalg.vector_norm(a)) for norm, a in products)
+    """Return what float32 leaves in Σ X A, relative to √N, from ‖X‖_F and the A [·, N]: that of ``GramEigh.polar``.
+
+    Reads one number from the device.
+    """
+    return PRODUCT / columns * float(sum(norm * torch.linalg.vector_norm(a) for norm, a in products))
 
 
 def part_rows(block: RowBlock) -> Iterator[slice]:
