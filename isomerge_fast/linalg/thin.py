@@ -40,8 +40,9 @@ def thin_qr(x: Tensor) -> tuple[Tensor, Tensor]:
 def flagged_qr(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return Q, R of a tall X = Q R [..., L, c], and which of a batch were missed [...], which nothing waits for.
 
-    On a CPU by Householder, which misses none. On a GPU that goes through a batch one by one, column by column: there
-    by shifted CholeskyQR3 in float64, for κ up to 1e12 or so, and what is missed has columns of I for Q and I for R.
+    On a CPU by Householder, which misses none. On a GPU, where that would take a batch one by one and column by column,
+    by shifted CholeskyQR3 in float64: right for κ up to 1e11 and more. What it misses has columns of I for Q and R = I,
+    so that nothing that is not finite is passed on.
 
     Reference: Fukaya, Kannan, Nakatsukasa, Yamamoto, Yanagisawa, "Shifted Cholesky QR for computing the QR
     factorization of ill-conditioned matrices", SIAM J. Sci. Comput. 42 (2020).
