@@ -28,12 +28,14 @@ from isomerge_fast import ops
 from isomerge_kernels import devices, reference
 from isomerge_kernels.devices import DeviceTraits
 
-A100 = DeviceTraits(True, (8, 0), 80 << 30)
-H100 = DeviceTraits(True, (9, 0), 80 << 30)
+A100 = DeviceTraits(True, (8, 0), 80 << 30, "pretended A100")
+H100 = DeviceTraits(True, (9, 0), 80 << 30, "pretended H100")
 # Of NVIDIA's, without tensor cores for float64.
-RTX5090 = DeviceTraits(True, (12, 0), 32 << 30)
+RTX5090 = DeviceTraits(True, (12, 0), 32 << 30, "pretended RTX 5090")
 
 CUDA = torch.device("cuda:0")
+# Which only make room, or look at what is there in another way.
+NO_LAUNCH = ("aten.empty", "aten.new_empty", "aten.detach", "aten._local_scalar_dense", "aten._unsafe_view")
 # At which torch itself waits for the device, to read a flag of its own or a size.
 READING = {
     "aten._local_scalar_dense",
@@ -185,7 +187,7 @@ class PretendGpu:
             copied = name in ("aten._to_copy", "aten.copy_")
             if copied and not to_host and (not ours or len(ours) < len(tensors)):
                 self.uploads += 1
-            elif not is_view and not name.startswith(("aten.empty", "aten.new_empty", "aten.detach", "aten._local_")):
+            elif not is_view and not name.startswith(NO_LAUNCH):
                 self.launches[name] += 1
 
     def on_host(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -313,9 +315,8 @@ def pretend_gpu(traits: DeviceTraits = H100) -> Iterator[PretendGpu]:
             raise ValueError("Expected a torch.device with a specified index or an integer, but got: cuda")
         gpu.fractions.append(fraction)
 
-    name = f"pretended {traits.capability}"
     properties = SimpleNamespace(
-        name=name, total_memory=traits.memory_bytes, major=(traits.capability or (0, 0))[0], minor=0
+        name=traits.name, total_memory=traits.memory_bytes, major=(traits.capability or (0, 0))[0], minor=0
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ThreadPoolExecutor, "submit", submit_under_mode)
@@ -338,7 +339,7 @@ def pretend_gpu(traits: DeviceTraits = H100) -> Iterator[PretendGpu]:
             "empty_cache": lambda: None,
             "reset_peak_memory_stats": lambda device=None: None,
             "max_memory_allocated": lambda device=None: 0,
-            "get_device_name": lambda device=None: name,
+            "get_device_name": lambda device=None: traits.name,
             "get_device_capability": lambda device=None: traits.capability,
             "get_device_properties": lambda device=None: properties,
             "mem_get_info": lambda device=None: (traits.memory_bytes, traits.memory_bytes),

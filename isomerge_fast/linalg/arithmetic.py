@@ -18,7 +18,7 @@ def describe_arithmetic(device: torch.device) -> str:
     traits = traits_of(device)
     if not traits.is_gpu:
         return device.type
-    model = f"{torch.cuda.get_device_name(device)}, {traits.memory_bytes} bytes"
+    model = f"{traits.name}, {traits.memory_bytes} bytes"
     return "; ".join([model, *(f"{package} {_version(package)}" for package in ("triton",))])
 
 

@@ -27,11 +27,13 @@ class DeviceTraits:
         is_gpu: NVIDIA's or AMD's.
         capability: NVIDIA's compute capability; None elsewhere.
         memory_bytes: of the whole GPU; 0 on a CPU.
+        name: the GPU's model, by which libraries choose; empty on a CPU.
     """
 
     is_gpu: bool
     capability: tuple[int, int] | None = None
     memory_bytes: int = 0
+    name: str = ""
 
     @property
     def has_float64_tensor_cores(self) -> bool:
@@ -70,4 +72,4 @@ def _ask(device: torch.device) -> DeviceTraits:
         return CPU
     properties = torch.cuda.get_device_properties(device)
     capability = (properties.major, properties.minor) if torch.version.hip is None else None
-    return DeviceTraits(True, capability, properties.total_memory)
+    return DeviceTraits(True, capability, properties.total_memory, properties.name)
