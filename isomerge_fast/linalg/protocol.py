@@ -79,6 +79,13 @@ class Subspace:
     unresolved: Tensor
     wide: bool
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether none of the k directions of any matrix was truncated, where the complement was asked for."""
+        assert self.complement is not None
+        short, k = self.short.shape[-2:]
+        return self.complement.shape[-1] == short - k
+
     @cached_property
     def whitened(self) -> Tensor:
         """The short side's vectors over σ, [..., r, k]: X maps them to the long side's."""

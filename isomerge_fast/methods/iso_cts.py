@@ -261,9 +261,10 @@ class IsoCTS:
             common = solver.complete(total, common, long_dtype)
 
         # What an error of S may leave in R, where that matters.
-        error = sum_limit if bool((common.sigma <= 0).any()) else None
+        error = None if common.is_whole else sum_limit
         promise = PROMISES[self.precision]
         parts: list[Subspace] = []
+        is_whole = common.is_whole
         spec = TensorSpec("", tuple(deltas.shape), deltas.dtype)
         at_once = self._tasks_at_once(solver, spec, tasks, k, s, deltas.device)
         # Where U_k is all of a wide matrix's left side, as in coordinates it may be, R_t = 0.
@@ -272,14 +273,18 @@ class IsoCTS:
             norm = squares[start : start + at_once].sqrt()
             # No name for a delta here: it would outlive the loop, beside what is made of S next.
             if at_once == 1:
-                parts.append(_task_part(solver, deltas.delta(start), total, common, s, norm[0], origin, error, promise))
+                part, whole = _task_part(solver, deltas.delta(start), total, common, s, norm[0], origin, error, promise)
+                parts.append(part)
             else:
                 count = len(norm)
                 stack = torch.empty(count, *deltas.shape, dtype=deltas.dtype, device=deltas.device)
                 for task in range(count):
                     stack[task] = deltas.delta(start + task)
-                parts += _task_part(solver, stack, total, common, s, norm, origin, error, promise).unbind()
+                part, whole = _task_part(solver, stack, total, common, s, norm, origin, error, promise)
+                parts += part.unbind()
                 del stack
+            del part
+            is_whole &= whole
         nonzero = torch.linalg.vector_norm(total, dim=(-2, -1)) > 0
         if common.long is None:
             common = solver.complete(total, common, long_dtype)
@@ -291,13 +296,13 @@ class IsoCTS:
         # Every direction that is off by θ costs √2 θ of √r, and those of tasks as much more as they are alike.
         squares = 2.0 * k * common.angle.square()
         same_directions = torch.zeros_like(rank)
-        # One read of the device: the short form needs every direction of every matrix of the batch.
         if not parts:
             value = common.u.to(dtype) @ common.v.to(dtype).mT
             orthogonality = polar_orthogonality(value).double()
         else:
             of_tasks = s * sum(part.angle.square() for part in parts)
-            joined = (recombine if bool((sigma > 0).all()) else recombine_literally)(common, parts, dtype, solver)
+            # The short form needs every direction of every matrix of the batch.
+            joined = (recombine if is_whole else recombine_literally)(common, parts, dtype, solver)
             value, orthogonality, same_directions = joined.value, joined.orthogonality, joined.same_directions
             squares = squares + joined.growth.square() * of_tasks + joined.error.square()
             del joined
@@ -330,8 +335,10 @@ def _task_part(
     origin: TensorSpec,
     error: Tensor | None,
     promise: float,
-) -> Subspace:
-    """The top s triplets of R above what the roundings of Δ and, where ``error`` bounds it, of S make of it."""
+) -> tuple[Subspace, bool]:
+    """Return the top s triplets of R above what the roundings of Δ and, where ``error`` bounds it, of S make of it, and
+    whether none of them was truncated. One read of the device.
+    """
     limit = rounding_of(norm, origin)
     if error is not None:
         limit = limit + error * residual_noise(delta, total, common)
@@ -339,10 +346,10 @@ def _task_part(
     # What U_k is off, whatever of Δ it concerns; where that would matter, what it does concern.
     turned, min_dim = common.angle * math.sqrt(common.sigma.shape[-1]), common.short.shape[-2]
     angle = projection_angle(part, turned, norm, min_dim, norm)
-    # A flag is read, after the eigensolver, which waits for the device too.
-    if bool((angle > 1e-3 * promise).any()) and common.sigma.shape[-1]:
+    is_off, is_whole = torch.stack([(angle > 1e-3 * promise).any(), (part.sigma > 0).all()]).tolist()
+    if is_off and common.sigma.shape[-1]:
         angle = projection_angle(part, turned, share_at_cut(delta, total, common), min_dim, norm)
-    return replace(part, angle=part.angle + angle)
+    return replace(part, angle=part.angle + angle), is_whole
 
 
 def share_at_cut(delta: Tensor, total: Tensor, common: Subspace) -> Tensor:
