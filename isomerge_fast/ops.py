@@ -13,10 +13,10 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from isomerge_kernels import reference
+from isomerge_kernels import bf16x3, reference
 from isomerge_kernels.devices import DeviceTraits, indexed, traits_of
 from isomerge_kernels.protocol import FLOAT_DTYPES, TaskSum, compute_dtype
-from isomerge_kernels.reference import BLOCK_ELEMENTS, count_nonfinite, mm, mm_add, row_blocks, subtract
+from isomerge_kernels.reference import BLOCK_ELEMENTS, count_nonfinite, row_blocks, subtract
 
 from .errors import MissingPackageError
 
@@ -96,18 +96,40 @@ def apply_delta(
     return backend.apply_delta(base, delta, scalings=scalings, dtype=dtype, scale=scale, seed=seed, first=first)
 
 
-def sym_mm(a: Tensor, b: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
+def mm(a: Tensor, b: Tensor, *, precision: str | None = None) -> Tensor:
+    """A B of [..., m, k] and [..., k, n].
+
+    Args:
+        precision: of float32 products, ``"bf16x3"``; by default what the vendor's library has for float32.
+    """
+    return bf16x3.mm(a, b) if precision == "bf16x3" else reference.mm(a, b)
+
+
+def mm_add(
+    c: Tensor, a: Tensor, b: Tensor, *, alpha: float = 1.0, beta: float = 1.0, precision: str | None = None
+) -> Tensor:
+    """β C + α A B; ``precision`` as in ``mm``."""
+    if precision == "bf16x3":
+        return bf16x3.mm(a, b).mul_(alpha).add_(c, alpha=beta)
+    return reference.mm_add(c, a, b, alpha=alpha, beta=beta)
+
+
+def sym_mm(a: Tensor, b: Tensor | None = None, *, out: Tensor | None = None, precision: str | None = None) -> Tensor:
     """A B where that is symmetric (polynomials of one symmetric matrix), A Aᵀ without ``b``: about half the work.
 
     Args:
         a, b: [..., n, k] and [..., k, n].
         out: overwritten with the result where given.
+        precision: of float32 products, ``"bf16x3"``; by default what ``product_precision`` says.
     """
-    if not _has_kernels(a):
-        return reference.sym_mm(a, b, out=out)
     if is_for_kernel(a):
-        return gpu_kernels().symmetric_matmul(a, b, out=out, precision=product_precision(a.device))
-    return torch.matmul(a, a.mT if b is None else b, out=out)
+        precision = precision or product_precision(a.device)
+        return gpu_kernels().symmetric_matmul(a, b, out=out, precision=precision)
+    b = a.mT if b is None else b
+    if precision == "bf16x3":
+        product = bf16x3.mm(a, b)
+        return product if out is None else out.copy_(product)
+    return torch.matmul(a, b, out=out) if _has_kernels(a) else reference.sym_mm(a, b, out=out)
 
 
 def sym_mm_add(
@@ -119,28 +141,31 @@ def sym_mm_add(
     beta: float = 1.0,
     gamma: float = 0.0,
     out: Tensor | None = None,
+    precision: str | None = None,
 ) -> Tensor:
     """β C + α A B + γ I for symmetric C and A B (see ``sym_mm``); ``out`` may be C itself.
 
     One pass of one kernel where ``is_for_kernel`` holds: the polynomial a I + b G + c G² of a polar iteration's step.
     """
-    if not _has_kernels(a):
-        return reference.sym_mm_add(c, a, b, alpha=alpha, beta=beta, gamma=gamma, out=out)
     if is_for_kernel(a):
+        precision = precision or product_precision(a.device)
         return gpu_kernels().symmetric_matmul(
-            a, b, c=c, alpha=alpha, beta=beta, gamma=gamma, out=out, precision=product_precision(a.device)
+            a, b, c=c, alpha=alpha, beta=beta, gamma=gamma, out=out, precision=precision
         )
-    result = mm_add(c, a, a.mT if b is None else b, alpha=alpha, beta=beta)
+    if not _has_kernels(a) and precision is None:
+        return reference.sym_mm_add(c, a, b, alpha=alpha, beta=beta, gamma=gamma, out=out)
+    result = mm_add(c, a, a.mT if b is None else b, alpha=alpha, beta=beta, precision=precision)
     result.diagonal(dim1=-2, dim2=-1).add_(gamma)
     return result if out is None else out.copy_(result)
 
 
 def is_for_kernel(a: Tensor) -> bool:
-    """The rule by which a symmetric product on a GPU goes to the kernel instead of the vendor's library.
+    """The rule by which a symmetric product goes to the kernel instead of the vendor's library.
 
-    The result has ``SYMMETRIC_SIDE`` rows or more; and float64 only where tensor cores multiply it (A100, H100).
+    On a GPU, where the result has ``SYMMETRIC_SIDE`` rows or more; float64 only where tensor cores multiply it (A100,
+    H100).
     """
-    if a.shape[-2] < SYMMETRIC_SIDE:
+    if not _has_kernels(a) or a.shape[-2] < SYMMETRIC_SIDE:
         return False
     return a.dtype != torch.float64 or traits_of(a.device).has_float64_tensor_cores
 

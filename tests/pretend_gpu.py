@@ -51,6 +51,11 @@ READING = {
 }
 # Where a GPU takes operands from both sides.
 BOTH_SIDES = {"aten._to_copy", "aten.copy_", "aten.index", "aten.index_put_", "aten._index_put_impl_"}
+# bf16 into float32, which a CPU does not multiply.
+MULTIPLIED_AS = {
+    torch.ops.aten.mm.dtype: lambda a, b, dtype: a.to(dtype) @ b.to(dtype),
+    torch.ops.aten.bmm.dtype: lambda a, b, dtype: a.to(dtype) @ b.to(dtype),
+}
 # torch's own launches after the kernel: sums, the largest, what is visible (kernels/isomerge_kernels/task_sum.py).
 TASK_SUM_EPILOGUE = 12
 
@@ -163,7 +168,7 @@ class PretendGpu:
         if name == "aten._linalg_svd":
             plain.pop("driver", None)  # of cuSOLVER's
         args, plain = tree_map(lambda leaf: leaf.held if isinstance(leaf, PretendTensor) else leaf, (args, plain))
-        result = function(*args, **plain)
+        result = MULTIPLIED_AS.get(function, function)(*args, **plain)
         target = args[0] if name == "aten.copy_" else None
         to_host = asked == "cpu" or (target is not None and id(target) not in by_held)
         self._count(name, function, ours, tensors, to_host)

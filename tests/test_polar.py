@@ -12,11 +12,15 @@ from allocation import peak_bytes
 from pretend_gpu import H100
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from isomerge_fast.linalg.certificate import symmetry
 from isomerge_fast.linalg.polar_express import PolarExpress, Quintic, minimax_quintic, quintics
 from isomerge_fast.linalg.polar_gram import GramNewtonSchulz, split
 from isomerge_fast.linalg.polar_iteration import start
 from isomerge_fast.linalg.polar_qdwh import Qdwh, cholesky_step, halley_steps, qr_step
+from isomerge_fast.linalg.polar_traced import TracedPolar
+from isomerge_fast.linalg.protocol import polar_growth
 from isomerge_fast.linalg.spectrum import RESOLUTION, singular_range
+from isomerge_fast.linalg.svd import FullSvd
 from isomerge_kernels import devices
 from isomerge_kernels.devices import DeviceTraits
 
@@ -413,3 +417,70 @@ def test_split() -> None:
                 assert all(growth < 1 for growth in growths)
     assert [len(split(quintics(lower, 1e-13), 3, DOUBLE)) for lower in (0.1, 1e-2, 1e-4, 1e-6)] == [1, 1, 2, 3]
     assert [len(split(quintics(lower, 1e-7), 3, SINGLE)) for lower in (0.5, 0.1, 1e-2, 1e-4)] == [1, 1, 2, 4]
+
+
+# --- sums over pairs of singular values, without them -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ones", [0, 40])
+@pytest.mark.parametrize("kind", ["log-1e1", "log-1e6", "noise", "one-small"])
+def test_traces_give_the_growth(kind: str, ones: int) -> None:
+    """To 1 %, where one small σ is all that matters or hardly matters, of a square matrix and of a long one."""
+    if kind == "noise":
+        x = torch.randn(60, 60, generator=torch.Generator().manual_seed(0), dtype=DOUBLE)
+    else:
+        x, _ = matrix((60, 60), float(kind.removeprefix("log-")) if kind != "one-small" else 2.0)
+    u, sigma, vh = torch.linalg.svd(x)
+    if kind == "one-small":
+        sigma[-1] = 1e-5
+        x = (u * sigma) @ vh
+    stats = TracedPolar(Qdwh()).polar(x, tolerance=no_tolerance(x))[1]
+    assert stats.sigma is None
+    for long in (60, 240):
+        expected = polar_growth(sigma, 60 + ones, long + ones, ones=ones).item()
+        assert stats.growth(60 + ones, long + ones, ones=ones).item() == pytest.approx(expected, rel=0.01)
+
+
+@wide_and_tall
+def test_traced_polar_leaves_the_deficient_to_the_other(shape: tuple[int, int]) -> None:
+    """The whole batch, and with no read of its own; of a batch of full rank every member has its own evidence."""
+    healthy = torch.stack([matrix(shape, condition, seed=seed)[0] for seed, condition in enumerate((1e1, 1e4))])
+    mixed = torch.stack([healthy[0], matrix(shape, 1e1, rank=30)[0]])
+    other, solver = FullSvd(), TracedPolar(FullSvd())
+    tolerance = torch.full((2,), 1e-6, dtype=DOUBLE)
+    q, stats = solver.polar(mixed, tolerance=tolerance)
+    assert torch.equal(q, other.polar(mixed, tolerance=tolerance)[0])
+    assert stats.solver == other.name
+    q, stats = solver.polar(healthy, tolerance=tolerance)
+    assert oracle.relative_error(q.numpy(), polar(healthy)) <= error_bound(PolarExpress(), 1e4)
+    judge = other.polar(healthy, tolerance=tolerance)[1]
+    short, long = sorted(shape)
+    growth = stats.growth(short, long).numpy()
+    assert growth == pytest.approx(judge.growth(short, long).numpy(), rel=0.01)
+
+
+# --- what rounding leaves ---------------------------------------------------------------------------------------------
+
+NARROW = [(PolarExpress(SINGLE), 1e-5), (PolarExpress(SINGLE), 1e-2), (PolarExpress(SINGLE, products="bf16x3"), 1e-2)]
+
+
+@pytest.mark.parametrize(("solver", "promise"), NARROW, ids=["fp32-default", "fp32-fast", "bf16x3-fast"])
+@pytest.mark.parametrize("shape", [(128, 128), (128, 300), (512, 64)], ids=str)
+def test_narrow_iterations_know_what_rounding_leaves(solver, promise: float, shape: tuple[int, int]) -> None:
+    """Where directions with small σ are lost to rounding, what ``asymmetry`` does not see ``error`` does."""
+    certified = 0
+    for kind in ("log", "floor", "lone"):
+        for condition in (1e1, 1e3, 1e5, 1e6):
+            x, sigma = matrix(shape, condition)
+            u, _, vh = torch.linalg.svd(x, full_matrices=False)
+            if kind == "floor":
+                sigma[len(sigma) // 10 :] = sigma[-1]
+            if kind == "lone":
+                sigma[:-1] = torch.linspace(3.0, 0.6, len(sigma) - 1)
+            x = (u * sigma) @ vh
+            q, stats = solver.polar(x, tolerance=no_tolerance(x))
+            found = [*symmetry(x, q), stats.error, stats.orthogonality]
+            if max(float(value) for value in found) <= promise:
+                certified += 1
+                assert oracle.relative_error(q.numpy(), (u @ vh).numpy()) <= promise, (kind, condition)
+    assert certified >= 3

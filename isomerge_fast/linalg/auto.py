@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
@@ -9,10 +10,11 @@ from typing import Generic, TypeVar
 import torch
 
 from ..errors import ConfigError, nearest
-from ..ops import traits_of
+from ..ops import DeviceTraits, traits_of
 from .gram_eigh import GramEigh
 from .polar_express import PolarExpress
 from .polar_gram import GramNewtonSchulz
+from .polar_traced import TracedPolar
 from .protocol import PolarSolver, Solver
 from .subspace_chebyshev import ChebyshevSubspace
 from .svd import FullSvd
@@ -21,9 +23,14 @@ from .svd import FullSvd
 PROMISES = {"fast": 1e-2, "default": 1e-5, "reference": 1e-8}
 PRECISIONS = tuple(PROMISES)
 
-# A polar iteration is all products, which a GPU is made for; below this side cuSOLVER's eigensolver is as fast (an
-# estimate: no GPU has been at hand).
-ITERATION_SIDE = 1024
+# A polar iteration is all products, which a GPU is made for: it is taken from this many columns on, the short sides of a
+# batch added up. An eigensolver goes through one member after the other, column by column, at some 9 µs each (768 x 768
+# in 7 ms). An iteration takes 4 ms whatever the batch, for a hundred launches and a Cholesky factor with its solves, and
+# products that are short beside those columns up to sides of 3000, from where on an eigensolver's own are as long.
+# (Estimates: no GPU has been at hand.)
+ITERATION_COLUMNS = 512
+# Below this side cuSOLVER takes a whole batch at once.
+ITERATION_SIDE = 64
 
 # ‖sin θ‖/√s of tall task parts in the fast tier, which may be magnified twenty times (see ``ChebyshevSubspace``).
 FAST_ANGLE = 5e-4
@@ -69,12 +76,9 @@ def polar_ladder(
     careful = Choice(GramEigh(rounding=0.0), "float64 products, and a Newton-Schulz step whatever is predicted")
     ladder: list[Choice[PolarSolver]] = [exact, careful, svd]
     traits = traits_of(device)
-    if traits.is_gpu and short >= ITERATION_SIDE:
-        narrow = precision == "fast" or not traits.has_float64_tensor_cores
-        iterate = torch.float32 if narrow else torch.float64
-        if aspect >= 2:
-            return (Choice(GramNewtonSchulz(iterate), f"products only; {rows} x {columns} is tall or wide"), *ladder)
-        return (Choice(PolarExpress(iterate), "products only; nearly square"), *ladder)
+    if traits.is_gpu and short >= ITERATION_SIDE and math.prod(shape[:-2]) * short >= ITERATION_COLUMNS:
+        iteration = _iteration(precision, aspect >= 2, traits)
+        return tuple(ladder) if iteration is None else (iteration, *ladder)
     if aspect >= 2:
         # Long sums are well-conditioned: that float32 is enough for S is checked afterwards.
         ladder.insert(0, Choice(GramEigh(), "float64 Gram matrix of a float32 sum", torch.float32))
@@ -82,6 +86,23 @@ def polar_ladder(
         reason = f"float32 Gram matrix: {rows} x {columns} is tall or wide, and such sums are well-conditioned"
         ladder.insert(0, Choice(GramEigh(torch.float32), reason, torch.float32))
     return tuple(ladder)
+
+
+def _iteration(precision: str, is_long: bool, traits: DeviceTraits) -> Choice[PolarSolver] | None:
+    """The polar iteration that is fast on a GPU and keeps the promise of a tier, if there is one.
+
+    Where tensor cores multiply no float64 (at 1/64 of float32's rate, say), an iteration of a square matrix would take
+    some 40 n³ float64 operations, four times an eigensolver's, and float32 misses the default promise from κ = 1e3 on:
+    such matrices are left to the eigensolver. Sums of long ones have κ of 10 to 100, which float32 serves.
+    """
+    shape = "tall or wide" if is_long else "nearly square"
+    if precision == "fast":
+        products = "bf16x3" if traits.has_bfloat16_tensor_cores else None
+        return Choice(PolarExpress(torch.float32, products=products), f"products only, of {products or 'float32'}")
+    if not traits.has_float64_tensor_cores:
+        return Choice(PolarExpress(torch.float32), f"products only, of float32; {shape}") if is_long else None
+    solver = GramNewtonSchulz() if is_long else PolarExpress()
+    return Choice(solver, f"products only; {shape}")
 
 
 def subspace_ladder(
@@ -106,6 +127,18 @@ def subspace_ladder(
         return (exact, *last)
     loose = ChebyshevSubspace(parts_dtype=torch.float32, angle=FAST_ANGLE)
     return (Choice(loose, "as default, the task parts in float32 or to a looser angle"), exact, *last)
+
+
+def small_polar(solver: PolarSolver, device: torch.device) -> PolarSolver:
+    """Return the solver of the small polar factors of Iso-CTS, of sides up to 0.4 r, beside that of its subspaces.
+
+    Products alone where tensor cores multiply float64: of side n some 50 n³ operations, with the traces, where an
+    eigensolver has 9 n³ and n columns one after the other. Elsewhere float64 products take longer than that. A full
+    SVD is asked for to depend on nothing else.
+    """
+    if isinstance(solver, FullSvd) or not traits_of(device).has_float64_tensor_cores:
+        return solver
+    return TracedPolar(solver)
 
 
 def _svd_reason(precision: str, dtype: torch.dtype) -> str:

@@ -15,12 +15,15 @@ from torch import Tensor
 
 from isomerge_fast import ops
 
+from .certificate import probes
 from .protocol import PolarStats, default_tolerance
 from .sides import BLOCK_ELEMENTS, long_blocks, short_gram
 from .spectrum import singular_range
 
 ITERATION_DTYPES = (torch.float64, torch.float32)
 SMALLEST_TARGET = 1e-13
+# The largest relative error of float32 products, where it is not float32's own.
+PRODUCT_EPS = {"bf16x3": 2.0**-16}
 
 
 @dataclass(frozen=True)
@@ -28,22 +31,26 @@ class Start:
     """Bounds of one (batched) solve.
 
     Attributes:
+        smallest: [...] float64, σ_r from below, and 0 where a matrix is not solved.
         scale: [...] float64, 1/σ₁, and 0 where a matrix is not solved, so that no iteration can spoil its neighbours.
         solved: [...] bool, whether every singular value is above the tolerance.
         empty: [...] bool, whether none is: its polar factor is 0.
         lower: ℓ, the smallest σ_r/σ₁ of all that are solved.
+        complete: whether all are.
     """
 
+    smallest: Tensor
     scale: Tensor
     solved: Tensor
     empty: Tensor
     lower: float
+    complete: bool
 
 
 def start(x: Tensor, tolerance: Tensor | None) -> tuple[Start, Tensor]:
     """Bounds of X [..., M, N], and the Gram matrix of X · scale on its short side, [..., r, r] float64.
 
-    Reads one number from the device, ℓ of the whole batch: the only one of a solve.
+    Reads one number from the device, ℓ of the whole batch with a sign for ``complete``: the only one of a solve.
     """
     tolerance = default_tolerance(x) if tolerance is None else tolerance
     gram = short_gram(x)
@@ -52,7 +59,19 @@ def start(x: Tensor, tolerance: Tensor | None) -> tuple[Start, Tensor]:
     scale = torch.where(solved, 1.0 / largest, 0.0)
     gram *= scale.square()[..., None, None]
     lower = torch.where(solved, smallest * scale, 1.0).amin()
-    return Start(scale, solved, empty, float(lower)), gram
+    signed = float(torch.where(solved.all(), lower, -lower))
+    return Start(smallest, scale, solved, empty, abs(signed), signed > 0.0), gram
+
+
+def inverse_size(gram: Tensor) -> Tensor:
+    """σ₁ rms(1/σ) from the Gram matrix of X/σ₁, estimated from the probes: [...].
+
+    Of G = L Lᵀ, tr G⁻¹ = E ‖L⁻¹ω‖².
+    """
+    rows = gram.shape[-1]
+    lower, _ = torch.linalg.cholesky_ex(gram)
+    solved = torch.linalg.solve_triangular(lower, probes(rows, gram.dtype, gram.device), upper=False)
+    return (solved.square().sum((-2, -1)) / rows).sqrt()
 
 
 def scaled(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -61,22 +80,22 @@ def scaled(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty(x.shape, dtype=dtype, device=x.device).copy_(x).mul_(scale.to(dtype)[..., None, None])
 
 
-def short_polynomial(p: Tensor, x: Tensor, out: Tensor, *, beta: float = 0.0) -> Tensor:
-    """out ← β X + P X when wide, β X + X P when tall, for symmetric P, in whose dtype it is computed.
+def short_polynomial(p: Tensor, x: Tensor, out: Tensor, *, beta: float = 0.0, precision: str | None = None) -> Tensor:
+    """out ← β X + P X when wide, β X + X P when tall, for symmetric P, in whose dtype it is computed (``ops.mm``).
 
     By blocks of the long side, so that ``out`` may be X itself and no second tensor of its size is needed.
     """
     wide = x.shape[-2] <= x.shape[-1]
     for block, part in long_blocks(x, p.dtype):
         if wide:
-            out[..., :, block] = _combine(part, p, part, beta)
+            out[..., :, block] = _combine(part, p, part, beta, precision)
         else:
-            out[..., block, :] = _combine(part.mT, part.mT, p, beta)
+            out[..., block, :] = _combine(part.mT, part.mT, p, beta, precision)
     return out
 
 
-def _combine(c: Tensor, a: Tensor, b: Tensor, beta: float) -> Tensor:
-    return ops.mm_add(c, a, b, beta=beta) if beta else ops.mm(a, b)
+def _combine(c: Tensor, a: Tensor, b: Tensor, beta: float, precision: str | None) -> Tensor:
+    return ops.mm_add(c, a, b, beta=beta, precision=precision) if beta else ops.mm(a, b, precision=precision)
 
 
 def evidence(name: str, q: Tensor, x: Tensor, begun: Start) -> PolarStats:
@@ -103,16 +122,19 @@ def nothing(name: str, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, PolarStat
     return torch.zeros(x.shape, dtype=dtype, device=x.device), PolarStats(name, zero, zero.long(), zero)
 
 
-def check_fields(dtype: torch.dtype, target: float | None) -> None:
+def check_fields(dtype: torch.dtype, target: float | None, products: str | None = None) -> None:
     """What every iteration's fields have to be.
 
     Raises:
-        ValueError: a dtype in which no iteration is made, or a target that is not one or that rounding keeps away.
+        ValueError: a dtype in which no iteration is made, a target that is not one or that rounding keeps away, or a
+            precision of products that float32 does not have.
     """
     if dtype not in ITERATION_DTYPES:
         raise ValueError(f"dtype: polar iterations are made in float64 or float32, not {dtype}")
     if target is not None and not SMALLEST_TARGET <= target < 1.0:
         raise ValueError(f"target: expected {SMALLEST_TARGET} or more, and less than 1, got {target}")
+    if products is not None and (products not in PRODUCT_EPS or dtype != torch.float32):
+        raise ValueError(f"products: float32 ones have {', '.join(PRODUCT_EPS)}, got {products!r} for {dtype}")
 
 
 def dtype_suffix(dtype: torch.dtype) -> str:
@@ -120,9 +142,9 @@ def dtype_suffix(dtype: torch.dtype) -> str:
     return f"fp{8 * dtype.itemsize}"
 
 
-def default_target(*dtypes: torch.dtype) -> float:
+def default_target(*dtypes: torch.dtype, products: str | None = None) -> float:
     """How far from 1 the singular values of Q may end: the coarsest rounding in play."""
-    return max(SMALLEST_TARGET, *(torch.finfo(dtype).eps for dtype in dtypes))
+    return max(SMALLEST_TARGET, PRODUCT_EPS.get(products or "", 0.0), *(torch.finfo(dtype).eps for dtype in dtypes))
 
 
 def block_elements(rows: int, columns: int) -> int:

@@ -25,6 +25,31 @@ GROWTH_ROWS = 64
 
 
 @dataclass(frozen=True)
+class HeatTraces:
+    """tr e^(−tH) of H = QᵀX, whose eigenvalues are the σ of X, from which sums over the σ follow (``heat_traces``).
+
+    Attributes:
+        times: t, [..., nodes] float64.
+        weights: those of the trapezoidal rule for ∫ t² … d(log t), [..., nodes].
+        values: the traces, [..., nodes].
+    """
+
+    times: Tensor
+    weights: Tensor
+    values: Tensor
+
+    def sums(self, ones: int) -> tuple[Tensor, Tensor]:
+        """Return (Σ_{i≠j} 2/(σ_i + σ_j)², Σ 1/σ²), [...] each; the former with so many more σ that are 1."""
+        squares = (self.weights * self.values).sum(-1)
+        # Of pairs with i = j the term would be 2 / (2 σ)².
+        pairs = 2.0 * (self.weights * self.values.square()).sum(-1) - 0.5 * squares
+        if ones:
+            mixed = (self.weights * torch.exp(-self.times) * self.values).sum(-1)
+            pairs = pairs + 4.0 * ones * mixed + 0.5 * ones * (ones - 1)
+        return pairs, squares
+
+
+@dataclass(frozen=True)
 class PolarStats:
     """Evidence of one (batched) polar solve; tensors stay on the device until they are read, so no solve synchronises.
 
@@ -38,6 +63,7 @@ class PolarStats:
         error: ‖dQ‖_F / √rank that the solver's own rounding leaves, estimated from σ, shape [...]. What is skew of it,
             ``orthogonality`` does not see, and ``asymmetry`` hardly where σ is small.
         sigma: kept singular values, zero where truncated, shape [..., r]; None where the solver does not see σ.
+        traces: what sums over pairs of σ follow from instead; None where ``sigma`` is there, or nobody asks for them.
         spread: rms(σ) · rms(1/σ) over the kept directions, shape [...]: rounding X to ε moves Q by about ε times this,
             relative to ‖Q‖. None where the solver does not see σ.
     """
@@ -50,6 +76,15 @@ class PolarStats:
     error: Tensor | float = 0.0
     sigma: Tensor | None = None
     spread: Tensor | None = None
+    traces: HeatTraces | None = None
+
+    def growth(self, short: int, long: int, *, ones: int = 0) -> Tensor:
+        """Return ``polar_growth`` of a solver that sees σ, or the sums over them: [...]."""
+        if self.sigma is not None:
+            return polar_growth(self.sigma, short, long, ones=ones)
+        assert self.traces is not None
+        pairs, squares = self.traces.sums(ones)
+        return _growth(pairs, squares, self.rank, short, long, ones)
 
 
 @dataclass(frozen=True)
@@ -235,7 +270,12 @@ def polar_growth(sigma: Tensor, short: int, long: int, *, ones: int = 0) -> Tens
         pairs = pairs + torch.where(both, terms, 0.0).sum((-2, -1))
     if ones:
         pairs = pairs + ones * (4.0 * kept / (sigma + 1.0).square()).sum(-1) + 0.5 * ones * (ones - 1)
-    beyond = long + short - 2 * (kept.sum(-1) + ones)
+    return _growth(pairs, squares, kept.sum(-1), short, long, ones)
+
+
+def _growth(pairs: Tensor, squares: Tensor, kept: Tensor, short: int, long: int, ones: int) -> Tensor:
+    """``polar_growth`` from Σ_{i≠j} 2/(σ_i + σ_j)² over all that are kept, the ones among them, and Σ 1/σ² without."""
+    beyond = long + short - 2 * (kept + ones)
     return (pairs.clamp_min(0.0) + beyond * (squares + ones)).sqrt()
 
 

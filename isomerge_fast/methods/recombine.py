@@ -9,8 +9,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..linalg.auto import small_polar
 from ..linalg.certificate import orthogonality
-from ..linalg.protocol import PolarSolver, PolarStats, Subspace, polar_growth, reciprocal
+from ..linalg.protocol import PolarSolver, PolarStats, Subspace, reciprocal
 from ..linalg.thin import thin_qr
 
 # Two unit vectors closer than this are one direction. Bases are known to 1e-7 or better; distinct tasks of pure noise
@@ -80,8 +81,9 @@ def recombine(common: Subspace, parts: list[Subspace], dtype: torch.dtype, solve
     Args:
         parts: emptied, to be freed as soon as they are not needed.
         dtype: of the result.
-        solver: of the small polar factors.
+        solver: of the subspaces; that of the small polar factors follows from it (``small_polar``).
     """
+    solver = small_polar(solver, common.sigma.device)
     u_tasks, v_tasks = _side_by_side(parts)
     # What is thin is float64: κ(U_ts) and κ(Z) are 1e3 on typical square sums, and 5e4 in one of a hundred; float32
     # would leave 1e-5 of the result undetermined.
@@ -136,13 +138,13 @@ class SmallProblem:
     def growth(self, columns: int, k: int) -> Tensor:
         """See ``Recombined``; of [V_ts, V_k] with so many rows [columns, ts + k]."""
         width = self.weights.shape[-2] - self.q_a.shape[-1]
-        assert self.stats.sigma is not None
-        return task_growth(self.stats.sigma, width + k, columns, width, ones=k - self.q_a.shape[-1])
+        ones = k - self.q_a.shape[-1]
+        return over_columns(self.stats.growth(width + k, columns, ones=ones), columns, width)
 
 
-def task_growth(sigma: Tensor, short: int, long: int, width: int, *, ones: int = 0) -> Tensor:
+def over_columns(growth: Tensor, long: int, width: int) -> Tensor:
     """``polar_growth`` over the ‖·‖_F of an error in so many of the columns."""
-    return polar_growth(sigma, short, long, ones=ones) / math.sqrt(max(1, width * long))
+    return growth / math.sqrt(max(1, width * long))
 
 
 def small_problem(a: Tensor, rest: Tensor, solver: PolarSolver) -> SmallProblem:
@@ -174,8 +176,8 @@ def recombine_literally(common: Subspace, parts: list[Subspace], dtype: torch.dt
         polar, stats, error = _polar_in_range(tasks, shared, dtype, solver)
         factors.append(polar)
         errors.append(error)
-        assert stats.sigma is not None
-        growths.append(task_growth(stats.sigma, polar.shape[-1], polar.shape[-2], tasks.shape[-1]))
+        growth = stats.growth(polar.shape[-1], polar.shape[-2])
+        growths.append(over_columns(growth, polar.shape[-2], tasks.shape[-1]))
         same, found = torch.maximum(same, there - stats.rank), torch.maximum(found, stats.orthogonality)
     value = factors[0] @ factors[1].mT
     return Recombined(value, found, _in_quadrature(*growths), _in_quadrature(*errors), same)
@@ -190,10 +192,9 @@ def _polar_in_range(
     for rounded in (dtype, torch.float64):
         x = torch.cat([tasks.to(rounded), shared.to(rounded)], dim=-1)
         polar, stats = solver.polar(x, tolerance=_same(x), dtype=dtype)
-        assert stats.sigma is not None
         size = stats.rank.sqrt()
         entry = torch.finfo(rounded).eps / math.sqrt(max(1, x.shape[-2]))
-        rounding = entry * polar_growth(stats.sigma, min(x.shape[-2:]), max(x.shape[-2:]))
+        rounding = entry * stats.growth(min(x.shape[-2:]), max(x.shape[-2:]))
         if rounded == torch.float64 or bool((rounding <= ROUNDING * size).all()):
             return polar, stats, _in_quadrature(rounding, stats.error * size)
     raise AssertionError("float64 is the last")
@@ -218,15 +219,14 @@ def _side_by_side(parts: list[Subspace]) -> tuple[Tensor, Tensor]:
 
 
 def _polar_of_tasks(u_tasks: Tensor, common: Subspace, solver: PolarSolver) -> tuple[Tensor, PolarStats, Tensor]:
-    """(polar([U_1 … U_T]) in float64, its evidence, its ``task_growth``).
+    """(polar([U_1 … U_T]) in float64, its evidence, its growth ``over_columns``).
 
     Wide: [U_1 … U_T] = Q_c E with a square E, so it is Q_c polar(E).
     """
     inside = common.complement.mT @ u_tasks if common.wide and common.complement is not None else u_tasks
     polar, stats = solver.polar(inside, tolerance=_same(inside))
     long, width = inside.shape[-2:]
-    assert stats.sigma is not None
-    growth = task_growth(stats.sigma, width, long, width)
+    growth = over_columns(stats.growth(width, long), long, width)
     if common.wide and common.complement is not None:
         polar = common.complement @ polar
     return polar, stats, growth

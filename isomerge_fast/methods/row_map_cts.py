@@ -28,11 +28,11 @@ from torch import Tensor
 from ..linalg.certificate import PROBES
 from ..linalg.gram_eigh import GramEigh
 from ..linalg.gram_spectrum import GramSpectrum, eigh_workspace_bytes, gram_noise, spectrum_in_place
-from ..linalg.protocol import rounding_tolerance
+from ..linalg.protocol import polar_growth, rounding_tolerance
 from ..ops import sym_mm_add
 from .certified import exact_products
 from .protocol import Check, MergeStats, RowBlock, RowSource, TensorSpec, spectral_mean
-from .recombine import SAME_DIRECTION, projection_angle, small_problem, task_growth
+from .recombine import SAME_DIRECTION, over_columns, projection_angle, small_problem
 from .row_maps import (
     CPU,
     ROUNDING,
@@ -145,7 +145,7 @@ class SplitMap:
             small = small_problem(a, rest, GramEigh())
             del rest
             same_directions = torch.maximum(same_directions, small.same_directions)
-            growths = task_growth(sigma_tasks, width, source.shape[0], width).square()
+            growths = over_columns(polar_growth(sigma_tasks, width, source.shape[0]), source.shape[0], width).square()
             growths = growths + small.growth(columns, len(sigma_k)).square()
             right = torch.cat([v_k @ small.q_a, small.q_r], dim=-1)
             b = small.weights[:width] @ right.mT

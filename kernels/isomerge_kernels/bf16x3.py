@@ -1,0 +1,33 @@
+"""Float32 products from bf16 parts: x = high + low to 2⁻¹⁶, and of the four products all but low · low.
+
+One product three times as deep, [high, high, low] · [high; low; high], added up in float32: on a GPU with bf16 tensor
+cores a plain product of the vendor's library. ``symmetric_matmul`` does the same in its registers.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def deep(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Return [..., m, 3k] and [..., 3k, n] of bf16 whose product is A B of float32 to 2⁻¹⁶, rows times columns."""
+    (a_high, a_low), (b_high, b_low) = _parts(a), _parts(b)
+    return torch.cat([a_high, a_high, a_low], dim=-1), torch.cat([b_high, b_low, b_high], dim=-2)
+
+
+def _parts(x: Tensor) -> tuple[Tensor, Tensor]:
+    high = x.to(torch.bfloat16)
+    return high, (x - high.to(torch.float32)).to(torch.bfloat16)
+
+
+def mm(a: Tensor, b: Tensor) -> Tensor:
+    """A B of float32 [..., m, k] and [..., k, n]."""
+    left, right = deep(a, b)
+    if not left.is_cuda:  # a CPU multiplies no bf16 into float32
+        return left.float() @ right.float()
+    if left.ndim == 2:
+        return torch.mm(left, right, out_dtype=torch.float32)
+    batch = left.shape[:-2]
+    product = torch.bmm(left.flatten(0, -3), right.flatten(0, -3), out_dtype=torch.float32)
+    return product.unflatten(0, batch)
