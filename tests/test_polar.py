@@ -232,6 +232,9 @@ def test_bad_fields_are_refused(kind) -> None:
     for target in (0.0, 1e-16, 1.0):
         with pytest.raises(ValueError, match="target: expected 1e-13 or more, and less than 1, got"):
             kind(target=target)
+    for dtype, products in ((DOUBLE, "bf16x3"), (SINGLE, "tf32")):
+        with pytest.raises(ValueError, match=f"products: float32 ones have bf16x3, got '{products}'"):
+            PolarExpress(dtype, products=products)
     with pytest.raises(ValueError, match="restarts: expected 0 or more, got -1"):
         GramNewtonSchulz(restarts=-1)
 

@@ -23,9 +23,9 @@ from .svd import FullSvd
 PROMISES = {"fast": 1e-2, "default": 1e-5, "reference": 1e-8}
 PRECISIONS = tuple(PROMISES)
 
-# A polar iteration is all products, which a GPU is made for: it is taken from this many columns on, the short sides of a
-# batch added up. An eigensolver goes through one member after the other, column by column, at some 9 µs each (768 x 768
-# in 7 ms). An iteration takes 4 ms whatever the batch, for a hundred launches and a Cholesky factor with its solves, and
+# A polar iteration is all products, which a GPU is made for. It is taken from this many columns on, short sides of a
+# batch added up: an eigensolver goes through one member after the other, column by column, at some 9 µs each (768² in
+# 7 ms). An iteration takes 4 ms whatever the batch, for a hundred launches and a Cholesky factor with its solves, and
 # products that are short beside those columns up to sides of 3000, from where on an eigensolver's own are as long.
 # (Estimates: no GPU has been at hand.)
 ITERATION_COLUMNS = 512

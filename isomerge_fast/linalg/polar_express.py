@@ -166,9 +166,14 @@ class PolarExpress:
         return q, replace(evidence(self.name, q, x, begun), error=error)
 
     def workspace_bytes(self, rows: int, columns: int, dtype: torch.dtype) -> int:
-        """Peak bytes beyond the input: the iterate with G and its polynomial, or with the result."""
+        """Peak bytes beyond the input: the iterate with G and its polynomial, or with the result.
+
+        The parts of products in bf16x3 are twelve bytes of every element, and four while they are made.
+        """
         short, elements, size = min(rows, columns), rows * columns, self.dtype.itemsize
         step = size * (elements + short**2 + max(short**2, block_elements(rows, columns)))
+        if self.products:
+            step += 16 * (elements + short**2)
         converted = (size + dtype.itemsize) * elements
         return workspace_bytes(rows, columns, max(step, converted), dtype)
 
