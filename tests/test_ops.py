@@ -90,14 +90,13 @@ def test_products_of_bf16_parts(batch: tuple[int, ...]) -> None:
     c = torch.randn(*batch, 40, 40, generator=generator)
     b, c = a.mT, c + c.mT
     exact, size = a.double() @ b.double(), a.abs().double() @ b.abs().double()
-    bf16x3 = {"precision": "bf16x3"}
-    for product in (ops.mm(a, b, **bf16x3), ops.sym_mm(a, **bf16x3)):
+    for product in (ops.mm(a, b, precision="bf16x3"), ops.sym_mm(a, precision="bf16x3")):
         assert product.dtype == torch.float32
         assert (product - exact).abs().le(2**-16 * size).all()
         assert (product - exact).abs().max() > 1e-7 * size.max()
     for product in (
-        ops.mm_add(c, a, b, alpha=0.5, beta=-2.0, **bf16x3),
-        ops.sym_mm_add(c, a, alpha=0.5, beta=-2.0, **bf16x3),
-        ops.sym_mm_add(c, a, alpha=0.5, beta=-2.0, out=c.clone(), **bf16x3),
+        ops.mm_add(c, a, b, alpha=0.5, beta=-2.0, precision="bf16x3"),
+        ops.sym_mm_add(c, a, alpha=0.5, beta=-2.0, precision="bf16x3"),
+        ops.sym_mm_add(c, a, alpha=0.5, beta=-2.0, out=c.clone(), precision="bf16x3"),
     ):
         assert (product - (0.5 * exact - 2.0 * c)).abs().le(2**-16 * (size + c.abs())).all()
