@@ -52,7 +52,7 @@ READING = {
 # Where a GPU takes operands from both sides.
 BOTH_SIDES = {"aten._to_copy", "aten.copy_", "aten.index", "aten.index_put_", "aten._index_put_impl_"}
 # bf16 into float32, which a CPU does not multiply.
-MULTIPLIED_AS = {
+MULTIPLIED_AS: dict[Any, Callable[..., Any]] = {
     torch.ops.aten.mm.dtype: lambda a, b, dtype: a.to(dtype) @ b.to(dtype),
     torch.ops.aten.bmm.dtype: lambda a, b, dtype: a.to(dtype) @ b.to(dtype),
 }

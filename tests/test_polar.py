@@ -9,7 +9,7 @@ import oracle
 import pytest
 import torch
 from allocation import peak_bytes
-from pretend_gpu import H100
+from pretend_gpu import H100, pretend_gpu
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from isomerge_fast.linalg.certificate import symmetry
@@ -487,3 +487,12 @@ def test_narrow_iterations_know_what_rounding_leaves(solver, promise: float, sha
                 certified += 1
                 assert oracle.relative_error(q.numpy(), (u @ vh).numpy()) <= promise, (kind, condition)
     assert certified >= 3
+
+
+@pytest.mark.parametrize("solver", [PolarExpress(), PolarExpress(SINGLE, products="bf16x3")], ids=lambda s: s.name)
+def test_one_read_on_a_gpu(solver) -> None:
+    x, _ = matrix((40, 60), 1e3)
+    with pretend_gpu() as gpu:
+        q, _ = solver.polar(gpu.upload(x))
+        assert gpu.read_count == 1
+    assert oracle.relative_error(q.held.numpy(), polar(x)) <= 1e-3
