@@ -168,7 +168,7 @@ class PretendGpu:
         if name == "aten._linalg_svd":
             plain.pop("driver", None)  # of cuSOLVER's
         args, plain = tree_map(lambda leaf: leaf.held if isinstance(leaf, PretendTensor) else leaf, (args, plain))
-        call: Callable[..., Any] = MULTIPLIED_AS.get(function, function)
+        call: Any = MULTIPLIED_AS.get(function, function)
         result = call(*args, **plain)
         target = args[0] if name == "aten.copy_" else None
         to_host = asked == "cpu" or (target is not None and id(target) not in by_held)
