@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from kernel_checks import CHECKS, Check
+from kernel_checks import CHECKS, LARGE, Check
+from torch import Tensor
 
 from isomerge_fast import errors, ops
 from isomerge_fast.linalg.polar_express import PolarExpress
 from isomerge_fast.linalg.polar_gram import GramNewtonSchulz
 from isomerge_fast.methods import METHODS, TensorDeltas
-from isomerge_kernels import launchers, reference, symmetric_matmul
+from isomerge_kernels import apply_delta, launchers, reference, symmetric_matmul, task_sum
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -18,6 +21,74 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 @pytest.mark.parametrize("check", CHECKS.values(), ids=CHECKS.keys())
 def test_kernel(check: Check) -> None:
     check(DEVICE)
+
+
+# What a check cannot see of results that are off by a factor.
+BLIND = {
+    "task_sum-empty": {"total", "total × 1.5", "squares", "largest"},  # nothing, and zeros
+    "apply_delta-empty": {"out", "out × 1.5"},
+    **{name: {"out", "out × 1.5"} for name in CHECKS if name.startswith("symmetric_matmul-") and "-empty" in name},
+    "apply_delta-scalar": {"out"},  # one bfloat16, whose rounding is larger
+}
+
+
+def mutate(monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    """Put torch's own results in place of the kernels', of which ``what`` is off: by a factor 1.001, a count by 1."""
+    factor = {"nothing": 1.0, "total × 1.5": 1.5, "out × 1.5": 1.5}.get(what, 1.001)
+    field = what.removesuffix(" × 1.5")
+
+    def sums(
+        experts: list[Tensor], base: Tensor | None = None, *, config: object = None, **options: Any
+    ) -> task_sum.TaskSum:
+        found = reference.task_sum(experts, base, **options)
+        batch_dims, wide = options.get("batch_dims", 0), None if base is None else base.double()
+        exact = reference.task_sum([*map(Tensor.double, experts)], wide, batch_dims=batch_dims)
+        found = found._replace(squares=exact.squares, largest=exact.largest)
+        if field in found._fields:
+            value = getattr(found, field)
+            value.add_(1) if field == "nonfinite" else value.mul_(factor)
+        return found
+
+    def outputs(base: Tensor, delta: Tensor, **options: Any) -> list[Tensor]:
+        wide = torch.promote_types(base.dtype, delta.dtype)  # the factor comes before the rounding
+        return reference.apply_delta(base.to(wide) * factor, delta * factor, **options)
+
+    def product(a: Tensor, b: Tensor | None = None, **options: Any) -> Tensor:
+        # Copies are aligned alike: the same bits wherever a matrix stands.
+        b = a.mT if b is None else b
+        found = torch.stack([x.clone() @ y.clone() for x, y in zip(members(a), members(b), strict=True)])
+        found = found.reshape(*a.shape[:-1], a.shape[-2]).mul_(options.get("alpha", 1.0))
+        if options.get("c") is not None:
+            found += options.get("beta", 1.0) * options["c"]
+        found.diagonal(dim1=-2, dim2=-1).add_(options.get("gamma", 0.0))
+        found = (found.tril() + found.tril(-1).mT).mul_(factor)
+        return found if options.get("out") is None else options["out"].copy_(found)
+
+    def members(x: Tensor) -> Tensor:
+        return x.reshape(x.shape[:-2].numel(), *x.shape[-2:]).contiguous()
+
+    monkeypatch.setattr(task_sum, "task_sum", sums)
+    monkeypatch.setattr(apply_delta, "apply_delta", outputs)
+    monkeypatch.setattr(symmetric_matmul, "symmetric_matmul", product)
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_checks_see_what_is_wrong(name: str) -> None:
+    sums = ("total", "total × 1.5", "squares", "largest", "nonfinite")
+    blind = {what for start, whats in BLIND.items() if name.startswith(start) for what in whats}
+    cpu = torch.device("cpu")
+    for what in ("nothing", *(sums if name.startswith("task_sum") else ("out", "out × 1.5"))):
+        with pytest.MonkeyPatch.context() as patched:
+            mutate(patched, what)
+            if what == "nothing" or what in blind:
+                CHECKS[name](cpu)
+            else:
+                with pytest.raises(AssertionError):
+                    CHECKS[name](cpu)
+
+
+def test_large_checks_are_those_far_apart() -> None:
+    assert set(LARGE) == {name for name in CHECKS if name.endswith("far-apart")}
 
 
 @pytest.fixture
