@@ -56,13 +56,16 @@ def mutate(monkeypatch: pytest.MonkeyPatch, what: str) -> None:
     def product(a: Tensor, b: Tensor | None = None, **options: Any) -> Tensor:
         # Copies are aligned alike: the same bits wherever a matrix stands.
         b = a.mT if b is None else b
-        found = torch.stack([x.clone() @ y.clone() for x, y in zip(members(a), members(b), strict=True)])
+        found = torch.stack([copied(x) @ copied(y) for x, y in zip(members(a), members(b), strict=True)])
         found = found.reshape(*a.shape[:-1], a.shape[-2]).mul_(options.get("alpha", 1.0))
         if options.get("c") is not None:
             found += options.get("beta", 1.0) * options["c"]
         found.diagonal(dim1=-2, dim2=-1).add_(options.get("gamma", 0.0))
         found = (found.tril() + found.tril(-1).mT).mul_(factor)
         return found if options.get("out") is None else options["out"].copy_(found)
+
+    def copied(x: Tensor) -> Tensor:
+        return x.clone(memory_format=torch.contiguous_format)
 
     def members(x: Tensor) -> Tensor:
         return x.reshape(x.shape[:-2].numel(), *x.shape[-2:]).contiguous()

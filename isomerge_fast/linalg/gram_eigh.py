@@ -237,7 +237,8 @@ class GramEigh:
         eigenvalues, vectors = eigh(gram)
         sigma = eigenvalues.flip(-1).double().clamp_min(0.0).sqrt()
         limit = torch.maximum(tolerance.double(), (2.0 * self._blur(sigma)).sqrt())
-        return vectors.flip(-1), sigma, torch.where(sigma > limit[..., None], sigma, 0.0)
+        # NaN, which is what ``eigh`` gives of a member it could not solve, is no rank 0: it stays.
+        return vectors.flip(-1), sigma, torch.where(sigma <= limit[..., None], 0.0, sigma)
 
     def _narrow_gram(self, x: Tensor) -> Tensor | None:
         """The Gram matrix multiplied in float32 and converted, or None where its rounding would show in Q.
