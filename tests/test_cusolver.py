@@ -145,7 +145,7 @@ class OnTheCpu:
         return 0
 
     def _cusolverDnXsyevBatched_bufferSize(self, *arguments: Any) -> int:
-        *problem, on_device, on_host, batch = arguments
+        *_problem, on_device, on_host, batch = arguments
         on_device[0], on_host[0] = 1000 * batch, 10
         return 0
 
