@@ -83,6 +83,10 @@ def exact_product(a: Tensor, b: Tensor) -> Tensor:
     return torch.from_numpy((wide[0] @ wide[1]).astype(numpy.float64)).to(a.device)
 
 
+def exact_gram(a: Tensor) -> Tensor:
+    return exact_product(a, a.mT)
+
+
 def compare(ours: Tensor, torchs: Tensor, exact: Tensor, eps: float | None = None) -> dict[str, float]:
     """Both errors; asserts that ours is no worse than ``FACTOR`` times torch's, and no multiple of the result.
 
@@ -327,7 +331,7 @@ def product_checks() -> Iterator[tuple[str, Check]]:
         c = c + c.mT
         alpha, beta, gamma = 0.7, -0.3, 2.0
         identity = torch.eye(n, dtype=torch.float64, device=device)
-        exact = alpha * exact_product(a, a.mT) + beta * c.double() + gamma * identity
+        exact = alpha * exact_gram(a) + beta * c.double() + gamma * identity
         torchs = alpha * a @ a.mT + beta * c + gamma * identity.to(dtype)
         # bf16x3 keeps 16 bits of every factor.
         eps = 2.0**-16 if precision == "bf16x3" and dtype == torch.float32 else None
@@ -339,7 +343,7 @@ def product_checks() -> Iterator[tuple[str, Check]]:
         assert torch.equal(ours, ours.mT)  # exactly symmetric
         # Aᵀ A of the transpose, no C, one matrix; then with C overwritten.
         other = symmetric_matmul.symmetric_matmul(a[0].mT.contiguous().mT, **options)
-        compare(other, a[0] @ a[0].mT, exact_product(a[0], a[0].mT), eps)
+        compare(other, a[0] @ a[0].mT, exact_gram(a[0]), eps)
         nested = symmetric_matmul.symmetric_matmul(a[:, None].expand(2, 3, n, k), **options)  # two batch dimensions
         assert nested.shape == (2, 3, n, n)
         assert torch.equal(nested[1, 2], symmetric_matmul.symmetric_matmul(a[1], **options))

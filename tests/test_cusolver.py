@@ -124,8 +124,8 @@ class OnTheCpu:
         self.streams: list[int] = []
         self.handles = 0
         self.fails: set[int] = set()
-        for name, types in cusolver.PROTOTYPES.items():
-            setattr(self, name, ctypes.CFUNCTYPE(ctypes.c_int, *types)(getattr(self, "_" + name)))
+        for name, arguments in cusolver.PROTOTYPES.items():
+            setattr(self, name, ctypes.CFUNCTYPE(ctypes.c_int, *arguments)(getattr(self, "_" + name)))
 
     def _cusolverDnCreate(self, handle: Any) -> int:
         self.handles += 1
