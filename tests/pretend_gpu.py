@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves, tree_map
 
 from isomerge_fast import ops
+from isomerge_fast.linalg import cusolver
 from isomerge_kernels import devices, reference
 from isomerge_kernels.devices import DeviceTraits
 
@@ -327,6 +328,8 @@ def pretend_gpu(traits: DeviceTraits = H100) -> Iterator[PretendGpu]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ThreadPoolExecutor, "submit", submit_under_mode)
         patch.setattr(ops, "gpu_kernels", lambda: kernels)
+        for library in ("xsyev", "cupy"):  # which would take addresses of the CPU's memory for a GPU's
+            patch.setattr(cusolver, library, lambda: None)
         empty = torch.empty
         patch.setattr(torch, "empty", lambda *size, pin_memory=False, **options: empty(*size, **options))
         for make in (torch.tensor, torch.as_tensor):
