@@ -40,7 +40,7 @@ __all__ = [
 ]
 
 # Half the tiles save time when there are many of them; below this side, and for float64 where the matrix units do not
-# multiply it, the vendor's library is taken. (Estimates, until benchmarks/gpu_suite.py has timed both on a GPU.)
+# multiply it, the vendor's library is taken. (Estimates, until benchmarks/gpu has timed both on a GPU.)
 SYMMETRIC_SIDE = 1024
 
 

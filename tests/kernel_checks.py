@@ -1,5 +1,5 @@
 """What every kernel has to get right, as functions of a device: run by the tests (interpreted, where there is no GPU)
-and by ``benchmarks/gpu_suite.py`` on a GPU. Each returns its errors beside torch's own in the same dtype.
+and by ``benchmarks/gpu`` on a GPU. Each returns its errors beside torch's own in the same dtype.
 
 Outputs are filled with NaN first, so that what a kernel leaves out shows.
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import statistics
 import tempfile
@@ -19,6 +20,9 @@ from ..errors import ConfigError, ResourceError
 
 # A disk is measured with files of the first size, and where five of the second take no longer than so, with those.
 SMALL_FILE_BYTES, LARGE_FILE_BYTES, DISK_SECONDS = 1 << 26, 1 << 29, 8.0
+
+# Calls that are timed as one on a GPU: as many as take so long, and not more than so many.
+BATCH_SECONDS, MAX_CALLS = 2e-3, 1000
 
 Result = TypeVar("Result")
 
@@ -56,22 +60,43 @@ def timed(function: Callable[[], Result], device: torch.device) -> tuple[Result,
 def median_seconds(
     function: Callable[[], Any], device: torch.device, *, budget_seconds: float = 1.0, rounds: int = 30
 ) -> float:
-    """Median wall time of one call, the device idle before and after each; two calls first, to compile and to warm up.
+    """Return the median seconds of one call, after two that compile and warm up.
 
-    Fewer rounds where ``budget_seconds`` are spent before.
+    On a GPU by events around so many calls that a batch of them takes ``BATCH_SECONDS`` or more, and nothing waits in
+    between: a wait a call costs as much as a small kernel. On a CPU the wall time of every call. Fewer rounds where
+    ``budget_seconds`` are spent before.
     """
     for _ in range(2):
         function()
-    synchronise(device)
+    once = _seconds_by_events if device.type == "cuda" else _seconds_by_clock
+    calls = 1
+    if device.type == "cuda":
+        calls = max(1, min(MAX_CALLS, math.ceil(BATCH_SECONDS / max(1e-7, once(function, device, 3)))))
     times: list[float] = []
-    while len(times) < 3 or (len(times) < rounds and sum(times) < budget_seconds):
-        start = time.perf_counter()
-        function()
-        synchronise(device)
-        times.append(time.perf_counter() - start)
-        if sum(times) > 4 * budget_seconds:
+    while len(times) < 3 or (len(times) < rounds and sum(times) * calls < budget_seconds):
+        times.append(once(function, device, calls))
+        if sum(times) * calls > 4 * budget_seconds:
             break
     return statistics.median(times)
+
+
+def _seconds_by_clock(function: Callable[[], Any], device: torch.device, calls: int) -> float:
+    start = time.perf_counter()
+    for _ in range(calls):
+        function()
+    return (time.perf_counter() - start) / calls
+
+
+def _seconds_by_events(function: Callable[[], Any], device: torch.device, calls: int) -> float:
+    """Return the seconds a call by the GPU's own clock, and wait once."""
+    with torch.cuda.device(device):
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        first.record()
+        for _ in range(calls):
+            function()
+        last.record()
+        last.synchronize()
+    return first.elapsed_time(last) / 1e3 / calls
 
 
 @contextlib.contextmanager

@@ -27,7 +27,7 @@ class Config(NamedTuple):
     """One compiled form of an elementwise kernel.
 
     Chosen by rule and never by timing when it runs: another machine, or a merge that is resumed, has to give the same
-    bytes. ``benchmarks/gpu_suite.py`` times all of them, so that the rule can follow what is measured.
+    bytes. ``benchmarks/gpu`` times all of them, so that the rule can follow what is measured.
     """
 
     block: int  # elements a program handles, at once

@@ -1,0 +1,110 @@
+"""A whole merge of files in memory, under a ceiling for the memory of the GPU."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from benchmarks.gpu.rows import Rows
+from benchmarks.gpu.shapes import TASKS
+from isomerge_fast.bench import published
+from isomerge_fast.bench.problems import relative_error
+from isomerge_fast.config import MergeConfig
+from isomerge_fast.engine import run
+from isomerge_fast.plan import make_plan
+
+MAX_VRAM = 8 << 30
+LAYERS, SCALING = 2, 0.5
+# Of a merged bf16 tensor: half its last place, and no more.
+BAR = 2.0**-8
+
+
+def streamed_merge(rows: Rows) -> None:
+    """Two layers of Llama-3-8B without its embedding, 8 experts: the method without arithmetic, then Iso-C, Iso-CTS."""
+    device = torch.device(rows.device)
+    width, inner = (64, 160) if rows.small else (4096, 14336)
+    shapes: dict[str, tuple[int, ...]] = {}
+    for layer in range(1 if rows.small else LAYERS):
+        prefix = f"model.layers.{layer}."
+        for name, height in (("q", width), ("k", width // 4), ("v", width // 4), ("o", width)):
+            shapes[f"{prefix}self_attn.{name}_proj.weight"] = (height, width)
+        shapes[f"{prefix}mlp.gate_proj.weight"] = shapes[f"{prefix}mlp.up_proj.weight"] = (inner, width)
+        shapes[f"{prefix}mlp.down_proj.weight"] = (width, inner)
+        shapes[f"{prefix}input_layernorm.weight"] = (width,)
+    parameters = sum(torch.Size(shape).numel() for shape in shapes.values())
+    memory = Path("/dev/shm")
+    needed = 2 * parameters * (TASKS + 2)
+    place = memory if memory.is_dir() and shutil.disk_usage(memory).free > 1.2 * needed else None
+    with tempfile.TemporaryDirectory(dir=place, prefix="isomerge-gpu-") as name:
+        folder = Path(name)
+
+        def made() -> dict[str, Any]:
+            _write_checkpoints(folder, shapes, device)
+            return {"parameters": parameters, "experts": TASKS, "bytes": needed, "place": str(folder.parent)}
+
+        if rows.attempt("checkpoints", made):
+            for method in ("task-arithmetic", "iso-c", "iso-cts"):
+                rows.attempt(method, lambda method=method: _merged(folder, method, device))
+
+
+def _write_checkpoints(folder: Path, shapes: dict[str, tuple[int, ...]], device: torch.device) -> None:
+    base: dict[str, Tensor] = {}
+    for index in range(TASKS + 1):
+        generator = torch.Generator(device=device).manual_seed(index)
+        tensors = {}
+        for name, shape in shapes.items():
+            noise = torch.randn(shape, generator=generator, device=device)
+            value = 0.02 * noise if index == 0 else base[name].to(device) + 2e-3 * noise
+            tensors[name] = value.bfloat16().cpu()
+        base = base or tensors
+        save_file(tensors, str(folder / f"{index}.safetensors"))
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _merged(folder: Path, method: str, device: torch.device) -> dict[str, Any]:
+    on_gpu, out = device.type == "cuda", folder / "merged"
+    config = MergeConfig(
+        base=str(folder / "0.safetensors"),
+        experts=[str(folder / f"{index}.safetensors") for index in range(1, TASKS + 1)],
+        method=method,
+        scaling=SCALING,
+        out=str(out),
+    )
+    ceiling = MAX_VRAM if on_gpu else None
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(device)
+    report = run(make_plan(config, device, max_vram=ceiling), device=str(device), max_vram=ceiling, overwrite=True)
+    seconds = report.seconds["total"]
+    found: dict[str, Any] = {
+        "seconds": seconds,
+        "uncertified": sum(row.get("certified") is False for row in report.tensors),
+        "read_gb_per_s": sum(row["read_bytes"] for row in report.tensors) / seconds / 1e9,
+        "phases": {key: round(value, 3) for key, value in report.seconds.items()},
+    }
+    if on_gpu:
+        found["peak_vram_bytes"] = torch.cuda.max_memory_reserved(device)
+        assert found["peak_vram_bytes"] <= MAX_VRAM, found
+    if method == "iso-c":
+        found["error"] = _error(folder, out)
+        assert found["error"] <= BAR, found
+    return found
+
+
+def _error(folder: Path, out: Path) -> float:
+    """Of one tensor, against the published algorithm in float64 by LAPACK."""
+    name = "model.layers.0.self_attn.k_proj.weight"
+
+    def stored(file: Path) -> Tensor:
+        return load_file(str(file))[name].double()
+
+    base = stored(folder / "0.safetensors")
+    deltas = [stored(folder / f"{index}.safetensors") - base for index in range(1, TASKS + 1)]
+    (merged,) = out.glob("*.safetensors")
+    return relative_error(stored(merged), base + SCALING * published.iso_c(deltas))

@@ -1,0 +1,131 @@
+"""What solvers are made of: eigenvalues, factorisations, and the iterations that do without."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.gpu.rows import Rows
+from benchmarks.gpu.shapes import DTYPES, TASKS, named
+from isomerge_fast.bench.ceilings import median_seconds
+from isomerge_fast.bench.problems import relative_error
+from isomerge_fast.linalg import cusolver
+from isomerge_fast.linalg.gram_eigh import GramEigh
+from isomerge_fast.linalg.polar_express import PolarExpress
+from isomerge_fast.linalg.protocol import PolarSolver
+from isomerge_fast.linalg.thin import thin_qr
+
+# What one matrix, or one stack of them, may take.
+BUDGET_SECONDS = 0.3
+
+
+def primitives(rows: Rows) -> None:
+    """What the iterations of Iso-CTS meet at Llama's and a vision transformer's sides first."""
+    device = torch.device(rows.device)
+    generator = torch.Generator(device=device).manual_seed(0)
+
+    def random(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device, dtype=dtype)
+
+    def timed(name: str, call: Callable[[], Any], error: Callable[[Any], float]) -> None:
+        def measured() -> dict[str, Any]:
+            worst = error(call())
+            return {"seconds": median_seconds(call, device, budget_seconds=BUDGET_SECONDS), "error": worst}
+
+        rows.attempt(name, measured)
+
+    _eigenproblems(rows, timed, random)
+    _factorisations(rows, timed, random)
+    for side in (64,) if rows.small else (256, 512, 768, 1024, 2048, 4096):
+        x = random(side, side)
+        solvers: tuple[PolarSolver, ...] = (PolarExpress(), GramEigh())
+        for solver in solvers:
+            timed(f"polar {side}, {solver.name}", partial(_polar, solver, x), _not_orthogonal)
+    for shape in ((64, 64), (48, 96)) if rows.small else ((1024, 1024), (768, 3072)):
+        x = random(*shape, dtype=torch.float32)
+        for driver in (None, "gesvd", "gesvdj", "gesvda") if device.type == "cuda" else (None,):
+            name = f"svd {named(shape)} fp32, {driver or 'default'}"
+
+            def svd(x: Tensor = x, driver: str | None = driver) -> dict[str, Any]:
+                call = partial(torch.linalg.svd, x, full_matrices=False, driver=driver)
+                try:
+                    u, sigma, vh = call()
+                except RuntimeError as error:  # not every driver takes every shape, or converges
+                    return {"refused": str(error)[:200]}
+                seconds = median_seconds(call, device, budget_seconds=BUDGET_SECONDS)
+                return {"seconds": seconds, "error": relative_error((u * sigma) @ vh, x.double())}
+
+            rows.attempt(name, svd)
+
+
+def _eigenproblems(rows: Rows, timed: Callable[..., None], random: Callable[..., Tensor]) -> None:
+    """One after the other, and stacks by every solver that takes them in one call."""
+
+    def symmetric(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+        x = random(*shape, dtype=dtype)
+        return x @ x.mT / shape[-1]
+
+    for side in (48,) if rows.small else (768, 1024, 4096):
+        for dtype in (torch.float64, torch.float32):
+            x = symmetric(side, side, dtype=dtype)
+            timed(f"eigh {side}, {DTYPES[dtype]}", partial(torch.linalg.eigh, x), partial(_not_eigen, x))
+    solvers: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {"torch": torch.linalg.eigh, "rule": cusolver.eigh}
+    if rows.device.startswith("cuda"):
+        if batched_syev := getattr(cusolver, "batched_syev", None):
+            solvers["syev"] = batched_syev
+        if cusolver.cupy() is not None:
+            solvers["jacobi"] = cusolver.batched_jacobi
+    for stack in ((3, 40),) if rows.small else ((TASKS, 816), (TASKS, 152), (TASKS, 512), (TASKS, 64), (48, 768)):
+        x = symmetric(stack[0], stack[1], stack[1])
+        for name, solver in solvers.items():
+            if name == "jacobi" and stack[1] > 512:  # sweeps that take seconds
+                continue
+            timed(f"eigh {stack[0]} x {stack[1]} fp64, {name}", partial(solver, x), partial(_not_eigen, x))
+
+
+def _factorisations(rows: Rows, timed: Callable[..., None], random: Callable[..., Tensor]) -> None:
+    """Cholesky, solves with few columns, and orthonormal bases of tall matrices."""
+    for shape in ((48,),) if rows.small else ((4096,), (TASKS, 816)):
+        side, x = shape[-1], random(*shape, shape[-1])
+        gram = x @ x.mT + torch.eye(shape[-1], dtype=torch.float64, device=x.device)
+        factor, b = torch.linalg.cholesky(gram), random(*shape, 8)
+        inverse = torch.linalg.inv(factor)
+
+        def residual(found: Tensor, gram: Tensor = gram, b: Tensor = b) -> float:
+            return relative_error(gram @ found, b)
+
+        def rebuilt(found: Tensor, gram: Tensor = gram) -> float:
+            return relative_error(found @ found.mT, gram)
+
+        label = named((*shape, side))
+        timed(f"cholesky, {label}", partial(torch.linalg.cholesky, gram), rebuilt)
+        timed(f"solve {label}, 8 columns, factor", partial(torch.cholesky_solve, b, factor), residual)
+        timed(f"solve {label}, 8 columns, inverse", partial(_solved, inverse, b), residual)
+    for shape in ((2, 60, 9),) if rows.small else ((TASKS, 14336, 110), (TASKS, 3072, 28)):
+        x = random(*shape)
+        for name, factorise in (("Householder", torch.linalg.qr), ("CholeskyQR2", thin_qr)):
+            timed(f"QR {named(shape)}, {name}", partial(factorise, x), lambda found: _not_orthogonal(found[0]))
+
+
+def _solved(inverse: Tensor, b: Tensor) -> Tensor:
+    return inverse.mT @ (inverse @ b)
+
+
+def _polar(solver: PolarSolver, x: Tensor) -> Tensor:
+    return solver.polar(x)[0]
+
+
+def _not_eigen(x: Tensor, found: tuple[Tensor, Tensor]) -> float:
+    """‖V diag(λ) Vᵀ − X‖_F / ‖X‖_F, or the loss of orthogonality where that is larger."""
+    values, vectors = (part.double() for part in found)
+    return max(relative_error((vectors * values[..., None, :]) @ vectors.mT, x.double()), _not_orthogonal(vectors))
+
+
+def _not_orthogonal(q: Tensor) -> float:
+    """‖QᵀQ − I‖_F / ‖I‖_F."""
+    gram = q.double().mT @ q.double()
+    return relative_error(gram, torch.eye(gram.shape[-1], dtype=torch.float64, device=q.device).expand_as(gram))

@@ -1,0 +1,117 @@
+"""What the device can do at most, and which share of that the kernels reach in every configuration."""
+
+from __future__ import annotations
+
+import itertools
+from functools import partial
+from typing import Any
+
+import torch
+from kernel_checks import exact_gram  # type: ignore[import-not-found]  # tests/ is put on the path by runner
+from torch import Tensor
+
+from benchmarks.gpu.rows import Rows
+from benchmarks.gpu.shapes import DTYPES, TASKS, named
+from isomerge_fast.bench.ceilings import copy_rate, float32_matmul, matmul_rate, median_seconds, transfer_rates
+from isomerge_fast.bench.problems import relative_error
+from isomerge_kernels import apply_delta, symmetric_matmul, task_sum
+
+BANDWIDTH_SHAPES = ((4096, 4096), (1024, 4096), (14336, 4096))
+# Inputs are rotated until so many bytes lie between two uses of one: no cache holds them.
+ROTATED_BYTES = 1 << 28
+# Rows and columns of a product whose entries are compared with exact ones.
+JUDGED_ROWS = 64
+
+
+def ceilings(rows: Rows) -> None:
+    """The copy, the transfers, and products by the vendor's library."""
+    device = torch.device(rows.device)
+    rows.attempt("copy", lambda: {"gb_per_s": copy_rate(device, 1 << 22 if rows.small else 1 << 30) / 1e9})
+    if device.type == "cuda":
+        rows.attempt("transfers", lambda: {key: rate / 1e9 for key, rate in transfer_rates(device).items()})
+    for side in (128,) if rows.small else (4096, 8192):
+        for name, dtype, precision in (
+            ("fp64", torch.float64, "ieee"),
+            ("fp32", torch.float32, "ieee"),
+            ("tf32", torch.float32, "tf32"),
+            ("bf16", torch.bfloat16, "ieee"),
+        ):
+
+            def rate(side: int = side, dtype: torch.dtype = dtype, precision: str = precision) -> dict[str, Any]:
+                return {"tflop_per_s": matmul_rate(device, side, dtype, precision) / 1e12}
+
+            rows.attempt(f"matmul {side} {name}", rate)
+
+
+def bandwidths(rows: Rows) -> None:
+    """task_sum and apply_delta as shares of the copy."""
+    device = torch.device(rows.device)
+    copy = rows.attempt("copy", lambda: {"gb_per_s": copy_rate(device, 1 << 22 if rows.small else 1 << 30) / 1e9})
+    ceiling = copy.get("gb_per_s", float("nan"))
+
+    def rated(form: str, shape: tuple[int, int], size: int, calls: list[Any], config: Any) -> None:
+        def measured() -> dict[str, Any]:
+            turns = itertools.cycle(calls)
+            seconds = median_seconds(lambda: next(turns)(), device, budget_seconds=0.05)
+            return {"seconds": seconds, "gb_per_s": size / seconds / 1e9, "of_copy": size / seconds / 1e9 / ceiling}
+
+        rows.attempt(f"{form}, {named(shape)}, {config.block}/{config.num_warps}", measured)
+
+    for shape in ((32, 64),) if rows.small else BANDWIDTH_SHAPES:
+        elements = shape[0] * shape[1]
+        for dtype, total in ((torch.bfloat16, torch.float32), (torch.bfloat16, torch.float64), (torch.float32,) * 2):
+            size = elements * ((TASKS + 1) * dtype.itemsize + total.itemsize)
+            inputs = [
+                [torch.randn(shape, device=device).to(dtype) for _ in range(TASKS + 1)]
+                for _ in range(1 + min(8, ROTATED_BYTES // size))
+            ]
+            out = torch.empty(shape, dtype=total, device=device)
+            for config in task_sum.CONFIGS:
+                calls = [partial(task_sum.task_sum, x[1:], x[0], out=out, config=config) for x in inputs]
+                rated(f"task_sum {DTYPES[dtype]} to {DTYPES[total]}", shape, size, calls, config)
+            del inputs, out
+        for scalings, seed in (([1.0], None), ([0.8, 1.0, 1.3], None), ([1.0], 7)):
+            size = elements * (2 + 4 + 2 * len(scalings))
+            pairs = [
+                (torch.randn(shape, device=device).bfloat16(), torch.randn(shape, device=device))
+                for _ in range(1 + min(8, ROTATED_BYTES // size))
+            ]
+            kind = f"{len(scalings)} outputs" if seed is None else "stochastic"
+            for config in apply_delta.CONFIGS:
+                options = {"scalings": scalings, "dtype": torch.bfloat16, "seed": seed, "config": config}
+                calls = [partial(apply_delta.apply_delta, *pair, **options) for pair in pairs]
+                rated(f"apply_delta {kind}", shape, size, calls, config)
+            del pairs
+
+
+def products(rows: Rows) -> None:
+    """symmetric_matmul in every configuration beside torch.matmul of the same matrix, with both errors."""
+    device = torch.device(rows.device)
+    for side in (128,) if rows.small else (4096, 1024, 8192, 2048, 512):
+        for key, configs in symmetric_matmul.CONFIGS.items():
+            dtype = {"fp64": torch.float64, "half": torch.bfloat16}.get(key, torch.float32)
+            if device.type == "cpu" and dtype == torch.bfloat16:  # which the interpreter multiplies wrongly
+                continue
+            a = torch.randn(side, side, device=device).to(dtype)
+            with float32_matmul("ieee"):
+                theirs = median_seconds(lambda a=a: a @ a.mT, device, budget_seconds=0.1)
+                their_error = _error(a @ a.mT, a)
+            precision = key if dtype == torch.float32 and device.type == "cuda" else "ieee"
+            for config in configs:
+
+                def product(a: Tensor = a, key: str = precision, config: Any = config, t: Any = (theirs, their_error)):
+                    call = partial(symmetric_matmul.symmetric_matmul, a, precision=key, config=config)
+                    error = _error(call(), a)
+                    seconds = median_seconds(call, device, budget_seconds=0.1)
+                    found = {"seconds": seconds, "torch_seconds": t[0], "ratio": t[0] / seconds}
+                    found["tflop_per_s"] = 2 * len(a) ** 3 / seconds / 1e12  # of the whole product, as torch's
+                    return found | {"error": error, "torch_error": t[1]}
+
+                tile = f"{config.block}x{config.block_k}/{config.num_warps}/{config.num_stages}"
+                rows.attempt(f"{key}, {side}, {tile}", product)
+
+
+def _error(value: Tensor, a: Tensor) -> float:
+    """Relative error of A Aᵀ in rows and columns that are spread over it, float64 judged in long double."""
+    step = max(1, len(a) // JUDGED_ROWS)
+    return relative_error(value[::step, ::step].double(), exact_gram(a[::step]))

@@ -1,0 +1,149 @@
+"""Whether kernels, solvers and methods are right on this device."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from kernel_checks import CHECKS  # type: ignore[import-not-found]  # tests/ is put on the path by runner
+from torch import Tensor
+
+from benchmarks.gpu.rows import Rows, read_rows
+from benchmarks.gpu.runner import child_command
+from benchmarks.gpu.schedule import Stage
+from benchmarks.gpu.shapes import named
+from isomerge_fast.bench import published
+from isomerge_fast.bench.problems import deltas_like_fine_tuning, relative_error
+from isomerge_fast.linalg.gram_eigh import GramEigh
+from isomerge_fast.linalg.polar_express import PolarExpress
+from isomerge_fast.linalg.polar_gram import GramNewtonSchulz
+from isomerge_fast.linalg.polar_qdwh import Qdwh
+from isomerge_fast.linalg.protocol import PolarSolver
+from isomerge_fast.linalg.svd import FullSvd
+from isomerge_fast.methods import TensorDeltas, make_method
+from isomerge_kernels import symmetric_matmul
+
+# One form of everything.
+SMOKE = (
+    "task_sum-odd-bf16",
+    "apply_delta-batch-fp32",
+    "apply_delta-stochastic",
+    "symmetric_matmul-polynomial",
+    *(f"symmetric_matmul-{key}-{configs[0].block}-odd" for key, configs in symmetric_matmul.CONFIGS.items()),
+)
+# A dry run takes every so many checks.
+SMALL_STEP = 9
+SOLVERS: tuple[tuple[PolarSolver, float], ...] = (
+    (PolarExpress(), 1e-9),
+    (PolarExpress(torch.float32), 1e-2),
+    (GramNewtonSchulz(), 1e-9),
+    (GramNewtonSchulz(torch.float32), 1e-2),
+    (Qdwh(), 1e-9),
+    (GramEigh(), 1e-5),
+    (FullSvd(), 1e-6),
+)
+TIERS = (("fast", 1e-2), ("default", 1e-5), ("reference", 1e-8))
+SHAPES = ((1100, 1100), (1024, 3072), (3072, 1024))
+# The judge of Iso-CTS takes T + 3 SVDs: half the size.
+HALVES = ((550, 550), (512, 1536), (1536, 512))
+BATCH = 3
+BATCHED_SHAPES = ((300, 300), (256, 640), (640, 256))
+SMALL_SHAPES = ((96, 96), (64, 160), (160, 64))
+
+
+def kernels(rows: Rows) -> None:
+    """This process's share of the checks that every kernel has to pass; the far-apart ones are the last's alone."""
+    names = list(CHECKS)
+    far = [name for name in names if "far-apart" in name]
+    near = [name for name in names if name not in far][:: SMALL_STEP if rows.small else 1]
+    last = rows.shares - 1
+    mine = [*near, *far] if last == 0 else far if rows.share == last else near[rows.share :: last]
+    for name in mine:
+        rows.attempt(name, lambda name=name: CHECKS[name](torch.device(rows.device)))
+
+
+def smoke(rows: Rows) -> None:
+    """One form of everything."""
+    for name in _smoked(rows):
+        rows.attempt(name, lambda name=name: CHECKS[name](torch.device(rows.device)))
+
+
+def _smoked(rows: Rows) -> tuple[str, ...]:
+    return SMOKE[:2] if rows.small else SMOKE
+
+
+def memcheck(rows: Rows) -> None:
+    """The smoke test under compute-sanitizer, where that is installed."""
+    tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
+    watched = [tool, "--tool", "memcheck", "--error-exitcode", "9"] if tool else []
+
+    def checked() -> dict[str, Any]:
+        with tempfile.TemporaryDirectory() as folder:
+            file, output = Path(folder) / "rows.json", Path(folder) / "output"
+            stage = Stage("smoke", f"{__name__}:smoke", rows.seconds_left)
+            more = ("--small",) if rows.small else ()
+            command = [*watched, *child_command(stage, file, rows.device, rows.seconds_left, *more)]
+            environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+            with output.open("wb") as written:
+                code = subprocess.run(command, stdout=written, stderr=subprocess.STDOUT, env=environment).returncode
+            text, found = output.read_text(errors="replace"), read_rows(file)
+        failed = [row for row in found if "failed" in row]
+        assert code == 0, text[-400:]
+        assert not failed, failed[0]
+        assert len(found) == len(_smoked(rows))
+        summary = [line.strip("= ") for line in text.splitlines() if "ERROR SUMMARY" in line]
+        return {"watched": bool(watched), "checks": len(found), "summary": summary[-1] if summary else ""}
+
+    if tool is None and torch.device(rows.device).type == "cuda":
+        rows.note("compute-sanitizer", absent="not installed")
+    else:
+        rows.attempt("smoke test", checked)
+
+
+def solvers_and_methods(rows: Rows) -> None:
+    """Polar solvers, and methods in all tiers, one matrix at a time and batched.
+
+    The judge is the published algorithm in float64 by LAPACK on the CPU: no code that is judged is part of it.
+    """
+    device = torch.device(rows.device)
+    for shape in SMALL_SHAPES if rows.small else SHAPES:
+        total = torch.stack(deltas_like_fine_tuning(*shape, 4, "decay", device=device)).double().sum(0)
+        exact = published.polar(total.cpu()).to(device)
+        for solver, bar in SOLVERS:
+            rows.attempt(f"{solver.name} {named(shape)}", lambda s=solver, b=bar, x=total, e=exact: _polar(s, b, x, e))
+    for name, shapes in (("iso-c", SHAPES), ("iso-cts", HALVES)):
+        for shape in SMALL_SHAPES if rows.small else shapes:
+            _tiers(rows, name, [deltas_like_fine_tuning(*shape, 4, "decay", device=device)], batched=False)
+        for shape in SMALL_SHAPES if rows.small else BATCHED_SHAPES:
+            members = [deltas_like_fine_tuning(*shape, 4, "decay", device=device, seed=seed) for seed in range(BATCH)]
+            _tiers(rows, name, members, batched=True)
+
+
+def _polar(solver: PolarSolver, bar: float, x: Tensor, exact: Tensor) -> dict[str, Any]:
+    q, stats = solver.polar(x, dtype=torch.float64)
+    found = {"error": relative_error(q, exact), "orthogonality": stats.orthogonality.item()}
+    assert found["error"] <= bar, found
+    return found
+
+
+def _tiers(rows: Rows, name: str, members: list[list[Tensor]], *, batched: bool) -> None:
+    """Rows of one method in all tiers; ``members`` are T deltas each."""
+    algorithm = getattr(published, name.replace("-", "_"))
+    exact = [algorithm([delta.cpu().double() for delta in deltas]).to(rows.device) for deltas in members]
+    deltas = [torch.stack(task) if batched else task[0] for task in zip(*members, strict=True)]
+    for tier, bar in TIERS:
+
+        def merged(tier: str = tier, bar: float = bar) -> dict[str, Any]:
+            value, stats = make_method(name, {"precision": tier}).merge(TensorDeltas(deltas))
+            values = value if batched else value[None]
+            worst = max(relative_error(one, judge) for one, judge in zip(values, exact, strict=True))
+            assert worst <= bar, {"error": worst, "algorithm": stats.algorithm}
+            assert not stats.missed(), stats.to_dict()
+            return {"error": worst, "algorithm": stats.algorithm}
+
+        rows.attempt(f"{name} {tier} {named(deltas[0].shape)}", merged)

@@ -1,0 +1,109 @@
+"""Rows of readings: those of a stage, on disk as they are made, and those of all stages in one file."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Put ``text`` in the place of a file: who reads it finds the old one or the new one, never a part."""
+    unfinished = file.with_name(f"{file.name}.{os.getpid()}.tmp")
+    unfinished.write_text(text, encoding="utf-8")
+    os.replace(unfinished, file)
+
+
+def read_rows(file: Path) -> list[Row]:
+    """Return the rows of a file, none where it is not there."""
+    return json.loads(file.read_text(encoding="utf-8"))["rows"] if file.exists() else []
+
+
+class Rows:
+    """What a stage is given: its circumstances, and where its rows go.
+
+    Attributes:
+        device: as torch names it.
+        small: sizes that show only that everything runs.
+        share, shares: which part of the stage this process does, of how many.
+    """
+
+    def __init__(
+        self, stage: str, file: Path, *, device: str, small: bool, seconds: float, share: int = 0, shares: int = 1
+    ) -> None:
+        self.device, self.small, self.share, self.shares = device, small, share, shares
+        self._stage, self._file, self._end = stage, file, time.monotonic() + seconds
+        self._rows: list[Row] = []
+
+    @property
+    def seconds_left(self) -> float:
+        return self._end - time.monotonic()
+
+    def note(self, name: str, **values: Any) -> None:
+        """Add a row."""
+        self._rows.append({"stage": self._stage, "name": name, **values})
+        write_whole(self._file, json.dumps({"rows": self._rows}))
+
+    def attempt(self, name: str, function: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Add the row that a function makes, or the error in which it ends; return its values, none of an error."""
+        values: dict[str, Any] = {}
+        try:
+            values = function()
+        except Exception as error:  # every row is to be tried
+            self.note(name, failed=f"{type(error).__name__}: {error}"[:500])
+        else:
+            self.note(name, **values)
+        torch = sys.modules.get("torch")  # a stage may do without
+        if torch is not None and torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+        return values
+
+
+class Results:
+    """The rows of all stages of one device: ``FOLDER/NAME.json``, written anew whenever there are more.
+
+    What was printed beside them lies in ``FOLDER/NAME.txt``. Names have letters, digits and ``-`` only.
+    """
+
+    def __init__(self, folder: Path, device: str) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        name = re.sub(r"[^A-Za-z0-9]+", "-", device).strip("-")
+        self.device, self._file, self._text = device, folder / f"{name}.json", folder / f"{name}.txt"
+        self.rows = read_rows(self._file)
+        self._text.write_text("", encoding="utf-8")
+
+    def begin(self, stage: str) -> None:
+        """Forget the rows that a stage had."""
+        self.rows = [row for row in self.rows if row["stage"] != stage]
+
+    def add(self, row: Row) -> None:
+        """Keep a row, and print it."""
+        self.rows.append(row)
+        body = ",\n".join(map(json.dumps, self.rows))
+        write_whole(self._file, f'{{"device": {json.dumps(self.device)}, "rows": [\n{body}\n]}}\n')
+        self.say(short(row))
+
+    def say(self, line: str) -> None:
+        """Print a line, and keep it."""
+        print(line, flush=True)
+        with self._text.open("a", encoding="utf-8") as text:
+            text.write(f"{line}\n")
+
+
+def short(row: Row) -> str:
+    """Return a row as one line."""
+    shown = " ".join(f"{key}={_short(value)}" for key, value in row.items() if key not in ("stage", "name"))
+    return f"{row['stage']:11} {row['name']:44} {shown}"[:180].rstrip().replace("\n", " ")
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, list | dict):
+        return f"({len(value)})"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

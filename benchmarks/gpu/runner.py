@@ -1,0 +1,110 @@
+"""One stage in processes of its own, which are killed with all that they started when their time is up.
+
+A stage may abort, hang, or leave processes behind that hold its output: it writes to a file and not into a pipe, each
+of its processes leads a session, and that session is killed when the stage ends, however it ends. Where this process
+is killed itself, the pipe to the stage's standard input ends, upon which the stage kills its own session.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from benchmarks.gpu.rows import Row, read_rows
+from benchmarks.gpu.schedule import Stage
+
+ROOT = Path(__file__).resolve().parents[2]
+POLL_SECONDS = 0.1
+# Of what a process wrote before it failed.
+TAIL_CHARACTERS = 400
+
+
+def child_environment(device: str) -> dict[str, str]:
+    """Return the environment of a stage: a checkout with nothing installed, one cache of compiled kernels for all."""
+    paths = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
+    cache = Path(tempfile.gettempdir()) / f"isomerge-triton-{os.getuid()}"
+    found = {"TRITON_CACHE_DIR": str(cache), **os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    if not device.startswith("cuda"):
+        found["TRITON_INTERPRET"] = "1"  # which Triton decides when it is loaded
+    return found
+
+
+def child_command(stage: Stage, file: Path, device: str, seconds: float, *more: str) -> list[str]:
+    """Return the command of one process of a stage, whose rows go to ``file``."""
+    known = ("--file", str(file), "--device", device, "--seconds", f"{seconds:.1f}")
+    return [sys.executable, "-m", "benchmarks.gpu.child", stage.name, stage.function, *known, *more]
+
+
+class Process:
+    """One process of a stage."""
+
+    def __init__(self, command: list[str], file: Path, device: str) -> None:
+        self._file, self._output, self._passed_on = file, file.with_suffix(".out"), 0
+        with self._output.open("wb") as output:
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                cwd=ROOT,
+                env=child_environment(device),
+            )
+
+    @property
+    def is_running(self) -> bool:
+        return self._process.poll() is None
+
+    def pass_on(self, add: Callable[[Row], None]) -> None:
+        """``add`` the rows that are new since the last time."""
+        rows = read_rows(self._file)
+        for row in rows[self._passed_on :]:
+            add(row)
+        self._passed_on = len(rows)
+
+    def end(self) -> str | None:
+        """Kill what is left of the session; return how the process failed, None where it did not."""
+        late = self.is_running
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        code = self._process.wait()
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        if code == 0:
+            return None
+        how = f"exit code {code}" if code > 0 else signal.Signals(-code).name
+        tail = self._output.read_bytes().decode(errors="replace")[-TAIL_CHARACTERS:]
+        return f"{'out of time' if late else how}: {' '.join(tail.split())}"
+
+
+def run_stage(stage: Stage, add: Callable[[Row], None], *, device: str, small: bool, seconds: float) -> None:
+    """Run a stage for so many seconds at most, and ``add`` its rows as they are made.
+
+    A process that fails adds a row that says how.
+    """
+    shares = min(stage.processes, os.cpu_count() or 1) if small else stage.processes
+    end = time.monotonic() + seconds
+    processes: list[Process] = []
+    with tempfile.TemporaryDirectory(prefix="isomerge-gpu-", ignore_cleanup_errors=True) as folder:
+        try:
+            for share in range(shares):
+                file = Path(folder) / f"{share}.json"
+                more = ("--share", str(share), "--shares", str(shares), *(("--small",) if small else ()))
+                processes.append(Process(child_command(stage, file, device, seconds, *more), file, device))
+            while any(process.is_running for process in processes) and time.monotonic() < end:
+                time.sleep(POLL_SECONDS)
+                for process in processes:
+                    process.pass_on(add)
+        finally:
+            failures = [process.end() for process in processes]
+        for share, (process, failure) in enumerate(zip(processes, failures, strict=True)):
+            process.pass_on(add)
+            if failure is not None:
+                add({"stage": stage.name, "name": f"process {share}", "failed": failure})

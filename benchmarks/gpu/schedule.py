@@ -1,0 +1,46 @@
+"""What is measured, in which order, and how long each part of it may take at most."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Name a function that makes rows, and what it may take.
+
+    Attributes:
+        function: ``module:function``, called with a ``rows.Rows``.
+        seconds: after which its processes are killed.
+        processes: run at once, of which each takes its share.
+    """
+
+    name: str
+    function: str
+    seconds: float
+    processes: int = 1
+
+
+CALL_SECONDS = {"a": 420.0, "b": 200.0}
+# Asked for before anything else, within the time of the call.
+DEVICE = Stage("device", "benchmarks.gpu.environment:device", 20)
+# The last stage of a call takes what the others left.
+CALLS: dict[str, tuple[Stage, ...]] = {
+    "a": (
+        Stage("environment", "benchmarks.gpu.environment:environment", 15),
+        # The last process has the checks of far-apart rows for itself: they are the likeliest to end it.
+        Stage("kernels", "benchmarks.gpu.right:kernels", 45, processes=13),
+        Stage("right", "benchmarks.gpu.right:solvers_and_methods", 45),
+        Stage("ceilings", "benchmarks.gpu.rates:ceilings", 15),
+        Stage("primitives", "benchmarks.gpu.primitives:primitives", 50),
+        Stage("methods", "benchmarks.gpu.methods:methods", 85),
+        Stage("bandwidths", "benchmarks.gpu.rates:bandwidths", 30),
+        Stage("products", "benchmarks.gpu.rates:products", 40),
+        Stage("published", "benchmarks.gpu.methods:published_algorithm", 75),
+    ),
+    "b": (
+        Stage("merge", "benchmarks.gpu.merge:streamed_merge", 90),
+        Stage("threads", "benchmarks.gpu.methods:cpu_threads", 25),
+        Stage("memcheck", "benchmarks.gpu.right:memcheck", 65),
+    ),
+}

@@ -1,0 +1,167 @@
+"""What the rows say in at most ``MAX_LINES`` lines, the most important last: of a long output the end is seen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+from benchmarks.gpu.rows import Row
+from benchmarks.gpu.schedule import CALLS
+
+MAX_LINES, LINE, MAX_FAILURES = 100, 180, 12
+METHODS = ("iso-c", "iso-cts")
+# Of one layer of Llama-3-8B, how often: q and o, k and v, gate and up, down. (``shapes`` needs torch.)
+LAYER = {"4096 x 4096": 2, "1024 x 4096": 2, "14336 x 4096": 2, "4096 x 14336": 1}
+LAYERS, CHECKPOINT_BYTES, EXPERTS, DISK_GB_PER_S = 32, 16.06e9, 8, 2.0
+
+
+class Readings:
+    """Rows by stage and name."""
+
+    def __init__(self, rows: Sequence[Row]) -> None:
+        self._rows = rows
+
+    def of(self, stage: str) -> list[Row]:
+        return [row for row in self._rows if row["stage"] == stage]
+
+    def get(self, stage: str, name: str, key: str = "seconds") -> float | None:
+        return next((row[key] for row in self.of(stage) if row["name"] == name and key in row), None)
+
+    def published(self, name: str) -> Row | None:
+        """The faster driver's row of the published algorithm."""
+        rows = [row for row in self.of("published") if row["name"].startswith(f"{name}, ") and "seconds" in row]
+        return min(rows, key=lambda row: row["seconds"], default=None)
+
+
+def _correctness(readings: Readings) -> Iterator[str]:
+    for stages in CALLS.values():
+        counted = {stage.name: rows for stage in stages if (rows := readings.of(stage.name))}
+        counts = ((name, len(rows), sum("failed" in row for row in rows)) for name, rows in counted.items())
+        yield ", ".join(f"{name} {rows} ({f'{failed} FAILED' if failed else 0})" for name, rows, failed in counts)
+    names = [stage.name for stages in CALLS.values() for stage in stages]
+    failed = [row for name in names for row in readings.of(name) if "failed" in row]
+    yield from (f"FAILED {row['stage']} {row['name']}: {row['failed']}" for row in failed[:MAX_FAILURES])
+    if len(failed) > MAX_FAILURES:
+        yield f"and {len(failed) - MAX_FAILURES} more"
+
+
+def _primitives(readings: Readings) -> Iterator[str]:
+    for row in readings.of("ceilings"):
+        if not row["name"].startswith("matmul"):
+            yield f"{row['name']}: " + ", ".join(f"{k} {v:.4g}" for k, v in row.items() if isinstance(v, float))
+    products = [row for row in readings.of("ceilings") if "tflop_per_s" in row]
+    yield from _lines((*row["name"].rsplit(" ", 1), f"{row['tflop_per_s']:.4g} TFLOP/s") for row in products)
+    solved = [row for row in readings.of("primitives") if "error" in row]
+    times = [f"{1e3 * row['seconds']:.4g} ({row['error']:.0e})" for row in solved]
+    yield from _lines((*row["name"].rsplit(", ", 1), each) for row, each in zip(solved, times, strict=True))
+
+
+def _lines(contenders: Iterable[tuple[str, str, str]]) -> Iterator[str]:
+    """One line for everything of one name, from (name, contender, value)."""
+    groups: dict[str, list[str]] = {}
+    for name, contender, value in contenders:
+        groups.setdefault(name, []).append(f"{contender} {value}")
+    yield from (f"{name}: {', '.join(found)}" for name, found in groups.items())
+
+
+def _configurations(readings: Readings, stage: str, key: str) -> Iterator[tuple[str, str, list[Row]]]:
+    """(form, shape, rows) where rows differ in their configuration, the one in use first."""
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in readings.of(stage):
+        if key in row:
+            form, shape, _ = row["name"].split(", ")
+            groups.setdefault((form, shape), []).append(row)
+    yield from ((form, shape, rows) for (form, shape), rows in groups.items())
+
+
+def _bandwidths(readings: Readings) -> Iterator[str]:
+    def shown(rows: list[Row]) -> str:
+        first, best = rows[0], max(rows, key=lambda row: row["of_copy"])
+        value = f"{best['of_copy']:.2f} by {best['name'].rsplit(', ')[-1]}"
+        return value if best is first else f"{value} ({first['of_copy']:.2f})"
+
+    yield from _lines(
+        (form, f"{shape}:", shown(rows)) for form, shape, rows in _configurations(readings, "bandwidths", "of_copy")
+    )
+
+
+def _products(readings: Readings) -> Iterator[str]:
+    worst: dict[str, list[float]] = {}
+    for row in readings.of("products"):
+        if "error" in row:
+            errors = worst.setdefault(row["name"].split(", ")[0], [0.0, 0.0])
+            errors[:] = max(errors[0], row["error"]), max(errors[1], row["torch_error"])
+
+    def shown(rows: list[Row]) -> str:
+        best = max(rows, key=lambda row: row["ratio"])
+        return f"{best['ratio']:.2f} {best['tflop_per_s']:.3g} by {best['name'].rsplit(', ')[-1]}"
+
+    found = _configurations(readings, "products", "ratio")
+    for line in _lines((form, f"{side}:", shown(rows)) for form, side, rows in found):
+        form = line.partition(":")[0]
+        yield f"{form} ({worst[form][0]:.0e} / {worst[form][1]:.0e}){line.removeprefix(form)}"
+
+
+def _threads(readings: Readings) -> Iterator[str]:
+    rows = (row for row in readings.of("threads") if "seconds" in row)
+    yield from _lines((*row["name"].rsplit(", ", 1), f"{1e3 * row['seconds']:.0f} ms") for row in rows)
+
+
+def _methods(readings: Readings) -> Iterator[str]:
+    for row in readings.of("methods"):
+        if "seconds" not in row:
+            continue
+        line = f"{row['name']:34} {1e3 * row['seconds']:9.2f}{'' if row['certified'] else ' NOT CERTIFIED'}"
+        if theirs := readings.published(row["name"]):
+            how = "estimated" if "estimated" in theirs else f"distance {theirs['distance']:.0e}"
+            line += f" {1e3 * theirs['seconds']:9.0f} {theirs['seconds'] / row['seconds']:7.1f} x  {how}"
+        yield line
+
+
+def _merges(readings: Readings) -> Iterator[str]:
+    for row in readings.of("merge"):
+        if "seconds" in row:
+            vram = f", {row['peak_vram_bytes'] / 2**30:.2f} GiB" if "peak_vram_bytes" in row else ""
+            rate = f"{row['read_gb_per_s']:.2f} GB/s read"
+            yield f"{row['name']:16} {row['seconds']:.2f} s, {rate}{vram}, {row['uncertified']} not certified"
+
+
+def _outlook(readings: Readings) -> Iterator[str]:
+    for method in METHODS:
+        ours = [readings.get("methods", f"{method} {shape}") for shape in LAYER]
+        rows = [readings.published(f"{method} {shape}") for shape in LAYER]
+        theirs = [None if row is None else row["seconds"] for row in rows]
+        line = f"{method:8} arithmetic {_whole(ours)} s"
+        yield line + f"; published {_whole(theirs)} s, of which matrices that were not run are estimated"
+    read, written = (EXPERTS + 1) * CHECKPOINT_BYTES, CHECKPOINT_BYTES
+    rates = {f"{DISK_GB_PER_S:g} GB/s": DISK_GB_PER_S}
+    if measured := readings.get("merge", "task-arithmetic", "read_gb_per_s"):
+        rates["the rate of task-arithmetic above"] = measured
+    for name, rate in rates.items():
+        yield f"disk     {read / 1e9:.0f} + {written / 1e9:.0f} GB: {(read + written) / rate / 1e9:.0f} s at {name}"
+
+
+def _whole(seconds: Sequence[float | None]) -> str:
+    """All layers, from one time a shape."""
+    known = [each for each in seconds if each is not None]
+    if len(known) < len(LAYER):
+        return "?"
+    return f"{LAYERS * sum(count * each for count, each in zip(LAYER.values(), known, strict=True)):.1f}"
+
+
+SECTIONS = (
+    ("correctness: rows (failed)", _correctness),
+    ("ceilings, primitives: ms (relative error)", _primitives),
+    ("CPU, by threads", _threads),
+    ("share of the copy: the best configuration (the one in use)", _bandwidths),
+    ("symmetric_matmul: speed over torch.matmul, TFLOP/s; errors ours / torch's", _products),
+    ("methods: ours ms, published ms by its faster driver, ratio, distance of the two", _methods),
+    ("streamed merge, 2 layers of Llama-3-8B, 8 experts", _merges),
+    ("Llama-3-8B x 8 experts by these readings", _outlook),
+)
+
+
+def summary(rows: Sequence[Row]) -> list[str]:
+    """Return the lines."""
+    readings = Readings(rows)
+    lines = [line for title, section in SECTIONS for line in (f"== {title}", *section(readings))]
+    return [line[:LINE].replace("\n", " ") for line in lines[-MAX_LINES:]]

@@ -1,0 +1,202 @@
+"""The command behind ``make gpu``: stages that abort, hang or leave processes behind; its files; its dry run."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.gpu.__main__ import run_stages
+from benchmarks.gpu.rows import Results
+from benchmarks.gpu.runner import ROOT, child_environment
+from benchmarks.gpu.schedule import CALL_SECONDS, CALLS, DEVICE, Stage
+from benchmarks.gpu.summary import MAX_LINES, summary
+from isomerge_fast.bench.ceilings import median_seconds
+
+
+def fake(name: str, *, seconds: float = 30.0, processes: int = 1) -> Stage:
+    return Stage(name, f"stages_that_fail:{name}", seconds, processes)
+
+
+def run_fakes(folder: Path, *stages: Stage) -> tuple[int, list[dict[str, Any]]]:
+    results = Results(folder, "A device (of mine)")
+    failed = run_stages(stages, results, device="cpu", small=False, end=time.monotonic() + 60.0)
+    return failed, json.loads((folder / "A-device-of-mine.json").read_text())["rows"]
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process is there and not only waiting to be noticed as dead."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def wait_until_dead(*pids: int) -> None:
+    end = time.monotonic() + 10.0
+    while any(map(is_alive, pids)) and time.monotonic() < end:
+        time.sleep(0.02)
+    assert not [pid for pid in pids if is_alive(pid)]
+
+
+def test_a_stage_that_aborts_hangs_or_leaves_a_process_costs_the_others_nothing(tmp_path: Path) -> None:
+    start = time.monotonic()
+    stages = [fake("aborts"), fake("hangs", seconds=2.0), fake("leaves_a_process"), fake("works")]
+    failed, rows = run_fakes(tmp_path, *stages)
+    assert time.monotonic() - start < 20.0
+    assert failed == 2
+    found = {(row["stage"], row["name"]): row for row in rows}
+    assert found["aborts", "before"]["value"] == 1
+    assert re.match("SIGABRT: .*why it aborts", found["aborts", "process 0"]["failed"])
+    assert found["hangs", "process 0"]["failed"].startswith("out of time")
+    assert "value" in found["works", "first"]
+    wait_until_dead(found["hangs", "before"]["pid"], found["leaves_a_process", "left"]["pid"])
+
+
+def test_processes_of_a_stage_run_at_once_and_an_error_in_one_row_is_that_rows(tmp_path: Path) -> None:
+    failed, rows = run_fakes(tmp_path, fake("works", processes=2))
+    assert sorted(row["value"] for row in rows if "value" in row) == [0, 1]
+    assert [row["failed"].partition(":")[0] for row in rows if "failed" in row] == 2 * ["ZeroDivisionError"]
+    assert failed == 2
+
+
+def test_one_stage_again_replaces_its_rows_alone(tmp_path: Path) -> None:
+    _, before = run_fakes(tmp_path, fake("works"), fake("leaves_a_process"))
+    _, after = run_fakes(tmp_path, fake("leaves_a_process"))
+    assert [row["name"] for row in after] == ["first", "left"]
+    assert after[0] == before[0]
+    assert after[1]["pid"] != before[1]["pid"]
+    assert {file.name for file in tmp_path.iterdir()} == {"A-device-of-mine.json", "A-device-of-mine.txt"}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_what_runs_ends_with_the_command(tmp_path: Path, number: int) -> None:
+    file = tmp_path / "pids"
+    command = f"""
+import signal, sys, time
+from benchmarks.gpu.__main__ import leave, run_stages
+from benchmarks.gpu.rows import Results
+from benchmarks.gpu.schedule import Stage
+from pathlib import Path
+signal.signal(signal.SIGTERM, leave)
+stage = Stage("waits", "stages_that_fail:waits_for_a_file", 60.0)
+run_stages([stage], Results(Path({str(tmp_path)!r}), "d"), device="cpu", small=False, end=time.monotonic() + 60.0)
+"""
+    environment = child_environment("cpu") | {"ISOMERGE_TEST_FILE": str(file)}
+    process = subprocess.Popen([sys.executable, "-c", command], cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
+    end = time.monotonic() + 20.0
+    while "waiting" not in (tmp_path / "d.txt").read_text() if (tmp_path / "d.txt").exists() else True:
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    pids = [int(pid) for pid in file.read_text().split()]
+    process.send_signal(number)
+    process.wait(10.0)
+    wait_until_dead(*pids)
+    assert [row["name"] for row in json.loads((tmp_path / "d.json").read_text())["rows"]] == ["waiting"]
+
+
+def test_stages_fit_into_their_calls() -> None:
+    for call, stages in CALLS.items():
+        assert DEVICE.seconds + sum(stage.seconds for stage in stages) <= CALL_SECONDS[call]
+    assert CALL_SECONDS == {"a": 420.0, "b": 200.0}
+
+
+def test_a_command_without_a_gpu_says_so(tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("a GPU is there")
+    command = [sys.executable, "-m", "benchmarks.gpu", "--out", str(tmp_path / "none")]
+    outcome = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert outcome.returncode == 2
+    assert outcome.stderr.startswith("no device cuda:0")
+    assert not (tmp_path / "none").exists()
+
+
+def test_the_command_itself_does_without_torch() -> None:
+    check = "import sys, benchmarks.gpu.__main__; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", check], cwd=ROOT).returncode == 0
+
+
+def readings() -> list[dict[str, Any]]:
+    """Rows as of a GPU that takes one second for everything, as far as the summary looks at them."""
+    shapes = ("4096 x 4096", "1024 x 4096", "14336 x 4096", "4096 x 14336")
+    rows: list[dict[str, Any]] = []
+    for method in ("iso-c", "iso-cts"):
+        for shape in shapes:
+            rows.append({"stage": "methods", "name": f"{method} {shape}", "seconds": 1.0, "certified": True})
+            for driver, seconds in (("gesvd", 3.0), ("default", 9.0)):
+                name = f"{method} {shape}, {driver}"
+                rows.append({"stage": "published", "name": name, "seconds": seconds, "estimated": "11 x one SVD"})
+    rows += [{"stage": "kernels", "name": f"check {n}", "failed": "wrong\nby 2"} for n in range(40)]
+    rows += [
+        {"stage": "merge", "name": "task-arithmetic", "seconds": 1.0, "read_gb_per_s": 4.0, "uncertified": 0},
+        {"stage": "products", "name": "fp64, 4096, 64x32/8/2", "failed": "out of memory"},
+    ]
+    return rows
+
+
+def test_the_summary_ends_with_what_matters_and_is_short() -> None:
+    lines = summary(readings())
+    assert len(lines) <= MAX_LINES
+    assert not [line for line in lines if "\n" in line]
+    assert "kernels 40 (40 FAILED)" in lines[1]
+    assert "and 29 more" in lines
+    # 32 layers of 2 + 2 + 2 + 1 matrices; the faster driver's 3 s.
+    assert lines[-4].startswith("iso-c    arithmetic 224.0 s; published 672.0 s")
+    assert lines[-2] == "disk     145 + 16 GB: 80 s at 2 GB/s"
+    assert lines[-1] == "disk     145 + 16 GB: 40 s at the rate of task-arithmetic above"
+    assert "?" in summary([row for row in readings() if row["name"] != "iso-c 1024 x 4096"])[-4]
+
+
+def test_seconds_on_a_gpu_are_those_between_events(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call of 10 µs, by the clock of a GPU that is not there: many between two events, and one wait for them."""
+    calls, waits = [0], []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            self.at = calls[0]
+
+        def synchronize(self) -> None:
+            waits.append(calls[0])
+
+        def elapsed_time(self, other: Event) -> float:
+            return 0.01 * (other.at - self.at)
+
+    def call() -> None:
+        calls[0] += 1
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: __import__("contextlib").nullcontext())
+    seconds = median_seconds(call, torch.device("cuda:0"), budget_seconds=0.01, rounds=9)
+    assert seconds == pytest.approx(1e-5)
+    assert calls[0] >= 100 * (len(waits) - 1)
+    assert len(waits) <= 10
+
+
+@pytest.mark.slow
+def test_the_suite_runs_dry(tmp_path: Path) -> None:
+    """Every stage but the kernels' checks, which tests/test_kernels.py runs."""
+    stages = [stage.name for found in CALLS.values() for stage in found if stage.name not in ("kernels", "memcheck")]
+    command = [sys.executable, "-m", "benchmarks.gpu", "--device", "cpu", "--small", "--out", str(tmp_path)]
+    command += [word for stage in stages for word in ("--stage", stage)]
+    outcome = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": ""})
+    assert outcome.returncode == 0, outcome.stdout[-2000:] + outcome.stderr[-2000:]
+    files = sorted(tmp_path.iterdir())
+    assert [re.fullmatch(r"[A-Za-z0-9-]+\.(json|txt)", file.name) is not None for file in files] == [True, True]
+    rows = json.loads(files[0].read_text())["rows"]
+    assert {row["stage"] for row in rows} == set(stages)
+    assert not [row for row in rows if "failed" in row]
+    merge = next(row for row in rows if (row["stage"], row["name"]) == ("merge", "iso-cts"))
+    assert merge["uncertified"] == 0
+    assert files[1].read_text() == outcome.stdout
