@@ -17,8 +17,13 @@ from isomerge_fast.linalg import cusolver
 from isomerge_fast.linalg.gram_eigh import GramEigh
 from isomerge_fast.linalg.polar_express import PolarExpress
 from isomerge_fast.linalg.protocol import PolarSolver
-from isomerge_fast.linalg.thin import thin_qr
+from isomerge_fast.linalg.thin import flagged_qr, thin_qr
 
+QR: dict[str, Callable[[Tensor], tuple[Tensor, ...]]] = {
+    "Householder": torch.linalg.qr,
+    "CholeskyQR2": thin_qr,
+    "CholeskyQR3": flagged_qr,
+}
 # What one matrix, or one stack of them, may take.
 BUDGET_SECONDS = 0.3
 
@@ -107,7 +112,7 @@ def _factorisations(rows: Rows, timed: Callable[..., None], random: Callable[...
         timed(f"solve {label}, 8 columns, inverse", partial(_solved, inverse, b), residual)
     for shape in ((2, 60, 9),) if rows.small else ((TASKS, 14336, 110), (TASKS, 3072, 28)):
         x = random(*shape)
-        for name, factorise in (("Householder", torch.linalg.qr), ("CholeskyQR2", thin_qr)):
+        for name, factorise in QR.items():
             timed(f"QR {named(shape)}, {name}", partial(factorise, x), lambda found: _not_orthogonal(found[0]))
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import numpy
 import torch
-from kernel_checks import exact_gram  # type: ignore[import-not-found]  # tests/ is put on the path by runner
 from torch import Tensor
 
 from benchmarks.gpu.rows import Rows
@@ -93,25 +94,42 @@ def products(rows: Rows) -> None:
             if device.type == "cpu" and dtype == torch.bfloat16:  # which the interpreter multiplies wrongly
                 continue
             a = torch.randn(side, side, device=device).to(dtype)
+            exact = _judged_product(a)
             with float32_matmul("ieee"):
                 theirs = median_seconds(lambda a=a: a @ a.mT, device, budget_seconds=0.1)
-                their_error = _error(a @ a.mT, a)
+                their_error = _error(a @ a.mT, exact)
             precision = key if dtype == torch.float32 and device.type == "cuda" else "ieee"
             for config in configs:
-
-                def product(a: Tensor = a, key: str = precision, config: Any = config, t: Any = (theirs, their_error)):
-                    call = partial(symmetric_matmul.symmetric_matmul, a, precision=key, config=config)
-                    error = _error(call(), a)
-                    seconds = median_seconds(call, device, budget_seconds=0.1)
-                    found = {"seconds": seconds, "torch_seconds": t[0], "ratio": t[0] / seconds}
-                    found["tflop_per_s"] = 2 * len(a) ** 3 / seconds / 1e12  # of the whole product, as torch's
-                    return found | {"error": error, "torch_error": t[1]}
-
+                call = partial(symmetric_matmul.symmetric_matmul, a, precision=precision, config=config)
                 tile = f"{config.block}x{config.block_k}/{config.num_warps}/{config.num_stages}"
-                rows.attempt(f"{key}, {side}, {tile}", product)
+                rows.attempt(f"{key}, {side}, {tile}", partial(_product, call, exact, device, theirs, their_error))
 
 
-def _error(value: Tensor, a: Tensor) -> float:
-    """Relative error of A Aᵀ in rows and columns that are spread over it, float64 judged in long double."""
-    step = max(1, len(a) // JUDGED_ROWS)
-    return relative_error(value[::step, ::step].double(), exact_gram(a[::step]))
+def _product(
+    call: Callable[[], Tensor], exact: Tensor, device: torch.device, torch_seconds: float, torch_error: float
+) -> dict[str, Any]:
+    value = call()
+    error, side = _error(value, exact), len(value)
+    seconds = median_seconds(call, device, budget_seconds=0.1)
+    return {
+        "seconds": seconds,
+        "torch_seconds": torch_seconds,
+        "ratio": torch_seconds / seconds,
+        "tflop_per_s": 2 * side**3 / seconds / 1e12,  # of the whole product, as torch's
+        "error": error,
+        "torch_error": torch_error,
+    }
+
+
+def _judged_product(a: Tensor) -> Tensor:
+    """Some rows and columns of A Aᵀ, spread over it: float64 in long double, as no product of torch's is."""
+    part = a[:: max(1, len(a) // JUDGED_ROWS)].double()
+    if a.dtype != torch.float64:
+        return part @ part.mT
+    wide = part.cpu().numpy().astype(numpy.longdouble)
+    return torch.from_numpy((wide @ wide.T).astype(numpy.float64)).to(a.device)
+
+
+def _error(value: Tensor, exact: Tensor) -> float:
+    step = len(value) // len(exact)
+    return relative_error(value[::step, ::step], exact)
