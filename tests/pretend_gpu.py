@@ -317,6 +317,10 @@ def pretend_gpu(traits: DeviceTraits = H100) -> Iterator[PretendGpu]:
 
         return call
 
+    def batched_syev(x: Tensor) -> tuple[Tensor, Tensor]:
+        gpu.launched("XsyevBatched")
+        return gpu.on_host(lambda x: tuple(torch.linalg.eigh(x)), x)
+
     def set_fraction(fraction: float, device: Any = None) -> None:
         if torch.device(device).index is None:  # as torch has it
             raise ValueError("Expected a torch.device with a specified index or an integer, but got: cuda")
@@ -328,8 +332,10 @@ def pretend_gpu(traits: DeviceTraits = H100) -> Iterator[PretendGpu]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ThreadPoolExecutor, "submit", submit_under_mode)
         patch.setattr(ops, "gpu_kernels", lambda: kernels)
-        for library in ("xsyev", "cupy"):  # which would take addresses of the CPU's memory for a GPU's
-            patch.setattr(cusolver, library, lambda: None)
+        # Which would take addresses of the CPU's memory for a GPU's.
+        patch.setattr(cusolver, "xsyev", lambda: gpu)
+        patch.setattr(cusolver, "batched_syev", batched_syev)
+        patch.setattr(cusolver, "_version", lambda library: "pretended")
         empty = torch.empty
         patch.setattr(torch, "empty", lambda *size, pin_memory=False, **options: empty(*size, **options))
         for make in (torch.tensor, torch.as_tensor):

@@ -80,8 +80,8 @@ def _eigenproblems(rows: Rows, timed: Callable[..., None], random: Callable[...,
             timed(f"eigh {side}, {DTYPES[dtype]}", partial(torch.linalg.eigh, x), partial(_not_eigen, x))
     solvers: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {"torch": torch.linalg.eigh, "rule": cusolver.eigh}
     if rows.device.startswith("cuda"):
-        if batched_syev := getattr(cusolver, "batched_syev", None):
-            solvers["syev"] = batched_syev
+        if cusolver.xsyev() is not None:
+            solvers["syev"] = cusolver.batched_syev
         if cusolver.cupy() is not None:
             solvers["jacobi"] = cusolver.batched_jacobi
     for stack in ((3, 40),) if rows.small else ((TASKS, 816), (TASKS, 152), (TASKS, 512), (TASKS, 64), (48, 768)):

@@ -7,6 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from ..ops import traits_of
+from .cusolver import describe_eigensolvers
 
 
 def describe_arithmetic(device: torch.device) -> str:
@@ -19,7 +20,7 @@ def describe_arithmetic(device: torch.device) -> str:
     if not traits.is_gpu:
         return device.type
     model = f"{traits.name}, {traits.memory_bytes} bytes"
-    return "; ".join([model, *(f"{package} {_version(package)}" for package in ("triton",))])
+    return f"{model}; triton {_version('triton')}; {describe_eigensolvers(device)}"
 
 
 def _version(package: str) -> str:
