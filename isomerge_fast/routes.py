@@ -21,7 +21,7 @@ from math import prod
 import torch
 
 from .methods import Method, TensorSpec
-from .ops import BLOCK_ELEMENTS
+from .ops import BLOCK_ELEMENTS, traits_of
 
 MIB = 1 << 20
 # Read ahead at least this much where nothing forbids it, and at the very least: four parts of 2 MiB.
@@ -192,7 +192,7 @@ def _routes(
     if method.any_shape:
         lines = (spec.elements,)
         rows = _part_rows(lines, traffic, budget.part)
-        work = (method.row_map_bytes(spec, traffic.tasks, rows) or 0) + _applying(rows, spec, traffic)
+        work = (method.row_map_bytes(spec, traffic.tasks, rows, device) or 0) + _applying(rows, spec, traffic)
         yield Route(BY_ROWS, lines, rows, method, work + _on_device(2 * rows, traffic, device))
         return
     lines = spec.shape
@@ -207,11 +207,12 @@ def _routes(
         yield Route(RESIDENT, lines, rows, chosen, work + held)
     # Of parts there are two: one is taken while that before it is still at hand.
     again = budget.again + _on_device(2 * rows * row, traffic, device)
-    chosen = _within(method, budget, again + 32 * min(BLOCK_ELEMENTS, spec.elements))
-    work = max(chosen.workspace_bytes(spec, traffic.tasks, device) + 32 * min(BLOCK_ELEMENTS, spec.elements), writing)
+    making = _making(rows * row, spec, device)
+    chosen = _within(method, budget, again + making)
+    work = max(chosen.workspace_bytes(spec, traffic.tasks, device) + making, writing)
     yield Route(STREAMED, lines, rows, chosen, work + again)
     chosen = _within(method, budget, again + _applying(rows * row, spec, traffic))
-    by_rows = chosen.row_map_bytes(spec, traffic.tasks, rows * row)
+    by_rows = chosen.row_map_bytes(spec, traffic.tasks, rows * row, device)
     if by_rows is not None:
         yield Route(BY_ROWS, lines, rows, chosen, by_rows + again + _applying(rows * row, spec, traffic))
 
@@ -229,6 +230,14 @@ def _part_rows(lines: Sequence[int], traffic: Traffic, part_bytes: int) -> int:
 def _applying(elements: int, spec: TensorSpec, traffic: Traffic) -> int:
     """Outputs of one part, and the temporaries of making them."""
     return elements * traffic.written + 4 * 8 * min(elements, BLOCK_ELEMENTS)
+
+
+def _making(part_elements: int, spec: TensorSpec, device: torch.device) -> int:
+    """Return the bytes of the temporaries of making deltas of parts."""
+    traits = traits_of(device)
+    if traits.is_gpu:  # only in ``subtract``: the base's rows in the dtype computed in
+        return spec.dtype.itemsize * min(part_elements, traits.block_elements(BLOCK_ELEMENTS))
+    return 32 * min(BLOCK_ELEMENTS, spec.elements)
 
 
 def _on_device(elements: int, traffic: Traffic, device: torch.device) -> int:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from allocation import peak_bytes
 from cases import CASES, Case
-from pretend_gpu import H100, RTX5090, PretendTensor, pretend_gpu
+from pretend_gpu import CUDA, H100, RTX5090, PretendTensor, pretend_gpu
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -456,7 +456,7 @@ def test_solver_keeps_to_its_workspace(solver: Solver, shape: tuple[int, int]) -
     total = torch.stack(Case(0, *shape, 1e6, 4).deltas()).double().sum(0)
     k = 4 * min(shape) // 5
     for dtype in (torch.float32, torch.float64):
-        promised = solver.workspace_bytes(*shape, dtype)
+        promised = solver.workspace_bytes(*shape, dtype, CPU)
         peak, _ = peak_bytes(lambda dtype=dtype: solver.polar(total, dtype=dtype))
         assert peak <= promised <= 4 * peak
         peak, _ = peak_bytes(lambda dtype=dtype: solver.top_subspace(total, k, complement=True, dtype=dtype))
@@ -475,6 +475,44 @@ def test_method_keeps_to_its_workspace(shape: tuple[int, int], method: str, opti
     peak, (_, stats) = peak_bytes(lambda: chosen.merge(deltas))
     assert not stats.escalations
     assert peak <= promised <= 5 * peak
+
+
+@pytest.mark.parametrize("options", [{}, {"precision": "fast"}, {"precision": "reference"}], ids=str)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("shape", [(600, 600), (260, 1100), (1100, 260)], ids=str)
+def test_method_keeps_to_its_workspace_on_a_gpu(shape: tuple[int, int], method: str, options: dict) -> None:
+    """By the solvers of a GPU, with all tasks as one batch."""
+    chosen = make_method(method, options)
+    with pretend_gpu() as gpu:
+        deltas = FreshDeltas([gpu.upload(delta) for delta in Case(0, *shape, 1e1, 8).deltas()])
+        promised = chosen.workspace_bytes(TensorSpec("x", shape, torch.float32), 8, CUDA)
+        peak, (_, stats) = peak_bytes(lambda: chosen.merge(deltas))
+    assert not stats.escalations
+    assert peak <= promised <= 5 * peak
+
+
+def test_what_a_gpu_needs_is_not_what_a_cpu_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 4096 x 4096, eight tasks: a polar iteration's bounds, and a batch of task parts."""
+    monkeypatch.setitem(devices.KNOWN, CUDA, H100)
+    n, tasks, s = 4096, 8, 102
+    elements, beyond = n * n, tasks * s
+    spec = TensorSpec("w", (n, n), torch.float32)
+    # S in float64; and its Gram matrix with the Cholesky factor L, the identity and L⁻¹. Later the iterate, the Gram
+    # matrix and a polynomial of it, which is less.
+    iso_c = 8 * elements + 4 * 8 * elements
+    assert make_method("iso-c").workspace_bytes(spec, tasks, CUDA) == pytest.approx(iso_c, rel=5e-3)
+    assert make_method("iso-c").workspace_bytes(spec, tasks, CPU) > 1.8 * iso_c
+    # S in float64, the complement of U_k in a square of its size, and two blocks of the deltas in float64 ...
+    common = 8 * elements + 8 * elements + 2 * 8 * devices.GPU_BLOCK_ELEMENTS
+    # ... the deltas and one on its way in float32; of each C_t = Q_cᵀ Δ_t, the eigensolver of C_t C_tᵀ, thin bases ...
+    parts = 4 * elements * (tasks + 1) + tasks * 8 * (beyond * n + 7 * beyond**2 + 3 * n * s)
+    # ... and the bases of all tasks, while they are made.
+    bases = 3 * 8 * n * beyond
+    assert make_method("iso-cts").workspace_bytes(spec, tasks, CUDA) == pytest.approx(common + parts + bases, rel=5e-3)
+    # Under a ceiling fewer at a time.
+    lean = make_method("iso-cts", {"memory_bytes": 2 << 30})
+    assert lean.workspace_bytes(spec, tasks, CUDA) <= 2 << 30
+    assert lean.workspace_bytes(spec, tasks, CUDA) > 1 << 30
 
 
 def test_a_ceiling_takes_the_leaner_solver() -> None:

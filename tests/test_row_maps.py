@@ -209,7 +209,7 @@ def test_a_wrong_map_misses_its_certificate(name: str, off: str) -> None:
 @pytest.mark.parametrize("name", SPECTRAL)
 def test_what_is_not_on_offer(name: str) -> None:
     def promised(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, **options: Any) -> int | None:
-        return make_method(name, options).row_map_bytes(TensorSpec("w", shape, dtype), 2, 1000)
+        return make_method(name, options).row_map_bytes(TensorSpec("w", shape, dtype), 2, 1000, torch.device("cpu"))
 
     assert promised((200, 100))
     assert promised((200, 100), precision="fast")
@@ -264,7 +264,8 @@ def peak_and_promise(name: str, shape: tuple[int, int], tasks: int, block_rows: 
             row_map.rows(block)
         row_map.stats()
 
-    promised = method.row_map_bytes(TensorSpec("w", shape, torch.float32), tasks, block_rows * shape[1])
+    spec, elements = TensorSpec("w", shape, torch.float32), block_rows * shape[1]
+    promised = method.row_map_bytes(spec, tasks, elements, torch.device("cpu"))
     assert promised is not None
     return peak_bytes(merge_and_forget)[0], promised
 

@@ -31,7 +31,7 @@ from .protocol import (
     relative_gap,
     rounding_angle,
 )
-from .sides import BLOCK_ELEMENTS, long_product, short_gram, short_multiply, short_product, short_project
+from .sides import block_elements, long_product, short_gram, short_multiply, short_product, short_project
 from .spectrum import Product, largest_beyond
 
 EPS = torch.finfo(torch.float32).eps
@@ -226,10 +226,10 @@ class GramEigh:
             wide=False,
         )
 
-    def workspace_bytes(self, rows: int, columns: int, dtype: torch.dtype) -> int:
+    def workspace_bytes(self, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> int:
         """Peak bytes beyond the input: the result, a few r x r (eigh's copy, vectors and 2 r² of work), blocks."""
         short = min(rows, columns)
-        blocks = 3 * min(rows * columns, max(BLOCK_ELEMENTS, short))
+        blocks = 3 * min(rows * columns, max(block_elements(device), short))
         return dtype.itemsize * rows * columns + self.dtype.itemsize * (7 * short**2 + blocks) + 8 * short**2
 
     def _eigh(self, gram: Tensor, tolerance: Tensor) -> tuple[Tensor, Tensor, Tensor]:

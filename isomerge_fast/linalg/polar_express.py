@@ -23,12 +23,12 @@ from isomerge_fast import ops
 
 from .polar_iteration import (
     Start,
-    block_elements,
     check_fields,
     default_target,
     dtype_suffix,
     evidence,
     inverse_size,
+    largest_block,
     nothing,
     scaled,
     short_polynomial,
@@ -165,17 +165,17 @@ class PolarExpress:
         del y
         return q, replace(evidence(self.name, q, x, begun), error=error)
 
-    def workspace_bytes(self, rows: int, columns: int, dtype: torch.dtype) -> int:
+    def workspace_bytes(self, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> int:
         """Peak bytes beyond the input: the iterate with G and its polynomial, or with the result.
 
-        The parts of products in bf16x3 are twelve bytes of every element, and four while they are made.
+        The parts of products in bf16x3 are twelve bytes of every element, and eight while they are made.
         """
         short, elements, size = min(rows, columns), rows * columns, self.dtype.itemsize
-        step = size * (elements + short**2 + max(short**2, block_elements(rows, columns)))
+        step = size * (elements + short**2 + max(short**2, largest_block(rows, columns, device)))
         if self.products:
-            step += 16 * (elements + short**2)
+            step += 20 * (elements + short**2)
         converted = (size + dtype.itemsize) * elements
-        return workspace_bytes(rows, columns, max(step, converted), dtype)
+        return workspace_bytes(rows, columns, max(step, converted), dtype, device)
 
     def _rounding(self, begun: Start, gram: Tensor, x: Tensor) -> Tensor:
         """See ``PolarStats.error``."""

@@ -23,11 +23,11 @@ from isomerge_fast import ops
 
 from .polar_express import Quintic, quintics
 from .polar_iteration import (
-    block_elements,
     check_fields,
     default_target,
     dtype_suffix,
     evidence,
+    largest_block,
     nothing,
     short_polynomial,
     start,
@@ -93,14 +93,14 @@ class GramNewtonSchulz:
         del y, polynomial
         return q, evidence(self.name, q, x, begun)
 
-    def workspace_bytes(self, rows: int, columns: int, dtype: torch.dtype) -> int:
+    def workspace_bytes(self, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> int:
         """Peak bytes beyond the input: with a restart, the iterate and four r x r, or the iterate and the result."""
         short, elements, size = min(rows, columns), rows * columns, self.dtype.itemsize
-        block = block_elements(rows, columns)
+        block = largest_block(rows, columns, device)
         iterate = size * elements if self.restarts else 0
         accumulating = iterate + 4 * size * short**2
         applying = iterate + dtype.itemsize * elements + size * (short**2 + (1 if self.restarts else 2) * block)
-        return workspace_bytes(rows, columns, max(accumulating, applying), dtype)
+        return workspace_bytes(rows, columns, max(accumulating, applying), dtype, device)
 
 
 def split(steps: Sequence[Quintic], restarts: int, dtype: torch.dtype) -> list[Sequence[Quintic]]:

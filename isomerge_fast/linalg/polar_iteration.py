@@ -17,7 +17,7 @@ from isomerge_fast import ops
 
 from .certificate import probes
 from .protocol import PolarStats, default_tolerance
-from .sides import BLOCK_ELEMENTS, long_blocks, short_gram
+from .sides import block_elements, long_blocks, short_gram
 from .spectrum import singular_range
 
 ITERATION_DTYPES = (torch.float64, torch.float32)
@@ -147,18 +147,20 @@ def default_target(*dtypes: torch.dtype, products: str | None = None) -> float:
     return max(SMALLEST_TARGET, PRODUCT_EPS.get(products or "", 0.0), *(torch.finfo(dtype).eps for dtype in dtypes))
 
 
-def block_elements(rows: int, columns: int) -> int:
-    """Of one block of the long side."""
-    return min(rows * columns, max(BLOCK_ELEMENTS, min(rows, columns)))
+def largest_block(rows: int, columns: int, device: torch.device) -> int:
+    """Return the elements of one block of the long side."""
+    return min(rows * columns, max(block_elements(device), min(rows, columns)))
 
 
-def workspace_bytes(rows: int, columns: int, iterating: int, dtype: torch.dtype) -> int:
-    """Peak of a solve whose iteration takes ``iterating`` bytes, the result in ``dtype`` included.
+def workspace_bytes(rows: int, columns: int, iterating: int, dtype: torch.dtype, device: torch.device) -> int:
+    """Return the peak of a solve whose iteration takes ``iterating`` bytes, the result in ``dtype`` included.
 
-    Before it, the bounds: G, its Cholesky factor and cholesky_solve's copy of that, all float64, and a few blocks of
-    start vectors. After it, the evidence: Q with either its Gram matrix and a square of that, or blocks in float64.
+    Before it, the bounds: G, its Cholesky factor and cholesky_solve's copy of that (on a GPU the identity and L⁻¹), all
+    float64, and a few blocks of start vectors. After it, the evidence: Q with either its Gram matrix and a square of
+    that, or blocks in float64.
     """
     short = min(rows, columns)
-    blocks = 8 * block_elements(rows, columns) * (1 if dtype == torch.float64 else 2)
+    blocks = 8 * largest_block(rows, columns, device) * (1 if dtype == torch.float64 else 2)
     evidence_bytes = dtype.itemsize * rows * columns + max(blocks, 2 * dtype.itemsize * short**2)
-    return max(24 * short**2 + 8 * 64 * short, iterating, evidence_bytes) + 4096
+    bounds = (32 if ops.traits_of(device).is_gpu else 24) * short**2 + 8 * 64 * short
+    return max(bounds, iterating, evidence_bytes) + 4096

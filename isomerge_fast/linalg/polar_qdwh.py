@@ -106,14 +106,14 @@ class Qdwh:
         del y
         return q, evidence(self.name, q, x, begun)
 
-    def workspace_bytes(self, rows: int, columns: int, dtype: torch.dtype) -> int:
+    def workspace_bytes(self, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> int:
         """Peak bytes beyond the input: the iterate with [√c Xᵀ; I], the Q of its QR, R and LAPACK's blocks of 64, and
         what its threads take (32 columns; none on one thread).
         """
         short, elements, size = min(rows, columns), rows * columns, self.dtype.itemsize
         step = size * (3 * (elements + short**2) + 72 * short + 32 * (rows + columns))
         converted = (size + dtype.itemsize) * elements
-        return workspace_bytes(rows, columns, max(step, converted), dtype)
+        return workspace_bytes(rows, columns, max(step, converted), dtype, device)
 
 
 def qr_step(y: Tensor, step: Halley) -> Tensor:

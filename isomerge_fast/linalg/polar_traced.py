@@ -45,8 +45,8 @@ class TracedPolar:
         h = sym_mm(x, q.mT) if x.shape[-2] <= x.shape[-1] else sym_mm(q.mT, x)
         return q.to(dtype), replace(stats, traces=heat_traces(h, begun.scale, begun.lower))
 
-    def workspace_bytes(self, rows: int, columns: int, dtype: torch.dtype) -> int:
+    def workspace_bytes(self, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> int:
         """Peak bytes beyond the input: of either solver; or the result with H, and four of its size for its powers."""
         traced = 8 * rows * columns + 5 * 8 * min(rows, columns) ** 2
         solvers = (PolarExpress(), self.otherwise)
-        return max(traced, *(solver.workspace_bytes(rows, columns, dtype) for solver in solvers))
+        return max(traced, *(solver.workspace_bytes(rows, columns, dtype, device) for solver in solvers))

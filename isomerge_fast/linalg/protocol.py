@@ -161,7 +161,7 @@ class PolarSolver(Protocol):
         """(Q, evidence); Q in ``dtype``, by default that of ``x``."""
         ...
 
-    def workspace_bytes(self, rows: int, columns: int, dtype: torch.dtype) -> int:
+    def workspace_bytes(self, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> int:
         """Peak bytes of one solve of a float64 ``x`` beyond ``x`` itself, the result in ``dtype`` included."""
         ...
 
@@ -200,7 +200,7 @@ class SubspaceSolver(Protocol):
         """
         ...
 
-    def workspace_bytes(self, rows: int, columns: int, dtype: torch.dtype) -> int: ...
+    def workspace_bytes(self, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> int: ...
 
 
 class Solver(PolarSolver, SubspaceSolver, Protocol):

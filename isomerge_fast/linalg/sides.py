@@ -19,6 +19,11 @@ from ..ops import mm_add, sym_mm_add, traits_of
 BLOCK_ELEMENTS = 1 << 20
 
 
+def block_elements(device: torch.device) -> int:
+    """Return how many elements a block of the long side holds."""
+    return traits_of(device).block_elements(BLOCK_ELEMENTS)
+
+
 def long_blocks(x: Tensor, dtype: torch.dtype, *, whole: bool = False) -> Iterator[tuple[slice, Tensor]]:
     """Blocks of X along its long side, each as a short-side-first matrix [..., r, step] in ``dtype``.
 
@@ -26,8 +31,7 @@ def long_blocks(x: Tensor, dtype: torch.dtype, *, whole: bool = False) -> Iterat
     """
     rows, columns = x.shape[-2:]
     short, length = min(rows, columns), max(rows, columns)
-    elements = traits_of(x.device).block_elements(BLOCK_ELEMENTS)
-    step = max(1, elements // max(1, short * math.prod(x.shape[:-2])))
+    step = max(1, block_elements(x.device) // max(1, short * math.prod(x.shape[:-2])))
     if whole and x.dtype == dtype:
         step = max(1, length)
     for start in range(0, length, step):

@@ -26,7 +26,7 @@ from .certificate import fixed_draw
 from .cusolver import eigh
 from .gram_eigh import GramEigh
 from .protocol import Subspace, reciprocal, relative_gap
-from .sides import BLOCK_ELEMENTS, long_product, short_gram, short_product
+from .sides import block_elements, long_product, short_gram, short_product
 from .thin import flagged_qr
 
 # Below these the whole spectrum is as cheap.
@@ -189,10 +189,11 @@ class ChebyshevSubspace(GramEigh):
         """Whether a block of s + p columns is narrow enough."""
         return short >= SMALLEST_SIDE and s + self.oversampling <= short * LARGEST_FRACTION
 
-    def search_bytes(self, rows: int, columns: int, s: int) -> int:
+    def search_bytes(self, rows: int, columns: int, s: int, device: torch.device) -> int:
         """Peak bytes of the search in a tall float32 Δ: Δ in float64 or blocks of it, a few thin blocks, G twice."""
         width = s + self.oversampling
-        converted = 8 * (rows * columns if rows * columns <= CONVERTED_ELEMENTS else max(BLOCK_ELEMENTS, columns))
+        whole = rows * columns
+        converted = 8 * (whole if whole <= CONVERTED_ELEMENTS else min(whole, max(block_elements(device), columns)))
         return converted + 8 * 4 * rows * width + 4 * (2 * columns**2 + 8 * columns * width)
 
     def residual_subspace(

@@ -96,7 +96,7 @@ class FullSvd:
             residual = residual - u_k @ (u_k.mT @ residual)
         return self.top_subspace(residual, s, tolerance=tolerance, dtype=torch.float64)
 
-    def workspace_bytes(self, rows: int, columns: int, dtype: torch.dtype) -> int:
+    def workspace_bytes(self, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> int:
         """Peak bytes of one solve beyond its input: LAPACK's copy and work (about 8 r²), U, Vᵀ, the product."""
         return 8 * (5 * rows * columns + 9 * min(rows, columns) ** 2)
 

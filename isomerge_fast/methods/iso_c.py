@@ -80,7 +80,7 @@ class IsoC:
         if self.solver is not None:
             return (Choice(self.solver, "given"),)
         ladder = polar_ladder(self.precision, spec.shape, spec.dtype, device)
-        return fitting(ladder, lambda choice: self._workspace_bytes(choice, spec), self.memory_bytes)
+        return fitting(ladder, lambda choice: self._workspace_bytes(choice, spec, device), self.memory_bytes)
 
     def explain(self, spec: TensorSpec, tasks: int, device: torch.device) -> str:
         choice = self.ladder(spec, device)[0]
@@ -88,13 +88,13 @@ class IsoC:
 
     def workspace_bytes(self, spec: TensorSpec, tasks: int, device: torch.device) -> int:
         # Of what is expected to be taken: without a ceiling, an escalation to a full SVD may need more.
-        return self._workspace_bytes(self.ladder(spec, device)[0], spec)
+        return self._workspace_bytes(self.ladder(spec, device)[0], spec, device)
 
-    def _workspace_bytes(self, choice: Choice[PolarSolver], spec: TensorSpec) -> int:
+    def _workspace_bytes(self, choice: Choice[PolarSolver], spec: TensorSpec, device: torch.device) -> int:
         rows, columns = spec.shape[-2:]
         members = spec.elements // max(1, rows * columns)
         sum_dtype = torch.promote_types(choice.sum_dtype, spec.dtype)
-        solving = choice.solver.workspace_bytes(rows, columns, self._result_dtype(spec.dtype))
+        solving = choice.solver.workspace_bytes(rows, columns, self._result_dtype(spec.dtype), device)
         return members * (sum_dtype.itemsize * rows * columns + solving)
 
     def row_map(self, source: RowSource) -> RowMap:
@@ -102,10 +102,10 @@ class IsoC:
         promise = PROMISES[self.precision]
         return PolarMap(source, f"{self.name}/by-rows", rank_policy=self.rank_policy, promise=promise)
 
-    def row_map_bytes(self, spec: TensorSpec, tasks: int, block_elements: int) -> int | None:
+    def row_map_bytes(self, spec: TensorSpec, tasks: int, block_elements: int, device: torch.device) -> int | None:
         if self.solver is not None or not has_row_map(spec, self.precision):
             return None
-        return polar_map_bytes(spec, block_elements)
+        return polar_map_bytes(spec, block_elements, device)
 
     def flops(self, spec: TensorSpec, tasks: int) -> float:
         short = min(spec.shape)

@@ -14,7 +14,7 @@ from ..errors import ConfigError
 from ..linalg.auto import PROMISES, Choice, check_precision, fitting, subspace_ladder
 from ..linalg.certificate import orthogonality as polar_orthogonality
 from ..linalg.protocol import Solver, Subspace, reciprocal
-from ..linalg.sides import long_product, short_gram, short_product
+from ..linalg.sides import block_elements, long_product, short_gram, short_product
 from ..linalg.subspace_chebyshev import ChebyshevSubspace
 from ..linalg.svd import FullSvd
 from ..ops import traits_of
@@ -144,7 +144,9 @@ class IsoCTS:
 
     def _workspace_bytes(self, solver: Solver, spec: TensorSpec, tasks: int, device: torch.device) -> int:
         k, s = split_rank(min(spec.shape[-2:]), tasks, self.common_fraction)
-        return self._bytes_with(solver, spec, tasks, k, s, self._tasks_at_once(solver, spec, tasks, k, s, device))
+        return self._bytes_with(
+            solver, spec, tasks, k, s, self._tasks_at_once(solver, spec, tasks, k, s, device), device
+        )
 
     def _tasks_at_once(self, solver: Solver, spec: TensorSpec, tasks: int, k: int, s: int, device: torch.device) -> int:
         """Return how many tasks' small problems are solved as one batch: on a GPU, as many as fit under the ceiling, or
@@ -159,30 +161,54 @@ class IsoCTS:
             return 1
         room = traits.memory_bytes // 2 if self.memory_bytes is None else self.memory_bytes
         counts = range(tasks, 1, -1)
-        return next((count for count in counts if self._bytes_with(solver, spec, tasks, k, s, count) <= room), 1)
+        return next(
+            (count for count in counts if self._bytes_with(solver, spec, tasks, k, s, count, device) <= room), 1
+        )
 
-    def _bytes_with(self, solver: Solver, spec: TensorSpec, tasks: int, k: int, s: int, at_once: int) -> int:
+    def _bytes_with(
+        self, solver: Solver, spec: TensorSpec, tasks: int, k: int, s: int, at_once: int, device: torch.device
+    ) -> int:
         rows, columns = spec.shape[-2:]
         elements, members = rows * columns, spec.elements // max(1, rows * columns)
         item = self._result_dtype(spec.dtype).itemsize
         short, long = min(rows, columns), max(rows, columns)
+        on_gpu = traits_of(device).is_gpu
         thin = 8 * long * s * tasks
         small = 8 * 10 * short**2
-        splitting = 8 * elements + solver.workspace_bytes(rows, columns, spec.dtype)
+        splitting = 8 * elements + solver.workspace_bytes(rows, columns, spec.dtype, device)
         bases = thin + 2 * at_once * thin // max(1, tasks)  # of the tasks before, and those being made
-        delta = spec.dtype.itemsize * elements * (at_once + (at_once > 1))  # in a batch, and one on its way into it
+        delta = (
+            spec.dtype.itemsize * elements * (at_once + on_gpu)
+        )  # on a GPU the base's elements or one more in float32
         if isinstance(solver, FullSvd):
-            task_parts = splitting + delta + bases
+            more = (at_once - 1) * solver.workspace_bytes(rows, columns, spec.dtype, device)
+            task_parts = splitting + more + delta + bases
         else:  # no copies of Δ_t or S, only blocks of them
-            task_parts = 8 * elements + delta + bases + at_once * small
+            task_parts = 8 * elements + delta + bases + self._part_bytes(solver, spec, k, s, at_once, device)
             if rows > columns and isinstance(solver, ChebyshevSubspace):
-                task_parts += item * long * k + at_once * solver.search_bytes(rows, columns, s)
+                task_parts += item * long * k
         left = item * long * s * tasks
+        if on_gpu and rows <= columns:
+            small = 8 * 7 * min(short, 2 * s * tasks) ** 2 + 8 * short**2  # Z and its iterates, beside a basis or two
         if rows <= columns:  # V_k in float64, V_ts and what is left of it, then V_k in float32 and the result
             recombining = 8 * long * k + max(4 * thin, item * (long * k + elements) + 4 * left) + small
         else:  # U_k, then U_ts and its polar factor, then the result
             recombining = item * long * k + max(3 * thin, item * elements + 3 * left) + small
         return members * max(splitting, task_parts, recombining)
+
+    def _part_bytes(self, solver: Solver, spec: TensorSpec, k: int, s: int, at_once: int, device: torch.device) -> int:
+        """Return the peak of ``residual_subspace`` without FullSvd's copies, of so many tasks at once."""
+        rows, columns = spec.shape[-2:]
+        short = min(rows, columns)
+        square = 8 * 10 * short**2
+        if traits_of(device).is_gpu and rows <= columns:
+            # C_t = Q_cᵀ Δ_t, and the eigensolver of C_t C_tᵀ; V_k's side of S, and blocks of Δ_t in float64.
+            c = short - k
+            blocks = min(at_once * rows * columns, 2 * max(block_elements(device), short))
+            return at_once * 8 * (c * columns + 7 * c**2 + 3 * columns * s) + 8 * (short**2 + blocks)
+        if rows > columns and isinstance(solver, ChebyshevSubspace):
+            return at_once * (square + solver.search_bytes(rows, columns, s, device))
+        return at_once * square
 
     def row_map(self, source: RowSource) -> RowMap:
         """See ``Method`` and ``row_map_cts``."""
@@ -192,26 +218,26 @@ class IsoCTS:
         if s == 0:
             algorithm = f"{self.name}/{IsoC.name}/by-rows"
             return PolarMap(source, algorithm, rank_policy=self.rank_policy, promise=promise, k=columns, s=0)
-        at_once = self._row_tasks_at_once(TensorSpec("", tuple(source.shape), source.dtype), tasks)
+        at_once = self._row_tasks_at_once(TensorSpec("", tuple(source.shape), source.dtype), tasks, source.device)
         algorithm = f"{self.name}/by-rows"
         return SplitMap(source, algorithm, k, s, rank_policy=self.rank_policy, promise=promise, at_once=at_once)
 
-    def row_map_bytes(self, spec: TensorSpec, tasks: int, block_elements: int) -> int | None:
+    def row_map_bytes(self, spec: TensorSpec, tasks: int, block_elements: int, device: torch.device) -> int | None:
         if self.solver is not None or not has_row_map(spec, self.precision):
             return None
         _, s = split_rank(spec.shape[1], tasks, self.common_fraction)
         if s == 0:
-            return polar_map_bytes(spec, block_elements)
-        at_once = self._row_tasks_at_once(spec, tasks)
-        learning = learning_bytes(spec, tasks, s, at_once)
-        return max(learning, mapping_bytes(spec, tasks, s, block_elements))
+            return polar_map_bytes(spec, block_elements, device)
+        at_once = self._row_tasks_at_once(spec, tasks, device)
+        learning = learning_bytes(spec, tasks, s, at_once, device)
+        return max(learning, mapping_bytes(spec, tasks, s, block_elements, device))
 
-    def _row_tasks_at_once(self, spec: TensorSpec, tasks: int) -> int:
+    def _row_tasks_at_once(self, spec: TensorSpec, tasks: int, device: torch.device) -> int:
         """Tasks that share a pass over all rows: as many as there is memory for."""
         _, s = split_rank(spec.shape[1], tasks, self.common_fraction)
         counts = range(tasks, 1, -1)
         room = math.inf if self.memory_bytes is None else self.memory_bytes
-        return next((count for count in counts if learning_bytes(spec, tasks, s, count) <= room), 1)
+        return next((count for count in counts if learning_bytes(spec, tasks, s, count, device) <= room), 1)
 
     def flops(self, spec: TensorSpec, tasks: int) -> float:
         short = min(spec.shape)

@@ -51,7 +51,7 @@ class TaskArithmetic:
     def row_map(self, source: RowSource) -> RowMap:
         return LinearMap(source, self.name)
 
-    def row_map_bytes(self, spec: TensorSpec, tasks: int, block_elements: int) -> int | None:
+    def row_map_bytes(self, spec: TensorSpec, tasks: int, block_elements: int, device: torch.device) -> int | None:
         return spec.dtype.itemsize * block_elements
 
 

@@ -360,7 +360,7 @@ class Method(Protocol):
         """The merged Δ as a function of rows, for tensors whose ``row_map_bytes`` is a number."""
         ...
 
-    def row_map_bytes(self, spec: TensorSpec, tasks: int, block_elements: int) -> int | None:
+    def row_map_bytes(self, spec: TensorSpec, tasks: int, block_elements: int, device: torch.device) -> int | None:
         """Peak bytes of ``row_map`` and of ``RowMap.rows`` beyond the block's own raw tensors, with blocks of that many
         elements; None where the method has no such form for this tensor.
         """

@@ -34,7 +34,6 @@ from .certified import exact_products
 from .protocol import Check, MergeStats, RowBlock, RowSource, TensorSpec, spectral_mean
 from .recombine import SAME_DIRECTION, over_columns, projection_angle, small_problem
 from .row_maps import (
-    CPU,
     ROUNDING,
     Evidence,
     chunk_bytes,
@@ -328,7 +327,7 @@ def _task_gram(
     return gram, count
 
 
-def learning_bytes(spec: TensorSpec, tasks: int, s: int, at_once: int, *, device: torch.device = CPU) -> int:
+def learning_bytes(spec: TensorSpec, tasks: int, s: int, at_once: int, device: torch.device) -> int:
     """Peak of making a ``SplitMap``: the eigensolver of one task beside what is known of the others, or Z."""
     rows, columns = spec.shape
     square, thin = 8 * columns**2, 8 * columns * tasks * s
@@ -340,22 +339,22 @@ def learning_bytes(spec: TensorSpec, tasks: int, s: int, at_once: int, *, device
     small = 10 * 8 * width**2  # Z, and ``GramEigh`` of it
     polar = 3 * 8 * (tasks * s) ** 2
     return 8 * 8 * PROBES * columns + max(
-        2 * square + max(eigh_workspace_bytes(columns), chunk_bytes(rows, columns, 1, 1, device=device)),
-        grams + parts + chunk_bytes(rows, columns, 1 + at_once, device=device),
+        2 * square + max(eigh_workspace_bytes(columns), chunk_bytes(rows, columns, 1, 1, device)),
+        grams + parts + chunk_bytes(rows, columns, 1 + at_once, 0, device),
         grams + parts + common,
         grams - square + parts + common + eigh_workspace_bytes(columns),
         square
         + parts
         + polar
         + thin
-        + chunk_bytes(rows, columns, 1 + tasks, device=device)
+        + chunk_bytes(rows, columns, 1 + tasks, 0, device)
         + 16 * chunk_rows(rows, columns, device) * tasks * s,
         square + parts + polar + 3 * thin + max(2 * thin, small),
         2 * square + parts + polar + common + 3 * thin,
     )
 
 
-def mapping_bytes(spec: TensorSpec, tasks: int, s: int, block_elements: int, *, device: torch.device = CPU) -> int:
+def mapping_bytes(spec: TensorSpec, tasks: int, s: int, block_elements: int, device: torch.device) -> int:
     """Peak of ``SplitMap.rows``."""
     columns = spec.shape[1]
-    return 8 * columns**2 + 16 * columns * tasks * s + part_bytes(columns, block_elements, 2, device=device)
+    return 8 * columns**2 + 16 * columns * tasks * s + part_bytes(columns, block_elements, 2, device)

@@ -32,7 +32,6 @@ CHUNK_ELEMENTS, LEAST_ROWS = 1 << 19, 256
 # On a GPU: 1024 rows of 4096 are multiplied in six times the time that their N x N sum takes to be read and written (an
 # estimate: no GPU has been at hand), and each task has such a chunk.
 GPU_CHUNK_ELEMENTS = 1 << 22
-CPU = torch.device("cpu")
 # Relative error that float64 Gram matrices and float32 products may leave each.
 ROUNDING = GramEigh().rounding
 
@@ -259,28 +258,28 @@ def part_rows(block: RowBlock) -> Iterator[slice]:
     return (slice(start, min(start + step, count)) for start in range(0, count, step))
 
 
-def chunk_bytes(rows: int, columns: int, matrices: int, products: int = 0, *, device: torch.device = CPU) -> int:
+def chunk_bytes(rows: int, columns: int, matrices: int, products: int, device: torch.device) -> int:
     """Of ``chunks``, and of what makes them or what is made of them, as so many matrices of their size."""
     elements = columns * chunk_rows(rows, columns, device)
     making = max(12 * min(BLOCK_ELEMENTS, elements), 4 * elements + 4 * min(BLOCK_ELEMENTS, elements))
     return 8 * elements * matrices + max(making, 8 * elements * products)
 
 
-def part_bytes(columns: int, block_elements: int, products: int, *, device: torch.device = CPU) -> int:
+def part_bytes(columns: int, block_elements: int, products: int, device: torch.device) -> int:
     """Of ``rows``: the result, and what is made part by part, the evidence included."""
     rows = max(1, block_elements // max(1, columns))
-    chunk = chunk_bytes(rows, columns, 1, products, device=device)
+    chunk = chunk_bytes(rows, columns, 1, products, device)
     return 4 * block_elements + chunk + 16 * PROBES * chunk_rows(rows, columns, device)
 
 
-def polar_map_bytes(spec: TensorSpec, block_elements: int, *, device: torch.device = CPU) -> int:
+def polar_map_bytes(spec: TensorSpec, block_elements: int, device: torch.device) -> int:
     """Peak of ``PolarMap``: the second eigensolver, or QᵀQ and its product, or what is made of rows."""
     rows, columns = spec.shape
     square = 8 * columns**2
     return 8 * 8 * PROBES * columns + max(
-        square + chunk_bytes(rows, columns, 1, device=device),
+        square + chunk_bytes(rows, columns, 1, 0, device),
         2 * square + eigh_workspace_bytes(columns),
-        2 * square + chunk_bytes(rows, columns, 1, 1, device=device),
+        2 * square + chunk_bytes(rows, columns, 1, 1, device),
         3 * square,
-        square + part_bytes(columns, block_elements, 1, device=device),
+        square + part_bytes(columns, block_elements, 1, device),
     )
