@@ -15,12 +15,12 @@ from isomerge_fast.methods import METHODS, MergeStats, TensorDeltas
 TASKS = 8
 # Launches of torch's operations and of ours, reads of the device and uploads of one merge of 8 tasks, at most.
 BARS: dict[tuple[str, tuple[int, int]], tuple[int, int, int]] = {
-    ("iso-c", (768, 768)): (180, 4, 3),
-    ("iso-cts", (768, 768)): (710, 15, 3),
-    ("iso-c", (3072, 768)): (200, 4, 3),
-    ("iso-cts", (3072, 768)): (1750, 27, 4),
-    ("iso-c", (1024, 2048)): (260, 3, 3),
-    ("iso-cts", (1024, 2048)): (710, 15, 3),
+    ("iso-c", (768, 768)): (280, 3, 3),
+    ("iso-cts", (768, 768)): (1000, 10, 3),
+    ("iso-c", (3072, 768)): (260, 3, 3),
+    ("iso-cts", (3072, 768)): (1910, 23, 4),
+    ("iso-c", (1024, 2048)): (250, 3, 3),
+    ("iso-cts", (1024, 2048)): (960, 10, 3),
 }
 
 
