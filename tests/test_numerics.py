@@ -691,6 +691,13 @@ def test_what_cuda_would_take_of_small_matrices(monkeypatch: pytest.MonkeyPatch)
         assert polar_ladder("default", shape, torch.float32, cuda) == polar_ladder("default", shape, torch.float32, cpu)
 
 
+def merge_on_a_gpu(deltas: list[Tensor], method: str) -> tuple[Tensor, MergeStats]:
+    with pretend_gpu() as gpu:
+        value, stats = merge([gpu.upload(delta) for delta in deltas], method)
+        assert isinstance(value, PretendTensor)
+        return value.held, stats
+
+
 SMALL_POLAR_CASES = [
     case for case in CASES if case.tasks == 8 and case.dtype == torch.float32 and max(case.rows, case.columns) < 390
 ]
@@ -700,11 +707,10 @@ SMALL_POLAR_CASES = [
 def test_small_polar_factors_by_products(monkeypatch: pytest.MonkeyPatch, case: Case) -> None:
     """Of a GPU, with the arithmetic of a CPU: the same result, certified where an eigensolver's is, by its evidence."""
     before, certified = merge(case.deltas(), "iso-cts")
-    monkeypatch.setitem(devices.KNOWN, torch.device("cpu"), H100)
     taken = []
     polar = TracedPolar.polar
     monkeypatch.setattr(TracedPolar, "polar", lambda *a, **k: (taken.append(polar(*a, **k)), taken[-1])[1])
-    value, stats = merge(case.deltas(), "iso-cts")
+    value, stats = merge_on_a_gpu(case.deltas(), "iso-cts")
     assert len(taken) >= 2
     assert all(evidence.traces is not None for _, evidence in taken)
     assert oracle.relative_error(value.numpy(), expected(case, "iso-cts")) <= PROMISES["default"]
@@ -715,16 +721,12 @@ def test_small_polar_factors_by_products(monkeypatch: pytest.MonkeyPatch, case: 
 
 
 @pytest.mark.parametrize("shape", [(96, 300), (130, 130), (300, 96)], ids=str)
-def test_small_polar_factors_that_repeat_are_left_to_the_eigensolver(
-    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int]
-) -> None:
+def test_small_polar_factors_that_repeat_are_left_to_the_eigensolver(shape: tuple[int, int]) -> None:
     """Repeated experts, of a batch too: the whole of it is solved as on a CPU."""
     a, b, c, d = Case(3, *shape, 1e3, 4).deltas()
     for deltas in ([a, a, b, c], [torch.stack([a, a]), torch.stack([a, b]), torch.stack([b, c]), torch.stack([c, d])]):
         before, stats = merge(deltas, "iso-cts")
-        with monkeypatch.context() as patch:
-            patch.setitem(devices.KNOWN, torch.device("cpu"), H100)
-            value, again = merge(deltas, "iso-cts")
+        value, again = merge_on_a_gpu(deltas, "iso-cts")
         assert oracle.relative_error(value.numpy(), before.numpy()) <= 1e-6
         assert again.to_dict()["same_directions"] == stats.to_dict()["same_directions"]
         assert not again.missed()
