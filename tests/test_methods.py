@@ -14,7 +14,7 @@ import isomerge_fast as imf
 from isomerge_fast.errors import ConfigError
 from isomerge_fast.linalg.gram_eigh import GramEigh
 from isomerge_fast.linalg.svd import FullSvd
-from isomerge_fast.linalg.thin import flagged_qr, thin_qr
+from isomerge_fast.linalg.thin import flagged_qr, thin_qr, thin_qrs
 from isomerge_fast.methods import METHODS, TensorSpec, as_deltas, make_method
 from isomerge_fast.methods.iso_cts import split_rank
 from isomerge_kernels import devices
@@ -382,6 +382,22 @@ def test_thin_qr_reads_once() -> None:
         gpu.reset()
         thin_qr(x)
         assert gpu.read_count == 1
+
+
+def test_several_thin_qrs_read_once_too() -> None:
+    """One of which Cholesky cannot factor, one that is wide."""
+    generator = torch.Generator().manual_seed(0)
+    well, wide = (torch.randn(shape, dtype=torch.float64, generator=generator) for shape in ((200, 30), (5, 30)))
+    ill = well[:, :10] @ torch.ones(10, 30, dtype=torch.float64)
+    with pretend_gpu() as gpu:
+        there = [gpu.upload(x) for x in (well, wide, ill)]
+        gpu.reset()
+        found = thin_qrs(*there)
+        assert gpu.read_count == 1
+        for x, (q, r) in zip(there, found, strict=True):
+            torch.testing.assert_close(q @ r, x, rtol=0, atol=1e-10)
+            unit = torch.eye(q.shape[-1], dtype=torch.float64, device=q.device)
+            torch.testing.assert_close(q.mT @ q, unit, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize(

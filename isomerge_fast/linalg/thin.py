@@ -21,8 +21,22 @@ def thin_qr(x: Tensor) -> tuple[Tensor, Tensor]:
     cores. R is upper triangular up to rounding; its diagonal may differ in sign from
     LAPACK's. Reads one flag from the device.
     """
-    if x.shape[-2] < x.shape[-1]:
-        return torch.linalg.qr(x)
+    return thin_qrs(x)[0]
+
+
+def thin_qrs(*matrices: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Return what ``thin_qr`` does of every matrix. Reads the flags of all at once."""
+    tried = [None if x.shape[-2] < x.shape[-1] else _cholesky_qr2(x) for x in matrices]
+    flags = [found[2] for found in tried if found is not None]
+    read = iter(torch.stack(flags).tolist() if flags else ())
+    return [
+        torch.linalg.qr(x) if found is None or not next(read) else found[:2]
+        for x, found in zip(matrices, tried, strict=True)
+    ]
+
+
+def _cholesky_qr2(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return Q, R and whether they are to be trusted, of all of a batch."""
     q, factors, safe = x, [], []
     for _ in range(2):
         lower, failed = torch.linalg.cholesky_ex(q.mT @ q)
@@ -32,9 +46,7 @@ def thin_qr(x: Tensor) -> tuple[Tensor, Tensor]:
         safe.append((failed == 0) & (ratio > SMALLEST_DIAGONAL_RATIO))
         q = torch.linalg.solve_triangular(lower.mT, q, upper=True, left=False)
         factors.append(lower.mT)
-    if not bool(torch.stack(safe).all()):
-        return torch.linalg.qr(x)
-    return q, factors[1] @ factors[0]
+    return q, factors[1] @ factors[0], torch.stack(safe).all()
 
 
 def flagged_qr(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..linalg.auto import small_polar
 from ..linalg.certificate import orthogonality
 from ..linalg.protocol import PolarSolver, PolarStats, Subspace, reciprocal
-from ..linalg.thin import thin_qr
+from ..linalg.thin import thin_qrs
 
 # Two unit vectors closer than this are one direction. Bases are known to 1e-7 or better; distinct tasks of pure noise
 # come as close as 2e-5 in one of a hundred draws.
@@ -149,8 +149,7 @@ def over_columns(growth: Tensor, long: int, width: int) -> Tensor:
 
 def small_problem(a: Tensor, rest: Tensor, solver: PolarSolver) -> SmallProblem:
     """Of A = V_kᵀ V_ts and ``rest`` = V_ts − V_k A, both float64."""
-    q_a, a_small = thin_qr(a)
-    q_r, b_small = thin_qr(rest)
+    (q_a, a_small), (q_r, b_small) = thin_qrs(a, rest)
     width, tasks_width = q_a.shape[-1], a.shape[-1]
     z = torch.zeros(*a.shape[:-2], width + q_r.shape[-1], tasks_width + width, dtype=a.dtype, device=a.device)
     z[..., :width, :tasks_width] = a_small
