@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from pretend_gpu import PretendTensor, pretend_gpu
 
 from isomerge_fast import ops
 
@@ -100,3 +101,14 @@ def test_products_of_bf16_parts(batch: tuple[int, ...]) -> None:
         ops.sym_mm_add(c, a, alpha=0.5, beta=-2.0, out=c.clone(), precision="bf16x3"),
     ):
         assert (product - (0.5 * exact - 2.0 * c)).abs().le(2**-16 * (size + c.abs())).all()
+
+
+def test_products_of_bf16_parts_of_batches_on_a_gpu() -> None:
+    """Whose library takes no batch beside a single matrix."""
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(3, 20, 30, generator=generator), torch.randn(3, 30, 10, generator=generator)
+    for left, right in ((a, b), (a, b[0]), (a[0], b), (a[:1], b), (a[0], b[0])):
+        with pretend_gpu() as gpu:
+            found = ops.mm(gpu.upload(left), gpu.upload(right), precision="bf16x3")
+            assert isinstance(found, PretendTensor)
+        torch.testing.assert_close(found.held, left @ right, rtol=0, atol=1e-3)

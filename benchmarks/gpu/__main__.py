@@ -36,7 +36,7 @@ def run_stages(stages: Sequence[Stage], results: Results, *, device: str, small:
         results.begin(stage.name)
         run_stage(stage, results.add, device=device, small=small, seconds=limit)
         rows = [row for row in results.rows if row["stage"] == stage.name]
-        misses = sum("failed" in row for row in rows)
+        misses = sum("failed" in row or "cut" in row for row in rows)
         failed += misses
         results.say(
             f"= {stage.name}: {len(rows)} rows, {misses} failed, {time.monotonic() - start:.1f} of {limit:.0f} s"
@@ -59,7 +59,6 @@ def main() -> int:
     parser.add_argument("--small", action="store_true", help="small sizes, to see that everything runs")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, leave)
-    start = time.monotonic()
     factor = SMALL_FACTOR if options.small else 1.0
     found: list[Row] = []
     run_stage(DEVICE, found.append, device=options.device, small=options.small, seconds=factor * DEVICE.seconds)
@@ -67,7 +66,7 @@ def main() -> int:
         why = found[-1]["failed"] if found else "no answer"
         print(f"no device {options.device}: {why} (--device cpu --small is a dry run)", file=sys.stderr)
         return 2
-    results, failed = Results(options.out, found[-1]["name"]), 0
+    results, failed, start = Results(options.out, found[-1]["name"]), 0, time.monotonic()
     for call in [options.call] if options.call else CALLS:
         stages = [stage for stage in CALLS[call] if not options.stage or stage.name in options.stage]
         failed += run_stages(

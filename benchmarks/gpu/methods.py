@@ -77,6 +77,7 @@ def _profiled(name: str, deltas: list[Tensor]) -> dict[str, Any]:
     averages = sorted(found.key_averages(), key=lambda entry: getattr(entry, key), reverse=True)
     own = [entry for entry in averages if entry.device_type.name == kind]  # not what launched them, too
     top = [(entry.key[:60], entry.count, getattr(entry, key) / 1e3) for entry in own[:PROFILED_OPERATIONS]]
+    assert top or not on_gpu, "the profiler saw nothing of the GPU"
     launches = sum(entry.count for entry in averages if "LaunchKernel" in entry.key)
     waits = sum(entry.count for entry in averages if "Synchronize" in entry.key)
     return {"launches": launches, "waits": waits, "operations": top}

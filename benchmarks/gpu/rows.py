@@ -56,14 +56,20 @@ class Rows:
         values: dict[str, Any] = {}
         try:
             values = function()
+            if _cuda_in_use():
+                sys.modules["torch"].cuda.synchronize()  # what went wrong goes wrong in its own row
         except Exception as error:  # every row is to be tried
             self.note(name, failed=f"{type(error).__name__}: {error}"[:500])
         else:
             self.note(name, **values)
-        torch = sys.modules.get("torch")  # a stage may do without
-        if torch is not None and torch.cuda.is_initialized():
-            torch.cuda.empty_cache()
+        if _cuda_in_use():
+            sys.modules["torch"].cuda.empty_cache()
         return values
+
+
+def _cuda_in_use() -> bool:
+    torch = sys.modules.get("torch")  # a stage may do without
+    return torch is not None and torch.cuda.is_initialized()
 
 
 class Results:
@@ -77,7 +83,6 @@ class Results:
         name = re.sub(r"[^A-Za-z0-9]+", "-", device).strip("-")
         self.device, self._file, self._text = device, folder / f"{name}.json", folder / f"{name}.txt"
         self.rows = read_rows(self._file)
-        self._text.write_text("", encoding="utf-8")
 
     def begin(self, stage: str) -> None:
         """Forget the rows that a stage had."""

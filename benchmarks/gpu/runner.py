@@ -26,11 +26,16 @@ POLL_SECONDS = 0.1
 TAIL_CHARACTERS = 400
 
 
-def child_environment(device: str) -> dict[str, str]:
-    """Return the environment of a stage: a checkout with nothing installed, one cache of compiled kernels for all."""
+def child_environment(device: str, shares: int) -> dict[str, str]:
+    """Return the environment of a stage: a checkout with nothing installed, one cache of compiled kernels for all, and
+    the processors divided among its processes.
+    """
     paths = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
     cache = Path(tempfile.gettempdir()) / f"isomerge-triton-{os.getuid()}"
     found = {"TRITON_CACHE_DIR": str(cache), **os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    if shares > 1:
+        threads = str(max(1, (os.cpu_count() or 1) // shares))
+        found |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), threads)
     if not device.startswith("cuda"):
         found["TRITON_INTERPRET"] = "1"  # which Triton decides when it is loaded
     return found
@@ -45,7 +50,7 @@ def child_command(stage: Stage, file: Path, device: str, seconds: float, *more: 
 class Process:
     """One process of a stage."""
 
-    def __init__(self, command: list[str], file: Path, device: str) -> None:
+    def __init__(self, command: list[str], file: Path, environment: dict[str, str]) -> None:
         self._file, self._output, self._passed_on = file, file.with_suffix(".out"), 0
         with self._output.open("wb") as output:
             self._process = subprocess.Popen(
@@ -55,7 +60,7 @@ class Process:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
                 cwd=ROOT,
-                env=child_environment(device),
+                env=environment,
             )
 
     @property
@@ -69,8 +74,8 @@ class Process:
             add(row)
         self._passed_on = len(rows)
 
-    def end(self) -> str | None:
-        """Kill what is left of the session; return how the process failed, None where it did not."""
+    def end(self) -> Row:
+        """Kill what is left of the session; return how it ``failed``, how the time ``cut`` it off, or nothing."""
         late = self.is_running
         with suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
@@ -78,16 +83,17 @@ class Process:
         assert self._process.stdin is not None
         self._process.stdin.close()
         if code == 0:
-            return None
+            return {}
         how = f"exit code {code}" if code > 0 else signal.Signals(-code).name
         tail = self._output.read_bytes().decode(errors="replace")[-TAIL_CHARACTERS:]
-        return f"{'out of time' if late else how}: {' '.join(tail.split())}"
+        said = " ".join(tail.split())
+        return {"cut": f"out of time: {said}"} if late else {"failed": f"{how}: {said}"}
 
 
 def run_stage(stage: Stage, add: Callable[[Row], None], *, device: str, small: bool, seconds: float) -> None:
     """Run a stage for so many seconds at most, and ``add`` its rows as they are made.
 
-    A process that fails adds a row that says how.
+    A process that fails, or is cut by the time, adds a row that says so.
     """
     shares = min(stage.processes, os.cpu_count() or 1) if small else stage.processes
     end = time.monotonic() + seconds
@@ -97,7 +103,8 @@ def run_stage(stage: Stage, add: Callable[[Row], None], *, device: str, small: b
             for share in range(shares):
                 file = Path(folder) / f"{share}.json"
                 more = ("--share", str(share), "--shares", str(shares), *(("--small",) if small else ()))
-                processes.append(Process(child_command(stage, file, device, seconds, *more), file, device))
+                command = child_command(stage, file, device, seconds, *more)
+                processes.append(Process(command, file, child_environment(device, shares)))
             while any(process.is_running for process in processes) and time.monotonic() < end:
                 time.sleep(POLL_SECONDS)
                 for process in processes:
@@ -106,5 +113,5 @@ def run_stage(stage: Stage, add: Callable[[Row], None], *, device: str, small: b
             failures = [process.end() for process in processes]
         for share, (process, failure) in enumerate(zip(processes, failures, strict=True)):
             process.pass_on(add)
-            if failure is not None:
-                add({"stage": stage.name, "name": f"process {share}", "failed": failure})
+            if failure:
+                add({"stage": stage.name, "name": f"process {share}", **failure})

@@ -8,6 +8,8 @@ from benchmarks.gpu.rows import Row
 from benchmarks.gpu.schedule import CALLS
 
 MAX_LINES, LINE, MAX_FAILURES = 100, 180, 12
+# Of the end of a long output no more may be seen.
+MAX_CHARACTERS = 11_000
 METHODS = ("iso-c", "iso-cts")
 # Of one layer of Llama-3-8B, how often: q and o, k and v, gate and up, down. (``shapes`` needs torch.)
 LAYER = {"4096 x 4096": 2, "1024 x 4096": 2, "14336 x 4096": 2, "4096 x 14336": 1}
@@ -42,6 +44,9 @@ def _correctness(readings: Readings) -> Iterator[str]:
     yield from (f"FAILED {row['stage']} {row['name']}: {row['failed']}" for row in failed[:MAX_FAILURES])
     if len(failed) > MAX_FAILURES:
         yield f"and {len(failed) - MAX_FAILURES} more"
+    cut = dict.fromkeys(row["stage"] for name in names for row in readings.of(name) if "cut" in row)
+    if cut:
+        yield f"CUT by their time, what came later is missing: {', '.join(cut)}"
 
 
 def _primitives(readings: Readings) -> Iterator[str]:
@@ -164,4 +169,8 @@ def summary(rows: Sequence[Row]) -> list[str]:
     """Return the lines."""
     readings = Readings(rows)
     lines = [line for title, section in SECTIONS for line in (f"== {title}", *section(readings))]
-    return [line[:LINE].replace("\n", " ") for line in lines[-MAX_LINES:]]
+    last = [line[:LINE].replace("\n", " ") for line in (*lines, "== correctness, once more", *_correctness(readings))]
+    last = last[-MAX_LINES:]
+    while sum(len(line) + 1 for line in last) > MAX_CHARACTERS:
+        del last[0]
+    return last

@@ -63,14 +63,15 @@ def median_seconds(
     """Return the median seconds of one call, after two that compile and warm up.
 
     On a GPU by events around so many calls that a batch of them takes ``BATCH_SECONDS`` or more, and nothing waits in
-    between: a wait a call costs as much as a small kernel. On a CPU the wall time of every call. Fewer rounds where
-    ``budget_seconds`` are spent before.
+    between: a wait a call costs as much as a small kernel; the second call alone where it takes a third of the budget
+    or more. On a CPU the wall time of every call. Fewer rounds where ``budget_seconds`` are spent before.
     """
-    for _ in range(2):
-        function()
+    function()
     once = _seconds_by_events if device.type == "cuda" else _seconds_by_clock
-    calls = 1
+    second, calls = once(function, device, 1), 1
     if device.type == "cuda":
+        if second > budget_seconds / 3:  # a few calls more would take longer than all of it
+            return second
         calls = max(1, min(MAX_CALLS, math.ceil(BATCH_SECONDS / max(1e-7, once(function, device, 3)))))
     times: list[float] = []
     while len(times) < 3 or (len(times) < rounds and sum(times) * calls < budget_seconds):

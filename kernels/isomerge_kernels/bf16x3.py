@@ -26,8 +26,9 @@ def mm(a: Tensor, b: Tensor) -> Tensor:
     left, right = deep(a, b)
     if not left.is_cuda:  # a CPU multiplies no bf16 into float32
         return left.float() @ right.float()
-    if left.ndim == 2:
+    if left.ndim == right.ndim == 2:
         return torch.mm(left, right, out_dtype=torch.float32)
-    batch = left.shape[:-2]
+    batch = torch.broadcast_shapes(left.shape[:-2], right.shape[:-2])
+    left, right = (part.expand(*batch, *part.shape[-2:]) for part in (left, right))
     product = torch.bmm(left.flatten(0, -3), right.flatten(0, -3), out_dtype=torch.float32)
     return product.unflatten(0, batch)
