@@ -218,7 +218,7 @@ def test_members_without_a_solution_are_missed(library: OnTheCpu, monkeypatch: p
 
 
 def test_a_refusal_is_an_error(library: OnTheCpu) -> None:
-    library.cusolverDnXsyevBatched_bufferSize = lambda *arguments: 9  # type: ignore[attr-defined]
+    library.cusolverDnXsyevBatched_bufferSize = lambda *arguments: 9  # type: ignore[attr-defined]  # of a class made up here
     with pytest.raises(torch.linalg.LinAlgError, match=r"cusolverDnXsyevBatched_bufferSize failed .* status 9"):
         cusolver.batched_syev(torch.eye(33).expand(2, 33, 33))
 
