@@ -48,7 +48,7 @@ bench-compare: $(VENV)/.installed-bench ## what became slower or less exact: mak
 accuracy: $(VENV)/.installed-demo ## experts on real tasks, merged by every method, over seeds and base strengths
 	$(BIN)/python -m benchmarks.accuracy
 
-gpu: ## prove and measure everything on this machine's GPU (10 minutes; the python on PATH; docs/gpu.md)
+gpu: ## prove and measure everything on this machine's GPU (12 minutes; the python on PATH; docs/gpu.md)
 	$(PYTHON) -m benchmarks.gpu
 
 kernels: $(VENV)/.installed-test ## compile every kernel for every target and write the table of docs/kernels.md anew

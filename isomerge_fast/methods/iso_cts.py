@@ -177,9 +177,8 @@ class IsoCTS:
         small = 8 * 10 * short**2
         splitting = 8 * elements + solver.workspace_bytes(rows, columns, spec.dtype, device)
         bases = thin + 2 * at_once * thin // max(1, tasks)  # of the tasks before, and those being made
-        delta = (
-            spec.dtype.itemsize * elements * (at_once + on_gpu)
-        )  # on a GPU the base's elements or one more in float32
+        # On a GPU one more: a Δ_t on its way into the batch, or the base's rows in the dtype of Δ_t.
+        delta = spec.dtype.itemsize * elements * (at_once + on_gpu)
         if isinstance(solver, FullSvd):
             more = (at_once - 1) * solver.workspace_bytes(rows, columns, spec.dtype, device)
             task_parts = splitting + more + delta + bases
