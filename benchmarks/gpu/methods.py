@@ -21,7 +21,7 @@ from isomerge_kernels import devices
 NAMES = ("iso-c", "iso-cts")
 # Where the published algorithm runs in full; elsewhere one SVD is timed and multiplied.
 FULL = (*VIT, (1024, 4096), (4096, 4096))
-PROFILED_OPERATIONS = 12
+PROFILED_OPERATIONS = 20
 # Of a vision transformer's matrices of one shape.
 BATCH = 48
 BLOCK_ELEMENTS = (1 << 22, 1 << 28)
@@ -37,7 +37,7 @@ def methods(rows: Rows) -> None:
             rows.attempt(f"{name} {named(shape)}", lambda name=name, deltas=deltas: _merged(name, deltas))
             if shape == llama[0]:
                 rows.attempt(f"{name} {named(shape)}, fast", lambda n=name, d=deltas: _merged(n, d, "fast"))
-    for shape in (llama[0], vit[0]):
+    for shape in (llama[0], vit[0], *llama[2:3]):
         deltas = deltas_like_fine_tuning(*shape, TASKS, "decay", device=device)
         for name in NAMES:
             rows.attempt(f"{name} {named(shape)}, profile", lambda name=name, deltas=deltas: _profiled(name, deltas))
