@@ -10,6 +10,7 @@ from pretend_gpu import CUDA, PretendGpu, PretendTensor, pretend_gpu
 from torch import Tensor
 
 from isomerge_fast.bench.problems import deltas_like_fine_tuning
+from isomerge_fast.linalg.gram_eigh import GramEigh
 from isomerge_fast.methods import METHODS, MergeStats, TensorDeltas
 
 TASKS = 8
@@ -18,7 +19,7 @@ BARS: dict[tuple[str, tuple[int, int]], tuple[int, int, int]] = {
     ("iso-c", (768, 768)): (280, 3, 3),
     ("iso-cts", (768, 768)): (1000, 9, 3),
     ("iso-c", (3072, 768)): (260, 3, 3),
-    ("iso-cts", (3072, 768)): (1910, 22, 4),
+    ("iso-cts", (3072, 768)): (1530, 18, 4),
     ("iso-c", (1024, 2048)): (250, 3, 3),
     ("iso-cts", (1024, 2048)): (960, 9, 3),
 }
@@ -49,6 +50,42 @@ def test_a_merge_on_a_gpu_launches_and_waits_no_more_than(name: str, shape: tupl
         assert not stats.missed()
     expected, _ = METHODS[name]().merge(TensorDeltas(deltas))
     assert torch.linalg.vector_norm(value - expected) <= 1e-5 * torch.linalg.vector_norm(expected)
+
+
+def test_what_a_narrow_iteration_is_sure_to_miss_it_does_not_begin() -> None:
+    """And the next iteration is taken, no eigensolver. A sum with κ = 1e6, whose small directions bf16x3 loses."""
+    generator = torch.Generator().manual_seed(0)
+    u, v = (torch.linalg.qr(torch.randn(300, 300, generator=generator))[0] for _ in range(2))
+    delta = (u * torch.logspace(0, -6, 300)) @ v.mT
+    with pretend_gpu() as gpu:
+        value, stats = METHODS["iso-c"](precision="fast").merge(TensorDeltas([gpu.upload(delta)]))
+        assert stats.algorithm == "iso-c/polar-express-fp64"
+        assert len(stats.escalations) == 1
+        assert "rounding would leave" in stats.escalations[0]
+        assert gpu.launches["aten._linalg_eigh"] == 0
+        begun = gpu.launch_count
+        gpu.reset()
+        METHODS["iso-c"]().merge(TensorDeltas([gpu.upload(delta)]))
+        # Bounds twice; the iteration, which is more, once.
+        assert begun < 1.8 * gpu.launch_count
+    assert isinstance(value, PretendTensor)
+    expected, _ = METHODS["iso-c"](precision="reference").merge(TensorDeltas([delta]))
+    assert torch.linalg.vector_norm(value.held - expected) <= 1e-5 * torch.linalg.vector_norm(expected)
+
+
+def test_directions_that_tasks_share_do_not_stop_the_search_of_a_tall_matrix(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where the parts are searched in float64. In float32 what the tasks share, a hundred times as large as what is
+    left of each, cancels and leaves rounding; then every task takes an eigensolver.
+    """
+    deltas = deltas_of((1536, 768))
+    generator = torch.Generator().manual_seed(0)
+    shared = 0.2 * torch.randn(1536, 16, generator=generator) @ torch.randn(16, 768, generator=generator)
+    monkeypatch.setattr(GramEigh, "residual_subspace", lambda *_, **__: pytest.fail("all directions are computed"))
+    with pretend_gpu() as gpu:
+        _, stats = merge(gpu, "iso-cts", [delta + shared for delta in deltas])
+    assert not stats.missed()
 
 
 def test_of_a_batch_on_a_gpu_what_missed_is_solved_again() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
 import torch
@@ -24,11 +24,10 @@ PROMISES = {"fast": 1e-2, "default": 1e-5, "reference": 1e-8}
 PRECISIONS = tuple(PROMISES)
 
 # A polar iteration is all products, which a GPU is made for. It is taken from this many columns on, short sides of a
-# batch added up: an eigensolver goes through one member after the other, column by column, at some 9 µs each (768² in
-# 7 ms). An iteration takes 4 ms whatever the batch, for a hundred launches and a Cholesky factor with its solves, and
-# products that are short beside those columns up to sides of 3000, from where on an eigensolver's own are as long.
-# (Estimates: no GPU has been at hand.)
-ITERATION_COLUMNS = 512
+# batch added up: up to sides of 1000 it takes 3 to 5 ms for its launches, where an eigensolver goes through one member
+# after the other, column by column. H200, ms by iteration / by eigensolver: 2.8 / 3.8 at 256, 3.4 / 6.4 at 512,
+# 3.5 / 9.5 at 768, 4.7 / 14 at 1024, 13 / 29 at 2048.
+ITERATION_COLUMNS = 256
 # Below this side cuSOLVER takes a whole batch at once.
 ITERATION_SIDE = 64
 
@@ -77,8 +76,12 @@ def polar_ladder(
     ladder: list[Choice[PolarSolver]] = [exact, careful, svd]
     traits = traits_of(device)
     if traits.is_gpu and short >= ITERATION_SIDE and math.prod(shape[:-2]) * short >= ITERATION_COLUMNS:
-        iteration = _iteration(precision, aspect >= 2, traits)
-        return tuple(ladder) if iteration is None else (iteration, *ladder)
+        tiers = ("fast", "default") if precision == "fast" else (precision,)
+        iterations: dict[str, Choice[PolarSolver]] = {}
+        for tier in tiers:
+            if (iteration := _iteration(tier, aspect >= 2, traits)) is not None:
+                iterations.setdefault(iteration.solver.name, iteration)
+        return (*iterations.values(), *ladder)
     if aspect >= 2:
         # Long sums are well-conditioned: that float32 is enough for S is checked afterwards.
         ladder.insert(0, Choice(GramEigh(), "float64 Gram matrix of a float32 sum", torch.float32))
@@ -96,11 +99,12 @@ def _iteration(precision: str, is_long: bool, traits: DeviceTraits) -> Choice[Po
     such matrices are left to the eigensolver. Sums of long ones have κ of 10 to 100, which float32 serves.
     """
     shape = "tall or wide" if is_long else "nearly square"
+    narrow = PolarExpress(torch.float32, largest_error=PROMISES[precision])
     if precision == "fast":
         products = "bf16x3" if traits.has_bfloat16_tensor_cores else None
-        return Choice(PolarExpress(torch.float32, products=products), f"products only, of {products or 'float32'}")
+        return Choice(replace(narrow, products=products), f"products only, of {products or 'float32'}")
     if not traits.has_float64_tensor_cores:
-        return Choice(PolarExpress(torch.float32), f"products only, of float32; {shape}") if is_long else None
+        return Choice(narrow, f"products only, of float32; {shape}") if is_long else None
     solver = GramNewtonSchulz() if is_long else PolarExpress()
     return Choice(solver, f"products only; {shape}")
 

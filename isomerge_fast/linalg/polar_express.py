@@ -129,11 +129,14 @@ class PolarExpress:
         target: how far from 1 the singular values of Q may end by the iteration itself; by default the rounding of
             ``dtype`` or of its products or of the result, whichever is coarsest.
         products: precision of float32 products (``ops.mm``): ``"bf16x3"`` where 2⁻¹⁶ is enough.
+        largest_error: of Q by rounding, relative to its norm. Where more is predicted of every matrix of a batch, its
+            iteration is not begun: most of the time lies there, and the next solver would have to do all again.
     """
 
     dtype: torch.dtype = torch.float64
     target: float | None = None
     products: str | None = None
+    largest_error: float | None = None
 
     def __post_init__(self) -> None:
         check_fields(self.dtype, self.target, self.products)
@@ -145,7 +148,12 @@ class PolarExpress:
     def polar(
         self, x: Tensor, *, tolerance: Tensor | None = None, dtype: torch.dtype | None = None
     ) -> tuple[Tensor, PolarStats]:
-        """See ``PolarSolver``. Reads one number from the device, from which the number of steps follows."""
+        """See ``PolarSolver``. Reads one number from the device, from which the number of steps follows, and a flag
+        where there is a ``largest_error``.
+
+        Raises:
+            torch.linalg.LinAlgError: more than ``largest_error`` is predicted.
+        """
         dtype = dtype or x.dtype
         if 0 in x.shape:
             return nothing(self.name, x, dtype)
@@ -157,6 +165,10 @@ class PolarExpress:
     def iterate(self, x: Tensor, begun: Start, grams: list[Tensor], dtype: torch.dtype) -> tuple[Tensor, PolarStats]:
         """Return what ``polar`` does, after ``start``; ``grams``, its Gram matrix, is emptied to be freed early."""
         error = self._rounding(begun, grams[0], x)
+        if self.largest_error is not None and bool((error > self.largest_error).all()):
+            raise torch.linalg.LinAlgError(
+                f"rounding would leave an error of {float(error.amin()):.0e}, {self.largest_error:.0e} is allowed"
+            )
         y = scaled(x, begun.scale, self.dtype)
         grams.append(grams.pop().to(self.dtype))
         for step in quintics(begun.lower, self.target or default_target(self.dtype, dtype, products=self.products)):

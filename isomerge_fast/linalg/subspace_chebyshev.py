@@ -7,21 +7,24 @@ at a time. Keeping all of it, orthogonalised in full, needs fewer products and m
 s = 19, gap at the cut 0.2 %, the worst there is) 14 blocks of 38 columns took 31 ms for an angle of 2e-4, the filter
 18 ms for 3e-5 (2-core CPU, float32).
 
-The search runs in float32, on a Gram matrix whose cancellations and rounding leave an angle of 1e-5 to 1e-3. The last
-Rayleigh-Ritz step and the residual are float64 products of the few columns with the data itself, which rotates those
-near the cut right and says honestly how far the rest are off. Where that is not good enough, the exact solver takes
-over.
+The search runs in float32, on a Gram matrix whose cancellations and rounding leave an angle of 1e-5 to 1e-3; where
+tensor cores multiply float64 as fast, in float64, which leaves 1e-9. (Directions that tasks share cancel in the Gram
+matrix of what is left of one. At 14336 x 4096 a float32 search may find nothing: on an H200 a merge then took 2.1 s.)
+The last Rayleigh-Ritz step and the residual are float64 products of the few columns with the data itself, which rotates
+those near the cut right and says honestly how far the rest are off. Where that is not good enough, the exact solver
+takes over.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..ops import mm, mm_add, sym_mm_add
+from ..ops import mm, mm_add, sym_mm_add, traits_of
 from .certificate import fixed_draw
 from .cusolver import eigh
 from .gram_eigh import GramEigh
@@ -31,9 +34,12 @@ from .thin import flagged_qr
 
 # Below these the whole spectrum is as cheap.
 SMALLEST_SIDE, LARGEST_FRACTION = 256, 1 / 16
-# How far the columns of a block may grow apart between two Rayleigh-Ritz steps, and the angle at which the search ends.
-# Both are flat: 1e2 to 1e4 and 3e-4 to 3e-3 take the same time to 10 % (3072 x 768, noise and decaying spectra).
-GROWTH, SEARCH_ANGLE = 1e3, 1e-3
+# How far the columns of a block may grow apart between two Rayleigh-Ritz steps, and the angle at which a float32 search
+# ends. Both are flat: 1e2 to 1e4 and 3e-4 to 3e-3 take the same time to 10 % (3072 x 768, noise and decaying spectra).
+# Float64 has room for more: with 1e12, 5 and 9 steps are taken where 1e6 takes 7 and 17 (3584 x 1024, decay and noise).
+GROWTH, SEARCH_ANGLE = {torch.float32: 1e3, torch.float64: 1e12}, 1e-3
+# A float64 search ends at this share of the angle that its result is judged by.
+EXACT_SHARE = 0.3
 # Up to this size Δ is converted to float64 once (32 MiB), and not by every product that needs it.
 CONVERTED_ELEMENTS = 1 << 22
 
@@ -91,7 +97,7 @@ def filtered_block(
             break
         if is_hidden:
             return None
-        step = max(4, int(math.log(GROWTH) / math.acosh(max(1.05, ratio))))
+        step = max(4, int(math.log(GROWTH[gram.dtype]) / math.acosh(max(1.05, ratio))))
         block = _chebyshev(gram, ritz.vectors, middle, half, step)
         ritz, missed = _ritz_in(gram, block)
         degree += step
@@ -165,6 +171,18 @@ def correction(gram: Tensor, x: Tensor, shifts: Tensor, w: Tensor, *, steps: int
     return c
 
 
+def search_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """Return what the parts of a Δ in ``dtype`` are searched in, and what U_k has to be in for that."""
+    return torch.float64 if traits_of(device).has_float64_tensor_cores else dtype
+
+
+def _residual_gram(delta: Tensor, long: Tensor) -> tuple[Tensor, Tensor]:
+    """Return G = ΔᵀΔ − YᵀY and Y = U_kᵀΔ of a tall Δ and ``long`` = U_k, in their dtype."""
+    y = long.mT @ delta
+    gram = short_gram(delta, dtype=delta.dtype)
+    return sym_mm_add(gram, y.mT, alpha=-1.0, out=gram), y
+
+
 @dataclass(frozen=True)
 class ChebyshevSubspace(GramEigh):
     """``GramEigh`` with the task parts of tall matrices from ``filtered_block``, certified in float64.
@@ -174,7 +192,8 @@ class ChebyshevSubspace(GramEigh):
             gap (Davis-Kahan); beyond it that task is solved exactly. Iso-CTS magnifies it where tasks are alike, by up
             to 20 on deltas with strong shared directions (3072 x 768, T = 8): with 1e-5, results were off by 2e-5.
         oversampling: columns of a block beyond s.
-        corrections: steps of ``correction`` before that; each takes an angle of 1e-3 to about 1e-6.
+        corrections: steps of ``correction`` before that, after a float32 search; each takes an angle of 1e-3 to about
+            1e-6.
     """
 
     angle: float = 1e-6
@@ -194,19 +213,28 @@ class ChebyshevSubspace(GramEigh):
         width = s + self.oversampling
         whole = rows * columns
         converted = 8 * (whole if whole <= CONVERTED_ELEMENTS else min(whole, max(block_elements(device), columns)))
-        return converted + 8 * 4 * rows * width + 4 * (2 * columns**2 + 8 * columns * width)
+        item = search_dtype(torch.float32, device).itemsize
+        return converted + 8 * 4 * rows * width + item * (2 * columns**2 + 8 * columns * width)
 
     def residual_subspace(
         self, delta: Tensor, total: Tensor, common: Subspace, s: int, *, norm: Tensor, tolerance: Tensor
     ) -> Subspace:
-        """See ``SubspaceSolver``. The search is in G = ΔᵀΔ − YᵀY with Y = U_kᵀΔ, in the dtype of Δ."""
+        """See ``SubspaceSolver``. The search is in G = ΔᵀΔ − YᵀY with Y = U_kᵀΔ, in ``search_dtype``."""
         if common.long is None or common.wide or not self.worthwhile(common.short.shape[-2], s):
             return super().residual_subspace(delta, total, common, s, norm=norm, tolerance=tolerance)
-        y = common.long.to(delta.dtype).mT @ delta
-        gram = short_gram(delta, dtype=delta.dtype)
-        sym_mm_add(gram, y.mT, alpha=-1.0, out=gram)
-        noise = 8.0 * torch.finfo(gram.dtype).eps * norm.square().to(gram.dtype)
-        block = filtered_block(gram, s, noise=noise, angle=SEARCH_ANGLE, oversampling=self.oversampling)
+        dtype = search_dtype(delta.dtype, delta.device)
+        if dtype == delta.dtype:
+            gram, y = _residual_gram(delta, common.long.to(dtype))
+            angle = SEARCH_ANGLE
+        else:  # one by one: a whole batch in float64 would be most of the memory
+            longs = common.long.to(dtype).expand(*delta.shape[:-2], *common.long.shape[-2:])
+            gram = torch.empty(*delta.shape[:-2], delta.shape[-1], delta.shape[-1], dtype=dtype, device=delta.device)
+            for member in itertools.product(*map(range, delta.shape[:-2])):
+                gram[member] = _residual_gram(delta[member].to(dtype), longs[member])[0]
+            y = None
+            angle = EXACT_SHARE * self.angle
+        noise = 8.0 * torch.finfo(dtype).eps * norm.square().to(dtype)
+        block = filtered_block(gram, s, noise=noise, angle=angle, oversampling=self.oversampling)
         found = None if block is None else self._refined(block.vectors, gram, y, delta, total, common, s, tolerance)
         if found is None:
             return super().residual_subspace(delta, total, common, s, norm=norm, tolerance=tolerance)
@@ -216,7 +244,7 @@ class ChebyshevSubspace(GramEigh):
         self,
         block: Tensor,
         gram: Tensor,
-        y: Tensor,
+        y: Tensor | None,
         delta: Tensor,
         total: Tensor,
         common: Subspace,
@@ -226,7 +254,7 @@ class ChebyshevSubspace(GramEigh):
         """The top ``s`` triplets of R near ``block``, certified in float64, or None where ``angle`` is not reached.
 
         On a few columns X all of R's products are made from the data: R X = P − S V_k Σ_k⁻² V_kᵀ Sᵀ P with P = Δ X, and
-        RᵀR X = Δᵀ(R X).
+        RᵀR X = Δᵀ(R X). Without ``y`` nothing is corrected.
         """
         assert common.long is not None
         # Converted once where that is small; else every product converts blocks of it.
@@ -235,7 +263,8 @@ class ChebyshevSubspace(GramEigh):
         image = long_product(exact_delta, x, torch.float64)
         inside = common.whitened @ (common.whitened.mT @ short_product(total, image))
         image -= long_product(total, inside, torch.float64)
-        for step in range(self.corrections + 1):
+        corrections = 0 if y is None else self.corrections
+        for step in range(corrections + 1):
             values, vectors = eigh(image.mT @ image)
             values, vectors = values.flip(-1).clamp_min(0.0), vectors.flip(-1)
             x, image = x @ vectors, image @ vectors
@@ -257,7 +286,7 @@ class ChebyshevSubspace(GramEigh):
                     unresolved=unresolved,
                     wide=False,
                 )
-            if step < self.corrections:
+            if y is not None and step < corrections:
                 # In float32: what it corrects is small.
                 narrow = (part.to(delta.dtype) for part in (x, values[..., :s], w[..., :, :s]))
                 c = correction(gram, *narrow)

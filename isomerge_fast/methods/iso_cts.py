@@ -15,7 +15,7 @@ from ..linalg.auto import PROMISES, Choice, check_precision, fitting, subspace_l
 from ..linalg.certificate import orthogonality as polar_orthogonality
 from ..linalg.protocol import Solver, Subspace, reciprocal
 from ..linalg.sides import block_elements, long_product, short_gram, short_product
-from ..linalg.subspace_chebyshev import ChebyshevSubspace
+from ..linalg.subspace_chebyshev import ChebyshevSubspace, search_dtype
 from ..linalg.svd import FullSvd
 from ..ops import traits_of
 from .certified import merge_certified
@@ -185,7 +185,7 @@ class IsoCTS:
         else:  # no copies of Δ_t or S, only blocks of them
             task_parts = 8 * elements + delta + bases + self._part_bytes(solver, spec, k, s, at_once, device)
             if rows > columns and isinstance(solver, ChebyshevSubspace):
-                task_parts += item * long * k
+                task_parts += search_dtype(spec.dtype, device).itemsize * long * k
         left = item * long * s * tasks
         if on_gpu and rows <= columns:
             small = 8 * 7 * min(short, 2 * s * tasks) ** 2 + 8 * short**2  # Z and its iterates, beside a basis or two
@@ -206,7 +206,10 @@ class IsoCTS:
             blocks = min(at_once * rows * columns, 2 * max(block_elements(device), short))
             return at_once * 8 * (c * columns + 7 * c**2 + 3 * columns * s) + 8 * (short**2 + blocks)
         if rows > columns and isinstance(solver, ChebyshevSubspace):
-            return at_once * (square + solver.search_bytes(rows, columns, s, device))
+            one = 0  # Δ_t in float64, and its Y
+            if search_dtype(spec.dtype, device) != spec.dtype:
+                one = 8 * (rows * columns + k * columns)
+            return one + at_once * (square + solver.search_bytes(rows, columns, s, device))
         return at_once * square
 
     def row_map(self, source: RowSource) -> RowMap:
@@ -283,7 +286,7 @@ class IsoCTS:
         common = solver.top_subspace(total, k, tolerance=sum_limit, complement=True, dtype=long_dtype, short_only=True)
         # Of tall matrices the search needs U_k now; else S stays the only large thing beside Δ_t.
         if not common.wide and isinstance(solver, ChebyshevSubspace):
-            common = solver.complete(total, common, long_dtype)
+            common = solver.complete(total, common, search_dtype(long_dtype, deltas.device))
 
         # What an error of S may leave in R, where that matters.
         error = None if common.is_whole else sum_limit
@@ -313,6 +316,8 @@ class IsoCTS:
         nonzero = torch.linalg.vector_norm(total, dim=(-2, -1)) > 0
         if common.long is None:
             common = solver.complete(total, common, long_dtype)
+        if not common.wide:
+            common = replace(common, long=common.u.to(long_dtype))
         del total
         sigma = torch.cat([common.sigma, *(part.sigma for part in parts)], dim=-1)
         rank = (sigma > 0).sum(-1)
