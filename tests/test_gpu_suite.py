@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.gpu import environment
 from benchmarks.gpu.__main__ import run_stages
-from benchmarks.gpu.rows import Results
+from benchmarks.gpu.rows import Results, Rows
 from benchmarks.gpu.runner import ROOT, child_environment
 from benchmarks.gpu.schedule import CALL_SECONDS, CALLS, DEVICE, Stage
 from benchmarks.gpu.summary import MAX_LINES, summary
@@ -76,6 +77,45 @@ def test_one_stage_again_replaces_its_rows_alone(tmp_path: Path) -> None:
     assert after[0] == before[0]
     assert after[1]["pid"] != before[1]["pid"]
     assert {file.name for file in tmp_path.iterdir()} == {"A-device-of-mine.json", "A-device-of-mine.txt"}
+
+
+def own_rows(folder: Path, **circumstances: Any) -> Rows:
+    """Rows of a stage in this process."""
+    return Rows("mine", folder / "rows.json", **({"device": "cpu", "small": True, "seconds": 60.0} | circumstances))
+
+
+def written(folder: Path) -> dict[str, dict[str, Any]]:
+    return {row["name"]: row for row in json.loads((folder / "rows.json").read_text())["rows"]}
+
+
+def test_values_that_no_row_can_hold_are_that_rows_failure(tmp_path: Path) -> None:
+    rows = own_rows(tmp_path)
+    assert rows.attempt("taken", lambda: {"name": "a", "stage": "b"}) == {}
+    assert rows.attempt("no JSON", lambda: {"value": torch.zeros(1)}) == {}
+    assert rows.attempt("like parameters", lambda: {"self": 1, "function": 2}) == {"self": 1, "function": 2}
+    found = written(tmp_path)
+    assert found["taken"]["failed"] == (
+        "ValueError: a row has a name and a stage of its own: these values need other names"
+    )
+    assert found["no JSON"]["failed"].startswith("TypeError: ")
+    assert found["like parameters"]["function"] == 2
+
+
+def test_the_environment_of_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What nvidia-smi calls "name" is no row's name; releases are those of the distributions."""
+    answers = [f"{index} of it" for index in range(len(environment.QUERY.split(",")))]
+    monkeypatch.setattr(
+        subprocess, "run", lambda *_, **__: subprocess.CompletedProcess((), 0, ", ".join(["An H200", *answers[1:]]))
+    )
+    rows = own_rows(tmp_path)
+    rows.attempt("nvidia-smi", environment._queried)
+    environment.environment(rows)
+    found = written(tmp_path)
+    assert found["nvidia-smi"]["gpu"] == "An H200"
+    assert found["nvidia-smi"]["driver_version"] == "1 of it"
+    assert found["versions"]["torch"].startswith(torch.__version__.split("+")[0])
+    assert environment._version("no-such-distribution", "torch") == found["versions"]["torch"]
+    assert environment._version("no-such-distribution") == "absent"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])

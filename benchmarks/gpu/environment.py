@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import platform
 import shutil
 import subprocess
 import time
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -16,11 +16,15 @@ import isomerge_fast
 from benchmarks.gpu.rows import Rows
 from isomerge_fast.bench.ceilings import device_name
 
+# What is asked of nvidia-smi; its "name" is that of the GPU.
 QUERY = (
     "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,power.limit,temperature.gpu,"
     "mig.mode.current,persistence_mode,clocks_event_reasons.active"
 )
 PINNED_BYTES = 4 << 30
+# A package, and the distributions that it may come from.
+PACKAGES = {name: (name,) for name in ("torch", "triton", "numpy", "safetensors", "xxhash", "fusion-bench")}
+PACKAGES["cupy"] = ("cupy-cuda13x", "cupy-cuda12x", "cupy")
 
 
 def device(rows: Rows) -> None:
@@ -31,13 +35,8 @@ def device(rows: Rows) -> None:
 
 def environment(rows: Rows) -> None:
     """Releases, the GPU and its clocks, what /dev/shm holds, how long pinned memory takes."""
-    versions: dict[str, Any] = {"isomerge": isomerge_fast.__version__, "python": platform.python_version()}
-    for package in ("torch", "triton", "cupy", "numpy", "safetensors", "xxhash"):
-        try:
-            versions[package] = importlib.import_module(package).__version__
-        except Exception as error:  # an absent or broken optional package is a fact of the environment
-            versions[package] = f"absent ({type(error).__name__})"
-    rows.note("versions", **versions, cuda=torch.version.cuda)
+    own = {"isomerge": isomerge_fast.__version__, "python": platform.python_version(), "cuda": torch.version.cuda}
+    rows.note("versions", **own, **{package: _version(*names) for package, names in PACKAGES.items()})
     processors = len(os.sched_getaffinity(0))
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     shared = shutil.disk_usage("/dev/shm") if os.path.isdir("/dev/shm") else None
@@ -64,6 +63,16 @@ def environment(rows: Rows) -> None:
     rows.attempt("pinned memory", _pinned)
 
 
+def _version(*distributions: str) -> str:
+    """The version of the first that is installed."""
+    for name in distributions:
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            continue
+    return "absent"
+
+
 def _queried() -> dict[str, Any]:
     command = ["nvidia-smi", f"--query-gpu={QUERY}", "--format=csv,noheader"]
     answer = subprocess.run(command, capture_output=True, text=True, timeout=10)
@@ -71,7 +80,7 @@ def _queried() -> dict[str, Any]:
     if len(values) != len(QUERY.split(",")):  # an older driver lacks one: what it says by itself
         answer = subprocess.run(["nvidia-smi"], capture_output=True, text=True, timeout=10)
         return {"said": answer.stdout.splitlines()[:20]}
-    return dict(zip(QUERY.split(","), values, strict=True))
+    return dict(zip(("gpu", *QUERY.split(",")[1:]), values, strict=True))
 
 
 def _pinned() -> dict[str, Any]:

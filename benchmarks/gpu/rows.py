@@ -46,22 +46,31 @@ class Rows:
     def seconds_left(self) -> float:
         return self._end - time.monotonic()
 
-    def note(self, name: str, **values: Any) -> None:
-        """Add a row."""
-        self._rows.append({"stage": self._stage, "name": name, **values})
+    def note(self, name: str, /, **values: Any) -> None:
+        """Add a row.
+
+        Raises:
+            ValueError: values that would take the place of the row's own.
+            TypeError: values that JSON does not have.
+        """
+        row: Row = {"stage": self._stage, "name": name}
+        if taken := row.keys() & values.keys():
+            raise ValueError(f"a row has a {' and a '.join(sorted(taken))} of its own: these values need other names")
+        json.dumps(values)  # or this row, and with it every later one, could not be written
+        self._rows.append(row | values)
         write_whole(self._file, json.dumps({"rows": self._rows}))
 
-    def attempt(self, name: str, function: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    def attempt(self, name: str, function: Callable[[], dict[str, Any]], /) -> dict[str, Any]:
         """Add the row that a function makes, or the error in which it ends; return its values, none of an error."""
         values: dict[str, Any] = {}
         try:
-            values = function()
+            found = function()
             if _cuda_in_use():
                 sys.modules["torch"].cuda.synchronize()  # what went wrong goes wrong in its own row
+            self.note(name, **found)
+            values = found
         except Exception as error:  # every row is to be tried
             self.note(name, failed=f"{type(error).__name__}: {error}"[:500])
-        else:
-            self.note(name, **values)
         if _cuda_in_use():
             sys.modules["torch"].cuda.empty_cache()
         return values
