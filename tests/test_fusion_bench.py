@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import isomerge_fast as imf
+from benchmarks.harness import peers as harness
 from isomerge_fast.checkpoint.reader import Reader
 
 peers.need("fusion_bench", "fusion-bench")
@@ -429,3 +430,17 @@ def test_memory_example(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.
         "FusionBench",
         "isomerge-fast",
     ]
+
+
+@pytest.mark.parametrize("method", ["iso-c", "iso-cts"])
+def test_its_functions_are_the_same_from_their_file_by_itself(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What ``make gpu`` runs where the package does not import, and has no part of it on the path."""
+    generator = torch.Generator().manual_seed(0)
+    deltas = [{"w": torch.randn(40, 24, generator=generator)} for _ in range(TASKS)]
+    module, how = harness.iso_utils()
+    assert how == "the package"
+    expected = harness.fusion_bench(method, deltas)["w"]
+    alone = harness.executed_by_itself(Path(module.__file__))
+    assert alone.iso_c is not module.iso_c
+    monkeypatch.setattr(harness, "iso_utils", lambda: (alone, "by itself"))
+    assert torch.equal(harness.fusion_bench(method, deltas)["w"], expected)

@@ -9,18 +9,20 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks.gpu import environment
+from benchmarks.gpu import baselines, environment
 from benchmarks.gpu.__main__ import run_stages
 from benchmarks.gpu.rows import Results, Rows
 from benchmarks.gpu.runner import ROOT, child_environment
 from benchmarks.gpu.schedule import CALL_SECONDS, CALLS, DEVICE, Stage
 from benchmarks.gpu.summary import MAX_LINES, summary
+from benchmarks.harness import peers as harness
 from isomerge_fast.bench.ceilings import median_seconds
 
 
@@ -173,8 +175,8 @@ def readings() -> list[dict[str, Any]]:
     for method in ("iso-c", "iso-cts"):
         for shape in shapes:
             rows.append({"stage": "methods", "name": f"{method} {shape}", "seconds": 1.0, "certified": True})
-            for driver, seconds in (("gesvd", 3.0), ("default", 9.0)):
-                name = f"{method} {shape}, {driver}"
+            for label, seconds in (("{}, gesvd", 3.0), ("fusion-bench {}", 9.0)):
+                name = label.format(f"{method} {shape}")
                 rows.append({"stage": "published", "name": name, "seconds": seconds, "estimated": "11 x one SVD"})
     rows += [{"stage": "kernels", "name": f"check {n}", "failed": "wrong\nby 2"} for n in range(40)]
     rows += [
@@ -190,16 +192,89 @@ def test_the_summary_ends_with_what_matters_and_is_short() -> None:
     assert len(lines) <= MAX_LINES
     assert not [line for line in lines if "\n" in line]
     assert sum(map(len, lines)) < 12_000  # of which the end is seen
-    # What failed comes last; before that 32 layers of 2 + 2 + 2 + 1 matrices, and the faster driver's 3 s.
+    # What failed comes last; before that 32 layers of 2 + 2 + 2 + 1 matrices, FusionBench's 9 s and gesvd's 3 s.
     end = lines.index("== correctness, once more")
     assert "kernels 40 (40 FAILED)" in lines[end + 1]
     assert "and 29 more" in lines[end:]
     assert lines[-1] == "CUT by their time, what came later is missing: methods"
-    assert lines[end - 4].startswith("iso-c    arithmetic 224.0 s; published 672.0 s")
+    assert lines[end - 4].startswith("iso-c    arithmetic 224.0 s; FusionBench 2016.0 s; published by gesvd 672.0 s")
+    methods = next(line for line in lines if line.startswith("iso-c 4096 x 4096 "))
+    assert methods.endswith("1000.00; FusionBench 9000, 9.0 x (estimated); published by gesvd 3000, 3.0 x (estimated)")
     assert lines[end - 2] == "disk     145 + 16 GB: 80 s at 2 GB/s"
     assert lines[end - 1] == "disk     145 + 16 GB: 40 s at the rate of task-arithmetic above"
     without = summary([row for row in readings() if row["name"] != "iso-c 1024 x 4096"])
     assert "?" in without[without.index("== correctness, once more") - 4]
+
+
+# What FusionBench's file imports, and a method by one SVD.
+ISO_UTILS = """
+import torch
+from fusion_bench.utils import timeit_context
+from fusion_bench.utils.type import StateDictType
+
+def iso_c(task_vectors, accelerator) -> StateDictType:
+    print("merging")
+    with timeit_context("ISO-C Merging"):
+        u, sigma, vt = torch.linalg.svd(sum(each["w"].to(accelerator) for each in task_vectors), full_matrices=False)
+    return {"w": sigma.mean() * (u @ vt)}
+
+def iso_cts(task_vectors, common_space_fraction, accelerator) -> StateDictType:
+    raise NotImplementedError(common_space_fraction)
+"""
+
+
+@pytest.fixture
+def foreign_iso_utils(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A package of FusionBench's name, before any other, that cannot be imported: the file that matters."""
+    for name in [name for name in sys.modules if name.partition(".")[0] == "fusion_bench"]:
+        monkeypatch.delitem(sys.modules, name)
+    file = tmp_path / "fusion_bench" / "method" / "isotropic_merging" / "iso_utils.py"
+    file.parent.mkdir(parents=True)
+    (tmp_path / "fusion_bench" / "__init__.py").write_text("import a_package_that_is_absent")
+    monkeypatch.syspath_prepend(tmp_path)
+    harness.iso_utils.cache_clear()
+    yield file
+    harness.iso_utils.cache_clear()
+
+
+def test_fusion_bench_runs_where_only_its_file_does(
+    foreign_iso_utils: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    foreign_iso_utils.write_text(ISO_UTILS)
+    baselines.baselines(own_rows(tmp_path))
+    found = written(tmp_path)
+    assert found["fusion-bench"]["loaded"] == "its functions' file by itself"
+    assert found["fusion-bench iso-c 96 x 96"]["distance"] < 1e-4
+    assert found["fusion-bench iso-cts 96 x 96"]["failed"] == "NotImplementedError: 0.8"
+    assert found["fusion-bench iso-cts 64 x 160"]["estimated"] == "11 x one SVD"
+    assert capsys.readouterr().out == ""
+    assert "fusion_bench" not in sys.modules
+
+
+@pytest.mark.usefixtures("foreign_iso_utils")
+def test_without_fusion_bench_the_published_algorithm_takes_its_place(tmp_path: Path) -> None:
+    baselines.baselines(own_rows(tmp_path))
+    found = written(tmp_path)
+    assert "a_package_that_is_absent" in found["fusion-bench"]["absent"]
+    assert found["iso-cts 96 x 96, default"]["distance"] < 1e-4
+    assert not [row for row in found.values() if "failed" in row]
+
+
+@pytest.mark.usefixtures("foreign_iso_utils")
+def test_where_time_is_short_baselines_are_estimated_or_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seconds = {(96, 96): 2.0, (160, 64): 5.0, (64, 160): 1.0}
+    monkeypatch.setattr(baselines, "svd", lambda x, driver: {"seconds": seconds[tuple(x.shape)]})
+    baselines.baselines(own_rows(tmp_path, seconds=12.0))  # of which 3 are to be left
+    found = written(tmp_path)
+    assert "distance" in found["iso-c 96 x 96, default"]
+    assert found["iso-cts 96 x 96, default"]["estimated"] == "11 x one SVD"
+    assert found["iso-cts 96 x 96, default"]["seconds"] == 22.0
+    assert "distance" in found["iso-c 160 x 64, default"]
+    assert found["iso-cts 160 x 64, default"]["seconds"] == 55.0
+    assert found["one SVD 64 x 160, default"]["left_out"] == "no time"  # three times the longest may be 15 s
+    assert found["iso-c 64 x 160, default"]["left_out"] == "its SVD was not timed"
 
 
 def test_seconds_on_a_gpu_are_those_between_events(monkeypatch: pytest.MonkeyPatch) -> None:

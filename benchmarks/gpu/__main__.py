@@ -31,8 +31,7 @@ def run_stages(stages: Sequence[Stage], results: Results, *, device: str, small:
     failed = 0
     for stage in stages:
         start = time.monotonic()
-        limit = end - start if stage is stages[-1] else stage.seconds * (SMALL_FACTOR if small else 1.0)
-        limit = max(1.0, min(limit, end - start))
+        limit = max(1.0, min(stage.seconds * (SMALL_FACTOR if small else 1.0), end - start))
         results.begin(stage.name)
         run_stage(stage, results.add, device=device, small=small, seconds=limit)
         rows = [row for row in results.rows if row["stage"] == stage.name]

@@ -33,7 +33,8 @@ def main() -> None:
     threading.Thread(target=end_with_parent, daemon=True).start()
     module, _, function = options.function.partition(":")
     circumstances = {key: getattr(options, key) for key in ("device", "small", "seconds", "share", "shares")}
-    getattr(importlib.import_module(module), function)(Rows(options.name, options.file, **circumstances))
+    rows = Rows(options.name, options.file, **circumstances)  # first: its seconds are the process's, imports included
+    getattr(importlib.import_module(module), function)(rows)
 
 
 if __name__ == "__main__":

@@ -23,8 +23,10 @@ QUERY = (
 )
 PINNED_BYTES = 4 << 30
 # A package, and the distributions that it may come from.
-PACKAGES = {name: (name,) for name in ("torch", "triton", "numpy", "safetensors", "xxhash", "fusion-bench")}
-PACKAGES["cupy"] = ("cupy-cuda13x", "cupy-cuda12x", "cupy")
+PACKAGES: dict[str, tuple[str, ...]] = {
+    **{name: (name,) for name in ("torch", "triton", "numpy", "safetensors", "xxhash", "fusion-bench")},
+    "cupy": ("cupy-cuda13x", "cupy-cuda12x", "cupy"),
+}
 
 
 def device(rows: Rows) -> None:

@@ -1,4 +1,4 @@
-"""Iso-C and Iso-CTS on real shapes, and the published algorithm beside them."""
+"""Iso-C and Iso-CTS on real shapes: on the GPU, and on the CPU beside it."""
 
 from __future__ import annotations
 
@@ -10,45 +10,53 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.gpu.clock import result_and_seconds
 from benchmarks.gpu.rows import Rows
-from benchmarks.gpu.shapes import LLAMA, SMALL, TASKS, VIT, named
-from isomerge_fast.bench import published
+from benchmarks.gpu.shapes import LLAMA, NAMES, SMALL, TASKS, VIT, Shape, named
 from isomerge_fast.bench.ceilings import median_seconds, synchronise, timed
-from isomerge_fast.bench.problems import deltas_like_fine_tuning, relative_error
+from isomerge_fast.bench.problems import Kind, deltas_like_fine_tuning
 from isomerge_fast.methods import TensorDeltas, make_method
 from isomerge_kernels import devices
 
-NAMES = ("iso-c", "iso-cts")
-# Where the published algorithm runs in full; elsewhere one SVD is timed and multiplied.
-FULL = (*VIT, (1024, 4096), (4096, 4096))
 PROFILED_OPERATIONS = 20
 # Of a vision transformer's matrices of one shape.
 BATCH = 48
 BLOCK_ELEMENTS = (1 << 22, 1 << 28)
+# What a row of them takes at most: 7 s on an H200.
+BLOCK_SECONDS = 12.0
 
 
 def methods(rows: Rows) -> None:
     """Our methods: Llama's shapes first, then a vision transformer's, one by one and as a batch."""
     device = torch.device(rows.device)
     llama, vit = (SMALL[:1], SMALL[1:]) if rows.small else (LLAMA, VIT)
+    square, tall = (SMALL[0], SMALL[1]) if rows.small else (LLAMA[0], LLAMA[2])
+    made: dict[tuple[Shape, Kind], list[Tensor]] = {}
+
+    def deltas(shape: Shape, kind: Kind = "decay") -> list[Tensor]:
+        if (shape, kind) not in made:
+            made[shape, kind] = deltas_like_fine_tuning(*shape, TASKS, kind, device=device)
+        return made[shape, kind]
+
     for shape in (*llama, *vit):
-        deltas = deltas_like_fine_tuning(*shape, TASKS, "decay", device=device)
         for name in NAMES:
-            rows.attempt(f"{name} {named(shape)}", lambda name=name, deltas=deltas: _merged(name, deltas))
-            if shape == llama[0]:
-                rows.attempt(f"{name} {named(shape)}, fast", lambda n=name, d=deltas: _merged(n, d, "fast"))
-    for shape in (llama[0], vit[0], *llama[2:3]):
-        deltas = deltas_like_fine_tuning(*shape, TASKS, "decay", device=device)
+            rows.attempt(f"{name} {named(shape)}", partial(_merged, name, deltas(shape)))
+    for shape in (square, tall):
         for name in NAMES:
-            rows.attempt(f"{name} {named(shape)}, profile", lambda name=name, deltas=deltas: _profiled(name, deltas))
+            rows.attempt(f"{name} {named(shape)}, fast", partial(_merged, name, deltas(shape), "fast"))
+            rows.attempt(f"{name} {named(shape)}, noise", partial(_merged, name, deltas(shape, "noise")))
+    for shape in dict.fromkeys((square, *vit, tall)):
+        for name in NAMES:
+            rows.attempt(f"{name} {named(shape)}, profile", partial(_profiled, name, deltas(shape)))
     stack = (3 if rows.small else BATCH, *vit[0])
-    rows.attempt(
-        f"iso-c {named(stack)}", lambda: _merged("iso-c", [torch.randn(stack, device=device) for _ in range(TASKS)])
-    )
-    deltas = deltas_like_fine_tuning(*(SMALL[1] if rows.small else (14336, 4096)), TASKS, "decay", device=device)
+    batch = [torch.randn(stack, device=device) for _ in range(TASKS)]
+    rows.attempt(f"iso-c {named(stack)}", partial(_merged, "iso-c", batch))
     for elements in BLOCK_ELEMENTS:
-        label = f"{named(tuple(deltas[0].shape))}, blocks of 2^{elements.bit_length() - 1}"
-        rows.attempt(f"iso-cts {label}", lambda elements=elements: _in_blocks(elements, deltas))
+        label = f"iso-cts {named(tall)}, blocks of 2^{elements.bit_length() - 1}"
+        if rows.seconds_left < BLOCK_SECONDS and not rows.small:
+            rows.note(label, left_out="no time")
+        else:
+            rows.attempt(label, partial(_in_blocks, elements, deltas(tall)))
 
 
 def _merged(name: str, deltas: list[Tensor], tier: str = "default") -> dict[str, Any]:
@@ -59,15 +67,18 @@ def _merged(name: str, deltas: list[Tensor], tier: str = "default") -> dict[str,
     before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
     stats = call()[1]
     peak = torch.cuda.max_memory_allocated(device) - before if device.type == "cuda" else 0
-    found = {"seconds": median_seconds(call, device, budget_seconds=1.0, rounds=10), "certified": not stats.missed()}
+    _, seconds = result_and_seconds(call, device, budget_seconds=1.0)
+    found = {"seconds": seconds, "certified": not stats.missed()}
     return found | {"algorithm": stats.algorithm, "escalations": len(stats.escalations), "peak_bytes": peak}
 
 
 def _profiled(name: str, deltas: list[Tensor]) -> dict[str, Any]:
-    """The operations that take longest: (name, calls, milliseconds on the device)."""
+    """The operations that take longest: (name, calls, milliseconds on the device); all of them, and as a share of a
+    call's time without the profiler (``busy``: the rest of it the device waits for the host).
+    """
     device, method, source = deltas[0].device, make_method(name), TensorDeltas(deltas)
     method.merge(source)
-    synchronise(device)
+    _, seconds = timed(lambda: method.merge(source), device)
     on_gpu = device.type == "cuda"
     activities = [ProfilerActivity.CPU, *((ProfilerActivity.CUDA,) if on_gpu else ())]
     with profile(activities=activities) as found:
@@ -80,7 +91,9 @@ def _profiled(name: str, deltas: list[Tensor]) -> dict[str, Any]:
     assert top or not on_gpu, "the profiler saw nothing of the GPU"
     launches = sum(entry.count for entry in averages if "LaunchKernel" in entry.key)
     waits = sum(entry.count for entry in averages if "Synchronize" in entry.key)
-    return {"launches": launches, "waits": waits, "operations": top}
+    device_ms = sum(getattr(entry, key) for entry in own) / 1e3
+    counted = {"launches": launches, "waits": waits, "device_ms": device_ms, "busy": device_ms / 1e3 / seconds}
+    return counted | {"operations": top}
 
 
 def _in_blocks(elements: int, deltas: list[Tensor]) -> dict[str, Any]:
@@ -90,52 +103,6 @@ def _in_blocks(elements: int, deltas: list[Tensor]) -> dict[str, Any]:
         return _merged("iso-cts", deltas)
     finally:
         devices.GPU_BLOCK_ELEMENTS = before
-
-
-def published_algorithm(rows: Rows) -> None:
-    """The published algorithm in float32 by two drivers of torch.linalg.svd, with the distance of our result from it.
-
-    The faster driver first, on all shapes; then the other where it is run in full at all.
-    """
-    device = torch.device(rows.device)
-    drivers = ("gesvd", None) if device.type == "cuda" else (None,)
-    shapes = SMALL if rows.small else ((4096, 4096), (1024, 4096), *VIT, (14336, 4096), (4096, 14336))
-    later: list[tuple[tuple[int, int], str | None, float]] = []
-    torch.linalg.svd(torch.eye(64, device=device))  # its library is loaded
-    for shape in shapes:
-        deltas = deltas_like_fine_tuning(*shape, TASKS, "decay", device=device)
-        total = torch.stack(deltas).sum(0)
-        once: dict[str | None, float] = {}
-        for driver in drivers:
-            label = f"one SVD {named(shape)}, {driver or 'default'}"
-            call = partial(torch.linalg.svd, total, full_matrices=False, driver=driver)
-            found = rows.attempt(label, lambda call=call: {"seconds": timed(call, device)[1]})
-            once[driver] = found.get("seconds", float("inf"))
-        first, *rest = sorted(once, key=lambda driver: once[driver])
-        _published(rows, shape, deltas, first, once[first], full=rows.small or shape in FULL)
-        later += [(shape, driver, once[driver]) for driver in rest]
-    for shape, driver, seconds in later:
-        deltas = deltas_like_fine_tuning(*shape, TASKS, "decay", device=device) if shape in FULL else []
-        _published(rows, shape, deltas, driver, seconds, full=shape in FULL)
-
-
-def _published(
-    rows: Rows, shape: tuple[int, int], deltas: list[Tensor], driver: str | None, once: float, *, full: bool
-) -> None:
-    """Rows of both methods by one driver: run where there is time for as many SVDs as it takes, else estimated."""
-    for name, count in (("iso-c", 1), ("iso-cts", TASKS + 3)):
-        label = f"{name} {named(shape)}, {driver or 'default'}"
-        if not full or 1.3 * count * once > rows.seconds_left - 2.0:
-            rows.note(label, seconds=count * once, estimated=f"{count} x one SVD")
-            continue
-
-        def compared(name: str = name) -> dict[str, Any]:
-            ours = make_method(name).merge(TensorDeltas(deltas))[0].double()
-            algorithm = getattr(published, name.replace("-", "_"))
-            theirs, seconds = timed(lambda: algorithm(deltas, driver=driver), deltas[0].device)
-            return {"seconds": seconds, "distance": relative_error(theirs.double(), ours)}
-
-        rows.attempt(label, compared)
 
 
 def cpu_threads(rows: Rows) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.gpu.clock import result_and_seconds
 from benchmarks.gpu.rows import Rows
 from benchmarks.gpu.shapes import DTYPES, TASKS, named
 from isomerge_fast.bench.ceilings import median_seconds
@@ -48,23 +49,27 @@ def primitives(rows: Rows) -> None:
     for shape in ((64, 64), (48, 96)) if rows.small else ((1024, 1024), (768, 3072)):
         x = random(*shape, dtype=torch.float32)
         for driver in ("gesvd", "gesvdj", "gesvda") if device.type == "cuda" else (None,):
-            name = f"svd {named(shape)} fp32, {driver or 'default'}"
-
-            def svd(x: Tensor = x, driver: str | None = driver) -> dict[str, Any]:
-                call = partial(torch.linalg.svd, x, full_matrices=False, driver=driver)
-                try:
-                    u, sigma, vh = call()
-                except RuntimeError as error:  # not every driver takes every shape, or converges
-                    return {"refused": str(error)[:200]}
-                seconds = median_seconds(call, device, budget_seconds=BUDGET_SECONDS)
-                return {"seconds": seconds, "error": relative_error((u * sigma) @ vh, x.double())}
-
-            rows.attempt(name, svd)
-    for side in (64,) if rows.small else (256, 512, 768, 1024, 2048, 4096):
-        x = random(side, side)
-        solvers: tuple[PolarSolver, ...] = (PolarExpress(), GramEigh())
+            rows.attempt(f"svd {named(shape)} fp32, {driver or 'default'}", partial(svd, x, driver))
+    sides = (64,) if rows.small else (64, 128, 256, 512, 768, 1024, 2048, 4096)
+    stacks = ((3, 48, 48),) if rows.small else ((TASKS, 816, 816), (48, 768, 768))
+    solvers: tuple[PolarSolver, ...] = (PolarExpress(), GramEigh())
+    for shape in (*((side, side) for side in sides), *stacks):
+        x = random(*shape)
+        label = str(shape[0]) if len(shape) == 2 else named(shape)
         for solver in solvers:
-            timed(f"polar {side}, {solver.name}", partial(_polar, solver, x), _not_orthogonal)
+            timed(f"polar {label}, {solver.name}", partial(_polar, solver, x), _not_orthogonal)
+
+
+def svd(x: Tensor, driver: str | None) -> dict[str, Any]:
+    """The thin SVD of one matrix: its error, and the loss of orthogonality of its singular vectors."""
+    call = partial(torch.linalg.svd, x, full_matrices=False, driver=driver)
+    try:
+        (u, sigma, vh), seconds = result_and_seconds(call, x.device, BUDGET_SECONDS)
+    except RuntimeError as error:  # not every driver takes every shape, or converges
+        return {"refused": str(error)[:200]}
+    u, sigma, vh = u.double(), sigma.double(), vh.double()
+    orthogonality = max(map(_not_orthogonal, (u, vh.mT)))
+    return {"seconds": seconds, "error": relative_error((u * sigma) @ vh, x.double()), "orthogonality": orthogonality}
 
 
 def _eigenproblems(rows: Rows, timed: Callable[..., None], random: Callable[..., Tensor]) -> None:

@@ -24,23 +24,22 @@ class Stage:
 CALL_SECONDS = {"a": 420.0, "b": 200.0}
 # Asked for before anything else, and before the call's time begins: what is loaded for the first time comes slowly.
 DEVICE = Stage("device", "benchmarks.gpu.environment:device", 90)
-# The last stage of a call takes what the others left.
 CALLS: dict[str, tuple[Stage, ...]] = {
     "a": (
         Stage("environment", "benchmarks.gpu.environment:environment", 15),
         # The last process has the checks of far-apart rows for itself: they are the likeliest to end it.
-        Stage("kernels", "benchmarks.gpu.right:kernels", 55, processes=13),
-        Stage("right", "benchmarks.gpu.right:solvers_and_methods", 60),
+        Stage("kernels", "benchmarks.gpu.right:kernels", 50, processes=13),
+        Stage("right", "benchmarks.gpu.right:solvers_and_methods", 50),
         Stage("ceilings", "benchmarks.gpu.rates:ceilings", 15),
-        Stage("primitives", "benchmarks.gpu.primitives:primitives", 50),
+        Stage("primitives", "benchmarks.gpu.primitives:primitives", 45),
         Stage("methods", "benchmarks.gpu.methods:methods", 85),
         Stage("bandwidths", "benchmarks.gpu.rates:bandwidths", 30),
         Stage("products", "benchmarks.gpu.rates:products", 40),
-        Stage("published", "benchmarks.gpu.methods:published_algorithm", 70),
+        Stage("published", "benchmarks.gpu.baselines:baselines", 90),
     ),
     "b": (
         Stage("merge", "benchmarks.gpu.merge:streamed_merge", 90),
         Stage("threads", "benchmarks.gpu.methods:cpu_threads", 25),
-        Stage("memcheck", "benchmarks.gpu.right:memcheck", 65),
+        Stage("memcheck", "benchmarks.gpu.right:memcheck", 85),
     ),
 }

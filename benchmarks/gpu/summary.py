@@ -10,6 +10,8 @@ from benchmarks.gpu.schedule import CALLS
 MAX_LINES, LINE, MAX_FAILURES = 100, 180, 12
 # Of the end of a long output no more may be seen.
 MAX_CHARACTERS = 11_000
+# Who does the same, by what is said and what their rows are called. FusionBench takes torch's default driver.
+BASELINES = {"FusionBench": "fusion-bench {}", "published by default": "{}, default", "published by gesvd": "{}, gesvd"}
 METHODS = ("iso-c", "iso-cts")
 # Of one layer of Llama-3-8B, how often: q and o, k and v, gate and up, down. (``shapes`` needs torch.)
 LAYER = {"4096 x 4096": 2, "1024 x 4096": 2, "14336 x 4096": 2, "4096 x 14336": 1}
@@ -28,10 +30,11 @@ class Readings:
     def get(self, stage: str, name: str, key: str = "seconds") -> float | None:
         return next((row[key] for row in self.of(stage) if row["name"] == name and key in row), None)
 
-    def published(self, name: str) -> Row | None:
-        """The faster driver's row of the published algorithm."""
-        rows = [row for row in self.of("published") if row["name"].startswith(f"{name}, ") and "seconds" in row]
-        return min(rows, key=lambda row: row["seconds"], default=None)
+    def baselines(self, name: str) -> dict[str, Row]:
+        """Rows of those who do the same, as far as they were timed."""
+        rows = {row["name"]: row for row in self.of("published") if "seconds" in row}
+        labels = {label: form.format(name) for label, form in BASELINES.items()}
+        return {label: rows[own] for label, own in labels.items() if own in rows}
 
 
 def _correctness(readings: Readings) -> Iterator[str]:
@@ -56,6 +59,7 @@ def _primitives(readings: Readings) -> Iterator[str]:
     products = [row for row in readings.of("ceilings") if "tflop_per_s" in row]
     yield from _lines((*row["name"].rsplit(" ", 1), f"{row['tflop_per_s']:.4g} TFLOP/s") for row in products)
     solved = [row for row in readings.of("primitives") if "error" in row]
+    solved += [row for row in readings.of("published") if "error" in row]
     times = [f"{1e3 * row['seconds']:.4g} ({row['error']:.0e})" for row in solved]
     yield from _lines((*row["name"].rsplit(", ", 1), each) for row, each in zip(solved, times, strict=True))
 
@@ -116,10 +120,17 @@ def _methods(readings: Readings) -> Iterator[str]:
         if "seconds" not in row:
             continue
         line = f"{row['name']:34} {1e3 * row['seconds']:9.2f}{'' if row['certified'] else ' NOT CERTIFIED'}"
-        if theirs := readings.published(row["name"]):
-            how = "estimated" if "estimated" in theirs else f"distance {theirs['distance']:.0e}"
-            line += f" {1e3 * theirs['seconds']:9.0f} {theirs['seconds'] / row['seconds']:7.1f} x  {how}"
+        for label, theirs in readings.baselines(row["name"]).items():
+            how = "estimated" if "estimated" in theirs else f"{theirs['distance']:.0e}"
+            line += f"; {label} {1e3 * theirs['seconds']:.0f}, {theirs['seconds'] / row['seconds']:.1f} x ({how})"
         yield line
+
+
+def _profiles(readings: Readings) -> Iterator[str]:
+    for row in readings.of("methods"):
+        if "busy" in row:
+            name, counts = row["name"].removesuffix(", profile"), f"{row['launches']} launches, {row['waits']} waits"
+            yield f"{name:22} {row['device_ms']:.1f} ms of the device, busy {row['busy']:.0%}; {counts}"
 
 
 def _merges(readings: Readings) -> Iterator[str]:
@@ -133,10 +144,12 @@ def _merges(readings: Readings) -> Iterator[str]:
 def _outlook(readings: Readings) -> Iterator[str]:
     for method in METHODS:
         ours = [readings.get("methods", f"{method} {shape}") for shape in LAYER]
-        rows = [readings.published(f"{method} {shape}") for shape in LAYER]
-        theirs = [None if row is None else row["seconds"] for row in rows]
         line = f"{method:8} arithmetic {_whole(ours)} s"
-        yield line + f"; published {_whole(theirs)} s, of which matrices that were not run are estimated"
+        rows = [readings.baselines(f"{method} {shape}") for shape in LAYER]
+        for label in BASELINES:
+            if any(label in row for row in rows):
+                line += f"; {label} {_whole([row[label]['seconds'] if label in row else None for row in rows])} s"
+        yield f"{line} (long matrices estimated)"
     read, written = (EXPERTS + 1) * CHECKPOINT_BYTES, CHECKPOINT_BYTES
     rates = {f"{DISK_GB_PER_S:g} GB/s": DISK_GB_PER_S}
     if measured := readings.get("merge", "task-arithmetic", "read_gb_per_s"):
@@ -159,7 +172,8 @@ SECTIONS = (
     ("CPU, by threads", _threads),
     ("share of the copy: the best configuration (the one in use)", _bandwidths),
     ("symmetric_matmul: speed over torch.matmul, TFLOP/s; errors ours / torch's", _products),
-    ("methods: ours ms, published ms by its faster driver, ratio, distance of the two", _methods),
+    ("profiles", _profiles),
+    ("methods: ours ms; theirs ms, ratio (distance of the two)", _methods),
     ("streamed merge, 2 layers of Llama-3-8B, 8 experts", _merges),
     ("Llama-3-8B x 8 experts by these readings", _outlook),
 )

@@ -2,24 +2,67 @@
 
 from __future__ import annotations
 
+import builtins
 import contextlib
+import importlib
+import importlib.util
 import io
 import json
 import sys
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from torch import Tensor
 
 from benchmarks.harness.processes import measured
 
+ISO_UTILS = "fusion_bench.method.isotropic_merging.iso_utils"
+# What that file takes from the rest of its package: a clock that prints, and the name of a type.
+STAND_INS = {
+    "fusion_bench.utils": SimpleNamespace(timeit_context=lambda *_: contextlib.nullcontext()),
+    "fusion_bench.utils.type": SimpleNamespace(StateDictType=dict),
+}
+
+
+@cache
+def iso_utils() -> tuple[Any, str]:
+    """Return FusionBench's module of ``iso_c`` and ``iso_cts``, and how it was loaded.
+
+    The package imports much that a GPU machine may lack: where it does not import, the file is executed by itself.
+
+    Raises:
+        ImportError: not even the file is there.
+    """
+    try:
+        return importlib.import_module(ISO_UTILS), "the package"
+    except ImportError:
+        package, _, inner = ISO_UTILS.partition(".")
+        spec = importlib.util.find_spec(package)
+        folders = (spec and spec.submodule_search_locations) or ()
+        files = [Path(folder, *inner.split(".")).with_suffix(".py") for folder in folders]
+        if not (found := [file for file in files if file.exists()]):
+            raise
+        return executed_by_itself(found[0]), "its functions' file by itself"
+
+
+def executed_by_itself(file: Path) -> SimpleNamespace:
+    """Return the names of FusionBench's file, executed with ``STAND_INS`` for what it imports of its package."""
+
+    def imported(name: str, *more: Any) -> Any:
+        return STAND_INS[name] if name in STAND_INS else builtins.__import__(name, *more)
+
+    names: dict[str, Any] = {"__name__": ISO_UTILS, "__builtins__": vars(builtins) | {"__import__": imported}}
+    exec(compile(file.read_text(encoding="utf-8"), str(file), "exec"), names)
+    return SimpleNamespace(**names)
+
 
 def fusion_bench(method: str, deltas: Sequence[dict[str, Tensor]], device: str = "cpu") -> dict[str, Tensor]:
     """The merged Δ of FusionBench's ``iso_c`` or ``iso_cts``; what it prints is swallowed."""
-    from fusion_bench.method.isotropic_merging import iso_utils
-
-    function, more = {"iso-c": (iso_utils.iso_c, ()), "iso-cts": (iso_utils.iso_cts, (0.8,))}[method]
+    module, _ = iso_utils()
+    function, more = {"iso-c": (module.iso_c, ()), "iso-cts": (module.iso_cts, (0.8,))}[method]
     with contextlib.redirect_stdout(io.StringIO()):
         return function(list(deltas), *more, accelerator=device)
 
