@@ -265,7 +265,7 @@ def test_where_time_is_short_baselines_are_estimated_or_left_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seconds = {(96, 96): 2.0, (160, 64): 5.0, (64, 160): 1.0}
-    monkeypatch.setattr(baselines, "svd", lambda x, driver: {"seconds": seconds[tuple(x.shape)]})
+    monkeypatch.setattr(baselines, "svd", lambda x, driver: {"seconds": seconds.get(tuple(x.shape))})
     baselines.baselines(own_rows(tmp_path, seconds=12.0))  # of which 3 are to be left
     found = written(tmp_path)
     assert "distance" in found["iso-c 96 x 96, default"]
@@ -275,6 +275,20 @@ def test_where_time_is_short_baselines_are_estimated_or_left_out(
     assert found["iso-cts 160 x 64, default"]["seconds"] == 55.0
     assert found["one SVD 64 x 160, default"]["left_out"] == "no time"  # three times the longest may be 15 s
     assert found["iso-c 64 x 160, default"]["left_out"] == "its SVD was not timed"
+
+
+@pytest.mark.usefixtures("foreign_iso_utils")
+def test_baselines_of_a_gpu_come_in_the_order_of_what_matters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    svd = torch.linalg.svd
+    monkeypatch.setattr(torch.linalg, "svd", lambda x, driver, **options: svd(x, **options))  # which a CPU lacks
+    monkeypatch.setattr(baselines, "drivers", lambda device: (None, "gesvd", "gesvda"))
+    baselines.baselines(own_rows(tmp_path))
+    names = list(written(tmp_path))
+    assert names[1:4] == [f"one SVD 96 x 96, {driver}" for driver in ("default", "gesvd", "gesvda")]
+    assert names[4:6] == ["iso-c 96 x 96, default", "iso-c 96 x 96, gesvd"]
+    natural, other = names[6:13], names[13:]
+    assert natural[-1] == "iso-cts 96 x 96, default"
+    assert [name.replace("default", "gesvd") for name in natural] == other
 
 
 def test_seconds_on_a_gpu_are_those_between_events(monkeypatch: pytest.MonkeyPatch) -> None:

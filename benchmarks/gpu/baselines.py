@@ -115,24 +115,28 @@ class Comparison:
         return self._deltas[shape]
 
 
-def baselines(rows: Rows) -> None:
-    """What matters most first: square matrices, then what is short, then what is long.
+def drivers(device: str) -> tuple[str | None, ...]:
+    """Those of torch.linalg.svd, its default first. A CPU has one.
 
     gesvda is nobody's default: an SVD by the Gram matrix, whose small singular vectors are not orthogonal.
     """
+    return (None, "gesvd", "gesvda") if device.startswith("cuda") else (None,)
+
+
+def baselines(rows: Rows) -> None:
+    """What matters most first: square matrices, then what is short, then what is long."""
     square, *short = (SMALL[0], SMALL[1]) if rows.small else (LLAMA[0], LLAMA[1], *VIT)
     long = [(shape[1], shape[0]) for shape in short] if rows.small else LLAMA[2:]
-    on_gpu = torch.device(rows.device).type == "cuda"
-    first = fusion_bench(rows) or by_driver(None)
-    others = [by_driver("gesvd")] if on_gpu else []
-    for driver in (None, "gesvd", "gesvda") if on_gpu else (None,):  # what is loaded for the first time comes slowly
-        torch.linalg.svd(torch.randn(256, 256, device=rows.device), driver=driver)
+    known = drivers(rows.device)
+    compared = [fusion_bench(rows) or by_driver(None), *(by_driver(driver) for driver in known if driver == "gesvd")]
+    for driver in known:  # what is loaded for the first time comes slowly
+        svd(torch.randn(256, 256, device=rows.device), driver)
     comparison = Comparison(rows, long)
-    for driver in (None, "gesvd", "gesvda") if on_gpu else (None,):
+    for driver in known:
         comparison.svd(square, driver)
-    for baseline in (first, *others):
+    for baseline in compared:
         comparison.compare(baseline, "iso-c", square)
-    for baseline in (first, *others):
+    for baseline in compared:
         for shape in (*short, *long):
             comparison.svd(shape, baseline.driver)
             for method in NAMES:

@@ -41,7 +41,8 @@ def _correctness(readings: Readings) -> Iterator[str]:
     for stages in CALLS.values():
         counted = {stage.name: rows for stage in stages if (rows := readings.of(stage.name))}
         counts = ((name, len(rows), sum("failed" in row for row in rows)) for name, rows in counted.items())
-        yield ", ".join(f"{name} {rows} ({f'{failed} FAILED' if failed else 0})" for name, rows, failed in counts)
+        if counted:
+            yield ", ".join(f"{name} {rows} ({f'{failed} FAILED' if failed else 0})" for name, rows, failed in counts)
     names = [stage.name for stages in CALLS.values() for stage in stages]
     failed = [row for name in names for row in readings.of(name) if "failed" in row]
     yield from (f"FAILED {row['stage']} {row['name']}: {row['failed']}" for row in failed[:MAX_FAILURES])
