@@ -22,6 +22,7 @@ from benchmarks.gpu.rows import Results, Rows
 from benchmarks.gpu.runner import ROOT, child_environment
 from benchmarks.gpu.schedule import CALL_SECONDS, CALLS, DEVICE, Stage
 from benchmarks.gpu.summary import MAX_LINES, summary
+from benchmarks.gpu.table import BEGIN, END, readings_table, table_of, write_between_marks
 from benchmarks.harness import peers as harness
 from isomerge_fast.bench.ceilings import median_seconds
 
@@ -197,7 +198,8 @@ def test_the_summary_ends_with_what_matters_and_is_short() -> None:
     assert "kernels 40 (40 FAILED)" in lines[end + 1]
     assert "and 29 more" in lines[end:]
     assert lines[-1] == "CUT by their time, what came later is missing: methods"
-    assert lines[end - 4].startswith("iso-c    arithmetic 224.0 s; FusionBench 2016.0 s; published by gesvd 672.0 s")
+    whole = "iso-c    arithmetic 224.0 s; FusionBench 2016.0 s (in part estimated); published by gesvd 672.0 s"
+    assert lines[end - 4].startswith(whole)
     methods = next(line for line in lines if line.startswith("iso-c 4096 x 4096 "))
     assert methods.endswith("1000.00; FusionBench 9000, 9.0 x (estimated); published by gesvd 3000, 3.0 x (estimated)")
     assert lines[end - 2] == "disk     145 + 16 GB: 80 s at 2 GB/s"
@@ -317,6 +319,64 @@ def test_seconds_on_a_gpu_are_those_between_events(monkeypatch: pytest.MonkeyPat
     assert seconds == pytest.approx(1e-5)
     assert calls[0] >= 100 * (len(waits) - 1)
     assert len(waits) <= 10
+
+
+def of_every_section() -> list[dict[str, Any]]:
+    """``readings``, and rows of what the table shows beside."""
+    rows = [row for row in readings() if "failed" not in row]
+    smi = {"gpu": "An H200", "driver_version": "580.1", "clocks.sm": "1980 MHz"}
+    svd = {"seconds": 2.5, "error": 3e-4, "orthogonality": 2e-3}
+    rows += [
+        {"stage": "environment", "name": "versions", "torch": "2.11.0", "triton": "3.6.0", "cupy": "absent"},
+        {"stage": "environment", "name": "nvidia-smi", **smi},
+        {"stage": "methods", "name": "iso-c 4096 x 4096, profile", "device_ms": 900.0, "busy": 0.9, "operations": []},
+        {"stage": "published", "name": "one SVD 4096 x 4096, default", **svd},
+        {"stage": "kernels", "name": "one", "failed": "wrong"},
+        {"stage": "threads", "name": "iso-c 768 x 768, 4 threads", "threads": 4, "seconds": 0.5, "speedup": 3.5},
+    ]
+    for config, ratio in (("64x32/8/2", 0.84), ("64x16/8/2", 0.95)):
+        rows.append({"stage": "products", "name": f"fp64, 4096, {config}", "seconds": 1e-3, "ratio": ratio})
+    for shape in ("4096 x 4096", "1024 x 4096"):
+        rows.append({"stage": "bandwidths", "name": f"task_sum, {shape}, 2048/4", "seconds": 1e-4, "of_copy": 0.88})
+    return rows
+
+
+def test_the_table_says_what_the_rows_say() -> None:
+    lines = readings_table("An H200", of_every_section()).splitlines()
+    assert lines[0].startswith(
+        "**An H200**: torch 2.11.0, triton 3.6.0, driver 580.1, SM clock 1980 MHz. Rows (failed)"
+    )
+    assert "`kernels` 1 (one)" in lines[0]
+    estimate = "9000 (9 ×; estimated: 11 x one SVD) | 3000 (3 ×; estimated: 11 x one SVD)"
+    assert f"| iso-c 4096 x 4096 | 1000 | 90% | {estimate} |" in lines
+    assert "| one SVD 4096 x 4096, default | 2500 | 3e-04 | 2e-03 |" in lines
+    assert "| fp64 | 0.84 (0.95 by 64x16/8/2) |" in lines
+    assert "| task_sum | 0.88 | 0.88 |" in lines
+    assert "| task-arithmetic | 1.00 | 4.00 |  | 0 |" in lines
+    assert "| iso-c 768 x 768, 4 threads | 500 | 3.50 |" in lines
+    assert lines[-1].strip() == "disk     145 + 16 GB: 40 s at the rate of task-arithmetic above"
+
+
+def test_the_table_of_rows_without_baselines_has_no_columns_for_them() -> None:
+    rows = [row for row in readings() if row["stage"] == "methods"]
+    assert "| 8 tasks | ours, ms | GPU busy |" in readings_table("A GPU", rows).splitlines()
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "benchmarks" / "results").glob("NVIDIA-*.json")), ids=lambda f: f.stem)
+def test_the_table_of_the_docs_is_that_of_the_committed_readings(file: Path) -> None:
+    assert table_of(file) in (ROOT / "docs" / "gpu.md").read_text(encoding="utf-8")
+
+
+def test_the_docs_have_the_tables_marks(tmp_path: Path) -> None:
+    """Between which ``--write`` puts it, once and again."""
+    file, document = tmp_path / "d.json", tmp_path / "gpu.md"
+    file.write_text(json.dumps({"device": "An H200", "rows": of_every_section()}))
+    text = (ROOT / "docs" / "gpu.md").read_text(encoding="utf-8")
+    document.write_text(text)
+    for _ in range(2):
+        write_between_marks(document, table_of(file))
+    head, tail = text.split(BEGIN)[0], text.split(END)[1]
+    assert document.read_text() == f"{head}{BEGIN}\n{table_of(file)}\n{END}{tail}"
 
 
 @pytest.mark.slow

@@ -27,8 +27,12 @@ class Readings:
     def of(self, stage: str) -> list[Row]:
         return [row for row in self._rows if row["stage"] == stage]
 
+    def row(self, stage: str, name: str) -> Row:
+        """The row of that name, an empty one where there is none."""
+        return next((row for row in self.of(stage) if row["name"] == name), {})
+
     def get(self, stage: str, name: str, key: str = "seconds") -> float | None:
-        return next((row[key] for row in self.of(stage) if row["name"] == name and key in row), None)
+        return self.row(stage, name).get(key)
 
     def baselines(self, name: str) -> dict[str, Row]:
         """Rows of those who do the same, as far as they were timed."""
@@ -73,8 +77,8 @@ def _lines(contenders: Iterable[tuple[str, str, str]]) -> Iterator[str]:
     yield from (f"{name}: {', '.join(found)}" for name, found in groups.items())
 
 
-def _configurations(readings: Readings, stage: str, key: str) -> Iterator[tuple[str, str, list[Row]]]:
-    """(form, shape, rows) where rows differ in their configuration, the one in use first."""
+def configurations(readings: Readings, stage: str, key: str) -> Iterator[tuple[str, str, list[Row]]]:
+    """Yield (form, shape, rows) where rows differ in their configuration, the one in use first."""
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in readings.of(stage):
         if key in row:
@@ -90,7 +94,7 @@ def _bandwidths(readings: Readings) -> Iterator[str]:
         return value if best is first else f"{value} ({first['of_copy']:.2f})"
 
     yield from _lines(
-        (form, f"{shape}:", shown(rows)) for form, shape, rows in _configurations(readings, "bandwidths", "of_copy")
+        (form, f"{shape}:", shown(rows)) for form, shape, rows in configurations(readings, "bandwidths", "of_copy")
     )
 
 
@@ -105,7 +109,7 @@ def _products(readings: Readings) -> Iterator[str]:
         best = max(rows, key=lambda row: row["ratio"])
         return f"{best['ratio']:.2f} {best['tflop_per_s']:.3g} by {best['name'].rsplit(', ')[-1]}"
 
-    found = _configurations(readings, "products", "ratio")
+    found = configurations(readings, "products", "ratio")
     for line in _lines((form, f"{side}:", shown(rows)) for form, side, rows in found):
         form = line.partition(":")[0]
         yield f"{form} ({worst[form][0]:.0e} / {worst[form][1]:.0e}){line.removeprefix(form)}"
@@ -142,15 +146,18 @@ def _merges(readings: Readings) -> Iterator[str]:
             yield f"{row['name']:16} {row['seconds']:.2f} s, {rate}{vram}, {row['uncertified']} not certified"
 
 
-def _outlook(readings: Readings) -> Iterator[str]:
+def outlook(readings: Readings) -> Iterator[str]:
+    """Yield what all layers of Llama-3-8B would take: each of its shapes as often as it is there, and the disk."""
     for method in METHODS:
         ours = [readings.get("methods", f"{method} {shape}") for shape in LAYER]
         line = f"{method:8} arithmetic {_whole(ours)} s"
         rows = [readings.baselines(f"{method} {shape}") for shape in LAYER]
         for label in BASELINES:
-            if any(label in row for row in rows):
-                line += f"; {label} {_whole([row[label]['seconds'] if label in row else None for row in rows])} s"
-        yield f"{line} (long matrices estimated)"
+            found = [row.get(label, {}) for row in rows]
+            if any(found):
+                line += f"; {label} {_whole([row.get('seconds') for row in found])} s"
+                line += " (in part estimated)" if any("estimated" in row for row in found) else ""
+        yield line
     read, written = (EXPERTS + 1) * CHECKPOINT_BYTES, CHECKPOINT_BYTES
     rates = {f"{DISK_GB_PER_S:g} GB/s": DISK_GB_PER_S}
     if measured := readings.get("merge", "task-arithmetic", "read_gb_per_s"):
@@ -176,7 +183,7 @@ SECTIONS = (
     ("profiles", _profiles),
     ("methods: ours ms; theirs ms, ratio (distance of the two)", _methods),
     ("streamed merge, 2 layers of Llama-3-8B, 8 experts", _merges),
-    ("Llama-3-8B x 8 experts by these readings", _outlook),
+    ("Llama-3-8B x 8 experts by these readings", outlook),
 )
 
 
