@@ -73,6 +73,11 @@ def test_processes_of_a_stage_run_at_once_and_an_error_in_one_row_is_that_rows(t
     assert failed == 2
 
 
+def test_the_seconds_of_a_stage_are_those_of_its_process_imports_included(tmp_path: Path) -> None:
+    _, (row,) = run_fakes(tmp_path, Stage("left", "stage_imported_slowly:tells", 20.0))
+    assert row["seconds"] <= 19.5
+
+
 def test_one_stage_again_replaces_its_rows_alone(tmp_path: Path) -> None:
     _, before = run_fakes(tmp_path, fake("works"), fake("leaves_a_process"))
     _, after = run_fakes(tmp_path, fake("leaves_a_process"))
@@ -393,6 +398,11 @@ def test_the_suite_runs_dry(tmp_path: Path) -> None:
     rows = json.loads(files[0].read_text())["rows"]
     assert {row["stage"] for row in rows} == set(stages)
     assert not [row for row in rows if "failed" in row]
+    profiles = [row for row in rows if row["name"].endswith(", profile")]
+    assert len(profiles) == 4
+    assert all(row["device_ms"] > 0 and row["busy"] > 0 for row in profiles)
+    names = {row["name"] for row in rows if row["stage"] in ("methods", "primitives")}
+    assert {"iso-cts 96 x 96, noise", "iso-cts 160 x 64, fast", "polar 3 x 48 x 48, gram-eigh-fp64"} <= names
     merge = next(row for row in rows if (row["stage"], row["name"]) == ("merge", "iso-cts"))
     assert merge["uncertified"] == 0
     assert files[1].read_text() == outcome.stdout
