@@ -40,6 +40,10 @@ SMALLEST_SIDE, LARGEST_FRACTION = 256, 1 / 16
 GROWTH, SEARCH_ANGLE = {torch.float32: 1e3, torch.float64: 1e12}, 1e-3
 # A float64 search ends at this share of the angle that its result is judged by.
 EXACT_SHARE = 0.3
+# Widths up to which products and eigensolvers of a block take a GPU as long as for a few columns less: tiles are 64
+# columns wide, and cuSOLVER solves up to 128 in one block of threads each (H200: 8 of side 111 in 1 ms, of side 152 in
+# 8). The wider a block is beyond s, the fewer products are needed.
+FREE_WIDTHS = (64, 128)
 # Up to this size Δ is converted to float64 once (32 MiB), and not by every product that needs it.
 CONVERTED_ELEMENTS = 1 << 22
 
@@ -204,13 +208,20 @@ class ChebyshevSubspace(GramEigh):
     def name(self) -> str:
         return f"{super().name}+chebyshev"
 
+    def block_width(self, short: int, s: int, device: torch.device) -> int:
+        """Return the columns of a block: s + p, and on a GPU as many more as cost nothing there (``FREE_WIDTHS``)."""
+        width = s + self.oversampling
+        if not traits_of(device).is_gpu:
+            return width
+        return next((free for free in FREE_WIDTHS if width <= free <= short // 4), width)
+
     def worthwhile(self, short: int, s: int) -> bool:
         """Whether a block of s + p columns is narrow enough."""
         return short >= SMALLEST_SIDE and s + self.oversampling <= short * LARGEST_FRACTION
 
     def search_bytes(self, rows: int, columns: int, s: int, device: torch.device) -> int:
         """Peak bytes of the search in a tall float32 Δ: Δ in float64 or blocks of it, a few thin blocks, G twice."""
-        width = s + self.oversampling
+        width = self.block_width(min(rows, columns), s, device)
         whole = rows * columns
         converted = 8 * (whole if whole <= CONVERTED_ELEMENTS else min(whole, max(block_elements(device), columns)))
         item = search_dtype(torch.float32, device).itemsize
@@ -234,7 +245,8 @@ class ChebyshevSubspace(GramEigh):
             y = None
             angle = EXACT_SHARE * self.angle
         noise = 8.0 * torch.finfo(dtype).eps * norm.square().to(dtype)
-        block = filtered_block(gram, s, noise=noise, angle=angle, oversampling=self.oversampling)
+        oversampling = self.block_width(gram.shape[-1], s, gram.device) - s
+        block = filtered_block(gram, s, noise=noise, angle=angle, oversampling=oversampling)
         found = None if block is None else self._refined(block.vectors, gram, y, delta, total, common, s, tolerance)
         if found is None:
             return super().residual_subspace(delta, total, common, s, norm=norm, tolerance=tolerance)
