@@ -241,7 +241,7 @@ def test_eigensolvers_are_described(library: OnTheCpu, monkeypatch: pytest.Monke
         (33, True, True, "syev"),
         (1024, True, True, "syev"),
         (1025, True, True, "torch"),
-        (512, False, True, "jacobi"),
+        (128, False, True, "jacobi"),
         (513, False, True, "torch"),
         (33, False, False, "torch"),
     ],
