@@ -242,7 +242,7 @@ def test_eigensolvers_are_described(library: OnTheCpu, monkeypatch: pytest.Monke
         (1024, True, True, "syev"),
         (1025, True, True, "torch"),
         (128, False, True, "jacobi"),
-        (513, False, True, "torch"),
+        (129, False, True, "torch"),
         (33, False, False, "torch"),
     ],
 )
