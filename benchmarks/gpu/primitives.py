@@ -50,6 +50,13 @@ def primitives(rows: Rows) -> None:
         x = random(*shape, dtype=torch.float32)
         for driver in ("gesvd", "gesvdj", "gesvda") if device.type == "cuda" else (None,):
             rows.attempt(f"svd {named(shape)} fp32, {driver or 'default'}", partial(svd, x, driver))
+    # What FullSvd is the last resort for: float64, with directions that no Gram matrix resolves.
+    side = 64 if rows.small else 1024
+    left, right = (torch.linalg.qr(random(side, side))[0] for _ in range(2))
+    x = left * torch.logspace(0, -10, side, dtype=torch.float64, device=device) @ right
+    for driver in ("gesvd", "gesvdj", "gesvda") if device.type == "cuda" else (None,):
+        name = f"svd {side} fp64 to 1e-10, {driver or 'default'}"
+        rows.attempt(name, partial(svd, x, driver, polar=left @ right))
     sides = (64,) if rows.small else (64, 128, 256, 512, 768, 1024, 2048, 4096)
     stacks = ((3, 48, 48),) if rows.small else ((TASKS, 816, 816), (48, 768, 768))
     solvers: tuple[PolarSolver, ...] = (PolarExpress(), GramEigh())
@@ -60,8 +67,10 @@ def primitives(rows: Rows) -> None:
             timed(f"polar {label}, {solver.name}", partial(_polar, solver, x), _not_orthogonal)
 
 
-def svd(x: Tensor, driver: str | None) -> dict[str, Any]:
-    """The thin SVD of one matrix: its error, and the loss of orthogonality of its singular vectors."""
+def svd(x: Tensor, driver: str | None, *, polar: Tensor | None = None) -> dict[str, Any]:
+    """The thin SVD of one matrix: its error, or that of its ``polar`` factor where that is known, and the loss of
+    orthogonality of its singular vectors.
+    """
     call = partial(torch.linalg.svd, x, full_matrices=False, driver=driver)
     try:
         (u, sigma, vh), seconds = result_and_seconds(call, x.device, BUDGET_SECONDS)
@@ -69,7 +78,8 @@ def svd(x: Tensor, driver: str | None) -> dict[str, Any]:
         return {"refused": str(error)[:200]}
     u, sigma, vh = u.double(), sigma.double(), vh.double()
     orthogonality = max(map(_not_orthogonal, (u, vh.mT)))
-    return {"seconds": seconds, "error": relative_error((u * sigma) @ vh, x.double()), "orthogonality": orthogonality}
+    error = relative_error((u * sigma) @ vh, x.double()) if polar is None else relative_error(u @ vh, polar)
+    return {"seconds": seconds, "error": error, "orthogonality": orthogonality}
 
 
 def _eigenproblems(rows: Rows, timed: Callable[..., None], random: Callable[..., Tensor]) -> None:
