@@ -214,7 +214,12 @@ def print_report(report: Report, *, every_tensor: bool = False) -> None:
     moved = report.read_bytes + report.write_bytes
     total = report.seconds.get("total", 0.0)
     phases = {key: value for key, value in report.seconds.items() if key != "total"}
-    labels = {"read": "waiting for reads", "compute": "computing", "write": "waiting for writes"}
+    labels = {
+        "prepare": "preparing",
+        "read": "waiting for reads",
+        "compute": "computing",
+        "write": "waiting for writes",
+    }
     whole = max(sum(phases.values()) if len(report.workers) > 1 else total, 1e-9)
     shares = ", ".join(
         f"{labels[key]} {duration(value)} ({100 * value / whole:.0f} %)" for key, value in phases.items()

@@ -31,7 +31,7 @@ from .errors import ConfigError, InputError, LostWritesError, ResourceError, Ver
 from .finishing import read_report, write_all_else
 from .ops import indexed
 from .plan import Plan, check_resources
-from .report import PHASES, Observer, Report
+from .report import PHASES, PREPARE, Observer, Report
 from .unit import Job, Unit, UnitResult, merge_unit
 
 IO = ("auto", "buffered")
@@ -148,11 +148,12 @@ def run(
                 direct=io == "auto",
                 max_vram=max_vram,
             )
+            prepared = time.perf_counter() - started
             results = (crew or OneProcess()).merge(plan, job, journal.finished, observer)
             entries = Entries()
             for result in results:
                 entries.update(result.entries)
-            report = _report(plan, staging, str(target), results, entries, started)
+            report = _report(plan, staging, str(target), results, entries, started, prepared)
             write_all_else(plan, staging.new, description, entries, shards, report)
             staging.commit()
             return report
@@ -205,8 +206,10 @@ def _report(
     results: Sequence[UnitResult],
     entries: Entries,
     started: float,
+    prepared: float,
 ) -> Report:
     seconds = {phase: sum(result.seconds[phase] for result in results) for phase in PHASES}
+    seconds[PREPARE] += prepared
     ways = ("read", "write")
     busy = ("reading_seconds", "writing_seconds")
     io = {

@@ -10,7 +10,8 @@ from typing import Any, NotRequired, TypedDict
 
 from .schema import check
 
-PHASES = ("read", "compute", "write")
+PREPARE = "prepare"
+PHASES = (PREPARE, "read", "compute", "write")
 
 
 class TensorReport(TypedDict):
@@ -55,8 +56,9 @@ class Report:
         outputs: the folders written, one a scaling.
         tensors: one dict a tensor: name, action, algorithm, its evidence (see ``MergeStats``), read_bytes, write_bytes,
             seconds, and ``remarks`` where something out of the ordinary happened.
-        seconds: of the thread that computes, by what it did: ``read`` (waited for bytes), ``compute``, ``write``
-            (waited until there was room for more, and at the end until all was on disk); and ``total``.
+        seconds: of the thread that computes, by what it did: ``prepare`` (all that is nothing of the following: made
+            files and threads, page-locked memory), ``read`` (waited for bytes), ``compute``, ``write`` (waited until
+            there was room for more, and at the end until all was on disk); and ``total``, of one process their sum.
         io: how files were read and written (``direct`` or ``page-cache``), and the seconds that the threads which do
             it were busy, together; on a GPU ``peak_vram_bytes``, the most that was allocated.
         workers: one dict a process: host, pid, the units it finished, tensors, read_bytes, write_bytes, and the seconds

@@ -34,7 +34,7 @@ from .methods.certified import UnsolvedError, exact_products
 from .methods.factors import merge_factors
 from .output import TensorOutput
 from .plan import DELTA_FOLDER, Plan, TensorPlan, scaling_folders
-from .report import Observer, Progress, Stopwatch
+from .report import PREPARE, Observer, Progress, Stopwatch
 from .routes import ADAPTER, BY_ROWS, Budget
 from .sources import FactorSource, TensorSource, bundle_of, first_pass
 from .transfers import Uploads
@@ -171,7 +171,6 @@ class _UnitRun:
     def __init__(self, job: Job, unit: Unit, observer: Observer | None) -> None:
         self._job, self._unit = job, unit
         self._device = ops.indexed(torch.device(job.device))
-        self._require_same_arithmetic()
         moved = sum(tensor.moved_bytes(len(job.scalings)) for tensor in unit.tensors)
         self._progress = Progress(len(unit.tensors), moved)
         self._stopwatch = Stopwatch(self._progress, observer)
@@ -181,6 +180,18 @@ class _UnitRun:
 
     def execute(self) -> UnitResult:
         started = time.perf_counter()
+        with self._stopwatch.phase(PREPARE):
+            self._require_same_arithmetic()
+            self._work()
+        return UnitResult(
+            self._unit.number,
+            self._entries,
+            {**self._progress.seconds, "total": time.perf_counter() - started},
+            self._io,
+            this_process(),
+        )
+
+    def _work(self) -> None:
         job, unit = self._job, self._unit
         completed = False
         threads = torch.get_num_threads()
@@ -201,13 +212,6 @@ class _UnitRun:
                 with self._stopwatch.phase("write"), ExitStack() as writers:
                     for writer in self._writers.values():
                         writers.callback(writer.close, validate=completed)
-        return UnitResult(
-            unit.number,
-            self._entries,
-            {**self._progress.seconds, "total": time.perf_counter() - started},
-            self._io,
-            this_process(),
-        )
 
     def _require_same_arithmetic(self) -> None:
         """Raise ResourceError where this process would give other last digits than the plan was made for."""

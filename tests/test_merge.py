@@ -24,7 +24,7 @@ from isomerge_fast.checkpoint.staging import run_folders
 from isomerge_fast.errors import ConfigError, InputChangedError
 from isomerge_fast.methods import MergeStats
 from isomerge_fast.plan import make_plan
-from isomerge_fast.report import Progress
+from isomerge_fast.report import PHASES, Progress
 from isomerge_fast.verify import verify
 
 METHODS = ["iso-c", "iso-cts", "mean", "task-arithmetic"]
@@ -933,6 +933,13 @@ def test_progress_counts_every_byte(tmp_path: Path) -> None:
     assert phases >= {"read", "compute", "write"}
     assert last.done_tensors == last.total_tensors
     assert last.done_bytes == last.total_bytes
+
+
+def test_phases_leave_no_time_unnamed(tmp_path: Path) -> None:
+    seconds = imf.merge(config_of(make_family(tmp_path), tmp_path / "out")).seconds
+    named = sum(seconds[phase] for phase in PHASES)
+    assert seconds.keys() == {*PHASES, "total"}
+    assert named == pytest.approx(seconds["total"], rel=0.02, abs=2e-3)
 
 
 # --- verify -----------------------------------------------------------------------------------------------------------
