@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import torch
@@ -27,10 +27,9 @@ MIB = 1 << 20
 # Read ahead at least this much where nothing forbids it, and at the very least: four parts of 2 MiB.
 READ_AHEAD_BYTES, LEAST_READ_AHEAD_BYTES = 128 * MIB, 8 * MIB
 PARTS_AHEAD = 4
-# At most so much is page-locked for copies to a GPU, which costs some tenths of a second a GiB; torch rounds it up to a
-# power of two. Half of it holds all copies of a tensor: of 16 experts of 14336 x 4096 in bfloat16. (An estimate until a
-# GPU's host has shown what locking costs.)
-PINNED_BYTES = 4 << 30
+# At most so much is page-locked for copies to a GPU, which costs 0.4 s a GiB on an H200's host; torch rounds it up to a
+# power of two.
+PINNED_BYTES = 512 * MIB
 # Of each copy read: it begins somewhere within a page of 4 KiB, and ends so.
 PADDING_BYTES = 8 << 10
 # Without a ceiling tensors are resident whose copies take up to this share of the machine's memory.
@@ -44,11 +43,13 @@ COPY, BY_ROWS, RESIDENT, STREAMED, FACTORS, ADAPTER = "copy", "by-rows", "reside
 class Budget:
     """Bytes of host memory for what is read ahead and for what waits to be written; and for a tensor being merged.
 
-    ``work`` is the ceiling on the latter, on the device that computes; None where there is none.
+    ``work`` is the ceiling on the latter, on the device that computes; None where there is none. ``on_gpu`` are bytes
+    of a GPU for the copies of the tensor that comes next; None on a CPU, which works on what is read ahead.
     """
 
     read_ahead: int
     work: int | None
+    on_gpu: int | None = None
 
     @property
     def write_behind(self) -> int:
@@ -67,7 +68,12 @@ class Budget:
     @property
     def whole(self) -> int:
         """Bytes up to which all copies of a tensor are held at once, while the next ones are read."""
-        return self.read_ahead // 2
+        return self.read_ahead // 2 if self.on_gpu is None else self.on_gpu
+
+    @property
+    def cut(self) -> int | None:
+        """Bytes of the parts that copies are cut into on their way to a GPU; None on a CPU, where they stay whole."""
+        return None if self.on_gpu is None else self.part
 
     @property
     def in_transfer(self) -> int:
@@ -124,21 +130,29 @@ def budgets(largest: int, *, host: int | None, vram: int | None, on_gpu: bool) -
         host: ceiling in bytes for all that a merge holds on the host; on a CPU for the work as well.
         vram: ceiling in bytes for the work on a GPU.
     """
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    resident = min(largest, int(memory * RESIDENT_SHARE) if host is None else host // 4)
+    ceiling = vram if on_gpu else host
+    if ceiling is None:
+        most = int(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * RESIDENT_SHARE)
+    else:
+        most = ceiling // 4
+    resident = min(largest, most)
     size = max(READ_AHEAD_BYTES, 3 * resident)
     if on_gpu:
         size = min(size, PINNED_BYTES)
     if host is not None:
         size = min(size, host // 3)
+    held = max(size // 2, resident) if on_gpu else None
+    least = LEAST_READ_AHEAD_BYTES
     while True:
-        size = max(LEAST_READ_AHEAD_BYTES, size)
-        budget = Budget(size, None)
-        ceiling, beside = (vram, budget.in_transfer) if on_gpu else (host, budget.read_ahead + budget.write_behind)
-        yield budget if ceiling is None else Budget(size, max(0, ceiling - beside))
-        if size == LEAST_READ_AHEAD_BYTES:
+        size = max(least, size)
+        held = None if held is None else max(least // 2, held)
+        budget = Budget(size, None, held)
+        beside = budget.in_transfer if on_gpu else budget.read_ahead + budget.write_behind
+        yield budget if ceiling is None else replace(budget, work=max(0, ceiling - beside))
+        if size == least and held in (None, least // 2):
             return
         size //= 2
+        held = None if held is None else held // 2
 
 
 def copy_route(shape: Sequence[int], traffic: Traffic, budget: Budget) -> Route:
@@ -197,7 +211,9 @@ def _routes(
         return
     lines = spec.shape
     row = prod(lines[1:])
-    everything = spec.elements * sum(traffic.read) + PADDING_BYTES * len(traffic.read)
+    everything = spec.elements * sum(traffic.read)
+    if device.type == "cpu":  # on a GPU copies begin where they like
+        everything += PADDING_BYTES * len(traffic.read)
     rows = _part_rows(lines, traffic, budget.part)
     writing = spec.bytes + _applying(rows * row, spec, traffic)
     if everything <= budget.whole:

@@ -72,10 +72,11 @@ class PlannedSource:
 
     def _take(self, ahead: Uploads) -> list[Tensor]:
         with self._phase("read"):
+            self._read = []  # the next may need its room
             self._read = ahead.take()
             self._to_take -= ahead is self._ahead
             self.read_bytes += sum(tensor.nbytes for tensor in self._read)
-            return [tensor.to(self.device) for tensor in self._read]
+            return self._read
 
 
 class FactorSource(PlannedSource):
@@ -157,7 +158,12 @@ class TensorSource(PlannedSource):
             bundles = (bundle_of(self._plan, rows, tasks) for rows in self._plan.route.parts())
             with (
                 ReadAhead(
-                    self._reader, self._threads, bundles, budget_bytes=self._budget.again, pinned=self._on_gpu
+                    self._reader,
+                    self._threads,
+                    bundles,
+                    budget_bytes=self._budget.again,
+                    part_bytes=self._budget.cut,
+                    pinned=self._on_gpu,
                 ) as again,
                 Uploads(again, self.device) as uploads,
             ):
@@ -211,6 +217,5 @@ class TensorSource(PlannedSource):
 
     def _hold(self) -> list[Tensor]:
         if self._held is None:
-            taken = [] if self._to_take else self._read
-            self._held = [tensor.to(self.device) for tensor in taken] or self._take(self._ahead)
+            self._held = self._take(self._ahead) if self._to_take else self._read
         return self._held

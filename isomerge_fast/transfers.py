@@ -6,13 +6,15 @@ goes on, and what it returns is there for every other stream.
 
 from __future__ import annotations
 
+from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from types import TracebackType
 
 import torch
 from torch import Tensor
 
+from .checkpoint.layout import DTYPES
 from .checkpoint.read_ahead import ReadAhead
 
 
@@ -20,7 +22,8 @@ class Uploads:
     """The bundles of a ``ReadAhead`` on the device that computes, the next one on its way while one is used; a context
     manager.
 
-    Two bundles at most are on the device: a third is not begun before the first is given up.
+    Two bundles at most are on the device: a third is not begun before the first is given up. There they are put
+    together of the parts that they are read in.
     """
 
     def __init__(self, ahead: ReadAhead, device: torch.device, *, copied: bool | None = None) -> None:
@@ -28,7 +31,7 @@ class Uploads:
         self._copied = device.type == "cuda" if copied is None else copied
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._thread = ThreadPoolExecutor(1, "isomerge-upload")
-        self._next: Future[list[Tensor]] | None = None
+        self._next: Future[list[Tensor] | None] | None = None
 
     def __enter__(self) -> Uploads:
         return self
@@ -42,36 +45,46 @@ class Uploads:
     def take(self) -> list[Tensor]:
         """The next bundle, valid until the next call.
 
-        Where the device's memory is full, the tensors are still on the host: whoever takes them copies them, when what
-        was there before is gone.
-
         Raises:
             InputError, ResourceError: as ``ReadAhead.take``.
+            torch.OutOfMemoryError: nothing was taken, and it can be asked for again.
         """
         if not self._copied:
             return self._ahead.take()
-        tensors = (self._next or self._thread.submit(self._upload)).result()
+        tensors = None if self._next is None else self._next.result()
         self._next = None
-        if tensors[0].device.type != self._device.type:
-            return tensors
+        if tensors is None:  # none was begun, or there was no room for it beside what is gone now
+            tensors = self._thread.submit(self._upload).result()
         for tensor in tensors:
             if self._stream is not None:  # made in another stream: not to be reused before this one is done with it
                 tensor.record_stream(torch.cuda.current_stream(self._device))
-        if self._ahead.has_next:
-            self._next = self._thread.submit(self._upload)
+        if self._ahead.upcoming is not None:
+            self._next = self._thread.submit(self._upload_if_room)
         return tensors
 
+    def _upload_if_room(self) -> list[Tensor] | None:
+        with suppress(torch.OutOfMemoryError):
+            return self._upload()
+
     def _upload(self) -> list[Tensor]:
-        tensors = self._ahead.take()
-        try:
-            with _in_stream(self._stream):
-                on_device = [tensor.to(self._device, non_blocking=True, copy=True) for tensor in tensors]
-        except torch.OutOfMemoryError:
-            return tensors
-        finally:
-            if self._stream is not None:
-                self._stream.synchronize()
-        return on_device
+        bundle = self._ahead.upcoming
+        assert bundle is not None
+        with _in_stream(self._stream):
+            # Before anything is taken: where there is no room, it is still to come.
+            tensors = [
+                torch.empty(piece.shape, dtype=DTYPES[piece.stored.dtype], device=self._device)
+                for piece in bundle.pieces
+            ]
+            missing = deque(tensor.view(-1) for tensor in tensors if tensor.numel())
+            for _ in bundle.parts(self._ahead.part_bytes):
+                for data in filter(Tensor.numel, self._ahead.take()):
+                    place = missing.popleft()
+                    place[: data.numel()].copy_(data.view(-1), non_blocking=True)
+                    if data.numel() < place.numel():
+                        missing.appendleft(place[data.numel() :])
+                if self._stream is not None:
+                    self._stream.synchronize()
+        return tensors
 
 
 class Download:

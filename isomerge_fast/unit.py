@@ -274,6 +274,7 @@ class _UnitRun:
                 threads,
                 ahead_of,
                 budget_bytes=budget.read_ahead,
+                part_bytes=budget.cut,
                 pinned=self._device.type == "cuda",
                 checksums=checksums,
             ) as ahead,

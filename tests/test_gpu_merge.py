@@ -8,13 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import listing, make_family
-from pretend_gpu import A100, H100, pretend_gpu
+from checkpoints import listing, make_family, save_folder
+from pretend_gpu import A100, CUDA, H100, pretend_gpu
 
 import isomerge_fast as imf
+from isomerge_fast import routes
+from isomerge_fast.checkpoint.ring import Ring
 from isomerge_fast.engine import resolve_device, run
-from isomerge_fast.methods import IsoCTS
+from isomerge_fast.methods import IsoC, IsoCTS, Method, TensorSpec
 from isomerge_fast.plan import make_plan
+from isomerge_fast.routes import RESIDENT, STREAMED, Traffic, budgets, choose_route
 from isomerge_fast.verify import verify
 
 CEILING = 64 << 20
@@ -44,6 +47,54 @@ def test_a_merge_of_files_on_a_gpu(tmp_path: Path, method: str, max_vram: int | 
         assert gpu.launches["task_sum"] > 0
     assert not [row for row in report.tensors if row.get("certified") is False]
     assert verify(tmp_path / "out").recomputed
+
+
+@pytest.mark.parametrize("method", ["iso-c", "iso-cts"])
+def test_matrices_larger_than_what_is_page_locked_are_read_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """And put together on the GPU: the same bytes. What is held of a tensor is the GPU's memory, not the ring's."""
+    models = [{"w": torch.randn(160, 96, generator=torch.Generator().manual_seed(seed))} for seed in range(3)]
+    base, *experts = [save_folder(tmp_path / str(index), model) for index, model in enumerate(models)]
+    family = base, experts
+    sizes: list[int] = []
+    allocate = Ring._allocate
+    monkeypatch.setattr(Ring, "_allocate", lambda ring: sizes.append(ring.size) or allocate(ring))
+    with pretend_gpu():
+        whole = merge(family, tmp_path / "whole", method=method)
+        for constant in ("READ_AHEAD_BYTES", "LEAST_READ_AHEAD_BYTES", "PINNED_BYTES"):
+            monkeypatch.setattr(routes, constant, 1 << 17)
+        sizes.clear()
+        cut = merge(family, tmp_path / "cut", method=method)
+    assert [row["route"] for row in cut.tensors] == [RESIDENT]
+    assert sizes == [1 << 17]
+    assert cut.read_bytes == whole.read_bytes > 1 << 17
+    assert bytes_of(tmp_path / "cut") == bytes_of(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("shape", "memory", "route"),
+    [
+        ((8192, 28672), 68 << 30, RESIDENT),  # of Llama-3-70B
+        ((128256, 4096), 68 << 30, RESIDENT),
+        ((14336, 4096), 8 << 30, RESIDENT),
+        ((8192, 28672), 8 << 30, STREAMED),
+    ],
+)
+@pytest.mark.parametrize("method", [IsoC(), IsoCTS()], ids=lambda method: method.name)
+def test_copies_are_held_where_the_memory_of_the_gpu_has_room_for_them(
+    method: Method, shape: tuple[int, int], memory: int, route: str
+) -> None:
+    spec, traffic = TensorSpec("w", shape, torch.float32), Traffic((2,) * 9, 2, 8)
+    with pretend_gpu():
+        tried = (
+            (budget, choose_route(method, spec, traffic, budget, CUDA))
+            for budget in budgets(9 * 2 * spec.elements, host=None, vram=memory, on_gpu=True)
+        )
+        budget, found = next((budget, found) for budget, found in tried if found.work_bytes <= (budget.work or 0))
+    assert found.name == route
+    assert budget.read_ahead <= 512 << 20
+    assert budget.in_transfer + found.work_bytes <= memory
 
 
 @pytest.mark.parametrize("name", ["auto", "cuda", "cuda:0"])

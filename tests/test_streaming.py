@@ -22,7 +22,7 @@ from isomerge_fast import routes
 from isomerge_fast.checkpoint import reader as reader_module
 from isomerge_fast.checkpoint.checksum import Checksum
 from isomerge_fast.checkpoint.direct_io import copy_bytes
-from isomerge_fast.checkpoint.layout import Checkpoint, open_checkpoint
+from isomerge_fast.checkpoint.layout import Checkpoint, StoredTensor, open_checkpoint
 from isomerge_fast.checkpoint.manifest import MANIFEST_FILE
 from isomerge_fast.checkpoint.read_ahead import Bundle, ReadAhead
 from isomerge_fast.checkpoint.reader import Piece, Reader, files_of, whole
@@ -107,11 +107,13 @@ def test_what_is_cached_is_read_from_the_cache(checkpoint: Checkpoint) -> None:
 
 
 @contextmanager
-def reading_ahead(checkpoint: Checkpoint, bundles: list[Bundle], budget: int) -> Iterator[ReadAhead]:
+def reading_ahead(
+    checkpoint: Checkpoint, bundles: list[Bundle], budget: int, part: int | None = None
+) -> Iterator[ReadAhead]:
     with (
         Reader(files_of(checkpoint)) as reader,
         ThreadPoolExecutor(4) as threads,
-        ReadAhead(reader, threads, bundles, budget_bytes=budget) as ahead,
+        ReadAhead(reader, threads, bundles, budget_bytes=budget, part_bytes=part) as ahead,
     ):
         yield ahead
 
@@ -124,14 +126,14 @@ def test_bundles_come_in_order_whatever_the_budget(checkpoint: Checkpoint, budge
     bundles = [Bundle(tuple(whole(checkpoint.tensors[name]) for name in pair)) for pair in pairs]
     with reading_ahead(checkpoint, bundles, budget) as ahead:
         for pair in pairs:
-            assert ahead.has_next
+            assert ahead.upcoming is not None
             found = ahead.take()
             assert all(same(tensor, expected[name]) for tensor, name in zip(found, pair, strict=True))
             if budget == 1 << 30:  # all in the ring, where memory lies like the file within its pages
                 for tensor, name in zip(found, pair, strict=True):
                     apart = tensor.data_ptr() - checkpoint.tensors[name].start
                     assert apart % 4096 == 0 or tensor.numel() == 0
-        assert not ahead.has_next
+        assert ahead.upcoming is None
     assert ahead.busy_seconds > 0
 
 
@@ -222,28 +224,76 @@ def test_uploads_come_in_order_and_one_ahead(checkpoint: Checkpoint) -> None:
             assert same(tensor, expected[name])
         # Copies outlive the buffers they were read into, of which there is one at a time.
         assert all(same(tensor, expected[name]) for tensor, name in zip(taken, names, strict=True))
-        assert not ahead.has_next
+        assert ahead.upcoming is None
 
 
-def test_a_full_device_leaves_the_bundle_on_the_host(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And what is taken then is not overwritten by the next read."""
+PARTS = (1, 3 * 4096, 100_000, 4 * MIB, 1 << 30)
+
+
+@pytest.mark.parametrize("limit", PARTS)
+def test_parts_of_a_bundle_are_all_of_it_in_order(checkpoint: Checkpoint, limit: int) -> None:
+    names = ["small", "empty", "page", "scalar"] if limit == 1 else ["small", "large", "empty", "page", "large", "next"]
+    bundle = Bundle(tuple(whole(checkpoint.tensors[name]) for name in names))
+    parts = list(bundle.parts(limit))
+    assert list(bundle.parts(None)) == [bundle]
+    for part in parts:
+        assert aligned(part.bytes) <= limit or sum(piece.bytes for piece in part.pieces) == 2
+    found = [(piece.stored, piece.start, piece.start + piece.bytes) for part in parts for piece in part.pieces]
+    joined: list[tuple[StoredTensor, int, int]] = []
+    for stored, start, end in found:
+        if joined and joined[-1][0] == stored and joined[-1][2] == start:
+            start = joined.pop()[1]
+        joined.append((stored, start, end))
+    assert joined == [
+        (piece.stored, piece.start, piece.stored.end) for piece in bundle.pieces if piece.bytes or limit == 1 << 30
+    ]
+    assert len(parts) <= 2 + 2 * bundle.bytes // max(2, limit - 3 * 4096 * len(names))
+
+
+@pytest.mark.parametrize("limit", PARTS[1:])
+def test_what_is_read_in_parts_is_whole_on_the_device(checkpoint: Checkpoint, limit: int) -> None:
     expected = loaded(checkpoint)
-    bundles = [Bundle((whole(checkpoint.tensors[name]),)) for name in ("large", "next", "large")]
-    device = torch.device("meta")  # to which nothing can be copied without being lost: so a success would show
-    copy_to = Tensor.to
+    bundles = [["small", "large", "empty"], ["empty"], ["page", "large", "large"], ["next", "scalar"], ["large"]]
+    with (
+        reading_ahead(
+            checkpoint,
+            [Bundle(tuple(whole(checkpoint.tensors[name]) for name in names)) for names in bundles],
+            3 * limit,
+            limit,
+        ) as ahead,
+        uploading(checkpoint, ahead) as uploads,
+    ):
+        for names in bundles:
+            found = uploads.take()
+            assert [tuple(tensor.shape) for tensor in found] == [checkpoint.tensors[name].shape for name in names]
+            assert all(same(tensor, expected[name]) for tensor, name in zip(found, names, strict=True))
+        assert ahead.upcoming is None
 
-    def full(self: Tensor, *arguments: object, **options: object) -> Tensor:
-        if arguments and arguments[0] == device:
-            raise torch.OutOfMemoryError("out of memory")
-        return copy_to(self, *arguments, **options)  # type: ignore[call-overload]
 
-    monkeypatch.setattr(Tensor, "to", full)
-    with reading_ahead(checkpoint, bundles, 1) as ahead, Uploads(ahead, device, copied=True) as uploads:
-        for name in ("large", "next", "large"):
-            (tensor,) = uploads.take()
-            time.sleep(0.02)
-            assert tensor.device.type == "cpu"
-            assert same(tensor, expected[name])
+def test_a_bundle_for_which_a_device_has_no_room_is_taken_when_there_is_some(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ahead of time nobody is told; when it is wanted, nothing of it is lost either."""
+    expected, names = loaded(checkpoint), ["large", "next", "page"]
+    bundles = [Bundle((whole(checkpoint.tensors[name]),)) for name in names]
+    empty, left = torch.empty, {"large": 0, "next": 1, "page": 2}
+
+    def full(*size: Any, dtype: torch.dtype, **options: Any) -> Tensor:
+        if dtype == torch.bfloat16:
+            name = next(name for name in names if (SIZES[name],) == size[0])
+            left[name] -= 1
+            if left[name] >= 0:
+                raise torch.OutOfMemoryError("out of memory")
+        return empty(*size, dtype=dtype, **options)
+
+    monkeypatch.setattr(torch, "empty", full)
+    with reading_ahead(checkpoint, bundles, 1 << 30) as ahead, uploading(checkpoint, ahead) as uploads:
+        for name in names[:2]:
+            assert same(uploads.take()[0], expected[name])
+        with pytest.raises(torch.OutOfMemoryError):
+            uploads.take()
+        assert same(uploads.take()[0], expected["page"])
+    assert set(left.values()) == {-1}
 
 
 def test_an_upload_that_fails_is_raised_where_it_is_taken(

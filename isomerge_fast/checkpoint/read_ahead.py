@@ -45,6 +45,32 @@ class Bundle:
     def bytes(self) -> int:
         return self.places()[-1]
 
+    def parts(self, limit_bytes: int | None) -> Iterator[Bundle]:
+        """Yield the same elements in the same order, in bundles of at most so many bytes, and of one element at least.
+
+        The elements of a piece that is cut have no shape but their number.
+        """
+        if limit_bytes is None or self.bytes + PAGE <= limit_bytes:
+            yield self
+            return
+        part: list[Piece] = []
+        room = 0
+        for piece in self.pieces:
+            itemsize, first = DTYPES[piece.stored.dtype].itemsize, piece.first
+            end = first + piece.bytes // itemsize
+            while first < end:
+                room -= 2 * PAGE  # for its place within a page, and the last one's end
+                if part and room < itemsize:
+                    yield Bundle(tuple(part))
+                    part = []
+                if not part:
+                    room = limit_bytes - 2 * PAGE
+                count = min(end - first, max(1, room // itemsize))
+                part.append(Piece(piece.stored, first, (count,)))
+                room -= count * itemsize
+                first += count
+        yield Bundle(tuple(part))
+
 
 class InputChecksums:
     """Running checksums of some tensors, while their parts come in order.
@@ -75,7 +101,8 @@ class InputChecksums:
 
 @dataclass
 class _Reading:
-    bundle: Bundle
+    whole: Bundle
+    bundle: Bundle  # that, or a part of it
     buffer: Tensor
     in_ring: bool
     parts: list[Future[float]]
@@ -88,6 +115,7 @@ class ReadAhead:
         bundles: in the order in which they will be taken.
         budget_bytes: of the bundle taken last and of those ahead together. A bundle that is larger has a buffer of its
             own, beside no other.
+        part_bytes: bundles are cut into parts of at most so many bytes, each taken by itself.
         pinned: whether buffers are page-locked, for asynchronous copies to a GPU.
         checksums: which are to go on with what is taken.
     """
@@ -99,13 +127,15 @@ class ReadAhead:
         bundles: Iterable[Bundle],
         *,
         budget_bytes: int,
+        part_bytes: int | None = None,
         pinned: bool = False,
         checksums: InputChecksums | None = None,
     ) -> None:
         self._reader, self._threads, self._pinned = reader, threads, pinned
         self._checksums = checksums
         self._ring = Ring(budget_bytes, pinned=pinned)
-        self._bundles: Iterator[Bundle] = iter(bundles)
+        self.part_bytes = part_bytes
+        self._bundles = ((bundle, part) for bundle in bundles for part in bundle.parts(part_bytes))
         self._next = next(self._bundles, None)
         self._ahead: deque[_Reading] = deque()
         self._taken: _Reading | None = None
@@ -129,12 +159,14 @@ class ReadAhead:
         self._taken = None
 
     @property
-    def has_next(self) -> bool:
-        """Whether there is a bundle to be taken."""
-        return bool(self._ahead) or self._next is not None
+    def upcoming(self) -> Bundle | None:
+        """Return the bundle that is taken next, or the next part of which is."""
+        if self._ahead:
+            return self._ahead[0].whole
+        return None if self._next is None else self._next[0]
 
     def take(self) -> list[Tensor]:
-        """The pieces of the next bundle, valid until the next call.
+        """The pieces of the next bundle, or of its next part, valid until the next call.
 
         Raises:
             InputError: a file that changed, is gone or ended early.
@@ -157,7 +189,8 @@ class ReadAhead:
 
     def _top_up(self) -> None:
         while self._next is not None:
-            size = self._next.bytes
+            whole, bundle = self._next
+            size = bundle.bytes
             buffer = self._ring.take(size)
             in_ring = buffer is not None
             if buffer is None:
@@ -165,8 +198,8 @@ class ReadAhead:
                     return
                 self._ring.release()
                 buffer = torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=self._pinned)
-            parts = [self._threads.submit(self._load, items) for items in _jobs(self._next, buffer)]
-            self._ahead.append(_Reading(self._next, buffer, in_ring, parts))
+            parts = [self._threads.submit(self._load, items) for items in _jobs(bundle, buffer)]
+            self._ahead.append(_Reading(whole, bundle, buffer, in_ring, parts))
             self._next = next(self._bundles, None)
 
     def _load(self, items: list[tuple[Piece, int, Tensor]]) -> float:
