@@ -211,6 +211,19 @@ def test_import_does_not_load_torch(module: str):
     assert done.returncode == 0, f"import {module} loads torch, or fails\n{done.stderr}"
 
 
+def test_a_merge_does_not_import_symbolic_algebra() -> None:
+    """Which takes the first merge half a second to a second: ``torch.broadcast_shapes`` does."""
+    check = """
+import sys, torch, isomerge_fast as imf
+for merge in (imf.iso_c, imf.iso_cts):
+    merge([torch.randn(2, 24, 16), torch.randn(2, 24, 16)])
+    merge([torch.randn(24, 16), torch.randn(24, 16)], precision="fast")
+sys.exit("sympy" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", check], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
 VIOLATIONS = {
     "upwards": ("isomerge_fast.ops", "from isomerge_fast.linalg import auto", "does not lie under"),
     "upwards-relative": ("isomerge_fast.linalg.auto", "from ..methods.iso_c import IsoC", "does not lie under"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -70,7 +71,7 @@ def short_multiply(a: Tensor, x: Tensor, out: Tensor) -> Tensor:
 
 def short_project(a: Tensor, x: Tensor) -> Tensor:
     """Aᵀ X of a wide X: [..., r, c], [..., r, N] -> [..., c, N], in the dtype of ``a``."""
-    shape = torch.broadcast_shapes(a.shape[:-2], x.shape[:-2])
+    shape = numpy.broadcast_shapes(a.shape[:-2], x.shape[:-2])
     out = torch.empty(*shape, a.shape[-1], x.shape[-1], dtype=a.dtype, device=x.device)
     for block, part in long_blocks(x, a.dtype):
         out[..., :, block] = a.mT @ part
@@ -79,7 +80,7 @@ def short_project(a: Tensor, x: Tensor) -> Tensor:
 
 def long_product(x: Tensor, a: Tensor, dtype: torch.dtype) -> Tensor:
     """Xᵀ A when wide, X A when tall: [..., r, c] -> [..., max(M, N), c], computed in the dtype of ``a``."""
-    shape = torch.broadcast_shapes(a.shape[:-2], x.shape[:-2])
+    shape = numpy.broadcast_shapes(a.shape[:-2], x.shape[:-2])
     out = torch.empty(*shape, max(x.shape[-2:]), a.shape[-1], dtype=dtype, device=x.device)
     for block, part in long_blocks(x, a.dtype, whole=a.dtype == dtype):
         out[..., block, :] = part.mT @ a
@@ -88,7 +89,7 @@ def long_product(x: Tensor, a: Tensor, dtype: torch.dtype) -> Tensor:
 
 def short_product(x: Tensor, z: Tensor) -> Tensor:
     """X Z when wide, Xᵀ Z when tall, with Z on the long side: [..., max(M, N), c] -> [..., r, c], in Z's dtype."""
-    shape = torch.broadcast_shapes(z.shape[:-2], x.shape[:-2])
+    shape = numpy.broadcast_shapes(z.shape[:-2], x.shape[:-2])
     out = torch.zeros(*shape, z.shape[-1], min(x.shape[-2:]), dtype=z.dtype, device=x.device)
     for block, part in long_blocks(x, z.dtype, whole=True):
         out += z[..., block, :].mT @ part.mT  # in this order 1.2 ms where the other takes 1.7 (3072 x 768, 24 columns)

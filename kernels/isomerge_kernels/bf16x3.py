@@ -6,6 +6,7 @@ cores a plain product of the vendor's library. ``symmetric_matmul`` does the sam
 
 from __future__ import annotations
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -28,7 +29,7 @@ def mm(a: Tensor, b: Tensor) -> Tensor:
         return left.float() @ right.float()
     if left.ndim == right.ndim == 2:
         return torch.mm(left, right, out_dtype=torch.float32)
-    batch = torch.broadcast_shapes(left.shape[:-2], right.shape[:-2])
+    batch = numpy.broadcast_shapes(left.shape[:-2], right.shape[:-2])
     left, right = (part.expand(*batch, *part.shape[-2:]) for part in (left, right))
     product = torch.bmm(left.flatten(0, -3), right.flatten(0, -3), out_dtype=torch.float32)
     return product.unflatten(0, batch)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -273,7 +274,7 @@ def sym_mm(a: Tensor, b: Tensor | None = None, *, out: Tensor | None = None) -> 
     rows = a.shape[-2]
     if out is None:
         out = torch.empty(
-            *torch.broadcast_shapes(a.shape[:-2], b.shape[:-2]), rows, rows, dtype=a.dtype, device=a.device
+            *numpy.broadcast_shapes(a.shape[:-2], b.shape[:-2]), rows, rows, dtype=a.dtype, device=a.device
         )
     return _sym_update(out, a, b, alpha=1.0, beta=0.0)
 

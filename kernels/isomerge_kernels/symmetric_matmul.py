@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+import numpy
 import torch
 import triton
 import triton.language as tl
@@ -164,7 +165,7 @@ def symmetric_matmul(
     n, k = a.shape[-2:]
     if b.shape[-2:] != (k, n):
         raise ValueError(f"a is {list(a.shape)} and b {list(b.shape)}: expected [..., n, k] and [..., k, n]")
-    batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+    batch = numpy.broadcast_shapes(a.shape[:-2], b.shape[:-2])
     if out is None:
         out = torch.empty(*batch, n, n, dtype=a.dtype, device=a.device)
     for name, matrix in (("c", c), ("out", out)):
