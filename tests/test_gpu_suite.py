@@ -186,7 +186,8 @@ def readings() -> list[dict[str, Any]]:
                 rows.append({"stage": "published", "name": name, "seconds": seconds, "estimated": "11 x one SVD"})
     rows += [{"stage": "kernels", "name": f"check {n}", "failed": "wrong\nby 2"} for n in range(40)]
     rows += [
-        {"stage": "merge", "name": "task-arithmetic", "seconds": 1.0, "read_gb_per_s": 4.0, "uncertified": 0},
+        {"stage": "merge", "name": "iso-c, again", "seconds": 2.0, "read_gb_per_s": 2.0, "uncertified": 0},
+        {"stage": "merge", "name": "task-arithmetic, again", "seconds": 1.0, "read_gb_per_s": 4.0, "uncertified": 0},
         {"stage": "products", "name": "fp64, 4096, 64x32/8/2", "failed": "out of memory"},
         {"stage": "methods", "name": "process 0", "cut": "out of time: "},
     ]
@@ -204,13 +205,14 @@ def test_the_summary_ends_with_what_matters_and_is_short() -> None:
     assert "and 29 more" in lines[end:]
     assert lines[-1] == "CUT by their time, what came later is missing: methods"
     whole = "iso-c    arithmetic 224.0 s; FusionBench 2016.0 s (in part estimated); published by gesvd 672.0 s"
-    assert lines[end - 4].startswith(whole)
+    assert lines[end - 5].startswith(whole)
+    assert lines[end - 4] == "iso-c    32 layers as the two merged above: 32 s"
     methods = next(line for line in lines if line.startswith("iso-c 4096 x 4096 "))
     assert methods.endswith("1000.00; FusionBench 9000, 9.0 x (estimated); published by gesvd 3000, 3.0 x (estimated)")
     assert lines[end - 2] == "disk     145 + 16 GB: 80 s at 2 GB/s"
     assert lines[end - 1] == "disk     145 + 16 GB: 40 s at the rate of task-arithmetic above"
     without = summary([row for row in readings() if row["name"] != "iso-c 1024 x 4096"])
-    assert "?" in without[without.index("== correctness, once more") - 4]
+    assert "?" in without[without.index("== correctness, once more") - 5]
 
 
 # What FusionBench's file imports, and a method by one SVD.
@@ -357,7 +359,7 @@ def test_the_table_says_what_the_rows_say() -> None:
     assert "| one SVD 4096 x 4096, default | 2500 | 3e-04 | 2e-03 |" in lines
     assert "| fp64 | 0.84 (0.95 by 64x16/8/2) |" in lines
     assert "| task_sum | 0.88 | 0.88 |" in lines
-    assert "| task-arithmetic | 1.00 | 4.00 |  | 0 |" in lines
+    assert "| task-arithmetic, again | 1.00 | 4.00 |  | 0 |" in lines
     assert "| iso-c 768 x 768, 4 threads | 500 | 3.50 |" in lines
     assert lines[-1].strip() == "disk     145 + 16 GB: 40 s at the rate of task-arithmetic above"
 

@@ -143,7 +143,7 @@ def _merges(readings: Readings) -> Iterator[str]:
         if "seconds" in row:
             vram = f", {row['peak_vram_bytes'] / 2**30:.2f} GiB" if "peak_vram_bytes" in row else ""
             rate = f"{row['read_gb_per_s']:.2f} GB/s read"
-            yield f"{row['name']:16} {row['seconds']:.2f} s, {rate}{vram}, {row['uncertified']} not certified"
+            yield f"{row['name']:22} {row['seconds']:.2f} s, {rate}{vram}, {row['uncertified']} not certified"
 
 
 def outlook(readings: Readings) -> Iterator[str]:
@@ -158,10 +158,13 @@ def outlook(readings: Readings) -> Iterator[str]:
                 line += f"; {label} {_whole([row.get('seconds') for row in found])} s"
                 line += " (in part estimated)" if any("estimated" in row for row in found) else ""
         yield line
+        if warm := readings.get("merge", f"{method}, again"):
+            yield f"{method:8} {LAYERS} layers as the two merged above: {LAYERS / 2 * warm:.0f} s"
     read, written = (EXPERTS + 1) * CHECKPOINT_BYTES, CHECKPOINT_BYTES
     rates = {f"{DISK_GB_PER_S:g} GB/s": DISK_GB_PER_S}
-    if measured := readings.get("merge", "task-arithmetic", "read_gb_per_s"):
-        rates["the rate of task-arithmetic above"] = measured
+    for name in ("task-arithmetic", "task-arithmetic, again"):
+        if measured := readings.get("merge", name, "read_gb_per_s"):
+            rates["the rate of task-arithmetic above"] = measured
     for name, rate in rates.items():
         yield f"disk     {read / 1e9:.0f} + {written / 1e9:.0f} GB: {(read + written) / rate / 1e9:.0f} s at {name}"
 
