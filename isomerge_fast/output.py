@@ -191,16 +191,20 @@ class TensorOutput:
                 outputs, end = {}, 0
                 for folder, dtype in self._dtypes.items():
                     # As it will lie within a page of the file, so that it can be written without a copy.
-                    position = self._writers[folder].position(self._name(folder), rows.start * self._row_elements)
-                    start = end + ((0 if position % dtype.itemsize else position) - end) % PAGE
+                    start = end + (self._position(folder, rows) - end) % PAGE
                     end = start + count * self._row_elements * dtype.itemsize
                     outputs[folder] = room[start:end].view(dtype).view(shape)
                 return outputs
         return {folder: torch.empty(shape, dtype=dtype, device=base.device) for folder, dtype in self._dtypes.items()}
 
+    def _position(self, folder: str, rows: slice) -> int:
+        """Of rows of ``Route.lines`` in their file; 0 where that is no place for their dtype in memory."""
+        position = self._writers[folder].position(self._name(folder), rows.start * self._row_elements)
+        return 0 if position % self._dtypes[folder].itemsize else position
+
     def _write(self, rows: slice, outputs: dict[str, Tensor]) -> None:
         """Has rows of ``Route.lines`` fetched and written, in the thread that does so."""
-        downloads = {folder: Download(out) for folder, out in outputs.items()}
+        downloads = {folder: Download(out, self._position(folder, rows)) for folder, out in outputs.items()}
         size = 0 if self._in_room else sum(out.nbytes for out in outputs.values())
 
         def write() -> None:

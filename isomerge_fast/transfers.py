@@ -14,6 +14,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
+from .checkpoint.direct_io import PAGE
 from .checkpoint.layout import DTYPES
 from .checkpoint.read_ahead import ReadAhead
 
@@ -88,10 +89,14 @@ class Uploads:
 
 
 class Download:
-    """A tensor that the host will want: called in the thread that wants it, which alone waits for the device."""
+    """A tensor that the host will want: called in the thread that wants it, which alone waits for the device.
 
-    def __init__(self, tensor: Tensor) -> None:
-        self._tensor = tensor
+    Args:
+        position: of its bytes in a file. The copy lies like them within its page, so that it can be written as it is.
+    """
+
+    def __init__(self, tensor: Tensor, position: int = 0) -> None:
+        self._tensor, self._position = tensor, position
         self._made = torch.cuda.current_stream(tensor.device).record_event() if tensor.is_cuda else None
 
     def __call__(self) -> Tensor:
@@ -100,7 +105,10 @@ class Download:
         stream = torch.cuda.Stream(self._tensor.device)
         with torch.cuda.stream(stream):
             stream.wait_event(self._made)
-            on_host = torch.empty(self._tensor.shape, dtype=self._tensor.dtype, device="cpu", pin_memory=True)
+            memory = torch.empty(self._tensor.nbytes + PAGE, dtype=torch.uint8, device="cpu", pin_memory=True)
+            start = (self._position - memory.data_ptr()) % PAGE
+            place = memory[start : start + self._tensor.nbytes]
+            on_host = place.view(self._tensor.dtype).view(self._tensor.shape)
             on_host.copy_(self._tensor, non_blocking=True)
         stream.synchronize()
         return on_host

@@ -21,8 +21,7 @@ import torch
 from . import ops
 from .checkpoint.journal import Entries, UnitJournal
 from .checkpoint.layout import FileIdentity, StoredTensor
-from .checkpoint.read_ahead import THREADS as READ_THREADS
-from .checkpoint.read_ahead import InputChecksums, ReadAhead
+from .checkpoint.read_ahead import GPU_THREADS, THREADS, InputChecksums, ReadAhead
 from .checkpoint.reader import Reader, allow_open_files, files_of
 from .checkpoint.write_behind import WriteBehind
 from .checkpoint.writer import OutputTensor, ShardWriter
@@ -266,21 +265,22 @@ class _UnitRun:
         checksums = InputChecksums(
             stored for tensor in tensors if tensor.name in to_do for stored in self._summed_inputs(tensor)
         )
+        on_gpu = self._device.type == "cuda"
         with (
             Reader(self._unit.files, direct=self._job.direct) as reader,
-            ThreadPoolExecutor(READ_THREADS, "isomerge-read") as threads,
+            ThreadPoolExecutor(GPU_THREADS if on_gpu else THREADS, "isomerge-read") as threads,
             ReadAhead(
                 reader,
                 threads,
                 ahead_of,
                 budget_bytes=budget.read_ahead,
                 part_bytes=budget.cut,
-                pinned=self._device.type == "cuda",
+                pinned=on_gpu,
                 checksums=checksums,
             ) as ahead,
             Uploads(ahead, self._device) as uploads,
             WriteBehind(budget.write_behind) as writes,
-            Workers() as workers,
+            Workers(1 if on_gpu else None) as workers,
         ):
             for tensor in tensors:
                 self._progress.tensor = tensor.name
@@ -303,7 +303,7 @@ class _UnitRun:
                 "reading_seconds": ahead.busy_seconds,
                 "writing_seconds": writes.busy_seconds,
             }
-            if self._device.type == "cuda":
+            if on_gpu:
                 self._io["peak_vram_bytes"] = torch.cuda.max_memory_allocated(self._device)
 
     def _writers_of(self, tensor: TensorPlan) -> dict[str, ShardWriter]:

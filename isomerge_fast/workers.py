@@ -27,14 +27,14 @@ Result = TypeVar("Result")
 
 
 class Workers:
-    """As many threads as torch computes with; a context manager."""
+    """``count`` threads, as many as torch computes with when None; a context manager."""
 
-    def __init__(self) -> None:
-        self._count = torch.get_num_threads()
+    def __init__(self, count: int | None = None) -> None:
+        self._count = torch.get_num_threads() if count is None else count
         self._pool = ThreadPoolExecutor(self._count, "isomerge-compute")
 
     def __enter__(self) -> Workers:
-        together = Barrier(self._count)
+        before, together = torch.get_num_threads(), Barrier(self._count)
 
         def start() -> None:
             together.wait()  # so that every thread of the pool comes by here once
@@ -44,7 +44,7 @@ class Workers:
         for future in [self._pool.submit(start) for _ in range(self._count)]:
             future.result()
         # The setting is a thread's own, but new threads start with the one made last.
-        torch.set_num_threads(self._count)
+        torch.set_num_threads(before)
         return self
 
     def __exit__(

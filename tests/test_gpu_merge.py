@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from checkpoints import listing, make_family, save_folder
@@ -14,6 +15,7 @@ from pretend_gpu import A100, CUDA, H100, pretend_gpu
 import isomerge_fast as imf
 from isomerge_fast import routes
 from isomerge_fast.checkpoint.ring import Ring
+from isomerge_fast.checkpoint.writer import ShardWriter
 from isomerge_fast.engine import resolve_device, run
 from isomerge_fast.methods import IsoC, IsoCTS, Method, TensorSpec
 from isomerge_fast.plan import make_plan
@@ -95,6 +97,23 @@ def test_copies_are_held_where_the_memory_of_the_gpu_has_room_for_them(
     assert found.name == route
     assert budget.read_ahead <= 512 << 20
     assert budget.in_transfer + found.work_bytes <= memory
+
+
+def test_large_parts_are_written_as_they_came_from_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    models = [{"w": torch.randn(1031, 700).bfloat16(), "x": torch.ones(3).bfloat16()} for _ in range(3)]
+    base, *experts = [save_folder(tmp_path / str(index), model) for index, model in enumerate(models)]
+    written: list[tuple[int, int]] = []
+    write_at = ShardWriter._write_at
+
+    def seen(writer: ShardWriter, data: memoryview, offset: int) -> None:
+        written.append((numpy.frombuffer(data, numpy.uint8).ctypes.data, offset))
+        write_at(writer, data, offset)
+
+    monkeypatch.setattr(ShardWriter, "_write_at", seen)
+    with pretend_gpu():
+        merge((base, experts), tmp_path / "out", method="mean")
+    assert len(written) == 2
+    assert all((address - offset) % 4096 == 0 for address, offset in written)
 
 
 @pytest.mark.parametrize("name", ["auto", "cuda", "cuda:0"])

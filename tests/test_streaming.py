@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import save_folder
+from pretend_gpu import pretend_gpu
 from torch import Tensor
 
 import isomerge_fast as imf
@@ -294,6 +295,19 @@ def test_a_bundle_for_which_a_device_has_no_room_is_taken_when_there_is_some(
             uploads.take()
         assert same(uploads.take()[0], expected["page"])
     assert set(left.values()) == {-1}
+
+
+@pytest.mark.parametrize("position", [0, 4096, 2 * 4096 + 10, 123_456_788])
+@pytest.mark.parametrize("shape", [(0, 3), (5, 3), (70, 90)])
+def test_a_download_lies_like_its_file(position: int, shape: tuple[int, ...]) -> None:
+    """So that a direct write takes it as it is."""
+    value = torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16()
+    with pretend_gpu() as gpu:
+        found = Download(gpu.upload(value), position)()
+    assert type(found) is Tensor
+    assert found.data_ptr() % 4096 == position % 4096 or found.numel() == 0
+    assert same(found, value)
+    assert found.shape == value.shape
 
 
 def test_an_upload_that_fails_is_raised_where_it_is_taken(

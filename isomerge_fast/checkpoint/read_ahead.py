@@ -20,6 +20,8 @@ from .ring import Ring
 
 # More threads than cores: they wait for the disk, not for each other.
 THREADS = 4
+# For a GPU, which takes more than four threads copy from the page cache: 14.5 GB/s, eight 25 (16 cores beside an H200).
+GPU_THREADS = 8
 
 
 @dataclass(frozen=True)
