@@ -185,7 +185,7 @@ def factor_route(
         return Route(ADAPTER, spec.shape, rows, method, solving + outputs)
     part_rows = _part_rows(spec.shape, traffic, budget.part)
     part = part_rows * columns
-    applying = spec.dtype.itemsize * (sides * width + 2 * part) + _applying(part, spec, traffic)
+    applying = spec.dtype.itemsize * (sides * width + 2 * part) + _applying(part, traffic, device)
     return Route(FACTORS, spec.shape, part_rows, method, max(solving, applying) + _on_device(2 * part, traffic, device))
 
 
@@ -205,7 +205,7 @@ def _routes(
     if method.any_shape:
         lines = (spec.elements,)
         rows = _part_rows(lines, traffic, budget.part)
-        work = (method.row_map_bytes(spec, traffic.tasks, rows, device) or 0) + _applying(rows, spec, traffic)
+        work = (method.row_map_bytes(spec, traffic.tasks, rows, device) or 0) + _applying(rows, traffic, device)
         yield Route(BY_ROWS, lines, rows, method, work + _on_device(2 * rows, traffic, device))
         return
     lines = spec.shape
@@ -214,22 +214,24 @@ def _routes(
     if device.type == "cpu":  # on a GPU copies begin where they like
         everything += PADDING_BYTES * len(traffic.read)
     rows = _part_rows(lines, traffic, budget.part)
-    writing = spec.bytes + _applying(rows * row, spec, traffic)
     if everything <= budget.whole:
         held = _on_device(spec.elements, traffic, device)
         chosen = _within(method, budget, held)
+        at_once = rows if device.type == "cpu" else max(rows, _written_rows(lines, traffic, budget.write_behind // 2))
+        writing = spec.bytes + _applying(at_once * row, traffic, device)
         work = max(chosen.workspace_bytes(spec, traffic.tasks, device), writing)
-        yield Route(RESIDENT, lines, rows, chosen, work + held)
+        yield Route(RESIDENT, lines, at_once, chosen, work + held)
+    writing = spec.bytes + _applying(rows * row, traffic, device)
     # Of parts there are two: one is taken while that before it is still at hand.
     again = budget.again + _on_device(2 * rows * row, traffic, device)
     making = _making(rows * row, spec, device)
     chosen = _within(method, budget, again + making)
     work = max(chosen.workspace_bytes(spec, traffic.tasks, device) + making, writing)
     yield Route(STREAMED, lines, rows, chosen, work + again)
-    chosen = _within(method, budget, again + _applying(rows * row, spec, traffic))
+    chosen = _within(method, budget, again + _applying(rows * row, traffic, device))
     by_rows = chosen.row_map_bytes(spec, traffic.tasks, rows * row, device)
     if by_rows is not None:
-        yield Route(BY_ROWS, lines, rows, chosen, by_rows + again + _applying(rows * row, spec, traffic))
+        yield Route(BY_ROWS, lines, rows, chosen, by_rows + again + _applying(rows * row, traffic, device))
 
 
 def _within(method: Method, budget: Budget, beside: int) -> Method:
@@ -237,13 +239,24 @@ def _within(method: Method, budget: Budget, beside: int) -> Method:
 
 
 def _part_rows(lines: Sequence[int], traffic: Traffic, part_bytes: int) -> int:
-    row_bytes = max(1, prod(lines[1:]) * sum(traffic.read))
-    part_bytes -= PADDING_BYTES * len(traffic.read)
-    return min(max(ROW_STEP, part_bytes // row_bytes // ROW_STEP * ROW_STEP), max(1, lines[0]))
+    """Rows of which all copies are so many bytes."""
+    return _rows_of(lines, sum(traffic.read), part_bytes - PADDING_BYTES * len(traffic.read))
 
 
-def _applying(elements: int, spec: TensorSpec, traffic: Traffic) -> int:
+def _written_rows(lines: Sequence[int], traffic: Traffic, part_bytes: int) -> int:
+    """Rows of which all outputs are so many bytes."""
+    return _rows_of(lines, traffic.written, part_bytes)
+
+
+def _rows_of(lines: Sequence[int], element_bytes: int, part_bytes: int) -> int:
+    rows = part_bytes // max(1, prod(lines[1:]) * element_bytes)
+    return min(max(ROW_STEP, rows // ROW_STEP * ROW_STEP), max(1, lines[0]))
+
+
+def _applying(elements: int, traffic: Traffic, device: torch.device) -> int:
     """Outputs of one part, and the temporaries of making them."""
+    if traits_of(device).is_gpu:  # as they are made; and of one of them its size and three flags, to find NaN and Inf
+        return elements * (3 * traffic.written + 3)
     return elements * traffic.written + 4 * 8 * min(elements, BLOCK_ELEMENTS)
 
 

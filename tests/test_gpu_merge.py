@@ -97,6 +97,10 @@ def test_copies_are_held_where_the_memory_of_the_gpu_has_room_for_them(
     assert found.name == route
     assert budget.read_ahead <= 512 << 20
     assert budget.in_transfer + found.work_bytes <= memory
+    if route == RESIDENT:  # each part that is written costs launches; two of them may wait
+        written = [2 * shape[1] * (part.stop - part.start) for part in found.parts()]
+        assert max(written) <= budget.write_behind / 2
+        assert len(written) <= 1 + 2 * sum(written) / (budget.write_behind / 2)
 
 
 def test_large_parts_are_written_as_they_came_from_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
