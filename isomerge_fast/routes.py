@@ -217,7 +217,9 @@ def _routes(
     if everything <= budget.whole:
         held = _on_device(spec.elements, traffic, device)
         chosen = _within(method, budget, held)
-        at_once = rows if device.type == "cpu" else max(rows, _written_rows(lines, traffic, budget.write_behind // 2))
+        # A download and its place within a page together are not to exceed a power of two, to which torch rounds.
+        room = budget.write_behind // 2 - PADDING_BYTES
+        at_once = rows if device.type == "cpu" else max(rows, _rows_of(lines, traffic.written, room))
         writing = spec.bytes + _applying(at_once * row, traffic, device)
         work = max(chosen.workspace_bytes(spec, traffic.tasks, device), writing)
         yield Route(RESIDENT, lines, at_once, chosen, work + held)
@@ -241,11 +243,6 @@ def _within(method: Method, budget: Budget, beside: int) -> Method:
 def _part_rows(lines: Sequence[int], traffic: Traffic, part_bytes: int) -> int:
     """Rows of which all copies are so many bytes."""
     return _rows_of(lines, sum(traffic.read), part_bytes - PADDING_BYTES * len(traffic.read))
-
-
-def _written_rows(lines: Sequence[int], traffic: Traffic, part_bytes: int) -> int:
-    """Rows of which all outputs are so many bytes."""
-    return _rows_of(lines, traffic.written, part_bytes)
 
 
 def _rows_of(lines: Sequence[int], element_bytes: int, part_bytes: int) -> int:
