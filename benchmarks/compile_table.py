@@ -72,7 +72,7 @@ class Form:
     config: str
     signature: dict[str, str]
     constants: dict[str, Any]
-    options: dict[str, int]
+    options: dict[str, int | None]
     # Of the 32-bit integers and pointers that the launcher makes multiples of 16.
     aligned: tuple[str, ...]
     vector_loads: int
@@ -187,7 +187,7 @@ def apply_form(base: str, delta: str, out: str, config: Config, note: str = "", 
 def product_form(key: str, config: symmetric_matmul.TileConfig, transposed: bool, *, has_c: bool = True) -> Form:
     """A Aᵀ of a matrix with its rows side by side, or Aᵀ A of it."""
     element = {"fp64": "fp64", "half": "bf16"}.get(key, "fp32")
-    on_sm_80 = symmetric_matmul.default_config(key, (8, 0))
+    on_sm_80 = symmetric_matmul.default_config(key, (8, 0), symmetric_matmul.LARGE_TILES)
     shape = f"{config.block} × {config.block} × {config.block_k}"
     ones, strides = ("a_row", "b_column"), ("a_column", "b_row")
     if not transposed:
@@ -210,7 +210,7 @@ def product_form(key: str, config: symmetric_matmul.TileConfig, transposed: bool
             "BLOCK_K": config.block_k,
             "GROUP": symmetric_matmul.GROUP,
         },
-        {"num_warps": config.num_warps, "num_stages": config.num_stages},
+        {"num_warps": config.num_warps, "num_stages": config.num_stages, "maxnreg": config.max_registers},
         ("a", "b", "c", "out", "n", "k", "a_batch", "b_batch", "c_batch", "c_row", "out_batch", "out_row", *strides),
         vector_loads=2,
         vector_stores=2,  # the tile and its mirror

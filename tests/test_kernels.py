@@ -14,6 +14,7 @@ from isomerge_fast.linalg.polar_express import PolarExpress
 from isomerge_fast.linalg.polar_gram import GramNewtonSchulz
 from isomerge_fast.methods import METHODS, TensorDeltas
 from isomerge_kernels import apply_delta, launchers, reference, symmetric_matmul, task_sum
+from isomerge_kernels.devices import DeviceTraits
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -196,6 +197,51 @@ def test_apply_delta_refuses(apply_delta, arguments: dict, message: str) -> None
 def test_symmetric_matmul_refuses(arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         symmetric_matmul.symmetric_matmul(torch.ones(3, 4), **arguments)
+
+
+def test_symmetric_matmul_of_members_in_common() -> None:
+    """One factor for all members of the other."""
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randn(20, 7, generator=generator, dtype=torch.float64)
+    scales = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)[:, None, None]
+    expected = scales * (a @ a.mT)
+    for left, right in ((a, scales * a.mT), (a[None], scales * a.mT), (scales * a, a.mT), (scales * a, a.mT[None])):
+        torch.testing.assert_close(symmetric_matmul.symmetric_matmul(left, right), expected)
+    twice = symmetric_matmul.symmetric_matmul(a, (scales * a.mT).expand(2, 3, 7, 20))
+    torch.testing.assert_close(twice, expected.expand(2, 3, 20, 20))
+
+
+def test_small_tiles_until_large_ones_fill_a_gpu() -> None:
+    large, small = symmetric_matmul.CONFIGS["tf32x3"]
+    for capability, side, expected in (
+        ((9, 0), 4096, large),
+        ((9, 0), 3072, small),
+        ((8, 0), 4096, small),  # where large ones spill
+        (None, 4096, large),
+    ):
+        assert symmetric_matmul.default_config("tf32x3", capability, side * side) == expected
+    assert symmetric_matmul.default_config("fp64", (9, 0), 1) == symmetric_matmul.CONFIGS["fp64"][0]
+
+
+def test_one_matrix_is_launched_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No view is made of it, and registers are limited where NVIDIA's compiler knows the option."""
+    launches: list[tuple[tuple, dict]] = []
+
+    class Recorded:
+        def __getitem__(self, grid: tuple[int, int]) -> object:
+            return lambda *arguments, **options: launches.append((arguments, options))
+
+    monkeypatch.setattr(symmetric_matmul, "symmetric_matmul_kernel", Recorded())
+    a, out = torch.ones(128, 64, dtype=torch.float64), torch.empty(128, 128, dtype=torch.float64)
+    for capability in ((9, 0), None):
+        traits = DeviceTraits(True, capability)
+        monkeypatch.setattr(symmetric_matmul, "traits_of", lambda device, traits=traits: traits)
+        symmetric_matmul.symmetric_matmul(a, out=out)
+        (left, _, _, target, *numbers), options = launches.pop()
+        assert left is a
+        assert target is out
+        assert numbers[:6] == [128, 64, 2, 0, 64, 1]
+        assert options.get("maxnreg", 0) == (symmetric_matmul.CONFIGS["fp64"][0].max_registers if capability else 0)
 
 
 def test_random_bits_are_philox() -> None:

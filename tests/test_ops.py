@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from pretend_gpu import PretendTensor, pretend_gpu
+from pretend_gpu import A100, H100, RTX5090, PretendTensor, pretend_gpu
 
 from isomerge_fast import ops
+from isomerge_kernels.devices import DeviceTraits
 
 SHAPES = {
     "square": (64, 64),
@@ -112,3 +113,30 @@ def test_products_of_bf16_parts_of_batches_on_a_gpu() -> None:
             found = ops.mm(gpu.upload(left), gpu.upload(right), precision="bf16x3")
             assert isinstance(found, PretendTensor)
         torch.testing.assert_close(found.held, left @ right, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "traits", "expected"),
+    [
+        ((1280, 4096), torch.float64, H100, True),
+        ((1279, 4096), torch.float64, H100, False),
+        ((8, 816, 100), torch.float64, H100, True),  # entries of all members count
+        ((2, 816, 100), torch.float64, H100, False),
+        ((64, 767, 100), torch.float64, H100, False),  # but many small ones do not make large tiles
+        ((4096, 4096), torch.float64, A100, True),
+        ((4096, 4096), torch.float64, RTX5090, False),  # which has no tensor cores for it
+        ((4096, 4096), torch.float32, RTX5090, True),
+        ((1280, 64), torch.float32, H100, True),
+        ((1279, 64), torch.float32, H100, False),
+        ((8192, 64), torch.bfloat16, H100, False),
+        ((8192, 64), torch.float16, H100, False),
+    ],
+    ids=str,
+)
+def test_which_symmetric_products_the_kernel_takes(
+    shape: tuple[int, ...], dtype: torch.dtype, traits: DeviceTraits, expected: bool
+) -> None:
+    with pretend_gpu(traits) as gpu:
+        there = gpu.upload(torch.zeros(1, dtype=dtype).expand(shape))
+        assert ops.is_for_kernel(there) is expected
+    assert not ops.is_for_kernel(torch.zeros(1, dtype=dtype).expand(shape))

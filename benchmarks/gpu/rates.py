@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -88,21 +88,40 @@ def bandwidths(rows: Rows) -> None:
 def products(rows: Rows) -> None:
     """symmetric_matmul in every configuration beside torch.matmul of the same matrix, with both errors."""
     device = torch.device(rows.device)
-    for side in (128,) if rows.small else (4096, 1024, 8192, 2048, 512):
+    for side in (128,) if rows.small else (4096, 1280, 2048, 1024, 3072, 8192):
         for key, configs in symmetric_matmul.CONFIGS.items():
             dtype = {"fp64": torch.float64, "half": torch.bfloat16}.get(key, torch.float32)
             if device.type == "cpu" and dtype == torch.bfloat16:  # which the interpreter multiplies wrongly
                 continue
             a = torch.randn(side, side, device=device).to(dtype)
-            exact = _judged_product(a)
-            with float32_matmul("ieee"):
-                theirs = median_seconds(lambda a=a: a @ a.mT, device, budget_seconds=0.1)
-                their_error = _error(a @ a.mT, exact)
             precision = key if dtype == torch.float32 and device.type == "cuda" else "ieee"
-            for config in configs:
-                call = partial(symmetric_matmul.symmetric_matmul, a, precision=precision, config=config)
-                tile = f"{config.block}x{config.block_k}/{config.num_warps}/{config.num_stages}"
-                rows.attempt(f"{key}, {side}, {tile}", partial(_product, call, exact, device, theirs, their_error))
+            _beside_torch(rows, key, configs, lambda a=a: a @ a.mT, _judged_product(a, a.mT), (a,), precision=precision)
+            if key == "fp64" and side <= 4096:  # the product of two polynomials that a polar iteration adds to a third
+                x = a / side**0.5
+                gram = x @ x.mT
+                gram += gram.mT.clone()
+                exact = _judged_product(gram, gram) + gram[:: _step(gram), :: _step(gram)]
+                theirs = partial(torch.addmm, gram, gram, gram)
+                _beside_torch(rows, "fp64 A B + C", configs[:1], theirs, exact, (gram, gram), c=gram)
+
+
+def _beside_torch(
+    rows: Rows,
+    key: str,
+    configs: Sequence[symmetric_matmul.TileConfig],
+    theirs: Callable[[], Tensor],
+    exact: Tensor,
+    factors: Sequence[Tensor],
+    **options: Any,
+) -> None:
+    with float32_matmul("ieee"):
+        their_seconds = median_seconds(theirs, exact.device, budget_seconds=0.1)
+        their_error = _error(theirs(), exact)
+    for config in configs:
+        call = partial(symmetric_matmul.symmetric_matmul, *factors, config=config, **options)
+        tile = f"{config.block}x{config.block_k}/{config.num_warps}/{config.num_stages}"
+        name = f"{key}, {len(factors[0])}, {tile}"
+        rows.attempt(name, partial(_product, call, exact, exact.device, their_seconds, their_error))
 
 
 def _product(
@@ -121,15 +140,18 @@ def _product(
     }
 
 
-def _judged_product(a: Tensor) -> Tensor:
-    """Some rows and columns of A Aᵀ, spread over it: float64 in long double, as no product of torch's is."""
-    part = a[:: max(1, len(a) // JUDGED_ROWS)].double()
+def _judged_product(a: Tensor, b: Tensor) -> Tensor:
+    """Some rows and columns of A B, spread over it: float64 in long double, as no product of torch's is."""
+    left, right = a[:: _step(a)].double(), b[:, :: _step(a)].double()
     if a.dtype != torch.float64:
-        return part @ part.mT
-    wide = part.cpu().numpy().astype(numpy.longdouble)
-    return torch.from_numpy((wide @ wide.T).astype(numpy.float64)).to(a.device)
+        return left @ right
+    wide = left.cpu().numpy().astype(numpy.longdouble) @ right.cpu().numpy().astype(numpy.longdouble)
+    return torch.from_numpy(wide.astype(numpy.float64)).to(a.device)
 
 
 def _error(value: Tensor, exact: Tensor) -> float:
-    step = len(value) // len(exact)
-    return relative_error(value[::step, ::step], exact)
+    return relative_error(value[:: _step(value), :: _step(value)], exact)
+
+
+def _step(matrix: Tensor) -> int:
+    return max(1, len(matrix) // JUDGED_ROWS)

@@ -254,13 +254,16 @@ def mm(a: Tensor, b: Tensor) -> Tensor:
     return a @ b
 
 
-def mm_add(c: Tensor, a: Tensor, b: Tensor, *, alpha: float = 1.0, beta: float = 1.0) -> Tensor:
-    """β C + α A B."""
+def mm_add(
+    c: Tensor, a: Tensor, b: Tensor, *, alpha: float = 1.0, beta: float = 1.0, out: Tensor | None = None
+) -> Tensor:
+    """β C + α A B; ``out`` may be C itself."""
     if c.ndim == 2:
-        return torch.addmm(c, a, b, alpha=alpha, beta=beta)
+        return torch.addmm(c, a, b, alpha=alpha, beta=beta, out=out)
     if c.ndim == a.ndim == b.ndim == 3 and traits_of(c.device).is_gpu:  # one launch for three
-        return torch.baddbmm(c, a, b, alpha=alpha, beta=beta)
-    return (a @ b).mul_(alpha).add_(c, alpha=beta)
+        return torch.baddbmm(c, a, b, alpha=alpha, beta=beta, out=out)
+    result = (a @ b).mul_(alpha).add_(c, alpha=beta)
+    return result if out is None else out.copy_(result)
 
 
 def sym_mm(a: Tensor, b: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:

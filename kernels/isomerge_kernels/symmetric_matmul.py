@@ -36,22 +36,29 @@ class TileConfig(NamedTuple):
     block_k: int
     num_warps: int
     num_stages: int
+    max_registers: int | None = None  # of a thread, on NVIDIA: fewer make room for one more block at a time
 
 
 # By what is multiplied. Compiled ahead of time, none of these spills registers on sm_80, sm_90, sm_100 or gfx942;
 # float64 tiles of 128 do everywhere, those of split float32 on sm_80: tf32x3 always, bf16x3 by Triton 3.8
-# (benchmarks/compile_table.py).
+# (benchmarks/compile_table.py). Speed over torch.matmul on an H200, at 2048 and 4096 rows: float64 1.8 and 1.7 by the
+# first, three blocks at a time, 1.3 at 4096 by the second; no more than the first by 128 x 32 or 128 x 64, and 1.8 at
+# both by cuBLAS's syrk with a pass that mirrors it. tf32x3 1.4 and 3.0 by the first, 1.9 and 2.6 by the second; bf16x3
+# 1.7 and 3.7, 3.3 and 3.6.
 CONFIGS: dict[str, tuple[TileConfig, ...]] = {
-    "fp64": (TileConfig(64, 32, 8, 2), TileConfig(64, 16, 8, 2)),
+    "fp64": (TileConfig(64, 16, 4, 3, max_registers=168), TileConfig(64, 32, 8, 3)),
     "ieee": (TileConfig(64, 16, 4, 2), TileConfig(128, 16, 8, 2)),
     "tf32x3": (TileConfig(128, 32, 8, 3), TileConfig(64, 32, 4, 3)),
     "bf16x3": (TileConfig(128, 32, 8, 3), TileConfig(64, 32, 4, 3)),
     "half": (TileConfig(128, 64, 8, 3), TileConfig(64, 64, 4, 3)),
 }
+# Entries of a result (of all members) from which large tiles of split float32 fill a GPU: 4096 x 4096 are 528 of them,
+# four for every multiprocessor of an H200. There tf32x3 takes 0.88 of the time of small tiles, at 3072 rows 1.21.
+LARGE_TILES = 1 << 24
 GROUP = 8  # rows of tiles that are walked together, so that their operands are still in L2
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles"])
 def symmetric_matmul_kernel(
     a,  # [batch, n, k]
     b,  # [batch, k, n]
@@ -88,34 +95,39 @@ def symmetric_matmul_kernel(
     column = program % (GROUP * tiles) // height
     if row < column:
         return  # the mirror of another tile
-    rows = row.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    columns = column.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    depth = tl.arange(0, BLOCK_K).to(tl.int64)
+    # Where the tile begins goes into an address as one number: places of their own for all entries take registers that
+    # other blocks could have.
+    top, side = row.to(tl.int64) * BLOCK, column.to(tl.int64) * BLOCK
+    entry = tl.arange(0, BLOCK)
+    is_row, is_column = entry < (n - top).to(tl.int32), entry < (n - side).to(tl.int32)
+    far, depth = entry.to(tl.int64), tl.arange(0, BLOCK_K).to(tl.int64)
     accumulate = tl.float64 if a.dtype.element_ty == tl.float64 else tl.float32
     total = tl.zeros([BLOCK, BLOCK], dtype=accumulate)
-    left = a + member * a_batch + rows[:, None] * a_row + depth[None, :] * a_column
-    right = b + member * b_batch + depth[:, None] * b_row + columns[None, :] * b_column
+    left = a + member * a_batch + top * a_row + far[:, None] * a_row + depth[None, :] * a_column
+    right = b + member * b_batch + side * b_column + depth[:, None] * b_row + far[None, :] * b_column
     for start in range(0, k, BLOCK_K):
         inside = start + depth < k
-        x = tl.load(left, mask=(rows < n)[:, None] & inside[None, :], other=0.0)
-        y = tl.load(right, mask=inside[:, None] & (columns < n)[None, :], other=0.0)
+        x = tl.load(left, mask=is_row[:, None] & inside[None, :], other=0.0)
+        y = tl.load(right, mask=inside[:, None] & is_column[None, :], other=0.0)
         total = tl.dot(x, y, total, input_precision=PRECISION, out_dtype=accumulate)
         left += BLOCK_K * a_column
         right += BLOCK_K * b_row
     if row == column:  # x yᵀ and y xᵀ need not round alike
-        total = tl.where(rows[:, None] >= columns[None, :], total, tl.trans(total))
+        total = tl.where(entry[:, None] >= entry[None, :], total, tl.trans(total))
     value = total * tl.full([], alpha, accumulate)
-    inside = (rows < n)[:, None] & (columns < n)[None, :]
+    inside = is_row[:, None] & is_column[None, :]
     if HAS_C:
-        place = c + member * c_batch + rows[:, None] * c_row + columns[None, :]
+        place = c + member * c_batch + top * c_row + side + far[:, None] * c_row + entry[None, :]
         value += tl.full([], beta, accumulate) * tl.load(place, mask=inside, other=0.0).to(accumulate)
-    value += tl.where(rows[:, None] == columns[None, :], tl.full([], gamma, accumulate), 0.0)
+    if row == column:
+        value += tl.where(entry[:, None] == entry[None, :], tl.full([], gamma, accumulate), 0.0)
     value = value.to(out.dtype.element_ty)
     target = out + member * out_batch
-    tl.store(target + rows[:, None] * out_row + columns[None, :], value, mask=inside)
+    tl.store(target + top * out_row + side + far[:, None] * out_row + entry[None, :], value, mask=inside)
     if row > column:
-        inside = (columns < n)[:, None] & (rows < n)[None, :]
-        tl.store(target + columns[:, None] * out_row + rows[None, :], tl.trans(value), mask=inside)
+        inside = is_column[:, None] & is_row[None, :]
+        mirror = target + side * out_row + top + far[:, None] * out_row + entry[None, :]
+        tl.store(mirror, tl.trans(value), mask=inside)
 
 
 def config_key(dtype: torch.dtype, precision: str) -> str:
@@ -123,15 +135,17 @@ def config_key(dtype: torch.dtype, precision: str) -> str:
     return {torch.float64: "fp64", torch.float32: precision}.get(dtype, "half")
 
 
-def default_config(key: str, capability: tuple[int, int] | None) -> TileConfig:
-    """The first that suits: on sm_80 and its kin only small tiles of split float32 keep to their registers.
+def default_config(key: str, capability: tuple[int, int] | None, entries: int) -> TileConfig:
+    """The first that suits: of split float32 large tiles for large results, on sm_80 and its kin never.
 
     Args:
         key: of ``CONFIGS``.
         capability: NVIDIA's, None elsewhere.
+        entries: of the result.
     """
-    splits_in_registers = key in ("tf32x3", "bf16x3") and capability is not None and capability[0] < 9
-    return CONFIGS[key][1 if splits_in_registers else 0]
+    is_split = key in ("tf32x3", "bf16x3")
+    spills = capability is not None and capability[0] < 9
+    return CONFIGS[key][1 if is_split and (spills or entries < LARGE_TILES) else 0]
 
 
 def symmetric_matmul(
@@ -165,7 +179,9 @@ def symmetric_matmul(
     n, k = a.shape[-2:]
     if b.shape[-2:] != (k, n):
         raise ValueError(f"a is {list(a.shape)} and b {list(b.shape)}: expected [..., n, k] and [..., k, n]")
-    batch = numpy.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+    batch = a.shape[:-2]
+    if b.shape[:-2] != batch:
+        batch = numpy.broadcast_shapes(batch, b.shape[:-2])
     if out is None:
         out = torch.empty(*batch, n, n, dtype=a.dtype, device=a.device)
     for name, matrix in (("c", c), ("out", out)):
@@ -177,12 +193,15 @@ def symmetric_matmul(
         raise ValueError(f"out has strides {out.stride()}: expected a contiguous tensor for several batch dimensions")
     if out.numel() == 0:
         return out
-    config = config or default_config(config_key(a.dtype, precision), traits_of(a.device).capability)
-    left, right, target = _flat(a.expand(*batch, n, k)), _flat(b.expand(*batch, k, n)), _flat(out)
-    addend = target if c is None else _flat(c)
+    capability = traits_of(a.device).capability
+    config = config or default_config(config_key(a.dtype, precision), capability, out.numel())
+    left, *left_strides = _members(a, batch)
+    right, *right_strides = _members(b, batch)
+    target, *target_strides = _members(out, batch)
+    addend, *addend_strides = (target, *target_strides) if c is None else _members(c, batch)
     tiles = math.ceil(n / config.block)
     with on_device(out):
-        symmetric_matmul_kernel[(tiles * tiles, len(target))](
+        symmetric_matmul_kernel[(tiles * tiles, math.prod(batch))](
             left,
             right,
             addend,
@@ -190,10 +209,10 @@ def symmetric_matmul(
             n,
             k,
             tiles,
-            *left.stride(),
-            *right.stride(),
-            *addend.stride()[:2],
-            *target.stride()[:2],
+            *left_strides,
+            *right_strides,
+            *addend_strides[:2],
+            *target_strides[:2],
             alpha,
             beta,
             gamma,
@@ -204,11 +223,19 @@ def symmetric_matmul(
             GROUP=GROUP,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
-            **OPTIONS,
+            **(OPTIONS if capability is None else OPTIONS | {"maxnreg": config.max_registers}),
         )
     return out
 
 
-def _flat(matrices: Tensor) -> Tensor:
-    """[batch, rows, columns]; over the same memory, but for several batch dimensions that cannot be seen as one."""
-    return matrices[None] if matrices.ndim == 2 else matrices.flatten(0, -3)
+def _members(matrices: Tensor, batch: torch.Size) -> tuple[Tensor, int, int, int]:
+    """Memory that begins with the first matrix, and how far apart matrices, rows and columns are in it.
+
+    A copy for several batch dimensions that cannot be seen as one. One matrix is taken as it is: every view costs the
+    host microseconds, of which small products take few.
+    """
+    if matrices.ndim == 2:
+        return matrices, 0, *matrices.stride()
+    stack = matrices if matrices.ndim == 3 and len(batch) == 1 else matrices.expand(*batch, -1, -1).flatten(0, -3)
+    member, row, column = stack.stride()
+    return stack, member if len(stack) > 1 else 0, row, column
