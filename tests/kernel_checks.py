@@ -358,7 +358,7 @@ def product_checks() -> Iterator[tuple[str, Check]]:
             for name, (n, k) in sides.items():
                 if name in ("odd", "row") or config == configs[0]:
                     precision = key if dtype == torch.float32 else "ieee"
-                    yield f"{key}-{config.block}-{name}", bind(check, n, k, dtype, precision, config)
+                    yield f"{key}-{config.block}x{config.block_k}-{name}", bind(check, n, k, dtype, precision, config)
 
     def polynomial(device: torch.device) -> dict[str, float]:
         """A B of two polynomials of one symmetric matrix, and more tiles than a group has."""

@@ -34,7 +34,10 @@ SMOKE = (
     "apply_delta-batch-fp32",
     "apply_delta-stochastic",
     "symmetric_matmul-polynomial",
-    *(f"symmetric_matmul-{key}-{configs[0].block}-odd" for key, configs in symmetric_matmul.CONFIGS.items()),
+    *(
+        f"symmetric_matmul-{key}-{configs[0].block}x{configs[0].block_k}-odd"
+        for key, configs in symmetric_matmul.CONFIGS.items()
+    ),
 )
 # A dry run takes every so many checks.
 SMALL_STEP = 9

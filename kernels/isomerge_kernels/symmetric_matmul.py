@@ -235,7 +235,8 @@ def _members(matrices: Tensor, batch: torch.Size) -> tuple[Tensor, int, int, int
     host microseconds, of which small products take few.
     """
     if matrices.ndim == 2:
-        return matrices, 0, *matrices.stride()
+        row, column = matrices.stride()
+        return matrices, 0, row, column
     stack = matrices if matrices.ndim == 3 and len(batch) == 1 else matrices.expand(*batch, -1, -1).flatten(0, -3)
     member, row, column = stack.stride()
     return stack, member if len(stack) > 1 else 0, row, column
