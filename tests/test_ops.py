@@ -140,3 +140,21 @@ def test_which_symmetric_products_the_kernel_takes(
         there = gpu.upload(torch.zeros(1, dtype=dtype).expand(shape))
         assert ops.is_for_kernel(there) is expected
     assert not ops.is_for_kernel(torch.zeros(1, dtype=dtype).expand(shape))
+
+
+@pytest.mark.parametrize("batch", [(), (3,)], ids=str)
+@pytest.mark.parametrize("gamma", [0.0, 2.0])
+def test_the_library_of_a_gpu_adds_in_place(batch: tuple[int, ...], gamma: float) -> None:
+    """One launch, and one for the diagonal where there is something to add to it."""
+    generator = torch.Generator().manual_seed(0)
+    a, c = torch.randn(*batch, 20, 30, generator=generator), torch.randn(*batch, 20, 20, generator=generator)
+    c = c + c.mT
+    expected = ops.sym_mm_add(c, a, alpha=0.5, beta=-2.0, gamma=gamma)
+    with pretend_gpu() as gpu:
+        there = gpu.upload(c), gpu.upload(a)
+        gpu.reset()
+        found = ops.sym_mm_add(*there, alpha=0.5, beta=-2.0, gamma=gamma, out=there[0])
+        assert found is there[0]
+        assert isinstance(found, PretendTensor)
+        assert gpu.launch_count == 1 + bool(gamma)
+    torch.testing.assert_close(found.held, expected)
