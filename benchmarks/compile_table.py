@@ -116,6 +116,7 @@ def forms() -> Iterator[Form]:
         yield sum_form(expert, total, task_sum.CONFIG, "deltas", HAS_BASE=False)
     yield sum_form("bf16", "fp32", task_sum.CONFIG, "added to S", ADD=True)
     yield sum_form("bf16", "fp32", task_sum.CONFIG, "not aligned", ALIGNMENT=1)
+    yield added_form()
     for base, delta, out in (
         ("bf16", "fp32", "bf16"),
         ("bf16", "fp64", "bf16"),
@@ -148,16 +149,36 @@ def sum_form(expert: str, total: str, config: Config, note: str = "", **changes:
             "table": "*i64",
             "base": f"*{expert}",
             "out": f"*{total}",
-            "statistics": "*fp64",
+            "of_blocks": "*fp64",
             **dict.fromkeys(("n_tasks", "n_blocks"), "i32"),
             **dict.fromkeys(("elements", "base_stride", "out_stride", "kind_stride", "task_stride"), "i64"),
         },
         constants,
         {"num_warps": config.num_warps},
-        ("table", "base", "out", "statistics", "elements", "base_stride", "out_stride"),
+        ("table", "base", "out", "of_blocks", "elements", "base_stride", "out_stride"),
         # Of the base and of the experts, which are read in vectors only where their addresses allow it.
         vector_loads=int(constants["HAS_BASE"]) + int(constants["ALIGNMENT"] == 16),
         vector_stores=1,
+    )
+
+
+def added_form() -> Form:
+    """The second kernel of ``task_sum``, which adds up what the first saw."""
+    return Form(
+        "add_up",
+        "statistics of blocks",
+        f"{task_sum.ADDED_BLOCK}, {task_sum.ADDED_WARPS} warps",
+        {
+            **dict.fromkeys(("of_blocks", "squares", "largest"), "*fp64"),
+            "nonfinite": "*i64",
+            "n_blocks": "i32",
+            "kind_stride": "i64",
+        },
+        {"BLOCK": task_sum.ADDED_BLOCK},
+        {"num_warps": task_sum.ADDED_WARPS},
+        ("of_blocks", "squares", "largest", "nonfinite"),
+        vector_loads=0,  # a member's blocks begin anywhere
+        vector_stores=0,
     )
 
 
@@ -221,6 +242,7 @@ def product_form(key: str, config: symmetric_matmul.TileConfig, transposed: bool
 
 KERNELS = {
     "task_sum": task_sum.task_sum_kernel,
+    "add_up": task_sum.add_up_kernel,
     "apply_delta": apply_delta.apply_delta_kernel,
     "symmetric_matmul": symmetric_matmul.symmetric_matmul_kernel,
 }

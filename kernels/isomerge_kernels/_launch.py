@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import struct
 from collections.abc import Sequence
@@ -34,18 +35,37 @@ class Config(NamedTuple):
     num_warps: int
 
 
-def as_lines(tensors: Sequence[Tensor], members: int) -> list[Tensor]:
-    """Tensors of one shape as [lines, elements] with elements side by side: one line a member, or one a row.
+class Lines(NamedTuple):
+    """Tensors of one shape as lines of elements side by side; each tensor's begin at its first element.
+
+    Attributes:
+        strides: by tensor, elements from line to line.
+    """
+
+    tensors: Sequence[Tensor]
+    strides: list[int]
+    count: int
+    elements: int
+
+    def is_aligned(self, index: int) -> bool:
+        """Return whether every line of this tensor begins at a multiple of 16 bytes, so that it can be read in vectors."""
+        apart = self.count > 1 and self.strides[index] % VECTOR_BYTES != 0
+        return not apart and self.tensors[index].data_ptr() % VECTOR_BYTES == 0
+
+
+def as_lines(tensors: Sequence[Tensor], members: int) -> Lines:
+    """Return the lines of tensors of one shape: one a member, or one a row.
 
     No copy is made where all are contiguous, or where their rows are and lie at equal distances; else of those that
     need it.
     """
-    if all(tensor.is_contiguous() for tensor in tensors):
-        return [tensor.view(members, -1) for tensor in tensors]
-    rows = [row_view(tensor) for tensor in tensors]
-    if any(row is None for row in rows):
-        return [tensor.contiguous().view(members, -1) for tensor in tensors]
-    return [row for row in rows if row is not None]
+    if not all(tensor.is_contiguous() for tensor in tensors):
+        rows = [row for tensor in tensors if (row := row_view(tensor)) is not None]
+        if len(rows) == len(tensors) and len(rows[0]) % members == 0:
+            return Lines(rows, [row.stride(0) for row in rows], *rows[0].shape)
+        tensors = [tensor.contiguous() for tensor in tensors]
+    elements = tensors[0].numel() // members
+    return Lines(tensors, [elements] * len(tensors), members, elements)
 
 
 def row_view(tensor: Tensor) -> Tensor | None:
@@ -58,18 +78,11 @@ def row_view(tensor: Tensor) -> Tensor | None:
         return None
 
 
-def is_aligned(lines: Tensor) -> bool:
-    """Whether every line begins at a multiple of 16 bytes, so that it can be read in vectors."""
-    return lines.data_ptr() % VECTOR_BYTES == 0 and (len(lines) == 1 or lines.stride(0) % VECTOR_BYTES == 0)
-
-
-def address_table(lines: Sequence[Tensor], weights: Sequence[float], tasks: Sequence[int]) -> Tensor:
-    """[T, 4] int64 on their device: address, distance of lines in elements, the bits of w_t in float64, the task."""
-    rows = [
-        (line.data_ptr(), line.stride(0), struct.unpack("<q", struct.pack("<d", weight))[0], task)
-        for line, weight, task in zip(lines, weights, tasks, strict=True)
-    ]
-    return torch.tensor(rows, dtype=torch.int64, device="cpu").to(lines[0].device, non_blocking=True)
+def address_table(lines: Lines, weights: Sequence[float], tasks: Sequence[int]) -> Tensor:
+    """Return [4 T] int64 on their device, of every task: address, distance of lines, the bits of w_t in float64, itself."""
+    rows = [(lines.tensors[task].data_ptr(), lines.strides[task], weights[task], task) for task in tasks]
+    table = bytearray(struct.pack("<" + "qqdq" * len(rows), *itertools.chain.from_iterable(rows)))
+    return torch.frombuffer(table, dtype=torch.int64).to(lines.tensors[0].device, non_blocking=True)
 
 
 def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[object]:

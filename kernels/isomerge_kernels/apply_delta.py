@@ -102,26 +102,21 @@ def apply_delta(
     members = 1 if scale is None else scale.numel()
     if seed is not None:  # the random bits go by an element's place in its member: one line each
         base, delta = base.contiguous(), delta.contiguous()
-    origin, change, target = as_lines([base, delta, outputs[0]], members)
-    n_lines, elements = target.shape
-    n_blocks = blocks_of(elements, config.block)
+    lines = as_lines([base, delta, outputs[0]], members)
+    n_blocks = blocks_of(lines.elements, config.block)
     alphas = torch.tensor(scalings, dtype=torch.float64, device="cpu").to(base.device, non_blocking=True)
     with on_device(base):
-        apply_delta_kernel[(n_lines * n_blocks,)](
-            origin,
-            change,
-            target,
+        apply_delta_kernel[(lines.count * n_blocks,)](
+            *lines.tensors,
             alphas,
             alphas if scale is None else scale.to(torch.float64).contiguous(),
             0 if seed is None else seed,
             first,
             len(scalings),
             n_blocks,
-            elements,
-            n_lines // members,
-            origin.stride(0),
-            change.stride(0),
-            target.stride(0),
+            lines.elements,
+            lines.count // members,
+            *lines.strides,
             outputs.stride(0),
             HAS_SCALE=scale is not None,
             STOCHASTIC=seed is not None,

@@ -29,11 +29,6 @@ class TaskSum(NamedTuple):
     nonfinite: Tensor
 
 
-def visible(squares: Tensor, largest: Tensor) -> Tensor:
-    """``squares``, of which those that float64 cannot tell from 0 are its smallest normal number where Δ_t is not 0."""
-    return torch.where(largest > 0, squares.clamp_min(torch.finfo(torch.float64).tiny), squares)
-
-
 def compute_dtype(*dtypes: torch.dtype) -> torch.dtype:
     """fp64 when any input is fp64, else fp32: half precision is never computed in."""
     return torch.float64 if torch.float64 in dtypes else torch.float32

@@ -18,13 +18,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import OPTIONS, TRITON_DTYPES, Config, address_table, as_lines, blocks_of, is_aligned, on_device
-from .protocol import TaskSum, check_out, check_same, compute_dtype, visible, weights_of
+from ._launch import OPTIONS, TRITON_DTYPES, VECTOR_BYTES, Config, address_table, as_lines, blocks_of, on_device
+from .protocol import TaskSum, check_out, check_same, compute_dtype, weights_of
 
 # Eight bf16 a thread are one vector; with 2048 on 4 warps more bytes are under way a block, with 1024 more blocks fit.
 # (An estimate until a GPU has timed all of them.)
 CONFIGS = (Config(2048, 4), Config(1024, 4), Config(2048, 8))
 CONFIG = CONFIGS[0]
+# Of the second kernel, which reads 24 bytes for every block and task. (An estimate.)
+ADDED_BLOCK, ADDED_WARPS = 1024, 8
 
 
 @triton.jit
@@ -43,38 +45,37 @@ def load_task(
     return tl.load(source + (line * stride + offsets), mask=mask, other=0.0)
 
 
-# Squares of float32 overflow from 1.8e19 on and vanish below 1e-23. So they are added up twice: of SMALL times the
-# numbers, which counts up to SPLIT, and of LARGE times the numbers. Powers of two change no digit.
+# Squares of float32 are added up as they are where that loses nothing: where the sum is finite, and so large that squares
+# too small for float32 are no part of it.
+LEAST = tl.constexpr(2.0**-80)
+# Else they are squares of SMALL times the numbers, where all of them are at most SPLIT, or of LARGE times the numbers.
+# Powers of two change no digit; OF_SMALL and OF_LARGE take them back, as squares in float64.
 SMALL, LARGE, SPLIT = tl.constexpr(2.0**35), tl.constexpr(2.0**-70), tl.constexpr(2.0**23)
-# Back again, as squares in float64.
 OF_SMALL, OF_LARGE = tl.constexpr(2.0**-70), tl.constexpr(2.0**140)
+# float64's smallest normal number.
+TINY = tl.constexpr(2.0**-1022)
 
 
 @triton.jit
-def sum_of_squares(x, largest, COMPUTE: tl.constexpr):
-    """Σ x² in float64, with max |x| = ``largest``: of float32 right from 1e-30 on to the largest numbers."""
-    if tl.float64 == COMPUTE:
-        squares = tl.sum(x * x, axis=0)
-    else:
-        small, large = x * SMALL, x * LARGE
-        of_small = tl.sum(small * small, axis=0).to(tl.float64) * OF_SMALL
-        of_large = tl.sum(large * large, axis=0).to(tl.float64) * OF_LARGE
-        squares = tl.where(largest <= SPLIT, of_small, of_large)
-    return squares
+def scaled_squares(x, largest):
+    """Σ x² in float64 of float32 with max |x| = ``largest``: right from 1e-30 on to the largest numbers."""
+    is_small = largest <= SPLIT
+    scaled = x * tl.where(is_small, SMALL, LARGE)
+    return tl.sum(scaled * scaled, axis=0).to(tl.float64) * tl.where(is_small, OF_SMALL, OF_LARGE)
 
 
 @triton.jit
 def task_sum_kernel(
-    table,  # [T, 4] int64: address, distance of lines, the bits of w_t in float64, the task's place in `statistics`
+    table,  # [T, 4] int64: address, distance of lines, the bits of w_t in float64, the task's place in `of_blocks`
     base,
     out,
-    statistics,  # [3, all tasks, lines, blocks] float64: squares, largest, count of NaN and Inf
+    of_blocks,  # [3, all tasks, lines, blocks] float64: squares, largest, count of NaN and Inf
     n_tasks,  # in the table
     n_blocks,
     elements,  # of a line
     base_stride,
     out_stride,
-    kind_stride,  # of `statistics`
+    kind_stride,  # of `of_blocks`
     task_stride,
     EXPERT: tl.constexpr,
     COMPUTE: tl.constexpr,
@@ -101,22 +102,54 @@ def task_sum_kernel(
     for index in range(n_tasks):
         expert = following.to(COMPUTE)
         weight = tl.load(row + 2).to(tl.float64, bitcast=True).to(accumulate)
-        statistic = statistics + tl.load(row + 3) * task_stride + program
+        statistic = of_blocks + tl.load(row + 3) * task_stride + program
         # The next expert is under way while this one is reduced; the last row is read once more, masked.
         more = index + 1 < n_tasks
         row += tl.where(more, 4, 0)
         following = load_task(row, line, offsets, offsets < tl.where(more, elements, 0), EXPERT, ALIGNMENT)
-        delta = tl.where(mask, expert - origin, 0.0)
+        delta = expert - origin  # 0 where both are masked
         total += weight * delta.to(accumulate)
         size = tl.abs(delta)
-        most = tl.max(size, axis=0)
-        tl.store(statistic, sum_of_squares(delta, most, COMPUTE))
-        statistic += kind_stride
-        tl.store(statistic, most.to(tl.float64))
-        statistic += kind_stride
-        finite = (size < float("inf")).to(tl.int32)  # which NaN is not either
-        tl.store(statistic, (BLOCK - tl.sum(finite, axis=0)).to(tl.float64))
+        most, plain = tl.max(size, axis=0), tl.sum(delta * delta, axis=0)
+        squares, nonfinite = plain.to(tl.float64), tl.zeros([], dtype=tl.float64)
+        # Next to no block is one of these, so that scaling and counting cost nothing. (Comparisons with NaN are false.)
+        least = LEAST if tl.float32 == COMPUTE else 0.0
+        if not ((plain < float("inf")) & ((plain >= least) | ((plain == 0.0) & (most == 0.0)))):
+            if tl.float32 == COMPUTE:
+                squares = scaled_squares(delta, most)
+            nonfinite = (BLOCK - tl.sum((size < float("inf")).to(tl.int32), axis=0)).to(tl.float64)
+        tl.store(statistic, squares)
+        tl.store(statistic + kind_stride, most.to(tl.float64))
+        tl.store(statistic + 2 * kind_stride, nonfinite)
     tl.store(place, total, mask=mask)
+
+
+@triton.jit
+def add_up_kernel(
+    of_blocks,  # as task_sum_kernel wrote it
+    squares,  # [tasks, members] float64
+    largest,  # [tasks, members] float64
+    nonfinite,  # [tasks, members] int64
+    n_blocks,  # of a member, side by side
+    kind_stride,
+    BLOCK: tl.constexpr,
+):
+    """What is seen of one task's member: one launch, where torch would take nine."""
+    program = tl.program_id(0).to(tl.int64)
+    total = tl.zeros([BLOCK], dtype=tl.float64)
+    most, count = total, total
+    for start in range(0, n_blocks, BLOCK):
+        offsets = start + tl.arange(0, BLOCK)
+        mask = offsets < n_blocks
+        place = of_blocks + program * n_blocks + offsets
+        total += tl.load(place, mask=mask, other=0.0)
+        most = tl.maximum(most, tl.load(place + kind_stride, mask=mask, other=0.0))
+        count += tl.load(place + 2 * kind_stride, mask=mask, other=0.0)
+    of_all, most, count = tl.sum(total, axis=0), tl.max(most, axis=0), tl.sum(count, axis=0)
+    # What float64 cannot tell from 0 is not 0 all the same.
+    tl.store(squares + program, tl.where((most > 0.0) & (of_all < TINY), TINY, of_all))
+    tl.store(largest + program, tl.where(count > 0.0, float("nan"), most))
+    tl.store(nonfinite + program, count.to(tl.int64))
 
 
 def task_sum(
@@ -144,37 +177,47 @@ def task_sum(
     if 0 in first.shape:
         zero = torch.zeros(tasks, *batch, dtype=torch.float64, device=first.device)
         return TaskSum(out, zero, zero.clone(), zero.long())
-    *sources, origin, target = as_lines([*experts, first if base is None else base, out], batch.numel())
-    n_lines, elements = target.shape
-    n_blocks = blocks_of(elements, config.block)
-    statistics = torch.empty(3, tasks, n_lines, n_blocks, dtype=torch.float64, device=first.device)
-    compute = compute_dtype(origin.dtype, *(expert.dtype for expert in experts))
-    with on_device(target):
+    lines = as_lines([*experts, first if base is None else base, out], batch.numel())
+    n_blocks = blocks_of(lines.elements, config.block)
+    of_blocks = torch.empty(3, tasks, lines.count, n_blocks, dtype=torch.float64, device=first.device)
+    kind_stride, task_stride, *_ = of_blocks.stride()
+    squares, most = (torch.empty(tasks, *batch, dtype=torch.float64, device=first.device) for _ in range(2))
+    nonfinite = torch.empty(tasks, *batch, dtype=torch.int64, device=first.device)
+    compute = compute_dtype(lines.tensors[tasks].dtype, *(expert.dtype for expert in experts))
+    with on_device(out):
         # One launch for every dtype among the experts; the second and later ones add to S.
         for launch, kind in enumerate(dict.fromkeys(expert.dtype for expert in experts)):
             members = [task for task in range(tasks) if experts[task].dtype == kind]
-            lines = [sources[task] for task in members]
-            task_sum_kernel[(n_lines * n_blocks,)](
-                address_table(lines, [values[task] for task in members], members),
-                origin,
-                target,
-                statistics,
+            task_sum_kernel[(lines.count * n_blocks,)](
+                address_table(lines, values, members),
+                lines.tensors[tasks],
+                out,
+                of_blocks,
                 len(members),
                 n_blocks,
-                elements,
-                origin.stride(0),
-                target.stride(0),
-                statistics.stride(0),
-                statistics.stride(1),
+                lines.elements,
+                lines.strides[tasks],
+                lines.strides[tasks + 1],
+                kind_stride,
+                task_stride,
                 EXPERT=TRITON_DTYPES[kind],
                 COMPUTE=TRITON_DTYPES[compute],
                 HAS_BASE=base is not None,
                 ADD=launch > 0,
-                ALIGNMENT=16 if all(is_aligned(line) for line in lines) else 1,
+                ALIGNMENT=VECTOR_BYTES if all(map(lines.is_aligned, members)) else 1,
                 BLOCK=config.block,
                 num_warps=config.num_warps,
                 **OPTIONS,
             )
-    squares, most, nonfinite = statistics.view(3, tasks, *batch, -1)
-    counts, most = nonfinite.sum(-1).long(), most.amax(-1)
-    return TaskSum(out, visible(squares.sum(-1), most), most.masked_fill_(counts > 0, torch.nan), counts)
+        add_up_kernel[(squares.numel(),)](
+            of_blocks,
+            squares,
+            most,
+            nonfinite,
+            task_stride * tasks // squares.numel(),
+            kind_stride,
+            BLOCK=ADDED_BLOCK,
+            num_warps=ADDED_WARPS,
+            **OPTIONS,
+        )
+    return TaskSum(out, squares, most, nonfinite)
