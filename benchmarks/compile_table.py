@@ -27,6 +27,7 @@ from typing import Any
 
 os.environ.pop("TRITON_INTERPRET", None)  # decided at import
 
+import torch
 import triton
 import triton.language as tl
 from triton import knobs
@@ -111,11 +112,13 @@ def forms() -> Iterator[Form]:
         ("fp32", "fp64"),
         ("fp64", "fp64"),
     ):
-        for config in task_sum.CONFIGS:
+        configs = task_sum.CONFIGS[torch.float64 if expert == "fp64" else torch.float32]
+        for config in configs:
             yield sum_form(expert, total, config)
-        yield sum_form(expert, total, task_sum.CONFIG, "deltas", HAS_BASE=False)
-    yield sum_form("bf16", "fp32", task_sum.CONFIG, "added to S", ADD=True)
-    yield sum_form("bf16", "fp32", task_sum.CONFIG, "not aligned", ALIGNMENT=1)
+        yield sum_form(expert, total, configs[0], "deltas", HAS_BASE=False)
+    first = task_sum.CONFIGS[torch.float32][0]
+    yield sum_form("bf16", "fp32", first, "added to S", ADD=True)
+    yield sum_form("bf16", "fp32", first, "not aligned", ALIGNMENT=1)
     yield added_form()
     for base, delta, out in (
         ("bf16", "fp32", "bf16"),
@@ -137,14 +140,15 @@ def forms() -> Iterator[Form]:
             yield product_form(key, config, False, has_c=False)
 
 
-def sum_form(expert: str, total: str, config: Config, note: str = "", **changes: Any) -> Form:
+def sum_form(expert: str, total: str, config: task_sum.SumConfig, note: str = "", **changes: Any) -> Form:
     """``task_sum`` of experts and a base of one dtype; ``changes`` to its constants, which ``note`` names."""
-    constants = {"EXPERT": TL[expert], "COMPUTE": TL["fp64" if expert == "fp64" else "fp32"], "BLOCK": config.block}
+    constants: dict[str, Any] = {"EXPERT": TL[expert], "COMPUTE": TL["fp64" if expert == "fp64" else "fp32"]}
+    constants |= {"BLOCK": config.block, "STAGES": config.num_stages}
     constants |= {"HAS_BASE": True, "ADD": False, "ALIGNMENT": 16} | changes
     return Form(
         "task_sum",
         f"{expert} → {total}" + (f", {note}" if note else ""),
-        f"{config.block}, {config.num_warps} warps",
+        f"{config.block}, {config.num_warps} warp{'s' if config.num_warps > 1 else ''}, {config.num_stages} stages",
         {
             "table": "*i64",
             "base": f"*{expert}",

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.gpu import baselines, environment
+from benchmarks.gpu import baselines, environment, rates
 from benchmarks.gpu.__main__ import run_stages
 from benchmarks.gpu.rows import Results, Rows
 from benchmarks.gpu.runner import ROOT, child_environment
@@ -131,6 +131,7 @@ def test_what_runs_ends_with_the_command(tmp_path: Path, number: int) -> None:
     file = tmp_path / "pids"
     command = f"""
 import signal, sys, time
+from benchmarks.gpu import rates
 from benchmarks.gpu.__main__ import leave, run_stages
 from benchmarks.gpu.rows import Results
 from benchmarks.gpu.schedule import Stage
@@ -189,6 +190,11 @@ def readings() -> list[dict[str, Any]]:
         {"stage": "merge", "name": "iso-c, again", "seconds": 2.0, "read_gb_per_s": 2.0, "uncertified": 0},
         {"stage": "merge", "name": "task-arithmetic, again", "seconds": 1.0, "read_gb_per_s": 4.0, "uncertified": 0},
         {"stage": "products", "name": "fp64, 4096, 64x32/8/2", "failed": "out of memory"},
+        *(
+            {"stage": "bandwidths", "name": f"sums, 8 x 8, {name}", "of_copy": share, "of_copy_as_large": 1.0}
+            | {"host_seconds": 1e-4}
+            for name, share in (("2048/4", 0.8), ("1024/4", 0.9))
+        ),
         {"stage": "methods", "name": "process 0", "cut": "out of time: "},
     ]
     return rows
@@ -199,6 +205,8 @@ def test_the_summary_ends_with_what_matters_and_is_short() -> None:
     assert len(lines) <= MAX_LINES
     assert not [line for line in lines if "\n" in line]
     assert sum(map(len, lines)) < 12_000  # of which the end is seen
+    assert "sums: 8 x 8: 0.90 / 1.00 by 1024/4 (0.80)" in lines
+    assert "a call with the host, us: sums 100" in lines
     # What failed comes last; before that 32 layers of 2 + 2 + 2 + 1 matrices, FusionBench's 9 s and gesvd's 3 s.
     end = lines.index("== correctness, once more")
     assert "kernels 40 (40 FAILED)" in lines[end + 1]
@@ -384,6 +392,42 @@ def test_the_docs_have_the_tables_marks(tmp_path: Path) -> None:
         write_between_marks(document, table_of(file))
     head, tail = text.split(BEGIN)[0], text.split(END)[1]
     assert document.read_text() == f"{head}{BEGIN}\n{table_of(file)}\n{END}{tail}"
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["ahead", "late"])
+def test_device_seconds_are_those_of_the_device(monkeypatch: pytest.MonkeyPatch, late: bool) -> None:
+    """A call of 3 µs that takes 50 of the host, by the clocks of both; ``late``: copies that take no time."""
+    host, device = [0.0], [0.0]
+
+    def enqueue(by_host: float, by_device: float) -> None:
+        host[0] += by_host
+        device[0] = max(device[0], host[0]) + by_device
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            self.at = max(device[0], host[0])
+
+        def query(self) -> bool:
+            return host[0] >= self.at
+
+        def synchronize(self) -> None:
+            host[0] = max(host[0], self.at)
+
+        def elapsed_time(self, other: Event) -> float:
+            return 1e3 * (other.at - self.at)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: __import__("contextlib").nullcontext())
+    monkeypatch.setattr(rates, "_copying", lambda device: lambda: enqueue(1e-6, 0.0 if late else 1e-4))
+    calls = [lambda: enqueue(5e-5, 3e-6)] * 2
+    if late:
+        with pytest.raises(RuntimeError, match="the host queued 40 calls in more time than"):
+            rates.device_seconds(calls, torch.device("cuda:0"))
+    else:
+        assert rates.device_seconds(calls, torch.device("cuda:0")) == pytest.approx(3e-6)
 
 
 @pytest.mark.slow

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from kernel_checks import CHECKS, LARGE, Check
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from isomerge_fast import errors, ops
 from isomerge_fast.linalg.polar_express import PolarExpress
@@ -242,6 +244,64 @@ def test_one_matrix_is_launched_as_it_is(monkeypatch: pytest.MonkeyPatch) -> Non
         assert target is out
         assert numbers[:6] == [128, 64, 2, 0, 64, 1]
         assert options.get("maxnreg", 0) == (symmetric_matmul.CONFIGS["fp64"][0].max_registers if capability else 0)
+
+
+class Launched:
+    """In place of a kernel: nothing is run."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __getitem__(self, grid: object) -> Callable[..., None]:
+        def launch(*_: object, **__: object) -> None:
+            self.count += 1
+
+        return launch
+
+
+class Operations(TorchDispatchMode):
+    """The names of torch's operations, in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(function).split(".")[1])
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_call_costs_the_host_two_launches_and_next_to_nothing_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small matrices wait for the host: what torch does around the kernels takes longer than they do."""
+    kernels = {name: Launched() for name in ("task_sum_kernel", "add_up_kernel")}
+    for name, kernel in kernels.items():
+        monkeypatch.setattr(task_sum, name, kernel)
+    experts = [torch.ones(2, 3, 4, dtype=torch.bfloat16) for _ in range(8)]
+    with Operations() as found:
+        task_sum.task_sum(experts, experts[0], batch_dims=1)
+    assert [kernel.count for kernel in kernels.values()] == [1, 1]
+    assert set(found.names) == {"empty"}  # and on a GPU the table goes up
+    assert len(found.names) == 5
+    monkeypatch.setattr(apply_delta, "apply_delta_kernel", Launched())
+    delta = torch.ones(2, 3, 4)
+    with Operations() as found:
+        apply_delta.apply_delta(experts[0], delta, scalings=[1.0, 2.0], dtype=torch.bfloat16)
+    assert set(found.names) == {"empty", "select", "lift_fresh", "unbind"}  # the outputs, and α on a CPU
+
+
+@pytest.mark.parametrize("batch_dims", [1, 2])
+def test_members_that_are_parts_of_rows(batch_dims: int) -> None:
+    """Rows at a distance, of which each holds several members of the batch."""
+    wide = torch.randn(3, 8, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    delta = wide[:, 1:6]
+    found = task_sum.task_sum([delta], batch_dims=batch_dims)
+    assert found.squares.shape == (1, *delta.shape[:batch_dims])
+    torch.testing.assert_close(
+        found.squares.flatten(), delta.double().square().reshape(-1, 5 if batch_dims == 1 else 1).sum(-1)
+    )
+    scale = torch.full(delta.shape[:batch_dims], 2.0, device=DEVICE)
+    (value,) = apply_delta.apply_delta(delta, delta, scalings=[1.0], dtype=torch.float32, scale=scale)
+    torch.testing.assert_close(value, 3.0 * delta)
 
 
 def test_random_bits_are_philox() -> None:

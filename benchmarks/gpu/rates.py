@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import statistics
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -17,9 +18,12 @@ from isomerge_fast.bench.ceilings import copy_rate, float32_matmul, matmul_rate,
 from isomerge_fast.bench.problems import relative_error
 from isomerge_kernels import apply_delta, symmetric_matmul, task_sum
 
+# To a pass over bytes 4096 x 14336 is 14336 x 4096.
 BANDWIDTH_SHAPES = ((4096, 4096), (1024, 4096), (14336, 4096))
 # Inputs are rotated until so many bytes lie between two uses of one: no cache holds them.
 ROTATED_BYTES = 1 << 28
+# Calls that are queued while the device copies; of what it has not begun, some thousand launches are queued at most.
+QUEUED_CALLS, MAX_COPIES, COPIED_BYTES = 40, 400, 1 << 30
 # Rows and columns of a product whose entries are compared with exact ones.
 JUDGED_ROWS = 64
 
@@ -49,14 +53,20 @@ def bandwidths(rows: Rows) -> None:
     device = torch.device(rows.device)
     copy = rows.attempt("copy", lambda: {"gb_per_s": copy_rate(device, 1 << 22 if rows.small else 1 << 30) / 1e9})
     ceiling = copy.get("gb_per_s", float("nan"))
+    copies: dict[int, float] = {}  # seconds, by bytes: what begins and ends cost a small matrix, they cost its copy
 
     def rated(form: str, shape: tuple[int, int], size: int, calls: list[Any], config: Any) -> None:
         def measured() -> dict[str, Any]:
             turns = itertools.cycle(calls)
-            seconds = median_seconds(lambda: next(turns)(), device, budget_seconds=0.05)
-            return {"seconds": seconds, "gb_per_s": size / seconds / 1e9, "of_copy": size / seconds / 1e9 / ceiling}
+            host = median_seconds(lambda: next(turns)(), device, budget_seconds=0.05)
+            seconds = device_seconds(calls, device)
+            found = {"seconds": seconds, "host_seconds": host, "gb_per_s": size / seconds / 1e9}
+            return found | {"of_copy": size / seconds / 1e9 / ceiling, "of_copy_as_large": copies[size] / seconds}
 
-        rows.attempt(f"{form}, {named(shape)}, {config.block}/{config.num_warps}", measured)
+        if size not in copies:
+            as_large = rows.attempt(f"copy, {size} bytes", lambda: {"seconds": _copy_seconds(size, device)})
+            copies[size] = as_large.get("seconds", float("nan"))
+        rows.attempt(f"{form}, {named(shape)}, {'/'.join(map(str, config))}", measured)
 
     for shape in ((32, 64),) if rows.small else BANDWIDTH_SHAPES:
         elements = shape[0] * shape[1]
@@ -67,7 +77,7 @@ def bandwidths(rows: Rows) -> None:
                 for _ in range(1 + min(8, ROTATED_BYTES // size))
             ]
             out = torch.empty(shape, dtype=total, device=device)
-            for config in task_sum.CONFIGS:
+            for config in task_sum.CONFIGS[torch.float32]:
                 calls = [partial(task_sum.task_sum, x[1:], x[0], out=out, config=config) for x in inputs]
                 rated(f"task_sum {DTYPES[dtype]} to {DTYPES[total]}", shape, size, calls, config)
             del inputs, out
@@ -83,6 +93,54 @@ def bandwidths(rows: Rows) -> None:
                 calls = [partial(apply_delta.apply_delta, *pair, **options) for pair in pairs]
                 rated(f"apply_delta {kind}", shape, size, calls, config)
             del pairs
+
+
+def device_seconds(calls: Sequence[Callable[[], Any]], device: torch.device) -> float:
+    """Return the median seconds of a call on the device itself, of calls in turn; on a CPU those of every call.
+
+    A small kernel has ended before the host has queued the next, so that events around plain calls show the host. Here
+    a GPU copies until all of a batch are queued.
+
+    Raises:
+        RuntimeError: copies that last for any number of calls are still too short.
+    """
+    turns = itertools.cycle(calls)
+    if device.type != "cuda":
+        return median_seconds(lambda: next(turns)(), device, budget_seconds=0.05)
+    for _ in range(2):  # which compile and warm up
+        next(turns)()
+    copy = _copying(device)
+    copies, times = 8, []
+    while len(times) < 5:
+        with torch.cuda.device(device):
+            first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            for _ in range(copies):
+                copy()
+            first.record()
+            for _ in range(QUEUED_CALLS):
+                next(turns)()
+            last.record()
+            was_ahead = not first.query()
+            last.synchronize()
+        if was_ahead:
+            times.append(first.elapsed_time(last) / 1e3 / QUEUED_CALLS)
+        elif copies >= MAX_COPIES:
+            raise RuntimeError(f"the host queued {QUEUED_CALLS} calls in more time than {copies} copies take")
+        else:
+            copies *= 2
+    return statistics.median(times)
+
+
+def _copying(device: torch.device) -> Callable[[], Any]:
+    source = torch.empty(COPIED_BYTES, dtype=torch.uint8, device=device)
+    return partial(torch.empty_like(source).copy_, source)
+
+
+def _copy_seconds(size: int, device: torch.device) -> float:
+    """Return the seconds of a copy that reads and writes ``size`` bytes in all, rotated past the cache."""
+    source = torch.empty(1 + min(8, ROTATED_BYTES // size), size // 2, dtype=torch.uint8, device=device)
+    pairs = zip(torch.empty_like(source), source, strict=True)
+    return device_seconds([partial(into.copy_, out_of) for into, out_of in pairs], device)
 
 
 def products(rows: Rows) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 
 from benchmarks.gpu.rows import Row
@@ -90,12 +91,17 @@ def configurations(readings: Readings, stage: str, key: str) -> Iterator[tuple[s
 def _bandwidths(readings: Readings) -> Iterator[str]:
     def shown(rows: list[Row]) -> str:
         first, best = rows[0], max(rows, key=lambda row: row["of_copy"])
-        value = f"{best['of_copy']:.2f} by {best['name'].rsplit(', ')[-1]}"
+        as_large = f" / {best['of_copy_as_large']:.2f}" if "of_copy_as_large" in best else ""
+        value = f"{best['of_copy']:.2f}{as_large} by {best['name'].rsplit(', ')[-1]}"
         return value if best is first else f"{value} ({first['of_copy']:.2f})"
 
-    yield from _lines(
-        (form, f"{shape}:", shown(rows)) for form, shape, rows in configurations(readings, "bandwidths", "of_copy")
-    )
+    found = [*configurations(readings, "bandwidths", "of_copy")]
+    yield from _lines((form, f"{shape}:", shown(rows)) for form, shape, rows in found)
+    hosts: dict[str, float] = {}
+    for form, _, rows in found:
+        hosts[form] = min([hosts.get(form, math.inf), *(row.get("host_seconds", math.inf) for row in rows)])
+    if hosts:
+        yield "a call with the host, us: " + ", ".join(f"{form} {1e6 * host:.0f}" for form, host in hosts.items())
 
 
 def _products(readings: Readings) -> Iterator[str]:
@@ -181,7 +187,7 @@ SECTIONS = (
     ("correctness: rows (failed)", _correctness),
     ("ceilings, primitives: ms (relative error)", _primitives),
     ("CPU, by threads", _threads),
-    ("share of the copy: the best configuration (the one in use)", _bandwidths),
+    ("share of the copy / of a copy as large: the best configuration (the one in use)", _bandwidths),
     ("symmetric_matmul: speed over torch.matmul, TFLOP/s; errors ours / torch's", _products),
     ("profiles", _profiles),
     ("methods: ours ms; theirs ms, ratio (distance of the two)", _methods),

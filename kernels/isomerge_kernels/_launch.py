@@ -44,12 +44,12 @@ class Lines(NamedTuple):
 
     tensors: Sequence[Tensor]
     strides: list[int]
-    count: int
+    n_lines: int
     elements: int
 
     def is_aligned(self, index: int) -> bool:
-        """Return whether every line of this tensor begins at a multiple of 16 bytes, so that it can be read in vectors."""
-        apart = self.count > 1 and self.strides[index] % VECTOR_BYTES != 0
+        """Return whether every line of this tensor begins at a multiple of 16 bytes and can be read in vectors."""
+        apart = self.n_lines > 1 and self.strides[index] % VECTOR_BYTES != 0
         return not apart and self.tensors[index].data_ptr() % VECTOR_BYTES == 0
 
 
@@ -79,7 +79,7 @@ def row_view(tensor: Tensor) -> Tensor | None:
 
 
 def address_table(lines: Lines, weights: Sequence[float], tasks: Sequence[int]) -> Tensor:
-    """Return [4 T] int64 on their device, of every task: address, distance of lines, the bits of w_t in float64, itself."""
+    """Return [T, 4] int64 as one line: address, distance of lines, the bits of w_t in float64, the task."""
     rows = [(lines.tensors[task].data_ptr(), lines.strides[task], weights[task], task) for task in tasks]
     table = bytearray(struct.pack("<" + "qqdq" * len(rows), *itertools.chain.from_iterable(rows)))
     return torch.frombuffer(table, dtype=torch.int64).to(lines.tensors[0].device, non_blocking=True)

