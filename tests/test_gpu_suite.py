@@ -191,7 +191,7 @@ def readings() -> list[dict[str, Any]]:
         {"stage": "merge", "name": "task-arithmetic, again", "seconds": 1.0, "read_gb_per_s": 4.0, "uncertified": 0},
         {"stage": "products", "name": "fp64, 4096, 64x32/8/2", "failed": "out of memory"},
         *(
-            {"stage": "bandwidths", "name": f"sums, 8 x 8, {name}", "of_copy": share, "of_copy_as_large": 1.0}
+            {"stage": "bandwidths", "name": f"sums, 4096 x 4096, {name}", "of_copy": share, "of_copy_as_large": 1.0}
             | {"host_seconds": 1e-4}
             for name, share in (("2048/4", 0.8), ("1024/4", 0.9))
         ),
@@ -205,7 +205,7 @@ def test_the_summary_ends_with_what_matters_and_is_short() -> None:
     assert len(lines) <= MAX_LINES
     assert not [line for line in lines if "\n" in line]
     assert sum(map(len, lines)) < 12_000  # of which the end is seen
-    assert "sums: 8 x 8: 0.90 / 1.00 by 1024/4 (0.80)" in lines
+    assert "sums: 4096 x 4096: 0.90 / 1.00 by 1024/4 (0.80)" in lines
     assert "a call with the host, us: sums 100" in lines
     # What failed comes last; before that 32 layers of 2 + 2 + 2 + 1 matrices, FusionBench's 9 s and gesvd's 3 s.
     end = lines.index("== correctness, once more")
