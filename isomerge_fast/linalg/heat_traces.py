@@ -28,14 +28,14 @@ LAST = 8.0
 def heat_traces(h: Tensor, scale: Tensor, lower: float) -> HeatTraces:
     """Return the traces of a symmetric H [..., r, r] float64 with eigenvalues in [lower, 1] / ``scale``."""
     x = h * (FIRST * scale)[..., None, None]
-    square = sym_mm(x, x)
+    square = sym_mm(x)
     # e^(−x) = 1 − x + x²/2 + x² (x²/24 − x/6).
     power = sym_mm_add(0.5 * square - x, square, square / 24 - x / 6, gamma=1.0)
     del x, square
     traces = [power.diagonal(dim1=-2, dim2=-1).sum(-1)]
     for _ in range(math.ceil(math.log2(LAST / (FIRST * lower)))):
         if len(traces) > 1:
-            power = sym_mm(power, power)
+            power = sym_mm(power)
         traces.append(torch.linalg.vector_norm(power, dim=(-2, -1)).square())
     nodes = torch.arange(len(traces), dtype=torch.float64, device=h.device)
     times = scale[..., None] * FIRST * torch.exp2(nodes)
