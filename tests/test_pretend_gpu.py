@@ -9,7 +9,8 @@ import torch
 from pretend_gpu import CUDA, PretendGpu, PretendTensor, pretend_gpu
 from torch import Tensor
 
-from isomerge_fast.bench.problems import deltas_like_fine_tuning
+from isomerge_fast.bench.problems import Kind, deltas_like_fine_tuning
+from isomerge_fast.linalg import subspace_chebyshev
 from isomerge_fast.linalg.gram_eigh import GramEigh
 from isomerge_fast.methods import METHODS, MergeStats, TensorDeltas
 
@@ -86,6 +87,32 @@ def test_directions_that_tasks_share_do_not_stop_the_search_of_a_tall_matrix(
     with pretend_gpu() as gpu:
         _, stats = merge(gpu, "iso-cts", [delta + shared for delta in deltas])
     assert not stats.missed()
+
+
+@pytest.mark.parametrize("kind", ["decay", "noise"])
+def test_parts_of_wide_matrices_are_searched_for_where_an_eigensolver_would_take_longer(
+    monkeypatch: pytest.MonkeyPatch, kind: Kind
+) -> None:
+    monkeypatch.setattr(subspace_chebyshev, "SMALLEST_WIDE_PART", 150)
+    deltas = deltas_like_fine_tuning(800, 900, TASKS, kind)
+    eigensolver = GramEigh._top_of_projected
+    monkeypatch.setattr(GramEigh, "_top_of_projected", lambda *_: pytest.fail("all directions are computed"))
+    expected, _ = METHODS["iso-cts"](precision="reference").merge(TensorDeltas(deltas))
+    for precision, promise in (("default", 1e-5), ("fast", 1e-2)):
+        with pretend_gpu() as gpu:
+            there: list[Tensor] = [gpu.upload(delta) for delta in deltas]
+            value, stats = METHODS["iso-cts"](precision=precision).merge(TensorDeltas(there))
+        assert isinstance(value, PretendTensor)
+        assert not stats.missed()
+        assert torch.linalg.vector_norm(value.held - expected) <= promise * torch.linalg.vector_norm(expected)
+    # Where there are fewer directions than wanted.
+    monkeypatch.setattr(GramEigh, "_top_of_projected", eigensolver)
+    low = [delta[:, :6] @ delta[:6] for delta in deltas]
+    with pretend_gpu() as gpu:
+        value, stats = merge(gpu, "iso-cts", low)
+    assert not stats.missed()
+    expected, _ = METHODS["iso-cts"]().merge(TensorDeltas(low))
+    assert torch.linalg.vector_norm(value - expected) <= 1e-5 * torch.linalg.vector_norm(expected)
 
 
 def test_of_a_batch_on_a_gpu_what_missed_is_solved_again() -> None:

@@ -186,7 +186,7 @@ class GramEigh:
             # The projection's own rounding: what it hides, and what it turns at the cut.
             rounding = torch.finfo(self.parts_dtype).eps * norm
             noise = torch.maximum(tolerance, 4.0 * rounding)
-            part = GramEigh(self.parts_dtype).top_subspace(projected, s, tolerance=tolerance, dtype=torch.float64)
+            part = self._top_of_projected(projected, s, tolerance)
             visible = part.sigma > noise[..., None]
             return replace(
                 part,
@@ -225,6 +225,10 @@ class GramEigh:
             unresolved=unresolved,
             wide=False,
         )
+
+    def _top_of_projected(self, projected: Tensor, s: int, tolerance: Tensor) -> Subspace:
+        """Return the top s triplets of C = Q_cᵀ Δ, float64 vectors."""
+        return GramEigh(self.parts_dtype).top_subspace(projected, s, tolerance=tolerance, dtype=torch.float64)
 
     def workspace_bytes(self, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> int:
         """Peak bytes beyond the input: the result, a few r x r (eigh's copy, vectors and 2 r² of work), blocks."""

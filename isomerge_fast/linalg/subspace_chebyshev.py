@@ -1,4 +1,4 @@
-"""Batched randomized SVD for the task parts of tall matrices: a Chebyshev-filtered block Krylov space, certified.
+"""Batched randomized SVD for task parts: a Chebyshev-filtered block Krylov space, certified.
 
 A task of a tall matrix [M, N], M > N, gives s ≈ 0.025 N directions (T = 8): factoring its N x N Gram matrix to the last
 eigenvector is wasted. A random block of s + p columns is pushed through polynomials of G = RᵀR that damp the unwanted
@@ -13,6 +13,9 @@ matrix of what is left of one. At 14336 x 4096 a float32 search may find nothing
 The last Rayleigh-Ritz step and the residual are float64 products of the few columns with the data itself, which rotates
 those near the cut right and says honestly how far the rest are off. Where that is not good enough, the exact solver
 takes over.
+
+Of a wide matrix a task's part is that of (r − k) x N numbers, whose Gram matrix has no cancellations and a fifth of the
+tall one's side: there an eigensolver has little to do, unless a GPU goes through its columns one by one.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ from ..ops import mm, mm_add, sym_mm_add, traits_of
 from .certificate import fixed_draw
 from .cusolver import eigh
 from .gram_eigh import GramEigh
-from .protocol import Subspace, reciprocal, relative_gap
+from .protocol import Subspace, reciprocal, relative_gap, rounding_angle
 from .sides import block_elements, long_product, short_gram, short_product
 from .thin import flagged_qr
 
@@ -44,6 +47,9 @@ EXACT_SHARE = 0.3
 # columns wide, and cuSOLVER solves up to 128 in one block of threads each (H200: 8 of side 111 in 1 ms, of side 152 in
 # 8). The wider a block is beyond s, the fewer products are needed.
 FREE_WIDTHS = (64, 128)
+# Sides of wide task parts from which a search of a batch takes a GPU less time than its eigensolver (H200: 8 of side
+# 816 in 50 to 70 ms, of side 512 in 23; a Ritz step takes 4 to 5, and 3 to 5 are needed).
+SMALLEST_WIDE_PART = 512
 # Up to this size Δ is converted to float64 once (32 MiB), and not by every product that needs it.
 CONVERTED_ELEMENTS = 1 << 22
 
@@ -251,6 +257,38 @@ class ChebyshevSubspace(GramEigh):
         if found is None:
             return super().residual_subspace(delta, total, common, s, norm=norm, tolerance=tolerance)
         return found
+
+    def _top_of_projected(self, projected: Tensor, s: int, tolerance: Tensor) -> Subspace:
+        """See ``GramEigh``; searched for in float64 where that is faster. One read of the device beside the search's."""
+        side, device = projected.shape[-2], projected.device
+        width = self.block_width(side, s, device)
+        is_exact = search_dtype(torch.float32, device) == torch.float64
+        if not is_exact or side < SMALLEST_WIDE_PART or width > side // 4:
+            return super()._top_of_projected(projected, s, tolerance)
+        gram = short_gram(projected)
+        noise = self.noise * gram.diagonal(dim1=-2, dim2=-1).sum(-1)
+        ritz = filtered_block(gram, s, noise=noise, angle=EXACT_SHARE * self.angle, oversampling=width - s)
+        del gram
+        if ritz is None:
+            return super()._top_of_projected(projected, s, tolerance)
+        sigma, blur = ritz.values.sqrt(), self._blur(ritz.values.sqrt())
+        kept = sigma[..., :s]
+        bound = angle_bound(ritz, torch.full(kept.shape[:-1], s, device=device))
+        # What is near zero, or hidden, is for a solver that computes all directions.
+        limit = torch.maximum(tolerance.double(), (2.0 * blur).sqrt())
+        if not bool(((bound <= self.angle) & (kept[..., -1] > limit)).all()):
+            return super()._top_of_projected(projected, s, tolerance)
+        top = ritz.vectors[..., :, :s]
+        return Subspace(
+            short=top,
+            long=long_product(projected, top / kept[..., None, :], torch.float64),
+            sigma=kept,
+            complement=None,
+            gap=relative_gap(sigma, s),
+            angle=bound + rounding_angle(sigma, s, tolerance, blur),
+            unresolved=torch.zeros(kept.shape[:-1], dtype=torch.int64, device=device),
+            wide=True,
+        )
 
     def _refined(
         self,
