@@ -259,7 +259,7 @@ class ChebyshevSubspace(GramEigh):
         return found
 
     def _top_of_projected(self, projected: Tensor, s: int, tolerance: Tensor) -> Subspace:
-        """See ``GramEigh``; searched for in float64 where that is faster. One read of the device beside the search's."""
+        """See ``GramEigh``; searched for in float64 where that is faster, with one read of the device more."""
         side, device = projected.shape[-2], projected.device
         width = self.block_width(side, s, device)
         is_exact = search_dtype(torch.float32, device) == torch.float64
