@@ -112,14 +112,14 @@ def cpu_threads(rows: Rows) -> None:
     for shape in SMALL if rows.small else VIT:
         deltas = deltas_like_fine_tuning(*shape, TASKS, "decay")
         for name in NAMES:
-            alone = float("nan")
+            alone: float | None = None
             for threads in sorted({1, *(count for count in (4, 16) if count <= available)}):
                 torch.set_num_threads(threads)
                 call = partial(make_method(name).merge, TensorDeltas(deltas))
 
-                def measured(threads: int = threads, call: Any = call, alone: float = alone) -> dict[str, Any]:
+                def measured(threads: int = threads, call: Any = call, alone: float | None = alone) -> dict[str, Any]:
                     seconds = median_seconds(call, cpu, budget_seconds=0.5, rounds=5)
-                    return {"threads": threads, "seconds": seconds, "speedup": alone / seconds}
+                    return {"threads": threads, "seconds": seconds, "speedup": (alone or seconds) / seconds}
 
                 found = rows.attempt(f"{name} {named(shape)}, {threads} threads", measured)
                 if threads == 1:

@@ -17,6 +17,7 @@ from benchmarks.gpu.shapes import DTYPES, TASKS, named
 from isomerge_fast.bench.ceilings import copy_rate, float32_matmul, matmul_rate, median_seconds, transfer_rates
 from isomerge_fast.bench.problems import relative_error
 from isomerge_kernels import apply_delta, symmetric_matmul, task_sum
+from isomerge_kernels.devices import traits_of
 
 # To a pass over bytes 4096 x 14336 is 14336 x 4096.
 BANDWIDTH_SHAPES = ((4096, 4096), (1024, 4096), (14336, 4096))
@@ -144,7 +145,7 @@ def _copy_seconds(size: int, device: torch.device) -> float:
 
 
 def products(rows: Rows) -> None:
-    """symmetric_matmul in every configuration beside torch.matmul of the same matrix, with both errors."""
+    """symmetric_matmul in every configuration, that in use first, beside torch.matmul of the same, with both errors."""
     device = torch.device(rows.device)
     for side in (128,) if rows.small else (4096, 1280, 2048, 1024, 3072, 8192):
         for key, configs in symmetric_matmul.CONFIGS.items():
@@ -153,6 +154,8 @@ def products(rows: Rows) -> None:
                 continue
             a = torch.randn(side, side, device=device).to(dtype)
             precision = key if dtype == torch.float32 and device.type == "cuda" else "ieee"
+            used = symmetric_matmul.default_config(key, traits_of(device).capability, side * side)
+            configs = (used, *(config for config in configs if config != used))
             _beside_torch(rows, key, configs, lambda a=a: a @ a.mT, _judged_product(a, a.mT), (a,), precision=precision)
             if key == "fp64" and side <= 4096:  # the product of two polynomials that a polar iteration adds to a third
                 x = a / side**0.5

@@ -29,8 +29,8 @@ SMALLEST_ASPECT = 2
 # Rows are gathered until S_b holds this many elements (4 MiB in float64), and are at least so many: N x N sums are read
 # and written once for all of them.
 CHUNK_ELEMENTS, LEAST_ROWS = 1 << 19, 256
-# On a GPU: 1024 rows of 4096 are multiplied in six times the time that their N x N sum takes to be read and written (an
-# estimate: no GPU has been at hand), and each task has such a chunk.
+# On a GPU: 1024 rows of 4096 are multiplied in six times the time that their N x N sum takes to be read and written (by
+# the rates of an H200's products and copies; not timed), and each task has such a chunk.
 GPU_CHUNK_ELEMENTS = 1 << 22
 # Relative error that float64 Gram matrices and float32 products may leave each.
 ROUNDING = GramEigh().rounding
