@@ -103,9 +103,9 @@ class FullSvd:
 
 def thin_svd(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return U, σ, Vᵀ of X in float64."""
-    # Of cuSOLVER torch takes Jacobi's gesvdj unless asked, whose vectors are off: of a 4096 x 4096 sum in float32 by 2e-3
-    # on an H200, where QR's gesvd leaves 8e-6 in 1.2 s instead of 1.0. (gesvda's leaves 4e-7 in 0.1 s; whether it keeps
-    # small directions in float64 has not been seen.)
+    # Of cuSOLVER torch takes Jacobi's gesvdj unless asked, whose vectors are off: of a 4096 x 4096 sum in float32 by
+    # 2e-3 on an H200, where QR's gesvd leaves 8e-6 in 1.2 s instead of 1.0. (gesvda's leaves 4e-7 in 0.1 s; whether it
+    # keeps small directions in float64 has not been seen.)
     driver = "gesvd" if traits_of(x.device).capability is not None else None
     return torch.linalg.svd(x.double(), full_matrices=False, driver=driver)
 
