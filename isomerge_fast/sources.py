@@ -76,7 +76,7 @@ class PlannedSource:
             self._read = ahead.take()
             self._to_take -= ahead is self._ahead
             self.read_bytes += sum(tensor.nbytes for tensor in self._read)
-            # No copy: they are there. But with one thread glibc fills two arenas more, 130 MB, where torch is not called.
+            # No copy: they are there. But with one thread glibc fills two arenas more, 130 MB, unless torch is called.
             return [tensor.to(self.device) for tensor in self._read]
 
 
