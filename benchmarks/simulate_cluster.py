@@ -18,7 +18,8 @@ from pathlib import Path
 from benchmarks.headers import MODELS, config_of
 from isomerge_fast.forecast import Forecast, forecast, unit_loads
 from isomerge_fast.loads import Load, Rates, load_of
-from isomerge_fast.plan import Plan, make_plan
+from isomerge_fast.plan import Plan
+from isomerge_fast.planner import make_plan
 
 DOCUMENTED = ("llama-3-70b", "glm-4.5")
 TASKS, METHOD = 8, "iso-c"

@@ -13,7 +13,8 @@ from .checkpoint.manifest import MANIFEST_FILE, Manifest, file_name, read_manife
 from .config import MergeConfig, load_config, recorded_config
 from .engine import resolve_device, run
 from .errors import ConfigError, InputError, VerificationError
-from .plan import DELTA_FOLDER, Plan, TensorPlan, make_plan
+from .plan import DELTA_FOLDER, Plan, TensorPlan
+from .planner import make_plan
 from .report import Observer, Report
 
 __all__ = ["apply", "merge"]

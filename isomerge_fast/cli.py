@@ -324,7 +324,8 @@ def plan(
         from .console import print_plan
         from .engine import resolve_device
         from .loads import estimate_seconds
-        from .plan import check_resources, make_plan
+        from .plan import check_resources
+        from .planner import make_plan
 
         rates = {
             "--flops": flops,
@@ -492,7 +493,8 @@ def bench(
             answer(format, found, lambda: print_bench(found))
             return
         from .bench.estimate import estimate_merge
-        from .plan import check_resources, make_plan
+        from .plan import check_resources
+        from .planner import make_plan
 
         if tasks is not None:
             raise ConfigError("--tasks is for a bench without a merge; a merge has as many as it has experts")

@@ -16,7 +16,7 @@ from . import ops
 from .errors import ConfigError, InputError
 from .methods import Method, NotFiniteError, OutOfRangeError, TensorSpec, as_deltas, make_method, method_for
 from .methods.protocol import check_factors, require_matrices
-from .plan import tensor_seed
+from .planner import tensor_seed
 
 Array = Tensor | np.ndarray
 

@@ -47,7 +47,8 @@ from .errors import (
 )
 from .finishing import read_report
 from .methods import NotFiniteError, RowBlock, TensorDeltas, make_method
-from .plan import DELTA_FOLDER, Plan, TensorPlan, make_plan, scaling_folders
+from .plan import DELTA_FOLDER, Plan, TensorPlan, scaling_folders
+from .planner import make_plan
 from .routes import ADAPTER
 
 # What the merged delta may differ by, relative to its norm: the promise of the default precision, ten times over.

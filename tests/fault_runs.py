@@ -149,7 +149,7 @@ def merged(config: dict[str, Any], *, units: int = 0, **options: Any) -> Outcome
     from isomerge_fast.config import load_config
     from isomerge_fast.engine import run
     from isomerge_fast.errors import IsomergeError, LostWritesError
-    from isomerge_fast.plan import make_plan
+    from isomerge_fast.planner import make_plan
 
     try:
         if units:

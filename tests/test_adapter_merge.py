@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 import isomerge_fast as imf
 from isomerge_fast.cli import app
 from isomerge_fast.config import load_config
-from isomerge_fast.plan import make_plan
+from isomerge_fast.planner import make_plan
 from isomerge_fast.report import Progress
 from isomerge_fast.verify import verify
 

@@ -23,7 +23,8 @@ from isomerge_fast.bench.short import Shape, measure_short
 from isomerge_fast.cli import app
 from isomerge_fast.engine import run
 from isomerge_fast.errors import VerificationError
-from isomerge_fast.plan import Plan, make_plan
+from isomerge_fast.plan import Plan
+from isomerge_fast.planner import make_plan
 
 CPU = torch.device("cpu")
 TINY = (Shape(48, 48, "square"), Shape(40, 80, "wide"), Shape(80, 40, "tall"), Shape(48, 48, "GPU", on_cpu=False))

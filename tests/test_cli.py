@@ -19,7 +19,7 @@ import isomerge_fast as imf
 from isomerge_fast.cli import app, parse_bytes
 from isomerge_fast.console import group_tensors
 from isomerge_fast.errors import ConfigError
-from isomerge_fast.plan import make_plan
+from isomerge_fast.planner import make_plan
 
 
 def isomerge(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:

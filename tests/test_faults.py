@@ -33,7 +33,8 @@ from isomerge_fast.checkpoint.staging import run_folders
 from isomerge_fast.checkpoint.writer import ShardWriter
 from isomerge_fast.config import MergeConfig
 from isomerge_fast.methods import as_deltas
-from isomerge_fast.plan import check_resources, make_plan
+from isomerge_fast.plan import check_resources
+from isomerge_fast.planner import make_plan
 from isomerge_fast.verify import verify
 
 HERE = Path(__file__).resolve().parent

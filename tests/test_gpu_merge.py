@@ -18,7 +18,7 @@ from isomerge_fast.checkpoint.ring import Ring
 from isomerge_fast.checkpoint.writer import ShardWriter
 from isomerge_fast.engine import resolve_device, run
 from isomerge_fast.methods import IsoC, IsoCTS, Method, TensorSpec
-from isomerge_fast.plan import make_plan
+from isomerge_fast.planner import make_plan
 from isomerge_fast.routes import RESIDENT, STREAMED, Traffic, budgets, choose_route
 from isomerge_fast.verify import verify
 

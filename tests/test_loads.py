@@ -18,7 +18,8 @@ from benchmarks.headers import MODELS, Shapes, config_of, save_headers
 from isomerge_fast.config import MergeConfig
 from isomerge_fast.forecast import forecast, unit_loads
 from isomerge_fast.loads import LEAST_SECONDS, UNITS_A_WORKER, Load, Rates, divide, load_of
-from isomerge_fast.plan import Plan, TensorPlan, make_plan
+from isomerge_fast.plan import Plan, TensorPlan
+from isomerge_fast.planner import make_plan
 
 METHODS = ("iso-c", "iso-cts", "task-arithmetic")
 WORKERS = st.integers(1, 300)

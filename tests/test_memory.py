@@ -13,7 +13,7 @@ import torch
 from checkpoints import save_folder
 
 from benchmarks.headers import config_of, save_headers
-from isomerge_fast import plan as planning
+from isomerge_fast import planner as planning
 from isomerge_fast import routes
 from isomerge_fast.engine import run
 

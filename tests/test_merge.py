@@ -23,7 +23,7 @@ from isomerge_fast.checkpoint.manifest import to_json
 from isomerge_fast.checkpoint.staging import run_folders
 from isomerge_fast.errors import ConfigError, InputChangedError
 from isomerge_fast.methods import MergeStats
-from isomerge_fast.plan import make_plan
+from isomerge_fast.planner import make_plan
 from isomerge_fast.report import PHASES, Progress
 from isomerge_fast.verify import verify
 

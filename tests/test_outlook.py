@@ -16,7 +16,8 @@ from isomerge_fast.bench.outlook import SAMPLE_BYTES, measure_rates, predict, re
 from isomerge_fast.config import MergeConfig
 from isomerge_fast.console import print_report
 from isomerge_fast.loads import Rates, load_of
-from isomerge_fast.plan import Plan, make_plan
+from isomerge_fast.plan import Plan
+from isomerge_fast.planner import make_plan
 from isomerge_fast.report import Report
 
 CPU = torch.device("cpu")

@@ -24,7 +24,8 @@ from isomerge_fast.checkpoint.journal import Entries
 from isomerge_fast.checkpoint.staging import Staging, run_folders, staging_folder
 from isomerge_fast.config import load_config
 from isomerge_fast.engine import OneProcess
-from isomerge_fast.plan import Plan, make_plan
+from isomerge_fast.plan import Plan
+from isomerge_fast.planner import make_plan
 from isomerge_fast.report import Observer
 from isomerge_fast.unit import Job, UnitResult
 from isomerge_fast.verify import verify

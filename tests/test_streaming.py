@@ -32,7 +32,8 @@ from isomerge_fast.checkpoint.write_behind import WriteBehind
 from isomerge_fast.checkpoint.writer import OutputTensor, ShardWriter, create_shard, tensor_bytes
 from isomerge_fast.engine import run
 from isomerge_fast.methods import IsoC, Mean, Method, TensorSpec
-from isomerge_fast.plan import Plan, TensorPlan, make_plan
+from isomerge_fast.plan import Plan, TensorPlan
+from isomerge_fast.planner import make_plan
 from isomerge_fast.routes import BY_ROWS, COPY, RESIDENT, STREAMED, Budget, Route, Traffic, budgets, choose_route
 from isomerge_fast.sources import TensorSource, bundle_of, first_pass
 from isomerge_fast.transfers import Download, Uploads
@@ -538,7 +539,7 @@ def test_what_is_read_in_all_is_what_was_planned(
     def choose(*given: Any) -> Route:
         return next(found for found in routes._routes(*given) if found.name == route)
 
-    monkeypatch.setattr("isomerge_fast.plan.choose_route", choose)
+    monkeypatch.setattr("isomerge_fast.planner.choose_route", choose)
     base, *experts = [
         str(save_folder(tmp_path / str(index), {"w": torch.randn(300, 64)})) for index in range(tasks + 1)
     ]

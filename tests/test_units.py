@@ -30,7 +30,8 @@ from isomerge_fast.checkpoint.staging import run_folders
 from isomerge_fast.checkpoint.writer import OutputTensor, ShardWriter, create_shard
 from isomerge_fast.config import load_config
 from isomerge_fast.engine import run
-from isomerge_fast.plan import Plan, make_plan
+from isomerge_fast.plan import Plan
+from isomerge_fast.planner import make_plan
 from isomerge_fast.report import Observer
 from isomerge_fast.unit import Job, Unit, UnitResult, merge_unit
 

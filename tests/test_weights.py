@@ -14,7 +14,8 @@ from checkpoints import load_folder, make_family, save_folder
 import isomerge_fast as imf
 from isomerge_fast.config import load_config
 from isomerge_fast.methods import RowBlock
-from isomerge_fast.plan import PROCESS_BYTES, make_plan
+from isomerge_fast.plan import PROCESS_BYTES
+from isomerge_fast.planner import make_plan
 from isomerge_fast.verify import verify
 
 MB = 10**6

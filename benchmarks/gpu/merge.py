@@ -17,7 +17,7 @@ from isomerge_fast.bench import published
 from isomerge_fast.bench.problems import relative_error
 from isomerge_fast.config import MergeConfig
 from isomerge_fast.engine import run
-from isomerge_fast.plan import make_plan
+from isomerge_fast.planner import make_plan
 
 MAX_VRAM = 8 << 30
 LAYERS, SCALING = 2, 0.5

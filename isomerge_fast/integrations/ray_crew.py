@@ -36,7 +36,8 @@ from ..errors import (
     UnreadableError,
 )
 from ..loads import assumed_rates, divide
-from ..plan import Plan, make_plan
+from ..plan import Plan
+from ..planner import make_plan
 from ..report import Observer, Progress
 from ..unit import Job, Unit, UnitResult, merge_unit
 from .peers import RAY, is_ray_address, require_at_least
