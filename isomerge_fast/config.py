@@ -6,12 +6,13 @@ import fnmatch
 import json
 import math
 import os
+import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from .errors import ConfigError, nearest, shown
+from .errors import ConfigError, InputError, nearest, shown
 from .mergekit_recipe import is_recipe, read_recipe
 from .regular_files import read_regular
 from .schema import check
@@ -51,8 +52,8 @@ class MergeConfig:
     """What to merge, how, and where to.
 
     Attributes:
-        base, experts: Hugging Face checkpoint folders, or bare ``.safetensors`` files. Relative to the working folder.
-            Experts may all be LoRA adapter folders (``adapter_config.json``) instead.
+        base, experts: Hugging Face checkpoint folders, or bare ``.safetensors`` files. Relative to the working folder;
+            ``load_config`` expands ``~``. Experts may all be LoRA adapter folders (``adapter_config.json``) instead.
         out: folder to write; None for a plan only.
         method: iso-c, iso-cts, mean or task-arithmetic.
         scaling: the paper's α in θ = θ₀ + α·Δ; or several, each an output ``scaling-<α>`` of one decomposition.
@@ -151,7 +152,8 @@ def load_config(source: str | os.PathLike[str] | Mapping[str, Any] | MergeConfig
 
     Raises:
         ConfigError: unknown key (with the nearest known one), wrong type, or a value out of range; names the file and
-        key.
+            key.
+        InputError: paths of the file that are there from its own folder only.
     """
     changes = _plain({key: value for key, value in changes.items() if value is not None})
     if isinstance(source, MergeConfig):
@@ -163,7 +165,36 @@ def load_config(source: str | os.PathLike[str] | Mapping[str, Any] | MergeConfig
         raw = _read_yaml(Path(source))
     if is_recipe(raw):
         raw = read_recipe(raw, where)
-    return _checked(_validate({**raw, **changes}, where), where)
+    config = _at_home(_checked(_validate({**raw, **changes}, where), where))
+    if isinstance(source, str | os.PathLike):
+        _check_places(config, Path(source))
+    return config
+
+
+# ``~`` and ``~user``, as a shell takes them.
+_HOME = re.compile(r"~[A-Za-z0-9._-]*(/.*)?", re.DOTALL)
+
+
+def _at_home(config: MergeConfig) -> MergeConfig:
+    """Return the config with ``~`` at the start of a path expanded, as a shell does it and YAML does not."""
+    paths = {"base": config.base, "experts": config.experts, "out": config.out}
+
+    def expanded(path: Any) -> Any:
+        if isinstance(path, list):
+            return [expanded(each) for each in path]
+        return os.path.expanduser(path) if path is not None and _HOME.fullmatch(path) else path
+
+    return replace(config, **{key: expanded(path) for key, path in paths.items()})
+
+
+def _check_places(config: MergeConfig, file: Path) -> None:
+    """Raise InputError where a path of a YAML file is right from the file's folder, and not from the working folder."""
+    for path in (config.base, *config.experts):
+        beside = file.parent / path
+        if not os.path.lexists(path) and os.path.lexists(beside):
+            raise InputError(
+                f"{file}: {path} is not there, but {beside} is; paths are relative to the folder that isomerge runs in"
+            )
 
 
 def _plain(raw: Mapping[str, Any]) -> dict[str, Any]:

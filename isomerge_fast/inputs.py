@@ -4,18 +4,39 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from .checkpoint.adapter import Adapter, base_name, is_adapter, misfits, open_adapter
+from .checkpoint.adapter import Adapter, base_name, is_adapter, open_adapter
 from .checkpoint.adapter_output import unwritable
-from .checkpoint.layout import COPIED_DTYPES, FLOAT_DTYPES, TOKEN_TABLES, Checkpoint, StoredTensor, open_checkpoint
+from .checkpoint.bare_lora import bare_lora
+from .checkpoint.buffers import Buffers, settle_buffers, without
+from .checkpoint.fit import in_turn, problems_of
+from .checkpoint.layout import COPIED_DTYPES, FLOAT_DTYPES, Checkpoint, StoredTensor, open_checkpoint
+from .checkpoint.quantized import quantized
 from .checkpoint.staging import staging_folder
 from .config import MergeConfig
 from .errors import ConfigError, InputError, first_of
 
 
-def open_inputs(config: MergeConfig) -> tuple[Checkpoint, tuple[Checkpoint, ...], dict[str, StoredTensor]]:
-    """(the base, the experts, tensors that one expert alone has and that are to be copied).
+@dataclass(frozen=True)
+class Inputs:
+    """What is merged.
+
+    Attributes:
+        experts: without the buffers that are not merged.
+        extras: tensors that one expert alone has and that are to be copied.
+        buffers: which those are that are not merged.
+    """
+
+    base: Checkpoint
+    experts: tuple[Checkpoint, ...]
+    extras: dict[str, StoredTensor]
+    buffers: Buffers
+
+
+def open_inputs(config: MergeConfig) -> Inputs:
+    """Return the base and the experts, opened, when they fit each other.
 
     Raises:
         ConfigError: options for another kind of experts; an output folder that is an input.
@@ -24,17 +45,23 @@ def open_inputs(config: MergeConfig) -> tuple[Checkpoint, tuple[Checkpoint, ...]
     if is_adapter(config.base):
         raise InputError(f"{config.base}: a LoRA adapter; the base is the checkpoint that it was trained on")
     base = open_checkpoint(config.base)
-    experts = _open_experts(config, base)
+    opened = _open_experts(config, base)
     if config.out is not None:
-        check_out(Path(config.out), [base, *experts])
-    problems = [problem for expert in experts for problem in _mismatches(base, expert, config.on_extra)]
-    problems += _disagreements([expert for expert in experts if isinstance(expert, Adapter)], config)
-    extras, conflicts = _extras(base, experts) if config.on_extra == "copy" else ({}, [])
-    problems += conflicts
-    problems += [problem for checkpoint in (base, *experts) for problem in _unmergeable(checkpoint)]
+        check_out(Path(config.out), [base, *opened])
+    unmergeable = {str(each.path): why for each in (base, *opened) if (why := _unmergeable(each)) is not None}
+    groups = [[why] for why in unmergeable.values()]
+    experts, buffers, extras = opened, Buffers(), {}
+    if str(base.path) not in unmergeable:
+        mergeable = [expert for expert in opened if str(expert.path) not in unmergeable]
+        experts, buffers = settle_buffers(base, mergeable)
+        extras, conflicts = _extras(base, experts) if config.on_extra == "copy" else ({}, [])
+        adapters = [expert for expert in experts if isinstance(expert, Adapter)]
+        weights = without(base, buffers.from_base)
+        groups += [*problems_of(weights, experts, config.on_extra), [*_disagreements(adapters, config), *conflicts]]
+    problems = in_turn(groups)
     if problems:
         raise InputError(f"{len(problems)} problem(s) found before any output was written:", first_of(problems))
-    return base, experts, extras
+    return Inputs(base, experts, extras, buffers)
 
 
 def check_out(out: Path, inputs: Iterable[Checkpoint]) -> None:
@@ -123,37 +150,6 @@ def last_part(name: str | None) -> str:
     return (name or "").rstrip("/").rpartition("/")[2].lower()
 
 
-def _mismatches(base: Checkpoint, expert: Checkpoint, on_extra: str) -> Iterable[str]:
-    """Problems of one expert against the base."""
-    is_adapter = isinstance(expert, Adapter)
-    if isinstance(expert, Adapter):
-        yield from misfits(base, expert)
-    for name, stored in base.tensors.items():
-        other = expert.tensors.get(name)
-        if other is None and (is_adapter or stored.dtype in COPIED_DTYPES):
-            continue  # position_ids and the like, which older releases saved and newer do not: the base has them
-        if other is None:
-            tied = bool((expert.config or {}).get("tie_word_embeddings")) and "lm_head" in name
-            hint = " (the expert ties its word embeddings; save base and experts with the same tying)" if tied else ""
-            yield f"{expert.path}: tensor {name!r} {list(stored.shape)} of the base {base.path} is missing{hint}"
-        elif other.shape != stored.shape:
-            vocabulary = TOKEN_TABLES.search(name) and stored.shape[1:] == other.shape[1:]
-            hint = " (another vocabulary size?)" if vocabulary else ""
-            yield (
-                f"{expert.path}: tensor {name!r} has shape {list(other.shape)}, "
-                f"in the base {base.path} {list(stored.shape)}{hint}"
-            )
-        elif (other.dtype in FLOAT_DTYPES) != (stored.dtype in FLOAT_DTYPES):
-            yield f"{expert.path}: tensor {name!r} is {other.dtype}, in the base {base.path} {stored.dtype}"
-    if on_extra == "error":
-        for name in expert.tensors.keys() - base.tensors.keys():
-            shape = list(expert.tensors[name].shape)
-            yield (
-                f"{expert.path}: tensor {name!r} {shape} is not in the base {base.path} "
-                "(on_extra: ignore leaves it out, copy takes it)"
-            )
-
-
 def _extras(base: Checkpoint, experts: tuple[Checkpoint, ...]) -> tuple[dict[str, StoredTensor], list[str]]:
     """(tensors that one expert alone has; problems with those that several have: headers do not tell if they agree)."""
     owners: dict[str, list[StoredTensor]] = {}
@@ -161,22 +157,24 @@ def _extras(base: Checkpoint, experts: tuple[Checkpoint, ...]) -> tuple[dict[str
         for name, stored in sorted(expert.tensors.items(), key=lambda item: (str(item[1].file), item[1].start)):
             if name not in base.tensors:
                 owners.setdefault(name, []).append(stored)
+    shared = {name: found for name, found in owners.items() if len(found) > 1}
     problems = []
-    for name, found in owners.items():
-        if len(found) > 1:
-            where = ", ".join(f"{stored.dtype}{list(stored.shape)} in {stored.file}" for stored in found)
-            problems.append(f"tensor {name!r} is not in the base, and not in one expert alone: {where}")
+    for name, found in shared.items():
+        where = ", ".join(f"{stored.dtype}{list(stored.shape)} in {stored.file}" for stored in found)
+        which = f"tensor {name!r} is" if len(shared) == 1 else f"{len(shared)} tensors, such as {name!r}, are"
+        problems.append(f"{which} not in the base, and not in one expert alone: {where}")
+        break
     return {name: found[0] for name, found in owners.items() if len(found) == 1}, problems
 
 
-def _unmergeable(checkpoint: Checkpoint) -> Iterable[str]:
-    """Weights that arithmetic on the stored numbers would silently ruin."""
-    quantized = (checkpoint.config or {}).get("quantization_config")
-    if quantized:
-        kind = quantized.get("quant_method", "unknown") if isinstance(quantized, dict) else quantized
-        yield f"{checkpoint.path}: quantized weights ({kind}) cannot be merged; dequantize them first"
-        return
+def _unmergeable(checkpoint: Checkpoint) -> str | None:
+    """Return why arithmetic on a checkpoint's stored numbers would silently ruin it; None where it would not."""
+    why = quantized(checkpoint) or bare_lora(checkpoint)
+    if why is not None:
+        return why
     mergeable = FLOAT_DTYPES | COPIED_DTYPES
-    for stored in checkpoint.tensors.values():
-        if stored.dtype not in mergeable:
-            yield f"{checkpoint.path}: tensor {stored.name!r} is {stored.dtype}, which cannot be merged"
+    found = [stored for stored in checkpoint.tensors.values() if stored.dtype not in mergeable]
+    if not found:
+        return None
+    more = f", and {len(found) - 1} more are likewise" if len(found) > 1 else ""
+    return f"{checkpoint.path}: tensor {found[0].name!r} is {found[0].dtype}, which cannot be merged{more}"

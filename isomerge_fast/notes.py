@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable
 
 from .checkpoint.adapter import Adapter, base_name
+from .checkpoint.buffers import Buffers
 from .checkpoint.companions import code_files
 from .checkpoint.layout import (
     FLOAT_DTYPES,
@@ -48,6 +49,7 @@ def notes_of(plan: Plan) -> Iterable[str]:
         if tensor.name in base.tensors
     ):
         yield "integer and boolean tensors come from the base"
+    yield from _of_buffers(plan.buffers)
     paths = [os.path.realpath(expert.path) for expert in experts]
     for expert in experts:
         trained_on = base_name(expert) if isinstance(expert, Adapter) else None
@@ -66,3 +68,16 @@ def notes_of(plan: Plan) -> Iterable[str]:
             yield f"{expert.path} is a {other!r} model, the base a {mine!r}; their tensors fit all the same"
     if config.dtype in ("float16", "bfloat16") and any(tensor.base.dtype in ("F32", "F64") for tensor in tensors):
         yield f"float tensors are rounded to {config.dtype}; the base is wider"
+
+
+def _of_buffers(buffers: Buffers) -> Iterable[str]:
+    """Yield what becomes of buffers that base and experts do not have alike."""
+    computed = "buffer(s) that the model computes for itself"
+    for found, what, becomes in (
+        (buffers.from_base, computed, "are the base's: experts lack them, or have others"),
+        (buffers.left_out, computed, "are left out: the base lacks them"),
+        (buffers.others, "integer or boolean tensor(s)", "are the base's all the same"),
+    ):
+        if found:
+            example = f"{found[0].name!r} {found[0].dtype} {list(found[0].shape)} in {found[0].file}"
+            yield f"{len(found)} {what}, such as {example}, {becomes}"

@@ -13,6 +13,7 @@ import torch
 
 from .checkpoint.adapter import Adapter, LoraPair
 from .checkpoint.adapter_output import merged_settings
+from .checkpoint.buffers import Buffers
 from .checkpoint.direct_io import READ_BYTES
 from .checkpoint.layout import (
     Checkpoint,
@@ -152,6 +153,7 @@ class Plan:
     arithmetic: str  # see ``describe_arithmetic``
     device_bytes: int  # that a merge may take of the GPU it is planned for; 0 on a CPU
     notes: tuple[str, ...] = field(default=())
+    buffers: Buffers = field(default=Buffers())  # that are not merged, since base and experts disagree about them
 
     @property
     def has_adapters(self) -> bool:

@@ -70,7 +70,8 @@ def make_plan(
     device = device or torch.device("cpu")
     method = make_method(config.method, config.options)
     overrides = [(override.match, make_method(override.method, override.options)) for override in config.overrides]
-    base, experts, extras = open_inputs(config)
+    inputs = open_inputs(config)
+    base, experts, extras = inputs.base, inputs.experts, inputs.extras
     order = sorted(base.tensors.values(), key=lambda stored: (str(stored.file), stored.start))
     if config.adapter_rank is not None:
         order = [stored for stored in order if any(touches(expert, stored.name) for expert in experts)]
@@ -97,6 +98,7 @@ def make_plan(
         metadata,
         describe_arithmetic(device),
         usable_memory_bytes(device),
+        buffers=inputs.buffers,
     )
     return replace(made, notes=tuple(notes_of(made)))
 
@@ -156,7 +158,8 @@ class _Fate:
             if is_extra:
                 self.reason = f"not in the base: copied from {stored.file}"
             elif is_float and not touched:
-                self.reason = "in no adapter: copied from the base"
+                whose = "in no adapter" if any(isinstance(expert, Adapter) for expert in experts) else "a buffer"
+                self.reason = f"{whose}: copied from the base"
             self.spec = TensorSpec(name, stored.shape, torch.float32)
         else:
             if any(isinstance(expert, Adapter) and name in expert.pairs for expert in experts):

@@ -161,9 +161,9 @@ def test_names(tmp_path: Path, tensors: dict[str, Tensor], removed: str, added: 
 def test_a_prefix_has_to_fit_all_pairs(tmp_path: Path, base: Checkpoint) -> None:
     adapter = read(tmp_path, base, {**linear("layers.0.q", 8, 6), **linear("layers.0.w", 8, 6)})
     assert list(adapter.pairs) == ["layers.0.q.weight", "layers.0.w.weight"]
-    (first, second) = misfits(base, adapter)
-    assert "'layers.0.q.weight' [8, 6]" in first
-    assert "'layers.0.w.weight' [8, 6]" in second
+    assert list(misfits(base, adapter)) == [
+        f"2 tensors that it changes are not in the base {base.path}, such as 'layers.0.q.weight'"
+    ]
 
 
 def test_a_prefix_that_could_be_two(tmp_path: Path) -> None:
@@ -492,7 +492,6 @@ def test_misfits(tmp_path: Path, changes: dict[str, tuple[int, ...] | None], mes
     base = make_base(tmp_path / "base", {name: shape for name, shape in shapes.items() if shape is not None})
     adapter = read(tmp_path, base, {**GOOD, **linear(K, 4, 6), **embedding(TOKENS, 10, 6), **HEAD_PAIR})
     (line,) = misfits(base, adapter)
-    assert line.startswith(f"{adapter.path}: ")
     assert str(base.path) in line
     assert re.search(message, line), line
 

@@ -209,25 +209,32 @@ def _is_the_bases_own(tensor: StoredTensor, own: StoredTensor | None) -> bool:
 
 
 def misfits(base: Checkpoint, adapter: Adapter) -> Iterator[str]:
-    """What of the factors does not fit ``base``, a line each: modules that it has not, other shapes. What the adapter
-    holds whole is compared like any checkpoint.
+    """Yield what of the factors does not fit ``base``, without the adapter's name: modules that it has not, a line in
+    all; other shapes. What the adapter holds whole is compared like any checkpoint.
     """
+    absent = {name: pair for name, pair in adapter.pairs.items() if name not in base.tensors}
+    for name, pair in list(absent.items())[:1]:
+        tied = bool((base.config or {}).get("tie_word_embeddings")) and "lm_head" in name
+        hint = " (the base ties its word embeddings; untie them before training on them)" if tied else ""
+        if len(absent) > 1:
+            yield f"{len(absent)} tensors that it changes are not in the base {base.path}, such as {name!r}{hint}"
+        else:
+            yield f"tensor {name!r} {list(pair.shape)}, {_changed_by(pair)}, is not in the base {base.path}{hint}"
     for name, pair in adapter.pairs.items():
-        what, shape = f"the module that {pair.a.name!r} and {pair.b.name!r} change", pair.shape
         own = base.tensors.get(name)
-        if own is None:
-            tied = bool((base.config or {}).get("tie_word_embeddings")) and "lm_head" in name
-            hint = " (the base ties its word embeddings; untie them before training on them)" if tied else ""
-            yield f"{adapter.path}: tensor {name!r} {list(shape)}, {what}, is not in the base {base.path}{hint}"
-        elif own.shape != shape:
-            vocabulary = TOKEN_TABLES.search(name) and own.shape[1:] == shape[1:]
+        if own is not None and own.shape != pair.shape:
+            vocabulary = TOKEN_TABLES.search(name) and own.shape[1:] == pair.shape[1:]
             hint = " (another vocabulary size?)" if vocabulary else ""
             yield (
-                f"{adapter.path}: tensor {name!r}, {what}, has shape {list(shape)}, "
+                f"tensor {name!r}, {_changed_by(pair)}, has shape {list(pair.shape)}, "
                 f"in the base {base.path} {list(own.shape)}{hint}"
             )
-        elif own.dtype not in FLOAT_DTYPES:
-            yield f"{adapter.path}: tensor {name!r}, {what}, is {own.dtype} in the base {base.path}"
+        elif own is not None and own.dtype not in FLOAT_DTYPES:
+            yield f"tensor {name!r}, {_changed_by(pair)}, is {own.dtype} in the base {base.path}"
+
+
+def _changed_by(pair: LoraPair) -> str:
+    return f"the module that {pair.a.name!r} and {pair.b.name!r} change"
 
 
 def _weights_file(folder: Path) -> Path:

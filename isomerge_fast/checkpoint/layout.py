@@ -7,14 +7,13 @@ sizes), and then once more by safetensors itself. Weights are never read, and pi
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import stat
 import struct
 import sys
 import unicodedata
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -26,6 +25,8 @@ from safetensors import SafetensorError, safe_open
 from ..errors import InputError, shown
 from ..regular_files import open_regular, read_regular
 from .folder import list_folder, read_own
+from .strict_json import MAX_INDEXED, parse_json, parse_settings
+from .whereabouts import of_nothing, of_other_file, of_several, of_unread
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -39,13 +40,11 @@ MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 MAX_TENSORS = 250_000  # a file; the largest real checkpoints hold about 150,000 in all their shards
 MAX_VALUES = 12 * MAX_TENSORS  # in the header of a file: a tensor of four dimensions has eleven
 MAX_INDEX_BYTES = 32_000_000  # the largest real ones have under 20,000,000
-MAX_INDEXED = 1_000_000  # names in an index
 MAX_SETTINGS_BYTES = 16_000_000  # rank_pattern may name every module of a model, and that is all that grows
 MAX_NAME_CHARACTERS = 1_000  # of a tensor
 MAX_FILE_NAME_BYTES = 255  # of most file systems
 HASHED_BYTES = 1 << 20  # at once
 MAX_DIMS = 64  # torch's and numpy's own limit
-MAX_CONFIG_DEPTH = 100  # what is copied and written again by recursion
 LARGE_HEADER_BYTES = 16_000_000  # above this a header may be a tenth of its file at most
 
 DTYPES: dict[str, torch.dtype] = {
@@ -161,45 +160,6 @@ class Checkpoint:
         return self.path.is_dir()
 
 
-def parse_json(data: bytes, what: str, *, most_values: int | None = None) -> Any:
-    """Return what JSON says that has no duplicate keys, NaN literals or broken escapes.
-
-    Args:
-        most_values: more are refused before they are parsed. (Parsed, ``[[],[],…`` takes 25 times its own bytes.)
-    """
-    # Every value but a container's first follows a comma. Those in texts count too, and texts have few.
-    if most_values is not None and data.count(b",") + data.count(b"[") + data.count(b"{") > most_values:
-        raise InputError(f"{what}: more than {most_values} values; refused")
-
-    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
-        result: dict[str, Any] = {}
-        for key, value in items:
-            if key in result:
-                raise InputError(f"{what}: key {shown(key)} occurs twice")
-            result[key] = value
-        return result
-
-    def constant(literal: str) -> None:
-        raise InputError(f"{what}: {literal} is not JSON")
-
-    try:
-        text = data.decode("utf-8")
-        value = json.loads(text, object_pairs_hook=pairs, parse_constant=constant)
-        if "\\u" in text:
-            json.dumps(value, ensure_ascii=False).encode()  # half of a surrogate pair is no text, and not to be written
-        return value
-    except UnicodeEncodeError as error:
-        raise InputError(f"{what}: half of a surrogate pair ({error.object[error.start]!r})") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{what}: not UTF-8 ({error.reason} at byte {error.start})") from error
-    except RecursionError as error:
-        raise InputError(f"{what}: nested too deeply") from error
-    except ValueError as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{what}: not JSON ({error})") from error
-
-
 def read_header(path: Path) -> tuple[dict[str, StoredTensor], FileIdentity]:
     """The tensors of one safetensors file, strictly checked: every byte after the header belongs to exactly one tensor.
 
@@ -279,7 +239,9 @@ def _parse_entry(
         raise InputError(f"{where}: its header entry needs dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise InputError(f"{where}: dtype {shown(dtype)} is not supported")
+        packed = isinstance(dtype, str) and dtype.startswith(("F8_", "F6_", "F4"))
+        hint = "; weights that are quantized are dequantized and saved in float first" if packed else ""
+        raise InputError(f"{where}: dtype {shown(dtype)} is not supported{hint}")
     if not isinstance(shape, list) or not all(type(size) is int and 0 <= size < 2**48 for size in shape):
         raise InputError(f"{where}: shape {shown(shape)} is not a list of sizes")
     if len(shape) > MAX_DIMS:
@@ -299,19 +261,6 @@ def _parse_entry(
     return StoredTensor(sys.intern(name), sys.intern(dtype), shared, path, data_start + offsets[0])
 
 
-def parse_settings(data: bytes, what: str, *, most_values: int = MAX_INDEXED) -> dict[str, Any]:
-    """A JSON object that can be copied and written again."""
-    settings = parse_json(data, what, most_values=most_values)
-    if not isinstance(settings, dict):
-        raise InputError(f"{what}: not a JSON object")
-    level: list[Any] = [settings]
-    for _ in range(MAX_CONFIG_DEPTH):
-        level = [child for node in level for child in _children(node)]
-    if level:
-        raise InputError(f"{what}: nested too deeply")
-    return settings
-
-
 def find_index(folder: Path, names: Collection[str]) -> Path | None:
     """``model.safetensors.index.json``, or the one index of another name (diffusers has its own), or None.
 
@@ -326,7 +275,7 @@ def find_index(folder: Path, names: Collection[str]) -> Path | None:
     return folder / others[0] if others else None
 
 
-def weight_files(folder: Path, names: Collection[str]) -> tuple[list[Path], Path | None, dict[str, str]]:
+def weight_files(folder: Path, names: Sequence[str]) -> tuple[list[Path], Path | None, dict[str, str]]:
     """The safetensors files of a folder; its index and that index's ``weight_map`` when it has one.
 
     Shards are looked up by name (hub caches are links into ``blobs/``), so names must be plain.
@@ -351,15 +300,7 @@ def weight_files(folder: Path, names: Collection[str]) -> tuple[list[Path], Path
     if len(others) == 1:
         check_shard_names(folder, others)
         return [folder / others[0]], None, {}
-    if others:
-        raise InputError(f"{folder}: several .safetensors files and no {INDEX_FILE} ({', '.join(others[:5])}, …)")
-    pickles = [name for name in names if name.endswith((".bin", ".pt", ".pth"))]
-    if pickles:
-        raise InputError(
-            f"{folder}: only pickled weights ({pickles[0]}), which are never opened. "
-            "Convert: AutoModel.from_pretrained(folder).save_pretrained(other_folder)"
-        )
-    raise InputError(f"{folder}: no .safetensors file in it")
+    raise InputError(of_several(folder, names, others) if others else of_unread(folder, names))
 
 
 def _read_index(index: Path) -> dict[str, str]:
@@ -404,7 +345,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     try:
         is_folder = stat.S_ISDIR(os.stat(root).st_mode)
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise InputError(f"{root}: no such checkpoint folder or .safetensors file") from error
+        raise InputError(of_nothing(root)) from error
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not a name that a file can have"
         raise InputError(f"{shown(str(root))}: cannot be opened ({reason})") from error
@@ -414,7 +355,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     elif root.suffix == ".safetensors":
         files, index, weight_map = [root], None, {}
     else:
-        raise InputError(f"{root}: neither a folder nor a .safetensors file")
+        raise InputError(of_other_file(root))
 
     tensors: dict[str, StoredTensor] = {}
     identities: dict[Path, FileIdentity] = {}
@@ -435,9 +376,6 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
             )
     config = None
     if "config.json" in names:
-        config = parse_settings(read_own(root, "config.json", MAX_SETTINGS_BYTES)[0], str(root / "config.json"))
+        data, _ = read_own(root, "config.json", MAX_SETTINGS_BYTES)
+        config = parse_settings(data, str(root / "config.json"), as_python=True)
     return Checkpoint(root, tensors, identities, config, index.name if index is not None else None)
-
-
-def _children(node: Any) -> Iterable[Any]:
-    return node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()

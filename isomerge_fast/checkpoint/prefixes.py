@@ -1,0 +1,87 @@
+"""Finds the prefix by which one model's names differ from another's: ``model.``, ``vit.``, ``_orig_mod.``, …"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+# Names that are compared with all others to find candidates, and candidates that are then tried on all names.
+SAMPLES, MOST_CANDIDATES = 8, 16
+# Tensors of the same names and shapes behind two prefixes that have nothing in common.
+MANY = 8
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """``added + name.removeprefix(removed)`` is what another model calls ``name``.
+
+    Attributes:
+        names: to those of the other model.
+    """
+
+    removed: str
+    added: str
+    names: Mapping[str, str]
+
+
+def find_prefixes(missing: Mapping[str, Shape], extra: Mapping[str, Shape]) -> list[Prefix]:
+    """Return the prefixes by which names of one model become names of another, that of most names first.
+
+    Args:
+        missing: shapes by the names that the one model alone has; extra: by those that the other alone has.
+    """
+    left, other = dict(missing), dict(extra)
+    found: list[Prefix] = []
+    while left and other and (prefix := _most_common(left, other)) is not None:
+        found.append(prefix)
+        for name, renamed in prefix.names.items():
+            del left[name], other[renamed]
+    return found
+
+
+def _most_common(missing: Mapping[str, Shape], extra: Mapping[str, Shape]) -> Prefix | None:
+    names = sorted(missing)
+    by_end: dict[str, list[str]] = {}
+    for name in sorted(extra):
+        by_end.setdefault(name.rpartition(".")[2], []).append(name)
+    candidates: Counter[tuple[str, str]] = Counter()
+    for sample in names[:: max(1, len(names) // SAMPLES)]:
+        candidates.update({_difference(sample, other) for other in by_end.get(sample.rpartition(".")[2], ())})
+    best: Prefix | None = None
+    for (removed, added), _ in sorted(candidates.items(), key=lambda item: (-item[1], item[0]))[:MOST_CANDIDATES]:
+        renamed = {name: added + name.removeprefix(removed) for name in names if name.startswith(removed)}
+        fitting = Prefix(removed, added, {name: other for name, other in renamed.items() if other in extra})
+        if _is_likely(fitting, missing, extra) and (best is None or len(fitting.names) > len(best.names)):
+            best = fitting
+    return best
+
+
+def _is_likely(prefix: Prefix, missing: Mapping[str, Shape], extra: Mapping[str, Shape]) -> bool:
+    """Return whether names that fit are those of the same tensors. One layer's or one head's are like another's."""
+    alike = sum(missing[name] == extra[other] for name, other in prefix.names.items())
+    if 2 * alike <= len(prefix.names):
+        return False
+    removed, added = prefix.removed, prefix.added
+    if not (removed and added) or sorted(removed.split(".")) == sorted(added.split(".")):
+        return True
+    if added.startswith(removed) or removed.startswith(added) or added.endswith(removed) or removed.endswith(added):
+        return True
+    is_other_layer = _NUMBER.sub("0", removed) == _NUMBER.sub("0", added)
+    return not is_other_layer and alike >= MANY and 2 * alike > len(missing)
+
+
+_NUMBER = re.compile(r"\d+")
+
+
+def _difference(name: str, other: str) -> tuple[str, str]:
+    """Return what stands before the last parts that two names have in common."""
+    parts, others = name.split("."), other.split(".")
+    same = 0
+    while same < min(len(parts), len(others)) and parts[-1 - same] == others[-1 - same]:
+        same += 1
+    heads = parts[: len(parts) - same], others[: len(others) - same]
+    return "".join(f"{part}." for part in heads[0]), "".join(f"{part}." for part in heads[1])
