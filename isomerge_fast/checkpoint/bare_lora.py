@@ -43,7 +43,7 @@ def bare_lora(checkpoint: Checkpoint) -> str | None:
         if match.re is _FACTOR and match["side"] in _PEFT_SIDES and not _is_of_a_pipeline(name):
             folder = stored.file.parent
             if (folder / ADAPTER_CONFIG_FILE).exists():
-                return f"{where}give the adapter's folder, {folder}, as --expert, and its base as --base"
+                return f"{where}give the adapter's folder, {folder}, as --expert and its base as --base"
             return (
                 f"{where}give the adapter's folder, with its {ADAPTER_CONFIG_FILE}, as --expert and its base as --base"
             )
