@@ -159,11 +159,11 @@ def _extras(base: Checkpoint, experts: tuple[Checkpoint, ...]) -> tuple[dict[str
                 owners.setdefault(name, []).append(stored)
     shared = {name: found for name, found in owners.items() if len(found) > 1}
     problems = []
-    for name, found in shared.items():
+    if shared:
+        name, found = next(iter(shared.items()))
         where = ", ".join(f"{stored.dtype}{list(stored.shape)} in {stored.file}" for stored in found)
         which = f"tensor {name!r} is" if len(shared) == 1 else f"{len(shared)} tensors, such as {name!r}, are"
         problems.append(f"{which} not in the base, and not in one expert alone: {where}")
-        break
     return {name: found[0] for name, found in owners.items() if len(found) == 1}, problems
 
 

@@ -72,12 +72,13 @@ def notes_of(plan: Plan) -> Iterable[str]:
 
 def _of_buffers(buffers: Buffers) -> Iterable[str]:
     """Yield what becomes of buffers that base and experts do not have alike."""
-    computed = "buffer(s) that the model computes for itself"
-    for found, what, becomes in (
-        (buffers.from_base, computed, "are the base's: experts lack them, or have others"),
-        (buffers.left_out, computed, "are left out: the base lacks them"),
-        (buffers.others, "integer or boolean tensor(s)", "are the base's all the same"),
+    computed = "buffer(s) that the model computes for itself are"
+    for found, what in (
+        (buffers.from_base, f"{computed} the base's, since experts lack them or have others"),
+        (buffers.left_out, f"{computed} left out, since the base lacks them"),
+        (buffers.others, "integer or boolean tensor(s) are the base's, though experts have others"),
     ):
         if found:
-            example = f"{found[0].name!r} {found[0].dtype} {list(found[0].shape)} in {found[0].file}"
-            yield f"{len(found)} {what}, such as {example}, {becomes}"
+            first = found[0]
+            example = f"{first.name!r} {first.dtype} {list(first.shape)} in {first.file}"
+            yield f"{len(found)} {what}, such as {example}"

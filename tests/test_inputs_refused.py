@@ -228,7 +228,7 @@ SETTINGS: dict[str, tuple[str, object, str]] = {
         ", compression_config: {} (compressed-tensors)",
     ),
     "AutoGPTQ": ("quantize_config.json", {"bits": 4, "group_size": 128}, ": {} (bits: 4)"),
-    "AutoAWQ": ("quant_config.json", {"zero_point": True, "w_bit": 4}, ": {} (of an unknown kind)"),
+    "AutoAWQ": ("quant_config.json", {"zero_point": True, "w_bit": 4}, ": {} (w_bit: 4)"),
     "ModelOpt": ("hf_quant_config.json", {"quantization": {"quant_algo": "NVFP4"}}, ": {} (NVFP4)"),
 }
 

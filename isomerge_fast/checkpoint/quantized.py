@@ -179,5 +179,5 @@ def _name_of(value: Any) -> str:
         if isinstance(value, dict) and value.get(key):
             return _name_of(value[key])
     if isinstance(value, dict):
-        return "bits: " + shown(value["bits"]) if "bits" in value else "of an unknown kind"
+        return next((f"{key}: {shown(value[key])}" for key in ("bits", "w_bit") if key in value), "of an unknown kind")
     return value if isinstance(value, str) and len(value) <= 40 else shown(value)
