@@ -139,10 +139,12 @@ def _disagreements(adapters: Sequence[Adapter], config: MergeConfig) -> Iterable
             )
     if config.adapter_rank is not None:
         yield from unwritable(adapters)
-    for name in sorted(touched):
-        kinds = {name in adapter.pairs for adapter in adapters if touches(adapter, name)}
-        if len(kinds) > 1:
-            yield f"tensor {name!r} is adapted in one adapter and trained as a whole in another"
+    both = sorted(
+        name for name in touched if len({name in adapter.pairs for adapter in adapters if touches(adapter, name)}) > 1
+    )
+    if both:
+        which = f"tensor {both[0]!r} is" if len(both) == 1 else f"{len(both)} tensors, such as {both[0]!r}, are"
+        yield f"{which} adapted in one adapter and trained as a whole in another"
 
 
 def last_part(name: str | None) -> str:
