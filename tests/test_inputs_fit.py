@@ -152,7 +152,7 @@ def test_a_long_message_has_something_of_every_expert(tmp_path: Path) -> None:
 def test_tensors_of_several_experts_are_one_line(tmp_path: Path) -> None:
     base = save_folder(tmp_path / "base", model())
     head = {"score.weight": torch.ones(2, N), "score.bias": torch.ones(2)}
-    experts = [save_folder(tmp_path / name, model(**head)) for name in "ab"]
+    experts = [save_folder(tmp_path / name, {**model(), **head}) for name in "ab"]
     assert problems(base, *experts, on_extra="copy") == [
         "2 tensors, such as 'score.bias', are not in the base, and not in one expert alone: "
         f"F32[2] in {experts[0]}/model.safetensors, F32[2] in {experts[1]}/model.safetensors"
@@ -252,7 +252,7 @@ def test_merged_with_buffers_that_come_and_go(tmp_path: Path, save_delta: bool) 
     inv_freq = {"rotary_emb.inv_freq": torch.rand(4)}
     base = save_folder(tmp_path / "base", {**model(), **inv_freq})
     extra = {"attn.masked_bias": torch.tensor(-1e9)}
-    expert = save_folder(tmp_path / "a", {name: tensor + 0.1 for name, tensor in model(**extra).items()})
+    expert = save_folder(tmp_path / "a", {name: tensor + 0.1 for name, tensor in {**model(), **extra}.items()})
     out = tmp_path / "out"
     config = {"base": base, "experts": [expert], "out": out, "method": "mean", "save_delta": save_delta}
     imf.merge(load_config(config), threads=1)

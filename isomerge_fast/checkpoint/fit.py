@@ -61,7 +61,12 @@ def _causes(base: Checkpoint, expert: Checkpoint, on_extra: str) -> Iterator[str
             if name not in expert.tensors and stored.dtype not in COPIED_DTYPES
         }
     extra = {name: expert.tensors[name] for name in sorted(expert.tensors.keys() - base.tensors.keys())}
-    pairs = [(own, expert.tensors[name]) for name, own in base.tensors.items() if name in expert.tensors]
+    # Of tens of thousands of tensors almost all are alike: only the others are kept.
+    pairs = [
+        (own, other)
+        for name, own in base.tensors.items()
+        if (other := expert.tensors.get(name)) is not None and (own.shape != other.shape or own.dtype != other.dtype)
+    ]
     for prefix in find_prefixes(_shapes(missing), _shapes(extra)) if missing and extra else ():
         yield _of_a_prefix(base, expert, prefix)
         pairs += [(missing.pop(name), extra.pop(other)) for name, other in prefix.names.items()]
