@@ -122,7 +122,7 @@ def pipeline(folder: Path) -> str:
     (folder / "model_index.json").write_text("{}")
     return (
         f"{folder}: a pipeline, whose components are merged one by one: "
-        f"give {folder}/text_encoder or {folder}/unet as the base, and the experts' likewise"
+        f"give {folder}/text_encoder or {folder}/unet, and the same component of all others"
     )
 
 

@@ -109,10 +109,11 @@ def _conversion(pickles: Sequence[str]) -> str:
 
 def _pipeline(folder: Path, names: Sequence[str]) -> str:
     components = [name for name in names[:MOST_NAMES] if _has_weights(folder / name)]
+    if not components:
+        return f"{folder}: a pipeline, of whose components none has .safetensors files"
     return (
-        f"{folder}: a pipeline, whose components are merged one by one"
-        + (f": give {_any([str(folder / name) for name in components])}" if components else "; none of it has weights")
-        + (" as the base, and the experts' likewise" if components else "")
+        f"{folder}: a pipeline, whose components are merged one by one: "
+        f"give {_any([str(folder / name) for name in components])}, and the same component of all others"
     )
 
 
@@ -154,8 +155,8 @@ def _hub_caches(environment: Mapping[str, str]) -> Iterator[Path]:
         ("XDG_CACHE_HOME", "huggingface/hub"),
     ):
         if environment.get(variable):
-            yield Path(environment[variable]).expanduser() / below
-    yield Path("~/.cache/huggingface/hub").expanduser()
+            yield Path(os.path.expanduser(environment[variable])) / below
+    yield Path(os.path.expanduser("~/.cache/huggingface/hub"))  # pathlib's raises where there is no home
 
 
 def _snapshots(repository: Path) -> list[str]:
