@@ -8,12 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from .checkpoint.layout import Checkpoint
+from .checkpoint.layout import ADAPTER_CONFIG_FILE, Checkpoint
 from .checkpoint.manifest import MANIFEST_FILE, Manifest, file_name, read_manifest
 from .config import MergeConfig, load_config, recorded_config
 from .engine import resolve_device, run
 from .errors import ConfigError, InputError, VerificationError
-from .plan import DELTA_FOLDER, Plan, TensorPlan
+from .plan import DELTA_FOLDER, Origin, Plan, TensorPlan
 from .planner import make_plan
 from .report import Observer, Report
 
@@ -114,8 +114,14 @@ def apply(
     )
     plan = make_plan(config, resolve_device(device), max_ram=max_ram, max_vram=max_vram)
     _check_headers(plan, folder, manifest)
+    _check_complete(plan, folder, manifest)
+    experts = manifest["description"]["inputs"][1:]
     return run(
-        replace(plan, tensors=tuple(_with_checksums(tensor, folder, manifest) for tensor in plan.tensors)),
+        replace(
+            plan,
+            tensors=tuple(_with_checksums(tensor, folder, manifest) for tensor in plan.tensors),
+            origin=Origin(then, any(ADAPTER_CONFIG_FILE in expert["files"] for expert in experts)),
+        ),
         device=device,
         max_ram=max_ram,
         max_vram=max_vram,
@@ -148,6 +154,19 @@ def _check_headers(plan: Plan, folder: Path, manifest: Manifest) -> None:
     for path, found in _headers(delta).items():
         if kept.get(file_name(DELTA_FOLDER, path.name)) != found:
             raise InputError(f"{path}: not the delta that the merge kept (its size or header differs)")
+
+
+def _check_complete(plan: Plan, folder: Path, manifest: Manifest) -> None:
+    """Raise InputError where that merge wrote tensors that are neither in the base nor in Δ: an expert's own."""
+    planned = {output.name for tensor in plan.tensors for output in tensor.outputs}
+    written = {
+        name for place, output in manifest["outputs"].items() if place != DELTA_FOLDER for name in output["tensors"]
+    }
+    if missing := sorted(written - planned):
+        raise InputError(
+            f"{folder}: {len(missing)} tensor(s) that only an expert had were copied into it, such as {missing[0]!r}, "
+            "and the kept delta does not hold them; merge again with the other scaling"
+        )
 
 
 def _headers(checkpoint: Checkpoint) -> dict[Path, tuple[int, str]]:

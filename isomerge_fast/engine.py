@@ -194,7 +194,9 @@ def _create_files(plan: Plan, staging: Staging, journal: Journal, resume: bool) 
     for folder, files in folders:
         (staging.new / folder).mkdir(exist_ok=True)
         for file, tensors in files.items():
-            size, header_sha256 = create_shard(staging.new / folder / file, tensors, resume=resume)
+            size, header_sha256 = create_shard(
+                staging.new / folder / file, tensors, resume=resume, metadata=plan.metadata_of(folder, file)
+            )
             shards[file_name(folder, file)] = {"bytes": size, "header_sha256": header_sha256}
     return shards
 
@@ -228,6 +230,7 @@ def _report(
         seconds={**seconds, "total": time.perf_counter() - started},
         io=io,
         notes=[*plan.notes, *staging.notes],
+        left_behind=[left.to_dict() for left in plan.left_behind],
         workers=_workers(results, entries),
     )
 

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from .checkpoint.adapter import Adapter, LoraPair
-from .checkpoint.companions import companion_files
+from .checkpoint.companions import FolderContents, contents_of
+from .checkpoint.kept_metadata import kept_metadata
 from .checkpoint.layout import (
     ADAPTER_FILE,
     DTYPE_NAMES,
@@ -26,6 +27,7 @@ from .checkpoint.layout import (
 from .checkpoint.writer import OutputTensor
 from .config import MergeConfig
 from .errors import ConfigError
+from .file_notes import file_notes_of
 from .inputs import open_inputs, touches
 from .linalg.arithmetic import describe_arithmetic
 from .methods import Mean, Method, TensorSpec, make_method
@@ -86,19 +88,37 @@ def make_plan(
     tensors = [fate.plan(route, device) for fate, route in zip(fates, routes, strict=True)]
     if config.stochastic_rounding is not None and not any(plan.rounding_seed is not None for plan in tensors):
         raise ConfigError("stochastic_rounding: no merged tensor is written as bfloat16 (dtype: bfloat16 does that)")
-    companions = tuple(companion_files(base.path)) if base.is_folder and config.adapter_rank is None else ()
     made = Plan(
         config,
         base,
         experts,
         tuple(tensors),
-        companions,
+        _contents(base, experts, config),
+        _metadata(base, config),
         budget,
         metadata,
         describe_arithmetic(device),
         usable_memory_bytes(device),
     )
-    return replace(made, notes=tuple(notes_of(made)))
+    return replace(made, notes=(*notes_of(made), *file_notes_of(made)))
+
+
+def _contents(base: Checkpoint, experts: Sequence[Checkpoint], config: MergeConfig) -> FolderContents:
+    if not base.is_folder or config.adapter_rank is not None:
+        return FolderContents()
+    merged = [path.name for path in base.files] + ([base.index_name] if base.index_name else [])
+    checkpoints = [expert.path for expert in experts if not isinstance(expert, Adapter)]
+    return contents_of(base.path, merged, checkpoints, config.method)
+
+
+def _metadata(base: Checkpoint, config: MergeConfig) -> dict[str, dict[str, str]]:
+    """Return what the headers of the output's files say beside their tensors."""
+    if config.adapter_rank is not None:
+        return {}
+    return {
+        path.name if base.is_folder else SINGLE_FILE: kept_metadata(identity.metadata)[0]
+        for path, identity in base.files.items()
+    }
 
 
 def _shard(base: Checkpoint, stored: StoredTensor) -> str:

@@ -41,6 +41,15 @@ class WorkerReport(TypedDict):
     seconds: float
 
 
+class LeftBehindReport(TypedDict):
+    """A file or folder of the base that is not in the output."""
+
+    name: str
+    why: str
+    files: int
+    bytes: int
+
+
 class IoReport(TypedDict):
     """How files were read and written."""
 
@@ -63,6 +72,7 @@ class Report:
             it were busy, together; on a GPU ``peak_vram_bytes``, the most that was allocated.
         workers: one dict a process: host, pid, the units it finished, tensors, read_bytes, write_bytes, and the seconds
             that these took. With several processes the phases of ``seconds`` are summed over them.
+        left_behind: one dict a file, or folder, of the base that is not in the output: name, why, files, bytes.
     """
 
     version: str
@@ -75,6 +85,7 @@ class Report:
     io: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     workers: list[dict[str, Any]] = field(default_factory=list)
+    left_behind: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def balance(self) -> float:
@@ -113,6 +124,7 @@ class Report:
         check(known, cls, "report")
         check(known.get("tensors", []), list[TensorReport], "tensors")
         check(known.get("workers", []), list[WorkerReport], "workers")
+        check(known.get("left_behind", []), list[LeftBehindReport], "left_behind")
         check(known.get("io") or {"read": "", "write": ""}, IoReport, "io")
         if unknown := known.get("seconds", {}).keys() - {*PHASES, "total"}:
             raise ValueError(f"seconds has an unknown key {min(unknown)!r}")

@@ -96,6 +96,7 @@ class Unit:
         number: names it among the units of a run.
         files: the inputs that are read.
         folders: the files written into, by sub-folder of the output, each with all that will be in it.
+        metadata: of these files' headers, by sub-folder and name.
         claims: journal entries of earlier runs, by tensor.
     """
 
@@ -103,6 +104,7 @@ class Unit:
     tensors: tuple[TensorPlan, ...]
     files: Mapping[Path, FileIdentity]
     folders: Mapping[str, Mapping[str, tuple[OutputTensor, ...]]]
+    metadata: Mapping[tuple[str, str], Mapping[str, str]]
     claims: Entries
 
     @classmethod
@@ -111,14 +113,16 @@ class Unit:
         shards = {tensor.shard for tensor in tensors}
         read = {stored.file for tensor in tensors for stored in tensor.inputs}
         known = files_of(plan.base, *plan.experts)
+        folders = {
+            folder: {file: outputs for file, outputs in files.items() if file in shards}
+            for folder, files in plan.folders.items()
+        }
         return cls(
             number,
             tensors,
             {path: identity for path, identity in known.items() if path in read},
-            {
-                folder: {file: outputs for file, outputs in files.items() if file in shards}
-                for folder, files in plan.folders.items()
-            },
+            folders,
+            {(folder, file): plan.metadata_of(folder, file) for folder, files in folders.items() for file in files},
             claims.of(tensor.name for tensor in tensors),
         )
 
@@ -249,7 +253,13 @@ class _UnitRun:
             for file, tensors in files.items():
                 own = [tensor.name for tensor in tensors if tensor.name in names[folder]]
                 path = self._job.folder / "new" / folder / file
-                self._writers[folder, file] = ShardWriter(path, tensors, names=own, direct=self._job.direct)
+                self._writers[folder, file] = ShardWriter(
+                    path,
+                    tensors,
+                    names=own,
+                    direct=self._job.direct,
+                    metadata=self._unit.metadata[folder, file],
+                )
 
     def _merge_all(self, journal: UnitJournal) -> None:
         """Reads ahead, merges and writes behind, tensor after tensor; what the journal has and the files hold is

@@ -23,10 +23,11 @@ from safetensors.torch import load_file, save_file
 
 from isomerge_fast.checkpoint.adapter import open_adapter
 from isomerge_fast.checkpoint.checksum import Checksum
-from isomerge_fast.checkpoint.companions import companion_files, config_with_dtype, copy_companions
+from isomerge_fast.checkpoint.companions import copy_companions, sort_folder
 from isomerge_fast.checkpoint.json_text import Made, json_blocks
 from isomerge_fast.checkpoint.layout import DTYPE_NAMES, DTYPES, FileIdentity, open_checkpoint, read_header
 from isomerge_fast.checkpoint.manifest import describe_inputs, to_json
+from isomerge_fast.checkpoint.output_config import config_with_dtype
 from isomerge_fast.checkpoint.reader import Reader, files_of, whole
 from isomerge_fast.checkpoint.writer import OutputTensor, ShardWriter, create_shard
 from isomerge_fast.errors import InputChangedError, InputError, ResourceError
@@ -366,6 +367,10 @@ IRREGULAR: dict[str, tuple[Callable[[Path], None], str]] = {
     "folder": (lambda path: path.symlink_to("."), "a folder, not a regular file|out of its"),
     "dangling": (lambda path: path.symlink_to("nowhere"), "cannot be read"),
 }
+
+
+def companion_files(folder: Path) -> list[str]:
+    return list(sort_folder(folder).companions)
 
 
 def open_all(folder: Path) -> None:

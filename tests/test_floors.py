@@ -26,7 +26,7 @@ FLOORS = (
     {"config"},
     {"routes", "inputs"},
     {"plan", "workers", "transfers"},
-    {"sources", "loads", "notes"},
+    {"sources", "loads", "notes", "file_notes"},
     {"planner"},
     {"output", "finishing", "forecast"},
     {"unit"},
