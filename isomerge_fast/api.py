@@ -13,6 +13,7 @@ from .checkpoint.manifest import MANIFEST_FILE, Manifest, file_name, read_manife
 from .config import MergeConfig, load_config, recorded_config
 from .engine import resolve_device, run
 from .errors import ConfigError, InputError, VerificationError
+from .methods import make_method
 from .plan import DELTA_FOLDER, Origin, Plan, TensorPlan
 from .planner import make_plan
 from .report import Observer, Report
@@ -114,7 +115,6 @@ def apply(
     )
     plan = make_plan(config, resolve_device(device), max_ram=max_ram, max_vram=max_vram)
     _check_headers(plan, folder, manifest)
-    _check_complete(plan, folder, manifest)
     experts = manifest["description"]["inputs"][1:]
     return run(
         replace(
@@ -135,7 +135,9 @@ def apply(
 def _recorded_config(folder: Path, manifest: Manifest) -> MergeConfig:
     """Return the config of the merge that made the output in ``folder``."""
     try:
-        return recorded_config(manifest["description"])
+        config = recorded_config(manifest["description"])
+        make_method(config.method, config.options)
+        return config
     except ConfigError as error:
         raise VerificationError(f"{folder / MANIFEST_FILE}: not the manifest of a merge ({error})") from error
 
@@ -154,19 +156,6 @@ def _check_headers(plan: Plan, folder: Path, manifest: Manifest) -> None:
     for path, found in _headers(delta).items():
         if kept.get(file_name(DELTA_FOLDER, path.name)) != found:
             raise InputError(f"{path}: not the delta that the merge kept (its size or header differs)")
-
-
-def _check_complete(plan: Plan, folder: Path, manifest: Manifest) -> None:
-    """Raise InputError where that merge wrote tensors that are neither in the base nor in Δ: an expert's own."""
-    planned = {output.name for tensor in plan.tensors for output in tensor.outputs}
-    written = {
-        name for place, output in manifest["outputs"].items() if place != DELTA_FOLDER for name in output["tensors"]
-    }
-    if missing := sorted(written - planned):
-        raise InputError(
-            f"{folder}: {len(missing)} tensor(s) that only an expert had were copied into it, such as {missing[0]!r}, "
-            "and the kept delta does not hold them; merge again with the other scaling"
-        )
 
 
 def _headers(checkpoint: Checkpoint) -> dict[Path, tuple[int, str]]:

@@ -41,4 +41,4 @@ def _parts_of_experts(plan: Plan) -> Iterable[str]:
             continue
         missing = [name for part in parts_of(expert.path) for name in part.names if name not in plan.companions]
         if missing:
-            yield f"{expert.path}: left out, as the base has no such modules: {', '.join(missing)}"
+            yield f"{expert.path}: left out, as the base has none there: {', '.join(missing)}"

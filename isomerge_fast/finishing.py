@@ -24,13 +24,14 @@ from .checkpoint.manifest import (
     TensorEntry,
     entry_of,
     file_name,
+    no_output,
     to_json,
 )
 from .checkpoint.model_card import model_card
 from .checkpoint.sealed import read_sealed, write_sealed
 from .checkpoint.writer import OutputTensor, write_blocks_durably, write_durably
 from .config import MergeConfig
-from .errors import InputError, VerificationError
+from .errors import VerificationError
 from .methods import METHODS
 from .plan import Origin, Plan, scaling_folders
 from .report import Report
@@ -87,7 +88,7 @@ def read_report(folder: Path) -> tuple[Report, str]:
     """
     path = folder / REPORT_FILE
     if not path.is_file():
-        raise InputError(f"{folder}: no {REPORT_FILE}; not the output of a finished merge")
+        raise no_output(folder, REPORT_FILE)
     value, flaw = read_sealed(path)
     if flaw is not None:
         raise VerificationError(flaw)

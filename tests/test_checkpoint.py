@@ -546,7 +546,7 @@ def test_companions(tmp_path: Path) -> None:
         "pytorch_model.bin",
         "trainer_state.json",
     ]
-    unwanted += ["checkpoint-1/config.json", ".git/config", "model.safetensors.index.json", "scripts/train.py"]
+    unwanted += ["checkpoint-1/config.json", ".git/config", "model.safetensors.index.json", "runs/train.py"]
     (tmp_path / "LICENSES").mkdir()
     for name in wanted + unwanted:
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -616,7 +616,7 @@ class TestLinksOfCompanions:
         (snapshot / "unet/tokenizer.json").symlink_to("../../../blobs/cafe")
         (tmp_path / "cache").symlink_to("hub")
         for folder in (snapshot, tmp_path / "cache/models--org--name/snapshots/0123abc"):
-            assert companion_files(folder) == ["tokenizer.json", "vocab.json"]
+            assert companion_files(folder) == ["tokenizer.json", "unet/tokenizer.json", "vocab.json"]
             assert companion_files(folder / "unet") == ["tokenizer.json"]
             (tmp_path / "out").mkdir(exist_ok=True)
             copy_companions(folder, tmp_path / "out", ["vocab.json"])

@@ -69,7 +69,8 @@ LEFT_BEHIND = {
         *("saved_model", "*.mlpackage", "*.mlmodelc"),
     ),
 }
-OTHER_WEIGHTS = "other weights"
+OTHER_WEIGHTS, _STRAY = "other weights", "a LoRA adapter beside the weights"
+_UNLISTED = "cannot be listed"
 _WEIGHTS = re.compile(
     r"\.(safetensors|bin|pt|pth|ptl|pte|ckpt|h5|hdf5|keras|msgpack|gguf|ggml|onnx|onnx_data(_\d+)?|onnx\.data|ot|pkl"
     r"|pickle|joblib|npz|npy|tflite|mlmodel|engine|plan|trt|nemo|pb|pdparams|pdmodel|params|distcp|llamafile|dduf)"
@@ -138,7 +139,7 @@ def contents_of(base: Path, merged: Collection[str], experts: Sequence[Path], me
     contents = sort_folder(base, merged)
     strays = [part for part in contents.parts if part.is_adapter and not owners_of(part, experts)]
     for part in strays:
-        contents = contents.without(measure(base, part.folder, "a LoRA adapter beside the weights"))
+        contents = contents.without(measure(base, part.folder, _STRAY, MAX_WALKED_NAMES))
     kept = [part for part in contents.parts if part not in strays]
     check_equal(base, kept, experts, method)
     names = [name for part in kept for name in part.names]
@@ -183,16 +184,24 @@ def weights_among(companions: Iterable[str]) -> list[str]:
     return [name for name in companions if _WEIGHTS.search(name)]
 
 
-def measure(folder: Path, name: str, why: str, most: int = MAX_WALKED_NAMES) -> LeftBehind:
-    """Return what is left behind as a whole, with its files and bytes; no more than ``most`` names are looked at."""
-    files = size = 0
+def measure(folder: Path, name: str, why: str, most: int) -> LeftBehind:
+    """Return what is left behind as a whole, with its files and bytes; no more than ``most`` files are counted."""
     if not os.path.isdir(folder / name):
         return LeftBehind(name, why, 1, _size(folder / name))
-    for parent, _, names in os.walk(folder / name):
-        for file in names:
-            files, size = files + 1, size + _size(Path(parent, file))
-            if files >= most:
-                return LeftBehind(f"{name}/", f"{why}, counted up to {most} files", files, size)
+    files = size = 0
+    folders = [folder / name]
+    while folders:
+        try:
+            with os.scandir(folders.pop()) as entries:
+                for entry in entries:
+                    if entry.is_dir(follow_symlinks=False):
+                        folders.append(Path(entry.path))
+                    elif files == most:
+                        return LeftBehind(f"{name}/", f"{why}, counted up to {most:,} files", files, size)
+                    else:
+                        files, size = files + 1, size + _size(Path(entry.path))
+        except OSError:
+            why = why if why == _UNLISTED else f"{why}, {_UNLISTED}"
     return LeftBehind(f"{name}/", why, files, size)
 
 
@@ -207,6 +216,7 @@ class _Sorter:
         self._part_folders: frozenset[str] = frozenset()
         self._small: list[str] = []
         self._walked = self._bytes = 0
+        self._uncounted = MAX_WALKED_NAMES
         self._known = {_caseless(name): name for name in (*_WRITTEN, _CONFIG, *merged)}
 
     def sort(self) -> None:
@@ -247,7 +257,7 @@ class _Sorter:
         except InputError:
             if is_essential:
                 raise
-            return self._leave(path, "cannot be listed")
+            return self._leave(path, _UNLISTED)
         self._walked += len(names)
         if len(names) > MAX_FOLDER_NAMES:
             return self._leave(path, f"holds more than {MAX_FOLDER_NAMES:,} names")
@@ -264,7 +274,8 @@ class _Sorter:
         return self._sort_names(path, [name for name in names if name not in weights])
 
     def _leave(self, path: str, why: str) -> None:
-        self.left.append(measure(self._folder, path, why))
+        self.left.append(measure(self._folder, path, why, self._uncounted))
+        self._uncounted -= self.left[-1].files
 
     def _obstacle(self, name: str) -> str | None:
         """Return why a file is not copied, or None.

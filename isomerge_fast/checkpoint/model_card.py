@@ -65,7 +65,6 @@ def model_card(
         f"- Method: {recipe['method']} ({citation}), scaling α = {scaling:g}",
         f"- Made with isomerge-fast {version}",
         "",
-        *_notes(notes),
         "To make it again, `isomerge run` this file:",
         "",
         "```yaml",
@@ -76,5 +75,6 @@ def model_card(
         "",
         "`manifest.json` records every input's identity and every tensor's checksum; `isomerge verify` checks them.",
         "",
+        *_notes(notes),
     ]
     return "\n".join(lines)
