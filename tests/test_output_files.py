@@ -92,8 +92,10 @@ def test_output_embeddings_without_settings_untie(tmp_path: Path) -> None:
     (tmp_path / "e0/config.json").unlink()
     tensors = load_file(tmp_path / "e0/model.safetensors")
     save_file({**tensors, "lm_head.weight": torch.ones(3, 4)}, tmp_path / "e0/model.safetensors")
-    imf.merge({**given, "out": tmp_path / "out"})
+    report = imf.merge({**given, "out": tmp_path / "out"})
     config = settings_of(tmp_path / "out")
+    assert config["architectures"] == ["LM"]
+    assert any(note.startswith("config.json keeps the base's architectures and labels: ") for note in report.notes)
     assert config["tie_word_embeddings"] is config["text_config"]["tie_word_embeddings"] is False
 
 
@@ -113,6 +115,7 @@ def moved(model: Any) -> Any:
 def test_a_copied_head_loads(tmp_path: Path, small: dict[str, Any], kind: str) -> None:
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
+    labels = {index: f"name{index}" for index in range(5)}
     if kind in ("llama", "untied"):
         config = transformers.LlamaConfig(vocab_size=16, **small, pad_token_id=0, tie_word_embeddings=True)
         base = transformers.LlamaForCausalLM(config)
@@ -131,7 +134,6 @@ def test_a_copied_head_loads(tmp_path: Path, small: dict[str, Any], kind: str) -
         config.tie_word_embeddings = False
         moved(own(config)).save_pretrained(tmp_path / "e")
     else:
-        labels = {index: f"name{index}" for index in range(5)}
         model = moved(own.from_pretrained(tmp_path / "base", id2label=labels, ignore_mismatched_sizes=True))
         model.save_pretrained(tmp_path / "e")
     if kind in ("bert-tokens", "vit"):  # a base without a head whose names have the prefix

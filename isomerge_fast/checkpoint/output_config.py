@@ -39,25 +39,29 @@ def output_config(
     """
     if base.config is None:
         return None, []
-    config, notes = copy.deepcopy(base.config), []
-    if donors:
-        notes = _take_head(config, base, donors)
-    without_config = any(donor.config is None for donor in donors)
-    if without_config and any(name.endswith(_OUTPUT_EMBEDDINGS) for name in copied):
+    config = copy.deepcopy(base.config)
+    unties = any(donor.config is None for donor in donors) and any(name.endswith(_OUTPUT_EMBEDDINGS) for name in copied)
+    if unties:
         config[_TIED] = False
         _untie(config)
+    kept = "architectures and labels" if unties else "architectures, labels and tying"
+    notes = _take_head(config, donors, kept) if donors else []
     return config_with_dtype(config, dtype), notes
 
 
-def _take_head(config: dict[str, Any], base: Checkpoint, donors: Sequence[Checkpoint]) -> list[str]:
-    """Put into ``config`` what the donors agree on; return what they do not, in words."""
-    where = "config.json keeps the base's architectures, labels and tying"
+def _take_head(config: dict[str, Any], donors: Sequence[Checkpoint], kept: str) -> list[str]:
+    """Put into ``config`` what the donors agree on; return what they do not, in words.
+
+    Args:
+        kept: what stays the base's where their settings cannot be taken.
+    """
+    where = f"config.json keeps the base's {kept}"
     for donor in donors:
         if donor.config is None:
             return [
                 f"{where}: {donor.path}, of which tensors are copied, has no config.json; set them where it is a head"
             ]
-        if donor.config.get("model_type") != base.config.get("model_type"):  # type: ignore[union-attr]  # asked before
+        if donor.config.get("model_type") != config.get("model_type"):
             return [f"{where}: {donor.path}, of which tensors are copied, is another kind of model"]
     settings = [donor.config for donor in donors if donor.config is not None]
     disputed = [key for key in (*_HEAD_KEYS, _TIED) if any(each.get(key) != settings[0].get(key) for each in settings)]
