@@ -55,7 +55,8 @@ class MergeConfig:
             Experts may all be LoRA adapter folders (``adapter_config.json``) instead.
         out: folder to write; None for a plan only.
         method: iso-c, iso-cts, mean or task-arithmetic.
-        scaling: the paper's α in θ = θ₀ + α·Δ; or several, each an output ``scaling-<α>`` of one decomposition.
+        scaling: the paper's α in θ = θ₀ + α·Δ; or several, each an output ``scaling-<α>`` of one decomposition. 1
+            where it is None, which ``plan`` says: the best α is found on validation data.
         options: hyper-parameters of the method.
         weights: w_t, one entry an expert: a number, or rules of which the first that matches a tensor's name gives it
             (1 where none does). Δ_t is multiplied by it, whatever the method: the mean is (1/T) Σ w_t Δ_t. None: 1.
@@ -80,7 +81,7 @@ class MergeConfig:
     base: str
     experts: list[str]
     method: str = "iso-cts"
-    scaling: float | list[float] = 1.0
+    scaling: float | list[float] | None = None
     options: dict[str, Any] = field(default_factory=dict)
     weights: list[float | list[WeightRule]] | None = None
     normalize_weights: bool = False
@@ -98,7 +99,14 @@ class MergeConfig:
 
     @property
     def scalings(self) -> tuple[float, ...]:
+        if self.scaling is None:
+            return (1.0,)
         return tuple(self.scaling) if isinstance(self.scaling, list) else (self.scaling,)
+
+    @property
+    def described(self) -> dict[str, Any]:
+        """All keys with what they come to: what decides the output's bytes, whether it was given or not."""
+        return {**asdict(self), "scaling": 1.0 if self.scaling is None else self.scaling}
 
     def weights_of(self, name: str) -> tuple[float, ...] | None:
         """w_t of a tensor, or None where all are 1.

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,7 +27,7 @@ from .checkpoint.manifest import (
 )
 from .checkpoint.staging import Staging, check_replaceable
 from .checkpoint.writer import create_shard
-from .errors import ConfigError, InputError, LostWritesError, ResourceError, VerificationError, nearest
+from .errors import ConfigError, InputError, LostWritesError, ResourceError, VerificationError, nearest, visible
 from .finishing import read_report, write_all_else
 from .ops import indexed
 from .plan import Plan, check_resources
@@ -35,6 +35,8 @@ from .report import PHASES, PREPARE, Observer, Report
 from .unit import Job, Unit, UnitResult, merge_unit
 
 IO = ("auto", "buffered")
+# What cannot wait for the report. Without a handler of the caller's, Python prints it on standard error.
+LOG = logging.getLogger("isomerge_fast")
 
 
 def resolve_device(device: str) -> torch.device:
@@ -138,6 +140,13 @@ def run(
                 resume=resume,
                 overwrite=overwrite,
             )
+            notes = []
+            if threads is not None and threads != journal.threads:
+                notes.append(
+                    f"computed with {journal.threads} thread(s), with which the merge began, and not with {threads}: "
+                    "the last digits of spectral methods depend on it (--overwrite instead of --resume begins anew)"
+                )
+                LOG.warning("%s: %s", visible(str(staging.out)), notes[-1])
             shards = _create_files(plan, staging, journal, resume)
             job = Job.of(
                 plan,
@@ -153,7 +162,7 @@ def run(
             entries = Entries()
             for result in results:
                 entries.update(result.entries)
-            report = _report(plan, staging, str(target), results, entries, started, prepared)
+            report = _report(plan, staging, str(target), results, entries, started, prepared, notes)
             write_all_else(plan, staging.new, description, entries, shards, report)
             staging.commit()
             return report
@@ -209,6 +218,7 @@ def _report(
     entries: Entries,
     started: float,
     prepared: float,
+    notes: Sequence[str],
 ) -> Report:
     seconds = {phase: sum(result.seconds[phase] for result in results) for phase in PHASES}
     seconds[PREPARE] += prepared
@@ -229,7 +239,8 @@ def _report(
         tensors=[_shared(entries[tensor.name]["report"]) for tensor in plan.tensors],
         seconds={**seconds, "total": time.perf_counter() - started},
         io=io,
-        notes=[*plan.notes, *staging.notes],
+        notes=[*plan.notes, *staging.notes, *notes],
+        left_out=[each.to_dict() for each in plan.left_out],
         left_behind=[left.to_dict() for left in plan.left_behind],
         workers=_workers(results, entries),
     )
@@ -260,7 +271,7 @@ def _workers(results: Sequence[UnitResult], entries: Entries) -> list[dict[str, 
 
 def _describe(plan: Plan, device: torch.device) -> dict[str, Any]:
     """All that decides the output's bytes."""
-    config = {key: value for key, value in asdict(plan.config).items() if key not in ("out", "base", "experts")}
+    config = {key: value for key, value in plan.config.described.items() if key not in ("out", "base", "experts")}
     return {
         "tool": "isomerge-fast",
         "version": __version__,

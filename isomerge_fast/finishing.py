@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -143,11 +143,11 @@ def _card(plan: Plan, scaling: float) -> str:
     origin = plan.origin or Origin(plan.config, plan.has_adapters)
     experts = [expert.path for expert in plan.experts] if plan.origin is None else origin.config.experts
     config = replace(origin.config, dtype=plan.config.dtype)
-    nothing = MergeConfig(base="", experts=[])
+    nothing = MergeConfig(base="", experts=[]).described
     said = {
         key: value
-        for key, value in asdict(config).items()
-        if key not in ("out", "save_delta") and value != getattr(nothing, key)
+        for key, value in config.described.items()
+        if key not in ("out", "save_delta") and value != nothing[key]
     }
     recipe = {
         "method": config.method,

@@ -16,6 +16,7 @@ from . import ops
 from .errors import ConfigError, InputError
 from .methods import Method, NotFiniteError, OutOfRangeError, TensorSpec, as_deltas, make_method, method_for
 from .methods.protocol import check_factors, require_matrices
+from .patterns import require_matches
 from .planner import tensor_seed
 
 Array = Tensor | np.ndarray
@@ -125,7 +126,7 @@ def merge_state_dicts(
     Raises:
         InputError: missing or extra tensors, other shapes, meta tensors beside real ones, NaN or Inf; names the tensor
             and the expert.
-        ConfigError: unknown method, option or value.
+        ConfigError: unknown method, option or value; a pattern of ``exclude`` that matches no tensor.
     """
     if not isinstance(method, str) and options:
         raise ConfigError("options belong to a method given by name")
@@ -174,6 +175,7 @@ def merge_tensors(
             compute = ops.compute_dtype(*dtypes[name])
             check_factors(f"tensor {name!r}: scaling", [scaling], compute)
             check_factors(f"tensor {name!r}: weight", factors, compute)
+    require_matches([("exclude", exclude)], known)
     if stochastic_rounding is not None:
         outputs = [dtype or tensor.dtype for tensor in known.values() if tensor.is_floating_point()]
         if stochastic_rounding < 0:

@@ -207,7 +207,9 @@ class _Recipe:
         if not experts:
             self._fail("models: no model beside the base; at least one is needed")
         config["experts"] = [self._expert_path(base, model) for model in experts]
-        if "lambda" in self.method.parameters:
+        if "lambda" not in self.method.parameters:
+            config["scaling"] = 1.0  # the sum is the whole of it
+        elif "lambda" in self.shared.values or self.name == "task_arithmetic":
             config["scaling"] = self._same_for_all("lambda")
         options = {key: self._same_for_all(key) for key in self.method.options}
         config["options"] = {key: value for key, value in options.items() if value is not None}

@@ -151,6 +151,18 @@ class Origin:
 
 
 @dataclass(frozen=True)
+class LeftOut:
+    """Tensors that an expert has and the output will not, by name."""
+
+    expert: Checkpoint
+    tensors: dict[str, StoredTensor]
+
+    def to_dict(self) -> dict[str, Any]:
+        shapes = {name: list(stored.shape) for name, stored in self.tensors.items()}
+        return {"expert": str(self.expert.path), "tensors": shapes}
+
+
+@dataclass(frozen=True)
 class Plan:
     """The whole merge. ``tensors`` are in the order in which their bytes lie in the base's files."""
 
@@ -166,6 +178,7 @@ class Plan:
     device_bytes: int  # that a merge may take of the GPU it is planned for; 0 on a CPU
     notes: tuple[str, ...] = field(default=())
     origin: Origin | None = None
+    left_out: tuple[LeftOut, ...] = ()
 
     @property
     def companions(self) -> tuple[str, ...]:
@@ -275,6 +288,7 @@ class Plan:
             "companions": list(self.companions),
             "left_behind": [left.to_dict() for left in self.left_behind],
             "notes": list(self.notes),
+            "left_out": [each.to_dict() for each in self.left_out],
             "read_bytes": self.read_bytes,
             "passed_bytes": self.passed_bytes,
             "write_bytes": self.write_bytes,

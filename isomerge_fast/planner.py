@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import reduce
 from typing import Any
@@ -34,7 +34,8 @@ from .methods import Mean, Method, TensorSpec, make_method
 from .methods.protocol import check_factors
 from .notes import notes_of
 from .ops import compute_dtype, traits_of
-from .plan import PROCESS_BYTES, Plan, TensorPlan
+from .patterns import require_matches, rules_of
+from .plan import PROCESS_BYTES, LeftOut, Plan, TensorPlan
 from .routes import BY_ROWS, Budget, Route, Traffic, budgets, choose_route, copy_route, factor_route
 
 # What is held of all tensors beside their bytes: of each copy where it lies; of the merged one its plan, journal entry
@@ -73,6 +74,8 @@ def make_plan(
     method = make_method(config.method, config.options)
     overrides = [(override.match, make_method(override.method, override.options)) for override in config.overrides]
     base, experts, extras = open_inputs(config)
+    left_out = _left_out(base, experts, extras)
+    require_matches(rules_of(config), [*base.tensors, *extras], [name for each in left_out for name in each.tensors])
     order = sorted(base.tensors.values(), key=lambda stored: (str(stored.file), stored.start))
     if config.adapter_rank is not None:
         order = [stored for stored in order if any(touches(expert, stored.name) for expert in experts)]
@@ -99,6 +102,7 @@ def make_plan(
         metadata,
         describe_arithmetic(device),
         usable_memory_bytes(device),
+        left_out=left_out,
     )
     return replace(made, notes=(*notes_of(made), *file_notes_of(made)))
 
@@ -119,6 +123,17 @@ def _metadata(base: Checkpoint, config: MergeConfig) -> dict[str, dict[str, str]
         path.name if base.is_folder else SINGLE_FILE: kept_metadata(identity.metadata)[0]
         for path, identity in base.files.items()
     }
+
+
+def _left_out(
+    base: Checkpoint, experts: Sequence[Checkpoint], extras: Mapping[str, StoredTensor]
+) -> tuple[LeftOut, ...]:
+    """What the experts have and the output will not, of those that have something of the kind."""
+    return tuple(
+        LeftOut(expert, {name: expert.tensors[name] for name in sorted(names)})
+        for expert in experts
+        if (names := expert.tensors.keys() - base.tensors.keys() - extras.keys())
+    )
 
 
 def _shard(base: Checkpoint, stored: StoredTensor) -> str:

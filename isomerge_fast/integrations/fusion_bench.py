@@ -15,6 +15,7 @@ from torch import nn
 from ..errors import ConfigError, nearest
 from ..in_memory import merge_tensors
 from ..methods import IsoC, IsoCTS, Method
+from ..patterns import require_matches
 from .peers import FUSION_BENCH, require
 
 require("fusion-bench", FUSION_BENCH, "fusion-bench")
@@ -129,7 +130,8 @@ def merge_pool(
 
     Raises:
         InputError: experts that do not fit the pretrained model, NaN or Inf; names the tensor and the expert.
-        ConfigError: no experts, or a common fraction that leaves a negative number of common directions.
+        ConfigError: no experts, a common fraction that leaves a negative number of common directions, or an excluded
+            key that the pretrained model has not.
     """
     pretrained = pool.load_pretrained_model()
     exclude = [glob.escape(key) for key in exclude_keys or ()]
@@ -138,6 +140,7 @@ def merge_pool(
         base, experts, at_once = pretrained.state_dict(), map(opened.open, pool.model_names), opened.is_private
     else:  # a state dict that the pool itself reads lazily, experts likewise
         base, experts, at_once = pretrained, map(pool.load_model, pool.model_names), False
+    require_matches([("exclude_keys", exclude)], base)
     # Integers and booleans stay those of the pretrained model: FusionBench's own classes stop at them.
     merged = merge_tensors(base, list(experts), method, scaling=scaling, exclude=exclude, device=device)
     if not at_once:
