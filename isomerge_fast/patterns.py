@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from functools import cache
 
 from .config import MergeConfig
@@ -60,8 +60,9 @@ def require_matches(
 
 
 def first_match(pattern: str, names: Iterable[str]) -> str | None:
-    """Return the first name that a pattern matches."""
-    return next((name for name in names if fnmatch.fnmatchcase(name, pattern)), None)
+    """Return the first name that a pattern matches, as ``fnmatch.fnmatchcase`` has it."""
+    matches = re.compile(fnmatch.translate(pattern)).match
+    return next(filter(matches, names), None)
 
 
 def idle_patterns(config: MergeConfig, merged: Collection[str], copied: Collection[str]) -> Iterator[str]:
@@ -71,20 +72,27 @@ def idle_patterns(config: MergeConfig, merged: Collection[str], copied: Collecti
         merged: names of the tensors that a method merges.
         copied: names of all others, of those that are left out too.
     """
-    said: Mapping[str, list[str]] = dict(rules_of(config))
-    for where, patterns in said.items():
-        earlier = said["overrides"] if where == "exclude" else []
-        for index, pattern in enumerate(patterns):
-            if pattern == "*" or (taken := first_match(pattern, merged)) is None:
-                if pattern != "*":
-                    name = first_match(pattern, copied)
-                    yield f"{where}: {shown(pattern)} matches only tensors that are not merged, such as {name!r}"
-                continue
-            before = [*earlier, *patterns[:index]]
-            rest = (name for name in merged if not any(fnmatch.fnmatchcase(name, each) for each in before))
-            if before and first_match(pattern, rest) is None:
-                whose = "an override" if where == "exclude" and not index else "an earlier pattern"
-                yield f"{where}: {shown(pattern)} changes nothing: {whose} takes all that it matches, such as {taken!r}"
+    places: dict[str, list[str]] = {}
+    overrides = [override.match for override in config.overrides]
+    for where, patterns in rules_of(config):
+        tried = list(overrides) if where == "exclude" else []
+        for pattern in patterns:
+            if pattern != "*" and (why := _idle(pattern, tried, merged, copied)):
+                places.setdefault(f"{shown(pattern)} {why}", []).append(where)
+            tried.append(pattern)
+    for what, where in places.items():
+        yield f"{' and '.join(where)}: {what}"
+
+
+def _idle(pattern: str, tried: Sequence[str], merged: Collection[str], copied: Collection[str]) -> str | None:
+    """Return why a pattern changes nothing, if so. ``tried``: the patterns that come before it."""
+    taken = first_match(pattern, merged)
+    if taken is None:
+        return f"matches only tensors that are not merged, such as {first_match(pattern, copied)!r}"
+    rest = (name for name in merged if not any(fnmatch.fnmatchcase(name, each) for each in tried))
+    if first_match(pattern, rest) is None:
+        return f"changes nothing: what is tried before it takes all that it matches, such as {taken!r}"
+    return None
 
 
 def _kinds_of(names: Iterable[str]) -> list[str]:
