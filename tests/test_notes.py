@@ -10,7 +10,6 @@ import pytest
 import torch
 import transformers
 from checkpoints import make_family, save_folder
-from torch import nn
 
 import isomerge_fast as imf
 from isomerge_fast.checkpoint.layout import open_checkpoint
@@ -45,7 +44,7 @@ def roles_of(folder: Path) -> dict[str, list[str]]:
     return found
 
 
-def build(name: str, **settings: Any) -> nn.Module:
+def build(name: str, **settings: Any) -> Any:
     torch.manual_seed(0)
     config, model = {
         "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
@@ -269,8 +268,8 @@ class TestHeads:
             "classifier heads (classifier.weight) are merged by iso-c like any other matrix, which blends the classes "
             "of different tasks into one head; whether these are the same classes cannot be told, as not every "
             "config.json names them (id2label); to average them: overrides: "
-            '[{match: "classifier.weight", method: mean}]; where the tasks differ, each expert\'s own head is the right '
-            "one"
+            '[{match: "classifier.weight", method: mean}]; where the tasks differ, each expert\'s own head is the '
+            "right one"
         )
 
     def test_other_classes(self, tmp_path: Path) -> None:

@@ -63,7 +63,7 @@ def config_differences(base: Mapping[str, Any] | None, expert: Mapping[str, Any]
     or its value is what the other is known to take without it: a head's size of hidden_size / num_attention_heads,
     rope_theta 10000, and, where another release of transformers wrote the other config, the keys of ``_RELEASE``.
     """
-    if base is None or expert is None or base == expert:
+    if base is None or expert is None:
         return
     other_release = base.get("transformers_version") != expert.get("transformers_version")
     ours, theirs = dict(_flat(base)), dict(_flat(expert))
