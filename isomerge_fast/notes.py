@@ -14,7 +14,7 @@ from .drift import drift_notes
 from .errors import shown
 from .inputs import last_part
 from .methods import make_method
-from .patterns import idle_patterns
+from .patterns import idle_patterns, rules_of
 from .plan import LeftOut, Plan, TensorPlan
 from .tensor_roles import HEADS, POSITIONS, ROUTERS, SEGMENTS, TOKENS, Roles, labels_of, looks_like_a_head
 
@@ -124,12 +124,14 @@ def _named_labels(checkpoint: Checkpoint) -> list[str] | None:
 
 
 def _pattern_notes(plan: Plan) -> Iterator[str]:
+    if not any(patterns for _, patterns in rules_of(plan.config)):
+        return
     merged = [tensor.name for tensor in plan.tensors if tensor.method is not None]
     names = {*merged}
     copied = [name for name in plan.base.tensors if name not in names]
     copied += [tensor.name for tensor in plan.tensors if tensor.name not in plan.base.tensors]
     copied += [name for each in plan.left_out for name in each.tensors]
-    return idle_patterns(plan.config, merged, copied)
+    yield from idle_patterns(plan.config, merged, copied)
 
 
 def _tensor_notes(plan: Plan) -> Iterator[str]:

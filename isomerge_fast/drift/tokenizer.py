@@ -24,6 +24,7 @@ TOKENIZER, TOKENS_MAP, ADDED, GENERATION, TEMPLATE, OLD_TEMPLATE = (
 )
 # Larger ones are not compared. Real ones have under a megabyte.
 MAX_BYTES, MAX_VALUES = 8_000_000, 400_000
+MAX_DIGITS = 12  # of a token's number
 _TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
 _SWITCHES = ("add_bos_token", "add_eos_token")
 # What tokenizers have by their class: a file that does not name them may mean them all the same.
@@ -180,7 +181,7 @@ def _decoded(tokenizer: Mapping[str, Any]) -> dict[str, Any]:
     decoder = tokenizer.get("added_tokens_decoder")
     entries = decoder.items() if isinstance(decoder, dict) else ()
     return {
-        entry["content"]: int(number) if number.isdecimal() else number
+        entry["content"]: int(number) if number.isdecimal() and len(number) < MAX_DIGITS else number
         for number, entry in entries
         if isinstance(entry, dict) and isinstance(entry.get("content"), str)
     }

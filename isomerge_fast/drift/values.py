@@ -28,7 +28,7 @@ def same(one: Any, other: Any) -> bool:
             return isinstance(number, int | float) and float(text) == number
         except ValueError:
             return False
-    return one == other
+    return one == other or (one != one and other != other)  # NaN
 
 
 def brief(value: Any) -> str:
