@@ -366,8 +366,13 @@ def test_scaling_by_default_is_the_same_merge(tmp_path: Path) -> None:
     config = {"base": base, "experts": experts, "method": "iso-c"}
     imf.merge({**config, "out": tmp_path / "default"})
     imf.merge({**config, "out": tmp_path / "given", "scaling": 1.0})
-    for name in ("README.md", "manifest.json", "model.safetensors"):
-        assert (tmp_path / "default" / name).read_bytes() == (tmp_path / "given" / name).read_bytes()
+    default, given = ((tmp_path / name) for name in ("default", "given"))
+    assert (default / "model.safetensors").read_bytes() == (given / "model.safetensors").read_bytes()
+    cards = [(folder / "README.md").read_text().partition("## Notes") for folder in (default, given)]
+    assert cards[0][0].rstrip() == cards[1][0].rstrip()
+    assert ["scaling is not given" in notes for _, _, notes in cards] == [True, False]
+    told = [json.loads((folder / "manifest.json").read_text())["description"] for folder in (default, given)]
+    assert told[0] == told[1]
     again = imf.merge({**config, "out": tmp_path / "default", "scaling": 1.0}, resume=True)
     assert DEFAULT in again.notes  # it was finished, and is left as it is
 
