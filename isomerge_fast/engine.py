@@ -27,33 +27,36 @@ from .checkpoint.manifest import (
 )
 from .checkpoint.staging import Staging, check_replaceable
 from .checkpoint.writer import create_shard
-from .errors import ConfigError, InputError, LostWritesError, ResourceError, VerificationError, nearest, visible
+from .errors import ConfigError, InputError, LostWritesError, ResourceError, VerificationError, nearest, shown, visible
 from .finishing import read_report, write_all_else
 from .ops import indexed
 from .plan import Plan, check_resources
 from .report import PHASES, PREPARE, Observer, Report
 from .unit import Job, Unit, UnitResult, merge_unit
+from .values import flag, refuse, whole_number
 
 IO = ("auto", "buffered")
 # What cannot wait for the report. Without a handler of the caller's, Python prints it on standard error.
 LOG = logging.getLogger("isomerge_fast")
 
 
-def resolve_device(device: str) -> torch.device:
+def resolve_device(device: str | torch.device) -> torch.device:
     """Return the device that ``auto``, ``cpu``, ``cuda`` or ``cuda:N`` names, with its number.
 
     Raises:
         ConfigError: unknown name.
         ResourceError: CUDA asked for and not there.
     """
+    if not isinstance(device, str | torch.device):
+        refuse(device, "device", "auto, cpu, cuda or cuda:N")
     if device == "auto":
         return indexed(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     try:
         resolved = torch.device(device)
-    except RuntimeError:
+    except (RuntimeError, UnicodeError):
         resolved = None
     if resolved is None or resolved.type not in ("cpu", "cuda"):
-        raise ConfigError(f"device {device!r} is unknown (known: auto, cpu, cuda, cuda:N)")
+        raise ConfigError(f"device {shown(str(device))} is unknown (known: auto, cpu, cuda, cuda:N)")
     if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
         raise ResourceError(f"device {device!r}: this torch sees {torch.cuda.device_count()} CUDA device(s)")
     return indexed(resolved)
@@ -110,11 +113,13 @@ def run(
         ConfigError, InputError, ResourceError: see ``errors``; the output is then absent or as it was before.
     """
     if plan.config.out is None:
-        raise ConfigError("out is not given")
+        raise ConfigError("out is not given: the folder that the merge is written into (a plan alone needs none)")
     if io not in IO:
-        raise ConfigError(f"io {io!r} is unknown{nearest(io, IO)}")
-    if threads is not None and threads < 1:
-        raise ConfigError(f"threads is {threads}; it is 1 or more")
+        raise ConfigError(f"io {shown(io)} is unknown{nearest(io, IO)}")
+    threads = None if threads is None else whole_number(threads, "threads", 1)
+    resume, overwrite = flag(resume, "resume"), flag(overwrite, "overwrite")
+    if observer is not None and not callable(observer):
+        refuse(observer, "observer", "a function of the progress, or None")
     target = torch.device(device) if crew is not None else resolve_device(device)
     check_resources(plan, max_ram=max_ram, max_vram=max_vram, device=target)
     _check_names(plan, plan.config.out)

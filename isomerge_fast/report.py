@@ -129,6 +129,7 @@ class Report:
         Raises:
             ValueError: naming what is not as it is in a report.
         """
+        check(raw, dict[str, Any], "report")
         known = {key: value for key, value in raw.items() if key in cls.__dataclass_fields__}
         check(known, cls, "report")
         check(known.get("tensors", []), list[TensorReport], "tensors")

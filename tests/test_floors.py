@@ -20,13 +20,14 @@ SOURCES = {"isomerge_kernels": ROOT / "kernels" / "isomerge_kernels", "isomerge_
 # Lowest first. A module may import what lies on a lower row, never its own row's neighbours.
 FLOORS = (
     {"isomerge_kernels", "errors", "regular_files", "schema"},
+    {"values"},
     {"ops", "checkpoint", "report", "heap", "mergekit_recipe", "strict_yaml"},
     {"linalg"},
     {"methods"},
     {"config"},
     {"routes", "inputs", "patterns"},
     {"plan", "workers", "transfers", "drift", "tensor_roles"},
-    {"sources", "loads", "notes", "file_notes"},
+    {"sources", "loads", "notes", "file_notes", "memory_inputs"},
     {"planner"},
     {"output", "finishing", "forecast"},
     {"unit"},
