@@ -300,7 +300,10 @@ def guarded(format: Format, action: Callable[[], None]) -> None:
     except MemoryError as error:
         fail(ResourceError(f"out of memory ({error})"))
     except OSError as error:  # of the machine: no temporary folder, a disk that is full
-        fail(ResourceError(f"{error.filename}: {error.strerror}" if error.strerror and error.filename else error))
+        reason = error.strerror or str(error)
+        if "temporary directory" in reason:
+            reason += "; TMPDIR names one that can be written to"
+        fail(ResourceError(f"{error.filename}: {reason}" if error.filename else reason))
 
 
 @app.command(cls=OptionalAddress)
@@ -426,8 +429,8 @@ def plan(
 def apply(
     merged: Annotated[Path, typer.Argument(help="Output of a merge with --save-delta.")],
     scaling: Annotated[list[float], typer.Option("--scaling", help="α; repeated: one output each.", **parsed(number))],
-    out: Annotated[Path, typer.Option("--out", help="Folder to write.")],
-    base: Annotated[Path | None, typer.Option("--base", help="The base, if it has moved.")] = None,
+    out: Annotated[str, typer.Option("--out", help="Folder to write.")],
+    base: Annotated[str | None, typer.Option("--base", help="The base, if it has moved.")] = None,
     dtype: DtypeOption = None,
     device: DeviceOption = "auto",
     max_ram: RamOption = None,
@@ -568,7 +571,7 @@ def bench(
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option("--out", help="Folder for checkpoints, table and picture.")] = Path("demo-out"),
+    out: Annotated[str, typer.Option("--out", help="Folder for checkpoints, table and picture.")] = "demo-out",
     seed: Annotated[int, typer.Option(help="Of data split, networks and training.", **parsed(whole_number, 0))] = 0,
     format: FormatOption = Format.human,
 ) -> None:

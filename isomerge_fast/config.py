@@ -296,7 +296,8 @@ def _checked(config: MergeConfig, where: str) -> MergeConfig:
 
 def _check_values(config: MergeConfig, where: str) -> None:
     """Refuses paths that no file can have, options that are no plain values, and what cannot be written as JSON."""
-    for key, paths in {"base": [config.base], "experts": config.experts, "out": [config.out or "."]}.items():
+    out = [] if config.out is None else [config.out]
+    for key, paths in {"base": [config.base], "experts": config.experts, "out": out}.items():
         for each in paths:
             if not each:
                 raise ConfigError(f"{where}: {key} has an empty path")

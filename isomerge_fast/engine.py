@@ -38,6 +38,8 @@ from .values import flag, refuse, whole_number
 IO = ("auto", "buffered")
 # What cannot wait for the report. Without a handler of the caller's, Python prints it on standard error.
 LOG = logging.getLogger("isomerge_fast")
+# More are started one by one until the machine has no room for another.
+MOST_THREADS = 4_096
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
@@ -116,7 +118,7 @@ def run(
         raise ConfigError("out is not given: the folder that the merge is written into (a plan alone needs none)")
     if io not in IO:
         raise ConfigError(f"io {shown(io)} is unknown{nearest(io, IO)}")
-    threads = None if threads is None else whole_number(threads, "threads", 1)
+    threads = None if threads is None else whole_number(threads, "threads", 1, MOST_THREADS)
     resume, overwrite = flag(resume, "resume"), flag(overwrite, "overwrite")
     if observer is not None and not callable(observer):
         refuse(observer, "observer", "a function of the progress, or None")

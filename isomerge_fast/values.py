@@ -131,9 +131,9 @@ def size(value: Any, what: str) -> int:
 
 def dtype_name(value: Any, what: str) -> str:
     """Return the name of a dtype that outputs may have; ``torch.bfloat16`` is it with and without quotes."""
-    name = str(value) if type(value).__name__ == "dtype" else value
+    name = str(value) if "dtype" in type(value).__name__.lower() else value  # torch's and numpy's
     name = name.removeprefix("torch.") if isinstance(name, str) else name
-    if name not in DTYPES:
+    if not isinstance(name, str) or name not in DTYPES:
         meant = _DTYPES_MEANT.get(name.lower()) if isinstance(name, str) else None
         hint = f" (did you mean {meant!r}?)" if meant else nearest(name, DTYPES)
         raise ConfigError(f"{what} {shown(value)} is unknown{hint}")
@@ -160,7 +160,8 @@ def is_list(value: Any) -> bool:
     """Whether a value lists others: a list, a tuple, an iterator, an array; no text or mapping."""
     if isinstance(value, str | bytes | bytearray | memoryview):
         return False
-    return isinstance(value, Sequence | Set | Iterator) or bool(getattr(value, "shape", ()))
+    shape = getattr(value, "shape", None)
+    return isinstance(value, Sequence | Set | Iterator) or (isinstance(shape, tuple) and len(shape) > 0)
 
 
 def optional(read: Reader) -> Reader:

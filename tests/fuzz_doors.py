@@ -165,7 +165,7 @@ class Doors:
             again = f"python tests/fuzz_doors.py --seed {seed} --first {index} --draws 1"
             self.tally.wrong.append("\n".join([f"{door}: {again}", *self.said, *self._complaints]))
 
-    def verb(self, *arguments: str, allowed: Callable[[str], bool] | None = None) -> int:
+    def verb(self, *arguments: str) -> int:
         """Run a verb as the console script does; check its exit code and what it prints."""
         self.said.append(f"isomerge {' '.join(map(repr, arguments))}"[:2_000])
         out, err = io.StringIO(), io.StringIO()
@@ -178,7 +178,7 @@ class Doors:
             self._complaints.append(f"exit code {code}")
         if "Traceback" in text or "Traceback" in out.getvalue():
             self._complaints.append("a traceback")
-        if code and not text.startswith(("Usage:", "\n Usage:", " Usage:")):
+        if code and "Usage: isomerge" not in text:  # without a verb there is help
             self._check_lines(text, is_json=bool(out.getvalue().startswith('{"error')))
         return code
 
@@ -252,8 +252,9 @@ class Doors:
             if not any("exit 4" in said or "resume" in said for said in self.said):
                 self._complaints.append(f"{path.name} was left behind")
             return
-        try:
-            verify(path, samples=0)
+        manifests = sorted(path.rglob("manifest.json"), key=lambda found: len(found.parts))
+        try:  # ~/x is a folder in one that was made for it
+            verify(manifests[0].parent if manifests else path, samples=0)
         except Exception as error:
             self._complaints.append(f"{path.name} is no whole output: {error}")
 
@@ -470,11 +471,14 @@ def whole_runs(doors: Doors, chance: random.Random) -> None:
 
 def odd_machine(doors: Doors, chance: random.Random) -> None:
     """What takes seconds where it is sound: ``demo`` and ``bench`` with arguments that cannot be."""
-    out = chance.choice(["/proc/x", "/dev/null", "base/config.json", "base/config.json/x", "", "loop", "a\0b", "/sys/x"])
+    out = chance.choice(["/proc/x", "/dev/null", "base/config.json", "base/config.json/x", "", "loop", "fifo/x"])
     demo = chance.choice([["--out", out], ["--seed", "-1", "--out", "/proc/x"], ["--seed", "9" * 30], ["--seed", "x"]])
     bench = chance.choice(
-        [["--tasks", "0"], ["--tasks", "x"], ["--folder", "/proc/x"], ["--folder", "nowhere", *MERGE], ["--budget", "-1"]]
-        + [["--budget", "nan", *MERGE, "--base", "nowhere"], ["--tasks", "3", *MERGE], ["--max-ram", "x"], ["--device", "x"]]
+        [
+            *(["--tasks", "0"], ["--tasks", "x"], ["--folder", "/proc/x"], ["--folder", "nowhere", *MERGE]),
+            *(["--budget", "-1"], ["--budget", "nan", *MERGE], ["--tasks", "3", *MERGE], ["--max-ram", "x"]),
+            *(["--base", "nowhere", "--expert", "base"], ["--device", "x"], [*MERGE, "--max-ram", "1MB"]),
+        ]
     )
     doors.verb(*chance.choice([["demo", *demo], ["bench", *bench]]))
 
@@ -503,19 +507,19 @@ DOORS: dict[str, tuple[float, Door]] = {
 
 
 @contextmanager
-def quickened() -> Iterator[None]:
-    """Let the verbs be read once, and nothing be timed."""
+def quickened(home: Path) -> Iterator[None]:
+    """Let the verbs be read once, nothing be timed, and ``~`` lead nowhere else."""
     with (
         mock.patch.object(cli, "app", typer.main.get_command(cli.app)),
-        mock.patch.object(loads, "_measured_flops", lambda: 1e10),
-        mock.patch.dict(os.environ, {"HOME": "/nonexistent"}),
+        mock.patch.object(loads, "_measured_flops", return_value=1e10),
+        mock.patch.dict(os.environ, {"HOME": str(home)}),
     ):
         yield
 
 
 def fuzz(draws: int, seed: int, first: int = 0) -> Tally:
     """Make that many draws."""
-    with tempfile.TemporaryDirectory(prefix="isomerge-doors-") as folder, quickened():
+    with tempfile.TemporaryDirectory(prefix="isomerge-doors-") as folder, quickened(Path(folder) / "home"):
         doors = Doors(Path(folder) / "work")
         for index in range(first, first + draws):
             doors.draw(seed, index)
