@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -42,7 +42,7 @@ def iso_c(deltas: Array | Sequence[Array], *, weights: Sequence[float] | None = 
         when one of them is float64, else float32. Of meta tensors a meta tensor, after the same checks.
 
     Raises:
-        ValueError: no tasks, shapes or devices that differ, fewer than two dimensions, integer tensors, NaN or Inf.
+        InputError: no tasks, shapes or devices that differ, no matrices, integer tensors, NaN or Inf (a ValueError).
         ConfigError: unknown option or value, or weights that are not T finite numbers (a ValueError too).
 
     Reference: arXiv 2502.04959 (Iso-C).
@@ -91,11 +91,11 @@ def _merge_deltas(
 
 def merge_state_dicts(
     base: Mapping[str, Array],
-    experts: Sequence[Mapping[str, Array]],
+    experts: Iterable[Mapping[str, Array]],
     method: str | Method = "iso-cts",
     scaling: float = 1.0,
     exclude: Sequence[str] = (),
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     stochastic_rounding: int | None = None,
     weights: Sequence[float] | None = None,
     **options: Any,
@@ -111,7 +111,7 @@ def merge_state_dicts(
             differ in dtype and device; what is not float64 is computed in float32, on the device of the base's tensor.
         method: a name or a method object.
         scaling: α.
-        dtype: of the float tensors returned; each tensor's dtype in ``base`` when None.
+        dtype: of the float tensors returned, or its name; each tensor's dtype in ``base`` when None.
         stochastic_rounding: a seed; see ``MergeConfig``.
         weights: w_t, a number for every expert: Δ_t becomes w_t Δ_t everywhere, in averages (1/T) Σ_t w_t Δ_t.
         options: hyper-parameters, when ``method`` is a name.
@@ -122,9 +122,9 @@ def merge_state_dicts(
         first of their names is merged. Of a base and experts on the meta device, meta tensors after the same checks.
 
     Raises:
-        InputError: missing or extra tensors, other shapes, meta tensors beside real ones, NaN or Inf; names the tensor
-            and the expert.
-        ConfigError: unknown method, option or value; a pattern of ``exclude`` that matches no tensor.
+        InputError: no tensors, missing or extra ones, other shapes, meta tensors beside real ones, NaN or Inf; names
+            the tensor and the expert.
+        ConfigError: unknown method, option or value; no state dicts; a pattern of ``exclude`` that matches no tensor.
     """
     merged = merge_tensors(
         base,
@@ -141,12 +141,12 @@ def merge_state_dicts(
 
 def merge_tensors(
     base: Mapping[str, Array],
-    experts: Sequence[Mapping[str, Array]],
+    experts: Iterable[Mapping[str, Array]],
     method: Method,
     *,
     scaling: float,
     exclude: Sequence[str] = (),
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     stochastic_rounding: int | None = None,
     weights: Sequence[float] | None = None,
     device: torch.device | None = None,
@@ -162,12 +162,12 @@ def merge_tensors(
     """
     scaling = number(scaling, "scaling")
     exclude = list_of(pattern, "a list of patterns: ['*lm_head*', '*norm*']")(exclude, "exclude")
-    dtype = None if dtype is None else getattr(torch, dtype_name(dtype, "dtype"))
+    wanted: torch.dtype | None = None if dtype is None else getattr(torch, dtype_name(dtype, "dtype"))
     seed = None if stochastic_rounding is None else whole_number(stochastic_rounding, "stochastic_rounding", 0)
-    experts = read_experts(experts)
-    factors = read_weights(weights, len(experts))
     known = shapes_of(base, "base")
-    dtypes = check_fit(known, isinstance(base, Described), experts)
+    states = read_experts(experts)
+    factors = read_weights(weights, len(states))
+    dtypes = check_fit(known, isinstance(base, Described), states)
     for name, tensor in known.items():
         if tensor.is_floating_point():
             compute = ops.compute_dtype(*dtypes[name])
@@ -175,7 +175,7 @@ def merge_tensors(
             check_factors(f"tensor {name!r}: weight", factors, compute)
     require_matches([("exclude", exclude)], known)
     if seed is not None:
-        outputs = [dtype or tensor.dtype for tensor in known.values() if tensor.is_floating_point()]
+        outputs = [wanted or tensor.dtype for tensor in known.values() if tensor.is_floating_point()]
         if torch.bfloat16 not in outputs:
             raise ConfigError("stochastic_rounding: no merged tensor becomes bfloat16 (dtype=torch.bfloat16 does that)")
 
@@ -187,10 +187,10 @@ def merge_tensors(
             if place in tied:
                 yield name, tied[place]
                 continue
-            bits = tensor_seed(seed, name) if (dtype or tensor.dtype) == torch.bfloat16 else None
+            bits = tensor_seed(seed, name) if (wanted or tensor.dtype) == torch.bfloat16 else None
             origin = as_tensor(base[name], f"base: tensor {name!r}") if isinstance(base, Described) else tensor
             spec = TensorSpec(name, tuple(tensor.shape), ops.compute_dtype(*dtypes[name]))
-            merged = _merge_one(spec, origin, experts, factors, method, scaling, exclude, dtype, bits, device)
+            merged = _merge_one(spec, origin, states, factors, method, scaling, exclude, wanted, bits, device)
             if names[place] > 1:
                 tied[place] = merged
             yield name, merged

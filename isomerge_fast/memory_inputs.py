@@ -57,7 +57,7 @@ def read_deltas(deltas: Array | Sequence[Array]) -> list[Tensor]:
     return tensors
 
 
-def read_experts(experts: Sequence[Mapping[str, Array]]) -> list[Mapping[str, Array]]:
+def read_experts(experts: Iterable[Mapping[str, Array]]) -> list[Mapping[str, Array]]:
     """The state dicts, one an expert; an iterator of them is listed."""
     if isinstance(experts, Mapping):
         raise ConfigError("experts is one state dict; expected a list of them: [expert]")

@@ -22,7 +22,7 @@ from test_cli import flags, invoke
 import isomerge_fast as imf
 from isomerge_fast import in_memory
 from isomerge_fast.checkpoint.sealed import write_sealed
-from isomerge_fast.config import load_config
+from isomerge_fast.config import READERS, load_config
 from isomerge_fast.errors import nearest
 from isomerge_fast.verify import verify
 
@@ -168,7 +168,7 @@ def test_every_setting_has_its_option(tmp_path: Path) -> None:
         "isomerge: on_other_base is for experts that are LoRA adapters, and these are checkpoints\n"
     )
     documented = invoke("run", "--help")[1]
-    for each in load_config.__globals__["READERS"]:
+    for each in READERS:
         option = {"experts": "expert", "weights": "weight", "overrides": "override", "options": "option"}.get(
             each, each
         )
@@ -360,21 +360,22 @@ def test_arguments_of_a_run(tmp_path: Path) -> None:
     base, experts = make_family(tmp_path, tasks=1)
     config = {"base": base, "experts": (experts[0],), "out": tmp_path / "out"}
     before = listing(tmp_path)
-    for named, message in (
+    wrong: list[tuple[dict[str, Any], str]] = [
         ({"threads": "x"}, "threads is 'x'; expected a whole number, 1 or more"),
         ({"threads": 1e9}, "threads is 1000000000.0; expected a whole number, 1 or more, 4096 at most"),
         ({"resume": 3}, "resume is 3; expected true or false"),
         ({"observer": 3}, "observer is 3; expected a function of the progress, or None"),
         ({"io": None}, "io None is unknown (known: auto, buffered)"),
-    ):
+    ]
+    for named, message in wrong:
         with pytest.raises(imf.ConfigError) as caught:
             imf.merge(config, **named)
         assert str(caught.value) == message
     assert listing(tmp_path) == before
     with pytest.raises(imf.ResourceError, match="max_ram is 1000000 bytes"):
         imf.merge(config, max_ram="1MB")
-    named = {"max_ram": "8GiB", "threads": np.int64(1)}
-    assert imf.merge(config, **named).outputs == [str(tmp_path / "out")]
+    ceilings: dict[str, Any] = {"max_ram": "8GiB", "threads": np.int64(1)}
+    assert imf.merge(config, **ceilings).outputs == [str(tmp_path / "out")]
 
 
 # --- what was meant ---------------------------------------------------------------------------------------------------

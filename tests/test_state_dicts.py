@@ -343,11 +343,12 @@ def test_weights(method: str) -> None:
     assert torch.allclose(state["b"], torch.full((3,), 2 * sum(weights) / TASKS))
     assert all(torch.equal(delta, was) for delta, was in zip(deltas, before, strict=True))
     assert torch.equal(CALLS[method](deltas, weights=[1, 1, 1]), CALLS[method](deltas))
-    for bad, message in (
+    wrong: list[tuple[Any, str]] = [
         ([1.0, 2.0], r"weights is \[1.0, 2.0\]; expected 3 numbers, one a task"),
         ([1.0, 2.0, float("nan")], r"weights\[2\] is nan; expected a finite number"),
         (2.0, "weights is 2.0; expected 3 numbers, one a task"),
-    ):
+    ]
+    for bad, message in wrong:
         with pytest.raises(imf.ConfigError, match=message):
             CALLS[method](deltas, weights=bad)
         with pytest.raises(imf.ConfigError, match=message):
