@@ -206,7 +206,7 @@ STATE_DICTS = {
         "base",
         ["a"],
         {},
-        "experts[0] is 'a'; open_state_dict(path) opens a checkpoint, and merge(config) merges",
+        "base is 'base'; open_state_dict(path) opens a checkpoint, and merge(config) merges",
     ),
     "one state dict": (W, W, {}, "experts is one state dict; expected a list of them: [expert]"),
     "one module": (W, LINEAR, {}, "experts is a Linear; expected a list of state dicts"),
@@ -294,9 +294,8 @@ def test_what_is_meant_is_taken() -> None:
     """An iterator of experts, numpy's numbers, a dtype by its name."""
     base = make_base()
     experts = [make_expert(base, seed) for seed in range(2)]
-    once = imf.merge_state_dicts(
-        base, iter(experts), scaling=np.float32(0.5), dtype="torch.bfloat16", weights=np.ones(2)
-    )  # type: ignore[arg-type]
+    named: dict[str, Any] = {"scaling": np.float32(0.5), "dtype": "torch.bfloat16", "weights": np.ones(2)}
+    once = imf.merge_state_dicts(base, iter(experts), **named)
     plain = imf.merge_state_dicts(base, experts, scaling=0.5, dtype=torch.bfloat16)
     assert all(torch.equal(once[name], plain[name]) for name in plain)
     assert torch.equal(imf.iso_cts([torch.eye(3)], "8e-1"), imf.iso_cts([torch.eye(3)], 0.8))  # type: ignore[arg-type]
