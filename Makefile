@@ -2,12 +2,14 @@
 # change.
 PYTHON ?= python3
 VENV := .venv
+N ?= 200000
+SEED ?= 0
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL: # two pips in one environment would race
-.PHONY: help demo test test-peers test-slow faults fuzz-numerics bench bench-full bench-compare accuracy gpu kernels numerics lint format venv clean
+.PHONY: help demo test test-peers test-slow faults fuzz-numerics fuzz-doors bench bench-full bench-compare accuracy gpu kernels numerics lint format venv clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -35,6 +37,9 @@ faults: $(VENV)/.installed-test ## kills, pairs without locks, failing disks and
 # One thread: the matrices are small.
 fuzz-numerics: $(VENV)/.installed-test ## 10,000 random merges of 500 families and more against the oracle (3 minutes on one core)
 	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python tests/fuzz_numerics.py
+
+fuzz-doors: $(VENV)/.installed-test ## every verb and public function with wrong types and damaged files: make fuzz-doors N=200000 SEED=0
+	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python tests/fuzz_doors.py --draws $(N) --seed $(SEED)
 
 bench: $(VENV)/.installed-bench ## time and error beside numpy, torch, FusionBench, mergekit (under 10 minutes on 2 cores)
 	$(BIN)/python -m benchmarks.run

@@ -8,14 +8,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from .checkpoint.layout import Checkpoint
+from .checkpoint.layout import ADAPTER_CONFIG_FILE, Checkpoint
 from .checkpoint.manifest import MANIFEST_FILE, Manifest, file_name, read_manifest
 from .config import MergeConfig, load_config, recorded_config
 from .engine import resolve_device, run
 from .errors import ConfigError, InputError, VerificationError
-from .plan import DELTA_FOLDER, Plan, TensorPlan
+from .methods import make_method
+from .plan import DELTA_FOLDER, Origin, Plan, TensorPlan
 from .planner import make_plan
 from .report import Observer, Report
+from .values import path_text, refuse, size
 
 __all__ = ["apply", "merge"]
 
@@ -24,8 +26,8 @@ def merge(
     config: str | os.PathLike[str] | Mapping[str, Any] | MergeConfig,
     *,
     device: str = "auto",
-    max_ram: int | None = None,
-    max_vram: int | None = None,
+    max_ram: int | str | None = None,
+    max_vram: int | str | None = None,
     threads: int | None = None,
     resume: bool = False,
     overwrite: bool = False,
@@ -37,7 +39,8 @@ def merge(
 
     Args:
         config: path of a YAML file, a dict with the same keys, or a MergeConfig.
-        device, max_ram, max_vram, threads, resume, overwrite, io, observer: see ``engine.run``; ceilings in bytes.
+        device, max_ram, max_vram, threads, resume, overwrite, io, observer: see ``engine.run``; ceilings in bytes, or
+            as ``"8GiB"``.
         ray: share the work out among the workers of a Ray cluster: ``host:port`` of it; ``"local"``: one that is
             started on this machine; True: that which this process is connected to, that of ``RAY_ADDRESS``, or that
             which this machine belongs to, else as ``"local"``. Ceilings and threads are each worker's.
@@ -50,8 +53,12 @@ def merge(
         MissingPackageError: ``ray`` without Ray.
     """
     checked = load_config(config)
-    options: dict[str, Any] = {"max_ram": max_ram, "max_vram": max_vram}
+    if checked.out is None:
+        raise ConfigError("out is not given: the folder that the merge is written into")
+    options = _ceilings(max_ram, max_vram)
     running = {"resume": resume, "overwrite": overwrite, "io": io, "observer": observer}
+    if not isinstance(ray, bool | str):
+        refuse(ray, "ray", "true, false, or an address such as host:6379")
     if ray is False:
         plan = make_plan(checked, resolve_device(device), **options)
         return run(plan, device=device, threads=threads, **options, **running)
@@ -70,8 +77,8 @@ def apply(
     base: str | os.PathLike[str] | None = None,
     dtype: str | None = None,
     device: str = "auto",
-    max_ram: int | None = None,
-    max_vram: int | None = None,
+    max_ram: int | str | None = None,
+    max_vram: int | str | None = None,
     resume: bool = False,
     overwrite: bool = False,
     io: str = "auto",
@@ -95,7 +102,8 @@ def apply(
         VerificationError: the manifest was changed.
         ConfigError, ResourceError: as ``merge``.
     """
-    folder = Path(merged)
+    folder = Path(path_text(merged, "merged", "the output of a merge"))
+    ceilings = _ceilings(max_ram, max_vram)
     manifest = read_manifest(folder)
     then = _recorded_config(folder, manifest)
     if not then.save_delta:
@@ -107,18 +115,22 @@ def apply(
             "experts_are_deltas": True,
             "method": "task-arithmetic",
             "scaling": scaling,
-            "dtype": dtype or then.dtype,
+            "dtype": then.dtype if dtype is None else dtype,
             "stochastic_rounding": then.stochastic_rounding,
             "out": out,
         }
     )
-    plan = make_plan(config, resolve_device(device), max_ram=max_ram, max_vram=max_vram)
+    plan = make_plan(config, resolve_device(device), **ceilings)
     _check_headers(plan, folder, manifest)
+    experts = manifest["description"]["inputs"][1:]
     return run(
-        replace(plan, tensors=tuple(_with_checksums(tensor, folder, manifest) for tensor in plan.tensors)),
+        replace(
+            plan,
+            tensors=tuple(_with_checksums(tensor, folder, manifest) for tensor in plan.tensors),
+            origin=Origin(then, any(ADAPTER_CONFIG_FILE in expert["files"] for expert in experts)),
+        ),
         device=device,
-        max_ram=max_ram,
-        max_vram=max_vram,
+        **ceilings,
         resume=resume,
         overwrite=overwrite,
         io=io,
@@ -126,10 +138,18 @@ def apply(
     )
 
 
+def _ceilings(max_ram: int | str | None, max_vram: int | str | None) -> dict[str, Any]:
+    """The ceilings in bytes, by name."""
+    given = {"max_ram": max_ram, "max_vram": max_vram}
+    return {name: None if value is None else size(value, name) for name, value in given.items()}
+
+
 def _recorded_config(folder: Path, manifest: Manifest) -> MergeConfig:
     """Return the config of the merge that made the output in ``folder``."""
     try:
-        return recorded_config(manifest["description"])
+        config = recorded_config(manifest["description"])
+        make_method(config.method, config.options)
+        return config
     except ConfigError as error:
         raise VerificationError(f"{folder / MANIFEST_FILE}: not the manifest of a merge ({error})") from error
 

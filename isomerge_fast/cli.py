@@ -7,20 +7,20 @@ import functools
 import inspect
 import json
 import os
-import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
 from .errors import ConfigError, IsomergeError, ResourceError, shown, visible
 from .terminal import CLOSED_PIPE, Stopped, guard_streams, stoppable, take_failure
+from .values import Reader, number, size, whole_number
 
 # click's, of which typer may have a copy of its own.
 UsageError: Any = typer.BadParameter.__base__
@@ -48,8 +48,11 @@ def _told() -> Iterator[None]:
         print(INTERRUPTED, file=sys.stderr)
         raise typer.Exit(stop.exit_code if isinstance(stop, Stopped) else 130) from None
     except UsageError as error:
-        error.message = visible(error.message)
-        raise
+        if error.ctx is not None and type(error).__name__ == "NoArgsIsHelpError":
+            raise
+        verb = error.ctx.command_path if error.ctx is not None else "isomerge"
+        print(f"isomerge: {visible(error.format_message())} ({verb} --help)", file=sys.stderr)
+        raise typer.Exit(error.exit_code) from None
 
 
 app = typer.Typer(
@@ -60,6 +63,18 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+def parsed(read: Reader, *bounds: int) -> dict[str, Any]:
+    """What an option is declared with whose value a reader reads."""
+
+    def parse(text: Any) -> Any:
+        try:
+            return read(text, "it", *bounds)
+        except ConfigError as error:
+            raise typer.BadParameter(str(error).removeprefix("it is ")) from None
+
+    return {"parser": parse, "metavar": "<number>"}
 
 
 class Format(enum.StrEnum):
@@ -74,22 +89,43 @@ ConfigArgument = Annotated[Path | None, typer.Argument(help="YAML file; its keys
 BaseOption = Annotated[str | None, typer.Option("--base", help="Base checkpoint: a folder or a .safetensors file.")]
 ExpertOption = Annotated[list[str] | None, typer.Option("--expert", help="A fine-tuned checkpoint; repeat for each.")]
 MethodOption = Annotated[str | None, typer.Option("--method", help="iso-c, iso-cts, mean or task-arithmetic.")]
-ScalingOption = Annotated[list[float] | None, typer.Option("--scaling", help="α; repeated: one output each.")]
+ScalingOption = Annotated[
+    list[float] | None, typer.Option("--scaling", help="α; repeated: one output each.", **parsed(number))
+]
 OptionOption = Annotated[list[str] | None, typer.Option("--option", help="Method option, e.g. common_fraction=0.7.")]
 ExcludeOption = Annotated[list[str] | None, typer.Option("--exclude", help="Name pattern of tensors to average.")]
 DtypeOption = Annotated[str | None, typer.Option("--dtype", help="Of the output's float tensors, e.g. bfloat16.")]
 RoundingOption = Annotated[
-    int | None, typer.Option("--stochastic-rounding", help="Seed: what is written as bfloat16 is rounded at random.")
+    int | None,
+    typer.Option(
+        "--stochastic-rounding",
+        help="Seed: what is written as bfloat16 is rounded at random.",
+        **parsed(whole_number, 0),
+    ),
 ]
 OnExtraOption = Annotated[
     str | None, typer.Option("--on-extra", help="Tensors only an expert has: error, ignore or copy.")
 ]
-WeightOption = Annotated[list[float] | None, typer.Option("--weight", help="Of each expert's delta, in their order.")]
+WeightOption = Annotated[
+    list[float] | None, typer.Option("--weight", help="Of each expert's delta, in their order.", **parsed(number))
+]
 MissingOption = Annotated[
     str | None, typer.Option("--on-missing", help="Tensors only some adapters adapt: error, or zero.")
 ]
+OtherBaseOption = Annotated[
+    str | None, typer.Option("--on-other-base", help="Adapters that name different bases: error, or ignore.")
+]
+OverrideOption = Annotated[
+    list[str] | None,
+    typer.Option("--override", metavar="PATTERN=METHOD", help="Another method for tensors of this name; repeat."),
+]
+NormalizeOption = Annotated[bool, typer.Option("--normalize-weights", help="Divide the weights by their sum.")]
+DeltasOption = Annotated[bool, typer.Option("--experts-are-deltas", help="The experts hold Δ, not weights.")]
 RankOption = Annotated[
-    int | None, typer.Option("--adapter-rank", help="Write a LoRA adapter of this rank (experts are adapters).")
+    int | None,
+    typer.Option(
+        "--adapter-rank", help="Write a LoRA adapter of this rank (experts are adapters).", **parsed(whole_number, 1)
+    ),
 ]
 OutOption = Annotated[str | None, typer.Option("--out", help="Folder to write.")]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
@@ -98,7 +134,9 @@ VramOption = Annotated[str | None, typer.Option("--max-vram", help="Ceiling for 
 DeltaOption = Annotated[bool, typer.Option("--save-delta", help="Keep the merged Δ in OUT/delta, for isomerge apply.")]
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Continue an unfinished merge.")]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace the output, at the very end.")]
-ThreadsOption = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads of each process.")]
+ThreadsOption = Annotated[
+    int | None, typer.Option("--threads", help="CPU threads of each process.", **parsed(whole_number, 1))
+]
 RayOption = Annotated[
     str | None,
     typer.Option(
@@ -107,18 +145,10 @@ RayOption = Annotated[
 ]
 IoOption = Annotated[str, typer.Option("--io", help="auto: past the page cache where that is faster; or buffered.")]
 
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
-
 
 def parse_bytes(text: str | None, option: str) -> int | None:
     """``8GiB``, ``600 MB`` or a plain number as bytes."""
-    if text is None:
-        return None
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
-    if match is None or match[2].upper() not in _UNITS:
-        raise ConfigError(f"{option} {text!r} is not a size such as 8GiB or 600MB")
-    return int(float(match[1]) * _UNITS[match[2].upper()])
+    return None if text is None else size(text, option)
 
 
 def parse_options(pairs: list[str] | None) -> dict[str, Any] | None:
@@ -137,6 +167,16 @@ def parse_options(pairs: list[str] | None) -> dict[str, Any] | None:
             raise ConfigError(f"--option {shown(key)} is given twice")
         options[key] = parse_yaml(value, f"--option {shown(key)}")
     return options
+
+
+def parse_overrides(pairs: list[str] | None) -> list[dict[str, str]] | None:
+    """``pattern=method`` pairs; a pattern may hold = too."""
+    if not pairs:
+        return None
+    for pair in pairs:
+        if "=" not in pair:
+            raise ConfigError(f"--override {shown(pair)} is not PATTERN=METHOD, such as '*norm*=mean'")
+    return [dict(zip(("match", "method"), pair.rsplit("=", 1), strict=True)) for pair in pairs]
 
 
 @dataclass(frozen=True)
@@ -162,7 +202,9 @@ class Described:
         changes["experts"] = changes.pop("expert") or None
         changes["weights"] = changes.pop("weight") or None
         changes["exclude"] = changes["exclude"] or None
-        changes["save_delta"] = changes["save_delta"] or None
+        changes["overrides"] = parse_overrides(changes.pop("override"))
+        for switch in ("save_delta", "normalize_weights", "experts_are_deltas"):
+            changes[switch] = changes[switch] or None
         changes["options"] = parse_options(changes.pop("option"))
         return load_config(self.file if self.file is not None else {}, **changes)
 
@@ -175,12 +217,16 @@ def _merge_options(
     scaling: ScalingOption = None,
     option: OptionOption = None,
     weight: WeightOption = None,
+    normalize_weights: NormalizeOption = False,
     exclude: ExcludeOption = None,
+    override: OverrideOption = None,
     dtype: DtypeOption = None,
     stochastic_rounding: RoundingOption = None,
     on_extra: OnExtraOption = None,
     on_missing: MissingOption = None,
+    on_other_base: OtherBaseOption = None,
     adapter_rank: RankOption = None,
+    experts_are_deltas: DeltasOption = False,
     save_delta: DeltaOption = False,
     out: OutOption = None,
 ) -> None:
@@ -237,9 +283,8 @@ def print_json(value: dict[str, Any]) -> None:
 
 def guarded(format: Format, action: Callable[[], None]) -> None:
     """Runs a verb; every error a user can mend becomes one message and the exit code of the contract."""
-    try:
-        action()
-    except IsomergeError as error:
+
+    def fail(error: IsomergeError) -> NoReturn:
         if format is Format.json:
             details = {"kind": error.kind, "exit_code": error.exit_code, "message": str(error)}
             details |= {"problems": error.problems} if error.problems else {}
@@ -247,9 +292,18 @@ def guarded(format: Format, action: Callable[[], None]) -> None:
         if format is Format.human or take_failure(sys.stdout):
             print(f"isomerge: {error}", file=sys.stderr)
         raise typer.Exit(error.exit_code) from None
+
+    try:
+        action()
+    except IsomergeError as error:
+        fail(error)
     except MemoryError as error:
-        print(f"isomerge: out of memory ({visible(str(error))})", file=sys.stderr)
-        raise typer.Exit(4) from None
+        fail(ResourceError(f"out of memory ({error})"))
+    except OSError as error:  # of the machine: no temporary folder, a disk that is full
+        reason = error.strerror or str(error)
+        if "temporary directory" in reason:
+            reason += "; TMPDIR names one that can be written to"
+        fail(ResourceError(f"{error.filename}: {reason}" if error.filename else reason))
 
 
 @app.command(cls=OptionalAddress)
@@ -306,8 +360,12 @@ def plan(
             "--ray", metavar="[ADDRESS]", help="Predict wall times over Ray; with an address, of that cluster as well."
         ),
     ] = None,
-    workers: Annotated[list[int] | None, typer.Option("--workers", min=1, help="With --ray: so many; repeat.")] = None,
-    flops: Annotated[float | None, typer.Option("--flops", help="FLOP/s of a worker, e.g. 2e13. [measured]")] = None,
+    workers: Annotated[
+        list[int] | None, typer.Option("--workers", help="With --ray: so many; repeat.", **parsed(whole_number, 1))
+    ] = None,
+    flops: Annotated[
+        float | None, typer.Option("--flops", help="FLOP/s of a worker, e.g. 2e13. [measured]", **parsed(number))
+    ] = None,
     worker_rate: Annotated[
         str | None, typer.Option("--worker-rate", help="Bytes a second that one worker reads, or writes. [measured]")
     ] = None,
@@ -370,9 +428,9 @@ def plan(
 @app.command()
 def apply(
     merged: Annotated[Path, typer.Argument(help="Output of a merge with --save-delta.")],
-    scaling: Annotated[list[float], typer.Option("--scaling", help="α; repeated: one output each.")],
-    out: Annotated[Path, typer.Option("--out", help="Folder to write.")],
-    base: Annotated[Path | None, typer.Option("--base", help="The base, if it has moved.")] = None,
+    scaling: Annotated[list[float], typer.Option("--scaling", help="α; repeated: one output each.", **parsed(number))],
+    out: Annotated[str, typer.Option("--out", help="Folder to write.")],
+    base: Annotated[str | None, typer.Option("--base", help="The base, if it has moved.")] = None,
     dtype: DtypeOption = None,
     device: DeviceOption = "auto",
     max_ram: RamOption = None,
@@ -411,8 +469,10 @@ def apply(
 @app.command()
 def verify(
     folder: Annotated[Path, typer.Argument(help="Output of a merge.")],
-    samples: Annotated[int, typer.Option(help="Tensors to recompute in float64; 0: checksums only.")] = 4,
-    seed: Annotated[int, typer.Option(help="Of the choice of samples.")] = 0,
+    samples: Annotated[
+        int, typer.Option(help="Tensors to recompute in float64; 0: checksums only.", **parsed(whole_number, 0))
+    ] = 4,
+    seed: Annotated[int, typer.Option(help="Of the choice of samples.", **parsed(whole_number))] = 0,
     format: FormatOption = Format.human,
 ) -> None:
     """Check a merged checkpoint: every byte of every file, and a sample of tensors recomputed in float64."""
@@ -470,9 +530,11 @@ def bench(
     device: DeviceOption = "auto",
     max_ram: RamOption = None,
     max_vram: VramOption = None,
-    tasks: Annotated[int | None, typer.Option("--tasks", min=1, help="Without a merge: deltas to merge. [8]")] = None,
+    tasks: Annotated[
+        int | None, typer.Option("--tasks", help="Without a merge: deltas to merge. [8]", **parsed(whole_number, 1))
+    ] = None,
     folder: Annotated[Path, typer.Option("--folder", help="On the disk to be measured; left as it is.")] = Path("."),
-    budget: Annotated[float, typer.Option("--budget", min=0.0, help="Seconds for timing, about.")] = 60.0,
+    budget: Annotated[float, typer.Option("--budget", help="Seconds for timing, about.", **parsed(number, 0))] = 60.0,
     format: FormatOption = Format.human,
 ) -> None:
     """What this machine does against the published algorithm; with a merge: what that would take here."""
@@ -509,17 +571,14 @@ def bench(
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option("--out", help="Folder for checkpoints, table and picture.")] = Path("demo-out"),
-    seed: Annotated[int, typer.Option(help="Of data split, networks and training.")] = 0,
+    out: Annotated[str, typer.Option("--out", help="Folder for checkpoints, table and picture.")] = "demo-out",
+    seed: Annotated[int, typer.Option(help="Of data split, networks and training.", **parsed(whole_number, 0))] = 0,
     format: FormatOption = Format.human,
 ) -> None:
     """Train eight experts on handwritten digits, merge them, and compare: about a minute."""
 
     def action() -> None:
-        try:
-            from .demo import run_demo
-        except ImportError as error:
-            raise ConfigError(str(error)) from error
+        from .demo import run_demo
 
         quiet = format is Format.json
         result = run_demo(out, seed=seed, say=lambda text: None if quiet else print(visible(text, keep="\n")))

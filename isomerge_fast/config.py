@@ -7,21 +7,18 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from .errors import ConfigError, InputError, nearest, shown
 from .mergekit_recipe import is_recipe, read_recipe
 from .regular_files import read_regular
-from .schema import check
+from .values import Reader, dtype_name, flag, is_list, list_of, number, path_text, pattern, refuse, whole_number, word
 
 MAX_BYTES = 8_000_000  # of a YAML file
 MAX_PATH_BYTES = 4_096  # as Linux has it
-# Errors that one message tells of, and its length.
-MAX_ERRORS, MAX_MESSAGE = 5, 500
-OUTPUT_DTYPES = ("float64", "float32", "float16", "bfloat16")
 # What may be said of three kinds of surprise.
 CHOICES = {
     "on_extra": ("error", "ignore", "copy"),
@@ -56,7 +53,8 @@ class MergeConfig:
             ``load_config`` expands ``~``. Experts may all be LoRA adapter folders (``adapter_config.json``) instead.
         out: folder to write; None for a plan only.
         method: iso-c, iso-cts, mean or task-arithmetic.
-        scaling: the paper's α in θ = θ₀ + α·Δ; or several, each an output ``scaling-<α>`` of one decomposition.
+        scaling: the paper's α in θ = θ₀ + α·Δ; or several, each an output ``scaling-<α>`` of one decomposition. 1
+            where it is None, which ``plan`` says: the best α is found on validation data.
         options: hyper-parameters of the method.
         weights: w_t, one entry an expert: a number, or rules of which the first that matches a tensor's name gives it
             (1 where none does). Δ_t is multiplied by it, whatever the method: the mean is (1/T) Σ w_t Δ_t. None: 1.
@@ -81,7 +79,7 @@ class MergeConfig:
     base: str
     experts: list[str]
     method: str = "iso-cts"
-    scaling: float | list[float] = 1.0
+    scaling: float | list[float] | None = None
     options: dict[str, Any] = field(default_factory=dict)
     weights: list[float | list[WeightRule]] | None = None
     normalize_weights: bool = False
@@ -99,7 +97,14 @@ class MergeConfig:
 
     @property
     def scalings(self) -> tuple[float, ...]:
+        if self.scaling is None:
+            return (1.0,)
         return tuple(self.scaling) if isinstance(self.scaling, list) else (self.scaling,)
+
+    @property
+    def described(self) -> dict[str, Any]:
+        """All keys with what they come to: what decides the output's bytes, whether it was given or not."""
+        return {**asdict(self), "scaling": 1.0 if self.scaling is None else self.scaling}
 
     def weights_of(self, name: str) -> tuple[float, ...] | None:
         """w_t of a tensor, or None where all are 1.
@@ -134,16 +139,7 @@ def recorded_config(description: Mapping[str, Any]) -> MergeConfig:
         ConfigError: an unknown key, a wrong type or a value out of range.
     """
     base, *experts = (recorded["path"] for recorded in description["inputs"])
-    raw = {**description["config"], "base": base, "experts": experts}
-    try:
-        check(raw, MergeConfig, "config")
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-    weights = raw.get("weights")
-    if weights is not None:
-        weights = [[WeightRule(**rule) for rule in each] if isinstance(each, list) else each for each in weights]
-    overrides = [Override(**override) for override in raw.get("overrides", [])]
-    return _checked(MergeConfig(**{**raw, "overrides": overrides, "weights": weights}), "config")
+    return _checked(_read({**description["config"], "base": base, "experts": experts}, "config"), "config")
 
 
 def load_config(source: str | os.PathLike[str] | Mapping[str, Any] | MergeConfig, **changes: Any) -> MergeConfig:
@@ -155,17 +151,19 @@ def load_config(source: str | os.PathLike[str] | Mapping[str, Any] | MergeConfig
             key.
         InputError: paths of the file that are there from its own folder only.
     """
-    changes = _plain({key: value for key, value in changes.items() if value is not None})
+    where = "config"
     if isinstance(source, MergeConfig):
-        raw, where = {each.name: getattr(source, each.name) for each in fields(source)}, "config"
+        raw: Mapping[Any, Any] = _fields_of(source)
     elif isinstance(source, Mapping):
-        raw, where = _plain(source), "config"
+        raw = source
     else:
-        where = str(source)
-        raw = _read_yaml(Path(source))
+        where = path_text(source, "config", "the path of a YAML file, a dict or a MergeConfig")
+        raw = _read_yaml(Path(where))
     if is_recipe(raw):
         raw = read_recipe(raw, where)
-    config = _at_home(_checked(_validate({**raw, **changes}, where), where))
+    config = _at_home(
+        _checked(_read({**raw, **{key: value for key, value in changes.items() if value is not None}}, where), where)
+    )
     if isinstance(source, str | os.PathLike):
         _check_places(config, Path(source))
     return config
@@ -197,18 +195,6 @@ def _check_places(config: MergeConfig, file: Path) -> None:
             )
 
 
-def _plain(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Path objects, alone or in a list, as strings."""
-
-    def text(value: Any) -> Any:
-        return os.fspath(value) if isinstance(value, os.PathLike) else value
-
-    return {
-        key: [text(item) for item in value] if isinstance(value, list | tuple) else text(value)
-        for key, value in raw.items()
-    }
-
-
 def _read_yaml(path: Path) -> dict[str, Any]:
     from .strict_yaml import parse_yaml
 
@@ -225,47 +211,93 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return raw
 
 
-def _validate(raw: Mapping[str, Any], where: str) -> MergeConfig:
-    from pydantic import TypeAdapter, ValidationError
+# --------------------------------------------------------------------------------------------------- what a key expects
 
-    known = {field.name for field in fields(MergeConfig)}
-    for key in raw:
+
+def _scaling(value: Any, what: str) -> float | list[float]:
+    return list_of(number, "numbers")(value, what) if is_list(value) else number(value, what)
+
+
+def _options(value: Any, what: str) -> dict[str, Any]:
+    """The values are read by the method that they are for."""
+    if not isinstance(value, Mapping):
+        refuse(value, what, "names with values, such as {common_fraction: 0.8}")
+    for key in value:
         if not isinstance(key, str):
-            raise ConfigError(f"{where}: the key {shown(key)} is not text")
+            raise ConfigError(f"{what}: the key {shown(key)} is not text")
+    return dict(value)
+
+
+def _rules(kind: type, readers: Mapping[str, Reader], example: str) -> Reader:
+    """Return the reader of a mapping with the fields of ``kind``."""
+
+    def read(value: Any, what: str) -> Any:
+        if isinstance(value, kind):
+            value = _fields_of(value)
+        if not isinstance(value, Mapping):
+            refuse(value, what, example)
+        check_keys(value, readers, what)
+        for each in fields(kind):
+            if each.default is MISSING and each.default_factory is MISSING and value.get(each.name) is None:
+                raise ConfigError(f"{what} has no {each.name!r}; expected {example}")
+        return kind(**{key: readers[key](entry, f"{what}.{key}") for key, entry in value.items() if entry is not None})
+
+    return read
+
+
+_PATH = "the path of a checkpoint"
+_OVERRIDE = _rules(Override, {"match": pattern, "method": word, "options": _options}, "{match: '*norm*', method: mean}")
+_RULE = _rules(WeightRule, {"match": pattern, "weight": number}, "{match: '*mlp*', weight: 0.5}")
+_WEIGHTS = "an entry for each expert, a number or rules: [0.5, [{match: '*mlp*', weight: 2.0}]]"
+
+
+def _weight_entry(value: Any, what: str) -> float | list[WeightRule]:
+    return list_of(_RULE, _WEIGHTS)(value, what) if is_list(value) else number(value, what)
+
+
+READERS: dict[str, Reader] = {
+    "base": lambda value, what: path_text(value, what, _PATH),
+    "experts": list_of(lambda value, what: path_text(value, what, _PATH), "a list of paths: [path/a, path/b]"),
+    "method": word,
+    "scaling": _scaling,
+    "options": _options,
+    "weights": list_of(_weight_entry, _WEIGHTS),
+    "normalize_weights": flag,
+    "exclude": list_of(pattern, "a list of patterns: ['*lm_head*', '*norm*']"),
+    "overrides": list_of(_OVERRIDE, "a list: [{match: '*norm*', method: mean}]"),
+    "dtype": dtype_name,
+    "stochastic_rounding": lambda value, what: whole_number(value, what, 0),
+    "on_extra": word,
+    "on_missing": word,
+    "on_other_base": word,
+    "adapter_rank": lambda value, what: whole_number(value, what, 1),
+    "experts_are_deltas": flag,
+    "save_delta": flag,
+    "out": path_text,
+}
+
+
+def _read(raw: Mapping[Any, Any], where: str) -> MergeConfig:
+    check_keys(raw, READERS, where)
+    for key in ("base", "experts"):
+        if raw.get(key) is None:
+            raise ConfigError(f"{where}: {key} is missing")
+    return MergeConfig(
+        **{key: READERS[key](value, f"{where}: {key}") for key, value in raw.items() if value is not None}
+    )
+
+
+def check_keys(entries: Mapping[Any, Any], known: Iterable[str], what: str) -> None:
+    """Raise ConfigError where a mapping has a key that is not known."""
+    for key in entries:
+        if not isinstance(key, str):
+            raise ConfigError(f"{what}: the key {shown(key)} is not text")
         if key not in known:
-            raise ConfigError(f"{where}: unknown key {shown(key)}{nearest(key, known)}")
-    _check_keys(raw.get("overrides"), Override, f"{where}: ", "overrides")
-    weights = raw.get("weights")
-    for index, rules in enumerate(weights if isinstance(weights, list) else ()):
-        _check_keys(rules, WeightRule, f"{where}: ", f"weights[{index}]")
-    for key in ("scaling", "weights", "adapter_rank", "stochastic_rounding"):
-        if _has_flag(raw.get(key)):
-            raise ConfigError(f"{where}: {key} is {shown(raw[key])}; expected numbers, not true or false")
-    # pydantic checks the stdlib dataclass as it stands, so there is one schema and the engine needs no pydantic.
-    try:
-        return TypeAdapter(MergeConfig).validate_python({key: value for key, value in raw.items() if value is not None})
-    except ValidationError as error:
-        found = error.errors(include_url=False, include_input=False)
-        lines = [f"{'.'.join(str(part) for part in item['loc'])}: {item['msg']}" for item in found[:MAX_ERRORS]]
-        lines += [f"… and {len(found) - MAX_ERRORS} more"] if len(found) > MAX_ERRORS else []
-        text = "; ".join(lines)
-        raise ConfigError(f"{where}: {text if len(text) <= MAX_MESSAGE else text[:MAX_MESSAGE] + '…'}") from error
+            raise ConfigError(f"{what}: unknown key {shown(key)}{nearest(key, known)}")
 
 
-def _has_flag(value: Any) -> bool:
-    """Whether true or false stands for a number, which pydantic takes for 1 and 0."""
-    if isinstance(value, list | tuple):
-        return any(_has_flag(entry) for entry in value)
-    return isinstance(value.get("weight") if isinstance(value, Mapping) else value, bool)
-
-
-def _check_keys(entries: Any, kind: type, where: str, what: str) -> None:
-    """Raises ConfigError where one of a list's mappings has a key that ``kind`` has not."""
-    known = {field.name for field in fields(kind)}
-    for index, entry in enumerate(entries if isinstance(entries, list) else ()):
-        for key in entry if isinstance(entry, Mapping) else ():
-            if key not in known:
-                raise ConfigError(f"{where}unknown key {shown(key)} in {what}[{index}]{nearest(key, known)}")
+def _fields_of(value: Any) -> dict[str, Any]:
+    return {each.name: getattr(value, each.name) for each in fields(value)}
 
 
 def _checked(config: MergeConfig, where: str) -> MergeConfig:
@@ -274,25 +306,16 @@ def _checked(config: MergeConfig, where: str) -> MergeConfig:
     _check_values(config, where)
     if not config.scalings:
         raise ConfigError(f"{where}: scaling is an empty list")
-    for value in config.scalings:
-        if not abs(value) < float("inf"):
-            raise ConfigError(f"{where}: scaling {value!r} is not a finite number")
     if len({f"{value:g}" for value in config.scalings}) != len(config.scalings):
         raise ConfigError(f"{where}: scaling lists a value twice")
-    if config.dtype is not None and config.dtype not in OUTPUT_DTYPES:
-        raise ConfigError(f"{where}: dtype {shown(config.dtype)} is unknown{nearest(config.dtype, OUTPUT_DTYPES)}")
-    if config.stochastic_rounding is not None and not 0 <= config.stochastic_rounding < 2**63:
-        raise ConfigError(f"{where}: stochastic_rounding is a seed, 0 or more; got {config.stochastic_rounding}")
     for key, choices in CHOICES.items():
         if getattr(config, key) not in choices:
             raise ConfigError(
                 f"{where}: {key} {shown(getattr(config, key))} is unknown{nearest(getattr(config, key), choices)}"
             )
-    if config.weights is not None:
-        _check_weights(config, where)
+    if config.weights is not None and len(config.weights) != len(config.experts):
+        raise ConfigError(f"{where}: weights has {len(config.weights)} entries for {len(config.experts)} experts")
     if config.adapter_rank is not None:
-        if config.adapter_rank < 1:
-            raise ConfigError(f"{where}: adapter_rank is {config.adapter_rank}; it is 1 or more")
         for key in ("save_delta", "stochastic_rounding", "experts_are_deltas"):
             if getattr(config, key) not in (None, False):
                 raise ConfigError(f"{where}: adapter_rank and {key} exclude each other")
@@ -306,12 +329,13 @@ def _checked(config: MergeConfig, where: str) -> MergeConfig:
 
 def _check_values(config: MergeConfig, where: str) -> None:
     """Refuses paths that no file can have, options that are no plain values, and what cannot be written as JSON."""
-    for key, paths in {"base": [config.base], "experts": config.experts, "out": [config.out or "."]}.items():
-        for path in paths:
-            if not path:
+    out = [] if config.out is None else [config.out]
+    for key, paths in {"base": [config.base], "experts": config.experts, "out": out}.items():
+        for each in paths:
+            if not each:
                 raise ConfigError(f"{where}: {key} has an empty path")
-            if "\0" in path or len(path.encode(errors="surrogatepass")) > MAX_PATH_BYTES:
-                raise ConfigError(f"{where}: {key} is {shown(path)}, not a path that a file can have")
+            if "\0" in each or len(each.encode(errors="surrogatepass")) > MAX_PATH_BYTES:
+                raise ConfigError(f"{where}: {key} is {shown(each)}, not a path that a file can have")
     for options in (config.options, *(override.options for override in config.overrides)):
         for key, value in options.items():
             if not isinstance(value, str | int | float | None) or (isinstance(value, int) and abs(value) >= 2**63):
@@ -322,13 +346,3 @@ def _check_values(config: MergeConfig, where: str) -> None:
             json.dumps(value, default=asdict, ensure_ascii=False).encode()
         except ValueError as error:  # half of a surrogate pair, or a number with thousands of digits
             raise ConfigError(f"{where}: {key} is {shown(value)}, which cannot be written down") from error
-
-
-def _check_weights(config: MergeConfig, where: str) -> None:
-    assert config.weights is not None
-    if len(config.weights) != len(config.experts):
-        raise ConfigError(f"{where}: weights has {len(config.weights)} entries for {len(config.experts)} experts")
-    for index, entry in enumerate(config.weights):
-        for weight in [rule.weight for rule in entry] if isinstance(entry, list) else [entry]:
-            if not math.isfinite(weight):
-                raise ConfigError(f"{where}: weights[{index}]: {weight!r} is not a finite number")

@@ -20,6 +20,8 @@ from .plan import Plan, TensorPlan
 from .report import Observer, Progress, Report
 from .verify import Verification
 
+# Names a reason, of what is left behind.
+LEFT_BEHIND_SHOWN = 20
 # Wide enough for a line a tensor when the output goes to a file or a pipe.
 _PIPE_WIDTH = 160
 
@@ -156,7 +158,20 @@ def print_plan(plan: Plan, found: dict[str, Any]) -> None:
     out.print(f"estimated on this CPU, bytes at 1 GB/s: {parts}")
     if "outlook" in found:
         _print_outlook(out, found["outlook"], found.get("cluster_workers"))
+    _print_left_behind(out, [left.to_dict() for left in plan.left_behind])
     _print_notes(out, plan.notes)
+
+
+def _print_left_behind(out: Console, left_behind: list[dict[str, Any]]) -> None:
+    """A line for each reason."""
+    by_reason: dict[str, list[str]] = {}
+    for left in left_behind:
+        held = f"{left['files']} file(s), {size(left['bytes'])}" if left["name"].endswith("/") else size(left["bytes"])
+        by_reason.setdefault(left["why"], []).append(f"{left['name']} ({held})")
+    for why, names in by_reason.items():
+        more = len(names) - LEFT_BEHIND_SHOWN
+        rest = f" and {more} more" if more > 0 else ""
+        out.print(f"left behind: {', '.join(names[:LEFT_BEHIND_SHOWN])}{rest}: {why}")
 
 
 def _print_outlook(out: Console, outlook: dict[str, Any], cluster_workers: int | None) -> None:
@@ -233,6 +248,7 @@ def print_report(report: Report, *, every_tensor: bool = False) -> None:
         if remark := entry.get("remarks"):
             out.print(f"note: {entry['name']}: {remark}")
     _print_ranks(out, report)
+    _print_left_behind(out, report.left_behind)
     _print_notes(out, report.notes)
     for folder in report.outputs:
         out.print(f"written: {folder}")

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,31 +27,38 @@ from .checkpoint.manifest import (
 )
 from .checkpoint.staging import Staging, check_replaceable
 from .checkpoint.writer import create_shard
-from .errors import ConfigError, InputError, LostWritesError, ResourceError, VerificationError, nearest
+from .errors import ConfigError, InputError, LostWritesError, ResourceError, VerificationError, nearest, shown, visible
 from .finishing import read_report, write_all_else
 from .ops import indexed
 from .plan import Plan, check_resources
 from .report import PHASES, PREPARE, Observer, Report
 from .unit import Job, Unit, UnitResult, merge_unit
+from .values import flag, refuse, whole_number
 
 IO = ("auto", "buffered")
+# What cannot wait for the report. Without a handler of the caller's, Python prints it on standard error.
+LOG = logging.getLogger("isomerge_fast")
+# More are started one by one until the machine has no room for another.
+MOST_THREADS = 4_096
 
 
-def resolve_device(device: str) -> torch.device:
+def resolve_device(device: str | torch.device) -> torch.device:
     """Return the device that ``auto``, ``cpu``, ``cuda`` or ``cuda:N`` names, with its number.
 
     Raises:
         ConfigError: unknown name.
         ResourceError: CUDA asked for and not there.
     """
+    if not isinstance(device, str | torch.device):
+        refuse(device, "device", "auto, cpu, cuda or cuda:N")
     if device == "auto":
         return indexed(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     try:
         resolved = torch.device(device)
-    except RuntimeError:
+    except (RuntimeError, UnicodeError):
         resolved = None
     if resolved is None or resolved.type not in ("cpu", "cuda"):
-        raise ConfigError(f"device {device!r} is unknown (known: auto, cpu, cuda, cuda:N)")
+        raise ConfigError(f"device {shown(str(device))} is unknown (known: auto, cpu, cuda, cuda:N)")
     if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
         raise ResourceError(f"device {device!r}: this torch sees {torch.cuda.device_count()} CUDA device(s)")
     return indexed(resolved)
@@ -108,11 +115,13 @@ def run(
         ConfigError, InputError, ResourceError: see ``errors``; the output is then absent or as it was before.
     """
     if plan.config.out is None:
-        raise ConfigError("out is not given")
+        raise ConfigError("out is not given: the folder that the merge is written into (a plan alone needs none)")
     if io not in IO:
-        raise ConfigError(f"io {io!r} is unknown{nearest(io, IO)}")
-    if threads is not None and threads < 1:
-        raise ConfigError(f"threads is {threads}; it is 1 or more")
+        raise ConfigError(f"io {shown(io)} is unknown{nearest(io, IO)}")
+    threads = None if threads is None else whole_number(threads, "threads", 1, MOST_THREADS)
+    resume, overwrite = flag(resume, "resume"), flag(overwrite, "overwrite")
+    if observer is not None and not callable(observer):
+        refuse(observer, "observer", "a function of the progress, or None")
     target = torch.device(device) if crew is not None else resolve_device(device)
     check_resources(plan, max_ram=max_ram, max_vram=max_vram, device=target)
     _check_names(plan, plan.config.out)
@@ -138,6 +147,13 @@ def run(
                 resume=resume,
                 overwrite=overwrite,
             )
+            notes = []
+            if threads is not None and threads != journal.threads:
+                notes.append(
+                    f"computed with {journal.threads} thread(s), with which the merge began, and not with {threads}: "
+                    "the last digits of spectral methods depend on it (--overwrite instead of --resume begins anew)"
+                )
+                LOG.warning("%s: %s", visible(str(staging.out)), notes[-1])
             shards = _create_files(plan, staging, journal, resume)
             job = Job.of(
                 plan,
@@ -153,7 +169,7 @@ def run(
             entries = Entries()
             for result in results:
                 entries.update(result.entries)
-            report = _report(plan, staging, str(target), results, entries, started, prepared)
+            report = _report(plan, staging, str(target), results, entries, started, prepared, notes)
             write_all_else(plan, staging.new, description, entries, shards, report)
             staging.commit()
             return report
@@ -194,7 +210,9 @@ def _create_files(plan: Plan, staging: Staging, journal: Journal, resume: bool) 
     for folder, files in folders:
         (staging.new / folder).mkdir(exist_ok=True)
         for file, tensors in files.items():
-            size, header_sha256 = create_shard(staging.new / folder / file, tensors, resume=resume)
+            size, header_sha256 = create_shard(
+                staging.new / folder / file, tensors, resume=resume, metadata=plan.metadata_of(folder, file)
+            )
             shards[file_name(folder, file)] = {"bytes": size, "header_sha256": header_sha256}
     return shards
 
@@ -207,6 +225,7 @@ def _report(
     entries: Entries,
     started: float,
     prepared: float,
+    notes: Sequence[str],
 ) -> Report:
     seconds = {phase: sum(result.seconds[phase] for result in results) for phase in PHASES}
     seconds[PREPARE] += prepared
@@ -227,7 +246,9 @@ def _report(
         tensors=[_shared(entries[tensor.name]["report"]) for tensor in plan.tensors],
         seconds={**seconds, "total": time.perf_counter() - started},
         io=io,
-        notes=[*plan.notes, *staging.notes],
+        notes=[*plan.notes, *staging.notes, *notes],
+        left_out=[each.to_dict() for each in plan.left_out],
+        left_behind=[left.to_dict() for left in plan.left_behind],
         workers=_workers(results, entries),
     )
 
@@ -257,7 +278,7 @@ def _workers(results: Sequence[UnitResult], entries: Entries) -> list[dict[str, 
 
 def _describe(plan: Plan, device: torch.device) -> dict[str, Any]:
     """All that decides the output's bytes."""
-    config = {key: value for key, value in asdict(plan.config).items() if key not in ("out", "base", "experts")}
+    config = {key: value for key, value in plan.config.described.items() if key not in ("out", "base", "experts")}
     return {
         "tool": "isomerge-fast",
         "version": __version__,

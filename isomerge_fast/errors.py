@@ -94,11 +94,17 @@ def first_of(problems: Sequence[str]) -> list[str]:
 
 
 def nearest(word: object, known: Iterable[str]) -> str:
-    """`` (did you mean 'x'?)``, or the list of what is known."""
+    """`` (did you mean 'x'?)``, or the list of what is known. ``Iso_CTS`` is near to ``iso-cts``."""
     known = sorted(known)
-    start = word[:SHOWN_CHARACTERS] if isinstance(word, str) else ""
-    close = difflib.get_close_matches(start, known, n=1, cutoff=0.5)
-    return f" (did you mean {close[0]!r}?)" if close else f" (known: {', '.join(known)})"
+    folded = {_folded(name): name for name in known}
+    start = _folded(word[:SHOWN_CHARACTERS]) if isinstance(word, str) else ""
+    close = difflib.get_close_matches(start, folded, n=1, cutoff=0.5)
+    return f" (did you mean {folded[close[0]]!r}?)" if close else f" (known: {', '.join(known)})"
+
+
+def _folded(word: str) -> str:
+    """Return a word without what people mix up in names: upper case, hyphens and underscores."""
+    return word.casefold().replace("-", "").replace("_", "")
 
 
 # Of a value that a file holds, in a message: such a value may be a megabyte long, or a short text that unfolds to it.

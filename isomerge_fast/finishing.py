@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 from . import __version__
 from .checkpoint.checksum import ALGORITHM, Checksum
-from .checkpoint.companions import config_with_dtype, copy_companions, model_card
+from .checkpoint.companions import copy_companions
 from .checkpoint.json_text import Made, json_blocks
 from .checkpoint.layout import ADAPTER_CONFIG_FILE
 from .checkpoint.manifest import (
@@ -24,14 +24,16 @@ from .checkpoint.manifest import (
     TensorEntry,
     entry_of,
     file_name,
+    no_output,
     to_json,
 )
+from .checkpoint.model_card import model_card
 from .checkpoint.sealed import read_sealed, write_sealed
 from .checkpoint.writer import OutputTensor, write_blocks_durably, write_durably
 from .config import MergeConfig
-from .errors import InputError, VerificationError
+from .errors import VerificationError
 from .methods import METHODS
-from .plan import Plan, scaling_folders
+from .plan import Origin, Plan, scaling_folders
 from .report import Report
 
 
@@ -86,7 +88,7 @@ def read_report(folder: Path) -> tuple[Report, str]:
     """
     path = folder / REPORT_FILE
     if not path.is_file():
-        raise InputError(f"{folder}: no {REPORT_FILE}; not the output of a finished merge")
+        raise no_output(folder, REPORT_FILE)
     value, flaw = read_sealed(path)
     if flaw is not None:
         raise VerificationError(flaw)
@@ -129,29 +131,32 @@ def _add_companions(plan: Plan, path: Path, scaling: float) -> dict[str, Checksu
         written[ADAPTER_CONFIG_FILE] = write_durably(
             path / ADAPTER_CONFIG_FILE, to_json(plan.adapter_settings, indent=2)
         )
-    elif plan.base.config is not None:
-        text = json.dumps(config_with_dtype(plan.base.config, plan.config.dtype), indent=2, ensure_ascii=False)
+    elif (config := plan.config_and_notes[0]) is not None:
+        text = json.dumps(config, indent=2, ensure_ascii=False)
         written["config.json"] = write_durably(path / "config.json", (text + "\n").encode())
     written["README.md"] = write_durably(path / "README.md", _card(plan, scaling).encode())
     return written
 
 
 def _card(plan: Plan, scaling: float) -> str:
-    config = plan.config
-    nothing = MergeConfig(base="", experts=[])
+    """Of what was merged: where a kept Δ is applied, of the merge that kept it."""
+    origin = plan.origin or Origin(plan.config, plan.has_adapters)
+    experts = [expert.path for expert in plan.experts] if plan.origin is None else origin.config.experts
+    config = replace(origin.config, dtype=plan.config.dtype)
+    nothing = MergeConfig(base="", experts=[]).described
     said = {
         key: value
-        for key, value in asdict(config).items()
-        if key not in ("out", "save_delta") and value != getattr(nothing, key)
+        for key, value in config.described.items()
+        if key not in ("out", "save_delta") and value != nothing[key]
     }
     recipe = {
         "method": config.method,
         **said,
         "base": str(plan.base.path),
-        "experts": [str(expert.path) for expert in plan.experts],
+        "experts": [str(expert) for expert in experts],
         "scaling": scaling,
     }
-    kinds = {"LoRA adapters": plan.has_adapters, "deltas": config.experts_are_deltas}
+    kinds = {"LoRA adapters": origin.has_adapters, "deltas": config.experts_are_deltas}
     library = "transformers" if "model_type" in (plan.base.config or {}) else None
     return model_card(
         recipe,
@@ -159,4 +164,5 @@ def _card(plan: Plan, scaling: float) -> str:
         citation=METHODS[config.method].citation,
         version=__version__,
         library=library if plan.adapter_settings is None else "peft",
+        notes=plan.notes,
     )

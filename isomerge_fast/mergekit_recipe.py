@@ -6,11 +6,12 @@ import glob
 import itertools
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from .errors import SHOWN_CHARACTERS, ConfigError, nearest, shown
+from .values import Reader, dtype_name, flag, number, word
 
 KEYS = (
     "base_model",
@@ -25,7 +26,6 @@ KEYS = (
     "tokenizer",
     "tokenizer_source",
 )
-DTYPES = ("bfloat16", "float16", "float32", "float64")
 # How many different filters are tried in all combinations to find what weights add up to.
 MOST_FILTERS = 10
 MAX_PATH_CHARACTERS = 4_096
@@ -58,55 +58,29 @@ def read_recipe(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
 # ----------------------------------------------------------------------------------------------------------- parameters
 
 
-def _number(value: Any) -> float:
-    """Text too: YAML takes 1e-3 for text, and mergekit for a number."""
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        raise ValueError("a number")
-    try:
-        number = float(value)
-    except (ValueError, OverflowError):
-        raise ValueError("a number") from None
-    if not math.isfinite(number):
-        raise ValueError("a finite number")
-    return number
-
-
-def _flag(value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise ValueError("true or false")
-    return value
-
-
-def _word(value: Any) -> str:
-    if not isinstance(value, str):
-        raise ValueError("a word")
-    return value
-
-
 @dataclass(frozen=True)
 class _Parameter:
     """Of a merge method.
 
     Attributes:
-        read: makes a value of what YAML has, or raises ValueError with what is expected.
         per_model: whether every model may have its own.
         default: MISSING where mergekit has none.
     """
 
-    read: Callable[[Any], Any]
+    read: Reader
     per_model: bool = False
     default: Any = None
 
 
 MISSING = object()
-_LAMBDA = _Parameter(_number, default=1.0)
+_LAMBDA = _Parameter(number, default=1.0)
 _ISO = {
-    "weight": _Parameter(_number, per_model=True, default=1.0),
+    "weight": _Parameter(number, per_model=True, default=1.0),
     "lambda": _LAMBDA,
-    "rank_policy": _Parameter(_word),
-    "precision": _Parameter(_word),
+    "rank_policy": _Parameter(word),
+    "precision": _Parameter(word),
 }
-_REQUIRED_WEIGHT = _Parameter(_number, per_model=True, default=MISSING)
+_REQUIRED_WEIGHT = _Parameter(number, per_model=True, default=MISSING)
 
 
 @dataclass(frozen=True)
@@ -122,7 +96,7 @@ METHODS = {
     "iso_c": _Method("iso-c", _ISO, ("rank_policy", "precision")),
     "iso_cts": _Method(
         "iso-cts",
-        {**_ISO, "common_fraction": _Parameter(_number)},
+        {**_ISO, "common_fraction": _Parameter(number)},
         ("rank_policy", "precision", "common_fraction"),
     ),
     "task_arithmetic": _Method(
@@ -130,13 +104,13 @@ METHODS = {
         {
             "weight": _REQUIRED_WEIGHT,
             "lambda": _LAMBDA,
-            "normalize": _Parameter(_flag, default=False),
-            "rescale": _Parameter(_flag, default=False),
-            "int8_mask": _Parameter(_flag, default=False),
-            "density": _Parameter(_number, per_model=True, default=1.0),
+            "normalize": _Parameter(flag, default=False),
+            "rescale": _Parameter(flag, default=False),
+            "int8_mask": _Parameter(flag, default=False),
+            "density": _Parameter(number, per_model=True, default=1.0),
         },
     ),
-    "linear": _Method("task-arithmetic", {"weight": _REQUIRED_WEIGHT, "normalize": _Parameter(_flag, default=True)}),
+    "linear": _Method("task-arithmetic", {"weight": _REQUIRED_WEIGHT, "normalize": _Parameter(flag, default=True)}),
 }
 
 
@@ -207,7 +181,9 @@ class _Recipe:
         if not experts:
             self._fail("models: no model beside the base; at least one is needed")
         config["experts"] = [self._expert_path(base, model) for model in experts]
-        if "lambda" in self.method.parameters:
+        if "lambda" not in self.method.parameters:
+            config["scaling"] = 1.0  # the sum is the whole of it
+        elif "lambda" in self.shared.values or self.name == "task_arithmetic":
             config["scaling"] = self._same_for_all("lambda")
         options = {key: self._same_for_all(key) for key in self.method.options}
         config["options"] = {key: value for key, value in options.items() if value is not None}
@@ -396,11 +372,11 @@ class _Recipe:
         end = next(index for index, rule in enumerate(rules) if rule.part is None)
         return rules[: end + 1]
 
-    def _rules_of(self, key: str, setting: Any, read: Callable[[Any], Any]) -> Iterable[_Rule]:
+    def _rules_of(self, key: str, setting: Any, read: Reader) -> Iterable[_Rule]:
         if setting is None or setting == []:
             return
         if not isinstance(setting, Mapping | list):
-            yield _Rule(None, self._value(key, setting, read))
+            yield _Rule(None, read(setting, f"{self.where}: {key}"))
             return
         for index, entry in enumerate([setting] if isinstance(setting, Mapping) else setting):
             if not isinstance(entry, Mapping):
@@ -412,14 +388,8 @@ class _Recipe:
                 self._fail(f"{here}.filter is {shown(part)}; expected a part of a tensor's name, or '*'")
             if isinstance(entry.get("value"), list):
                 self._refuse(f"{here}.value", "a gradient over the layers; give a filter for each of them")
-            value = self._value(f"{here}.value", entry.get("value"), read)
+            value = read(entry.get("value"), f"{self.where}: {here}.value")
             yield _Rule(None if part in ("", "*") else part, value)
-
-    def _value(self, key: str, value: Any, read: Callable[[Any], Any]) -> Any:
-        try:
-            return read(value)
-        except ValueError as error:
-            self._fail(f"{key} is {shown(value)}; expected {error}")
 
     def _same_for_all(self, name: str) -> Any:
         """A parameter that has one value for all models and tensors."""
@@ -463,12 +433,7 @@ class _Recipe:
 
     def _dtype(self, key: str) -> str | None:
         value = self.raw.get(key)
-        if value is None:
-            return None
-        name = value.removeprefix("torch.") if isinstance(value, str) else ""
-        if name not in DTYPES:
-            self._fail(f"{key} {shown(value)} is unknown{nearest(name, DTYPES)}")
-        return name
+        return None if value is None else dtype_name(value, f"{self.where}: {key}")
 
     # ------------------------------------------------------------------------------------------------------- messages
 

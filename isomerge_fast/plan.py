@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -14,11 +15,14 @@ import torch
 from .checkpoint.adapter import Adapter, LoraPair
 from .checkpoint.adapter_output import merged_settings
 from .checkpoint.buffers import Buffers
+from .checkpoint.companions import FolderContents, LeftBehind
 from .checkpoint.direct_io import READ_BYTES
+from .checkpoint.kept_metadata import PLAIN
 from .checkpoint.layout import (
     Checkpoint,
     StoredTensor,
 )
+from .checkpoint.output_config import output_config
 from .checkpoint.read_ahead import THREADS as READ_THREADS
 from .checkpoint.staging import staged_bytes
 from .checkpoint.writer import OutputTensor
@@ -140,6 +144,26 @@ class TensorPlan:
 
 
 @dataclass(frozen=True)
+class Origin:
+    """The merge that kept the Δ which a plan applies."""
+
+    config: MergeConfig
+    has_adapters: bool
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """Tensors that an expert has and the output will not, by name."""
+
+    expert: Checkpoint
+    tensors: dict[str, StoredTensor]
+
+    def to_dict(self) -> dict[str, Any]:
+        shapes = {name: list(stored.shape) for name, stored in self.tensors.items()}
+        return {"expert": str(self.expert.path), "tensors": shapes}
+
+
+@dataclass(frozen=True)
 class Plan:
     """The whole merge. ``tensors`` are in the order in which their bytes lie in the base's files."""
 
@@ -147,13 +171,42 @@ class Plan:
     base: Checkpoint
     experts: tuple[Checkpoint, ...]
     tensors: tuple[TensorPlan, ...]
-    companions: tuple[str, ...]
+    contents: FolderContents  # what lies beside the base's weights
+    metadata: Mapping[str, Mapping[str, str]]  # of the headers of merged files, by file
     budget: Budget
     metadata_bytes: int  # of what is held of all tensors beside their bytes, as far as the baseline has no room for it
     arithmetic: str  # see ``describe_arithmetic``
     device_bytes: int  # that a merge may take of the GPU it is planned for; 0 on a CPU
     notes: tuple[str, ...] = field(default=())
     buffers: Buffers = field(default=Buffers())  # that are not merged, since base and experts disagree about them
+    origin: Origin | None = None
+    left_out: tuple[LeftOut, ...] = ()
+
+    @property
+    def companions(self) -> tuple[str, ...]:
+        """The files of the base that are copied, by relative names."""
+        return self.contents.companions
+
+    @property
+    def left_behind(self) -> tuple[LeftBehind, ...]:
+        """What of the base's folder is not in the output."""
+        return self.contents.left_behind
+
+    @property
+    def copied_extras(self) -> tuple[TensorPlan, ...]:
+        """Tensors that an expert has and the base has not."""
+        return tuple(tensor for tensor in self.tensors if tensor.name not in self.base.tensors)
+
+    @property
+    def config_and_notes(self) -> tuple[dict[str, Any] | None, list[str]]:
+        """``config.json`` of the output, where it has one, and what is to be known about it."""
+        copied = {tensor.name: tensor.base.file for tensor in self.copied_extras}
+        donors = [expert for expert in self.experts if expert.files.keys() & {*copied.values()}]
+        return output_config(self.base, donors, copied, self.config.dtype)
+
+    def metadata_of(self, folder: str, file: str) -> Mapping[str, str]:
+        """Return what the header of an output's file says beside its tensors. Δ is no model and has no more of it."""
+        return PLAIN if folder == DELTA_FOLDER else self.metadata.get(file, PLAIN)
 
     @property
     def has_adapters(self) -> bool:
@@ -235,7 +288,9 @@ class Plan:
             "tensors": [plan.to_dict() for plan in self.tensors],
             "folders": {folder: list(files) for folder, files in self.folders.items()},
             "companions": list(self.companions),
+            "left_behind": [left.to_dict() for left in self.left_behind],
             "notes": list(self.notes),
+            "left_out": [each.to_dict() for each in self.left_out],
             "read_bytes": self.read_bytes,
             "passed_bytes": self.passed_bytes,
             "write_bytes": self.write_bytes,

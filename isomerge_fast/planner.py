@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import reduce
 from typing import Any
@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from .checkpoint.adapter import Adapter, LoraPair
-from .checkpoint.companions import companion_files
+from .checkpoint.companions import FolderContents, contents_of
+from .checkpoint.kept_metadata import kept_metadata
 from .checkpoint.layout import (
     ADAPTER_FILE,
     DTYPE_NAMES,
@@ -26,13 +27,15 @@ from .checkpoint.layout import (
 from .checkpoint.writer import OutputTensor
 from .config import MergeConfig
 from .errors import ConfigError
+from .file_notes import file_notes_of
 from .inputs import open_inputs, touches
 from .linalg.arithmetic import describe_arithmetic
 from .methods import Mean, Method, TensorSpec, make_method
 from .methods.protocol import check_factors
 from .notes import notes_of
 from .ops import compute_dtype, traits_of
-from .plan import PROCESS_BYTES, Plan, TensorPlan
+from .patterns import require_matches, rules_of
+from .plan import PROCESS_BYTES, LeftOut, Plan, TensorPlan
 from .routes import BY_ROWS, Budget, Route, Traffic, budgets, choose_route, copy_route, factor_route
 
 # What is held of all tensors beside their bytes: of each copy where it lies; of the merged one its plan, journal entry
@@ -72,6 +75,9 @@ def make_plan(
     overrides = [(override.match, make_method(override.method, override.options)) for override in config.overrides]
     inputs = open_inputs(config)
     base, experts, extras = inputs.base, inputs.experts, inputs.extras
+    left_out = _left_out(base, experts, extras)
+    unused = [name for each in left_out for name in each.tensors] + [stored.name for stored in inputs.buffers.left_out]
+    require_matches(rules_of(config), [*base.tensors, *extras], unused)
     order = sorted(base.tensors.values(), key=lambda stored: (str(stored.file), stored.start))
     if config.adapter_rank is not None:
         order = [stored for stored in order if any(touches(expert, stored.name) for expert in experts)]
@@ -87,20 +93,50 @@ def make_plan(
     tensors = [fate.plan(route, device) for fate, route in zip(fates, routes, strict=True)]
     if config.stochastic_rounding is not None and not any(plan.rounding_seed is not None for plan in tensors):
         raise ConfigError("stochastic_rounding: no merged tensor is written as bfloat16 (dtype: bfloat16 does that)")
-    companions = tuple(companion_files(base.path)) if base.is_folder and config.adapter_rank is None else ()
     made = Plan(
         config,
         base,
         experts,
         tuple(tensors),
-        companions,
+        _contents(base, experts, config),
+        _metadata(base, config),
         budget,
         metadata,
         describe_arithmetic(device),
         usable_memory_bytes(device),
         buffers=inputs.buffers,
+        left_out=left_out,
     )
-    return replace(made, notes=tuple(notes_of(made)))
+    return replace(made, notes=(*notes_of(made), *file_notes_of(made)))
+
+
+def _contents(base: Checkpoint, experts: Sequence[Checkpoint], config: MergeConfig) -> FolderContents:
+    if not base.is_folder or config.adapter_rank is not None:
+        return FolderContents()
+    merged = [path.name for path in base.files] + ([base.index_name] if base.index_name else [])
+    checkpoints = [expert.path for expert in experts if not isinstance(expert, Adapter)]
+    return contents_of(base.path, merged, checkpoints, config.method)
+
+
+def _metadata(base: Checkpoint, config: MergeConfig) -> dict[str, dict[str, str]]:
+    """Return what the headers of the output's files say beside their tensors."""
+    if config.adapter_rank is not None:
+        return {}
+    return {
+        path.name if base.is_folder else SINGLE_FILE: kept_metadata(identity.metadata)[0]
+        for path, identity in base.files.items()
+    }
+
+
+def _left_out(
+    base: Checkpoint, experts: Sequence[Checkpoint], extras: Mapping[str, StoredTensor]
+) -> tuple[LeftOut, ...]:
+    """What the experts have and the output will not, of those that have something of the kind."""
+    return tuple(
+        LeftOut(expert, {name: expert.tensors[name] for name in sorted(names)})
+        for expert in experts
+        if (names := expert.tensors.keys() - base.tensors.keys() - extras.keys())
+    )
 
 
 def _shard(base: Checkpoint, stored: StoredTensor) -> str:

@@ -41,6 +41,22 @@ class WorkerReport(TypedDict):
     seconds: float
 
 
+class LeftBehindReport(TypedDict):
+    """A file or folder of the base that is not in the output."""
+
+    name: str
+    why: str
+    files: int
+    bytes: int
+
+
+class LeftOutReport(TypedDict):
+    """Tensors of an expert that the output has not."""
+
+    expert: str
+    tensors: dict[str, list[int]]
+
+
 class IoReport(TypedDict):
     """How files were read and written."""
 
@@ -61,8 +77,10 @@ class Report:
             there was room for more, and at the end until all was on disk); and ``total``, of one process their sum.
         io: how files were read and written (``direct`` or ``page-cache``), and the seconds that the threads which do
             it were busy, together; on a GPU ``peak_vram_bytes``, the most that was allocated.
+        left_out: one dict an expert that has tensors which the output has not: its path, and their shapes by name.
         workers: one dict a process: host, pid, the units it finished, tensors, read_bytes, write_bytes, and the seconds
             that these took. With several processes the phases of ``seconds`` are summed over them.
+        left_behind: one dict a file, or folder, of the base that is not in the output: name, why, files, bytes.
     """
 
     version: str
@@ -74,7 +92,9 @@ class Report:
     seconds: dict[str, float] = field(default_factory=dict)
     io: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    left_out: list[dict[str, Any]] = field(default_factory=list)
     workers: list[dict[str, Any]] = field(default_factory=list)
+    left_behind: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def balance(self) -> float:
@@ -109,10 +129,13 @@ class Report:
         Raises:
             ValueError: naming what is not as it is in a report.
         """
+        check(raw, dict[str, Any], "report")
         known = {key: value for key, value in raw.items() if key in cls.__dataclass_fields__}
         check(known, cls, "report")
         check(known.get("tensors", []), list[TensorReport], "tensors")
+        check(known.get("left_out", []), list[LeftOutReport], "left_out")
         check(known.get("workers", []), list[WorkerReport], "workers")
+        check(known.get("left_behind", []), list[LeftBehindReport], "left_behind")
         check(known.get("io") or {"read": "", "write": ""}, IoReport, "io")
         if unknown := known.get("seconds", {}).keys() - {*PHASES, "total"}:
             raise ValueError(f"seconds has an unknown key {min(unknown)!r}")

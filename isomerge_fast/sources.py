@@ -53,6 +53,10 @@ class PlannedSource:
         self.read_bytes = 0
 
     @property
+    def name(self) -> str:
+        return self._plan.name
+
+    @property
     def shape(self) -> torch.Size:
         return torch.Size(self._plan.route.lines)
 

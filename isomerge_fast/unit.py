@@ -4,6 +4,7 @@ that are there already. A merge on one machine is one unit; over several process
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import socket
@@ -25,7 +26,7 @@ from .checkpoint.read_ahead import GPU_THREADS, THREADS, InputChecksums, ReadAhe
 from .checkpoint.reader import Reader, allow_open_files, files_of
 from .checkpoint.write_behind import WriteBehind
 from .checkpoint.writer import OutputTensor, ShardWriter
-from .errors import InputError, ResourceError
+from .errors import InputError, ResourceError, visible
 from .heap import return_freed_blocks
 from .linalg.arithmetic import describe_arithmetic
 from .methods import MergeStats, Method, NotFiniteError, OutOfRangeError
@@ -41,6 +42,7 @@ from .workers import Workers
 
 # About what glibc's heap may keep of freed blocks. Tensors that come so close to the plan's peak return theirs at once.
 HEAP_RESIDUE_BYTES = 128 << 20
+LOG = logging.getLogger("isomerge_fast")
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,7 @@ class Unit:
         number: names it among the units of a run.
         files: the inputs that are read.
         folders: the files written into, by sub-folder of the output, each with all that will be in it.
+        metadata: of these files' headers, by sub-folder and name.
         claims: journal entries of earlier runs, by tensor.
     """
 
@@ -103,6 +106,7 @@ class Unit:
     tensors: tuple[TensorPlan, ...]
     files: Mapping[Path, FileIdentity]
     folders: Mapping[str, Mapping[str, tuple[OutputTensor, ...]]]
+    metadata: Mapping[tuple[str, str], Mapping[str, str]]
     claims: Entries
 
     @classmethod
@@ -111,14 +115,16 @@ class Unit:
         shards = {tensor.shard for tensor in tensors}
         read = {stored.file for tensor in tensors for stored in tensor.inputs}
         known = files_of(plan.base, *plan.experts)
+        folders = {
+            folder: {file: outputs for file, outputs in files.items() if file in shards}
+            for folder, files in plan.folders.items()
+        }
         return cls(
             number,
             tensors,
             {path: identity for path, identity in known.items() if path in read},
-            {
-                folder: {file: outputs for file, outputs in files.items() if file in shards}
-                for folder, files in plan.folders.items()
-            },
+            folders,
+            {(folder, file): plan.metadata_of(folder, file) for folder, files in folders.items() for file in files},
             claims.of(tensor.name for tensor in tensors),
         )
 
@@ -249,7 +255,13 @@ class _UnitRun:
             for file, tensors in files.items():
                 own = [tensor.name for tensor in tensors if tensor.name in names[folder]]
                 path = self._job.folder / "new" / folder / file
-                self._writers[folder, file] = ShardWriter(path, tensors, names=own, direct=self._job.direct)
+                self._writers[folder, file] = ShardWriter(
+                    path,
+                    tensors,
+                    names=own,
+                    direct=self._job.direct,
+                    metadata=self._unit.metadata[folder, file],
+                )
 
     def _merge_all(self, journal: UnitJournal) -> None:
         """Reads ahead, merges and writes behind, tensor after tensor; what the journal has and the files hold is
@@ -373,7 +385,7 @@ class _UnitRun:
                 ) from error
             if (overflow := output.overflows()) is not None:
                 raise _out_of_range(plan, reader, overflow)
-            remarks = list(_absurd(plan, stats, reader))
+            remarks = [*stats.pop("remarks", ()), *_absurd(plan, stats, reader)]
         entry = {"name": plan.name, "report": report, "process": this_process()}
         found = {stored: checksums.take(stored) for stored in self._summed_inputs(plan)}
         _check_inputs(plan, found)
@@ -438,20 +450,25 @@ def _merge_by_rows(method: Method, source: TensorSource, output: TensorOutput) -
 
 
 def _merge_whole(method: Method, source: TensorSource, output: TensorOutput) -> dict[str, Any]:
-    value, stats = _merge_or_again(method, source)
+    value, stats, remarks = _merge_or_again(method, source)
     for block in source.base_blocks():
         output.add(block, lambda part: value[part.rows], source.parts(block), source)
-    return stats.to_dict()
+    return {**stats.to_dict(), "remarks": remarks}
 
 
-def _merge_or_again(method: Method, source: TensorSource) -> tuple[torch.Tensor, MergeStats]:
-    """Merge a tensor; where a GPU's memory is full, once more without what the first attempt left: the same bytes."""
+def _merge_or_again(method: Method, source: TensorSource) -> tuple[torch.Tensor, MergeStats, list[str]]:
+    """Merge a tensor; where a GPU's memory is full, once more without what the first attempt left: the same bytes.
+
+    With what is to be remarked, which is also logged at once: the merge takes longer, and may be near its end.
+    """
     with suppress(torch.OutOfMemoryError):
-        return method.merge(source)
+        return *method.merge(source), []
     # Not while the error is handled, which holds on to everything that was made until then.
     torch.cuda.empty_cache()
     source.start_over()
-    return method.merge(source)
+    remark = f"{source.device} was out of memory and the tensor is merged once more: what else runs on it takes room"
+    LOG.warning("tensor %s: %s", visible(repr(source.name)), remark)
+    return *method.merge(source), [remark]
 
 
 def _require_finite(stats: Mapping[str, Any]) -> None:

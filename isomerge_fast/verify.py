@@ -50,6 +50,7 @@ from .methods import NotFiniteError, RowBlock, TensorDeltas, make_method
 from .plan import DELTA_FOLDER, Plan, TensorPlan, scaling_folders
 from .planner import make_plan
 from .routes import ADAPTER
+from .values import path_text, whole_number
 
 # What the merged delta may differ by, relative to its norm: the promise of the default precision, ten times over.
 DELTA_TOLERANCE = 1e-4
@@ -80,7 +81,7 @@ class Verification:
     remarks: list[str] = field(default_factory=list)
 
 
-def verify(folder: str | Path, *, samples: int = 4, seed: int = 0) -> Verification:
+def verify(folder: str | os.PathLike[str], *, samples: int = 4, seed: int = 0) -> Verification:
     """Verifies the output in ``folder``: every file of it, and nothing else in it.
 
     Files are read from the disk and not from the page cache, in which a page whose writing failed looks as if it were
@@ -91,11 +92,13 @@ def verify(folder: str | Path, *, samples: int = 4, seed: int = 0) -> Verificati
         seed: of the choice of samples.
 
     Raises:
+        ConfigError: a number of samples below zero, or no number.
         InputError: no finished output there.
         VerificationError: a file or tensor that is missing, was added or changed, or that is not what its inputs give;
             ``problems`` names them.
     """
-    root = Path(folder)
+    root = Path(path_text(folder, "folder", "the output of a merge"))
+    samples, seed = whole_number(samples, "samples", 0), whole_number(seed, "seed")
     manifest, flaw = examine_manifest(root)
     problems = [] if flaw is None else [flaw]
     listing, unknown = list_output(root, manifest)

@@ -29,8 +29,8 @@ from checkpoints import make_base, make_expert, save_folder
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from isomerge_fast.checkpoint.companions import config_with_dtype
 from isomerge_fast.checkpoint.layout import DTYPES, Checkpoint
+from isomerge_fast.checkpoint.output_config import config_with_dtype
 from isomerge_fast.checkpoint.reader import Reader, files_of, whole
 from isomerge_fast.config import MergeConfig
 from isomerge_fast.errors import IsomergeError

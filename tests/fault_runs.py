@@ -172,7 +172,6 @@ def warm_up() -> None:
     torch.set_num_threads(1)
     import crews  # noqa: F401 - to be loaded
     import xxhash  # noqa: F401
-    from pydantic import TypeAdapter  # noqa: F401
 
     import isomerge_fast as imf
     from isomerge_fast import engine  # noqa: F401

@@ -23,10 +23,11 @@ from safetensors.torch import load_file, save_file
 
 from isomerge_fast.checkpoint.adapter import open_adapter
 from isomerge_fast.checkpoint.checksum import Checksum
-from isomerge_fast.checkpoint.companions import companion_files, config_with_dtype, copy_companions
+from isomerge_fast.checkpoint.companions import copy_companions, sort_folder
 from isomerge_fast.checkpoint.json_text import Made, json_blocks
 from isomerge_fast.checkpoint.layout import DTYPE_NAMES, DTYPES, FileIdentity, open_checkpoint, read_header
 from isomerge_fast.checkpoint.manifest import describe_inputs, to_json
+from isomerge_fast.checkpoint.output_config import config_with_dtype
 from isomerge_fast.checkpoint.reader import Reader, files_of, whole
 from isomerge_fast.checkpoint.writer import OutputTensor, ShardWriter, create_shard
 from isomerge_fast.errors import InputChangedError, InputError, ResourceError
@@ -368,6 +369,10 @@ IRREGULAR: dict[str, tuple[Callable[[Path], None], str]] = {
 }
 
 
+def companion_files(folder: Path) -> list[str]:
+    return list(sort_folder(folder).companions)
+
+
 def open_all(folder: Path) -> None:
     """As a plan opens a base."""
     open_checkpoint(folder)
@@ -541,7 +546,7 @@ def test_companions(tmp_path: Path) -> None:
         "pytorch_model.bin",
         "trainer_state.json",
     ]
-    unwanted += ["checkpoint-1/config.json", ".git/config", "model.safetensors.index.json", "scripts/train.py"]
+    unwanted += ["checkpoint-1/config.json", ".git/config", "model.safetensors.index.json", "runs/train.py"]
     (tmp_path / "LICENSES").mkdir()
     for name in wanted + unwanted:
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -611,7 +616,7 @@ class TestLinksOfCompanions:
         (snapshot / "unet/tokenizer.json").symlink_to("../../../blobs/cafe")
         (tmp_path / "cache").symlink_to("hub")
         for folder in (snapshot, tmp_path / "cache/models--org--name/snapshots/0123abc"):
-            assert companion_files(folder) == ["tokenizer.json", "vocab.json"]
+            assert companion_files(folder) == ["tokenizer.json", "unet/tokenizer.json", "vocab.json"]
             assert companion_files(folder / "unet") == ["tokenizer.json"]
             (tmp_path / "out").mkdir(exist_ok=True)
             copy_companions(folder, tmp_path / "out", ["vocab.json"])

@@ -125,9 +125,9 @@ class TestExitCodes:
             ("dtype: bf16", "did you mean 'bfloat16'"),
             ("scaling: lots", "scaling"),
             ("scaling: [1.0, 1.0]", "twice"),
-            ("scaling: .nan", "not a finite number"),
+            ("scaling: .nan", "scaling is nan; expected a finite number"),
             ("experts: one", "experts"),
-            ("overrides: [{match: x}]", "overrides.0.method"),
+            ("overrides: [{match: x}]", "overrides[0] has no 'method'"),
             ("base: again", "key 'base' is given twice"),
             ("a: [", "not YAML"),
             ("on_extra: keep", "on_extra"),
@@ -313,3 +313,20 @@ def test_what_torch_is_told_before_it_is_loaded(given: dict[str, str], expected:
     environment = {name: value for name, value in os.environ.items() if name not in ours} | given
     told = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert told.stdout.split() == [str(value) for value in expected]
+
+
+def test_what_cannot_wait_is_said_on_standard_error(tmp_path: Path) -> None:
+    """A resume that keeps to its threads: before the report, and beside JSON on standard output."""
+    base, experts = make_family(tmp_path, tasks=1)
+    config = {"base": str(base), "experts": [str(experts[0])], "method": "mean", "out": str(tmp_path / "out")}
+    stopped = (
+        "import sys, isomerge_fast as imf\nfrom isomerge_fast import engine\n"
+        "def stop(*_): raise SystemExit\nengine.merge_unit = stop\n"
+        f"imf.merge({config!r}, threads=1)"
+    )
+    subprocess.run([sys.executable, "-c", stopped], check=True)
+    arguments = flags((base, experts), "--method", "mean", "--out", tmp_path / "out", "--resume")
+    done = isomerge("run", *arguments, "--threads", 2, "--format", "json")
+    said = f"{tmp_path / 'out'}: computed with 1 thread(s), with which the merge began, and not with 2: "
+    assert done.stderr.startswith(said)
+    assert json.loads(done.stdout)["method"] == "mean"

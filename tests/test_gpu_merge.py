@@ -163,13 +163,17 @@ class Full:
 
 
 def test_a_tensor_for_which_there_is_no_room_is_tried_again_with_the_same_bytes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     family = make_family(tmp_path)
     with pretend_gpu():
         merge(family, tmp_path / "whole")
+        assert not caplog.messages
         Full(monkeypatch, 1)
-        merge(family, tmp_path / "out")
+        report = merge(family, tmp_path / "out")
+    (row,) = [row for row in report.tensors if "remarks" in row]
+    said = "cuda:0 was out of memory and the tensor is merged once more: what else runs on it takes room"
+    assert (row["remarks"], caplog.messages) == (said, [f"tensor {row['name']!r}: {said}"])
     assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "whole")
 
 

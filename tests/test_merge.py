@@ -813,6 +813,33 @@ def test_resume_is_byte_identical(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert listing(tmp_path / "out") == resumed
 
 
+def test_a_resume_that_keeps_its_threads_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """At once and in the report; not where no other number was asked for."""
+    config = config_of(make_family(tmp_path), tmp_path / "out")
+
+    def stopped(*_: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "merge_unit", stopped)
+        with pytest.raises(Killed):
+            imf.merge(config, threads=1)
+        for again in (None, 1):
+            with pytest.raises(Killed):
+                imf.merge(config, threads=again, resume=True)
+        assert not caplog.messages
+        said = (
+            "computed with 1 thread(s), with which the merge began, and not with 2: the last digits of spectral "
+            "methods depend on it (--overwrite instead of --resume begins anew)"
+        )
+        with pytest.raises(Killed):
+            imf.merge(config, threads=2, resume=True)
+        assert caplog.messages == [f"{tmp_path / 'out'}: {said}"]
+    assert said in imf.merge(config, threads=2, resume=True).notes
+
+
 def test_resume_does_not_trust_the_journal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A byte lost after it was journaled (a power cut without fsync) is written again."""
     family = make_family(tmp_path)

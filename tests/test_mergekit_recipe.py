@@ -30,7 +30,7 @@ def test_a_recipe_is_told_by_its_merge_method() -> None:
 TRANSLATIONS = {
     "iso-c": (
         f"merge_method: iso_c\n{TWO}",
-        {"method": "iso-c", "base": "base", "experts": ["a", "b"], "scaling": 1.0, "options": {}},
+        {"method": "iso-c", "base": "base", "experts": ["a", "b"], "options": {}},
     ),
     "iso-cts": (
         f"merge_method: iso_cts\n{TWO}"
@@ -64,12 +64,19 @@ TRANSLATIONS = {
     ),
     "adapters": (
         "merge_method: iso_c\nbase_model: ./base\nmodels: [{model: base+a}, {model: {model: {path: base}, lora: b}}]",
-        {"method": "iso-c", "base": "./base", "experts": ["a", "b"], "scaling": 1.0, "options": {}},
+        {"method": "iso-c", "base": "./base", "experts": ["a", "b"], "options": {}},
     ),
     # Their weights are divided by 0.3 + 0.9; the first model is as good a base as any.
     "linear": (
         f"merge_method: linear\n{WEIGHED}",
-        {"method": "task-arithmetic", "base": "a", "experts": ["b"], "options": {}, "weights": [0.9 / (0.3 + 0.9)]},
+        {
+            "method": "task-arithmetic",
+            "base": "a",
+            "experts": ["b"],
+            "scaling": 1.0,
+            "options": {},
+            "weights": [0.9 / (0.3 + 0.9)],
+        },
     ),
     # mergekit adds a base that is not among the models, with the recipe's weight.
     "linear-with-a-base": (
@@ -78,6 +85,7 @@ TRANSLATIONS = {
             "method": "task-arithmetic",
             "base": "base",
             "experts": ["a", "b"],
+            "scaling": 1.0,
             "options": {},
             "weights": [0.3 / (0.8 + 0.3 + 0.9), 0.9 / (0.8 + 0.3 + 0.9)],
         },
@@ -90,6 +98,7 @@ TRANSLATIONS = {
             "method": "task-arithmetic",
             "base": "a",
             "experts": ["a", "b"],
+            "scaling": 1.0,
             "options": {},
             "weights": [1.0, [{"match": "*mlp*", "weight": 0.5}, {"match": "*", "weight": 2.0}]],
             "normalize_weights": True,
@@ -104,6 +113,7 @@ TRANSLATIONS = {
             "method": "task-arithmetic",
             "base": "a",
             "experts": ["b"],
+            "scaling": 1.0,
             "options": {},
             "weights": [[{"match": "*mlp*", "weight": 0.75}, {"match": "*", "weight": 0.5}]],
         },

@@ -414,7 +414,7 @@ def test_bad_deltas_are_refused(bad: list[torch.Tensor]) -> None:
         ("iso-d", {}, "did you mean 'iso-c'"),
         ("iso-cts", {"common_fractoin": 0.8}, "did you mean 'common_fraction'"),
         ("iso-cts", {"common_fraction": 1.5}, "between 0 and 1"),
-        ("iso-cts", {"common_fraction": "0.8"}, "expected a float"),
+        ("iso-cts", {"common_fraction": "most"}, "is 'most'; expected a number"),
         ("iso-c", {"rank_policy": "rang"}, "did you mean 'range'"),
         ("mean", {"common_fraction": 0.8}, "it has none"),
     ],

@@ -264,7 +264,7 @@ def test_tensors_of_inference_mode_are_taken_outside_of_it() -> None:
         (1e3, {"scaling": 1e38}, "merged weights overflow float32 at scaling 1e\\+38"),
         (3e38, {"method": "task-arithmetic"}, r"base or experts\[0, 1, 2\] are too far apart for float32"),
         (1.0, {"scaling": 1e300}, "tensor 'w': scaling 1e\\+300 is no finite number in float32"),
-        (1.0, {"scaling": float("nan")}, "tensor 'w': scaling nan is no finite number in float32"),
+        (1.0, {"scaling": float("nan")}, "scaling is nan; expected a finite number"),
         (1.0, {"weights": [1e300, 1, 1]}, "tensor 'w': weight 1e\\+300 is no finite number in float32"),
         (1e20, {"method": "iso-c", "flipped": True}, "tensor 'w': ‖Δ‖ of the tasks is 1e\\+20"),
     ],
@@ -296,8 +296,8 @@ def test_meta_deltas(method: str) -> None:
     assert (call(stack).dtype, call(stack).shape) == (torch.float64, (2, *SHAPE))
     for bad, message in (
         ([torch.empty(3, 4, device="meta"), torch.empty(4, 3, device="meta")], r"deltas\[1\] has shape \[4, 3\]"),
-        ([torch.empty(3, device="meta")], "needs matrices"),
-        ([torch.empty(3, 4, dtype=torch.int64, device="meta")], "float tensors"),
+        ([torch.empty(3, device="meta")], r"deltas\[0\] has shape \[3\]; expected a matrix"),
+        ([torch.empty(3, 4, dtype=torch.int64, device="meta")], r"deltas\[0\] is torch.int64, which is not merged"),
         ([torch.empty(3, 4), torch.empty(3, 4, device="meta")], r"deltas\[1\] is on meta, deltas\[0\] on cpu"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -343,10 +343,15 @@ def test_weights(method: str) -> None:
     assert torch.allclose(state["b"], torch.full((3,), 2 * sum(weights) / TASKS))
     assert all(torch.equal(delta, was) for delta, was in zip(deltas, before, strict=True))
     assert torch.equal(CALLS[method](deltas, weights=[1, 1, 1]), CALLS[method](deltas))
-    for bad in ([1.0, 2.0], [1.0, 2.0, float("nan")]):
-        with pytest.raises(imf.ConfigError, match="weights: expected 3 finite numbers"):
+    wrong: list[tuple[Any, str]] = [
+        ([1.0, 2.0], r"weights is \[1.0, 2.0\]; expected 3 numbers, one a task"),
+        ([1.0, 2.0, float("nan")], r"weights\[2\] is nan; expected a finite number"),
+        (2.0, "weights is 2.0; expected 3 numbers, one a task"),
+    ]
+    for bad, message in wrong:
+        with pytest.raises(imf.ConfigError, match=message):
             CALLS[method](deltas, weights=bad)
-        with pytest.raises(imf.ConfigError, match="weights: expected 3 finite numbers"):
+        with pytest.raises(imf.ConfigError, match=message):
             imf.merge_state_dicts(base, experts, method, weights=bad)
 
 

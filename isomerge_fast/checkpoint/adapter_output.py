@@ -14,6 +14,21 @@ _CLEARED = ("rank_pattern", "alpha_pattern")
 _EMPTY = ("exclude_modules", "layers_to_transform", "layers_pattern", "revision", "loftq_config", "eva_config")
 
 
+# Of models that PEFT makes for a task: it trains these modules whole, and does not load an adapter without them.
+_HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+
+
+def lost_heads(adapters: Sequence[Adapter], settings: dict[str, Any]) -> str | None:
+    """Return the heads that the adapters' task needs and the merged adapter does not have, in words, or None."""
+    heads = _HEADS.get(adapters[0].settings.get("task_type") or "", ())
+    saved = [name.rpartition(".")[2] for name in settings["modules_to_save"] or ()]
+    return " or ".join(heads) if heads and not {*heads} & {*saved} else None
+
+
 def merged_settings(adapters: Sequence[Adapter], names: Iterable[str], rank: int) -> dict[str, Any]:
     """The first adapter's settings, with one rank and scale 1 for the modules that ``names`` (of tensors) belong to."""
     settings = dict(adapters[0].settings)
@@ -33,6 +48,8 @@ def merged_settings(adapters: Sequence[Adapter], names: Iterable[str], rank: int
     }
     settings |= {key: {} for key in _CLEARED if key in settings}
     settings |= {key: None for key in _EMPTY if key in settings}
+    if lost_heads(adapters, settings):
+        settings["task_type"] = None
     return settings
 
 

@@ -1,26 +1,28 @@
-"""The files beside the weights: configuration, tokenizer and code copied from the base, and the model card."""
+"""The files beside the weights: which of the base's become files of the output, and which are left behind."""
 
 from __future__ import annotations
 
-import copy
 import fnmatch
-import json
 import os
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError, ResourceError, visible
+from ..errors import InputError, ResourceError
 from .checksum import Checksum
 from .direct_io import READ_BYTES, page_buffer
 from .folder import list_folder, open_own
+from .manifest import MANIFEST_FILE, REPORT_FILE
+from .parts import Part, check_equal, own_weights, owners_of, part_folders
 from .writer import write_blocks_durably
 
-# What a checkpoint needs to load and to be used, and nothing else: no weights, optimizer states, logs or model card.
-# One level of sub-folders is for sentence-transformers' modules (1_Pooling/config.json) and chat templates.
-COMPANION_PATTERNS = (
+# Without these a checkpoint does not load or is not used as it was meant: what of them cannot be copied is an error.
+# They have any size: tokenizers of hundreds of megabytes exist. One level of sub-folders is for sentence-transformers'
+# modules (1_Pooling/config.json) and chat templates.
+ESSENTIAL = (
     "generation_config.json",
     "tokenizer*.json",
     "tokenizer*.model",
@@ -48,36 +50,128 @@ COMPANION_PATTERNS = (
     "LICENSE*",
     "NOTICE*",
 )
-# Weights and their indexes, whatever else their names look like.
-_NEVER = ("*.safetensors", "*.safetensors.index.json")
-_DTYPE_KEYS = ("dtype", "torch_dtype")
+_ESSENTIAL_FOLDERS = tuple(pattern.split("/")[0] for pattern in ESSENTIAL if "/" in pattern)
+
+# Everything else that is small is copied as well, whatever its name, but for:
+LEFT_BEHIND = {
+    "training state": (
+        *("optimizer.*", "optimizer_*", "scheduler.pt", "scheduler.bin", "scaler.pt", "rng_state*", "random_states_*"),
+        *("trainer_state.json", "training_args.*", "training_state*", "zero_to_fp32.py", "latest", "checkpoint"),
+        *("checkpoint-*", "global_step*", "pytorch_model_fsdp*"),
+    ),
+    "logs": (
+        *("events.out.tfevents*", "*.log", "trainer_log.jsonl", "*_results.json", "*evaluation*_results.csv"),
+        *("training_*.png", "nohup.out", "runs", "wandb", "logs", "tensorboard", "mlruns", "lightning_logs", "swanlab"),
+    ),
+    "caches": ("__pycache__", "*.pyc", "*.lock", "*.incomplete", "unsloth_compiled_cache"),
+    "other formats": (
+        *("onnx", "openvino*", "coreml", "original", "metal", "gguf", "ggml", "tflite", "tensorrt", "mlx", "flax"),
+        *("saved_model", "*.mlpackage", "*.mlmodelc"),
+    ),
+}
+OTHER_WEIGHTS, _STRAY = "other weights", "a LoRA adapter beside the weights"
+_UNLISTED = "cannot be listed"
+_WEIGHTS = re.compile(
+    r"\.(safetensors|bin|pt|pth|ptl|pte|ckpt|h5|hdf5|keras|msgpack|gguf|ggml|onnx|onnx_data(_\d+)?|onnx\.data|ot|pkl"
+    r"|pickle|joblib|npz|npy|tflite|mlmodel|engine|plan|trt|nemo|pb|pdparams|pdmodel|params|distcp|llamafile|dduf)"
+    r"(\.index(\.\w+)?\.json)?$|\.ckpt\.(data-.*|index|meta)$",
+    re.IGNORECASE,
+)
+# What every output has of its own at this place; ``delta`` is the folder of the merged Δ.
+_WRITTEN = ("README.md", MANIFEST_FILE, REPORT_FILE, "adapter_config.json", "delta")
+_CONFIG = "config.json"  # written anew, of the base's
+
+# Vocabularies of unknown names have up to 60 MB. In the folder itself all names are looked at; below it bounds keep a
+# data set, or a tree of logs, from being walked or copied.
+MAX_SMALL_BYTES, MAX_SMALL_TOGETHER_BYTES = 100_000_000, 500_000_000
+MAX_FOLDER_NAMES, MAX_WALKED_NAMES, MAX_DEPTH = 1_000, 10_000, 6
 
 
-def companion_files(folder: Path) -> list[str]:
-    """Return the relative names of the files to copy, sorted. Each of them can be opened.
+@dataclass(frozen=True, slots=True)
+class LeftBehind:
+    """A file of the base's folder that no output has, or a folder (its name ends in ``/``) with all that is in it."""
+
+    name: str
+    why: str
+    files: int
+    bytes: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"name": self.name, "why": self.why, "files": self.files, "bytes": self.bytes}
+
+
+@dataclass(frozen=True)
+class FolderContents:
+    """What lies beside the merged weights of a folder, by relative names; all of it sorted.
+
+    Attributes:
+        companions: the files to copy. Each of them can be opened.
+        parts: sub-folders whose weights may belong to the model.
+    """
+
+    companions: tuple[str, ...] = ()
+    left_behind: tuple[LeftBehind, ...] = ()
+    parts: tuple[Part, ...] = ()
+
+    def with_copied(self, names: Iterable[str]) -> FolderContents:
+        return replace(self, companions=tuple(sorted({*self.companions, *names})))
+
+    def without(self, left: LeftBehind) -> FolderContents:
+        """Return the same with a whole folder left behind."""
+        others = [each for each in self.left_behind if not each.name.startswith(left.name)]
+        return replace(
+            self,
+            companions=tuple(name for name in self.companions if not name.startswith(left.name)),
+            left_behind=_in_order([*others, left]),
+        )
+
+
+def contents_of(base: Path, merged: Collection[str], experts: Sequence[Path], method: str) -> FolderContents:
+    """Return what of the base's folder becomes the output's, with the weights of sub-folders that belong to the model.
+
+    Args:
+        merged: names of the files that are merged.
+        experts: the checkpoints among them; method: by which they are merged, for the advice.
 
     Raises:
-        InputError: a folder that cannot be listed; a companion that is no regular file, cannot be read, leads out of
-            the folder, or is told from another one by case alone.
+        InputError: as ``sort_folder`` and ``check_equal``.
     """
-    inner = [pattern.split("/")[0] for pattern in COMPANION_PATTERNS if "/" in pattern]
-    names = list_folder(folder)
-    for name in [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in inner)]:
-        if os.path.isdir(folder / name):
-            names += [f"{name}/{file}" for file in list_folder(folder / name)]
-    found = sorted(name for name in names if any(_matches(name, pattern) for pattern in COMPANION_PATTERNS))
-    found = [name for name in found if not any(fnmatch.fnmatchcase(name, pattern) for pattern in _NEVER)]
-    found = [name for name in found if not _is_folder(folder / name)]
-    known: dict[str, str] = {}
-    for name in found:
-        other = known.setdefault(unicodedata.normalize("NFC", name).casefold(), name)
-        if other != name:
-            raise InputError(f"{folder}: {other!r} and {name!r} are one file where case is not told; remove one")
-        try:
-            os.close(open_own(folder, name)[0])
-        except OSError as error:
-            raise InputError(f"{folder / name}: cannot be read ({error.strerror})") from error
-    return found
+    contents = sort_folder(base, merged)
+    strays = [part for part in contents.parts if part.is_adapter and not owners_of(part, experts)]
+    for part in strays:
+        contents = contents.without(measure(base, part.folder, _STRAY, MAX_WALKED_NAMES))
+    kept = [part for part in contents.parts if part not in strays]
+    check_equal(base, kept, experts, method)
+    names = [name for part in kept for name in part.names]
+    for name in names:
+        _check_readable(base, name)
+    return contents.with_copied(names)
+
+
+def sort_folder(folder: Path, merged: Collection[str] = ()) -> FolderContents:
+    """Return what lies in a checkpoint's folder beside the files that are merged, ``merged``.
+
+    Raises:
+        InputError: a folder that cannot be listed; an essential file that is no regular file, cannot be read, leads out
+            of the folder, or is told from another one by case alone. What is not essential is then left behind.
+    """
+    sorter = _Sorter(folder, merged)
+    sorter.sort()
+    return FolderContents(tuple(sorted(sorter.copied)), _in_order(sorter.left), tuple(sorter.parts))
+
+
+def _in_order(left: Iterable[LeftBehind]) -> tuple[LeftBehind, ...]:
+    return tuple(sorted(left, key=lambda each: each.name))
+
+
+def _check_readable(folder: Path, name: str) -> int:
+    """Return a file's bytes; raise InputError where it cannot be read, or leads out of the folder."""
+    try:
+        descriptor, status = open_own(folder, name)
+    except OSError as error:
+        raise InputError(f"{folder / name}: cannot be read ({error.strerror})") from error
+    os.close(descriptor)
+    return status.st_size
 
 
 def code_files(companions: Iterable[str]) -> list[str]:
@@ -85,13 +179,159 @@ def code_files(companions: Iterable[str]) -> list[str]:
     return [name for name in companions if name.endswith(".py")]
 
 
-def _is_folder(path: Path) -> bool:
-    """Whether it is one itself, such as LICENSES; a link to one is a companion that cannot be read."""
-    return path.is_dir() and not path.is_symlink()
+def weights_among(companions: Iterable[str]) -> list[str]:
+    """Return those that are weights: of sub-folders, which are copied where nothing has changed them."""
+    return [name for name in companions if _WEIGHTS.search(name)]
+
+
+def measure(folder: Path, name: str, why: str, most: int) -> LeftBehind:
+    """Return what is left behind as a whole, with its files and bytes; no more than ``most`` files are counted."""
+    if not os.path.isdir(folder / name):
+        return LeftBehind(name, why, 1, _size(folder / name))
+    files = size = 0
+    folders = [folder / name]
+    while folders:
+        try:
+            with os.scandir(folders.pop()) as entries:
+                for entry in entries:
+                    if entry.is_dir(follow_symlinks=False):
+                        folders.append(Path(entry.path))
+                    elif files == most:
+                        return LeftBehind(f"{name}/", f"{why}, counted up to {most:,} files", files, size)
+                    else:
+                        files, size = files + 1, size + _size(Path(entry.path))
+        except OSError:
+            why = why if why == _UNLISTED else f"{why}, {_UNLISTED}"
+    return LeftBehind(f"{name}/", why, files, size)
+
+
+class _Sorter:
+    """Sorts one folder, the essential files first: of two names that case alone tells apart these are kept."""
+
+    def __init__(self, folder: Path, merged: Collection[str]) -> None:
+        self.copied: list[str] = []
+        self.left: list[LeftBehind] = []
+        self.parts: list[Part] = []
+        self._folder, self._merged = folder, merged
+        self._part_folders: frozenset[str] = frozenset()
+        self._small: list[str] = []
+        self._walked = self._bytes = 0
+        self._uncounted = MAX_WALKED_NAMES
+        self._known = {_caseless(name): name for name in (*_WRITTEN, _CONFIG, *merged)}
+
+    def sort(self) -> None:
+        names = list_folder(self._folder)
+        self._part_folders = part_folders(self._folder, names)
+        self._sort_names("", names)
+        for name in sorted(self._small, key=lambda name: (not _is_essential(name), name)):
+            if why := self._obstacle(name):
+                self._leave(name, why)
+            else:
+                self.copied.append(name)
+
+    def _sort_names(self, within: str, names: Iterable[str]) -> None:
+        for name in names:
+            path = f"{within}/{name}" if within else name
+            if path in self._merged or path == _CONFIG or name.startswith("."):
+                continue
+            place = self._folder / path
+            # A link to a folder under an essential file's name is an error, as any other that is no file.
+            is_folder = os.path.isdir(place) and not (place.is_symlink() and _is_essential(path))
+            if path in _WRITTEN:
+                self._leave(path, "the output has its own")
+            elif why := next((why for why, patterns in LEFT_BEHIND.items() if _matches_any(name, patterns)), None):
+                self._leave(path, why)
+            elif _WEIGHTS.search(name):
+                self._leave(path, OTHER_WEIGHTS)
+            elif is_folder:
+                self._sort_folder(path)
+            else:
+                self._small.append(path)
+
+    def _sort_folder(self, path: str) -> None:
+        is_essential = "/" not in path and _matches_any(path, _ESSENTIAL_FOLDERS)
+        if (self._folder / path).is_symlink() and not is_essential:
+            return self._leave(path, "a link to a folder")
+        try:
+            names = list_folder(self._folder / path, most=MAX_FOLDER_NAMES + 1)
+        except InputError:
+            if is_essential:
+                raise
+            return self._leave(path, _UNLISTED)
+        self._walked += len(names)
+        if len(names) > MAX_FOLDER_NAMES:
+            return self._leave(path, f"holds more than {MAX_FOLDER_NAMES:,} names")
+        if self._walked > MAX_WALKED_NAMES:
+            return self._leave(path, f"not looked through, after {MAX_WALKED_NAMES:,} names of other folders")
+        if path.count("/") >= MAX_DEPTH:
+            return self._leave(path, f"more than {MAX_DEPTH} folders deep")
+        weights = own_weights(names)
+        is_part = any(f"{path}/".startswith(f"{part}/") for part in self._part_folders)
+        if weights and (is_part or "adapter_config.json" in names):
+            self.parts.append(Part(path, tuple(weights), is_adapter=not is_part))
+        elif not is_part and any(_WEIGHTS.search(name) for name in names):
+            return self._leave(path, OTHER_WEIGHTS)
+        return self._sort_names(path, [name for name in names if name not in weights])
+
+    def _leave(self, path: str, why: str) -> None:
+        self.left.append(measure(self._folder, path, why, self._uncounted))
+        self._uncounted -= self.left[-1].files
+
+    def _obstacle(self, name: str) -> str | None:
+        """Return why a file is not copied, or None.
+
+        Raises:
+            InputError: it is essential.
+        """
+        is_essential = _is_essential(name)
+        other = self._known.setdefault(_caseless(name), name)
+        if other != name:
+            if is_essential:
+                raise InputError(
+                    f"{self._folder}: {other!r} and {name!r} are one file where case is not told; remove one"
+                )
+            return f"one file with {other!r} where case is not told"
+        if not is_essential and not name.isprintable():
+            return "control characters in its name"
+        try:
+            size = _check_readable(self._folder, name)
+        except InputError as error:
+            if is_essential:
+                raise
+            reason = error.__cause__
+            return f"cannot be read ({reason.strerror})" if isinstance(reason, OSError) else "a link out of its folder"
+        if is_essential:
+            return None
+        if size > MAX_SMALL_BYTES:
+            return f"larger than {MAX_SMALL_BYTES // 1_000_000} MB"
+        if self._bytes + size > MAX_SMALL_TOGETHER_BYTES:
+            return f"beyond {MAX_SMALL_TOGETHER_BYTES // 1_000_000} MB of other files"
+        self._bytes += size
+        return None
+
+
+def _is_essential(name: str) -> bool:
+    return any(_matches(name, pattern) for pattern in ESSENTIAL)
 
 
 def _matches(name: str, pattern: str) -> bool:
     return name.count("/") == pattern.count("/") and fnmatch.fnmatchcase(name, pattern)
+
+
+def _matches_any(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _caseless(name: str) -> str:
+    return unicodedata.normalize("NFC", name).casefold()
+
+
+def _size(path: Path) -> int:
+    """Of what a link leads to; 0 where it leads nowhere."""
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return 0
 
 
 def copy_companions(source: Path, target: Path, names: Iterable[str]) -> dict[str, Checksum]:
@@ -103,7 +343,7 @@ def copy_companions(source: Path, target: Path, names: Iterable[str]) -> dict[st
     """
     written = {}
     for name in names:
-        (target / name).parent.mkdir(exist_ok=True)
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
         written[name] = write_blocks_durably(target / name, _blocks(source, name))
     return written
 
@@ -119,67 +359,3 @@ def _blocks(source: Path, name: str) -> Iterator[memoryview]:
                 position += count
     except OSError as error:
         raise ResourceError(f"{source / name}: cannot be read ({error.strerror}); --resume continues") from error
-
-
-def config_with_dtype(config: Mapping[str, Any], dtype: str | None) -> dict[str, Any]:
-    """``config.json`` with every stated weight dtype replaced by ``dtype`` (e.g. "bfloat16"), in sub-configurations
-    too.
-
-    Left as it is when ``dtype`` is None. A top level that states none gets the key the library in use writes.
-    """
-    result = copy.deepcopy(dict(config))
-    if dtype is None:
-        return result
-    if not any(key in result for key in _DTYPE_KEYS):
-        result["dtype"] = dtype
-    _replace_dtype(result, dtype)
-    return result
-
-
-def _replace_dtype(node: dict[str, Any], dtype: str) -> None:
-    for key, value in node.items():
-        if key in _DTYPE_KEYS and (value is None or isinstance(value, str)):
-            node[key] = dtype
-        elif isinstance(value, dict) and key.endswith("_config"):
-            _replace_dtype(value, dtype)
-
-
-def _code(text: str) -> str:
-    """Return ``text`` as a code span of Markdown, whatever stands in it."""
-    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
-    padding = " " if len(fence) > 1 else ""
-    return f"{fence}{padding}{visible(text)}{padding}{fence}"
-
-
-def model_card(recipe: Mapping[str, Any], *, kind: str, citation: str, version: str, library: str | None) -> str:
-    """README.md of the merged checkpoint or adapter: what it was made of, and how to make it again.
-
-    Args:
-        recipe: the config's keys, those left out that say nothing.
-        kind: what the experts are, in the plural.
-        library: by which the output is loaded, as model hubs name it.
-    """
-    base, experts, scaling = recipe["base"], recipe["experts"], recipe["scaling"]
-    front = ["---", *([f"library_name: {library}"] if library else []), "tags: [merge, isomerge-fast]", "---"]
-    lines = [
-        *front,
-        "",
-        f"# Merge of {len(experts)} {kind} with {recipe['method']}",
-        "",
-        f"- Base: {_code(base)}",
-        *(f"- Expert: {_code(expert)}" for expert in experts),
-        f"- Method: {recipe['method']} ({citation}), scaling α = {scaling:g}",
-        f"- Made with isomerge-fast {version}",
-        "",
-        "To make it again, `isomerge run` this file:",
-        "",
-        "```yaml",
-        # A JSON value is a YAML value, and an escape that ``visible`` makes is one of YAML's.
-        *(f"{key}: {visible(json.dumps(value, ensure_ascii=False))}" for key, value in recipe.items()),
-        "out: merged",
-        "```",
-        "",
-        "`manifest.json` records every input's identity and every tensor's checksum; `isomerge verify` checks them.",
-        "",
-    ]
-    return "\n".join(lines)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from contextlib import ExitStack
+from itertools import islice
 from pathlib import Path
 
 from ..errors import InputError
@@ -13,15 +14,18 @@ from ..regular_files import open_regular, read_whole
 _FOLDER_FLAGS = os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC | getattr(os, "O_PATH", os.O_RDONLY)
 
 
-def list_folder(folder: Path) -> list[str]:
+def list_folder(folder: Path, most: int | None = None) -> list[str]:
     """Return the names of everything in a folder, sorted.
+
+    Args:
+        most: no more names than so many are read.
 
     Raises:
         InputError: it cannot be listed. (``glob`` takes such a folder for an empty one.)
     """
     try:
         with os.scandir(folder) as entries:
-            return sorted(entry.name for entry in entries)
+            return sorted(entry.name for entry in islice(entries, most))
     except OSError as error:
         raise InputError(f"{folder}: cannot be listed ({error.strerror})") from error
 

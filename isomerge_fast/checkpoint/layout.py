@@ -13,7 +13,7 @@ import stat
 import struct
 import sys
 import unicodedata
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -105,16 +105,18 @@ class FileIdentity:
             machine and of this process's plan: copying a file or changing its mode does not make another input of it,
             and a network file system may say something else on every machine. So it is never written down, and does not
             travel: None in other processes.
+        metadata: what else the header says, which its hash is of. It does not travel either.
     """
 
     size: int
     mtime_ns: int
     header_sha256: str
     stamp: tuple[int, ...] | None = field(default=None, compare=False, repr=False)
+    metadata: dict[str, str] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
-    def of(cls, status: os.stat_result, header_sha256: str) -> FileIdentity:
-        return cls(status.st_size, status.st_mtime_ns, header_sha256, _stamp(status))
+    def of(cls, status: os.stat_result, header_sha256: str, metadata: Mapping[str, str] | None = None) -> FileIdentity:
+        return cls(status.st_size, status.st_mtime_ns, header_sha256, _stamp(status), dict(metadata or {}))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return FileIdentity, (self.size, self.mtime_ns, self.header_sha256)
@@ -188,7 +190,7 @@ def read_header(path: Path) -> tuple[dict[str, StoredTensor], FileIdentity]:
     del raw
     if not isinstance(header, dict):
         raise InputError(f"{path}: the header is not a JSON object")
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", None)
     if len(header) > MAX_TENSORS:
         raise InputError(f"{path}: {len(header)} tensors in one file; refused above {MAX_TENSORS}")
     data_start = 8 + header_bytes
@@ -211,7 +213,7 @@ def read_header(path: Path) -> tuple[dict[str, StoredTensor], FileIdentity]:
             pass
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path}: refused by safetensors ({error})") from error
-    return tensors, FileIdentity.of(status, header_sha256)
+    return tensors, FileIdentity.of(status, header_sha256, metadata)  # texts alone, as safetensors has checked
 
 
 def hash_header(descriptor: int) -> str:

@@ -139,7 +139,7 @@ def examine_manifest(folder: Path) -> tuple[Manifest, str | None]:
     """
     path = folder / MANIFEST_FILE
     if not path.is_file():
-        raise InputError(f"{folder}: no {MANIFEST_FILE}; not the output of a finished merge")
+        raise no_output(folder, MANIFEST_FILE)
     value, flaw = read_sealed(path)
     number = value.get("format")
     if type(number) is int and 0 < number < FORMAT:
@@ -155,6 +155,15 @@ def examine_manifest(folder: Path) -> tuple[Manifest, str | None]:
     except ValueError as error:
         raise VerificationError(f"{path}: not a manifest ({error})") from error
     return typing.cast(Manifest, value), flaw
+
+
+def no_output(folder: Path, missing: str) -> InputError:
+    """Return the error of a folder without a manifest or report; of a sub-folder of an output it names the output."""
+    parent = folder.absolute().parent
+    if folder.is_dir() and (parent / missing).is_file():
+        shown = folder.parent if folder.name and folder.parent != folder else parent
+        return InputError(f"{folder}: no {missing}; a part of the output in {shown}, which has it: give that folder")
+    return InputError(f"{folder}: no {missing}; not the output of a finished merge")
 
 
 def _check_agreement(manifest: Manifest) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from ..values import path_text
 from .layout import DTYPES, Checkpoint, open_checkpoint
 from .reader import Reader, files_of, whole
 
@@ -80,4 +81,4 @@ def open_state_dict(path: str | os.PathLike[str]) -> StoredStateDict:
     Raises:
         InputError: the path, a shard, an index or a header is missing or malformed; the message names it.
     """
-    return StoredStateDict(open_checkpoint(path))
+    return StoredStateDict(open_checkpoint(path_text(path, "path", "the path of a checkpoint")))

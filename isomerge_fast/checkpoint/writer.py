@@ -27,6 +27,7 @@ from torch import Tensor
 from ..errors import LostWritesError, ResourceError
 from .checksum import Checksum
 from .direct_io import PAGE, READ_BYTES, copy_bytes, drop_cache, lies_like, open_direct, page_buffer, read_pages
+from .kept_metadata import PLAIN
 from .layout import DTYPE_NAMES, DTYPES, StoredTensor
 
 # Less than this at once goes through the page cache: a direct write waits for the disk.
@@ -58,10 +59,12 @@ class OutputTensor:
         return prod(self.shape) * DTYPES[self.dtype].itemsize
 
 
-def file_layout(path: Path, tensors: Iterable[OutputTensor]) -> tuple[bytes, dict[str, StoredTensor]]:
+def file_layout(
+    path: Path, tensors: Iterable[OutputTensor], metadata: Mapping[str, str] = PLAIN
+) -> tuple[bytes, dict[str, StoredTensor]]:
     """The first bytes of the file (length and header), and where each tensor will lie."""
     ordered = sorted(tensors, key=lambda tensor: (_DTYPE_RANK.index(tensor.dtype), tensor.name))
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, object] = {"__metadata__": dict(metadata)}
     position = 0
     for tensor in ordered:
         end = position + tensor.bytes
@@ -83,13 +86,15 @@ def tensor_bytes(value: Tensor) -> memoryview:
     return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 
-def create_shard(path: Path, tensors: Iterable[OutputTensor], *, resume: bool) -> tuple[int, str]:
+def create_shard(
+    path: Path, tensors: Iterable[OutputTensor], *, resume: bool, metadata: Mapping[str, str] = PLAIN
+) -> tuple[int, str]:
     """Make the file with its header, at its final size and on disk; what is in it already stays with ``resume``.
 
     Returns:
         (its size, the hash of its header), as ``FileIdentity`` has them.
     """
-    prefix, placed = file_layout(path, tensors)
+    prefix, placed = file_layout(path, tensors, metadata)
     size = _end(prefix, placed)
     flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | (0 if resume else os.O_TRUNC)
     try:
@@ -116,15 +121,21 @@ class ShardWriter:
     client without a lock writes back whole pages, and with them the neighbours' bytes as it has seen them last.
 
     Args:
-        tensors: all of the file.
+        tensors: all of the file; metadata: of the file, as ``create_shard`` wrote it.
         names: of those that will be written; all when None.
     """
 
     def __init__(
-        self, path: Path, tensors: Iterable[OutputTensor], *, names: Collection[str] | None = None, direct: bool = True
+        self,
+        path: Path,
+        tensors: Iterable[OutputTensor],
+        *,
+        names: Collection[str] | None = None,
+        direct: bool = True,
+        metadata: Mapping[str, str] = PLAIN,
     ) -> None:
         self.path = path
-        prefix, self.tensors = file_layout(path, tensors)
+        prefix, self.tensors = file_layout(path, tensors, metadata)
         self._running: dict[str, Checksum] = {}
         self._direct = self._from_disk = None
         try:

@@ -2,6 +2,8 @@
 
 import copy
 import json
+import os
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -13,7 +15,9 @@ from safetensors.torch import save_file
 
 from isomerge_fast.demo.model import DigitsNetwork, accuracies, initial_network, train
 from isomerge_fast.demo.picture import draw_singular_values
-from isomerge_fast.demo.tasks import TaskSuite, load_tasks
+from isomerge_fast.demo.tasks import TRANSFORMS, TaskSuite, load_tasks
+from isomerge_fast.errors import ConfigError, MissingPackageError, ResourceError
+from isomerge_fast.values import LARGEST_WHOLE, path_text, whole_number
 
 # 36 steps leave the base at 0.76 to 0.81 on validation (three seeds): good enough to fine-tune, bad enough that
 # merging has something to win. 300 steps take the experts to 0.98, their plateau. The test digits had no say in either.
@@ -97,7 +101,7 @@ class DemoResult:
 
 
 def run_demo(
-    out: Path,
+    out: str | os.PathLike[str],
     *,
     seed: int = 0,
     n_tasks: int = 8,
@@ -118,12 +122,15 @@ def run_demo(
         say: receives each line of progress, then the table.
 
     Raises:
-        ImportError: scikit-learn or matplotlib is missing.
-        ConfigError: `n_tasks` is out of range.
+        MissingPackageError: scikit-learn or matplotlib is missing.
+        ConfigError: `n_tasks` or `seed` is out of range.
+        ResourceError: `out` cannot be written to.
     """
     _require_extras()
     started = time.perf_counter()
-    out = Path(out).absolute()
+    # The seeds after it are the experts'.
+    seed = whole_number(seed, "seed", 0, LARGEST_WHOLE - len(TRANSFORMS))
+    out = _make_folder(path_text(out, "out"))
     suite = load_tasks(n_tasks, WIDTH, seed)
     n_train, n_validation, n_test = (len(part.labels) for part in (suite.train, suite.validation, suite.test))
     say(f"{n_tasks} tasks on {n_train} digits (validation {n_validation}, test {n_test}): {', '.join(suite.names)}")
@@ -181,7 +188,21 @@ def _require_extras() -> None:
         import matplotlib  # noqa: F401
         import sklearn  # noqa: F401
     except ImportError as error:
-        raise ImportError(f"the demo needs {error.name}: pip install 'isomerge-fast[demo]'", name=error.name) from error
+        raise MissingPackageError(f"the demo needs {error.name}: pip install 'isomerge-fast[demo]'") from error
+
+
+def _make_folder(path: str) -> Path:
+    """The folder for all that the demo writes, before any work is done."""
+    if not path:
+        raise ConfigError("out is an empty path")
+    out = Path(path)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            return out.absolute()
+    except (OSError, ValueError) as error:  # ValueError: a NUL
+        reason = error.strerror if isinstance(error, OSError) else "not a name that a folder can have"
+        raise ResourceError(f"{out}: cannot be written to ({reason})") from error
 
 
 def _train_all(

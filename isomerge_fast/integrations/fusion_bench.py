@@ -6,7 +6,8 @@ In a method's YAML: ``_target_: isomerge_fast.integrations.fusion_bench.IsoCFast
 from __future__ import annotations
 
 import glob
-from collections.abc import Sequence
+import logging
+from collections.abc import Collection, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -15,6 +16,7 @@ from torch import nn
 from ..errors import ConfigError, nearest
 from ..in_memory import merge_tensors
 from ..methods import IsoC, IsoCTS, Method
+from ..patterns import require_matches
 from .peers import FUSION_BENCH, require
 
 require("fusion-bench", FUSION_BENCH, "fusion-bench")
@@ -29,6 +31,7 @@ from fusion_bench.mixins import LightningFabricMixin  # type: ignore[import-not-
 
 from .fusion_bench_files import Experts  # noqa: E402  # it imports what FusionBench brings
 
+LOG = logging.getLogger("isomerge_fast")
 KEYS = ("scaling_factor", "common_space_fraction", "exclude_keys", "precision", "rank_policy")
 
 
@@ -113,6 +116,15 @@ def _checked(about: dict[str, Any]) -> dict[str, Any]:
     return about
 
 
+def _known_keys(keys: Sequence[str], names: Collection[str]) -> list[str]:
+    """Return the keys that are names. FusionBench's own classes pass over others in silence; here it is said."""
+    try:
+        require_matches([("exclude_keys", map(glob.escape, keys))], names)
+    except ConfigError as error:
+        LOG.warning("%s", error)
+    return [key for key in keys if key in names]
+
+
 @torch.no_grad()
 def merge_pool(
     pool: Any, method: Method, scaling: float, exclude_keys: Sequence[str] | None, device: torch.device
@@ -132,12 +144,12 @@ def merge_pool(
         ConfigError: no experts, or a common fraction that leaves a negative number of common directions.
     """
     pretrained = pool.load_pretrained_model()
-    exclude = [glob.escape(key) for key in exclude_keys or ()]
     if isinstance(pretrained, nn.Module):
         opened = Experts(pool, pretrained)
         base, experts, at_once = pretrained.state_dict(), map(opened.open, pool.model_names), opened.is_private
     else:  # a state dict that the pool itself reads lazily, experts likewise
         base, experts, at_once = pretrained, map(pool.load_model, pool.model_names), False
+    exclude = [glob.escape(key) for key in _known_keys(exclude_keys or (), base)]
     # Integers and booleans stay those of the pretrained model: FusionBench's own classes stop at them.
     merged = merge_tensors(base, list(experts), method, scaling=scaling, exclude=exclude, device=device)
     if not at_once:

@@ -8,6 +8,7 @@ from dataclasses import fields
 from typing import Any
 
 from ..errors import ConfigError, nearest, shown
+from ..values import refuse
 from .iso_c import IsoC
 from .iso_cts import IsoCTS
 from .linear import Mean, TaskArithmetic
@@ -23,11 +24,10 @@ from .protocol import (
     TensorDeltas,
     TensorSpec,
     as_deltas,
+    read_option,
 )
 
 METHODS: dict[str, type] = {method.name: method for method in (IsoC, IsoCTS, Mean, TaskArithmetic)}
-
-_PLAIN = (str, bytes, int, float, list, tuple, dict, set)
 
 __all__ = [
     "METHODS",
@@ -46,6 +46,7 @@ __all__ = [
     "TensorDeltas",
     "TensorSpec",
     "as_deltas",
+    "given_method",
     "make_method",
     "method_for",
 ]
@@ -57,26 +58,33 @@ def make_method(name: str, options: Mapping[str, Any] | None = None) -> Method:
     Raises:
         ConfigError: unknown method, unknown option, option of another type, or a value out of range.
     """
-    if name not in METHODS:
+    if not isinstance(name, str) or name not in METHODS:
         raise ConfigError(f"method {shown(name)} is unknown{nearest(name, METHODS)}")
+    if not isinstance(options, Mapping | None):
+        refuse(options, "options", "names with values, such as {common_fraction: 0.8}")
     known = {field.name: field for field in fields(METHODS[name])}
+    read = {}
     for key, value in (options or {}).items():
         if key not in known:
             hint = nearest(key, known) if known else " (it has none)"
             raise ConfigError(f"option {shown(key)} of method {name!r} is unknown{hint}")
-        default = known[key].default
-        wanted = (float, int) if isinstance(default, float) else type(default)
-        if default is None:
-            # Set by the plan, or by who has a solver at hand; no word or number stands for one.
-            wanted = (int, type(None)) if known[key].type == "int | None" else object
-            if wanted is object and isinstance(value, _PLAIN):
-                raise ConfigError(
-                    f"option {key!r} of method {name!r} is {shown(value)}; it is an object, set in Python"
-                )
-        if not isinstance(value, wanted) or isinstance(value, bool):
-            kind = "whole number" if default is None else type(default).__name__
-            raise ConfigError(f"option {key!r} of method {name!r} is {shown(value)}; expected a {kind}")
-    return METHODS[name](**(options or {}))
+        read[key] = read_option(name, known[key], value)
+    return METHODS[name](**read)
+
+
+def given_method(method: str | Method, options: Mapping[str, Any]) -> Method:
+    """The method that a caller names, with its options, or has made already.
+
+    Raises:
+        ConfigError: as ``make_method``; options beside a method that is made, or no method at all.
+    """
+    if isinstance(method, str):
+        return make_method(method, options)
+    if isinstance(method, type) or not callable(getattr(method, "merge", None)):
+        refuse(method, "method", f"a name ({', '.join(METHODS)}) or a method object, such as IsoC()")
+    if options:
+        raise ConfigError(f"option {shown(next(iter(options)))}: options belong to a method given by name")
+    return method
 
 
 def method_for(method: Method, spec: TensorSpec, exclude: Sequence[str] = ()) -> Method:

@@ -23,6 +23,7 @@ from .protocol import (
     TensorSpec,
     check_rank_policy,
     finite_sum,
+    read_options,
     require_comparable,
     require_matrices,
     rounding_of,
@@ -63,6 +64,7 @@ class IsoC:
     row_map_passes: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
+        read_options(self)
         check_rank_policy(self.rank_policy)
         check_precision(self.precision)
 

@@ -29,6 +29,7 @@ from .protocol import (
     TensorSpec,
     check_rank_policy,
     finite_sum,
+    read_options,
     require_comparable,
     require_matrices,
     rounding_of,
@@ -98,10 +99,13 @@ class IsoCTS:
     row_map_passes: ClassVar[int] = 3
 
     def __post_init__(self) -> None:
+        read_options(self)
         check_rank_policy(self.rank_policy)
         check_precision(self.precision)
         if not 0.0 <= self.common_fraction <= 1.0:
             raise ConfigError(f"common_fraction is {self.common_fraction:g}; it lies between 0 and 1")
+        if self.tasks_at_once == 0:
+            raise ConfigError("tasks_at_once is 0; it is 1 or more")
 
     def accepts(self, spec: TensorSpec) -> bool:
         return len(spec.shape) == 2

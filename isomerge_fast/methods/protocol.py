@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import Field, dataclass, field, fields, replace
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError, nearest
+from ..errors import ConfigError, InputError, nearest, shown
 from ..linalg.protocol import rounding_tolerance
 from ..ops import TaskSum, compute_dtype, subtract, task_sum
+from ..values import number, whole_number, word
 
 RANK_POLICIES = ("range", "min-dim")
 
@@ -86,15 +87,15 @@ class TensorDeltas:
 
     def __post_init__(self) -> None:
         if len(self.tensors) == 0:
-            raise ValueError("deltas is empty: at least one task is needed")
+            raise InputError("deltas is empty: at least one task is needed")
         first = self.tensors[0]
         for index, tensor in enumerate(self.tensors):
             if tensor.shape != first.shape:
-                raise ValueError(f"deltas[{index}] has shape {list(tensor.shape)}, deltas[0] has {list(first.shape)}")
+                raise InputError(f"deltas[{index}] has shape {list(tensor.shape)}, deltas[0] has {list(first.shape)}")
             if not tensor.is_floating_point():
-                raise ValueError(f"deltas[{index}] is {tensor.dtype}: deltas are float tensors")
+                raise InputError(f"deltas[{index}] is {tensor.dtype}: deltas are float tensors")
             if tensor.device != first.device:
-                raise ValueError(f"deltas[{index}] is on {tensor.device}, deltas[0] on {first.device}")
+                raise InputError(f"deltas[{index}] is on {tensor.device}, deltas[0] on {first.device}")
 
     @property
     def n_tasks(self) -> int:
@@ -367,16 +368,47 @@ class Method(Protocol):
         ...
 
 
+# What is called of an object that is given for an option, by the option's type.
+_CALLED = {"PolarSolver | None": ("polar",), "Solver | None": ("polar", "top_subspace")}
+
+
+def read_option(method: str, option: Field[Any], value: Any) -> Any:
+    """Return an option of a method as its field's type: of texts, the numbers that they stand for.
+
+    Raises:
+        ConfigError: something else.
+    """
+    what = f"option {option.name!r} of method {method!r}"
+    if isinstance(option.default, float):
+        return number(value, what)
+    if isinstance(option.default, str):
+        return word(value, what)
+    if option.type == "int | None":
+        return None if value is None else whole_number(value, what, 0)
+    # Set by who has a solver at hand; no word or number stands for one.
+    if value is not None and not all(
+        callable(getattr(value, name, None)) for name in _CALLED.get(str(option.type), ())
+    ):
+        raise ConfigError(f"{what} is {shown(value)}; it is an object, set in Python")
+    return value
+
+
+def read_options(method: Any) -> None:
+    """Read the options of a method that is being made, in the place where they stand."""
+    for option in fields(method):
+        object.__setattr__(method, option.name, read_option(method.name, option, getattr(method, option.name)))
+
+
 def as_deltas(deltas: Deltas | Tensor | Sequence[Tensor]) -> Deltas:
     """A list of T tensors or one stack [T, ...] as ``Deltas``."""
     if isinstance(deltas, Tensor):
         if deltas.ndim == 0:
-            raise ValueError("deltas is a scalar: give T tensors, or one stacked along the first dimension")
+            raise InputError("deltas is a scalar: give T tensors, or one stacked along the first dimension")
         return TensorDeltas(deltas.unbind(0))
     return deltas if isinstance(deltas, Deltas) else TensorDeltas(list(deltas))
 
 
-class NotFiniteError(ValueError):
+class NotFiniteError(InputError):
     """A delta holds NaN or Inf. ``tasks`` are the indices of those that do."""
 
     def __init__(self, tasks: list[int]) -> None:
@@ -384,7 +416,7 @@ class NotFiniteError(ValueError):
         super().__init__(f"deltas[{tasks[0]}] holds NaN or Inf (tasks with such values: {tasks})")
 
 
-class OutOfRangeError(ValueError):
+class OutOfRangeError(InputError):
     """Deltas that are all finite, and of sizes that no result can be made of."""
 
 
@@ -472,7 +504,7 @@ def _by_task(seen: Tensor) -> Tensor:
 def require_matrices(name: str, shape: torch.Size) -> None:
     """The spectral methods work on [..., M, N]."""
     if len(shape) < 2:
-        raise ValueError(f"{name} needs matrices [M, N] or batches [B, M, N]; got deltas of shape {list(shape)}")
+        raise InputError(f"{name} needs matrices [M, N] or batches [B, M, N]; got deltas of shape {list(shape)}")
 
 
 def rounding_of(norm: Tensor, origin: TensorSpec) -> Tensor:

@@ -1,0 +1,149 @@
+"""Configs that give the same weights another function: rope, heads, activations, norms, windows, special tokens."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from .values import brief, is_off, same
+
+# What does not change what the model computes when it is used: names, versions, dtypes, training, output formats, what
+# generation_config.json has, and the labels of a head (which have a note of their own).
+_IGNORED = re.compile(
+    r"architecture|architectures|attn_implementation|auto_map|bad_words_ids|cache_implementation|"
+    r"chunk_size_feed_forward|custom_pipelines|diversity_penalty|do_sample|dtype|early_stopping|"
+    r"encoder_no_repeat_ngram_size|exponential_decay_length_penalty|finetuning_task|gradient_checkpointing|"
+    r"id2label|initializer_cutoff_factor|initializer_factor|initializer_range|is_gated_act|"
+    r"keys_to_ignore_at_inference|label2id|length_penalty|max_length|min_length|model_type|n_ctx|name_or_path|"
+    r"no_repeat_ngram_size|num_beam_groups|num_beams|num_classes|num_labels|num_logits_to_keep|"
+    r"num_return_sequences|output_attentions|output_hidden_states|output_router_logits|output_scores|prefix|"
+    r"pretrained_cfg|pretraining_tp|problem_type|pruned_heads|quantization_config|remove_invalid_values|"
+    r"repetition_penalty|return_dict|return_dict_in_generate|router_aux_loss_coef|router_jitter_noise|"
+    r"router_z_loss_coef|sparse_pred_ignore_index|sparse_prediction|task_specific_params|temperature|"
+    r"tf_legacy_loss|tokenizer_class|top_k|top_p|torch_dtype|torchscript|transformers_version|typical_p|"
+    r"unsloth_fixed|unsloth_version|use_bfloat16|use_cache|use_return_dict"
+    r"|_.*|.*(dropout|_pdrop|layerdrop|drop_rate|drop_path|aux_loss|jitter).*|(classifier|summary|mask)_.*"
+)
+# Written by some releases of transformers only. Where the other config was saved by another release, it has what these
+# say by default, or by its other keys.
+_RELEASE = {
+    "decoder_bias",
+    "decoder_start_token_id",
+    "dense_act_fn",
+    "forced_eos_token_id",
+    "is_encoder_decoder",
+    "layer_types",
+    "max_window_layers",
+    "num_key_value_heads",
+    "position_embedding_type",
+    "scale_attn_weights",
+    "scale_decoder_outputs",
+    "tie_word_embeddings",
+    "use_mambapy",
+}
+_ROPE_KEYS = (
+    "global_rope_theta",
+    "local_rope_theta",
+    "rope_local_base_freq",
+    "rope_parameters",
+    "rope_scaling",
+    "rope_theta",
+    "rotary_emb_base",
+    "rotary_pct",
+)
+_ROPE_TYPES = {"mrope": "default", "su": "longrope", None: "default"}
+_NO_KEY = object()
+
+
+def config_differences(base: Mapping[str, Any] | None, expert: Mapping[str, Any] | None) -> Iterator[str]:
+    """Yield what an expert's config says otherwise than the base's, key by key.
+
+    A key that one of them has alone counts, unless it switches something off or is neutral (null, false, 0, 1, empty)
+    or its value is what the other is known to take without it: a head's size of hidden_size / num_attention_heads,
+    rope_theta 10000, and, where another release of transformers wrote the other config, the keys of ``_RELEASE``.
+    """
+    if base is None or expert is None:
+        return
+    other_release = base.get("transformers_version") != expert.get("transformers_version")
+    ours, theirs = dict(_flat(base)), dict(_flat(expert))
+    for key in sorted(ours.keys() | theirs.keys()):
+        mine, other = ours.get(key, _NO_KEY), theirs.get(key, _NO_KEY)
+        if mine is _NO_KEY:
+            if not _goes_without_saying(key, other, ours, other_release):
+                yield f"{key} {brief(other)} (the base's config has none)"
+        elif other is _NO_KEY:
+            if not _goes_without_saying(key, mine, theirs, other_release):
+                yield f"no {key} (base {brief(mine)})"
+        elif not same(mine, other) and not (is_off(mine) and is_off(other)):
+            yield f"{key} {brief(other)} (base {brief(mine)})"
+
+
+def _goes_without_saying(key: str, value: Any, other: Mapping[str, Any], other_release: bool) -> bool:
+    """Whether a config without ``key`` means the same as one in which it has this value.
+
+    Args:
+        other: the config without it, flat.
+    """
+    if is_off(value) or same(value, 1):
+        return True
+    place, _, name = key.rpartition(".")
+    if name == "rope_theta":
+        return same(value, 10_000)
+    if name == "rope_type":
+        return value == "default"
+    if name == "head_dim":
+        width, heads = (other.get(f"{place}.{each}".lstrip(".")) for each in ("hidden_size", "num_attention_heads"))
+        return isinstance(width, int) and isinstance(heads, int) and heads > 0 and same(value, width // heads)
+    return other_release and name in _RELEASE
+
+
+def _flat(node: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield what changes the function, by dotted keys, rope in one spelling."""
+    for key, value in (node if "rope_parameters." in place else _with_one_rope(node)).items():
+        if _IGNORED.fullmatch(key):
+            continue
+        if key in ("sliding_window", "max_window_layers") and node.get("use_sliding_window") is False:
+            continue  # some releases write null then, others the size that would be used
+        if isinstance(value, dict) and value:
+            yield from _flat(value, f"{place}{key}.")
+        else:
+            yield f"{place}{key}", value
+
+
+def _with_one_rope(node: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a config with rope as transformers 5 writes it: ``rope_parameters`` in place of ``rope_theta`` with
+    ``rope_scaling``, of Gemma's and ModernBERT's two bases, and of GPT-NeoX's names.
+    """
+    given = {key: node[key] for key in _ROPE_KEYS if node.get(key) is not None}
+    if not any(key in node for key in _ROPE_KEYS):
+        return node
+    rest = {key: value for key, value in node.items() if key not in _ROPE_KEYS}
+    found = given.get("rope_parameters", given.get("rope_scaling", {}))
+    if not isinstance(found, dict):
+        return node
+    if any(isinstance(value, dict) for value in found.values()):
+        layers = {key: _one_rope(value) if isinstance(value, dict) else value for key, value in found.items()}
+        return {**rest, "rope_parameters": layers}
+    beside: dict[str, Any] = {}
+    for name, keys in {
+        "rope_theta": ("rope_theta", "global_rope_theta", "rotary_emb_base"),
+        "partial_rotary_factor": ("partial_rotary_factor", "rotary_pct"),
+        "original_max_position_embeddings": ("original_max_position_embeddings",),
+    }.items():
+        value = next((node[key] for key in keys if node.get(key) is not None), None)
+        if value is not None:
+            beside[name] = value
+            rest = {key: value for key, value in rest.items() if key not in keys}
+    rope = _one_rope({**beside, **found})
+    local = given.get("rope_local_base_freq", given.get("local_rope_theta"))
+    if local is not None:
+        rope = {"full_attention": rope, "sliding_attention": {"rope_theta": local, "rope_type": "default"}}
+    return {**rest, "rope_parameters": rope}
+
+
+def _one_rope(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the parameters of one kind of layers, with ``rope_type`` for what was ``type``."""
+    kind = found.get("rope_type", found.get("type"))
+    kind = _ROPE_TYPES.get(kind, kind) if isinstance(kind, str | None) else kind
+    return {**{key: value for key, value in found.items() if key != "type"}, "rope_type": kind}

@@ -1,0 +1,37 @@
+"""Values of JSON settings, compared and shown."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+VALUE_CHARACTERS = 80
+
+
+def is_off(value: Any) -> bool:
+    """Return whether a setting means nothing: null, false, zero or empty."""
+    return value is None or value is False or value == 0 or value in ("", [], {})
+
+
+def same(one: Any, other: Any) -> bool:
+    """Return whether two values mean the same: 1 is 1.0 and "1", and a list of one token is that token."""
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(same, one, other))
+    for left, right in ((one, other), (other, one)):
+        if isinstance(left, list) and not isinstance(right, list | dict):
+            return len(left) == 1 and same(left[0], right)
+    if isinstance(one, bool) or isinstance(other, bool):
+        return one is other
+    if isinstance(one, str) != isinstance(other, str):
+        text, number = (one, other) if isinstance(one, str) else (other, one)
+        try:
+            return isinstance(number, int | float) and float(text) == number
+        except ValueError:
+            return False
+    return one == other or (one != one and other != other)  # NaN
+
+
+def brief(value: Any) -> str:
+    """Return a value as JSON, cut to a readable length."""
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= VALUE_CHARACTERS else text[: VALUE_CHARACTERS - 1] + "…"

@@ -1,0 +1,44 @@
+"""Says what of the files of a planned output might surprise: of its folder, its settings and its headers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from .checkpoint.adapter import Adapter
+from .checkpoint.adapter_output import lost_heads
+from .checkpoint.companions import weights_among
+from .checkpoint.kept_metadata import kept_metadata
+from .checkpoint.parts import parts_of
+from .plan import Plan
+
+
+def file_notes_of(plan: Plan) -> Iterable[str]:
+    """Yield what might surprise, each with what changes it."""
+    parts = weights_among(plan.companions)
+    if parts:
+        yield f"copied as the base has it, byte for byte: {', '.join(parts)} (no expert has another one)"
+    yield from _parts_of_experts(plan)
+    if plan.adapter_settings is None:
+        yield from plan.config_and_notes[1]
+    else:
+        adapters = [expert for expert in plan.experts if isinstance(expert, Adapter)]
+        if heads := lost_heads(adapters, plan.adapter_settings):
+            yield (
+                f"the merged adapter has no {heads}, so its task_type is null: PEFT then takes the head of the model "
+                "that it is loaded into as it is"
+            )
+    for path, identity in plan.base.files.items():
+        if left := kept_metadata(identity.metadata)[1]:
+            yield f"{path}: too large to be kept of its metadata: {', '.join(left)}"
+
+
+def _parts_of_experts(plan: Plan) -> Iterable[str]:
+    """Yield the modules with weights that an expert has and the output has not."""
+    if plan.config.adapter_rank is not None:
+        return
+    for expert in plan.experts:
+        if isinstance(expert, Adapter) or not expert.is_folder:
+            continue
+        missing = [name for part in parts_of(expert.path) for name in part.names if name not in plan.companions]
+        if missing:
+            yield f"{expert.path}: left out, as the base has none there: {', '.join(missing)}"

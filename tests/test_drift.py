@@ -1,0 +1,371 @@
+"""What beside the experts' weights would give them another function: each difference from the base is noted."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from adapters import make_adapters
+from checkpoints import save_folder
+
+import isomerge_fast as imf
+from isomerge_fast.config import load_config
+from isomerge_fast.drift.config import config_differences
+from isomerge_fast.planner import make_plan
+
+WEIGHTS = {"a.weight": torch.ones(4, 4)}
+LLAMA = {"model_type": "llama", "hidden_size": 32, "num_attention_heads": 4, "transformers_version": "4.46.0"}
+OTHER_RELEASE = {**LLAMA, "transformers_version": "5.1.0"}
+CONFIG, BESIDE = (
+    "config.json differs from the base's, which the output has",
+    "tokens, chat or generation settings differ from the base's, which the output has",
+)
+
+
+def notes_of(base: Path, *experts: Path) -> list[str]:
+    config = {"base": base, "experts": list(experts), "method": "mean", "scaling": 1.0}
+    return [note for note in make_plan(load_config(config)).notes if str(base.parent) in note]
+
+
+def folder(root: Path, name: str, **files: Any) -> Path:
+    """A checkpoint with files beside it: ``tokenizer_config={…}``, ``chat_template="…"``."""
+    made = save_folder(root / name, WEIGHTS, config=files.pop("config", LLAMA))
+    for stem, content in files.items():
+        if isinstance(content, str):
+            (made / f"{stem}.jinja").write_text(content)
+        else:
+            (made / f"{stem}.json").write_text(json.dumps(content))
+    return made
+
+
+def rope(**parameters: Any) -> dict[str, Any]:
+    return {**LLAMA, **parameters}
+
+
+DIFFERENCES: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
+    "heads": (LLAMA, {**LLAMA, "num_attention_heads": 8}, ["num_attention_heads 8 (base 4)"]),
+    "one-has-it": (
+        LLAMA,
+        {**LLAMA, "attention_multiplier": 0.1},
+        ["attention_multiplier 0.1 (the base's config has none)"],
+    ),
+    "the-base-has-it": ({**LLAMA, "sliding_window": 4096}, LLAMA, ["no sliding_window (base 4096)"]),
+    "nested": (
+        {"text_config": {"rms_norm_eps": 1e-6}, "vision_config": {"hidden_act": "gelu"}},
+        {"text_config": {"rms_norm_eps": 1e-5}, "vision_config": {"hidden_act": "quick_gelu"}},
+        [
+            "text_config.rms_norm_eps 1e-05 (base 1e-06)",
+            'vision_config.hidden_act "quick_gelu" (base "gelu")',
+        ],
+    ),
+    "rope-in-two-spellings": (
+        rope(rope_theta=10_000.0, rope_scaling=None),
+        {**OTHER_RELEASE, "rope_parameters": {"rope_theta": 10_000.0, "rope_type": "default"}},
+        [],
+    ),
+    "scaled-rope-in-two-spellings": (
+        rope(rope_theta=500_000, rope_scaling={"type": "yarn", "factor": 4}),
+        {**OTHER_RELEASE, "rope_parameters": {"rope_theta": 5e5, "rope_type": "yarn", "factor": 4.0}},
+        [],
+    ),
+    "rope-of-two-spellings-differs": (
+        rope(rope_theta=10_000.0),
+        {**OTHER_RELEASE, "rope_parameters": {"rope_theta": 1e6, "rope_type": "linear", "factor": 2.0}},
+        [
+            "rope_parameters.factor 2.0 (the base's config has none)",
+            "rope_parameters.rope_theta 1000000.0 (base 10000.0)",
+            'rope_parameters.rope_type "linear" (base "default")',
+        ],
+    ),
+    "rope-that-nobody-wrote-down": (
+        LLAMA,
+        {**OTHER_RELEASE, "rope_parameters": {"rope_theta": 10_000, "rope_type": "default"}},
+        [],
+    ),
+    "rope-of-two-kinds-of-layers": (
+        rope(rope_theta=1e6, rope_local_base_freq=10_000.0, rope_scaling={"rope_type": "linear", "factor": 8.0}),
+        {
+            **OTHER_RELEASE,
+            "rope_parameters": {
+                "full_attention": {"rope_theta": 1_000_000.0, "rope_type": "linear", "factor": 8.0},
+                "sliding_attention": {"rope_theta": 20_000.0, "rope_type": "default"},
+            },
+        },
+        ["rope_parameters.sliding_attention.rope_theta 20000.0 (base 10000.0)"],
+    ),
+    "rope-of-gpt-neox": (
+        {"rotary_emb_base": 10_000, "rotary_pct": 0.25},
+        {"rope_parameters": {"rope_theta": 10_000.0, "partial_rotary_factor": 0.25, "rope_type": "default"}},
+        [],
+    ),
+    "numbers-in-other-spellings": (
+        {"eps": 1e-05, "width": 4096, "theta": 10_000, "scale": "1e-3", "eos_token_id": 2},
+        {"eps": 0.00001, "width": 4096.0, "theta": 10_000.0, "scale": 0.001, "eos_token_id": [2]},
+        [],
+    ),
+    "lists": ({"eos_token_id": [2, 3]}, {"eos_token_id": [2, 63]}, ["eos_token_id [2, 63] (base [2, 3])"]),
+    "true-is-not-one": ({"use_mlp": 1}, {"use_mlp": True}, ["use_mlp true (base 1)"]),
+    "what-is-off-is-off": (
+        {**LLAMA, "attention_bias": False, "sliding_window": None, "logit_softcap": 0.0},
+        {**LLAMA, "quantize": None, "residual_multiplier": 1.0},
+        [],
+    ),
+    "what-changes-no-function": (
+        {
+            **LLAMA,
+            "_name_or_path": "x",
+            "torch_dtype": "float16",
+            "use_cache": True,
+            "attention_dropout": 0.1,
+            "initializer_range": 0.02,
+            "architectures": ["A"],
+            "id2label": {"0": "a"},
+        },
+        {
+            **OTHER_RELEASE,
+            "dtype": "bfloat16",
+            "use_cache": False,
+            "resid_pdrop": 0.2,
+            "unsloth_version": "2025",
+            "id2label": {"0": "b"},
+            "text_config": {"torch_dtype": "float16"},
+        },
+        [],
+    ),
+    "what-another-release-writes-down": (
+        LLAMA,
+        {**OTHER_RELEASE, "head_dim": 8, "tie_word_embeddings": True, "layer_types": ["full_attention"]},
+        [],
+    ),
+    "a-head-of-another-size": (
+        LLAMA,
+        {**OTHER_RELEASE, "head_dim": 16},
+        ["head_dim 16 (the base's config has none)"],
+    ),
+    "a-window-that-is-not-used": (
+        {**LLAMA, "sliding_window": 32_768, "max_window_layers": 28, "use_sliding_window": False},
+        {**OTHER_RELEASE, "sliding_window": None, "use_sliding_window": False, "max_window_layers": 28},
+        [],
+    ),
+    "odd": ({"rope_scaling": "x", "a": {"b": []}}, {"rope_scaling": {"type": 5}, "a": 3, "": {}}, [
+        'a 3 (the base\'s config has none)',
+        "rope_parameters.rope_type 5 (the base's config has none)",
+        'no rope_scaling (base "x")',
+    ]),
+    "no-config": ({}, {}, []),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("base", "expert", "expected"), DIFFERENCES.values(), ids=DIFFERENCES)
+def test_configs(base: dict[str, Any], expert: dict[str, Any], expected: list[str]) -> None:
+    assert list(config_differences(base, expert)) == expected
+    assert not list(config_differences(expert, expert))
+
+
+@pytest.mark.parametrize("missing", [(None, LLAMA), (LLAMA, None), (None, None)])
+def test_a_config_that_is_not_there_is_not_compared(missing: tuple[Any, Any]) -> None:
+    assert not list(config_differences(*missing))
+
+
+REAL = {
+    "llama": transformers.LlamaConfig,
+    "gpt2": transformers.GPT2Config,
+    "bert": transformers.BertConfig,
+    "gemma": transformers.Gemma3TextConfig,
+    "modernbert": transformers.ModernBertConfig,
+    "clip": transformers.CLIPConfig,
+}
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_what_transformers_saves_differs_in_what_was_changed_alone(name: str) -> None:
+    def saved(**changes: Any) -> dict[str, Any]:
+        return json.loads(REAL[name](**changes).to_json_string())
+
+    assert not list(config_differences(saved(), saved()))
+    key = {"gpt2": "layer_norm_epsilon", "modernbert": "norm_eps", "clip": "logit_scale_init_value"}.get(name)
+    key = key or ("layer_norm_eps" if name == "bert" else "rms_norm_eps")
+    changed = config_differences(saved(), saved(**{key: 0.5, "initializer_range": 0.5}))
+    assert list(changed) == [f"{key} 0.5 (base {json.dumps(saved()[key])})"]
+
+
+def test_a_config_of_the_release_before_is_the_same_model() -> None:
+    """As it lies on the Hub, beside what transformers 5 makes of it."""
+    old = {
+        "architectures": ["LlamaForCausalLM"],
+        "attention_bias": False,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "hidden_act": "silu",
+        "hidden_size": 4096,
+        "initializer_range": 0.02,
+        "intermediate_size": 11008,
+        "max_position_embeddings": 4096,
+        "model_type": "llama",
+        "num_attention_heads": 32,
+        "num_hidden_layers": 32,
+        "pretraining_tp": 1,
+        "rms_norm_eps": 1e-05,
+        "rope_scaling": None,
+        "tie_word_embeddings": False,
+        "torch_dtype": "float16",
+        "transformers_version": "4.31.0.dev0",
+        "use_cache": True,
+        "vocab_size": 32000,
+    }
+    new = json.loads(transformers.LlamaConfig(**old).to_json_string())
+    assert new["transformers_version"] != old["transformers_version"]
+    assert not list(config_differences(old, new))
+    assert not list(config_differences(new, old))
+
+
+def test_experts_with_the_same_differences_share_a_note(tmp_path: Path) -> None:
+    base = folder(tmp_path, "base")
+    long = {**LLAMA, **{f"key{number:02}": "x" * 500 for number in range(30)}}
+    experts = [
+        folder(tmp_path, name, config=config)
+        for name, config in {"a": long, "same": LLAMA, "b": {**LLAMA, "hidden_act": "gelu"}, "c": long}.items()
+    ]
+    first, second = notes_of(base, *experts)
+    assert first.startswith(f"{experts[0]}, {experts[3]}: {CONFIG}: key00 ")
+    assert first.endswith("… (the base's config has none), and 16 more")
+    assert len(first) < 14 * 150 + 200
+    assert second == f'{experts[2]}: {CONFIG}: hidden_act "gelu" (the base\'s config has none)'
+    many = [folder(tmp_path, f"m{number}", config=long) for number in range(9)]
+    (note,) = notes_of(base, *many)
+    assert note.startswith(f"{', '.join(map(str, many[:6]))} and 3 more: ")
+
+
+CHAT = "{{ messages }}"
+TOKENS = {"eos_token": "</s>", "bos_token": "<s>", "chat_template": CHAT, "tokenizer_class": "LlamaTokenizer"}
+FILES: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
+    "eos": (
+        {"tokenizer_config": TOKENS},
+        {"tokenizer_config": {**TOKENS, "eos_token": {"content": "<|im_end|>", "lstrip": False}}},
+        ['eos_token "<|im_end|>" (base "</s>")'],
+    ),
+    "eos-in-the-map": (
+        {"tokenizer_config": {"chat_template": CHAT}, "special_tokens_map": {"eos_token": "</s>"}},
+        {"tokenizer_config": {**TOKENS, "eos_token": "<end>"}},
+        ['eos_token "<end>" (base "</s>")'],
+    ),
+    "pad-is-new": (
+        {"tokenizer_config": {**TOKENS, "pad_token": None}},
+        {"tokenizer_config": {**TOKENS, "pad_token": "<|finetune_pad|>"}},
+        ['pad_token "<|finetune_pad|>" (the base has none)'],
+    ),
+    "pad-is-gone": (
+        {"tokenizer_config": {**TOKENS, "pad_token": "<|pad|>"}},
+        {"tokenizer_config": TOKENS},
+        ['no pad_token (base "<|pad|>")'],
+    ),
+    "usual-tokens-that-one-release-writes-down": (
+        {"tokenizer_config": {"do_lower_case": True}},
+        {"tokenizer_config": {"unk_token": "[UNK]", "sep_token": "[SEP]", "pad_token": "[PAD]"}},
+        [],
+    ),
+    "template-in-a-file-of-its-own": (
+        {"tokenizer_config": TOKENS},
+        {"tokenizer_config": {**TOKENS, "chat_template": None}, "chat_template": CHAT + "\n"},
+        [],
+    ),
+    "another-template": (
+        {"tokenizer_config": TOKENS},
+        {"tokenizer_config": TOKENS, "chat_template": "{{ other }}"},
+        ["chat template"],
+    ),
+    "template-is-new": (
+        {"tokenizer_config": {"eos_token": "</s>"}},
+        {"tokenizer_config": {"eos_token": "</s>"}, "chat_template": CHAT},
+        ["chat template (the base has none)"],
+    ),
+    "no-template": (
+        {"tokenizer_config": TOKENS},
+        {"tokenizer_config": {**TOKENS, "chat_template": None}},
+        ["no chat template"],
+    ),
+    "no-files": ({"tokenizer_config": TOKENS, "generation_config": {"eos_token_id": 2}}, {}, []),
+    "generation": (
+        {"generation_config": {"eos_token_id": 2, "pad_token_id": 0, "temperature": 0.6, "transformers_version": "4"}},
+        {"generation_config": {"eos_token_id": [2, 63], "temperature": 1.0, "top_p": 0.9, "transformers_version": "5"}},
+        ["eos_token_id of generation_config.json [2, 63] (base 2)", "sampling defaults (temperature, top_p)"],
+    ),
+    "generation-beside-a-config": (
+        {"config": {**LLAMA, "eos_token_id": 2}},
+        {"config": {**LLAMA, "eos_token_id": 2}, "generation_config": {"eos_token_id": [2]}},
+        [],
+    ),
+    "added": (
+        {"added_tokens": {"<a>": 10, "<b>": 11}, "tokenizer_config": {}},
+        {"added_tokens": {"<a>": 12, "<b>": 11}, "tokenizer_config": {
+            "added_tokens_decoder": {"13": {"content": "<think>", "special": False}}}},
+        [
+            '1 added token(s) that the base\'s files do not name, such as "<think>" 13',
+            '1 added token(s) of other numbers, such as "<a>" 12 (base 10)',
+        ],
+    ),
+    "odd": (
+        {"tokenizer_config": {"eos_token": [], "added_tokens_decoder": [1]}, "added_tokens": {"a": []}},
+        {"tokenizer_config": {"eos_token": {"content": 5}, "chat_template": [{"name": "x"}]}, "generation_config": {}},
+        ["eos_token 5 (base [])", "chat template (the base has none)"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("base", "expert", "expected"), FILES.values(), ids=FILES)
+def test_files_beside_the_weights(
+    tmp_path: Path, base: dict[str, Any], expert: dict[str, Any], expected: list[str]
+) -> None:
+    found = folder(tmp_path, "base", **base), folder(tmp_path, "expert", **expert)
+    note = f"{found[1]}: {BESIDE}: {', '.join(expected)}"
+    assert notes_of(*found) == ([note] if expected else [])
+
+
+def test_adapters_bring_files_too(tmp_path: Path) -> None:
+    base, adapters = make_adapters(tmp_path)
+    (adapters[1] / "chat_template.jinja").write_text(CHAT)
+    (adapters[1] / "tokenizer_config.json").write_text('{"eos_token": "<|im_end|>"}')
+    notes = make_plan(load_config({"base": base, "experts": adapters, "scaling": 1.0})).notes
+    assert (
+        f'{adapters[1]}: {BESIDE}: eos_token "<|im_end|>" (the base has none), chat template (the base has none)'
+        in notes
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"{", "not JSON (Expecting property name enclosed in double quotes"),
+        (b"[]", "not a JSON object"),
+        (b"\xff{}", "not UTF-8"),
+        (b"[" * 5_000, "nested too deeply"),
+        (b" " * 8_000_001, "8000001 bytes; refused above 8000000"),
+    ],
+    ids=["torn", "list", "bytes", "deep", "large"],
+)
+def test_what_cannot_be_read_is_noted_and_merged_all_the_same(tmp_path: Path, content: bytes, reason: str) -> None:
+    base, expert = folder(tmp_path, "base", tokenizer_config=TOKENS), folder(tmp_path, "expert")
+    (expert / "tokenizer_config.json").write_bytes(content)
+    config = {"base": base, "experts": [expert], "method": "mean", "scaling": 1.0, "out": tmp_path / "out"}
+    notes = [note for note in imf.merge(config).notes if "not compared" in note]
+    assert len(notes) == 1
+    assert notes[0].startswith(f"{expert / 'tokenizer_config.json'}: ")
+    assert reason in notes[0]
+    assert notes[0].endswith(": not compared with what the output has")
+
+
+def test_what_is_no_regular_file_or_leads_elsewhere_is_noted(tmp_path: Path) -> None:
+    base, expert = folder(tmp_path, "base"), folder(tmp_path, "expert")
+    (tmp_path / "secret.json").write_text('{"eos_token": "secret"}')
+    (expert / "tokenizer_config.json").symlink_to(tmp_path / "secret.json")
+    os.mkfifo(expert / "generation_config.json")
+    (expert / "chat_template.jinja").mkdir()
+    notes = notes_of(base, expert)
+    assert len(notes) == 3
+    assert all(note.endswith(": not compared with what the output has") for note in notes)
+    assert not any("secret" in note.replace("secret.json", "") for note in notes)
