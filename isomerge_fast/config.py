@@ -112,6 +112,8 @@ class MergeConfig:
         Raises:
             ConfigError: they are to be divided by their sum, and that is zero.
         """
+        if self.weights is None and not self.normalize_weights:
+            return None
         entries = self.weights or [1.0] * len(self.experts)
         found = tuple(_weight(entry, name) for entry in entries)
         if self.normalize_weights:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import reduce
 from typing import Any
@@ -81,7 +81,11 @@ def make_plan(
     order = sorted(base.tensors.values(), key=lambda stored: (str(stored.file), stored.start))
     if config.adapter_rank is not None:
         order = [stored for stored in order if any(touches(expert, stored.name) for expert in experts)]
-    fates = [_Fate(stored.name, stored, _shard(base, stored), experts, config, method, overrides) for stored in order]
+    is_folder = base.is_folder
+    fates = [
+        _Fate(stored.name, stored, stored.file.name if is_folder else SINGLE_FILE, experts, config, method, overrides)
+        for stored in order
+    ]
     last = fates[-1].shard if fates else SINGLE_FILE
     fates += [
         _Fate(name, stored, last, experts, config, method, overrides, is_extra=True) for name, stored in extras.items()
@@ -90,7 +94,7 @@ def make_plan(
         fates = [fate.as_adapter(config.adapter_rank, experts) for fate in fates]
     metadata = _metadata_bytes(base, experts, fates, len(config.scalings))
     budget, routes = _choose_routes(fates, device, None if max_ram is None else max_ram - metadata, max_vram)
-    tensors = [fate.plan(route, device) for fate, route in zip(fates, routes, strict=True)]
+    tensors = list(_plan_tensors(fates, routes, device))
     if config.stochastic_rounding is not None and not any(plan.rounding_seed is not None for plan in tensors):
         raise ConfigError("stochastic_rounding: no merged tensor is written as bfloat16 (dtype: bfloat16 does that)")
     made = Plan(
@@ -137,10 +141,6 @@ def _left_out(
         for expert in experts
         if (names := expert.tensors.keys() - base.tensors.keys() - extras.keys())
     )
-
-
-def _shard(base: Checkpoint, stored: StoredTensor) -> str:
-    return stored.file.name if base.is_folder else SINGLE_FILE
 
 
 class _Fate:
@@ -289,7 +289,8 @@ class _Fate:
             )
         return choose_route(self.method, self.spec, self.traffic, budget, device)
 
-    def plan(self, route: Route, device: torch.device) -> TensorPlan:
+    def explain(self, route: Route, device: torch.device) -> tuple[str, float]:
+        """Return why it goes this way, and how many operations that takes."""
         reason, flops = self.reason, 0.0
         tasks = len(self.sources) or len(self.pairs)
         if self.pairs and route.method is not None:
@@ -302,6 +303,9 @@ class _Fate:
             if route.name == BY_ROWS and not route.method.any_shape:
                 reason = "by rows, to keep to the ceiling: float64 Gram matrices"
             flops = route.method.flops(self.spec, tasks)
+        return reason, flops
+
+    def plan(self, route: Route, reason: str, flops: float) -> TensorPlan:
         return TensorPlan(
             self.name,
             sys.intern(reason),
@@ -347,6 +351,16 @@ def _choose_routes(
         if budget.work is None or all(route.work_bytes <= budget.work for route in routes):
             break
     return budget, routes
+
+
+def _plan_tensors(fates: Sequence[_Fate], routes: Sequence[Route], device: torch.device) -> Iterator[TensorPlan]:
+    """Yield the plans of all tensors. Those of a model's layers are explained once."""
+    known: dict[tuple[Any, ...], tuple[str, float]] = {}
+    for fate, route in zip(fates, routes, strict=True):
+        key = (fate.key, fate.reason, route.name)
+        if key not in known:
+            known[key] = fate.explain(route, device)
+        yield fate.plan(route, *known[key])
 
 
 def usable_memory_bytes(device: torch.device) -> int:

@@ -199,11 +199,11 @@ def read_header(path: Path) -> tuple[dict[str, StoredTensor], FileIdentity]:
     tensors = {tensor.name: tensor for tensor in entries}
 
     position = data_start
-    for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.start, tensor.end)):
-        if tensor.start != position:
-            flaw = "overlaps the tensor before it" if tensor.start < position else "leaves a hole before it"
-            raise InputError(f"{path}: tensor {tensor.name!r} {flaw} (offset {tensor.start}, expected {position})")
-        position = tensor.end
+    for start, end, name in sorted((tensor.start, tensor.end, name) for name, tensor in tensors.items()):
+        if start != position:
+            flaw = "overlaps the tensor before it" if start < position else "leaves a hole before it"
+            raise InputError(f"{path}: tensor {name!r} {flaw} (offset {start}, expected {position})")
+        position = end
     if position != status.st_size:
         flaw = "truncated" if position > status.st_size else "has trailing bytes"
         raise InputError(f"{path}: {flaw}: the header describes {position} bytes, the file has {status.st_size}")
@@ -244,15 +244,11 @@ def _parse_entry(
         packed = isinstance(dtype, str) and dtype.startswith(("F8_", "F6_", "F4"))
         hint = "; weights that are quantized are dequantized and saved in float first" if packed else ""
         raise InputError(f"{where}: dtype {shown(dtype)} is not supported{hint}")
-    if not isinstance(shape, list) or not all(type(size) is int and 0 <= size < 2**48 for size in shape):
+    if not isinstance(shape, list) or not _are_whole(shape, 2**48):
         raise InputError(f"{where}: shape {shown(shape)} is not a list of sizes")
     if len(shape) > MAX_DIMS:
         raise InputError(f"{where}: {len(shape)} dimensions; refused above {MAX_DIMS}")
-    if (
-        not isinstance(offsets, list)
-        or len(offsets) != 2
-        or not all(type(o) is int and 0 <= o < 2**56 for o in offsets)
-    ):
+    if not isinstance(offsets, list) or len(offsets) != 2 or not _are_whole(offsets, 2**56):
         raise InputError(f"{where}: data_offsets {shown(offsets)} are not two offsets")
     expected = prod(shape) * DTYPES[dtype].itemsize
     if offsets[1] - offsets[0] != expected:
@@ -261,6 +257,11 @@ def _parse_entry(
         )
     shared = shapes.setdefault(tuple(shape), tuple(shape))
     return StoredTensor(sys.intern(name), sys.intern(dtype), shared, path, data_start + offsets[0])
+
+
+def _are_whole(values: list[Any], bound: int) -> bool:
+    """Whether all are integers from 0 to below ``bound``."""
+    return {*map(type, values)} <= {int} and (not values or (min(values) >= 0 and max(values) < bound))
 
 
 def find_index(folder: Path, names: Collection[str]) -> Path | None:
