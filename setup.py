@@ -87,7 +87,7 @@ setup(
     package_data={"isomerge_fast": ["py.typed"], "isomerge_kernels": ["py.typed"]},
     include_package_data=False,
     zip_safe=False,
-    install_requires=["torch>=2.11", "numpy", "safetensors", "xxhash", "typer", "rich", "pyyaml"],
+    install_requires=["torch>=2.11", "numpy", "safetensors", "xxhash", "pydantic>=2", "typer", "rich", "pyyaml"],
     extras_require=EXTRAS,
     entry_points={
         "console_scripts": [

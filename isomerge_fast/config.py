@@ -8,17 +8,21 @@ import math
 import os
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from .errors import ConfigError, InputError, nearest, shown
 from .mergekit_recipe import is_recipe, read_recipe
 from .regular_files import read_regular
-from .values import Reader, dtype_name, flag, is_list, list_of, number, path_text, pattern, refuse, whole_number, word
+from .schema import check
+from .values import Reader, dtype_name, is_list, number, path_text, pattern, refuse, whole_number
 
 MAX_BYTES = 8_000_000  # of a YAML file
 MAX_PATH_BYTES = 4_096  # as Linux has it
+# Wrong values that one message tells of, and its length where these are more than one.
+MAX_ERRORS, MAX_MESSAGE = 5, 350
 # What may be said of three kinds of surprise.
 CHOICES = {
     "on_extra": ("error", "ignore", "copy"),
@@ -27,21 +31,63 @@ CHOICES = {
 }
 
 
+class Meant:
+    """In the type of a field: what is given there is read by one of ``values`` before its type is checked, by pydantic
+    and by ``schema.check`` alike. Neither the type nor the engine needs pydantic.
+    """
+
+    def __init__(self, read: Reader, *arguments: Any) -> None:
+        self.read, self.arguments = read, arguments
+
+    def __call__(self, value: Any, what: str) -> Any:
+        return self.read(value, what, *self.arguments)
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
+        from pydantic import BeforeValidator
+
+        # Where the value stands, pydantic knows; that goes before the message.
+        return BeforeValidator(lambda value: self(value, "")).__get_pydantic_core_schema__(source, handler)
+
+
+def _options(value: Any, what: str) -> dict[str, Any]:
+    """The values are read by the method that they are for."""
+    if value is None:  # of an override: a key with nothing after it
+        return {}
+    if not isinstance(value, Mapping):
+        refuse(value, what, "names with values, such as {common_fraction: 0.8}")
+    for key in value:
+        if not isinstance(key, str):
+            raise ConfigError(f"{what}: the key {shown(key)} is not text")
+    return dict(value)
+
+
+Number = Annotated[float, Meant(number)]
+Pattern = Annotated[str, Meant(pattern)]
+Checkpoint = Annotated[str, Meant(path_text, "the path of a checkpoint")]
+Options = Annotated[dict[str, Any], Meant(_options)]
+# Of pydantic: no other keys, and dataclasses that somebody made are checked as well.
+STRICTLY = {"extra": "forbid", "revalidate_instances": "always"}
+
+
 @dataclass(frozen=True)
 class Override:
     """Another method for the tensors whose name matches ``match`` (shell pattern); the first match wins."""
 
-    match: str
+    __pydantic_config__ = STRICTLY
+
+    match: Pattern
     method: str
-    options: dict[str, Any] = field(default_factory=dict)
+    options: Options = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class WeightRule:
     """A weight for the tensors whose name matches ``match`` (shell pattern)."""
 
-    match: str
-    weight: float
+    __pydantic_config__ = STRICTLY
+
+    match: Pattern
+    weight: Number
 
 
 @dataclass(frozen=True)
@@ -76,24 +122,26 @@ class MergeConfig:
             where an input is that), and what is written beside it is made of it as it is kept.
     """
 
-    base: str
-    experts: list[str]
+    __pydantic_config__ = STRICTLY
+
+    base: Checkpoint
+    experts: list[Checkpoint]
     method: str = "iso-cts"
-    scaling: float | list[float] | None = None
-    options: dict[str, Any] = field(default_factory=dict)
-    weights: list[float | list[WeightRule]] | None = None
+    scaling: Number | list[Number] | None = None
+    options: Options = field(default_factory=dict)
+    weights: list[Number | list[WeightRule]] | None = None
     normalize_weights: bool = False
-    exclude: list[str] = field(default_factory=list)
+    exclude: list[Pattern] = field(default_factory=list)
     overrides: list[Override] = field(default_factory=list)
-    dtype: str | None = None
-    stochastic_rounding: int | None = None
+    dtype: Annotated[str, Meant(dtype_name)] | None = None
+    stochastic_rounding: Annotated[int, Meant(whole_number, 0)] | None = None
     on_extra: str = "error"
     on_missing: str = "error"
     on_other_base: str = "error"
-    adapter_rank: int | None = None
+    adapter_rank: Annotated[int, Meant(whole_number, 1)] | None = None
     experts_are_deltas: bool = False
     save_delta: bool = False
-    out: str | None = None
+    out: Annotated[str, Meant(path_text)] | None = None
 
     @property
     def scalings(self) -> tuple[float, ...]:
@@ -141,7 +189,16 @@ def recorded_config(description: Mapping[str, Any]) -> MergeConfig:
         ConfigError: an unknown key, a wrong type or a value out of range.
     """
     base, *experts = (recorded["path"] for recorded in description["inputs"])
-    return _checked(_read({**description["config"], "base": base, "experts": experts}, "config"), "config")
+    raw = {**description["config"], "base": base, "experts": experts}
+    try:
+        check(raw, MergeConfig, "config")
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    weights = raw.get("weights")
+    if weights is not None:
+        weights = [[WeightRule(**rule) for rule in each] if isinstance(each, list) else each for each in weights]
+    overrides = [Override(**override) for override in raw.get("overrides", [])]
+    return _checked(MergeConfig(**{**raw, "overrides": overrides, "weights": weights}), "config")
 
 
 def load_config(source: str | os.PathLike[str] | Mapping[str, Any] | MergeConfig, **changes: Any) -> MergeConfig:
@@ -155,7 +212,7 @@ def load_config(source: str | os.PathLike[str] | Mapping[str, Any] | MergeConfig
     """
     where = "config"
     if isinstance(source, MergeConfig):
-        raw: Mapping[Any, Any] = _fields_of(source)
+        raw: Mapping[Any, Any] = {each.name: getattr(source, each.name) for each in fields(source)}
     elif isinstance(source, Mapping):
         raw = source
     else:
@@ -163,9 +220,8 @@ def load_config(source: str | os.PathLike[str] | Mapping[str, Any] | MergeConfig
         raw = _read_yaml(Path(where))
     if is_recipe(raw):
         raw = read_recipe(raw, where)
-    config = _at_home(
-        _checked(_read({**raw, **{key: value for key, value in changes.items() if value is not None}}, where), where)
-    )
+    changes = {key: value for key, value in changes.items() if value is not None}
+    config = _at_home(_checked(_validated({**raw, **changes}, where), where))
     if isinstance(source, str | os.PathLike):
         _check_places(config, Path(source))
     return config
@@ -213,93 +269,85 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return raw
 
 
-# --------------------------------------------------------------------------------------------------- what a key expects
+# ------------------------------------------------------------------------------------------------------- what is wrong
 
-
-def _scaling(value: Any, what: str) -> float | list[float]:
-    return list_of(number, "numbers")(value, what) if is_list(value) else number(value, what)
-
-
-def _options(value: Any, what: str) -> dict[str, Any]:
-    """The values are read by the method that they are for."""
-    if not isinstance(value, Mapping):
-        refuse(value, what, "names with values, such as {common_fraction: 0.8}")
-    for key in value:
-        if not isinstance(key, str):
-            raise ConfigError(f"{what}: the key {shown(key)} is not text")
-    return dict(value)
-
-
-def _rules(kind: type, readers: Mapping[str, Reader], example: str) -> Reader:
-    """Return the reader of a mapping with the fields of ``kind``."""
-
-    def read(value: Any, what: str) -> Any:
-        if isinstance(value, kind):
-            value = _fields_of(value)
-        if not isinstance(value, Mapping):
-            refuse(value, what, example)
-        check_keys(value, readers, what)
-        for each in fields(kind):
-            if each.default is MISSING and each.default_factory is MISSING and value.get(each.name) is None:
-                raise ConfigError(f"{what} has no {each.name!r}; expected {example}")
-        return kind(**{key: readers[key](entry, f"{what}.{key}") for key, entry in value.items() if entry is not None})
-
-    return read
-
-
-_PATH = "the path of a checkpoint"
-_OVERRIDE = _rules(Override, {"match": pattern, "method": word, "options": _options}, "{match: '*norm*', method: mean}")
-_RULE = _rules(WeightRule, {"match": pattern, "weight": number}, "{match: '*mlp*', weight: 0.5}")
-_WEIGHTS = "an entry for each expert, a number or rules: [0.5, [{match: '*mlp*', weight: 2.0}]]"
-
-
-def _weight_entry(value: Any, what: str) -> float | list[WeightRule]:
-    return list_of(_RULE, _WEIGHTS)(value, what) if is_list(value) else number(value, what)
-
-
-READERS: dict[str, Reader] = {
-    "base": lambda value, what: path_text(value, what, _PATH),
-    "experts": list_of(lambda value, what: path_text(value, what, _PATH), "a list of paths: [path/a, path/b]"),
-    "method": word,
-    "scaling": _scaling,
-    "options": _options,
-    "weights": list_of(_weight_entry, _WEIGHTS),
-    "normalize_weights": flag,
-    "exclude": list_of(pattern, "a list of patterns: ['*lm_head*', '*norm*']"),
-    "overrides": list_of(_OVERRIDE, "a list: [{match: '*norm*', method: mean}]"),
-    "dtype": dtype_name,
-    "stochastic_rounding": lambda value, what: whole_number(value, what, 0),
-    "on_extra": word,
-    "on_missing": word,
-    "on_other_base": word,
-    "adapter_rank": lambda value, what: whole_number(value, what, 1),
-    "experts_are_deltas": flag,
-    "save_delta": flag,
-    "out": path_text,
+# By where it stands: what is expected there, where it is not one value that a reader reads.
+_OVERRIDE, _RULE = "{match: '*norm*', method: mean}", "{match: '*mlp*', weight: 0.5}"
+EXPECTED = {
+    "experts": "a list of paths: [path/a, path/b]",
+    "weights": "an entry for each expert, a number or rules: [0.5, [{match: '*mlp*', weight: 2.0}]]",
+    "weights[][]": _RULE,
+    "exclude": "a list of patterns: ['*lm_head*', '*norm*']",
+    "overrides": f"a list: [{_OVERRIDE}]",
+    "overrides[]": _OVERRIDE,
+    **dict.fromkeys(("normalize_weights", "experts_are_deltas", "save_delta"), "true or false"),
 }
+# Whose fields stand there.
+_KINDS = {"": MergeConfig, "overrides[]": Override, "weights[][]": WeightRule}
+_KEYS = {place: [each.name for each in fields(kind)] for place, kind in _KINDS.items()}
 
 
-def _read(raw: Mapping[Any, Any], where: str) -> MergeConfig:
-    check_keys(raw, READERS, where)
-    for key in ("base", "experts"):
-        if raw.get(key) is None:
-            raise ConfigError(f"{where}: {key} is missing")
-    return MergeConfig(
-        **{key: READERS[key](value, f"{where}: {key}") for key, value in raw.items() if value is not None}
+@cache
+def _schema() -> Any:
+    """pydantic checks the dataclass as it stands, so that there is one schema."""
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(MergeConfig)
+
+
+def _validated(raw: Mapping[Any, Any], where: str) -> MergeConfig:
+    from pydantic import ValidationError
+
+    given = {key: value for key, value in raw.items() if value is not None or key not in _KEYS[""]}
+    try:
+        return _schema().validate_python(given)
+    except ValidationError as error:
+        wrong = [_complaint(each) for each in error.errors(include_url=False) if not _is_of_another_kind(each)]
+    told = wrong[:MAX_ERRORS]
+    while len(told) > 1 and sum(map(len, told)) > MAX_MESSAGE:
+        told.pop()
+    more = [f"… and {len(wrong) - len(told)} more"] if len(wrong) > len(told) else []
+    raise ConfigError(f"{where}: {'. '.join([*told, *more])}")
+
+
+def _is_of_another_kind(error: Mapping[str, Any]) -> bool:
+    """Whether pydantic says of a list that it is no number, or of another value that it is no list, where a number or
+    a list may stand: the other one is what was meant.
+    """
+    kind = str(error["loc"][-1]) if error["loc"] else ""
+    return kind.startswith("function-before[" if is_list(error["input"]) else "list[")
+
+
+def _complaint(error: Mapping[str, Any]) -> str:
+    """Return what one of pydantic's errors says, in the words of ``values``."""
+    kind, loc, value = error["type"], error["loc"], error["input"]
+    place = _place(loc[:-1] if kind in ("missing", "unexpected_keyword_argument", "invalid_key") else loc)
+    begin = f"{place}: " if place else ""
+    if kind == "missing":
+        return f"{place} has no {loc[-1]!r}; expected {EXPECTED[_kind_of(place)]}" if place else f"{loc[-1]} is missing"
+    if kind == "unexpected_keyword_argument":
+        return f"{begin}unknown key {shown(loc[-1])}{nearest(loc[-1], _KEYS[_kind_of(place)])}"
+    if kind == "invalid_key":
+        return f"{begin}the key {shown(value)} is not text"
+    if kind == "string_unicode":  # half of a surrogate pair in a key
+        return f"{begin}{shown(value)} is not text"
+    if kind == "value_error":
+        return f"{place}{error['ctx']['error']}"
+    return f"{place} is {shown(value)}; expected {EXPECTED.get(_kind_of(place), 'a word')}"
+
+
+def _place(loc: Iterable[int | str]) -> str:
+    """Return ``weights[0][1].weight`` for where it stands, without the alternatives that pydantic tried."""
+    names = {name for keys in _KEYS.values() for name in keys}
+    parts = (
+        f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc if isinstance(part, int) or part in names
     )
+    return "".join(parts).removeprefix(".")
 
 
-def check_keys(entries: Mapping[Any, Any], known: Iterable[str], what: str) -> None:
-    """Raise ConfigError where a mapping has a key that is not known."""
-    for key in entries:
-        if not isinstance(key, str):
-            raise ConfigError(f"{what}: the key {shown(key)} is not text")
-        if key not in known:
-            raise ConfigError(f"{what}: unknown key {shown(key)}{nearest(key, known)}")
-
-
-def _fields_of(value: Any) -> dict[str, Any]:
-    return {each.name: getattr(value, each.name) for each in fields(value)}
+def _kind_of(place: str) -> str:
+    """Return ``weights[][]`` for ``weights[0][1]``."""
+    return re.sub(r"\d+", "", place)
 
 
 def _checked(config: MergeConfig, where: str) -> MergeConfig:

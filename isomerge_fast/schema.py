@@ -8,7 +8,7 @@ import sys
 import typing
 from functools import cache
 from types import NoneType, UnionType
-from typing import Any, NotRequired, get_args, get_origin, is_typeddict
+from typing import Annotated, Any, NotRequired, get_args, get_origin, is_typeddict
 
 # JSON has no bounds; what is counted and compared has.
 _BOUNDS = {int: 2**63, float: sys.float_info.max}
@@ -19,13 +19,18 @@ def check(value: Any, kind: Any, what: str) -> None:
 
     Args:
         kind: a TypedDict (other keys than its own are not looked at), a dataclass (which has no other keys), list[…],
-            dict[str, …], a union, Any or a scalar. A bool is no number, and a float may be written as an int.
+            dict[str, …], a union, Any or a scalar; or one of these, Annotated with functions (value, what) that raise
+            ValueError too. A bool is no number, and a float may be written as an int.
         what: what the value is, for the message.
     """
     if kind is Any:
         return
     outer, inner = get_origin(kind) or kind, get_args(kind)
-    if outer in (UnionType, typing.Union):
+    if outer is Annotated:
+        check(value, inner[0], what)
+        for checks in inner[1:]:
+            checks(value, what)
+    elif outer in (UnionType, typing.Union):
         _check_union(value, inner, what)
     elif outer is list:
         _expect(isinstance(value, list), value, "a list", what)

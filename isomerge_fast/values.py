@@ -162,8 +162,3 @@ def is_list(value: Any) -> bool:
         return False
     shape = getattr(value, "shape", None)
     return isinstance(value, Sequence | Set | Iterator) or (isinstance(shape, tuple) and len(shape) > 0)
-
-
-def optional(read: Reader) -> Reader:
-    """Return the reader of a value that may be None, for what is left out."""
-    return lambda value, what: None if value is None else read(value, what)

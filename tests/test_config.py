@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import os
+import re
+import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from isomerge_fast.cli import app, parse_options
-from isomerge_fast.config import MergeConfig, load_config
+from isomerge_fast.config import MergeConfig, Override, WeightRule, load_config, recorded_config
 from isomerge_fast.errors import ConfigError
 from isomerge_fast.methods import make_method
 
@@ -73,7 +78,24 @@ HOSTILE = {
     "weights-number": (FITS + "weights: 0.5", "weights is 0.5; expected " + WEIGHTS),
     "weights-mapping": (FITS + "weights: {a: 1}", "weights is {'a': 1}; expected " + WEIGHTS),
     "overrides-number": (FITS + "overrides: 5", "overrides is 5; expected a list: [{match: '*norm*', method: mean}]"),
-    "many-wrong-values": (f"base: b\nexperts: [{'1,' * 500}]", "experts[0] is 1; expected the path of a checkpoint"),
+    "many-wrong-values": (
+        f"base: b\nexperts: [{'1,' * 500}]",
+        ". ".join(f"experts[{n}] is 1; expected the path of a checkpoint" for n in range(5)) + ". … and 495 more",
+    ),
+    "long-wrong-values": (
+        FITS + f"overrides: [{{{'x' * 100}: 1}}]\n{'y' * 100}: 1\n",
+        "overrides[0] has no 'match'; expected {match: '*norm*', method: mean}. "
+        "overrides[0] has no 'method'; expected {match: '*norm*', method: mean}. "
+        f"overrides[0]: unknown key '{'x' * 78}… (known: match, method, options). … and 1 more",
+    ),
+    "several-wrong-values": (
+        "bass: b\nexperts: e\nadapter_rank: 1e3x\nsave_delta: 2\nweights: [[{match: '', weight: x}], x]",
+        "base is missing. experts is 'e'; expected a list of paths: [path/a, path/b]. weights[0][0].match is ''; "
+        "expected a pattern of tensor names, such as '*lm_head*'. weights[0][0].weight is 'x'; expected a number. "
+        "weights[1] is 'x'; expected a number. … and 3 more",
+    ),
+    "rule-number": (FITS + "weights: [[5]]", "weights[0][0] is 5; expected {match: '*mlp*', weight: 0.5}"),
+    "half-a-pair-in-a-key": (FITS + 'overrides: [{"\\uD800": 1}]', r"overrides[0]: '\ud800' is not text"),
     "long-method": (FITS + "method: " + "x" * 100_000, "method 'xxx"),
     "long-choice": (FITS + "on_extra: " + "x" * 100_000, "on_extra 'xxx"),
     "object": (FITS + "options: !!python/object:os.system {}", "the tag 'python/object:os.system' is not read"),
@@ -140,6 +162,51 @@ def test_what_people_write_is_read(tmp_path: Path) -> None:
     assert checked(tmp_path / "n.yml").options == {"precision": "fast"}
     (tmp_path / "o.yml").write_text(FITS + "options: {<<: {precision: fast}, rank_policy: range}\n")
     assert checked(tmp_path / "o.yml").options == {"precision": "fast", "rank_policy": "range"}
+
+
+def test_what_python_has_for_what_yaml_has() -> None:
+    """Other lists, numbers, paths and names, and dataclasses, which are checked as well."""
+    config = load_config(
+        {
+            "base": Path("b"),
+            "experts": (Path(name) for name in "cd"),
+            "scaling": iter(["8e-1", np.float32(2)]),
+            "weights": (np.float64(0.5), [WeightRule("*", "5e-1")]),  # type: ignore[arg-type]
+            "overrides": [{"match": "*", "method": "mean", "options": None}],
+            "dtype": torch.bfloat16,
+            "stochastic_rounding": "1e3",
+            "save_delta": "no",
+        }
+    )
+    assert config == MergeConfig(
+        base="b",
+        experts=["c", "d"],
+        scaling=[0.8, 2.0],
+        weights=[0.5, [WeightRule("*", 0.5)]],
+        overrides=[Override("*", "mean")],
+        dtype="bfloat16",
+        stochastic_rounding=1000,
+    )
+    with pytest.raises(ConfigError, match=r"config: overrides\[0\].match is 3; expected a pattern"):
+        load_config(MergeConfig("b", ["e"], overrides=[Override(3, "mean")]))  # type: ignore[arg-type]
+
+
+def test_what_a_manifest_says_is_read_without_pydantic(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As strictly: verify and the engine run where it is not installed."""
+    monkeypatch.setitem(sys.modules, "pydantic", None)
+    rules = [WeightRule("*up*", 2.0)]
+    config = MergeConfig("b", ["e"], weights=[rules], overrides=[Override("*", "mean")], out=None)
+    inputs = [{"path": "b"}, {"path": "e"}]
+    assert recorded_config({"inputs": inputs, "config": config.described}) == replace(config, scaling=1.0)
+    for change, message in (
+        ({"adapter_rank": 0}, "config.adapter_rank is 0; expected a whole number, 1 or more"),
+        ({"dtype": "int8"}, "config.dtype 'int8' is unknown"),
+        ({"scaling": "1"}, 'config.scaling is "1", not a number'),
+        ({"exclude": [""]}, "config.exclude[0] is ''; expected a pattern"),
+        ({"overrides": [{"match": "*"}]}, "config.overrides[0] has no 'method'"),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(message)):
+            recorded_config({"inputs": inputs, "config": {**config.described, **change}})
 
 
 def bomb(levels: int = 12) -> dict[str, Any]:

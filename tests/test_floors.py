@@ -53,7 +53,7 @@ LAZY = {"__init__", "api", "cli"}
 EVERYWHERE = {"torch", "triton", "numpy", "safetensors"}
 PEOPLE = {"pydantic", "typer", "click", "rich", "yaml", "matplotlib", "sklearn"}
 ALSO = {"cli": PEOPLE, "console": {"rich"}, "demo": PEOPLE, "strict_yaml": {"yaml"}}
-ALSO_IN_FUNCTIONS = {"config": {"yaml"}, "checkpoint": {"xxhash"}}
+ALSO_IN_FUNCTIONS = {"config": {"pydantic", "yaml"}, "checkpoint": {"xxhash"}}
 
 
 @dataclass(frozen=True)
@@ -262,7 +262,7 @@ PERMITTED = {
     "solver-on-protocol": ("isomerge_fast.linalg.polar_svd", "from .protocol import Solver"),
     "auto-on-solvers": ("isomerge_fast.linalg.auto", "from . import polar_svd\nfrom .polar_svd import X"),
     "cupy-in-cusolver": ("isomerge_fast.linalg.cusolver", "def f():\n    import cupy"),
-    "yaml-in-function": ("isomerge_fast.config", "def f():\n    import yaml"),
+    "yaml-in-function": ("isomerge_fast.config", "def f():\n    import yaml, pydantic"),
     "typer-in-cli": ("isomerge_fast.cli", "import typer"),
     "sklearn-in-demo": ("isomerge_fast.demo.tasks", "def f():\n    from sklearn.datasets import load_digits"),
     "peer-in-integrations": ("isomerge_fast.integrations.mergekit", "import mergekit"),
