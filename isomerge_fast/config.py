@@ -63,7 +63,7 @@ def _options(value: Any, what: str) -> dict[str, Any]:
 
 Number = Annotated[float, Meant(number)]
 Pattern = Annotated[str, Meant(pattern)]
-Checkpoint = Annotated[str, Meant(path_text, "the path of a checkpoint")]
+CheckpointPath = Annotated[str, Meant(path_text, "the path of a checkpoint")]
 Options = Annotated[dict[str, Any], Meant(_options)]
 # Of pydantic: no other keys, and dataclasses that somebody made are checked as well.
 STRICTLY = {"extra": "forbid", "revalidate_instances": "always"}
@@ -124,8 +124,8 @@ class MergeConfig:
 
     __pydantic_config__ = STRICTLY
 
-    base: Checkpoint
-    experts: list[Checkpoint]
+    base: CheckpointPath
+    experts: list[CheckpointPath]
     method: str = "iso-cts"
     scaling: Number | list[Number] | None = None
     options: Options = field(default_factory=dict)
@@ -276,7 +276,9 @@ _OVERRIDE, _RULE = "{match: '*norm*', method: mean}", "{match: '*mlp*', weight: 
 EXPECTED = {
     "experts": "a list of paths: [path/a, path/b]",
     "weights": "an entry for each expert, a number or rules: [0.5, [{match: '*mlp*', weight: 2.0}]]",
+    "weights[]": f"a number or rules: [{_RULE}]",
     "weights[][]": _RULE,
+    "scaling": "a number or several: [0.8, 1.0]",
     "exclude": "a list of patterns: ['*lm_head*', '*norm*']",
     "overrides": f"a list: [{_OVERRIDE}]",
     "overrides[]": _OVERRIDE,
@@ -314,8 +316,8 @@ def _is_of_another_kind(error: Mapping[str, Any]) -> bool:
     """Whether pydantic says of a list that it is no number, or of another value that it is no list, where a number or
     a list may stand: the other one is what was meant.
     """
-    kind = str(error["loc"][-1]) if error["loc"] else ""
-    return kind.startswith("function-before[" if is_list(error["input"]) else "list[")
+    kind, tried = ("value_error", "function-before[") if is_list(error["input"]) else ("list_type", "list[")
+    return error["type"] == kind and str(error["loc"][-1]).startswith(tried)
 
 
 def _complaint(error: Mapping[str, Any]) -> str:
