@@ -95,6 +95,7 @@ HOSTILE = {
         "weights[1] is 'x'; expected a number. … and 3 more",
     ),
     "rule-number": (FITS + "weights: [[5]]", "weights[0][0] is 5; expected {match: '*mlp*', weight: 0.5}"),
+    "a-key-like-pydantic's": (FITS + "'list[x]': 1\n", "unknown key 'list[x]' (known: adapter_rank, base,"),
     "half-a-pair-in-a-key": (FITS + 'overrides: [{"\\uD800": 1}]', r"overrides[0]: '\ud800' is not text"),
     "long-method": (FITS + "method: " + "x" * 100_000, "method 'xxx"),
     "long-choice": (FITS + "on_extra: " + "x" * 100_000, "on_extra 'xxx"),
