@@ -33,7 +33,7 @@ def merge(
     overwrite: bool = False,
     io: str = "auto",
     observer: Observer | None = None,
-    ray: bool | str = False,
+    ray: bool | str | None = False,
 ) -> Report:
     """Merges checkpoints on disk into a new one, as ``isomerge run`` does.
 
@@ -57,6 +57,7 @@ def merge(
         raise ConfigError("out is not given: the folder that the merge is written into")
     options = _ceilings(max_ram, max_vram)
     running = {"resume": resume, "overwrite": overwrite, "io": io, "observer": observer}
+    ray = False if ray is None else ray
     if not isinstance(ray, bool | str):
         refuse(ray, "ray", "true, false, or an address such as host:6379")
     if ray is False:

@@ -53,7 +53,7 @@ def open_inputs(config: MergeConfig) -> Inputs:
     experts, buffers, extras = opened, Buffers(), {}
     if str(base.path) not in unmergeable:
         mergeable = [expert for expert in opened if str(expert.path) not in unmergeable]
-        experts, buffers = settle_buffers(base, mergeable)
+        experts, buffers = settle_buffers(base, mergeable, extras_are_copied=config.on_extra == "copy")
         extras, conflicts = _extras(base, experts) if config.on_extra == "copy" else ({}, [])
         adapters = [expert for expert in experts if isinstance(expert, Adapter)]
         weights = without(base, buffers.from_base)

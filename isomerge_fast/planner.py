@@ -58,6 +58,7 @@ def make_plan(
     *,
     max_ram: int | None = None,
     max_vram: int | None = None,
+    is_new: bool = True,
 ) -> Plan:
     """Reads headers, decides every tensor's fate, and finds every error that can be found that way.
 
@@ -65,6 +66,7 @@ def make_plan(
         device: where it is to run, which decides the solvers; the CPU when None.
         max_ram, max_vram: ceilings in bytes, which leave out solvers that need more; ``check_resources`` refuses what
             cannot be met.
+        is_new: False of a merge that is done, whose patterns may match nothing: earlier releases took that.
 
     Raises:
         ConfigError: method, options or patterns that do not fit; output folder that is an input.
@@ -76,8 +78,9 @@ def make_plan(
     inputs = open_inputs(config)
     base, experts, extras = inputs.base, inputs.experts, inputs.extras
     left_out = _left_out(base, experts, extras)
-    unused = [name for each in left_out for name in each.tensors] + [stored.name for stored in inputs.buffers.left_out]
-    require_matches(rules_of(config), [*base.tensors, *extras], unused)
+    if is_new:
+        unused = [*(name for each in left_out for name in each.tensors), *(b.name for b in inputs.buffers.left_out)]
+        require_matches(rules_of(config), [*base.tensors, *extras], unused)
     order = sorted(base.tensors.values(), key=lambda stored: (str(stored.file), stored.start))
     if config.adapter_rank is not None:
         order = [stored for stored in order if any(touches(expert, stored.name) for expert in experts)]

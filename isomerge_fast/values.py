@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set, ValuesView
 from contextlib import suppress
 from typing import Any, NoReturn
 
@@ -81,21 +81,28 @@ def _whole(plain: int | float | str | None) -> int | None:
 
 def _plain_number(value: Any) -> int | float | str | None:
     """Return what Python makes a number of; numpy's scalars, and tensors of one number, as it stands in them."""
-    if not isinstance(value, str | int | float) and callable(item := getattr(value, "item", None)):
-        try:
-            value = item()
-        except Exception:  # several numbers, or none
-            return None
+    value = _plain_scalar(value)
     return value if isinstance(value, str | int | float) and not isinstance(value, bool) else None
 
 
+def _plain_scalar(value: Any) -> Any:
+    """Return what a numpy scalar, or a tensor of one number, holds; anything else as it is, and None for several."""
+    if isinstance(value, str | int | float) or not callable(item := getattr(value, "item", None)):
+        return value
+    try:
+        return item()
+    except Exception:  # several numbers, or none
+        return None
+
+
 def flag(value: Any, what: str) -> bool:
-    """Return true or false; quoted too."""
-    if isinstance(value, str) and value.lower() in ("true", "yes", "on", "false", "no", "off"):
-        return value.lower() in ("true", "yes", "on")
-    if not isinstance(value, bool):
-        refuse(value, what, "true or false")
-    return value
+    """Return true or false; quoted too, and 1 or 0."""
+    plain = _plain_scalar(value)
+    if isinstance(plain, int) and plain in (0, 1):
+        return bool(plain)
+    if isinstance(plain, str) and plain.lower() in ("true", "yes", "on", "false", "no", "off"):
+        return plain.lower() in ("true", "yes", "on")
+    refuse(value, what, "true or false")
 
 
 def word(value: Any, what: str) -> str:
@@ -122,7 +129,8 @@ def path_text(value: Any, what: str, kind: str = "a path") -> str:
 
 def size(value: Any, what: str) -> int:
     """Return ``8GiB``, ``600 MB`` or a plain number as bytes."""
-    text = str(value) if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= 2**63 else value
+    plain = _plain_number(value)
+    text = str(int(plain)) if isinstance(plain, int | float) and 0 <= plain <= 2**63 else plain
     match = re.fullmatch(r"\s*(\d{1,20}(?:\.\d{1,20})?)\s*([A-Za-z]*)\s*", text) if isinstance(text, str) else None
     if match is None or match[2].upper() not in _UNITS:
         raise ConfigError(f"{what} {shown(value)} is not a size such as 8GiB or 600MB")
@@ -161,4 +169,4 @@ def is_list(value: Any) -> bool:
     if isinstance(value, str | bytes | bytearray | memoryview):
         return False
     shape = getattr(value, "shape", None)
-    return isinstance(value, Sequence | Set | Iterator) or (isinstance(shape, tuple) and len(shape) > 0)
+    return isinstance(value, Sequence | Set | Iterator | ValuesView) or (isinstance(shape, tuple) and len(shape) > 0)

@@ -280,9 +280,12 @@ def _recompute(
         result.remarks.append(f"not recomputed: {', '.join(gone)}: no longer there")
         return
     try:
-        plan = make_plan(config)
-    except (InputError, ConfigError) as error:
+        plan = make_plan(config, is_new=False)
+    except InputError as error:
         result.inputs_changed.append(f"{error}; not recomputed")
+        return
+    except ConfigError as error:
+        result.remarks.append(f"not recomputed: {error}")
         return
     changed, touched = _changes(manifest, plan)
     result.inputs_changed.extend(f"{path}: is not the file that was merged; not recomputed" for path in changed)

@@ -41,6 +41,13 @@ def assert_close(found: torch.Tensor, base: torch.Tensor, delta: np.ndarray, nam
     assert np.linalg.norm(found.double().numpy() - judge) <= 1.01 * allowed, name
 
 
+@pytest.mark.parametrize("task", [["SEQ_CLS"], {"a": 1}, 3])
+def test_a_task_that_is_no_word(tmp_path: Path, task: Any) -> None:
+    base, adapters = make_adapters(tmp_path, task_type=task)
+    plan = make_plan(load_config({"base": base, "experts": adapters, "method": "mean", "adapter_rank": 2}))
+    assert plan.adapter_settings["task_type"] == task  # type: ignore[index]
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("method", ["iso-c", "iso-cts", "mean", "task-arithmetic"])
 def test_checkpoint_out(tmp_path: Path, method: str, dtype: str) -> None:

@@ -300,6 +300,10 @@ def test_what_is_meant_is_taken() -> None:
     once = imf.merge_state_dicts(base, iter(experts), **named)
     plain = imf.merge_state_dicts(base, experts, scaling=0.5, dtype=torch.bfloat16)
     assert all(torch.equal(once[name], plain[name]) for name in plain)
+    named_experts = dict(zip("ab", experts, strict=True))
+    again = imf.merge_state_dicts(base, named_experts.values(), scaling=0.5, dtype=torch.bfloat16)  # type: ignore[arg-type]
+    assert all(torch.equal(again[name], plain[name]) for name in plain)
+    assert torch.equal(imf.iso_c({"a": torch.eye(3)}.values()), imf.iso_c([torch.eye(3)]))  # type: ignore[arg-type]
     assert torch.equal(imf.iso_cts([torch.eye(3)], "8e-1"), imf.iso_cts([torch.eye(3)], 0.8))  # type: ignore[arg-type]
 
 
@@ -375,8 +379,9 @@ def test_arguments_of_a_run(tmp_path: Path) -> None:
     assert listing(tmp_path) == before
     with pytest.raises(imf.ResourceError, match="max_ram is 1000000 bytes"):
         imf.merge(config, max_ram="1MB")
-    ceilings: dict[str, Any] = {"max_ram": "8GiB", "threads": np.int64(1)}
-    assert imf.merge(config, **ceilings).outputs == [str(tmp_path / "out")]
+    for again, ceiling in enumerate(["8GiB", np.int64(8 << 30), 0.5 * 2**34]):
+        named = {"max_ram": ceiling, "threads": np.int64(1), "ray": None, "overwrite": np.bool_(again > 0), "resume": 0}
+        assert imf.merge(config, **named).outputs == [str(tmp_path / "out")]
 
 
 # --- what was meant ---------------------------------------------------------------------------------------------------

@@ -287,6 +287,18 @@ def test_all_problems_are_told_of_together(out: Path) -> None:
     assert problems_of(out)[-1] == "… and 84 more"
 
 
+def test_a_pattern_that_matches_nothing_of_an_older_merge_is_its_own(
+    merged: Merged, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Earlier releases took such a pattern, and what they wrote is recomputed all the same."""
+    monkeypatch.setattr("isomerge_fast.planner.require_matches", lambda *_: None)
+    imf.merge({**merged.config, "exclude": ["*nothing*"], "out": tmp_path / "out"})
+    monkeypatch.undo()
+    result = verify(tmp_path / "out")
+    assert result.recomputed
+    assert (result.inputs_changed, result.remarks) == ([], [])
+
+
 def test_what_the_page_cache_holds_is_not_believed(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of every file the pages are dropped before it is read, since one whose writing failed looks as if it were not."""
     dropped = set()

@@ -24,7 +24,8 @@ _HEADS = {
 
 def lost_heads(adapters: Sequence[Adapter], settings: dict[str, Any]) -> str | None:
     """Return the heads that the adapters' task needs and the merged adapter does not have, in words, or None."""
-    heads = _HEADS.get(adapters[0].settings.get("task_type") or "", ())
+    task = adapters[0].settings.get("task_type")
+    heads = _HEADS.get(task, ()) if isinstance(task, str) else ()
     saved = [name.rpartition(".")[2] for name in settings["modules_to_save"] or ()]
     return " or ".join(heads) if heads and not {*heads} & {*saved} else None
 

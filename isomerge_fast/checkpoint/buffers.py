@@ -59,16 +59,23 @@ def is_computed(stored: StoredTensor, model_type: object) -> bool:
     return model_type in _COMPUTING and _TABLES.fullmatch(name) is not None
 
 
-def settle_buffers(base: Checkpoint, experts: Sequence[Checkpoint]) -> tuple[tuple[Checkpoint, ...], Buffers]:
-    """Return the experts without the buffers that are not merged, and which these are."""
+def settle_buffers(
+    base: Checkpoint, experts: Sequence[Checkpoint], *, extras_are_copied: bool
+) -> tuple[tuple[Checkpoint, ...], Buffers]:
+    """Return the experts without the buffers that are not merged, and which these are.
+
+    Args:
+        extras_are_copied: what one expert alone has is to be copied, buffers too.
+    """
     whole = [expert for expert in experts if not isinstance(expert, Adapter)]
     model_type = (base.config or {}).get("model_type")
     from_base: dict[str, StoredTensor] = {}
     left_out: dict[str, StoredTensor] = {}
     others: dict[str, StoredTensor] = {}
     for expert in whole:
-        for name in expert.tensors.keys() - base.tensors.keys():
-            if is_computed(expert.tensors[name], model_type):
+        for name in sorted(expert.tensors.keys() - base.tensors.keys()):
+            is_copied = extras_are_copied and sum(name in other.tensors for other in whole) == 1
+            if not is_copied and is_computed(expert.tensors[name], model_type):
                 left_out.setdefault(name, expert.tensors[name])
         for name, own in base.tensors.items():
             other = expert.tensors.get(name)

@@ -11,7 +11,7 @@ from ..errors import visible
 
 MAX_NOTES, MAX_NOTE_CHARACTERS = 30, 1_000
 # What Markdown and HTML would take for more than text.
-_MARKUP = re.compile(r"[\\`*<>\[\]#|&]")
+_MARKUP = re.compile(r"[\\`*_~<>\[\]#|&]")
 
 
 def _code(text: str) -> str:
