@@ -209,7 +209,7 @@ def test_buffers_that_the_base_lacks_are_left_out(tmp_path: Path, name: str) -> 
 
 def test_a_buffer_that_one_expert_alone_has_is_copied_where_that_is_asked_for(tmp_path: Path) -> None:
     base = save_folder(tmp_path / "base", model())
-    expert = save_folder(tmp_path / "a", model(**{"rope.freqs": torch.rand(4)}))
+    expert = save_folder(tmp_path / "a", {**model(), "rope.freqs": torch.rand(4)})
     plan = plan_of(base, expert, save_folder(tmp_path / "b", model()), on_extra="copy")
     assert [tensor.name for tensor in plan.copied_extras] == ["rope.freqs"]
 
@@ -218,7 +218,7 @@ def test_buffers_are_told_of_in_an_order_of_their_own(tmp_path: Path) -> None:
     """Not in that of a set, which another process has otherwise: notes stand in the card."""
     base = save_folder(tmp_path / "base", model())
     names = sorted(f"layers.{index}.rotary_emb.inv_freq" for index in range(30))
-    expert = save_folder(tmp_path / "a", model(**{name: torch.rand(4) for name in names}))
+    expert = save_folder(tmp_path / "a", {**model(), **{name: torch.rand(4) for name in names}})
     assert [stored.name for stored in plan_of(base, expert).buffers.left_out] == names
 
 
