@@ -224,6 +224,59 @@ def test_a_config_of_the_release_before_is_the_same_model() -> None:
     assert not list(config_differences(new, old))
 
 
+OTHER_RELEASES: dict[str, tuple[type[Any], dict[str, Any]]] = {
+    "vit": (transformers.ViTConfig, {"hidden_size": 64, "num_attention_heads": 4, "qkv_bias": True}),
+    "t5": (transformers.T5Config, {"d_model": 64, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}),
+    "gpt-neox": (transformers.GPTNeoXConfig, {"rotary_emb_base": 10_000, "rotary_pct": 0.25}),
+    "gemma": (transformers.GemmaConfig, {"hidden_act": "gelu", "head_dim": 256, "rope_theta": 10_000.0}),
+    "deberta": (transformers.DebertaV2Config, {"pos_att_type": "p2c|c2p", "relative_attention": True}),
+    "bloom": (transformers.BloomConfig, {"n_embed": 64, "num_attention_heads": 4}),
+    "mamba": (transformers.MambaConfig, {"time_step_rank": "auto"}),
+    # What some releases wrote of a part: its class's defaults are not in it.
+    "llava": (
+        transformers.LlavaConfig,
+        {
+            "image_token_index": 32_000,
+            "text_config": {"model_type": "llama", "rms_norm_eps": 1e-5, "vocab_size": 32_064},
+            "vision_config": {"model_type": "clip_vision_model", "hidden_size": 768, "vocab_size": 32_000},
+        },
+    ),
+    # The text model's keys at the top, where transformers 5 has a part for them.
+    "qwen2-vl": (
+        transformers.Qwen2VLConfig,
+        {
+            "hidden_size": 64,
+            "num_attention_heads": 4,
+            "rope_theta": 1_000_000.0,
+            "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]},
+            "vision_config": {"depth": 2},
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_RELEASES)
+def test_what_other_releases_wrote_is_the_same_model(name: str) -> None:
+    kind, settings = OTHER_RELEASES[name]
+    old = {**settings, "model_type": kind.model_type, "transformers_version": "4.41.2"}
+    new = json.loads(kind(**json.loads(json.dumps(settings))).to_json_string())
+    assert not list(config_differences(old, new))
+    assert not list(config_differences(new, old))
+
+
+def test_what_another_release_cannot_have_meant_is_a_difference() -> None:
+    scaled = {**OTHER_RELEASE, "attention_multiplier": 0.1, "sliding_window": 64, "pooler_act": "tanh"}
+    assert list(config_differences(LLAMA, scaled)) == [
+        "attention_multiplier 0.1 (the base's config has none)",
+        "sliding_window 64 (the base's config has none)",
+    ]
+    parts = {"text_config": {"rms_norm_eps": 1e-6}}, {"text_config": {"rms_norm_eps": 1e-5, "hidden_size": 64}}
+    old, new = (
+        {**part, "transformers_version": release} for part, release in zip(parts, ("4.41.2", "5.1.0"), strict=True)
+    )
+    assert list(config_differences(old, new)) == ["text_config.rms_norm_eps 1e-05 (base 1e-06)"]
+
+
 def test_experts_with_the_same_differences_share_a_note(tmp_path: Path) -> None:
     base = folder(tmp_path, "base")
     long = {**LLAMA, **{f"key{number:02}": "x" * 500 for number in range(30)}}

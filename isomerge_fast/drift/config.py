@@ -25,23 +25,11 @@ _IGNORED = re.compile(
     r"unsloth_fixed|unsloth_version|use_bfloat16|use_cache|use_return_dict"
     r"|_.*|.*(dropout|_pdrop|layerdrop|drop_rate|drop_path|aux_loss|jitter).*|(classifier|summary|mask)_.*"
 )
-# Written by some releases of transformers only. Where the other config was saved by another release, it has what these
-# say by default, or by its other keys.
-_RELEASE = {
-    "decoder_bias",
-    "decoder_start_token_id",
-    "dense_act_fn",
-    "forced_eos_token_id",
-    "is_encoder_decoder",
-    "layer_types",
-    "max_window_layers",
-    "num_key_value_heads",
-    "position_embedding_type",
-    "scale_attn_weights",
-    "scale_decoder_outputs",
-    "tie_word_embeddings",
-    "use_mambapy",
-}
+# What counts though the other config was saved by a release of transformers that may not have known it. A release
+# writes all keys that it knows, so that any other key that one of them has alone says what the other takes by default.
+_IN_ANY_RELEASE = re.compile(r"(.*\.)?(rope_parameters\..*|sliding_window|\w+_(multiplier|softcapping|scaling))")
+# Of a part, releases between 4.38 and 4.57 wrote only what is not its class's default.
+_PART = re.compile(r"\w+_config\..*")
 _ROPE_KEYS = (
     "global_rope_theta",
     "local_rope_theta",
@@ -61,11 +49,14 @@ def config_differences(base: Mapping[str, Any] | None, expert: Mapping[str, Any]
 
     A key that one of them has alone counts, unless it switches something off or is neutral (null, false, 0, 1, empty)
     or its value is what the other is known to take without it: a head's size of hidden_size / num_attention_heads,
-    rope_theta 10000, and, where another release of transformers wrote the other config, the keys of ``_RELEASE``.
+    rope_theta 10000, and, where another release of transformers wrote the other config, all but rope, windows and
+    scales.
     """
     if base is None or expert is None:
         return
     other_release = base.get("transformers_version") != expert.get("transformers_version")
+    if other_release and isinstance(base.get("text_config"), dict) != isinstance(expert.get("text_config"), dict):
+        base, expert = _with_text(base), _with_text(expert)
     ours, theirs = dict(_flat(base)), dict(_flat(expert))
     for key in sorted(ours.keys() | theirs.keys()):
         mine, other = ours.get(key, _NO_KEY), theirs.get(key, _NO_KEY)
@@ -75,7 +66,9 @@ def config_differences(base: Mapping[str, Any] | None, expert: Mapping[str, Any]
         elif other is _NO_KEY:
             if not _goes_without_saying(key, mine, theirs, other_release):
                 yield f"no {key} (base {brief(mine)})"
-        elif not same(mine, other) and not (is_off(mine) and is_off(other)):
+        elif not (
+            same(mine, other) or (is_off(mine) and is_off(other)) or (other_release and _rewritten(key, ours, theirs))
+        ):
             yield f"{key} {brief(other)} (base {brief(mine)})"
 
 
@@ -87,6 +80,8 @@ def _goes_without_saying(key: str, value: Any, other: Mapping[str, Any], other_r
     """
     if is_off(value) or same(value, 1):
         return True
+    if other_release and _PART.fullmatch(key):
+        return True
     place, _, name = key.rpartition(".")
     if name == "rope_theta":
         return same(value, 10_000)
@@ -95,7 +90,24 @@ def _goes_without_saying(key: str, value: Any, other: Mapping[str, Any], other_r
     if name == "head_dim":
         width, heads = (other.get(f"{place}.{each}".lstrip(".")) for each in ("hidden_size", "num_attention_heads"))
         return isinstance(width, int) and isinstance(heads, int) and heads > 0 and same(value, width // heads)
-    return other_release and name in _RELEASE
+    return other_release and _IN_ANY_RELEASE.fullmatch(key) is None
+
+
+def _with_text(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a config in which the text model's keys stand beside those of the whole, as some releases had them."""
+    text = config.get("text_config")
+    if not isinstance(text, dict):
+        return config
+    return {**text, **{key: value for key, value in config.items() if key != "text_config"}}
+
+
+def _rewritten(key: str, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> bool:
+    """Whether releases write other values for the same: the number that "auto" stands for, or of T5 tying in another
+    sense, beside ``scale_decoder_outputs``.
+    """
+    if key == "tie_word_embeddings":
+        return ("scale_decoder_outputs" in ours) != ("scale_decoder_outputs" in theirs)
+    return "auto" in (ours[key], theirs[key])
 
 
 def _flat(node: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, Any]]:
@@ -105,6 +117,10 @@ def _flat(node: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, Any]]
             continue
         if key in ("sliding_window", "max_window_layers") and node.get("use_sliding_window") is False:
             continue  # some releases write null then, others the size that would be used
+        if key == "hidden_act" and (node.get("hidden_activation") or node.get("model_type") == "gemma"):
+            continue  # of Gemma it was never used
+        if key == "pos_att_type" and isinstance(value, str):
+            value = value.split("|")  # DeBERTa's list, in its first spelling
         if isinstance(value, dict) and value:
             yield from _flat(value, f"{place}{key}.")
         else:
