@@ -18,7 +18,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from .errors import ConfigError, IsomergeError, ResourceError, shown, visible
+from .errors import ConfigError, IsomergeError, ResourceError, nearest, shown, visible
 from .terminal import CLOSED_PIPE, Stopped, guard_streams, stoppable, take_failure
 from .values import Reader, number, size, whole_number
 
@@ -33,6 +33,11 @@ class Verbs(TyperGroup):
     def make_context(self, *arguments: Any, **options: Any) -> Any:
         with _told():
             return super().make_context(*arguments, **options)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if args and args[0] not in self.commands and not args[0].startswith("-"):
+            ctx.fail(f"No such command {shown(args[0])}{nearest(args[0], self.commands)}")
+        return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
         with _told():
@@ -51,8 +56,17 @@ def _told() -> Iterator[None]:
         if error.ctx is not None and type(error).__name__ == "NoArgsIsHelpError":
             raise
         verb = error.ctx.command_path if error.ctx is not None else "isomerge"
-        print(f"isomerge: {visible(error.format_message())} ({verb} --help)", file=sys.stderr)
+        print(f"isomerge: {visible(_message_of(error))} ({verb} --help)", file=sys.stderr)
         raise typer.Exit(error.exit_code) from None
+
+
+def _message_of(error: Any) -> str:
+    """What a usage error says; of an option that there is not, also the one that has another name."""
+    given = getattr(error, "option_name", None)
+    if type(error).__name__ != "NoSuchOption" or given is None or error.ctx is None:
+        return error.format_message()
+    options = [name for parameter in error.ctx.command.params for name in parameter.opts if name.startswith("--")]
+    return f"No such option: {given}{nearest(given, options)}"
 
 
 app = typer.Typer(
@@ -72,7 +86,8 @@ def parsed(read: Reader, *bounds: int) -> dict[str, Any]:
         try:
             return read(text, "it", *bounds)
         except ConfigError as error:
-            raise typer.BadParameter(str(error).removeprefix("it is ")) from None
+            several = "; several are given one by one, each after the option" if "," in str(text) else ""
+            raise typer.BadParameter(str(error).removeprefix("it is ") + several) from None
 
     return {"parser": parse, "metavar": "<number>"}
 
@@ -195,6 +210,11 @@ class Described:
         from .config import load_config
 
         changes = dict(self.options)
+        if self.file is not None and self.file.suffix not in (".yml", ".yaml", ".json") and not self.file.exists():
+            raise ConfigError(
+                f"{self.file}: no such config file; every value of an option needs the option before it "
+                "(--scaling 1.0 --scaling 1.3), and quotes around spaces (--max-ram '600 MB')"
+            )
         if self.file is None and (changes.get("base") is None or not changes.get("expert")):
             raise ConfigError("give CONFIG.yml, or --base and at least one --expert")
         scaling = changes.pop("scaling")

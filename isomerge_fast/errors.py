@@ -93,12 +93,25 @@ def first_of(problems: Sequence[str]) -> list[str]:
     return [*problems[:MAX_PROBLEMS], *([f"… and {more} more"] if more > 0 else [])]
 
 
+# What others call it.
+_OTHER_NAMES = {
+    **dict.fromkeys(("alpha", "coefficient", "lambda", "scalingcoef", "scalingfactor"), "scaling"),
+    **dict.fromkeys(("checkpoints", "finetuned", "models"), "experts"),
+    **dict.fromkeys(("average", "linear"), "mean"),
+    **dict.fromkeys(("check", "test", "validate"), "verify"),
+    "gpu": "cuda",
+    "merge": "run",
+    "show": "report",
+}
+
+
 def nearest(word: object, known: Iterable[str]) -> str:
     """`` (did you mean 'x'?)``, or the list of what is known. ``Iso_CTS`` is near to ``iso-cts``."""
     known = sorted(known)
     folded = {_folded(name): name for name in known}
     start = _folded(word[:SHOWN_CHARACTERS]) if isinstance(word, str) else ""
-    close = difflib.get_close_matches(start, folded, n=1, cutoff=0.5)
+    start = other if (other := _OTHER_NAMES.get(start)) in folded else start
+    close = difflib.get_close_matches(start, folded, n=1)
     return f" (did you mean {folded[close[0]]!r}?)" if close else f" (known: {', '.join(known)})"
 
 

@@ -84,7 +84,20 @@ USAGE = {
         "Invalid value for '--tasks': '0'; expected a whole number, 1 or more",
     ),
     "budget": (["bench", "--budget", "-1"], "Invalid value for '--budget': '-1'; expected a number, 0 or more"),
-    "unknown": (["plan", "--exlude", "x"], "No such option: --exlude"),
+    "unknown": (["plan", "--exlude", "x"], "No such option: --exlude (did you mean '--exclude'?)"),
+    "another name": (["plan", "--alpha", "1"], "No such option: --alpha (did you mean '--scaling'?)"),
+    "unlike any": (["verify", "--zzz"], "No such option: --zzz (known: --format, --samples, --seed)"),
+    "verb": (["merge", "m.yml"], "No such command 'merge' (did you mean 'run'?) (isomerge --help)"),
+    "no verb": (["m.yml"], "No such command 'm.yml' (known: apply, bench, demo, doctor, plan, report, run, verify)"),
+    "several in one": (
+        ["plan", "--scaling", "1,2"],
+        "Invalid value for '--scaling': '1,2'; expected a number; several are given one by one, each after the option",
+    ),
+    "a space": (
+        ["plan", "--base", "b", "--expert", "e", "--max-ram", "600", "MB"],
+        "MB: no such config file; every value of an option needs the option before it (--scaling 1.0 --scaling 1.3), "
+        "and quotes around spaces (--max-ram '600 MB')",
+    ),
     "escapes": (["plan", "--\x1b[31m"], r"No such option: --\x1b[31m"),
     "no value": (["plan", "--base"], "Option '--base' requires an argument."),
     "override": (["plan", "--base", "b", "--expert", "e", "--override", "x"], "--override 'x' is not PATTERN=METHOD"),
@@ -390,6 +403,18 @@ def test_arguments_of_a_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize("word", ["Iso-CTS", "iso_cts", "ISO_CTS", "isocts", "iso-ctss", "Iso CTS"])
 def test_names_are_near_whatever_joins_their_parts(word: str) -> None:
     assert nearest(word, ["iso-c", "iso-cts", "mean", "task-arithmetic"]) == " (did you mean 'iso-cts'?)"
+
+
+@pytest.mark.parametrize("word", ["ties", "x", "scale"])
+def test_what_is_like_nothing_gets_the_list(word: str) -> None:
+    assert nearest(word, ["iso-c", "iso-cts", "mean"]) == " (known: iso-c, iso-cts, mean)"
+
+
+@pytest.mark.parametrize(
+    ("word", "meant"), {"alpha": "scaling", "scaling_factor": "scaling", "models": "experts", "merge": "run"}.items()
+)
+def test_what_others_call_it_is_near(word: str, meant: str) -> None:
+    assert nearest(word, ["run", "scaling", "experts", "lambda_max"]) == f" (did you mean {meant!r}?)"
 
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "FP32": "float32", "float": "float32"}

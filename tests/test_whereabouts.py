@@ -63,6 +63,23 @@ MISSING = {
         "https://huggingface.co/org/name",
         "; a model of the Hub is downloaded first: hf download org/name prints the folder to give",
     ),
+    **{
+        f"hub-{kind}": (given, f"; a model of the Hub is downloaded first: hf download org/name{revision} prints")
+        for kind, given, revision in (
+            ("scheme", "hf://org/name", ""),
+            ("bare-address", "huggingface.co/org/name/", ""),
+            ("main", "org/name@main", ""),
+            ("revision", "org/name@v1.0", " --revision v1.0"),
+            ("tree", "https://huggingface.co/org/name/tree/v1.0", " --revision v1.0"),
+            ("file", "https://hf.co/org/name/resolve/main/model.safetensors", ""),
+        )
+    },
+    "hub-name-without-owner": ("gpt2", "; if it is a model of the Hub: hf download gpt2 prints the folder to give"),
+    "bucket": ("s3://bucket/x", "; an address, and only paths are read: give the folder that it is downloaded to"),
+    "file-address": ("file:///data/x", "; an address, and only paths are read: give /data/x"),
+    "backslashes": ("models\\base", " (did you mean models/base?)"),
+    "spaces": ("models/base models/a", "; experts are given one by one: --expert models/base --expert models/a"),
+    "semicolons": ("models/base;models/x", "; experts are given one by one: --expert models/base --expert models/x"),
     "absolute": ("/nowhere/at/all", ""),
 }
 
@@ -72,6 +89,11 @@ def test_paths_that_are_not_there(path: str, hint: str) -> None:
     said = message(path)
     assert said.startswith(f"{Path(path)}: {SOME}{hint}")
     assert hint or said.endswith(SOME)
+
+
+def test_a_link_to_nowhere_says_where_it_leads(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("gone")
+    assert message("link") == "link: a link to gone, which is not there"
 
 
 def test_a_variable_names_the_folder(tmp_path: Path) -> None:
@@ -97,6 +119,7 @@ def test_hub_ids_that_are_in_the_cache(
     repository = cached(root / below, "0123abc", "4567def", main="4567def\n")
     give = f"; the hub's cache has a model of this name: give {repository}/snapshots/4567def"
     assert message("org/name") == f"org/name: {SOME}{give}"
+    assert message("hf://org/name@0123abc").endswith(f"give {repository}/snapshots/0123abc")
 
 
 def test_a_cache_root_names_its_snapshots(tmp_path: Path) -> None:

@@ -158,9 +158,9 @@ def examine_manifest(folder: Path) -> tuple[Manifest, str | None]:
 
 
 def no_output(folder: Path, missing: str) -> InputError:
-    """Return the error of a folder without a manifest or report; of a sub-folder of an output it names the output."""
+    """Return the error of a folder without a manifest or report; of what lies in an output it names the output."""
     parent = folder.absolute().parent
-    if folder.is_dir() and (parent / missing).is_file():
+    if folder.exists() and (parent / missing).is_file():
         shown = folder.parent if folder.name and folder.parent != folder else parent
         return InputError(f"{folder}: no {missing}; a part of the output in {shown}, which has it: give that folder")
     return InputError(f"{folder}: no {missing}; not the output of a finished merge")

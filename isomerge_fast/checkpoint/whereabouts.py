@@ -20,7 +20,13 @@ from .folder import list_folder
 MOST_NAMES = 500  # of a folder, looked at
 MOST_SHOWN = 5  # of them, in a message
 
-_HUB_ID = re.compile(r"(?:https?:/+huggingface\.co/)?([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)/?")
+# With or without the Hub's address, and a revision. (pathlib makes one slash of two.)
+_HUB_ID = re.compile(
+    r"(?:hf:/+|(?:https?:/+)?(?:huggingface|hf)\.co/)?([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)"
+    r"(?:@([\w.-]+)|/(?:tree|blob|resolve)/([\w.-]+)(?:/.*)?)?/?"
+)
+_OLD_HUB_ID = re.compile(r"[A-Za-z][\w.-]*")  # gpt2, bert-base-uncased: no owner
+_ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+(.*)")
 _REVISION = re.compile(r"[0-9A-Za-z][0-9A-Za-z_.-]*")
 _TRAINER_CHECKPOINT = re.compile(r"checkpoint-(\d{1,18})")
 _SHARD = re.compile(r".*-\d+-of-\d+\.safetensors")
@@ -32,6 +38,8 @@ _PLAIN_NAME = re.compile(r"[\w.-]+")
 
 def of_nothing(path: Path) -> str:
     """Return the message about a path that is not there."""
+    if path.is_symlink():
+        return f"{path}: a link to {os.readlink(path)}, which is not there"
     return f"{path}: no such checkpoint folder or .safetensors file{_what_is_meant(str(path))}"
 
 
@@ -119,8 +127,10 @@ def _pipeline(folder: Path, names: Sequence[str]) -> str:
 
 def _what_is_meant(text: str) -> str:
     """Return what is to be added about a path that is not there, or nothing."""
-    parts = [part.strip() for part in text.split(",") if part.strip()]
-    if len(parts) > 1 and any(os.path.exists(part) for part in parts):
+    listed = [part.strip() for part in re.split("[,;]", text) if part.strip()]
+    spaced = text.split()
+    if (len(listed) > 1 and any(map(os.path.exists, listed))) or (len(spaced) > 1 and all(map(os.path.exists, spaced))):
+        parts = listed if len(listed) > 1 else spaced
         return f"; experts are given one by one: {_flags(parts)} (in YAML as a list)"
     if re.search(r"[*?\[]", text):
         is_small = sum(1 for part in text.split("/") if re.search(r"[*?\[]", part)) < 3 and "**" not in text
@@ -130,19 +140,30 @@ def _what_is_meant(text: str) -> str:
     if "$" in text:
         expanded = os.path.expandvars(text)
         return "; variables are not expanded" + (f": give {expanded}" if os.path.exists(expanded) else "")
+    return _found_elsewhere(text)
+
+
+def _found_elsewhere(text: str) -> str:
+    """Return where a model of this name is: in the hub's cache, beside, on the Hub; or nothing."""
     hub_id = _HUB_ID.fullmatch(text)
     repository = hub_id[1] if hub_id else text
-    for cache in _hub_caches(os.environ):
-        if "/" not in text and not _PLAIN_NAME.fullmatch(text):
-            break
-        found = _snapshots(cache / f"models--{repository.replace('/', '--')}")
-        if found:
-            return f"; the hub's cache has a model of this name: give {_any(found)}"
+    revision = (hub_id[2] or hub_id[3] or "main") if hub_id else "main"
+    if hub_id or _PLAIN_NAME.fullmatch(text):
+        for cache in _hub_caches(os.environ):
+            found = _snapshots(cache / f"models--{repository.replace('/', '--')}", revision)
+            if found:
+                return f"; the hub's cache has a model of this name: give {_any(found)}"
     near = _nearest(Path(text))
     if near is not None:
         return f" (did you mean {near}?)"
     if hub_id is not None and not os.path.isdir(os.path.dirname(text) or "."):
-        return f"; a model of the Hub is downloaded first: hf download {repository} prints the folder to give"
+        download = f"hf download {repository}" + (f" --revision {revision}" if revision != "main" else "")
+        return f"; a model of the Hub is downloaded first: {download} prints the folder to give"
+    if address := _ADDRESS.fullmatch(text):
+        place = f"/{address[2]}" if address[1].lower() == "file" else "the folder that it is downloaded to"
+        return f"; an address, and only paths are read: give {place}"
+    if _OLD_HUB_ID.fullmatch(text):
+        return f"; if it is a model of the Hub: hf download {text} prints the folder to give"
     return ""
 
 
@@ -159,21 +180,24 @@ def _hub_caches(environment: Mapping[str, str]) -> Iterator[Path]:
     yield Path(os.path.expanduser("~/.cache/huggingface/hub"))  # pathlib's raises where there is no home
 
 
-def _snapshots(repository: Path) -> list[str]:
-    """Return the snapshots with weights in a model's folder of the hub's cache: that of ``main``, or all of them."""
+def _snapshots(repository: Path, revision: str = "main") -> list[str]:
+    """Return the snapshots with weights in a model's folder of the hub's cache: that of a revision, or all of them."""
     try:
-        revision = read_regular(repository / "refs" / "main", 200)[0].decode("ascii").strip()
+        commit = read_regular(repository / "refs" / revision, 200)[0].decode("ascii").strip()
     except (OSError, ValueError):
-        revision = ""
-    main = repository / "snapshots" / revision
-    if _REVISION.fullmatch(revision) and _has_weights(main):
-        return [str(main)]
+        commit = revision
+    snapshot = repository / "snapshots" / commit
+    if _REVISION.fullmatch(commit) and _has_weights(snapshot):
+        return [str(snapshot)]
     names = _names(repository / "snapshots")
     return [str(repository / "snapshots" / name) for name in names if _has_weights(repository / "snapshots" / name)]
 
 
 def _nearest(path: Path) -> str | None:
-    """Return the path of a neighbour with almost the same name that may be meant."""
+    """Return the path that may be meant: in POSIX's spelling, or of a neighbour with almost the same name."""
+    posix = str(path).replace("\\", "/")
+    if posix != str(path) and os.path.exists(posix):
+        return posix
     if not path.name:
         return None
     close = difflib.get_close_matches(path.name[:100], _names(path.parent), n=1, cutoff=0.8)
