@@ -50,7 +50,7 @@ def require_matches(
     kinds = _kinds_of(names) if missed else []
     problems = [
         f"{' and '.join(places[pattern])}: {shown(pattern)} matches no tensor"
-        + (f" ({_nearest_name(pattern, kinds)})" if index < MAX_PROBLEMS else "")
+        + (f" ({_nearest_name(pattern, kinds)}{_mended(pattern, kinds)})" if index < MAX_PROBLEMS else "")
         for index, pattern in enumerate(missed)
     ]
     if len(problems) == 1:
@@ -103,6 +103,22 @@ def _kinds_of(names: Iterable[str]) -> list[str]:
         if len(kinds) == MAX_KINDS:
             break
     return list(kinds.values())
+
+
+_REGULAR = re.compile(r"^\^|^\.[*+]|\$$|\\[.dw]|[)\]][*+]")
+
+
+def _mended(pattern: str, names: Sequence[str]) -> str:
+    """Return ``; '*mlp*' would match`` where the pattern is a regular expression, a part of a name, or of another case,
+    or has spaces or quotes about it; or nothing.
+    """
+    glob = pattern[: MAX_WORDS * _WORD_CHARACTERS].strip(" \t\"'")
+    if _REGULAR.search(glob) and first_match(glob, names) is None:
+        glob = re.sub(r"\\[dw][+*]?|\[0-9\][+*]|\.[*+]", "*", glob.strip("^$")).replace("\\.", ".")
+    tried = [each for start in (glob, glob.lower()) for each in (start, f"{start}*", f"*{start}", f"*{start}*")]
+    tried = [re.sub(r"\*+", "*", each) for each in tried if each.strip("*.")]
+    found = next((each for each in tried if first_match(each, names) is not None), None)
+    return "" if found is None else f"; {shown(found)} would match"
 
 
 def _nearest_name(pattern: str, names: Sequence[str]) -> str:

@@ -315,7 +315,7 @@ def test_the_card_of_what_was_applied_says_what_was_merged(tmp_path: Path, monke
 def test_a_part_of_an_output_names_the_whole(tmp_path: Path) -> None:
     base, experts = make_family(tmp_path, tasks=1)
     imf.merge({"base": base, "experts": experts, "method": "mean", "scaling": [0.5, 1.0], "out": tmp_path / "m"})
-    parts = [tmp_path / "m" / name for name in ("scaling-0.5", "manifest.json", "README.md")]
+    parts = [tmp_path / "m" / name for name in ("scaling-0.5", "manifest.json", "report.json")]
     for part, (verb, name) in product(parts, ((verify, "manifest.json"), (read_report, "report.json"))):
         with pytest.raises(imf.InputError) as caught:
             verb(part)

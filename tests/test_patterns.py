@@ -37,9 +37,30 @@ NOTHING = {
         "overrides: '*.embed_tokens.*' matches no tensor (nearest: 'embed_tokens.weight')",
     ),
     "empty": ({"exclude": [""]}, "exclude[0] is ''; expected a pattern of tensor names, such as '*lm_head*'"),
-    "case": ({"exclude": ["*CONV*"]}, "(nearest: 'conv.weight')"),
+    "case": ({"exclude": ["*CONV*"]}, "(nearest: 'conv.weight'; '*conv*' would match)"),
     "number": ({"exclude": ["layers.7.*"]}, "(nearest: 'layers.0.up.weight')"),
 }
+
+
+MENDED = {
+    ".*up.*": "*up*",
+    r"layers\.\d+\.up": "layers.*.up*",
+    "^conv": "conv*",
+    "layers.[0-9]+.up.*": "layers.*.up*",
+    "conv.weight ": "conv.weight",
+    "'*conv*'": "*conv*",
+    "*CONV*": "*conv*",
+    "*.up": "*.up*",
+    "up.weight": "*up.weight",
+}
+
+
+@pytest.mark.parametrize(("pattern", "mended"), MENDED.items())
+def test_a_pattern_of_another_kind_is_told_in_ours(tmp_path: Path, pattern: str, mended: str) -> None:
+    with pytest.raises(imf.ConfigError) as raised:
+        plan_of(make_family(tmp_path), exclude=[pattern])
+    assert str(raised.value).endswith(f"; {mended!r} would match)")
+    plan_of(make_family(tmp_path / "again"), exclude=[mended])
 
 
 @pytest.mark.parametrize(("changes", "message"), NOTHING.values(), ids=NOTHING)
