@@ -103,7 +103,8 @@ def merge_state_dicts(
     """θ = θ₀ + α·Δ for every tensor of ``base``, by the rules of a merge of files.
 
     Matrices go through ``method``; other float tensors, and those whose names match ``exclude`` (shell patterns) or
-    contain ``text_projection``, are averaged; integer and boolean tensors come from ``base``.
+    contain ``text_projection``, are averaged; integer and boolean tensors come from ``base``. So do buffers that a
+    model computes for itself (``inv_freq``) where an expert lacks one or has it in another shape.
 
     Args:
         base, experts: state dicts with the same names and shapes, of tensors or numpy arrays; never modified. One from
@@ -168,11 +169,10 @@ def merge_tensors(
     states = read_experts(experts)
     factors = read_weights(weights, len(states))
     dtypes = check_fit(known, isinstance(base, Described), states)
-    for name, tensor in known.items():
-        if tensor.is_floating_point():
-            compute = ops.compute_dtype(*dtypes[name])
-            check_factors(f"tensor {name!r}: scaling", [scaling], compute)
-            check_factors(f"tensor {name!r}: weight", factors, compute)
+    for name, found in dtypes.items():
+        compute = ops.compute_dtype(*found)
+        check_factors(f"tensor {name!r}: scaling", [scaling], compute)
+        check_factors(f"tensor {name!r}: weight", factors, compute)
     require_matches([("exclude", exclude)], known)
     if seed is not None:
         outputs = [wanted or tensor.dtype for tensor in known.values() if tensor.is_floating_point()]
@@ -189,8 +189,11 @@ def merge_tensors(
                 continue
             bits = tensor_seed(seed, name) if (wanted or tensor.dtype) == torch.bfloat16 else None
             origin = as_tensor(base[name], f"base: tensor {name!r}") if isinstance(base, Described) else tensor
-            spec = TensorSpec(name, tuple(tensor.shape), ops.compute_dtype(*dtypes[name]))
-            merged = _merge_one(spec, origin, states, factors, method, scaling, exclude, wanted, bits, device)
+            if name in dtypes:
+                spec = TensorSpec(name, tuple(tensor.shape), ops.compute_dtype(*dtypes[name]))
+                merged = _merge_one(spec, origin, states, factors, method, scaling, exclude, wanted, bits, device)
+            else:
+                merged = origin.detach().clone()
             if names[place] > 1:
                 tied[place] = merged
             yield name, merged
@@ -218,8 +221,6 @@ def _merge_one(
     seed: int | None,
     device: torch.device | None,
 ) -> Tensor:
-    if not base.is_floating_point():
-        return base.clone()
     out_dtype = dtype or base.dtype
     if base.numel() == 0:
         return base.to(out_dtype, copy=True)

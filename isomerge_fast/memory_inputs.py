@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import ops
+from .checkpoint.buffers import is_computed
 from .errors import ConfigError, InputError, shown
 from .values import is_list, list_of, number, refuse
 
@@ -40,7 +41,7 @@ def read_deltas(deltas: Array | Sequence[Array]) -> list[Tensor]:
             raise InputError(f"deltas has shape {list(stack.shape)}; expected {expected}")
         tensors = list(stack.unbind(0))
     elif isinstance(deltas, str | Mapping) or not is_list(deltas):
-        raise InputError(f"deltas is a {type(deltas).__name__}; expected {expected}")
+        raise InputError(f"deltas is {_called(deltas)}; expected {expected}")
     else:
         tensors = [as_tensor(delta, f"deltas[{task}]") for task, delta in enumerate(deltas)]
     for task, tensor in enumerate(tensors):
@@ -59,6 +60,8 @@ def read_deltas(deltas: Array | Sequence[Array]) -> list[Tensor]:
 
 def read_experts(experts: Iterable[Mapping[str, Array]]) -> list[Mapping[str, Array]]:
     """The state dicts, one an expert; an iterator of them is listed."""
+    if isinstance(experts, Mapping) and experts and all(isinstance(each, Mapping) for each in experts.values()):
+        raise ConfigError("experts maps names to state dicts; expected a list of them: list(experts.values())")
     if isinstance(experts, Mapping):
         raise ConfigError("experts is one state dict; expected a list of them: [expert]")
     if not is_list(experts):
@@ -124,12 +127,14 @@ def _called(value: object) -> str:
 def check_fit(
     base: Mapping[str, Tensor], is_stored: bool, experts: Sequence[Mapping[str, Array]]
 ) -> dict[str, list[torch.dtype]]:
-    """The dtypes that every tensor has in the base and the experts.
+    """The dtypes that every tensor that is merged has in the base and the experts. What is not in it is the base's:
+    integers, and buffers that a model computes for itself where an expert lacks one or has another shape.
 
     Raises:
         InputError: with everything that keeps these state dicts from being merged.
     """
-    dtypes = {name: [tensor.dtype] for name, tensor in base.items()}
+    dtypes = {name: [tensor.dtype] for name, tensor in base.items() if tensor.is_floating_point()}
+    computed = {name for name in dtypes if is_computed(name, base[name].shape)}
     problems = [
         f"base: tensor {name!r} is {tensor.dtype}, which is not merged"
         for name, tensor in base.items()
@@ -143,13 +148,18 @@ def check_fit(
             problems.append(_prefix_problem("base", "base", prefix, f"in experts[{index}] they do not"))
             continue
         stored = expert.meta() if isinstance(expert, Described) else None
-        for name, tensor in base.items():
-            where = f"experts[{index}]: tensor {name!r}"
+        for name in [*dtypes]:
+            where, tensor = f"experts[{index}]: tensor {name!r}", base[name]
             if name not in expert:
-                if tensor.is_floating_point():  # integer buffers come from the base
+                if name in computed:
+                    del dtypes[name]
+                else:
                     problems.append(f"{where} of the base is missing")
                 continue
             value = as_tensor(expert[name], where) if stored is None else stored[name]
+            if value.shape != tensor.shape and name in computed:
+                del dtypes[name]
+                continue
             dtypes[name].append(value.dtype)
             is_real, base_is_real = stored is not None or not value.is_meta, is_stored or not tensor.is_meta
             if value.shape != tensor.shape:
@@ -161,7 +171,12 @@ def check_fit(
             elif is_real != base_is_real:
                 there, here = ("holds numbers", "a meta tensor") if is_real else ("is a meta tensor", "numbers")
                 problems.append(f"{where} {there}, in the base {here}: all on the meta device, or none")
-        problems += [f"experts[{index}]: tensor {name!r} is not in the base" for name in expert if name not in base]
+        shapes = expert if stored is None else stored
+        problems += [
+            f"experts[{index}]: tensor {name!r} is not in the base"
+            for name in expert
+            if name not in base and not is_computed(name, shapes[name].shape)
+        ]
     if problems:
         raise InputError("the state dicts do not fit each other:", problems)
     return dtypes
@@ -207,6 +222,8 @@ def as_tensor(value: object, what: str) -> Tensor:
     if isinstance(value, Tensor):
         if value.layout != torch.strided:
             raise InputError(f"{what} is {value.layout}; expected a dense tensor")
+        if value.is_quantized:
+            raise InputError(f"{what} is {value.dtype}, quantized; give tensor.dequantize()")
         return value
     if not isinstance(value, np.ndarray | np.generic):
         raise InputError(f"{what} is {_called(value)}; expected a tensor or a numpy array")

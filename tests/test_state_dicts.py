@@ -453,3 +453,37 @@ def test_example(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyP
     assert "arrays give the same: True" in printed
     assert "read from files: the same: True" in printed
     assert "planned without numbers: 4 tensors" in printed
+
+
+def test_buffers_that_come_and_go_are_the_bases() -> None:
+    weights = {"w.weight": torch.randn(4, 4)}
+    base = {
+        **weights,
+        "rotary_emb.inv_freq": torch.rand(2),
+        "attn.bias": torch.ones(1, 1, 4, 4),
+        "position_ids": torch.arange(4),
+    }
+    expert = {
+        "w.weight": weights["w.weight"] + 1.0,
+        "attn.bias": torch.ones(1, 1, 8, 8),
+        "position_ids": torch.arange(9),
+        "attn.masked_bias": torch.tensor(-1e9),
+    }
+    merged = imf.merge_state_dicts(base, [expert], method="mean", dtype="bfloat16")
+    assert list(merged) == list(base)
+    for name in base.keys() - weights.keys():
+        assert torch.equal(merged[name], base[name])
+        assert merged[name].data_ptr() != base[name].data_ptr()
+    with pytest.raises(imf.InputError, match=r"tensor 'attn.bias' of the base is missing"):  # 1-D ones are trained
+        imf.merge_state_dicts({**weights, "attn.bias": torch.ones(4)}, [weights])
+
+
+def test_states_by_name_and_quantized_tensors_are_refused() -> None:
+    state = {"w": torch.ones(2, 2)}
+    with pytest.raises(imf.ConfigError) as caught:
+        imf.merge_state_dicts(state, {"a": state, "b": state})  # type: ignore[arg-type]
+    assert str(caught.value) == "experts maps names to state dicts; expected a list of them: list(experts.values())"
+    packed = {"w": torch.quantize_per_tensor(state["w"], 0.1, 0, torch.qint8)}
+    with pytest.raises(imf.InputError) as refused:
+        imf.merge_state_dicts(packed, [packed])
+    assert str(refused.value) == "base: tensor 'w' is torch.qint8, quantized; give tensor.dequantize()"

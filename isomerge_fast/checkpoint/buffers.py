@@ -47,11 +47,10 @@ class Buffers:
     others: tuple[StoredTensor, ...] = ()
 
 
-def is_computed(stored: StoredTensor, model_type: object) -> bool:
+def is_computed(name: str, shape: Sequence[int], model_type: object = None) -> bool:
     """Return whether a tensor is a buffer that the model's code computes: by its name, and by its shape where that is
     of a mask.
     """
-    name, shape = stored.name, stored.shape
     if _NAMES.fullmatch(name) or _SCHEDULE.fullmatch(name):
         return True
     if _MASKS.fullmatch(name):
@@ -75,7 +74,7 @@ def settle_buffers(
     for expert in whole:
         for name in sorted(expert.tensors.keys() - base.tensors.keys()):
             is_copied = extras_are_copied and sum(name in other.tensors for other in whole) == 1
-            if not is_copied and is_computed(expert.tensors[name], model_type):
+            if not is_copied and is_computed(name, expert.tensors[name].shape, model_type):
                 left_out.setdefault(name, expert.tensors[name])
         for name, own in base.tensors.items():
             other = expert.tensors.get(name)
@@ -84,7 +83,7 @@ def settle_buffers(
             if own.dtype in COPIED_DTYPES:
                 if other is not None:
                     others.setdefault(name, other)
-            elif is_computed(own, model_type):
+            elif is_computed(name, own.shape, model_type):
                 from_base.setdefault(name, own)
     found = Buffers(tuple(from_base.values()), tuple(left_out.values()), tuple(others.values()))
     aside = (*found.from_base, *found.left_out, *found.others)
