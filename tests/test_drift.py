@@ -109,6 +109,11 @@ DIFFERENCES: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
         [],
     ),
     "lists": ({"eos_token_id": [2, 3]}, {"eos_token_id": [2, 63]}, ["eos_token_id [2, 63] (base [2, 3])"]),
+    "not-a-number-in-a-list": (
+        {"limit": [0, {"a": float("nan")}]},
+        {"limit": [0.0, {"a": float("nan")}]},
+        [],
+    ),
     "true-is-not-one": ({"use_mlp": 1}, {"use_mlp": True}, ["use_mlp true (base 1)"]),
     "what-is-off-is-off": (
         {**LLAMA, "attention_bias": False, "sliding_window": None, "logit_softcap": 0.0},

@@ -17,6 +17,8 @@ def same(one: Any, other: Any) -> bool:
     """Return whether two values mean the same: 1 is 1.0 and "1", and a list of one token is that token."""
     if isinstance(one, list) and isinstance(other, list):
         return len(one) == len(other) and all(map(same, one, other))
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(same(value, other[key]) for key, value in one.items())
     for left, right in ((one, other), (other, one)):
         if isinstance(left, list) and not isinstance(right, list | dict):
             return len(left) == 1 and same(left[0], right)
