@@ -78,11 +78,13 @@ def _role_notes(plan: Plan) -> Iterator[str]:
             continue
         if (role := roles.of(tensor.name, tensor.base.shape)) is not None:
             found.setdefault(role, []).append(tensor)
-    for role in (TOKENS, POSITIONS, SEGMENTS, ROUTERS):
-        if role in found:
+    for group in ((TOKENS, POSITIONS, SEGMENTS), (ROUTERS,)):
+        roles_here = [role for role in group if role in found]
+        tensors = [tensor for role in roles_here for tensor in found[role]]
+        if tensors:
             yield (
-                f"{role} are matrices and are merged by {_methods_of(found[role])}, as published; to average them: "
-                f"{_override_line(found[role])}"
+                f"{' and '.join(roles_here)} are matrices and are merged by {_methods_of(tensors)}, as published; to "
+                f"average them: {_override_line(tensors)}"
             )
     if HEADS in found:
         heads = found[HEADS]

@@ -247,6 +247,15 @@ def test_the_line_in_the_note_is_one_that_a_config_takes(tmp_path: Path) -> None
     assert not notes_about(plan_of(tmp_path / "base", [tmp_path / "base"], method="mean"), "published")
 
 
+def test_the_tables_of_a_model_share_a_note(tmp_path: Path) -> None:
+    build("gpt2", **REAL["gpt2"][0]).save_pretrained(tmp_path / "base")
+    (note,) = notes_about(plan_of(tmp_path / "base", [tmp_path / "base"]), "as published")
+    assert note == (
+        "token tables and position tables are matrices and are merged by iso-c, as published; to average them: "
+        'overrides: [{match: "transformer.wte.weight", method: mean}, {match: "transformer.wpe.weight", method: mean}]'
+    )
+
+
 class TestHeads:
     """Of equal size, trained on different tasks."""
 
