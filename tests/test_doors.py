@@ -334,7 +334,7 @@ def test_what_is_meant_is_taken() -> None:
         ([[1.0, 2.0]], "deltas[0] is a list; expected a tensor or a numpy array"),
         (W, "deltas is a dict; expected a list of T tensors"),
         (LINEAR, "deltas is a Linear; expected a list of T tensors"),
-        (None, "deltas is a NoneType; expected a list of T tensors"),
+        (None, "deltas is None; expected a list of T tensors"),
         ([], "deltas is empty: at least one task is needed"),
         ([torch.full((2, 2), float("nan"))], "deltas[0] holds NaN or Inf"),
     ],
