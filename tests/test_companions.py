@@ -126,6 +126,35 @@ def test_what_is_not_essential_and_cannot_be_copied_is_left_behind(tmp_path: Pat
     }
 
 
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"4" * 64 + b"\nsize 9085657\n"
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model", "spm.model", "source.spm", "tekken.json"])
+def test_a_pointer_in_place_of_a_tokenizer_is_refused(tmp_path: Path, name: str) -> None:
+    """What a clone without git lfs has: a hundred bytes that no tokenizer is made of."""
+    given = family(tmp_path)
+    (given["base"] / name).write_bytes(POINTER)
+    with pytest.raises(imf.InputError) as caught:
+        imf.merge({**given, "out": tmp_path / "out"})
+    where = given["base"] / name
+    assert str(caught.value) == f"{where}: a Git LFS pointer, not the file itself; run git lfs pull in its folder"
+    assert not (tmp_path / "out").exists()
+
+
+def test_pointers_to_what_is_not_essential_are_left_behind(tmp_path: Path) -> None:
+    folder = save_folder(tmp_path / "base", make_base())
+    (folder / "logo.png").write_bytes(POINTER)
+    assert left_of(folder)["logo.png"] == "a Git LFS pointer"
+
+
+def test_a_pointer_in_place_of_a_module_is_refused(tmp_path: Path) -> None:
+    given = family(tmp_path)
+    add_dense(given["base"], 0)
+    (given["base"] / "2_Dense/model.safetensors").write_bytes(POINTER)
+    with pytest.raises(imf.InputError, match=r"2_Dense/model\.safetensors: a Git LFS pointer, not the file itself"):
+        imf.merge({**given, "out": tmp_path / "out"})
+
+
 def test_bounds_are_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(companions, "MAX_FOLDER_NAMES", 3)
     monkeypatch.setattr(companions, "MAX_WALKED_NAMES", 9)

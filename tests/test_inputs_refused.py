@@ -198,6 +198,7 @@ NOT_QUANTIZED: dict[str, dict[str, Tensor]] = {
         "logit_scale": of(F32),
     },
     "a-float-matrix-called-W_q": {"attn.W_q": of(F32, N, N), "attn.scale": of(F32, 1)},
+    "a-lookup-table": {"lookup.weight": of(torch.int64, N, N)},
     "long-indices": {"router.expert_map": of(torch.int64, N, 2), "router.scale": of(F32, 1)},
 }
 
@@ -343,3 +344,36 @@ def test_a_model_with_lora_of_its_own_is_none(tmp_path: Path, own: str) -> None:
     rwkv = {"attn.w_lora.lora.0.weight": A.clone(), "attn.w_lora.lora.2.bias": torch.ones(N)}
     folder = save_folder(tmp_path / "model", {**FLOATS, **layer, **rwkv})
     make_plan(load_config({"base": folder, "experts": [folder]}))
+
+
+OTHERS = {
+    "git-lfs": (
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"4" * 64 + b"\nsize 9085657\n",
+        "a Git LFS pointer to one; run git lfs pull in its folder",
+    ),
+    "torch-save": (
+        b"PK\x03\x04\x00\x00\x08\x08" + bytes(90),
+        "pickled weights under another name, which are never opened; save them as safetensors",
+    ),
+    "gguf": (b"GGUF\x03\x00\x00\x00" + bytes(90), "GGUF, which is not read; give the model's .safetensors files"),
+    "web-page": (
+        b"\n<!DOCTYPE html><html><head><title>Sign in</title></head></html>",
+        "a web page; download it again, logged in where that is asked for",
+    ),
+    "answer": (
+        b"Invalid username or password.\n",
+        "a text that begins with 'Invalid username or password.'; download it again",
+    ),
+}
+
+
+@pytest.mark.parametrize(("content", "what"), OTHERS.values(), ids=OTHERS)
+def test_what_has_the_name_of_weights_and_is_something_else(tmp_path: Path, content: bytes, what: str) -> None:
+    base = save_folder(tmp_path / "base", FLOATS)
+    for name in ("bare.safetensors", "folder/model.safetensors"):
+        file = tmp_path / name
+        file.parent.mkdir(exist_ok=True)
+        file.write_bytes(content)
+        with pytest.raises(imf.InputError) as caught:
+            make_plan(load_config({"base": base, "experts": [file.parent if "/" in name else file]}))
+        assert str(caught.value) == f"{file}: not a safetensors file, but {what}"

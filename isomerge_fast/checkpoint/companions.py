@@ -17,6 +17,7 @@ from .direct_io import READ_BYTES, page_buffer
 from .folder import list_folder, open_own
 from .manifest import MANIFEST_FILE, REPORT_FILE
 from .parts import Part, check_equal, own_weights, owners_of, part_folders
+from .pointers import HEAD_BYTES, MAX_POINTER_BYTES, PULL, is_pointer
 from .writer import write_blocks_durably
 
 # Without these a checkpoint does not load or is not used as it was meant: what of them cannot be copied is an error.
@@ -31,7 +32,14 @@ ESSENTIAL = (
     "vocab.txt",
     "merges.txt",
     "spiece.model",
+    "spm.model",
+    "*.spm",
     "sentencepiece*.model",
+    "tekken.json",
+    "normalizer.json",
+    "bpe.codes",
+    "vocab.bpe",
+    "encoder.json",
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.json",
@@ -85,6 +93,10 @@ _CONFIG = "config.json"  # written anew, of the base's
 # data set, or a tree of logs, from being walked or copied.
 MAX_SMALL_BYTES, MAX_SMALL_TOGETHER_BYTES = 100_000_000, 500_000_000
 MAX_FOLDER_NAMES, MAX_WALKED_NAMES, MAX_DEPTH = 1_000, 10_000, 6
+
+
+class _PointerError(InputError):
+    """A Git LFS pointer stands where a file is to be."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,12 +177,17 @@ def _in_order(left: Iterable[LeftBehind]) -> tuple[LeftBehind, ...]:
 
 
 def _check_readable(folder: Path, name: str) -> int:
-    """Return a file's bytes; raise InputError where it cannot be read, or leads out of the folder."""
+    """Return a file's bytes; raise InputError where it cannot be read, leads out of the folder, or is not there itself
+    but a pointer to it.
+    """
     try:
         descriptor, status = open_own(folder, name)
+        with open(descriptor, "rb", buffering=0) as file:
+            head = file.read(HEAD_BYTES) if status.st_size <= MAX_POINTER_BYTES else b""
     except OSError as error:
         raise InputError(f"{folder / name}: cannot be read ({error.strerror})") from error
-    os.close(descriptor)
+    if is_pointer(head):
+        raise _PointerError(f"{folder / name}: a Git LFS pointer, not the file itself; {PULL}")
     return status.st_size
 
 
@@ -299,7 +316,9 @@ class _Sorter:
             if is_essential:
                 raise
             reason = error.__cause__
-            return f"cannot be read ({reason.strerror})" if isinstance(reason, OSError) else "a link out of its folder"
+            if isinstance(reason, OSError):
+                return f"cannot be read ({reason.strerror})"
+            return "a Git LFS pointer" if isinstance(error, _PointerError) else "a link out of its folder"
         if is_essential:
             return None
         if size > MAX_SMALL_BYTES:

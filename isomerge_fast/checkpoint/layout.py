@@ -25,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from ..errors import InputError, shown
 from ..regular_files import open_regular, read_regular
 from .folder import list_folder, read_own
+from .pointers import HEAD_BYTES, other_format
 from .strict_json import MAX_INDEXED, parse_json, parse_settings
 from .whereabouts import of_nothing, of_other_file, of_several, of_unread
 
@@ -176,7 +177,9 @@ def read_header(path: Path) -> tuple[dict[str, StoredTensor], FileIdentity]:
                 raise InputError(f"{path}: {status.st_size} bytes, too short for a safetensors file")
             (header_bytes,) = struct.unpack("<Q", prefix)
             if header_bytes > MAX_HEADER_BYTES:
-                raise InputError(f"{path}: not a safetensors file (its header would be {header_bytes} bytes long)")
+                instead = other_format(prefix + file.read(HEAD_BYTES - len(prefix)))
+                why = f", but {instead}" if instead else f" (its header would be {header_bytes} bytes long)"
+                raise InputError(f"{path}: not a safetensors file{why}")
             if 8 + header_bytes > status.st_size:
                 raise InputError(f"{path}: truncated, {status.st_size} bytes hold no header of {header_bytes}")
             if header_bytes > LARGE_HEADER_BYTES and header_bytes * 10 > status.st_size:

@@ -117,7 +117,9 @@ def _evidence(stored: StoredTensor, tensors: Mapping[str, StoredTensor]) -> tupl
     scale = next((scale for scale in _scales(name, inside) if _is_scale(tensors.get(scale))), "")
     if is_float8:
         return stored, _FLOAT8, scale
-    if last.endswith("weight") or (scale and stored.dtype not in ("I64", "U64") and not _INDICES.fullmatch(last)):
+    if stored.dtype in ("I64", "U64"):  # a table to look numbers up in: nobody packs weights so wide
+        return None
+    if last.endswith("weight") or (scale and not _INDICES.fullmatch(last)):
         return stored, _INTEGERS, scale
     return None
 
