@@ -6,10 +6,13 @@ from collections.abc import Iterable
 
 from .checkpoint.adapter import Adapter
 from .checkpoint.adapter_output import lost_heads
-from .checkpoint.companions import weights_among
+from .checkpoint.companions import OTHER_WEIGHTS, other_weights, weights_among
+from .checkpoint.folder import list_folder
 from .checkpoint.kept_metadata import kept_metadata
 from .checkpoint.parts import parts_of
 from .plan import Plan
+
+NAMES_SHOWN = 6  # in one note
 
 
 def file_notes_of(plan: Plan) -> Iterable[str]:
@@ -17,6 +20,7 @@ def file_notes_of(plan: Plan) -> Iterable[str]:
     parts = weights_among(plan.companions)
     if parts:
         yield f"copied as the base has it, byte for byte: {', '.join(parts)} (no expert has another one)"
+    yield from _other_weights(plan)
     yield from _parts_of_experts(plan)
     if plan.adapter_settings is None:
         yield from plan.config_and_notes[1]
@@ -30,6 +34,26 @@ def file_notes_of(plan: Plan) -> Iterable[str]:
     for path, identity in plan.base.files.items():
         if left := kept_metadata(identity.metadata)[1]:
             yield f"{path}: too large to be kept of its metadata: {', '.join(left)}"
+
+
+def _other_weights(plan: Plan) -> Iterable[str]:
+    """Yield the files of weights beside the merged ones that may belong to the model, which no output has."""
+    if plan.config.adapter_rank is not None:
+        return
+    for checkpoint in (plan.base, *plan.experts):
+        if isinstance(checkpoint, Adapter) or not checkpoint.is_folder:
+            continue
+        found = other_weights(list_folder(checkpoint.path), {file.name for file in checkpoint.files})
+        if checkpoint is plan.base:
+            found += [
+                left.name for left in plan.left_behind if left.why.startswith(OTHER_WEIGHTS) and left.name.endswith("/")
+            ]
+        if found:
+            more = f" and {len(found) - NAMES_SHOWN} more" if len(found) > NAMES_SHOWN else ""
+            yield (
+                f"{checkpoint.path}: weights beside the merged ones, which may belong to the model, are left behind: "
+                f"{', '.join(found[:NAMES_SHOWN])}{more}; copy what does into the output"
+            )
 
 
 def _parts_of_experts(plan: Plan) -> Iterable[str]:

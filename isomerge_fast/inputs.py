@@ -165,7 +165,10 @@ def _extras(base: Checkpoint, experts: tuple[Checkpoint, ...]) -> tuple[dict[str
         name, found = next(iter(shared.items()))
         where = ", ".join(f"{stored.dtype}{list(stored.shape)} in {stored.file}" for stored in found)
         which = f"tensor {name!r} is" if len(shared) == 1 else f"{len(shared)} tensors, such as {name!r}, are"
-        problems.append(f"{which} not in the base, and not in one expert alone: {where}")
+        problems.append(
+            f"{which} not in the base, and not in one expert alone: {where} (on_extra: copy takes what one expert "
+            "alone has, ignore leaves all of them out)"
+        )
     return {name: found[0] for name, found in owners.items() if len(found) == 1}, problems
 
 

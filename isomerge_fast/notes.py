@@ -5,12 +5,12 @@ from __future__ import annotations
 import glob
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from .checkpoint.adapter import Adapter, base_name
 from .checkpoint.buffers import Buffers
 from .checkpoint.companions import code_files
-from .checkpoint.layout import FLOAT_DTYPES, Checkpoint
+from .checkpoint.layout import FLOAT_DTYPES, Checkpoint, StoredTensor
 from .drift import drift_notes
 from .errors import shown
 from .inputs import last_part
@@ -143,9 +143,11 @@ def _tensor_notes(plan: Plan) -> Iterator[str]:
     stacks = [tensor.name for tensor in tensors if tensor.method and len(tensor.base.shape) == 3]
     if stacks and make_method(plan.config.method, plan.config.options).default_exclude:
         yield f"{len(stacks)} 3-D tensor(s), such as {stacks[0]!r}, are averaged: the methods are defined on matrices"
-    extras = [tensor for tensor in tensors if tensor.name not in base.tensors]
-    if extras:
-        yield f"{len(extras)} tensor(s) that only an expert has are copied, such as {extras[0].name!r}"
+    extras = {tensor.name: tensor.base for tensor in tensors if tensor.name not in base.tensors}
+    for expert in plan.experts if extras else ():
+        own = {name: stored for name, stored in extras.items() if name in expert.tensors}
+        if own:
+            yield f"{len(own)} tensor(s) that only {expert.path} has are copied: {_with_shapes(own)}"
     if any(
         tensor.method is None and tensor.base.dtype not in FLOAT_DTYPES
         for tensor in tensors
@@ -162,15 +164,17 @@ def _left_out_notes(left_out: Sequence[LeftOut]) -> Iterator[str]:
     for members in groups.values():
         names = [*members[0].tensors]
         tensors = members[0].tensors
-        told = [f"{name!r} {list(tensors[name].shape)}" for name in names[:NAMES_SHOWN]]
-        more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
         whose = _listed([str(each.expert.path) for each in members])
         heads = [name for name in names if looks_like_a_head(name)]
         lost = f"; {_listed(heads)}: a trained head, by its name, which is lost" if heads else ""
         labels = [_named_labels(each.expert) for each in members]
         if heads and any(labels):
             lost += " with its labels (" + "; ".join(shown(each) for each in labels[:3] if each) + ")"
-        yield f"{len(names)} tensor(s) of {whose} are left out, as the base has none: {', '.join(told)}{more}{lost}"
+        yield f"{len(names)} tensor(s) of {whose} are left out, as the base has none: {_with_shapes(tensors)}{lost}"
+
+
+def _with_shapes(tensors: Mapping[str, StoredTensor]) -> str:
+    return _listed([f"{name!r} {list(stored.shape)}" for name, stored in tensors.items()])
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -155,6 +155,24 @@ def test_a_pointer_in_place_of_a_module_is_refused(tmp_path: Path) -> None:
         imf.merge({**given, "out": tmp_path / "out"})
 
 
+def test_weights_that_may_belong_to_the_model_are_told_of(tmp_path: Path) -> None:
+    """A head in a file of its own, as SetFit and BGE-M3 have; not what is the merged weights once more."""
+    given = family(tmp_path)
+    copies = ("pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "tf_model.h5", "model.onnx", "x-Q4.gguf")
+    others = ("consolidated.00.pth", "model.ckpt", "training_args.bin", "optimizer.pt", "flax_model.msgpack")
+    for folder, name in ((given["base"], "colbert_linear.pt"), (given["experts"][0], "model_head.pkl")):
+        fill(folder, [*copies, *others, name])
+    fill(given["base"], ["voices/"])
+    report = imf.merge({**given, "out": tmp_path / "out"})
+    told = "weights beside the merged ones, which may belong to the model, are left behind"
+    notes = [note for note in report.notes if "left behind" in note]
+    assert notes == [
+        f"{given['base']}: {told}: colbert_linear.pt, voices/; copy what does into the output",
+        f"{given['experts'][0]}: {told}: model_head.pkl; copy what does into the output",
+    ]
+    assert all(f"- {note}\n" in (tmp_path / "out/README.md").read_text() for note in notes)
+
+
 def test_bounds_are_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(companions, "MAX_FOLDER_NAMES", 3)
     monkeypatch.setattr(companions, "MAX_WALKED_NAMES", 9)

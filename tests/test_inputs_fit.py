@@ -42,6 +42,12 @@ PREFIXES = {
         "the prefix '_orig_mod.', which the base {} has not",
         "save the model that torch.compile wraps (model._orig_mod.save_pretrained)",
     ),
+    "PeftModel": (
+        "model.",
+        "base_model.model.model.",
+        "the prefix 'base_model.model.', which the base {} has not",
+        "merge its adapter into it (PEFT: merge_and_unload), and save that model",
+    ),
     "DDP": (
         "model.",
         "module.model.",
@@ -87,7 +93,8 @@ def test_a_prefix_beside_heads_and_other_vocabularies(tmp_path: Path) -> None:
         f"{expert}: 8 names differ only by the prefix 'vit.', which the base {base} has not ('vit.embed' is 'embed' "
         "there); load it as ViTModel, the base's class, and save it again (it is a ViTForImageClassification)",
         f"{expert}: tensor 'pooler' [8, 8] of the base {base} is missing "
-        "(it is a ViTForImageClassification, the base a ViTModel)",
+        "(it is a ViTForImageClassification, the base a ViTModel; load all with one class, such as AutoModel, which "
+        "leaves heads out, and save them again)",
         f"{expert}: tensor 'embed' has shape [7, 8], in the base {base} [6, 8] (another vocabulary size?)",
         f"{expert}: 2 tensors are not in the base {base}: 'classifier.bias' [10]; 'classifier.weight' [10, 8] "
         "(on_extra: ignore leaves them out, copy takes them)",
@@ -136,6 +143,35 @@ def test_causes_are_grouped_and_experts_share_a_line(tmp_path: Path) -> None:
     ]
 
 
+def test_heads_of_other_classes_are_told_from_vocabularies(tmp_path: Path) -> None:
+    way = "(a head of other classes? load all with one class, such as AutoModel, which leaves heads out, and save them "
+    for name in ("classifier", "classifier.out_proj", "score", "model.classification_head.out_proj"):
+        folders = [
+            save_folder(
+                tmp_path / f"{name}{rows}",
+                {**model(), f"{name}.weight": torch.ones(rows, N), f"{name}.bias": torch.ones(rows)},
+            )
+            for rows in (3, 5)
+        ]
+        assert problems(*folders) == [
+            f"{folders[1]}: 2 tensors have another number of rows than in the base {folders[0]}: '{name}.bias' [5], "
+            f"there [3]; '{name}.weight' [5, 8], there [3, 8] {way}again)"
+        ]
+
+
+def test_heads_of_another_class_are_no_matter_of_tying(tmp_path: Path) -> None:
+    """A tied masked language model has a head of layers and biases, which a classifier lacks altogether."""
+    lm_head = {"lm_head.bias": torch.ones(6), "lm_head.dense.weight": torch.ones(N, N)}
+    base = save_folder(tmp_path / "base", {**model(), **lm_head}, config={"architectures": ["RobertaForMaskedLM"]})
+    config = {"architectures": ["RobertaForSequenceClassification"], "tie_word_embeddings": True}
+    expert = save_folder(tmp_path / "expert", model(), config=config)
+    assert problems(base, expert) == [
+        f"{expert}: 2 tensors of the base {base} are missing: 'lm_head.bias' [6]; 'lm_head.dense.weight' [8, 8] (it is "
+        "a RobertaForSequenceClassification, the base a RobertaForMaskedLM; load all with one class, such as "
+        "AutoModel, which leaves heads out, and save them again)"
+    ]
+
+
 def test_a_long_message_has_something_of_every_expert(tmp_path: Path) -> None:
     """Of 24 experts with two problems each, 20 lines are shown: one of each of twenty, not two of each of ten."""
     base = save_folder(tmp_path / "base", model())
@@ -155,7 +191,8 @@ def test_tensors_of_several_experts_are_one_line(tmp_path: Path) -> None:
     experts = [save_folder(tmp_path / name, {**model(), **head}) for name in "ab"]
     assert problems(base, *experts, on_extra="copy") == [
         "2 tensors, such as 'score.bias', are not in the base, and not in one expert alone: "
-        f"F32[2] in {experts[0]}/model.safetensors, F32[2] in {experts[1]}/model.safetensors"
+        f"F32[2] in {experts[0]}/model.safetensors, F32[2] in {experts[1]}/model.safetensors "
+        "(on_extra: copy takes what one expert alone has, ignore leaves all of them out)"
     ]
 
 

@@ -268,6 +268,7 @@ FUSE = (
 PEFT = "give the adapter's folder, with its adapter_config.json, as --expert and its base as --base"
 A, B = torch.ones(4, N), torch.ones(N, 4)
 KOHYA = "lora_unet_down_blocks_0_attentions_0_proj_in"
+MERGE = "merge it into its model first (PEFT: merge_and_unload), and give that as the expert"
 LORA: dict[str, tuple[dict[str, Tensor], str, str]] = {
     "PEFT": (
         {f"base_model.model.{Q}.lora_A.weight": A, f"base_model.model.{Q}.lora_B.weight": B},
@@ -306,6 +307,18 @@ LORA: dict[str, tuple[dict[str, Tensor], str, str]] = {
     ),
     "LoHa": ({f"{KOHYA}.hada_w1_a": B, f"{KOHYA}.hada_w1_b": A}, f"'{KOHYA}.hada_w1_a' [16, 4]", FUSE),
     "LoKr": ({f"{KOHYA}.lokr_w1": A, f"{KOHYA}.lokr_w2_a": B}, f"'{KOHYA}.lokr_w1' [4, 16]", FUSE),
+    "LyCORIS-full": ({f"{KOHYA}.diff": torch.ones(N, N), f"{KOHYA}.diff_b": A[0]}, f"'{KOHYA}.diff' [16, 16]", FUSE),
+    "LyCORIS-norms": ({"lora_te1_text_norm.w_norm": A[0]}, "'lora_te1_text_norm.w_norm' [16]", FUSE),
+    "LyCORIS-IA3": ({f"{KOHYA}.weight": A[0], f"{KOHYA}.on_input": torch.ones(1)}, f"'{KOHYA}.on_input' [1]", FUSE),
+    "GLoRA": ({"lycoris_unet_x.a1.weight": A}, "'lycoris_unet_x.a1.weight' [4, 16]", FUSE),
+    "single-file-names": (
+        {"diffusion_model.blocks.0.q.lora_A.weight": A, "diffusion_model.blocks.0.q.lora_B.weight": B},
+        "'diffusion_model.blocks.0.q.lora_A.weight' [4, 16]",
+        FUSE,
+    ),
+    "MLX": ({f"{Q}.lora_a": B, f"{Q}.lora_b": A}, f"'{Q}.lora_a' [16, 4]", MERGE),
+    "VeRA": ({f"base_model.model.{Q}.vera_lambda_b": A[0]}, f"'base_model.model.{Q}.vera_lambda_b' [16]", MERGE),
+    "IA3": ({f"base_model.model.{Q}.ia3_l": A[:1]}, f"'base_model.model.{Q}.ia3_l' [1, 16]", MERGE),
     "OFT": ({f"{KOHYA}.oft_blocks": torch.ones(4, 4, 4)}, f"'{KOHYA}.oft_blocks' [4, 4, 4]", FUSE),
 }
 

@@ -208,6 +208,28 @@ def test_a_merged_adapter_loads_in_peft(tmp_path: Path, small: dict[str, Any], t
     ]
 
 
+def test_the_head_of_an_adapter_brings_as_many_labels_as_it_has_rows(tmp_path: Path) -> None:
+    """An adapter has no config.json; with the two classes of the default the output would not load."""
+    base = save_folder(tmp_path / "base", {"q.weight": torch.ones(4, 4)}, config={"model_type": "llama"})
+    head = {f"base_model.model.{name}": torch.ones(3, 4) for name in ("score.weight",)}
+    factors = {f"base_model.model.q.lora_{side}.weight": torch.ones(shape) for side, shape in SIDES.items()}
+    expert = tmp_path / "expert"
+    expert.mkdir()
+    save_file({**head, **factors}, expert / "adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "task_type": "SEQ_CLS", "r": 2, "lora_alpha": 2}
+    (expert / "adapter_config.json").write_text(json.dumps(settings))
+    given = {"base": base, "experts": [expert], "method": "mean", "on_extra": "copy"}
+    report = imf.merge({**given, "out": tmp_path / "out"})
+    assert settings_of(tmp_path / "out") == {
+        "model_type": "llama",
+        "id2label": {"0": "LABEL_0", "1": "LABEL_1", "2": "LABEL_2"},
+        "label2id": {"LABEL_0": 0, "LABEL_1": 1, "LABEL_2": 2},
+    }
+    assert f"config.json has 3 labels without names, as the head of {expert} has 3 rows" in report.notes
+
+
+SIDES = {"A": (2, 4), "B": (4, 2)}
+
 # --- headers ----------------------------------------------------------------------------------------------------------
 
 
@@ -326,8 +348,8 @@ def test_a_part_of_an_output_names_the_whole(tmp_path: Path) -> None:
 def test_the_card_has_the_notes(tmp_path: Path) -> None:
     report = imf.merge({**with_head(tmp_path), "out": tmp_path / "out"})
     notes = (tmp_path / "out/README.md").read_text().split("## Notes\n\n")[1]
-    assert notes.splitlines() == [f"- {note}" for note in report.notes]
-    assert "- 1 tensor(s) that only an expert has are copied, such as 'score.0.weight'\n" in notes
+    assert notes.replace("\\", "").splitlines() == [f"- {note}" for note in report.notes]
+    assert f"- 1 tensor(s) that only {tmp_path / 'e0'} has are copied: 'score.0.weight' \\[2, 4\\]\n" in notes
 
 
 def test_notes_are_shown_and_not_obeyed() -> None:

@@ -13,10 +13,24 @@ _FACTOR = re.compile(
     r"(?P<module>.*?)[._]?lora(_linear_layer|_embedding)?\d*[._](?P<side>A|B|up|down|mid|magnitude_vector)"
     r"([._].*)?(?<!\.bias)"
 )
+# MLX and torchtune.
+_SMALL_FACTOR = re.compile(r"(?P<module>.*)\.lora_[ab](\.weight)?")
 _PEFT_SIDES = ("A", "B", "magnitude_vector")
 # LyCORIS and PEFT's other kinds.
 _OTHER_FACTOR = re.compile(r"(?P<module>.*)\.(lokr_[wt]\d\w*|hada_[wt]\d\w*|(b?oft)_(blocks|diag|R|S)(\..*)?)")
+_PEFT_FACTOR = re.compile(
+    r"(?P<module>.*)\.(vera_(A|B|lambda_[bd])|ia3_l|fourierft_spectrum|waveft_spectrum|hra_u|vblora_(logits_[AB]|"
+    r"vector_bank)|randlora_(A|B|lambda|gamma)|shira_weight|miss_block|bone_block|road_(theta|alpha)|c3a_kernel)(\..*)?"
+)
+# kohya's and LyCORIS' names of modules: whatever lies in one is a change, and no weight.
+_OF_A_CHANGE = re.compile(r"(?P<module>(lora|lycoris)_(unet|te\d*|transformer|prior|text_encoder)\w*)\.(?!alpha$).*")
+_KINDS = (_FACTOR, _OTHER_FACTOR, _SMALL_FACTOR, _PEFT_FACTOR, _OF_A_CHANGE)
+# Names in which none of this is found are those of most models.
+_HINT = re.compile(
+    r"lora|lycoris_|lokr_|hada_|oft_|vera_|ia3_l|ft_spectrum|hra_u|shira_|miss_block|bone_block|road_|c3a_"
+)
 
+_MERGE = "merge it into its model first (PEFT: merge_and_unload), and give that as the expert"
 _FUSE = (
     "fuse it into its model first (Diffusers: pipe.load_lora_weights(file); pipe.fuse_lora(); "
     "pipe.unload_lora_weights(); pipe.save_pretrained(folder); single files: networks/merge_lora.py of sd-scripts)"
@@ -30,14 +44,15 @@ def bare_lora(checkpoint: Checkpoint) -> str | None:
     """
     tensors = checkpoint.tensors
     for name, stored in tensors.items():
-        # Most names of most models end here.
-        if "lora" not in name and "lokr_" not in name and "hada_" not in name and "oft_" not in name:
+        if _HINT.search(name) is None:
             continue
-        match = _FACTOR.fullmatch(name) or _OTHER_FACTOR.fullmatch(name)
+        match = next((match for kind in _KINDS if (match := kind.fullmatch(name)) is not None), None)
         if match is None:
             continue
         module = match["module"]
-        if any(f"{module}.{own}" in tensors for own in ("weight", "base_layer.weight")):
+        if match.re is not _OF_A_CHANGE and any(
+            f"{module}.{own}" in tensors for own in ("weight", "base_layer.weight")
+        ):
             continue
         where = f"{stored.file}: LoRA factors ({name!r} {list(stored.shape)}) are no weights to merge; "
         if match.re is _FACTOR and match["side"] in _PEFT_SIDES and not _is_of_a_pipeline(name):
@@ -47,10 +62,14 @@ def bare_lora(checkpoint: Checkpoint) -> str | None:
             return (
                 f"{where}give the adapter's folder, with its {ADAPTER_CONFIG_FILE}, as --expert and its base as --base"
             )
+        if match.re in (_SMALL_FACTOR, _PEFT_FACTOR):
+            return f"{where}{_MERGE}"
         return f"{where}{_FUSE}, and give that as the expert"
     return None
 
 
 def _is_of_a_pipeline(name: str) -> bool:
-    """Whether Diffusers wrote it: there the first part is the pipeline's component."""
-    return name.startswith(("unet.", "transformer.", "text_encoder")) and ".lora_" in name
+    """Whether Diffusers wrote it: there the first part is the pipeline's component. Or what image and video models are
+    called in single files.
+    """
+    return name.startswith(("unet.", "transformer.", "text_encoder", "diffusion_model.")) and ".lora_" in name

@@ -85,6 +85,11 @@ _WEIGHTS = re.compile(
     r"(\.index(\.\w+)?\.json)?$|\.ckpt\.(data-.*|index|meta)$",
     re.IGNORECASE,
 )
+# The model's own weights once more, in another format or precision, or in other shards.
+_THE_SAME_WEIGHTS = re.compile(
+    r"(diffusion_|open_clip_)?(pytorch_)?(model|lora_weights)([.-].*)?\.\w+|(tf|flax|rust)_model.*|consolidated.*"
+    r"|.*\.(h5|keras|msgpack|gguf|ggml|onnx|onnx_data.*|ot|tflite|mlmodel|pb|llamafile|dduf)"
+)
 # What every output has of its own at this place; ``delta`` is the folder of the merged Δ.
 _WRITTEN = ("README.md", MANIFEST_FILE, REPORT_FILE, "adapter_config.json", "delta")
 _CONFIG = "config.json"  # written anew, of the base's
@@ -199,6 +204,23 @@ def code_files(companions: Iterable[str]) -> list[str]:
 def weights_among(companions: Iterable[str]) -> list[str]:
     """Return those that are weights: of sub-folders, which are copied where nothing has changed them."""
     return [name for name in companions if _WEIGHTS.search(name)]
+
+
+def other_weights(names: Iterable[str], merged: Collection[str]) -> list[str]:
+    """Return those of a folder's files that hold weights which may be no copy of the merged ones: a head in a file of
+    its own, a projection, a pickled vocabulary.
+    """
+    stems = {name.partition(".")[0] for name in merged}
+    return [
+        name
+        for name in names
+        if _WEIGHTS.search(name)
+        and not name.startswith(".")
+        and name not in merged
+        and name.partition(".")[0] not in stems
+        and not _THE_SAME_WEIGHTS.fullmatch(name)
+        and not any(_matches_any(name, patterns) for patterns in LEFT_BEHIND.values())
+    ]
 
 
 def measure(folder: Path, name: str, why: str, most: int) -> LeftBehind:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import zip_longest
 from typing import Any
@@ -14,8 +15,15 @@ from .prefixes import Prefix, find_prefixes
 MOST_NAMED = 3  # of tensors that one line is about; of more, one is
 MOST_EXPERTS = 4  # named in one line
 
+# Classifiers' last layers, with a row for every class.
+_HEADS = re.compile(
+    r"(.*\.)?(classifier|score|qa_outputs|classification_head|heads?|fc|logits_proj)\.(\w+\.)?(weight|bias)"
+)
+_LOAD_AS_ONE = "load all with one class, such as AutoModel, which leaves heads out, and save them again"
+
 _WRAPPERS = {
     "_orig_mod.": "save the model that torch.compile wraps (model._orig_mod.save_pretrained)",
+    "base_model.model.": "merge its adapter into it (PEFT: merge_and_unload), and save that model",
     "module.": "save the model inside its wrapper (model.module.save_pretrained)",
 }
 
@@ -115,11 +123,12 @@ def _class_of(config: Mapping[str, Any] | None) -> str | None:
 
 
 def _of_missing(base: Checkpoint, expert: Checkpoint, missing: Mapping[str, StoredTensor]) -> Iterator[str]:
-    is_tied = bool((expert.config or {}).get("tie_word_embeddings"))
+    wanted, own = _class_of(base.config), _class_of(expert.config)
+    is_other = bool(wanted and own and wanted != own)
+    is_tied = not is_other and bool((expert.config or {}).get("tie_word_embeddings"))
     heads = [stored for name, stored in missing.items() if is_tied and "lm_head" in name]
     others = [stored for name, stored in missing.items() if not (is_tied and "lm_head" in name)]
-    wanted, own = _class_of(base.config), _class_of(expert.config)
-    of_classes = f" (it is a {own}, the base a {wanted})" if wanted and own and wanted != own else ""
+    of_classes = f" (it is a {own}, the base a {wanted}; {_LOAD_AS_ONE})" if is_other else ""
     of_ties = " (the expert ties its word embeddings; save base and experts with the same tying)"
     for found, hint in ((heads, of_ties), (others, of_classes)):
         each = [f"{stored.name!r} {list(stored.shape)}" for stored in found]
@@ -130,12 +139,16 @@ def _of_missing(base: Checkpoint, expert: Checkpoint, missing: Mapping[str, Stor
 
 
 def _of_shapes(base: Checkpoint, pairs: list[tuple[StoredTensor, StoredTensor]]) -> Iterator[str]:
-    tables, others = [], []
+    tables, heads, others = [], [], []
     for own, other in pairs:
-        is_table = TOKEN_TABLES.search(own.name) and own.shape[1:] == other.shape[1:]
-        (tables if is_table else others).append((own, other))
+        is_table, is_head = TOKEN_TABLES.search(own.name), _HEADS.fullmatch(own.name)
+        has_other_rows = own.shape[1:] == other.shape[1:]
+        (tables if is_table and has_other_rows else heads if is_head and has_other_rows else others).append(
+            (own, other)
+        )
     for found, what, hint in (
         (tables, "another number of rows than", " (another vocabulary size?)"),
+        (heads, "another number of rows than", f" (a head of other classes? {_LOAD_AS_ONE})"),
         (others, "other shapes than", ""),
     ):
         if len(found) == 1:

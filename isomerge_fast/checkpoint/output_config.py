@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from .adapter import Adapter
 from .layout import Checkpoint
 
 _DTYPE_KEYS = ("dtype", "torch_dtype")
@@ -25,6 +27,7 @@ _HEAD_KEYS = (
     "summary_use_proj",
     "summary_proj_to_labels",
 )
+_LAST_LAYER = re.compile(r"(.*\.)?(classifier|score)(\.out_proj)?\.weight")
 _OUTPUT_EMBEDDINGS = ("lm_head.weight", "embed_out.weight")
 
 
@@ -46,6 +49,7 @@ def output_config(
         _untie(config)
     kept = "architectures and labels" if unties else "architectures, labels and tying"
     notes = _take_head(config, donors, kept) if donors else []
+    notes += [note for donor in donors if isinstance(donor, Adapter) and (note := _take_labels(config, donor, copied))]
     return config_with_dtype(config, dtype), notes
 
 
@@ -78,6 +82,23 @@ def _take_head(config: dict[str, Any], donors: Sequence[Checkpoint], kept: str) 
         return []
     paths = " and ".join(str(donor.path) for donor in donors)
     return [f"config.json keeps the base's {', '.join(disputed)}: {paths}, of which tensors are copied, differ in that"]
+
+
+def _take_labels(config: dict[str, Any], donor: Adapter, copied: Collection[str]) -> str | None:
+    """Put as many labels into ``config`` as the head of an adapter has rows, which says nothing else of them; return
+    what was done, in words.
+    """
+    if donor.settings.get("task_type") not in ("SEQ_CLS", "TOKEN_CLS"):
+        return None
+    rows = {donor.tensors[name].shape[0] for name in copied if name in donor.tensors and _LAST_LAYER.fullmatch(name)}
+    labels = config.get("id2label")
+    if len(rows) != 1 or (isinstance(labels, dict) and len(labels) in rows):
+        return None
+    (count,) = rows
+    config |= {"id2label": {str(row): f"LABEL_{row}" for row in range(count)}}
+    config |= {"label2id": {f"LABEL_{row}": row for row in range(count)}}
+    config.pop("num_labels", None)
+    return f"config.json has {count} labels without names, as the head of {donor.path} has {count} rows"
 
 
 def _take(config: dict[str, Any], donor: Mapping[str, Any], key: str) -> None:
