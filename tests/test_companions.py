@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -252,6 +253,28 @@ def test_modules_with_other_weights_are_refused_with_commands_that_work(
     lost = "2_Dense/model.safetensors, 3_Dense/model.safetensors"
     assert f"e0: left out, as the base has none there: {lost}" in notes
     assert f"e0: left out, as the base has none there: {lost}" in (tmp_path / "merged/README.md").read_text()
+
+
+def test_pickled_modules_are_converted_before_they_are_merged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = family(tmp_path, experts=1)
+    monkeypatch.chdir(tmp_path)
+    for seed, folder in enumerate((given["base"], *given["experts"])):
+        add_dense(folder, seed)
+        (folder / "2_Dense/model.safetensors").unlink()
+        torch.save({"linear.weight": torch.full((3, 4), float(seed))}, folder / "2_Dense/pytorch_model.bin")
+    with pytest.raises(imf.InputError) as caught:
+        imf.merge({"base": "base", "experts": ["e0"], "method": "mean", "out": "merged"})
+    commands = [command.replace("python -c", f"{sys.executable} -c") for command in caught.value.problems]
+    assert [command[: command.find("python")] for command in caught.value.problems if "python" in command] == [
+        "(cd base/2_Dense && ",
+        "(cd e0/2_Dense && ",
+    ]
+    for command in commands:
+        if command.startswith("isomerge"):
+            assert CliRunner().invoke(app, shlex.split(command)[1:]).exit_code == 0
+        else:
+            subprocess.run(command, shell=True, check=True)
+    assert torch.equal(load_file("merged/2_Dense/model.safetensors")["linear.weight"], torch.ones(3, 4))
 
 
 def test_modules_with_the_same_weights_are_copied(tmp_path: Path) -> None:

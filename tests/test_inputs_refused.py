@@ -380,6 +380,15 @@ OTHERS = {
 }
 
 
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
+def test_pointers_in_place_of_settings(tmp_path: Path, name: str) -> None:
+    base = save_folder(tmp_path / "base", FLOATS)
+    (base / name).write_bytes(OTHERS["git-lfs"][0])
+    with pytest.raises(imf.InputError) as caught:
+        make_plan(load_config({"base": base, "experts": [base]}))
+    assert str(caught.value) == f"{base / name}: a Git LFS pointer, not the file itself; run git lfs pull in its folder"
+
+
 @pytest.mark.parametrize(("content", "what"), OTHERS.values(), ids=OTHERS)
 def test_what_has_the_name_of_weights_and_is_something_else(tmp_path: Path, content: bytes, what: str) -> None:
     base = save_folder(tmp_path / "base", FLOATS)

@@ -18,6 +18,7 @@ from ..errors import InputError
 from ..regular_files import open_regular
 from .folder import list_folder, read_own
 from .layout import ADAPTER_CONFIG_FILE, parse_json
+from .whereabouts import PICKLES, conversion
 
 # Compared byte by byte at planning: a dense module has 3 to 20 MB.
 MAX_COMPARED_BYTES = 64_000_000
@@ -149,6 +150,9 @@ def _commands(base: Path, parts: Sequence[Part], experts: Sequence[Path], method
     owners = {part.folder: [expert / part.folder for expert in owners_of(part, experts)] for part in parts}
     aparts = {part.folder: f"merged-{part.folder.replace('/', '-')}" for part in parts if not part.is_adapter}
     for folder, apart in aparts.items():
+        for place in (base / folder, *owners[folder]):
+            if pickles := [name for name in _weights_in(place) if name.endswith(PICKLES)]:
+                yield f"(cd {shlex.quote(str(place))} && {conversion(pickles)})"
         yield run(base / folder, owners[folder], apart)
     for part in parts:
         if part.is_adapter:

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from ..errors import InputError, shown
+from .pointers import PULL, is_pointer
 
 MAX_INDEXED = 1_000_000  # names in an index
 MAX_CONFIG_DEPTH = 100  # what is copied and written again by recursion
@@ -51,6 +52,8 @@ def parse_json(data: bytes, what: str, *, most_values: int | None = None, as_pyt
     except ValueError as error:
         if isinstance(error, InputError):
             raise
+        if is_pointer(data):
+            raise InputError(f"{what}: a Git LFS pointer, not the file itself; {PULL}") from error
         raise InputError(f"{what}: not JSON ({error})") from error
 
 

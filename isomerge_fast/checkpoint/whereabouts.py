@@ -30,7 +30,7 @@ _ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+(.*)")
 _REVISION = re.compile(r"[0-9A-Za-z][0-9A-Za-z_.-]*")
 _TRAINER_CHECKPOINT = re.compile(r"checkpoint-(\d{1,18})")
 _SHARD = re.compile(r".*-\d+-of-\d+\.safetensors")
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 # Pickles that the Trainer writes, and that hold no weights.
 _NO_WEIGHTS = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state\w*)\.\w+")
 _PLAIN_NAME = re.compile(r"[\w.-]+")
@@ -45,7 +45,7 @@ def of_nothing(path: Path) -> str:
 
 def of_other_file(path: Path) -> str:
     """Return the message about a file that is no .safetensors file."""
-    if path.name.endswith(_PICKLES):
+    if path.name.endswith(PICKLES):
         return f"{path}: pickled weights, which are never opened. {_conversion([path.name])}"
     if path.name.endswith(".gguf"):
         return f"{path}: GGUF is not read; give the model's .safetensors files"
@@ -90,7 +90,7 @@ def of_unread(folder: Path, names: Sequence[str]) -> str:
     steps = {name: int(match[1]) for name in inner if (match := _TRAINER_CHECKPOINT.fullmatch(name))}
     if steps:
         return f"{nothing}; the newest checkpoint in it is {folder / max(steps, key=lambda name: steps[name])}"
-    pickles = [name for name in names if name.endswith(_PICKLES) and not _NO_WEIGHTS.fullmatch(name)]
+    pickles = [name for name in names if name.endswith(PICKLES) and not _NO_WEIGHTS.fullmatch(name)]
     if pickles:
         return f"{folder}: only pickled weights ({pickles[0]}), which are never opened. {_conversion(pickles)}"
     if inner:
@@ -100,16 +100,20 @@ def of_unread(folder: Path, names: Sequence[str]) -> str:
 
 
 def _conversion(pickles: Sequence[str]) -> str:
-    """Return how pickles become one file with the same tensors by the same names, which loading them into a class of
-    transformers may change. File names are somebody else's, and what is shown is to be run: only plain ones stand in
-    it.
+    return f"Convert in its folder: {conversion(pickles)}"
+
+
+def conversion(pickles: Sequence[str]) -> str:
+    """Return the command by which pickles of the folder that it is run in become one file with the same tensors by the
+    same names, which loading them into a class of transformers may change. File names are somebody else's, and what is
+    shown is to be run: only plain ones stand in it.
     """
     first = pickles[0]
     name = first if _PLAIN_NAME.fullmatch(first) else "*" + Path(first).suffix
     if len(pickles) > 1:  # shards: pytorch_model-00001-of-00002.bin
         name = "pytorch_model*.bin" if first.startswith("pytorch_model") else "*" + Path(first).suffix
     return (
-        'Convert in its folder: python -c "import glob, torch; from safetensors.torch import save_file; t = {}; '
+        'python -c "import glob, torch; from safetensors.torch import save_file; t = {}; '
         f"[t.update(torch.load(f, map_location='cpu', weights_only=True)) for f in sorted(glob.glob('{name}'))]; "
         "save_file({k: v.contiguous().clone() for k, v in t.items()}, 'model.safetensors', {'format': 'pt'})\""
     )
