@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from .checkpoint.adapter import Adapter, base_name
+from .checkpoint.bare_lora import factors_among
 from .checkpoint.buffers import Buffers
 from .checkpoint.companions import code_files
 from .checkpoint.layout import FLOAT_DTYPES, Checkpoint, StoredTensor
@@ -33,6 +34,7 @@ def notes_of(plan: Plan) -> Iterator[str]:
     yield from _pattern_notes(plan)
     yield from _tensor_notes(plan)
     yield from _left_out_notes(plan.left_out)
+    yield from _factor_notes(plan)
     yield from _of_buffers(plan.buffers)
     yield from _expert_notes(plan)
     yield from drift_notes(plan.base, plan.experts)
@@ -171,6 +173,20 @@ def _left_out_notes(left_out: Sequence[LeftOut]) -> Iterator[str]:
         if heads and any(labels):
             lost += " with its labels (" + "; ".join(shown(each) for each in labels[:3] if each) + ")"
         yield f"{len(names)} tensor(s) of {whose} are left out, as the base has none: {_with_shapes(tensors)}{lost}"
+
+
+def _factor_notes(plan: Plan) -> Iterator[str]:
+    """LoRA factors inside checkpoints, beside the weights that they change."""
+    lost = (name for each in plan.left_out for name in each.tensors)
+    for names, what in (
+        ((tensor.name for tensor in plan.tensors if tensor.method is not None), "is merged as a tensor of its own"),
+        (lost, "is left out"),
+    ):
+        if found := factors_among(names):
+            yield (
+                f"{len(found)} LoRA factor(s) inside checkpoints, such as {found[0]!r}: each {what}, which is no merge "
+                "of the changes that they make; merge them into their weights first (PEFT: merge_and_unload)"
+            )
 
 
 def _with_shapes(tensors: Mapping[str, StoredTensor]) -> str:

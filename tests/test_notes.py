@@ -345,6 +345,21 @@ class TestLeftOut:
         assert not notes_about(plan, "left out")
 
 
+def test_factors_inside_checkpoints_are_told_of(tmp_path: Path) -> None:
+    """Of a model that was saved before its adapter was merged into it."""
+    layer = {"model.q_proj.weight": torch.ones(8, 8)}
+    factors = {f"model.q_proj.lora_{side}.default.weight": torch.ones(shape) for side, shape in SIDES.items()}
+    folders = [save_folder(tmp_path / "plain", layer)]
+    folders += [save_folder(tmp_path / name, {**layer, **factors}) for name in ("a", "b")]
+    end = "which is no merge of the changes that they make; merge them into their weights first"
+    start = "2 LoRA factor(s) inside checkpoints, such as 'model.q_proj.lora_A.default.weight': each is"
+    for base, expert, what in ((1, 2, "merged as a tensor of its own"), (0, 2, "left out")):
+        (note,) = notes_about(plan_of(folders[base], [folders[expert]], on_extra="ignore"), "LoRA factor")
+        assert note == f"{start} {what}, {end} (PEFT: merge_and_unload)"
+    assert not notes_about(plan_of(folders[0], [folders[0]]), "LoRA factor")
+
+
+SIDES = {"A": (2, 8), "B": (8, 2)}
 DEFAULT = (
     "scaling is not given, so α = 1; the best α depends on models, method and number of experts, and is found on "
     "validation data: give several (--scaling 0.8 --scaling 1.0 --scaling 1.3: one decomposition), or keep Δ "

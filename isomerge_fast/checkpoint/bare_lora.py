@@ -5,6 +5,7 @@ not the factors of a mean.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 from .layout import ADAPTER_CONFIG_FILE, Checkpoint
 
@@ -66,6 +67,11 @@ def bare_lora(checkpoint: Checkpoint) -> str | None:
             return f"{where}{_MERGE}"
         return f"{where}{_FUSE}, and give that as the expert"
     return None
+
+
+def factors_among(names: Iterable[str]) -> list[str]:
+    """Return the names that LoRA factors have, of a model that holds the weights under them as well."""
+    return [name for name in names if _HINT.search(name) and _FACTOR.fullmatch(name)]
 
 
 def _is_of_a_pipeline(name: str) -> bool:
