@@ -225,6 +225,10 @@ def test_the_head_of_an_adapter_brings_as_many_labels_as_it_has_rows(tmp_path: P
         "id2label": {"0": "LABEL_0", "1": "LABEL_1", "2": "LABEL_2"},
         "label2id": {"LABEL_0": 0, "LABEL_1": 1, "LABEL_2": 2},
     }
+    assert (
+        f"config.json keeps the base's architectures and tying: {expert}, of which tensors are copied, has no "
+        "config.json; set them where it is a head"
+    ) in report.notes
     assert f"config.json has 3 labels without names, as the head of {expert} has 3 rows" in report.notes
 
 

@@ -47,9 +47,14 @@ def output_config(
     if unties:
         config[_TIED] = False
         _untie(config)
-    kept = "architectures and labels" if unties else "architectures, labels and tying"
-    notes = _take_head(config, donors, kept) if donors else []
-    notes += [note for donor in donors if isinstance(donor, Adapter) and (note := _take_labels(config, donor, copied))]
+    labels = [note for donor in donors if isinstance(donor, Adapter) and (note := _take_labels(config, donor, copied))]
+    kept = ["architectures", *([] if labels else ["labels"]), *([] if unties else ["tying"])]
+    notes = (
+        []
+        if not donors
+        else _take_head(config, donors, " and ".join([", ".join(kept[:-1]), kept[-1]] if kept[1:] else kept))
+    )
+    notes += labels
     return config_with_dtype(config, dtype), notes
 
 
