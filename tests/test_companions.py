@@ -171,7 +171,7 @@ def test_weights_that_may_belong_to_the_model_are_told_of(tmp_path: Path) -> Non
         f"{given['base']}: {told}: colbert_linear.pt, voices/; copy what does into the output",
         f"{given['experts'][0]}: {told}: model_head.pkl; copy what does into the output",
     ]
-    assert all(f"- {note}\n" in (tmp_path / "out/README.md").read_text() for note in notes)
+    assert all(f"- {note}\n" in (tmp_path / "out/README.md").read_text().replace("\\", "") for note in notes)
 
 
 def test_bounds_are_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -252,7 +252,9 @@ def test_modules_with_other_weights_are_refused_with_commands_that_work(
     notes = json.loads((tmp_path / "merged/report.json").read_text())["notes"]
     lost = "2_Dense/model.safetensors, 3_Dense/model.safetensors"
     assert f"e0: left out, as the base has none there: {lost}" in notes
-    assert f"e0: left out, as the base has none there: {lost}" in (tmp_path / "merged/README.md").read_text()
+    assert f"e0: left out, as the base has none there: {lost}" in (tmp_path / "merged/README.md").read_text().replace(
+        "\\", ""
+    )
 
 
 def test_pickled_modules_are_converted_before_they_are_merged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
