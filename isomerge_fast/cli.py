@@ -416,7 +416,10 @@ def plan(
             if isinstance(value, int | float) and value <= 0:
                 raise ConfigError(f"{option} is {value:g}; a rate is above zero")
         config, target = described.config(), resolve_device(device)
-        ceilings = {"max_ram": parse_bytes(max_ram, "--max-ram"), "max_vram": parse_bytes(max_vram, "--max-vram")}
+        ceilings: dict[str, Any] = {
+            "max_ram": parse_bytes(max_ram, "--max-ram"),
+            "max_vram": parse_bytes(max_vram, "--max-vram"),
+        }
         made = make_plan(config, target, **ceilings)
         check_resources(made, device=target, **ceilings)
         found = {**made.to_dict(), "estimated_seconds": estimate_seconds(made)}

@@ -26,7 +26,7 @@ from .checkpoint.layout import (
 )
 from .checkpoint.writer import OutputTensor
 from .config import MergeConfig
-from .errors import ConfigError
+from .errors import ConfigError, visible
 from .file_notes import file_notes_of
 from .inputs import open_inputs, touches
 from .linalg.arithmetic import describe_arithmetic
@@ -114,14 +114,16 @@ def make_plan(
         buffers=inputs.buffers,
         left_out=left_out,
     )
-    return replace(made, notes=(*notes_of(made), *file_notes_of(made)))
+    # Names of files may hold bytes that are no text, and no JSON.
+    return replace(made, notes=tuple(visible(note) for note in (*notes_of(made), *file_notes_of(made))))
 
 
 def _contents(base: Checkpoint, experts: Sequence[Checkpoint], config: MergeConfig) -> FolderContents:
     if not base.is_folder or config.adapter_rank is not None:
         return FolderContents()
     merged = [path.name for path in base.files] + ([base.index_name] if base.index_name else [])
-    checkpoints = [expert.path for expert in experts if not isinstance(expert, Adapter)]
+    is_model = not config.experts_are_deltas  # a Δ has no parts
+    checkpoints = [expert.path for expert in experts if is_model and not isinstance(expert, Adapter)]
     return contents_of(base.path, merged, checkpoints, config.method)
 
 

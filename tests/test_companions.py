@@ -122,9 +122,44 @@ def test_what_is_not_essential_and_cannot_be_copied_is_left_behind(tmp_path: Pat
         "loop/": "a link to a folder",
         "a\x1b[31m.txt": "control characters in its name",
         os.fsdecode(b"\xff.txt"): "control characters in its name",
-        "Report.json": "one file with 'report.json' where case is not told",
+        "Report.json": "the output has its own",
         "x.txt": "one file with 'X.txt' where case is not told",
     }
+
+
+def test_names_that_are_no_text_are_written_down(tmp_path: Path) -> None:
+    """In the report and in notes; a merge that is done does not fail at the last moment for one."""
+    given = family(tmp_path)
+    for name in (b"x\xff.txt", b"head\xff.pkl", b"y\xff.bin"):
+        (given["base"] / os.fsdecode(name)).write_text("x")
+    report = imf.merge({**given, "out": tmp_path / "out"})
+    assert [left["name"] for left in report.left_behind] == [r"head\xff.pkl", r"x\xff.txt", r"y\xff.bin"]
+    assert any(r"head\udcff.pkl" in note for note in report.notes)
+    verify(tmp_path / "out")
+
+
+def test_code_is_copied_whatever_its_name_begins_with(tmp_path: Path) -> None:
+    folder = save_folder(tmp_path / "base", make_base())
+    names = ("optimizer_utils.py", "training_args.py", "checkpoint-utils.py", "modeling_x.py")
+    fill(folder, [*names, "zero_to_fp32.py"])
+    found = sort_folder(folder, ["model.safetensors"])
+    assert found.companions == tuple(sorted(names))
+    assert [left.name for left in found.left_behind] == ["zero_to_fp32.py"]
+
+
+def test_folders_elsewhere_are_not_looked_into(tmp_path: Path) -> None:
+    folder = save_folder(tmp_path / "base", make_base())
+    fill(tmp_path, ["elsewhere/private.json", "elsewhere/config.json"])
+    (folder / "1_x").symlink_to("../elsewhere")
+    (folder / "plain").symlink_to("../elsewhere")
+    fill(folder, ["Delta/x.json"])
+    found = sort_folder(folder, ["model.safetensors"])
+    assert found.companions == ()
+    assert found.left_behind == (
+        LeftBehind("1_x/", "a link to a folder", 0, 0),
+        LeftBehind("Delta/", "the output has its own", 1, 15),
+        LeftBehind("plain/", "a link to a folder", 0, 0),
+    )
 
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"4" * 64 + b"\nsize 9085657\n"
@@ -332,7 +367,11 @@ def test_modules_that_may_differ_are_refused(
     assert caught.value.message.startswith(expected)
 
 
-@pytest.mark.parametrize("modules", ['{"path": 1}', "[1, {}]", "not JSON", '[{"path": "../e0"}, {"path": "/etc"}]'])
+@pytest.mark.parametrize(
+    "modules",
+    ['{"path": 1}', "[1, {}]", "not JSON", '[{"path": "../e0"}, {"path": "/etc"}]', f'[{{"path": "{"x" * 5_000}"}}]'],
+    ids=["object", "numbers", "text", "elsewhere", "long"],
+)
 def test_lists_of_modules_that_name_none(tmp_path: Path, modules: str) -> None:
     fill(tmp_path, ["2_Dense/", "3/config.json"])
     (tmp_path / "modules.json").write_text(modules)
@@ -371,6 +410,9 @@ def test_adapters_beside_the_weights(tmp_path: Path) -> None:
         f"vision-lora/{name}" for name in ("adapter_config.json", "adapter_model.safetensors", "notes.txt")
     )
     assert plan.left_behind == ()
+    # Task vectors have no parts, and the base's is as it was: apply takes it, too.
+    plan = make_plan(load_config({**given, "experts": given["experts"][:1], "experts_are_deltas": True}))
+    assert "vision-lora/adapter_model.safetensors" in plan.companions
     add(given["experts"][1], "y")
     with pytest.raises(imf.InputError) as caught:
         make_plan(load_config(given))

@@ -359,6 +359,21 @@ def test_a_model_with_lora_of_its_own_is_none(tmp_path: Path, own: str) -> None:
     make_plan(load_config({"base": folder, "experts": [folder]}))
 
 
+@pytest.mark.parametrize(
+    ("own", "factor"),
+    [
+        ("parametrizations.weight.original", "parametrizations.weight.0.lora_{}"),
+        ("base_layer.gate_up_proj", "lora_{}.weight"),
+        ("linear.weight", "lora_{}"),
+    ],
+    ids=["jina-v3", "target-parameters", "wrapped"],
+)
+def test_weights_lie_beside_factors_under_many_names(tmp_path: Path, own: str, factor: str) -> None:
+    layer = {f"{Q}.{own}": torch.ones(N, N), f"{Q}.{factor.format('A')}": A, f"{Q}.{factor.format('B')}": B}
+    folder = save_folder(tmp_path / "model", {**FLOATS, **layer})
+    make_plan(load_config({"base": folder, "experts": [folder]}))
+
+
 OTHERS = {
     "git-lfs": (
         b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"4" * 64 + b"\nsize 9085657\n",

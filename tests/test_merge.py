@@ -243,13 +243,13 @@ def test_stochastic_rounding_needs_bfloat16(tmp_path: Path) -> None:
     family = make_family(tmp_path, dtype=torch.float32)
     with pytest.raises(ConfigError, match="stochastic_rounding: no merged tensor is written as bfloat16"):
         imf.merge(config_of(family, tmp_path / "out", stochastic_rounding=1))
-    with pytest.raises(ConfigError, match="stochastic_rounding is a seed, 0 or more; got -1"):
+    with pytest.raises(ConfigError, match="stochastic_rounding is -1; expected a whole number, 0 or more"):
         imf.merge(config_of(family, tmp_path / "out", stochastic_rounding=-1, dtype="bfloat16"))
     assert not (tmp_path / "out").exists()
     base, experts = load_folder(family[0]), [load_folder(expert) for expert in family[1]]
     with pytest.raises(ConfigError, match="stochastic_rounding: no merged tensor becomes bfloat16"):
         imf.merge_state_dicts(base, experts, method="mean", stochastic_rounding=1)
-    with pytest.raises(ConfigError, match="stochastic_rounding is a seed, 0 or more; got -1"):
+    with pytest.raises(ConfigError, match="stochastic_rounding is -1; expected a whole number, 0 or more"):
         imf.merge_state_dicts(base, experts, method="mean", dtype=torch.bfloat16, stochastic_rounding=-1)
 
 

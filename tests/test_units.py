@@ -197,7 +197,7 @@ def test_a_unit_of_a_merge_that_was_given_up_writes_nothing(tmp_path: Path) -> N
                 run(plan, device="cpu", crew=crew)
         else:
             run(plan, device="cpu", crew=crew, overwrite=True)
-    imf.merge(config_of(family, tmp_path / "whole", method="iso-c"))
+    imf.merge(config_of(family, tmp_path / "whole", method="iso-c", scaling=1.0))
     assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "whole")
     with pytest.raises(imf.ResourceError, match="cannot be written"):  # and after its commit
         merge_unit(*late[0])
@@ -408,6 +408,6 @@ def test_threads_are_those_asked_for_and_come_back(tmp_path: Path, monkeypatch: 
     imf.merge(config, threads=before + 1, observer=watch)
     assert before + 1 in seen
     assert torch.get_num_threads() == before
-    with pytest.raises(imf.ConfigError, match="threads is 0; it is 1 or more"):
+    with pytest.raises(imf.ConfigError, match="threads is 0; expected a whole number, 1 or more"):
         imf.merge({**config, "out": str(tmp_path / "other")}, threads=0)
     assert not (tmp_path / "other").exists()

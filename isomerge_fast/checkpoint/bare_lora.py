@@ -31,6 +31,11 @@ _HINT = re.compile(
     r"lora|lycoris_|lokr_|hada_|oft_|vera_|ia3_l|ft_spectrum|hra_u|shira_|miss_block|bone_block|road_|c3a_"
 )
 
+# torch.nn.utils.parametrize: ``layer.parametrizations.weight.0`` holds the factors of what ``original`` is.
+_PARAMETRIZATION = re.compile(r"(?<=\.parametrizations\.weight)\.\d+$")
+# What LyCORIS writes beside factors.
+_OF_FACTORS = ("alpha", "b_norm", "diff", "diff_b", "dora_scale", "scalar", "w_norm")
+
 _MERGE = "merge it into its model first (PEFT: merge_and_unload), and give that as the expert"
 _FUSE = (
     "fuse it into its model first (Diffusers: pipe.load_lora_weights(file); pipe.fuse_lora(); "
@@ -41,19 +46,17 @@ _FUSE = (
 def bare_lora(checkpoint: Checkpoint) -> str | None:
     """Return why a checkpoint is factors instead of weights, and what to do; None where it is not.
 
-    A model that holds the weights under its factors (``base_layer``, or the same module's ``weight``) is one.
+    A model that holds the weights beside its factors (``weight``, ``base_layer.weight``, ``linear.weight`` of the same
+    module, the ``original`` of torch's parametrizations) is one.
     """
-    tensors = checkpoint.tensors
-    for name, stored in tensors.items():
-        if _HINT.search(name) is None:
-            continue
-        match = next((match for kind in _KINDS if (match := kind.fullmatch(name)) is not None), None)
+    whole: set[str] | None = None
+    for name, stored in checkpoint.tensors.items():
+        match = _match(name)
         if match is None:
             continue
-        module = match["module"]
-        if match.re is not _OF_A_CHANGE and any(
-            f"{module}.{own}" in tensors for own in ("weight", "base_layer.weight")
-        ):
+        if whole is None:
+            whole = _modules_with_weights(checkpoint)
+        if match.re is not _OF_A_CHANGE and _PARAMETRIZATION.sub("", match["module"]) in whole:
             continue
         where = f"{stored.file}: LoRA factors ({name!r} {list(stored.shape)}) are no weights to merge; "
         if match.re is _FACTOR and match["side"] in _PEFT_SIDES and not _is_of_a_pipeline(name):
@@ -67,6 +70,25 @@ def bare_lora(checkpoint: Checkpoint) -> str | None:
             return f"{where}{_MERGE}"
         return f"{where}{_FUSE}, and give that as the expert"
     return None
+
+
+def _match(name: str) -> re.Match[str] | None:
+    if _HINT.search(name) is None:
+        return None
+    return next((match for kind in _KINDS if (match := kind.fullmatch(name)) is not None), None)
+
+
+def _modules_with_weights(checkpoint: Checkpoint) -> set[str]:
+    """Return the modules in which a matrix lies that is no factor, and all that these lie in."""
+    found: set[str] = set()
+    for name, stored in checkpoint.tensors.items():
+        module, _, last = name.rpartition(".")
+        if len(stored.shape) < 2 or last in _OF_FACTORS or _match(name) is not None:
+            continue
+        while module and module not in found:
+            found.add(module)
+            module = module.rpartition(".")[0]
+    return found
 
 
 def factors_among(names: Iterable[str]) -> list[str]:

@@ -15,7 +15,7 @@ from ..errors import InputError, ResourceError
 from .checksum import Checksum
 from .direct_io import READ_BYTES, page_buffer
 from .folder import list_folder, open_own
-from .manifest import MANIFEST_FILE, REPORT_FILE
+from .manifest import MANIFEST_FILE, REPORT_FILE, file_name
 from .parts import Part, check_equal, own_weights, owners_of, part_folders
 from .pointers import HEAD_BYTES, MAX_POINTER_BYTES, PULL, is_pointer
 from .writer import write_blocks_durably
@@ -85,7 +85,9 @@ _THE_SAME_WEIGHTS = re.compile(
     r"|.*\.(h5|keras|msgpack|gguf|ggml|onnx|onnx_data.*|ot|tflite|mlmodel|pb|llamafile|dduf)"
 )
 # What every output has of its own at this place; ``delta`` is the folder of the merged Δ.
-_WRITTEN = ("README.md", MANIFEST_FILE, REPORT_FILE, "adapter_config.json", "delta")
+_WRITTEN = ("readme.md", MANIFEST_FILE, REPORT_FILE, "adapter_config.json", "delta")
+# Which DeepSpeed puts beside a training state.
+_NO_CODE = ("zero_to_fp32.py",)
 _CONFIG = "config.json"  # written anew, of the base's
 
 # Vocabularies of unknown names have up to 60 MB. In the folder itself all names are looked at; below it bounds keep a
@@ -108,7 +110,7 @@ class LeftBehind:
     bytes: int
 
     def to_dict(self) -> dict[str, Any]:
-        return {"name": self.name, "why": self.why, "files": self.files, "bytes": self.bytes}
+        return {"name": file_name("", self.name), "why": self.why, "files": self.files, "bytes": self.bytes}
 
 
 @dataclass(frozen=True)
@@ -142,13 +144,14 @@ def contents_of(base: Path, merged: Collection[str], experts: Sequence[Path], me
 
     Args:
         merged: names of the files that are merged.
-        experts: the checkpoints among them; method: by which they are merged, for the advice.
+        experts: the checkpoints among them, whose own parts are compared; method: by which they are merged, for the
+            advice.
 
     Raises:
         InputError: as ``sort_folder`` and ``check_equal``.
     """
     contents = sort_folder(base, merged)
-    strays = [part for part in contents.parts if part.is_adapter and not owners_of(part, experts)]
+    strays = [part for part in contents.parts if part.is_adapter and experts and not owners_of(part, experts)]
     for part in strays:
         contents = contents.without(measure(base, part.folder, _STRAY, MAX_WALKED_NAMES))
     kept = [part for part in contents.parts if part not in strays]
@@ -246,6 +249,7 @@ class _Sorter:
         self.left: list[LeftBehind] = []
         self.parts: list[Part] = []
         self._folder, self._merged = folder, merged
+        self._home = Path(os.path.realpath(folder))
         self._part_folders: frozenset[str] = frozenset()
         self._small: list[str] = []
         self._walked = self._bytes = 0
@@ -270,8 +274,10 @@ class _Sorter:
             place = self._folder / path
             # A link to a folder under an essential file's name is an error, as any other that is no file.
             is_folder = os.path.isdir(place) and not (place.is_symlink() and _is_essential(path))
-            if path in _WRITTEN:
+            if _caseless(path) in _WRITTEN:
                 self._leave(path, "the output has its own")
+            elif not is_folder and _is_essential(path) and name not in _NO_CODE:
+                self._small.append(path)
             elif why := next((why for why, patterns in LEFT_BEHIND.items() if _matches_any(name, patterns)), None):
                 self._leave(path, why)
             elif _WEIGHTS.search(name):
@@ -283,8 +289,10 @@ class _Sorter:
 
     def _sort_folder(self, path: str) -> None:
         is_essential = "/" not in path and _matches_any(path, _ESSENTIAL_FOLDERS)
-        if (self._folder / path).is_symlink() and not is_essential:
-            return self._leave(path, "a link to a folder")
+        place = self._folder / path
+        if place.is_symlink() and not (is_essential and Path(os.path.realpath(place)).is_relative_to(self._home)):
+            self.left.append(LeftBehind(f"{path}/", "a link to a folder", 0, 0))
+            return None
         try:
             names = list_folder(self._folder / path, most=MAX_FOLDER_NAMES + 1)
         except InputError:

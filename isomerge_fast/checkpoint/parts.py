@@ -20,8 +20,8 @@ from .folder import list_folder, read_own
 from .layout import ADAPTER_CONFIG_FILE, parse_json
 from .whereabouts import PICKLES, conversion
 
-# Compared byte by byte at planning: a dense module has 3 to 20 MB.
-MAX_COMPARED_BYTES = 64_000_000
+# Compared byte by byte at planning: a dense module has 3 to 20 MB, the adapters of a multimodal model some hundred.
+MAX_COMPARED_BYTES = 2_000_000_000
 _MAX_LIST_BYTES, _MAX_LIST_VALUES = 1_000_000, 10_000
 _BLOCK_BYTES = 1 << 20
 _MODULES = "modules.json"
@@ -163,4 +163,4 @@ def _commands(base: Path, parts: Sequence[Part], experts: Sequence[Path], method
 
 def _weights_in(folder: Path) -> list[str]:
     """Return the files of weights in a folder that may not be there."""
-    return own_weights(list_folder(folder)) if folder.is_dir() else []
+    return own_weights(list_folder(folder)) if os.path.isdir(folder) else []
