@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import json
 import math
 import os
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from .errors import ConfigError, InputError, nearest, shown
+from .globs import globs_of
 from .mergekit_recipe import is_recipe, read_recipe
 from .regular_files import read_regular
 from .schema import check
@@ -179,7 +179,8 @@ SMALLEST_SUM = 1e-8
 def _weight(entry: float | list[WeightRule], name: str) -> float:
     if not isinstance(entry, list):
         return float(entry)
-    return next((float(rule.weight) for rule in entry if fnmatch.fnmatchcase(name, rule.match)), 1.0)
+    place = globs_of((*[rule.match for rule in entry],)).first(name)
+    return 1.0 if place is None else float(entry[place].weight)
 
 
 def recorded_config(description: Mapping[str, Any]) -> MergeConfig:

@@ -6,10 +6,14 @@ from __future__ import annotations
 
 import difflib
 import reprlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 # So many problems are told of in one message.
 MAX_PROBLEMS = 20
+# So many names stand in one sentence, beside how many more there are.
+MAX_LISTED = 6
+# Of what is worth knowing and no error, whatever the files are: some notes there are for each expert.
+MAX_REMARKS, MAX_CHARACTERS = 500, 12_000
 
 
 def visible(text: str, keep: str = "") -> str:
@@ -91,6 +95,21 @@ def first_of(problems: Sequence[str]) -> list[str]:
     """Return as many problems as one message tells of, and how many there are beside them."""
     more = len(problems) - MAX_PROBLEMS
     return [*problems[:MAX_PROBLEMS], *([f"… and {more} more"] if more > 0 else [])]
+
+
+def listed(names: Sequence[str]) -> str:
+    """Return names one after the other, as many as one sentence has room for, and how many there are beside them."""
+    more = len(names) - MAX_LISTED
+    return ", ".join(names[:MAX_LISTED]) + (f" and {more} more" if more > 0 else "")
+
+
+def bounded(remarks: Iterable[str]) -> Iterator[str]:
+    """Yield remarks, which hold what strangers' files say, as many and as long as somebody reads."""
+    remarks = list(remarks)
+    for remark in remarks[:MAX_REMARKS]:
+        yield remark if len(remark) <= MAX_CHARACTERS else f"{remark[: MAX_CHARACTERS - 1]}…"
+    if len(remarks) > MAX_REMARKS:
+        yield f"… and {len(remarks) - MAX_REMARKS} more"
 
 
 # What others call it.

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import difflib
-import fnmatch
 import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from functools import cache
 
 from .config import MergeConfig
 from .errors import MAX_PROBLEMS, ConfigError, first_of, shown
+from .globs import first_match, globs_of
 
 # Names that differ only in their numbers are one kind. So many kinds, and so many words of a pattern, are looked at
 # for the nearest name; real models have some hundred kinds.
@@ -44,9 +44,8 @@ def require_matches(
         for pattern in patterns:
             if pattern != "*" and where not in places.setdefault(pattern, []):
                 places[pattern].append(where)
-    missed = [
-        pattern for pattern in places if first_match(pattern, names) is None and first_match(pattern, left_out) is None
-    ]
+    known = {*names, *left_out} if places else ()
+    missed = [pattern for pattern in places if first_match(pattern, known) is None]
     kinds = _kinds_of(names) if missed else []
     problems = [
         f"{' and '.join(places[pattern])}: {shown(pattern)} matches no tensor"
@@ -59,12 +58,6 @@ def require_matches(
         raise ConfigError(f"{len(problems)} patterns match no tensor:", first_of(problems))
 
 
-def first_match(pattern: str, names: Iterable[str]) -> str | None:
-    """Return the first name that a pattern matches, as ``fnmatch.fnmatchcase`` has it."""
-    matches = re.compile(fnmatch.translate(pattern)).match
-    return next(filter(matches, names), None)
-
-
 def idle_patterns(config: MergeConfig, merged: Collection[str], copied: Collection[str]) -> Iterator[str]:
     """Yield which patterns change nothing, though they match something, and why.
 
@@ -75,24 +68,21 @@ def idle_patterns(config: MergeConfig, merged: Collection[str], copied: Collecti
     places: dict[str, list[str]] = {}
     overrides = [override.match for override in config.overrides]
     for where, patterns in rules_of(config):
-        tried = list(overrides) if where == "exclude" else []
-        for pattern in patterns:
-            if pattern != "*" and (why := _idle(pattern, tried, merged, copied)):
-                places.setdefault(f"{shown(pattern)} {why}", []).append(where)
-            tried.append(pattern)
+        before = overrides if where == "exclude" else []
+        tried = globs_of((*before, *patterns))
+        taking = {tried.first(name) for name in merged} if patterns else set()
+        for place, pattern in enumerate(patterns, len(before)):
+            if pattern != "*" and place not in taking:
+                places.setdefault(f"{shown(pattern)} {_why_idle(pattern, merged, copied)}", []).append(where)
     for what, where in places.items():
         yield f"{' and '.join(where)}: {what}"
 
 
-def _idle(pattern: str, tried: Sequence[str], merged: Collection[str], copied: Collection[str]) -> str | None:
-    """Return why a pattern changes nothing, if so. ``tried``: the patterns that come before it."""
+def _why_idle(pattern: str, merged: Collection[str], copied: Collection[str]) -> str:
     taken = first_match(pattern, merged)
     if taken is None:
         return f"matches only tensors that are not merged, such as {first_match(pattern, copied)!r}"
-    rest = (name for name in merged if not any(fnmatch.fnmatchcase(name, each) for each in tried))
-    if first_match(pattern, rest) is None:
-        return f"changes nothing: what is tried before it takes all that it matches, such as {taken!r}"
-    return None
+    return f"changes nothing: what is tried before it takes all that it matches, such as {taken!r}"
 
 
 def _kinds_of(names: Iterable[str]) -> list[str]:

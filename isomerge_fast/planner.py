@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import hashlib
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,8 +25,9 @@ from .checkpoint.layout import (
 )
 from .checkpoint.writer import OutputTensor
 from .config import MergeConfig
-from .errors import ConfigError, visible
+from .errors import ConfigError, bounded, visible
 from .file_notes import file_notes_of
+from .globs import globs_of
 from .inputs import open_inputs, touches
 from .linalg.arithmetic import describe_arithmetic
 from .methods import Mean, Method, TensorSpec, make_method
@@ -115,7 +115,7 @@ def make_plan(
         left_out=left_out,
     )
     # Names of files may hold bytes that are no text, and no JSON.
-    return replace(made, notes=tuple(visible(note) for note in (*notes_of(made), *file_notes_of(made))))
+    return replace(made, notes=tuple(bounded(map(visible, (*notes_of(made), *file_notes_of(made))))))
 
 
 def _contents(base: Checkpoint, experts: Sequence[Checkpoint], config: MergeConfig) -> FolderContents:
@@ -393,17 +393,15 @@ def _choose_method(
 
     With the reason, which is empty for what the config's own method merges.
     """
-    for pattern, override in overrides:
-        if fnmatch.fnmatchcase(spec.name, pattern):
-            if override.accepts(spec):
-                return override, f"overrides: {pattern!r}"
-            return Mean(), f"overrides: {pattern!r}, but {override.name} takes matrices only: averaged"
-    for pattern in config.exclude:
-        if fnmatch.fnmatchcase(spec.name, pattern):
-            return Mean(), f"exclude: {pattern!r}: averaged"
+    if (place := globs_of((*[pattern for pattern, _ in overrides],)).first(spec.name)) is not None:
+        pattern, override = overrides[place]
+        if override.accepts(spec):
+            return override, f"overrides: {pattern!r}"
+        return Mean(), f"overrides: {pattern!r}, but {override.name} takes matrices only: averaged"
+    if (place := globs_of(tuple(config.exclude)).first(spec.name)) is not None:
+        return Mean(), f"exclude: {config.exclude[place]!r}: averaged"
     if not method.accepts(spec):
         return Mean(), f"{len(spec.shape)}-D: averaged, as published"
-    for pattern in method.default_exclude:
-        if fnmatch.fnmatchcase(spec.name, pattern):
-            return Mean(), f"{pattern!r}: averaged, as published"
+    if (place := globs_of(tuple(method.default_exclude)).first(spec.name)) is not None:
+        return Mean(), f"{method.default_exclude[place]!r}: averaged, as published"
     return method, ""

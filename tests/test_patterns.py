@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import fnmatch
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +16,11 @@ from adapters import make_adapters
 from checkpoints import load_folder, make_base, make_expert, make_family, save_folder
 
 import isomerge_fast as imf
-from isomerge_fast.config import load_config
-from isomerge_fast.patterns import require_matches
-from isomerge_fast.planner import make_plan
+from isomerge_fast.config import MergeConfig, WeightRule, load_config
+from isomerge_fast.globs import first_match, globs_of
+from isomerge_fast.methods import IsoC, Mean, Method, TensorSpec, method_for
+from isomerge_fast.patterns import idle_patterns, require_matches
+from isomerge_fast.planner import _choose_method, make_plan
 
 Family = tuple[Path, list[Path]]
 
@@ -178,3 +183,52 @@ def test_the_nearest_of_many_names_is_found_at_once() -> None:
     with pytest.raises(imf.ConfigError):
         require_matches([("exclude", patterns[:3])], strange)
     assert time.process_time() - started < 6
+
+
+def calls_of(function: Callable[[], object]) -> int:
+    """How many Python functions are called."""
+    count = 0
+
+    def profile(frame: object, event: str, argument: object) -> None:
+        nonlocal count
+        count += event == "call"
+
+    sys.setprofile(profile)
+    try:
+        function()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+def test_many_patterns_are_tried_on_each_name_once() -> None:
+    names = [f"layers.{number}.weight" for number in range(300)]
+    patterns = [*names[:40], *(f"*.{number}.wei*" for number in range(40, 80)), *(f"{name}*" for name in names[:40])]
+    config = MergeConfig("b", ["e"], exclude=patterns)
+    assert calls_of(lambda: list(idle_patterns(config, names, []))) < len(names) * len(patterns)
+    assert [note.split(" ")[1] for note in idle_patterns(config, names, [])] == [f"'{name}*'" for name in names[:40]]
+
+
+def test_a_name_is_looked_up_among_many_patterns_at_once() -> None:
+    rules = [WeightRule(f"layer{number}.*" if number % 2 else f"layer{number}.weight", 0.5) for number in range(300)]
+    overrides: list[tuple[str, Method]] = [(f"part{number}.*", Mean()) for number in range(300)]
+    config = MergeConfig("b", ["e"], weights=[rules], exclude=[rule.match for rule in rules])
+    spec = TensorSpec("norm.weight", (4, 4), torch.float32)
+
+    def choose() -> None:
+        assert config.weights_of("norm.weight") is None
+        assert _choose_method(spec, config, IsoC(), overrides)[0].name == "iso-c"
+        assert method_for(IsoC(), spec, config.exclude).name == "iso-c"
+
+    choose()
+    assert calls_of(choose) < 100
+    assert config.weights_of("layer7.weight") == config.weights_of("layer8.weight") == (0.5,)
+
+
+@pytest.mark.parametrize("patterns", [["a", "*", "b"], ["b", "a"], ["?", "a"], ["a?", "[ab]", "b"], ["[", "a[0]"], []])
+def test_the_first_of_several_patterns_is_that_of_fnmatch(patterns: list[str]) -> None:
+    for name in ("a", "b", "A", "ab", "a[0]", "a0", "[", "", "a\nb"):
+        expected = next((index for index, each in enumerate(patterns) if fnmatch.fnmatchcase(name, each)), None)
+        assert globs_of(tuple(patterns)).first(name) == expected
+        for pattern in patterns:
+            assert (first_match(pattern, [name]) is not None) == fnmatch.fnmatchcase(name, pattern)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
 from ..errors import ConfigError, nearest, shown
+from ..globs import globs_of
 from ..values import refuse
 from .iso_c import IsoC
 from .iso_cts import IsoCTS
@@ -89,5 +89,5 @@ def given_method(method: str | Method, options: Mapping[str, Any]) -> Method:
 
 def method_for(method: Method, spec: TensorSpec, exclude: Sequence[str] = ()) -> Method:
     """``method``, or the mean where it takes no such tensor or a pattern of ``exclude`` or its own has the name."""
-    excluded = any(fnmatch.fnmatchcase(spec.name, pattern) for pattern in (*exclude, *method.default_exclude))
-    return method if method.accepts(spec) and not excluded else Mean()
+    place = globs_of((*exclude, *method.default_exclude)).first(spec.name)
+    return method if method.accepts(spec) and place is None else Mean()
