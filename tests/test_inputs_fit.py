@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from test_inputs_refused import problems
 from torch import Tensor
 
 import isomerge_fast as imf
-from isomerge_fast.checkpoint.prefixes import find_prefixes
+from isomerge_fast.checkpoint.prefixes import MOST_PREFIXES, find_prefixes
 from isomerge_fast.config import load_config
 from isomerge_fast.plan import Plan
 from isomerge_fast.planner import make_plan
@@ -115,6 +116,31 @@ def test_heads_and_layers_are_no_prefixes() -> None:
     renamed = [{f"{name}.layers.0.{part}.weight": square for part in "abcdefghij"} for name in ("bert", "roberta")]
     (prefix,) = find_prefixes(*renamed)
     assert (prefix.removed, prefix.added, len(prefix.names)) == ("bert.", "roberta.", 10)
+
+
+def test_a_wrapper_in_the_middle_of_names_is_one_line(tmp_path: Path) -> None:
+    base = save_folder(tmp_path / "base", model(layers=12))
+    for wrapper in ("_checkpoint_wrapped_module.", "_fsdp_wrapped_module.", "inner."):
+        inside = {re.sub(r"(layers\.\d+\.)", rf"\1{wrapper}", name): each for name, each in model(layers=12).items()}
+        expert = save_folder(tmp_path / wrapper, inside)
+        mend = (
+            SAME_CLASS
+            if wrapper == "inner."
+            else (
+                "strip the wrappers' part from the names before they are saved: "
+                f"{{name.replace('{wrapper}', ''): tensor for name, tensor in state.items()}}"
+            )
+        )
+        assert problems(base, expert) == [
+            f"{expert}: 36 names differ only by their prefix, 'layers.#.{wrapper}' instead of 'layers.#.' in the base "
+            f"{base} ('layers.0.{wrapper}down.weight' is 'layers.0.down.weight' there); {mend}"
+        ]
+
+
+def test_names_that_have_each_a_prefix_of_their_own_are_bounded() -> None:
+    missing = {f"x{number}.weight": (N, N) for number in range(60)}
+    extra = {f"p{number}.x{number}.weight": (N, N) for number in range(60)}
+    assert len(find_prefixes(missing, extra)) == MOST_PREFIXES
 
 
 def test_causes_are_grouped_and_experts_share_a_line(tmp_path: Path) -> None:

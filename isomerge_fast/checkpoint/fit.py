@@ -10,7 +10,7 @@ from typing import Any
 from ..errors import MAX_PROBLEMS
 from .adapter import Adapter, misfits
 from .layout import COPIED_DTYPES, FLOAT_DTYPES, TOKEN_TABLES, Checkpoint, StoredTensor
-from .prefixes import Prefix, find_prefixes
+from .prefixes import INNER_WRAPPERS, Prefix, find_prefixes
 
 MOST_NAMED = 3  # of tensors that one line is about; of more, one is
 MOST_EXPERTS = 4  # named in one line
@@ -110,6 +110,13 @@ def _mend(base: Checkpoint, expert: Checkpoint, prefix: Prefix) -> str:
     for wrapper, mend in _WRAPPERS.items():
         if wrapper in (prefix.added, prefix.removed):
             return mend
+    for names in (prefix.added, prefix.removed):
+        if found := [part for part in INNER_WRAPPERS if part in names]:
+            changes = "".join(f".replace({part!r}, '')" for part in found)
+            return (
+                "strip the wrappers' part from the names before they are saved: "
+                f"{{name{changes}: tensor for name, tensor in state.items()}}"
+            )
     wanted, found = _class_of(base.config), _class_of(expert.config)
     if wanted and found and wanted != found:
         return f"load it as {wanted}, the base's class, and save it again (it is a {found})"

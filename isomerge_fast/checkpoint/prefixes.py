@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import chain, zip_longest
 
 # Names that are compared with all others to find candidates, and candidates that are then tried on all names.
 SAMPLES, MOST_CANDIDATES = 8, 16
+# Models differ by one, or by one for each kind of module. Names that have each a prefix of their own are other names.
+MOST_PREFIXES = 6
+# What wrappers put into the middle of names too: activation checkpointing, FSDP, torch.compile.
+INNER_WRAPPERS = ("_checkpoint_wrapped_module.", "_fsdp_wrapped_module.", "_orig_mod.")
 # Tensors of the same names and shapes behind two prefixes that have nothing in common.
 MANY = 8
 
@@ -20,6 +25,7 @@ class Prefix:
     """``added + name.removeprefix(removed)`` is what another model calls ``name``.
 
     Attributes:
+        removed, added: with ``#`` for numbers that both have, such as those of layers.
         names: to those of the other model.
     """
 
@@ -36,7 +42,7 @@ def find_prefixes(missing: Mapping[str, Shape], extra: Mapping[str, Shape]) -> l
     """
     left, other = dict(missing), dict(extra)
     found: list[Prefix] = []
-    while left and other and (prefix := _most_common(left, other)) is not None:
+    while left and other and len(found) < MOST_PREFIXES and (prefix := _most_common(left, other)) is not None:
         found.append(prefix)
         for name, renamed in prefix.names.items():
             del left[name], other[renamed]
@@ -53,7 +59,7 @@ def _most_common(missing: Mapping[str, Shape], extra: Mapping[str, Shape]) -> Pr
         candidates.update({_difference(sample, other) for other in by_end.get(sample.rpartition(".")[2], ())})
     best: Prefix | None = None
     for (removed, added), _ in sorted(candidates.items(), key=lambda item: (-item[1], item[0]))[:MOST_CANDIDATES]:
-        renamed = {name: added + name.removeprefix(removed) for name in names if name.startswith(removed)}
+        renamed = _renamed(names, removed, added)
         fitting = Prefix(removed, added, {name: other for name, other in renamed.items() if other in extra})
         if _is_likely(fitting, missing, extra) and (best is None or len(fitting.names) > len(best.names)):
             best = fitting
@@ -68,9 +74,11 @@ def _is_likely(prefix: Prefix, missing: Mapping[str, Shape], extra: Mapping[str,
     removed, added = prefix.removed, prefix.added
     if not (removed and added) or sorted(removed.split(".")) == sorted(added.split(".")):
         return True
+    if _unwrapped(removed) == _unwrapped(added):
+        return True
     if added.startswith(removed) or removed.startswith(added) or added.endswith(removed) or removed.endswith(added):
         return True
-    is_other_layer = _NUMBER.sub("0", removed) == _NUMBER.sub("0", added)
+    is_other_layer = _NUMBER.sub("#", removed) == _NUMBER.sub("#", added)
     return not is_other_layer and alike >= MANY and 2 * alike > len(missing)
 
 
@@ -84,4 +92,25 @@ def _difference(name: str, other: str) -> tuple[str, str]:
     while same < min(len(parts), len(others)) and parts[-1 - same] == others[-1 - same]:
         same += 1
     heads = parts[: len(parts) - same], others[: len(others) - same]
-    return "".join(f"{part}." for part in heads[0]), "".join(f"{part}." for part in heads[1])
+    removed, added = ("".join(f"{part}." for part in head) for head in heads)
+    if _NUMBER.findall(removed) == _NUMBER.findall(added):
+        return _NUMBER.sub("#", removed), _NUMBER.sub("#", added)
+    return removed, added
+
+
+def _renamed(names: Iterable[str], removed: str, added: str) -> dict[str, str]:
+    """Return those that begin with ``removed``, with what they become."""
+    begins = re.compile(re.escape(removed).replace(r"\#", r"(\d+)")).match
+    pieces = added.split("#")
+    return {
+        name: "".join(chain(*zip_longest(pieces, found.groups(), fillvalue=""))) + name[found.end() :]
+        for name in names
+        if (found := begins(name))
+    }
+
+
+def _unwrapped(name: str) -> str:
+    """Return a name without what wrappers put into it."""
+    for part in INNER_WRAPPERS:
+        name = name.replace(part, "")
+    return name
