@@ -10,16 +10,15 @@ from .checkpoint.companions import OTHER_WEIGHTS, other_weights, weights_among
 from .checkpoint.folder import list_folder
 from .checkpoint.kept_metadata import kept_metadata
 from .checkpoint.parts import parts_of
+from .errors import listed, shown
 from .plan import Plan
-
-NAMES_SHOWN = 6  # in one note
 
 
 def file_notes_of(plan: Plan) -> Iterable[str]:
     """Yield what might surprise, each with what changes it."""
     parts = weights_among(plan.companions)
     if parts:
-        yield f"copied as the base has it, byte for byte: {', '.join(parts)} (no expert has another one)"
+        yield f"copied as the base has it, byte for byte: {listed(parts)} (no expert has another one)"
     yield from _other_weights(plan)
     yield from _parts_of_experts(plan)
     if plan.adapter_settings is None:
@@ -33,7 +32,7 @@ def file_notes_of(plan: Plan) -> Iterable[str]:
             )
     for path, identity in plan.base.files.items():
         if left := kept_metadata(identity.metadata)[1]:
-            yield f"{path}: too large to be kept of its metadata: {', '.join(left)}"
+            yield f"{path}: too large to be kept of its metadata: {listed([shown(key) for key in left])}"
 
 
 def _other_weights(plan: Plan) -> Iterable[str]:
@@ -49,10 +48,9 @@ def _other_weights(plan: Plan) -> Iterable[str]:
                 left.name for left in plan.left_behind if left.why.startswith(OTHER_WEIGHTS) and left.name.endswith("/")
             ]
         if found:
-            more = f" and {len(found) - NAMES_SHOWN} more" if len(found) > NAMES_SHOWN else ""
             yield (
                 f"{checkpoint.path}: weights beside the merged ones, which may belong to the model, are left behind: "
-                f"{', '.join(found[:NAMES_SHOWN])}{more}; copy what does into the output"
+                f"{listed(found)}; copy what does into the output"
             )
 
 
@@ -65,4 +63,4 @@ def _parts_of_experts(plan: Plan) -> Iterable[str]:
             continue
         missing = [name for part in parts_of(expert.path) for name in part.names if name not in plan.companions]
         if missing:
-            yield f"{expert.path}: left out, as the base has none there: {', '.join(missing)}"
+            yield f"{expert.path}: left out, as the base has none there: {listed(missing)}"

@@ -187,9 +187,9 @@ def _prefix_of(longer: Iterable[str], shorter: Iterable[str]) -> str:
     there, here = set(longer), set(shorter)
     if not here or len(there) != len(here):
         return ""
-    end = "." + min(here)
-    found = (name.removesuffix(end[1:]) for name in there if name.endswith(end))
-    return next((prefix for prefix in found if there == {prefix + name for name in here}), "")
+    length = (sum(map(len, there)) - sum(map(len, here))) // len(here)  # there is one that it can have
+    prefix = min(there)[: max(length, 0)]
+    return prefix if prefix.endswith(".") and there == {prefix + name for name in here} else ""
 
 
 def _prefix_problem(what: str, state: str, prefix: str, elsewhere: str) -> str:

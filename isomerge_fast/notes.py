@@ -13,15 +13,13 @@ from .checkpoint.buffers import Buffers
 from .checkpoint.companions import code_files
 from .checkpoint.layout import FLOAT_DTYPES, Checkpoint, StoredTensor
 from .drift import drift_notes
-from .errors import shown
+from .errors import MAX_LISTED, listed, shown
 from .inputs import last_part
 from .methods import make_method
 from .patterns import idle_patterns, rules_of
 from .plan import LeftOut, Plan, TensorPlan
 from .tensor_roles import HEADS, POSITIONS, ROUTERS, SEGMENTS, TOKENS, Roles, labels_of, looks_like_a_head
 
-# So many names, or groups of names, stand in one note.
-NAMES_SHOWN = 6
 # Published values of α lie between 0.9 and 1.9, those of docs/accuracy.md between 0.02 and 1.2.
 LARGEST_SCALING = 4.0
 
@@ -47,7 +45,7 @@ def _code_notes(plan: Plan) -> Iterator[str]:
     if code:
         yield (
             f"code is copied from {plan.base.path}, which loading the output with trust_remote_code would run: "
-            f"{', '.join(code)}"
+            f"{listed(code)}"
         )
 
 
@@ -91,7 +89,7 @@ def _role_notes(plan: Plan) -> Iterator[str]:
     if HEADS in found:
         heads = found[HEADS]
         yield (
-            f"{HEADS} ({_listed([tensor.name for tensor in heads])}) are merged by {_methods_of(heads)} like any other "
+            f"{HEADS} ({listed([tensor.name for tensor in heads])}) are merged by {_methods_of(heads)} like any other "
             f"matrix, which blends the classes of different tasks into one head; {_compared_labels(plan.experts)}; to "
             f"average them: {_override_line(heads)}; where the tasks differ, each expert's own head is the right one"
         )
@@ -107,8 +105,8 @@ def _override_line(tensors: Sequence[TensorPlan]) -> str:
     for tensor in tensors:
         groups.setdefault(re.sub(r"\d+", "*", glob.escape(tensor.name)), []).append(tensor.name)
     patterns = [pattern if len(names) > 1 else glob.escape(names[0]) for pattern, names in groups.items()]
-    lines = [f'{{match: "{pattern}", method: mean}}' for pattern in patterns[:NAMES_SHOWN]]
-    more = [f"and {len(patterns) - NAMES_SHOWN} more"] if len(patterns) > NAMES_SHOWN else []
+    lines = [f'{{match: "{pattern}", method: mean}}' for pattern in patterns[:MAX_LISTED]]
+    more = [f"and {len(patterns) - MAX_LISTED} more"] if len(patterns) > MAX_LISTED else []
     return f"overrides: [{', '.join(lines + more)}]"
 
 
@@ -166,9 +164,9 @@ def _left_out_notes(left_out: Sequence[LeftOut]) -> Iterator[str]:
     for members in groups.values():
         names = [*members[0].tensors]
         tensors = members[0].tensors
-        whose = _listed([str(each.expert.path) for each in members])
+        whose = listed([str(each.expert.path) for each in members])
         heads = [name for name in names if looks_like_a_head(name)]
-        lost = f"; {_listed(heads)}: a trained head, by its name, which is lost" if heads else ""
+        lost = f"; {listed(heads)}: a trained head, by its name, which is lost" if heads else ""
         labels = [_named_labels(each.expert) for each in members]
         if heads and any(labels):
             lost += " with its labels (" + "; ".join(shown(each) for each in labels[:3] if each) + ")"
@@ -190,12 +188,7 @@ def _factor_notes(plan: Plan) -> Iterator[str]:
 
 
 def _with_shapes(tensors: Mapping[str, StoredTensor]) -> str:
-    return _listed([f"{name!r} {list(stored.shape)}" for name, stored in tensors.items()])
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
-    return ", ".join(names[:NAMES_SHOWN]) + more
+    return listed([f"{name!r} {list(stored.shape)}" for name, stored in tensors.items()])
 
 
 def _expert_notes(plan: Plan) -> Iterator[str]:
@@ -205,9 +198,9 @@ def _expert_notes(plan: Plan) -> Iterator[str]:
     for expert in experts:
         trained_on = base_name(expert) if isinstance(expert, Adapter) else None
         if trained_on and last_part(trained_on) != last_part(str(base.path)):
-            yield f"{expert.path} was trained on {trained_on!r}: see to it that {base.path} is the same"
+            yield f"{expert.path} was trained on {shown(trained_on)}: see to it that {base.path} is the same"
         if isinstance(expert, Adapter) and expert.copies:
-            yield f"{expert.path}: {', '.join(expert.copies)} of its base lies in it too; the base's own is taken"
+            yield f"{expert.path}: {listed(expert.copies)} of its base lies in it too; the base's own is taken"
     for index, path in enumerate(paths):
         if path in paths[:index]:
             yield f"expert {config.experts[index]} is given more than once"
@@ -216,7 +209,7 @@ def _expert_notes(plan: Plan) -> Iterator[str]:
     for expert in experts:
         mine, other = (base.config or {}).get("model_type"), (expert.config or {}).get("model_type")
         if mine and other and mine != other:
-            yield f"{expert.path} is a {other!r} model, the base a {mine!r}; their tensors fit all the same"
+            yield f"{expert.path} is a {shown(other)} model, the base a {shown(mine)}; their tensors fit all the same"
 
 
 def _of_buffers(buffers: Buffers) -> Iterable[str]:

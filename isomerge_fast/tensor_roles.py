@@ -61,6 +61,8 @@ LEAST_VOCABULARY = 1_000
 # Without a config: a router has fewer rows, and far fewer than columns.
 MAX_ROUTES = 1_024
 MAX_CONFIG_DEPTH = 6
+# Classes that a config names, and their names: others are looked at by no pattern.
+MAX_CLASSES, MAX_CLASS_CHARACTERS = 20, 200
 
 
 class Roles:
@@ -74,8 +76,10 @@ class Roles:
         self._other_sizes = {value for key, value in found if key not in _VOCABULARY_KEYS and not key.endswith("_id")}
         self._labels = _sizes(found, _LABEL_KEYS) | {len(labels) for labels in [labels_of(checkpoint)] if labels}
         architectures = config.get("architectures")
-        named = architectures if isinstance(architectures, list) else []
-        self._classifies = any(_CLASSIFIER.search(name) for name in named if isinstance(name, str))
+        named = architectures[:MAX_CLASSES] if isinstance(architectures, list) else []
+        self._classifies = any(
+            _CLASSIFIER.search(name) for name in named if isinstance(name, str) and len(name) <= MAX_CLASS_CHARACTERS
+        )
         self._has_config = bool(config)
         self._known: dict[tuple[str, tuple[int, int]], str | None] = {}
 

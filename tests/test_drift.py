@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,8 @@ from checkpoints import save_folder
 
 import isomerge_fast as imf
 from isomerge_fast.config import load_config
-from isomerge_fast.drift.config import config_differences
+from isomerge_fast.drift.config import _flat, config_differences
+from isomerge_fast.drift.tokenizer import TOKENIZER, Beside, tokenizer_differences
 from isomerge_fast.planner import make_plan
 
 WEIGHTS = {"a.weight": torch.ones(4, 4)}
@@ -427,3 +430,41 @@ def test_what_is_no_regular_file_or_leads_elsewhere_is_noted(tmp_path: Path) -> 
     assert len(notes) == 3
     assert all(note.endswith(": not compared with what the output has") for note in notes)
     assert not any("secret" in note.replace("secret.json", "") for note in notes)
+
+
+def test_keys_of_any_length_are_compared_and_shown_cut(tmp_path: Path) -> None:
+    long = "k" * 30_000
+    ours = {**LLAMA, f"{long}a": 1.5, f"{long}_dropout": 2, long: {f"{number}": number for number in range(2_000)}}
+    theirs = {**ours, f"{long}a": 2.5, long: {**ours[long], "7": 9}, f"{long}b": "v" * 30_000}
+    assert not list(config_differences(ours, copy.deepcopy(ours)))
+    flat = dict(_flat(ours))
+    assert len(flat) == len(LLAMA) - 2 + 2_002
+    assert max(map(len, flat)) < 200
+    new, nested, changed = sorted(config_differences(ours, theirs), key=lambda found: found[-6:])
+    cut = r"k{80}… \(30001 characters, [0-9a-f]{8}\) "
+    assert re.fullmatch(rf"{cut}2\.5 \(base 1\.5\)", changed)
+    assert re.fullmatch(r"k{80}… \(30000 characters, [0-9a-f]{8}\)\.7 9 \(base 7\)", nested)
+    assert re.fullmatch(rf'{cut}"v{{78}}… \(the base\'s config has none\)', new)
+    base = folder(tmp_path, "base", generation_config={})
+    (note,) = notes_of(base, folder(tmp_path, "e", generation_config={f"{long}_token_id": 3}))
+    assert len(note) < 600
+
+
+def test_many_tokens_are_looked_up_and_not_compared_one_by_one() -> None:
+    compared = 0
+
+    class Number(int):
+        def __eq__(self, other: object) -> bool:
+            nonlocal compared
+            compared += 1
+            return super().__eq__(other)
+
+        __hash__ = int.__hash__
+
+    ours = Beside({f"{number}_token_id": Number(number) for number in range(100)}, {"a": 0}, {TOKENIZER})
+    ours.items["eos_token"] = "<e>"
+    theirs = Beside(dict(ours.items), {**{f"t{number}": number for number in range(100)}, "<e>": 5, "a": 0})
+    theirs.files = {TOKENIZER}
+    (found,) = tokenizer_differences(ours, theirs)
+    assert found == '100 added token(s) that the base\'s files do not name, such as "t0" 0'
+    assert compared < 1_000

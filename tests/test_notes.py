@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from checkpoints import make_family, save_folder
 import isomerge_fast as imf
 from isomerge_fast.checkpoint.layout import open_checkpoint
 from isomerge_fast.config import load_config
+from isomerge_fast.errors import MAX_CHARACTERS, MAX_REMARKS, bounded
 from isomerge_fast.planner import make_plan
 from isomerge_fast.tensor_roles import HEADS, POSITIONS, ROUTERS, SEGMENTS, TOKENS, Roles
 
@@ -414,3 +416,33 @@ def test_a_recipe_without_lambda(tmp_path: Path) -> None:
     ):
         plan = make_plan(load_config({"merge_method": kind, **recipe, **more}))
         assert notes_about(plan, "scaling") == expected, kind
+
+
+def test_classes_of_any_length_cost_nothing(tmp_path: Path) -> None:
+    folder = save_folder(tmp_path / "a", {"fc.weight": torch.ones(4, 4)}, config={"architectures": ["For" * 10_000]})
+    checkpoint = open_checkpoint(folder)
+    started = time.process_time()
+    assert Roles(checkpoint).of("fc.weight", (4, 4)) is None
+    assert time.process_time() - started < 0.5
+
+
+def test_notes_are_bounded_whatever_the_files_say(tmp_path: Path) -> None:
+    long = "x" * 30_000
+    base = save_folder(tmp_path / "base", {"a.weight": torch.ones(4, 4)}, config={"model_type": long, "a": 1})
+    for number in range(30):
+        (base / f"code{number:02}.py").write_text("")
+    config = {"model_type": "y" + long, long: 2, "b": {long: {long: 3}}, "c": {"d": long}}
+    expert = save_folder(tmp_path / "e", {"a.weight": torch.ones(4, 4)}, config=config)
+    plan = plan_of(base, [expert])
+    (code,) = notes_about(plan, "trust_remote_code")
+    assert code.endswith(": code00.py, code01.py, code02.py, code03.py, code04.py, code05.py and 24 more")
+    (kind,) = notes_about(plan, "their tensors fit all the same")
+    assert max(map(len, plan.notes)) < 1_500
+    assert kind.count("…") == 2
+
+
+def test_no_note_is_longer_or_one_of_more_than_anybody_reads() -> None:
+    notes = list(bounded(["x" * 100_000, *map(str, range(10_000))]))
+    assert (len(notes), len(notes[0]), notes[0][-1]) == (MAX_REMARKS + 1, MAX_CHARACTERS, "…")
+    assert notes[-1] == f"… and {10_001 - MAX_REMARKS} more"
+    assert list(bounded(["a", "b"])) == ["a", "b"]

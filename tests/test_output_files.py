@@ -286,7 +286,7 @@ def test_metadata_of_shards_goes_with_them_and_is_bounded(tmp_path: Path, monkey
     report = imf.merge({**given, "out": tmp_path / "out"})
     assert metadata_of(tmp_path / "out" / first.name) == {"format": "pt", "note": "first"}
     assert metadata_of(tmp_path / "out" / second.name) == {"format": "pt"}
-    assert f"{first}: too large to be kept of its metadata: thumbnail" in report.notes
+    assert f"{first}: too large to be kept of its metadata: 'thumbnail'" in report.notes
 
 
 def test_a_resumed_merge_writes_the_same_headers(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from .values import brief, is_off, same
+from .values import KEY_CHARACTERS, brief, brief_key, is_off, same
 
 # What does not change what the model computes when it is used: names, versions, dtypes, training, output formats, what
 # generation_config.json has, and the labels of a head (which have a note of their own).
@@ -113,7 +113,7 @@ def _rewritten(key: str, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> 
 def _flat(node: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, Any]]:
     """Yield what changes the function, by dotted keys, rope in one spelling."""
     for key, value in (node if "rope_parameters." in place else _with_one_rope(node)).items():
-        if _IGNORED.fullmatch(key):
+        if len(key) <= KEY_CHARACTERS and _IGNORED.fullmatch(key):
             continue
         if key in ("sliding_window", "max_window_layers") and node.get("use_sliding_window") is False:
             continue  # some releases write null then, others the size that would be used
@@ -122,9 +122,9 @@ def _flat(node: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, Any]]
         if key == "pos_att_type" and isinstance(value, str):
             value = value.split("|")  # DeBERTa's list, in its first spelling
         if isinstance(value, dict) and value:
-            yield from _flat(value, f"{place}{key}.")
+            yield from _flat(value, f"{brief_key(place + key)}.")
         else:
-            yield f"{place}{key}", value
+            yield brief_key(place + key), value
 
 
 def _with_one_rope(node: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any
 from ..checkpoint.folder import read_own
 from ..checkpoint.layout import Checkpoint, parse_settings
 from ..errors import InputError
-from .values import brief, same
+from .values import brief, brief_key, same
 
 TOKENIZER, TOKENS_MAP, ADDED, GENERATION, TEMPLATE, OLD_TEMPLATE = (
     "tokenizer_config.json",
@@ -135,7 +135,8 @@ def _added(ours: Beside, theirs: Beside) -> Iterator[str]:
     """Tokens that the base's tokenizer has not, or under other numbers."""
     if not ours.added and TOKENIZER in ours.files and ADDED not in theirs.files:
         return  # tokenizer.json has them, which is not read
-    new = [token for token in theirs.added if token not in ours.added and token not in ours.items.values()]
+    known = {value for value in ours.items.values() if isinstance(value, str)} | ours.added.keys()
+    new = [token for token in theirs.added if token not in known]
     if new:
         first = f"{brief(new[0])} {brief(theirs.added[new[0]])}"
         yield f"{len(new)} added token(s) that the base's files do not name, such as {first}"
@@ -168,7 +169,7 @@ def read_beside(checkpoint: Checkpoint, reader: Reader) -> Beside:
     for key, value in generation.items():
         steers = key.endswith(("_token_id", "_token_ids")) or key.startswith("forced_") or key in _STEERING
         if steers and value is not None:
-            found.items[f"{key} of {GENERATION}"] = value
+            found.items[f"{brief_key(key)} of {GENERATION}"] = value
     sampling = {key: generation[key] for key in _SAMPLING if generation.get(key) is not None}
     if sampling:
         found.items[_SAMPLING_ITEM] = sampling

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from typing import Any
 
 VALUE_CHARACTERS = 80
+KEY_CHARACTERS = 200  # longer ones are no setting's
 
 
 def is_off(value: Any) -> bool:
@@ -37,3 +39,11 @@ def brief(value: Any) -> str:
     """Return a value as JSON, cut to a readable length."""
     text = json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= VALUE_CHARACTERS else text[: VALUE_CHARACTERS - 1] + "…"
+
+
+def brief_key(key: str) -> str:
+    """Return a key as it is; of one that is longer than real ones, how it begins and what tells it from others."""
+    if len(key) <= KEY_CHARACTERS:
+        return key
+    digest = hashlib.sha256(key.encode(errors="surrogatepass")).hexdigest()[:8]
+    return f"{key[:VALUE_CHARACTERS]}… ({len(key)} characters, {digest})"
