@@ -168,10 +168,13 @@ def _print_left_behind(out: Console, left_behind: list[dict[str, Any]]) -> None:
     for left in left_behind:
         held = f"{left['files']} file(s), {size(left['bytes'])}" if left["name"].endswith("/") else size(left["bytes"])
         by_reason.setdefault(left["why"], []).append(f"{left['name']} ({held})")
-    for why, names in by_reason.items():
+    reasons = [*by_reason.items()]
+    for why, names in reasons[:LEFT_BEHIND_SHOWN]:
         more = len(names) - LEFT_BEHIND_SHOWN
         rest = f" and {more} more" if more > 0 else ""
         out.print(f"left behind: {', '.join(names[:LEFT_BEHIND_SHOWN])}{rest}: {why}")
+    if others := sum(len(names) for _, names in reasons[LEFT_BEHIND_SHOWN:]):
+        out.print(f"left behind: {others} more, for other reasons")
 
 
 def _print_outlook(out: Console, outlook: dict[str, Any], cluster_workers: int | None) -> None:

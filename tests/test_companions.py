@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import isomerge_fast as imf
+from isomerge_fast import console
 from isomerge_fast.checkpoint import companions, parts
 from isomerge_fast.checkpoint.companions import LeftBehind, sort_folder
 from isomerge_fast.cli import app
@@ -449,3 +450,14 @@ def test_a_merged_sentence_transformer_loads(tmp_path: Path) -> None:
     loaded = library.SentenceTransformer(str(tmp_path / "out"))
     expected = load_file(tmp_path / "base/2_Dense/model.safetensors")["linear.weight"]
     assert torch.equal(loaded[1].linear.weight, expected)
+
+
+def test_what_is_left_behind_is_bounded_on_the_screen(capsys: pytest.CaptureFixture[str]) -> None:
+    """Each of thousands of files may have a reason of its own."""
+    left = [{"name": f"a{number}", "why": f"why{number}", "files": 1, "bytes": 2} for number in range(3_000)]
+    left += [{**each, "name": f"b{number}", "why": "why0"} for number, each in enumerate(left)]
+    console._print_left_behind(console.console(), left)
+    lines = capsys.readouterr().out.splitlines()
+    assert (lines[1], lines[-1]) == ("left behind: a1 (2 B): why1", "left behind: 2980 more, for other reasons")
+    assert lines[0].endswith(", b18 (2 B) and 2981 more: why0")
+    assert len(lines) == console.LEFT_BEHIND_SHOWN + 1
