@@ -54,9 +54,8 @@ def _scaling_notes(plan: Plan) -> Iterator[str]:
     config = plan.config
     if config.scaling is None and config.method != "mean":
         yield (
-            "scaling is not given, so α = 1; the best α depends on models, method and number of experts, and is found "
-            "on validation data: give several (--scaling 0.8 --scaling 1.0 --scaling 1.3: one decomposition), or keep "
-            "Δ (--save-delta) and make others of it (isomerge apply)"
+            "scaling is not given, so α = 1; the best α is found on validation data: several --scaling share one "
+            "decomposition, or --save-delta and isomerge apply"
         )
     large = [f"{value:g}" for value in config.scalings if abs(value) > LARGEST_SCALING]
     if large:

@@ -363,9 +363,8 @@ def test_factors_inside_checkpoints_are_told_of(tmp_path: Path) -> None:
 
 SIDES = {"A": (2, 8), "B": (8, 2)}
 DEFAULT = (
-    "scaling is not given, so α = 1; the best α depends on models, method and number of experts, and is found on "
-    "validation data: give several (--scaling 0.8 --scaling 1.0 --scaling 1.3: one decomposition), or keep Δ "
-    "(--save-delta) and make others of it (isomerge apply)"
+    "scaling is not given, so α = 1; the best α is found on validation data: several --scaling share one "
+    "decomposition, or --save-delta and isomerge apply"
 )
 SCALINGS = {
     "not-given": ({"scaling": None}, [DEFAULT]),
