@@ -150,7 +150,7 @@ def test_code_is_copied_whatever_its_name_begins_with(tmp_path: Path) -> None:
 
 def test_folders_elsewhere_are_not_looked_into(tmp_path: Path) -> None:
     folder = save_folder(tmp_path / "base", make_base())
-    fill(tmp_path, ["elsewhere/private.json", "elsewhere/config.json"])
+    fill(tmp_path, ["elsewhere/private.json", "elsewhere/more/config.json"])
     (folder / "1_x").symlink_to("../elsewhere")
     (folder / "plain").symlink_to("../elsewhere")
     fill(folder, ["Delta/x.json"])

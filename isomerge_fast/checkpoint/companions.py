@@ -276,7 +276,7 @@ class _Sorter:
             is_folder = os.path.isdir(place) and not (place.is_symlink() and _is_essential(path))
             if _caseless(path) in _WRITTEN:
                 self._leave(path, "the output has its own")
-            elif not is_folder and _is_essential(path) and name not in _NO_CODE:
+            elif not is_folder and _is_essential(path) and not _WEIGHTS.search(name) and name not in _NO_CODE:
                 self._small.append(path)
             elif why := next((why for why, patterns in LEFT_BEHIND.items() if _matches_any(name, patterns)), None):
                 self._leave(path, why)
@@ -291,6 +291,9 @@ class _Sorter:
         is_essential = "/" not in path and _matches_any(path, _ESSENTIAL_FOLDERS)
         place = self._folder / path
         if place.is_symlink() and not (is_essential and Path(os.path.realpath(place)).is_relative_to(self._home)):
+            # Of what is essential there each file is refused; the rest is not looked into.
+            inside = list_folder(place, most=MAX_FOLDER_NAMES) if is_essential else []
+            self._small += [file for name in inside if _is_essential(file := f"{path}/{name}")]
             self.left.append(LeftBehind(f"{path}/", "a link to a folder", 0, 0))
             return None
         try:
