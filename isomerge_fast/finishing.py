@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -87,7 +88,7 @@ def read_report(folder: Path) -> tuple[Report, str]:
         InputError: none there. VerificationError: it cannot be read, or was changed.
     """
     path = folder / REPORT_FILE
-    if not path.is_file():
+    if not os.path.isfile(path):  # of a name that is too long, too
         raise no_output(folder, REPORT_FILE)
     value, flaw = read_sealed(path)
     if flaw is not None:

@@ -25,6 +25,7 @@ from isomerge_fast import in_memory
 from isomerge_fast.checkpoint.sealed import write_sealed
 from isomerge_fast.config import load_config
 from isomerge_fast.errors import nearest
+from isomerge_fast.finishing import read_report
 from isomerge_fast.verify import verify
 
 DRAWS = 2_000
@@ -395,6 +396,12 @@ def test_arguments_of_a_run(tmp_path: Path) -> None:
     for again, ceiling in enumerate(["8GiB", np.int64(8 << 30), 0.5 * 2**34]):
         named = {"max_ram": ceiling, "threads": np.int64(1), "ray": None, "overwrite": np.bool_(again > 0), "resume": 0}
         assert imf.merge(config, **named).outputs == [str(tmp_path / "out")]
+
+
+def test_a_name_that_is_too_long_for_a_file_is_no_output(tmp_path: Path) -> None:
+    for call in (lambda folder: imf.apply(folder, 0.5, tmp_path / "out"), verify, read_report):
+        with pytest.raises(imf.InputError, match="not the output of a finished merge"):
+            call(tmp_path / ("1" * 300))
 
 
 # --- what was meant ---------------------------------------------------------------------------------------------------

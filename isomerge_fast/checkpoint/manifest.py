@@ -138,7 +138,7 @@ def examine_manifest(folder: Path) -> tuple[Manifest, str | None]:
         InputError, VerificationError: as ``read_manifest``.
     """
     path = folder / MANIFEST_FILE
-    if not path.is_file():
+    if not os.path.isfile(path):  # of a name that is too long, too
         raise no_output(folder, MANIFEST_FILE)
     value, flaw = read_sealed(path)
     number = value.get("format")
@@ -160,7 +160,7 @@ def examine_manifest(folder: Path) -> tuple[Manifest, str | None]:
 def no_output(folder: Path, missing: str) -> InputError:
     """Return the error of a folder without a manifest or report; of what lies in an output it names the output."""
     parent = folder.absolute().parent
-    if folder.exists() and (parent / missing).is_file():
+    if os.path.exists(folder) and os.path.isfile(parent / missing):
         shown = folder.parent if folder.name and folder.parent != folder else parent
         return InputError(f"{folder}: no {missing}; a part of the output in {shown}, which has it: give that folder")
     return InputError(f"{folder}: no {missing}; not the output of a finished merge")
