@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from .checkpoint.adapter import Adapter
 from .checkpoint.adapter_output import lost_heads
 from .checkpoint.companions import OTHER_WEIGHTS, other_weights, weights_among
-from .checkpoint.folder import list_folder
 from .checkpoint.kept_metadata import kept_metadata
 from .checkpoint.parts import parts_of
 from .errors import listed, shown
@@ -42,7 +41,7 @@ def _other_weights(plan: Plan) -> Iterable[str]:
     for checkpoint in (plan.base, *plan.experts):
         if isinstance(checkpoint, Adapter) or not checkpoint.is_folder:
             continue
-        found = other_weights(list_folder(checkpoint.path), {file.name for file in checkpoint.files})
+        found = other_weights(checkpoint.names, {file.name for file in checkpoint.files})
         if checkpoint is plan.base:
             found += [
                 left.name for left in plan.left_behind if left.why.startswith(OTHER_WEIGHTS) and left.name.endswith("/")

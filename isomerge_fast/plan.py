@@ -197,7 +197,7 @@ class Plan:
         """Tensors that an expert has and the base has not."""
         return tuple(tensor for tensor in self.tensors if tensor.name not in self.base.tensors)
 
-    @property
+    @cached_property
     def config_and_notes(self) -> tuple[dict[str, Any] | None, list[str]]:
         """``config.json`` of the output, where it has one, and what is to be known about it."""
         copied = {tensor.name: tensor.base.file for tensor in self.copied_extras}

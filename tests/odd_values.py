@@ -96,7 +96,7 @@ def things() -> Iterator[Any]:
         {"w": torch.ones(2)},
     )
     yield from ([{"w": torch.ones(2, 3)}], [{}], [None, {}], {"w": None}, {None: torch.ones(2)}, {"w": 3}, {"w": "x"})
-    yield from (imf.IsoC(), imf.Mean, imf.MergeConfig("b", ["e"]), imf.MergeConfig(None, None))  # type: ignore[arg-type]
+    yield from (imf.IsoC(), imf.Mean, imf.MergeConfig("b", ["e"]), imf.MergeConfig(None, None))  # type: ignore[arg-type]  # what a caller gives, not what is declared
     yield from (imf.Override("*", "mean"), imf.ConfigError("x"))
 
 

@@ -172,7 +172,7 @@ def test_what_python_has_for_what_yaml_has() -> None:
             "base": Path("b"),
             "experts": (Path(name) for name in "cd"),
             "scaling": iter(["8e-1", np.float32(2)]),
-            "weights": (np.float64(0.5), [WeightRule("*", "5e-1")]),  # type: ignore[arg-type]
+            "weights": (np.float64(0.5), [WeightRule("*", "5e-1")]),  # type: ignore[arg-type]  # what a caller gives, not what is declared
             "overrides": [{"match": "*", "method": "mean", "options": None}],
             "dtype": torch.bfloat16,
             "stochastic_rounding": "1e3",
@@ -189,7 +189,7 @@ def test_what_python_has_for_what_yaml_has() -> None:
         stochastic_rounding=1000,
     )
     with pytest.raises(ConfigError, match=r"config: overrides\[0\].match is 3; expected a pattern"):
-        load_config(MergeConfig("b", ["e"], overrides=[Override(3, "mean")]))  # type: ignore[arg-type]
+        load_config(MergeConfig("b", ["e"], overrides=[Override(3, "mean")]))  # type: ignore[arg-type]  # what a caller gives, not what is declared
 
 
 def test_what_a_manifest_says_is_read_without_pydantic(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -315,10 +315,10 @@ def test_what_is_meant_is_taken() -> None:
     plain = imf.merge_state_dicts(base, experts, scaling=0.5, dtype=torch.bfloat16)
     assert all(torch.equal(once[name], plain[name]) for name in plain)
     named_experts = dict(zip("ab", experts, strict=True))
-    again = imf.merge_state_dicts(base, named_experts.values(), scaling=0.5, dtype=torch.bfloat16)  # type: ignore[arg-type]
+    again = imf.merge_state_dicts(base, named_experts.values(), scaling=0.5, dtype=torch.bfloat16)  # type: ignore[arg-type]  # what a caller gives, not what is declared
     assert all(torch.equal(again[name], plain[name]) for name in plain)
-    assert torch.equal(imf.iso_c({"a": torch.eye(3)}.values()), imf.iso_c([torch.eye(3)]))  # type: ignore[arg-type]
-    assert torch.equal(imf.iso_cts([torch.eye(3)], "8e-1"), imf.iso_cts([torch.eye(3)], 0.8))  # type: ignore[arg-type]
+    assert torch.equal(imf.iso_c({"a": torch.eye(3)}.values()), imf.iso_c([torch.eye(3)]))  # type: ignore[arg-type]  # what a caller gives, not what is declared
+    assert torch.equal(imf.iso_cts([torch.eye(3)], "8e-1"), imf.iso_cts([torch.eye(3)], 0.8))  # type: ignore[arg-type]  # what a caller gives, not what is declared
 
 
 @pytest.mark.parametrize(

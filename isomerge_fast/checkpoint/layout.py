@@ -148,6 +148,7 @@ class Checkpoint:
     files: dict[Path, FileIdentity]
     config: dict[str, Any] | None = field(default=None, compare=False)
     index_name: str | None = None  # of the index file, when the folder has one
+    names: tuple[str, ...] = field(default=(), compare=False, repr=False)  # of all that lies in the folder
 
     @property
     def bytes(self) -> int:
@@ -384,4 +385,4 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     if "config.json" in names:
         data, _ = read_own(root, "config.json", MAX_SETTINGS_BYTES)
         config = parse_settings(data, str(root / "config.json"), as_python=True)
-    return Checkpoint(root, tensors, identities, config, index.name if index is not None else None)
+    return Checkpoint(root, tensors, identities, config, index.name if index is not None else None, tuple(names))

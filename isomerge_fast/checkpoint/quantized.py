@@ -12,7 +12,7 @@ from typing import Any
 
 from ..errors import shown
 from .adapter import Adapter
-from .folder import list_folder, read_own
+from .folder import read_own
 from .layout import COPIED_DTYPES, FLOAT_DTYPES, MAX_SETTINGS_BYTES, Checkpoint, StoredTensor
 from .strict_json import parse_settings
 
@@ -152,11 +152,8 @@ def _settings(checkpoint: Checkpoint) -> Iterator[tuple[str, Any]]:
     if checkpoint.config is not None:
         for key, value in _nested(checkpoint.config):
             yield f"{checkpoint.path / 'config.json'}, {key}", value
-    if not checkpoint.is_folder:
-        return
-    names = set(list_folder(checkpoint.path))
     for name in SIDE_FILES:
-        if name in names:
+        if name in checkpoint.names:
             file = str(checkpoint.path / name)
             value = parse_settings(read_own(checkpoint.path, name, MAX_SETTINGS_BYTES)[0], file, as_python=True)
             if value:
