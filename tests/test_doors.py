@@ -145,10 +145,11 @@ def test_a_demo_without_its_extra_says_what_to_install(
 
 
 def test_no_temporary_folder_is_one_line(tmp_path: Path) -> None:
-    """torch asks for one when it is loaded."""
+    """torch imports dill where it is installed, and dill asks for one."""
     (tmp_path / "sitecustomize.py").write_text(
         "import tempfile\ntempfile._candidate_tempdir_list = lambda: ['/proc/nowhere']\n"
     )
+    (tmp_path / "dill.py").write_text("import tempfile\ntempfile.gettempdir()\n")
     family = make_family(tmp_path, tasks=1)
     script = Path(sys.executable).parent / "isomerge"
     told = subprocess.run(
