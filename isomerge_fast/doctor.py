@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from . import __version__
-from .methods import METHODS, IsoC, IsoCTS, Method, TensorDeltas
+from .methods import METHODS, IsoC, IsoCTS, MemoryDeltas, Method
 
 _PACKAGES = (
     "torch",
@@ -64,7 +64,7 @@ def _check(name: str, device: str) -> dict[str, Any]:
     judge: Method = (
         {"iso-c": IsoC, "iso-cts": IsoCTS}[name](precision="reference") if name.startswith("iso") else method
     )
-    value, _ = method.merge(TensorDeltas([delta.to(device) for delta in deltas]))
-    expected, _ = judge.merge(TensorDeltas([delta.double() for delta in deltas]))
+    value, _ = method.merge(MemoryDeltas([delta.to(device) for delta in deltas]))
+    expected, _ = judge.merge(MemoryDeltas([delta.double() for delta in deltas]))
     error = (torch.linalg.vector_norm(value.cpu().double() - expected) / torch.linalg.vector_norm(expected)).item()
     return {"method": name, "device": device, "error": error, "ok": error <= _ALLOWED}

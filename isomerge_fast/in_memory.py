@@ -22,7 +22,7 @@ from .methods import (
     make_method,
     method_for,
 )
-from .methods.protocol import check_factors
+from .methods.source import check_factors
 from .patterns import require_matches
 from .planner import tensor_seed
 from .values import dtype_name, list_of, number, pattern, whole_number

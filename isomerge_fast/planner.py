@@ -31,7 +31,7 @@ from .globs import globs_of
 from .inputs import open_inputs, touches
 from .linalg.arithmetic import describe_arithmetic
 from .methods import Mean, Method, TensorSpec, make_method
-from .methods.protocol import check_factors
+from .methods.source import check_factors
 from .notes import notes_of
 from .ops import compute_dtype, traits_of
 from .patterns import require_matches, rules_of

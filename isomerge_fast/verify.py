@@ -46,7 +46,7 @@ from .errors import (
     first_of,
 )
 from .finishing import read_report
-from .methods import NotFiniteError, RowBlock, TensorDeltas, make_method
+from .methods import MemoryDeltas, NotFiniteError, RowBlock, make_method
 from .plan import DELTA_FOLDER, Plan, TensorPlan, scaling_folders
 from .planner import make_plan
 from .routes import ADAPTER
@@ -383,7 +383,7 @@ def _expected(plan: TensorPlan, reader: Reader) -> tuple[Tensor, Tensor, float]:
     method = replace(plan.method, precision="reference") if hasattr(plan.method, "precision") else plan.method  # type: ignore[type-var]  # methods are dataclasses
     if plan.spec.dtype == torch.float32:
         deltas = [delta.float() for delta in deltas]
-    value, stats = method.merge(TensorDeltas(deltas))
+    value, stats = method.merge(MemoryDeltas(deltas))
     return base, value.double(), stats.to_dict().get("gap", 1.0)
 
 

@@ -17,17 +17,17 @@ from typing import TypeVar
 
 import torch
 
+from .methods import RowBlock
 from .routes import ROW_STEP
 
 # What one thread is given at a time. Results do not depend on how many threads there are, as the parts do not.
 PART_ELEMENTS = 1 << 18
 
-Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
 class Workers:
-    """``count`` threads, as many as torch computes with when None; a context manager."""
+    """``count`` threads, as many as torch computes with when None: the ``Threads`` of a merge; a context manager."""
 
     def __init__(self, count: int | None = None) -> None:
         self._count = torch.get_num_threads() if count is None else count
@@ -52,15 +52,16 @@ class Workers:
     ) -> None:
         self._pool.shutdown(cancel_futures=True)
 
-    def map(self, action: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
-        """The results in order."""
-        if len(items) == 1:
-            return [action(items[0])]
-        return list(self._pool.map(torch.no_grad()(action), items))
+    def parts(self, block: RowBlock) -> list[RowBlock]:
+        """See ``Threads``. On a GPU a block stays one."""
+        if block.like.device.type != "cpu":
+            return [block]
+        count, *row_shape = block.like.shape
+        step = max(1, PART_ELEMENTS // max(1, prod(row_shape)) // ROW_STEP) * ROW_STEP
+        return [block.part(slice(start, min(start + step, count))) for start in range(0, count, step)]
 
-
-def parts_of(rows: slice, lines: Sequence[int]) -> list[slice]:
-    """``rows`` of a tensor walked as ``lines`` in parts for one thread each, relative to the first row."""
-    count = rows.stop - rows.start
-    step = max(1, PART_ELEMENTS // max(1, prod(lines[1:])) // ROW_STEP) * ROW_STEP
-    return [slice(start, min(start + step, count)) for start in range(0, count, step)]
+    def map(self, action: Callable[[RowBlock], Result], parts: Sequence[RowBlock]) -> list[Result]:
+        """See ``Threads``."""
+        if len(parts) == 1:
+            return [action(parts[0])]
+        return list(self._pool.map(torch.no_grad()(action), parts))

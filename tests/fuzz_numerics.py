@@ -29,7 +29,7 @@ from torch import Tensor
 from isomerge_fast.errors import IsomergeError
 from isomerge_fast.linalg import subspace_chebyshev
 from isomerge_fast.linalg.auto import PROMISES
-from isomerge_fast.methods import MergeStats, TensorDeltas, TensorSpec, make_method
+from isomerge_fast.methods import MemoryDeltas, MergeStats, TensorSpec, make_method
 from isomerge_fast.methods.factors import Factors, merge_factors
 from isomerge_fast.methods.row_maps import has_row_map
 
@@ -234,12 +234,12 @@ def forms(given: Input, precision: str) -> Iterator[tuple[str, Solve]]:
     rows, columns = given.deltas[0].shape
 
     def dense(method: Any) -> tuple[Tensor, bool, MergeStats]:
-        value, stats = method.merge(TensorDeltas(given.deltas))
+        value, stats = method.merge(MemoryDeltas(given.deltas))
         return value, not stats.missed(), stats
 
     def batch(method: Any) -> tuple[Tensor, bool, MergeStats]:
         tame = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
-        value, stats = method.merge(TensorDeltas([torch.stack([tame.to(x.dtype), x]) for x in given.deltas]))
+        value, stats = method.merge(MemoryDeltas([torch.stack([tame.to(x.dtype), x]) for x in given.deltas]))
         return value[1], not any(bool(flags[1]) for flags in stats.missed().values()), stats
 
     def rowwise(method: Any) -> tuple[Tensor, bool, MergeStats]:

@@ -1,4 +1,4 @@
-"""Deltas in memory as a ``RowSource``, and what a method makes of them by rows."""
+"""Deltas in memory as a ``DeltaSource``, and what a method makes of them by rows."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from isomerge_fast.methods import MergeStats, Method, RowBlock
 
 @dataclass
 class Rows:
-    """A ``RowSource`` in memory that counts how often it is walked."""
+    """A ``DeltaSource`` in memory that counts how often it is walked."""
 
     experts: list[Tensor]
     base: Tensor

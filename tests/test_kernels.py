@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from isomerge_fast import errors, ops
 from isomerge_fast.linalg.polar_express import PolarExpress
 from isomerge_fast.linalg.polar_gram import GramNewtonSchulz
-from isomerge_fast.methods import METHODS, TensorDeltas
+from isomerge_fast.methods import METHODS, MemoryDeltas
 from isomerge_kernels import apply_delta, launchers, reference, symmetric_matmul, task_sum
 from isomerge_kernels.devices import DeviceTraits
 
@@ -127,12 +127,12 @@ def test_solvers_stand_on_the_kernels(through_kernels: list[str], solver: PolarE
 @pytest.mark.parametrize("shape", [(48, 80), (80, 48), (2, 48, 80)], ids=str)
 def test_methods_through_the_kernels(through_kernels: list[str], name: str, shape: tuple[int, ...]) -> None:
     generator = torch.Generator().manual_seed(0)
-    deltas = TensorDeltas([torch.randn(shape, generator=generator).to(DEVICE) for _ in range(3)])
+    deltas = MemoryDeltas([torch.randn(shape, generator=generator).to(DEVICE) for _ in range(3)])
     value, stats = METHODS[name]().merge(deltas)
     assert "task_sum" in through_kernels
     with pytest.MonkeyPatch.context() as plain:
         plain.setattr(ops, "_has_kernels", lambda tensor: False)
-        expected, _ = METHODS[name]().merge(TensorDeltas([delta.double() for delta in deltas.tensors]))
+        expected, _ = METHODS[name]().merge(MemoryDeltas([delta.double() for delta in deltas.tensors]))
     assert torch.linalg.vector_norm(value.double() - expected) <= 1e-5 * torch.linalg.vector_norm(expected)
     assert not stats.missed()
 

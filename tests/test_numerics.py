@@ -25,7 +25,7 @@ from isomerge_fast.linalg.protocol import Solver, polar_growth
 from isomerge_fast.linalg.sides import long_blocks
 from isomerge_fast.linalg.subspace_chebyshev import ChebyshevSubspace, filtered_block
 from isomerge_fast.linalg.svd import FullSvd
-from isomerge_fast.methods import MergeStats, TensorDeltas, TensorSpec, as_deltas, make_method
+from isomerge_fast.methods import MemoryDeltas, MergeStats, TensorSpec, as_deltas, make_method
 from isomerge_fast.methods.row_maps import chunk_rows
 from isomerge_kernels import devices, reference
 from isomerge_kernels.devices import DeviceTraits
@@ -439,7 +439,7 @@ def test_search_that_cannot_reach_its_angle_is_exact() -> None:
     assert filtered_block(gram, 6, noise=torch.tensor(1e-6), angle=1e-3) is not None
 
 
-class FreshDeltas(TensorDeltas):
+class FreshDeltas(MemoryDeltas):
     """As from files: every delta is made when it is asked for."""
 
     def delta(self, task: int) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 from isomerge_fast.bench.problems import Kind, deltas_like_fine_tuning
 from isomerge_fast.linalg import subspace_chebyshev
 from isomerge_fast.linalg.gram_eigh import GramEigh
-from isomerge_fast.methods import METHODS, MergeStats, TensorDeltas
+from isomerge_fast.methods import METHODS, MemoryDeltas, MergeStats
 
 TASKS = 8
 # Launches of torch's operations and of ours, reads of the device and uploads of one merge of 8 tasks, at most.
@@ -34,7 +34,7 @@ def deltas_of(shape: tuple[int, int]) -> list[Tensor]:
 def merge(gpu: PretendGpu, name: str, deltas: list[Tensor]) -> tuple[Tensor, MergeStats]:
     there: list[Tensor] = [gpu.upload(delta) for delta in deltas]
     gpu.reset()
-    value, stats = METHODS[name]().merge(TensorDeltas(there))
+    value, stats = METHODS[name]().merge(MemoryDeltas(there))
     assert isinstance(value, PretendTensor)
     return value.held, stats
 
@@ -49,7 +49,7 @@ def test_a_merge_on_a_gpu_launches_and_waits_no_more_than(name: str, shape: tupl
         assert gpu.read_count <= reads, gpu.reads
         assert gpu.uploads <= uploads
         assert not stats.missed()
-    expected, _ = METHODS[name]().merge(TensorDeltas(deltas))
+    expected, _ = METHODS[name]().merge(MemoryDeltas(deltas))
     assert torch.linalg.vector_norm(value - expected) <= 1e-5 * torch.linalg.vector_norm(expected)
 
 
@@ -59,18 +59,18 @@ def test_what_a_narrow_iteration_is_sure_to_miss_it_does_not_begin() -> None:
     u, v = (torch.linalg.qr(torch.randn(300, 300, generator=generator))[0] for _ in range(2))
     delta = (u * torch.logspace(0, -6, 300)) @ v.mT
     with pretend_gpu() as gpu:
-        value, stats = METHODS["iso-c"](precision="fast").merge(TensorDeltas([gpu.upload(delta)]))
+        value, stats = METHODS["iso-c"](precision="fast").merge(MemoryDeltas([gpu.upload(delta)]))
         assert stats.algorithm == "iso-c/polar-express-fp64"
         assert len(stats.escalations) == 1
         assert "rounding would leave" in stats.escalations[0]
         assert gpu.launches["aten._linalg_eigh"] == 0
         begun = gpu.launch_count
         gpu.reset()
-        METHODS["iso-c"]().merge(TensorDeltas([gpu.upload(delta)]))
+        METHODS["iso-c"]().merge(MemoryDeltas([gpu.upload(delta)]))
         # Bounds twice; the iteration, which is more, once.
         assert begun < 1.8 * gpu.launch_count
     assert isinstance(value, PretendTensor)
-    expected, _ = METHODS["iso-c"](precision="reference").merge(TensorDeltas([delta]))
+    expected, _ = METHODS["iso-c"](precision="reference").merge(MemoryDeltas([delta]))
     assert torch.linalg.vector_norm(value.held - expected) <= 1e-5 * torch.linalg.vector_norm(expected)
 
 
@@ -97,11 +97,11 @@ def test_parts_of_wide_matrices_are_searched_for_where_an_eigensolver_would_take
     deltas = deltas_like_fine_tuning(800, 900, TASKS, kind)
     eigensolver = GramEigh._top_of_projected
     monkeypatch.setattr(GramEigh, "_top_of_projected", lambda *_: pytest.fail("all directions are computed"))
-    expected, _ = METHODS["iso-cts"](precision="reference").merge(TensorDeltas(deltas))
+    expected, _ = METHODS["iso-cts"](precision="reference").merge(MemoryDeltas(deltas))
     for precision, promise in (("default", 1e-5), ("fast", 1e-2)):
         with pretend_gpu() as gpu:
             there: list[Tensor] = [gpu.upload(delta) for delta in deltas]
-            value, stats = METHODS["iso-cts"](precision=precision).merge(TensorDeltas(there))
+            value, stats = METHODS["iso-cts"](precision=precision).merge(MemoryDeltas(there))
         assert isinstance(value, PretendTensor)
         assert not stats.missed()
         assert torch.linalg.vector_norm(value.held - expected) <= promise * torch.linalg.vector_norm(expected)
@@ -111,7 +111,7 @@ def test_parts_of_wide_matrices_are_searched_for_where_an_eigensolver_would_take
     with pretend_gpu() as gpu:
         value, stats = merge(gpu, "iso-cts", low)
     assert not stats.missed()
-    expected, _ = METHODS["iso-cts"]().merge(TensorDeltas(low))
+    expected, _ = METHODS["iso-cts"]().merge(MemoryDeltas(low))
     assert torch.linalg.vector_norm(value - expected) <= 1e-5 * torch.linalg.vector_norm(expected)
 
 
@@ -127,7 +127,7 @@ def test_of_a_batch_on_a_gpu_what_missed_is_solved_again() -> None:
         before = gpu.read_count
         assert stats.to_dict()["algorithm"] == stats.algorithm
         assert gpu.read_count == before  # all of the evidence is there already
-    expected, _ = METHODS["iso-c"]().merge(TensorDeltas(deltas))
+    expected, _ = METHODS["iso-c"]().merge(MemoryDeltas(deltas))
     torch.testing.assert_close(value, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
 
 

@@ -21,7 +21,7 @@ from benchmarks.gpu.shapes import LLAMA, NAMES, SMALL, TASKS, VIT, Shape, named
 from benchmarks.harness import peers
 from isomerge_fast.bench import published
 from isomerge_fast.bench.problems import deltas_like_fine_tuning, relative_error
-from isomerge_fast.methods import TensorDeltas, make_method
+from isomerge_fast.methods import MemoryDeltas, make_method
 
 SVDS = {"iso-c": 1, "iso-cts": TASKS + 3}
 # A run may take so many times what its SVDs take by themselves, and so many seconds have to be left after it.
@@ -106,7 +106,7 @@ class Comparison:
     def _compared(self, baseline: Baseline, method: str, shape: Shape) -> dict[str, Any]:
         deltas = self._of(shape)
         theirs, seconds = result_and_seconds(partial(baseline.merge, method, deltas), self._device, BUDGET_SECONDS)
-        ours = make_method(method).merge(TensorDeltas(deltas))[0]
+        ours = make_method(method).merge(MemoryDeltas(deltas))[0]
         return {"seconds": seconds, "distance": relative_error(theirs.double(), ours.double())}
 
     def _of(self, shape: Shape) -> list[Tensor]:

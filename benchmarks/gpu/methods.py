@@ -15,7 +15,7 @@ from benchmarks.gpu.rows import Rows
 from benchmarks.gpu.shapes import LLAMA, NAMES, SMALL, TASKS, VIT, Shape, named
 from isomerge_fast.bench.ceilings import median_seconds, synchronise, timed
 from isomerge_fast.bench.problems import Kind, deltas_like_fine_tuning
-from isomerge_fast.methods import TensorDeltas, make_method
+from isomerge_fast.methods import MemoryDeltas, make_method
 from isomerge_kernels import devices
 
 PROFILED_OPERATIONS = 20
@@ -60,7 +60,7 @@ def methods(rows: Rows) -> None:
 
 
 def _merged(name: str, deltas: list[Tensor], tier: str = "default") -> dict[str, Any]:
-    device, source = deltas[0].device, TensorDeltas(deltas)
+    device, source = deltas[0].device, MemoryDeltas(deltas)
     call = partial(make_method(name, {"precision": tier}).merge, source)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -76,7 +76,7 @@ def _profiled(name: str, deltas: list[Tensor]) -> dict[str, Any]:
     """The operations that take longest: (name, calls, milliseconds on the device); all of them, and as a share of a
     call's time without the profiler (``busy``: the rest of it the device waits for the host).
     """
-    device, method, source = deltas[0].device, make_method(name), TensorDeltas(deltas)
+    device, method, source = deltas[0].device, make_method(name), MemoryDeltas(deltas)
     method.merge(source)
     _, seconds = timed(lambda: method.merge(source), device)
     on_gpu = device.type == "cuda"
@@ -115,7 +115,7 @@ def cpu_threads(rows: Rows) -> None:
             alone: float | None = None
             for threads in sorted({1, *(count for count in (4, 16) if count <= available)}):
                 torch.set_num_threads(threads)
-                call = partial(make_method(name).merge, TensorDeltas(deltas))
+                call = partial(make_method(name).merge, MemoryDeltas(deltas))
 
                 def measured(threads: int = threads, call: Any = call, alone: float | None = alone) -> dict[str, Any]:
                     seconds = median_seconds(call, cpu, budget_seconds=0.5, rounds=5)

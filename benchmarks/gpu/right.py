@@ -25,7 +25,7 @@ from isomerge_fast.linalg.polar_gram import GramNewtonSchulz
 from isomerge_fast.linalg.polar_qdwh import Qdwh
 from isomerge_fast.linalg.protocol import PolarSolver
 from isomerge_fast.linalg.svd import FullSvd
-from isomerge_fast.methods import TensorDeltas, make_method
+from isomerge_fast.methods import MemoryDeltas, make_method
 from isomerge_kernels import symmetric_matmul
 
 # One form of everything.
@@ -142,7 +142,7 @@ def _tiers(rows: Rows, name: str, members: list[list[Tensor]], *, batched: bool)
     for tier, bar in TIERS:
 
         def merged(tier: str = tier, bar: float = bar) -> dict[str, Any]:
-            value, stats = make_method(name, {"precision": tier}).merge(TensorDeltas(deltas))
+            value, stats = make_method(name, {"precision": tier}).merge(MemoryDeltas(deltas))
             values = value if batched else value[None]
             worst = max(relative_error(one, judge) for one, judge in zip(values, exact, strict=True))
             assert worst <= bar, {"error": worst, "algorithm": stats.algorithm}

@@ -31,7 +31,7 @@ MEASURED = "measured"
 
 
 class HeldCopies:
-    """``methods.Deltas`` and ``methods.RowSource`` of copies in memory, walked and shared out as the engine does.
+    """``methods.Deltas`` and ``methods.DeltaSource`` of copies in memory, walked and shared out as the engine does.
 
     Args:
         copies: the base, then the experts, on the device that computes, in the shape of ``route.lines``.
@@ -60,7 +60,7 @@ class HeldCopies:
         return TensorSpec("", tuple(self.shape), self.dtype)
 
     def blocks(self) -> Iterator[RowBlock]:
-        """See ``methods.RowSource``."""
+        """See ``methods.DeltaSource``."""
         return self._passes(self._experts)
 
     def base_blocks(self) -> Iterator[RowBlock]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..errors import VerificationError
 from ..linalg.auto import PROMISES
-from ..methods import IsoC, IsoCTS, Method, TensorDeltas
+from ..methods import IsoC, IsoCTS, MemoryDeltas, Method
 from . import published
 from .ceilings import Ceilings, Disk, machine, measure_ceilings, measure_disk, require_folder, timed
 from .problems import deltas_like_fine_tuning, relative_error
@@ -121,7 +121,7 @@ class _Subject:
     times: list[tuple[float, float]] = field(default_factory=list)
 
     def run_ours(self) -> Tensor:
-        return self.algorithm.ours.merge(TensorDeltas(self.deltas))[0]
+        return self.algorithm.ours.merge(MemoryDeltas(self.deltas))[0]
 
     def run_published(self) -> Tensor:
         return self.algorithm.published(self.deltas)
@@ -159,7 +159,7 @@ def _judge(shape: Shape, algorithm: Algorithm, deltas: list[Tensor]) -> _Subject
     subject = _Subject(shape, algorithm, deltas, 0.0, 0.0, 0.0)
     start = time.perf_counter()
     mine, other = subject.run_ours(), subject.run_published()
-    exact, _ = algorithm.judge.merge(TensorDeltas(deltas))
+    exact, _ = algorithm.judge.merge(MemoryDeltas(deltas))
     subject.error, subject.published_error = relative_error(mine, exact), relative_error(other, exact)
     # Float64 SVDs take longer than the float32 ones of a round, ours far less than either.
     subject.round_seconds = (time.perf_counter() - start) / 2
@@ -211,7 +211,7 @@ def measure_short(
     for algorithm in ALGORITHMS:
         algorithm.published(small)
         for method in (algorithm.ours, algorithm.judge):
-            method.merge(TensorDeltas(small))
+            method.merge(MemoryDeltas(small))
 
     subjects: list[_Subject] = []
     skipped: list[str] = []

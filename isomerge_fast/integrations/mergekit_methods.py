@@ -24,7 +24,7 @@ from torch import Tensor
 from .. import ops
 from ..errors import ConfigError, InputError
 from ..methods import Mean, Method, NotFiniteError, OutOfRangeError, TensorSpec, as_deltas, make_method, method_for
-from ..methods.protocol import check_factors
+from ..methods.source import check_factors
 
 LAMBDA, WEIGHT = "lambda", "weight"
 

@@ -12,38 +12,26 @@ from ..values import refuse
 from .iso_c import IsoC
 from .iso_cts import IsoCTS
 from .linear import Mean, TaskArithmetic
-from .protocol import (
-    Deltas,
-    MergeStats,
-    Method,
-    NotFiniteError,
-    OutOfRangeError,
-    RowBlock,
-    RowMap,
-    RowSource,
-    TensorDeltas,
-    TensorSpec,
-    as_deltas,
-    read_option,
-)
+from .protocol import Method, RowMap, read_option
+from .source import DeltaSource, MemoryDeltas, RowBlock, TensorSpec, as_deltas
+from .stats import MergeStats, NotFiniteError, OutOfRangeError
 
 METHODS: dict[str, type] = {method.name: method for method in (IsoC, IsoCTS, Mean, TaskArithmetic)}
 
 __all__ = [
     "METHODS",
-    "Deltas",
+    "DeltaSource",
     "IsoC",
     "IsoCTS",
     "Mean",
+    "MemoryDeltas",
     "MergeStats",
     "Method",
     "NotFiniteError",
     "OutOfRangeError",
     "RowBlock",
     "RowMap",
-    "RowSource",
     "TaskArithmetic",
-    "TensorDeltas",
     "TensorSpec",
     "as_deltas",
     "given_method",

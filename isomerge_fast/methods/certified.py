@@ -13,7 +13,8 @@ from torch import Tensor
 from ..errors import InputError
 from ..linalg.auto import Choice
 from ..linalg.protocol import PolarSolver
-from .protocol import Deltas, MergeStats, TensorDeltas, require_kept
+from .source import DeltaSource
+from .stats import MergeStats, require_kept
 
 S = TypeVar("S", bound=PolarSolver, covariant=True)
 
@@ -23,7 +24,9 @@ class UnsolvedError(InputError):
 
 
 def merge_certified(
-    attempt: Callable[[Deltas, Choice[S]], tuple[Tensor, MergeStats]], deltas: Deltas, ladder: Sequence[Choice[S]]
+    attempt: Callable[[DeltaSource, Choice[S]], tuple[Tensor, MergeStats]],
+    deltas: DeltaSource,
+    ladder: Sequence[Choice[S]],
 ) -> tuple[Tensor, MergeStats]:
     """``attempt`` with the first solver of ``ladder``, again with the next where a check misses its limit.
 
@@ -73,7 +76,9 @@ def exact_products(device: torch.device) -> Iterator[None]:
 
 
 def _climb(
-    attempt: Callable[[Deltas, Choice[S]], tuple[Tensor, MergeStats]], deltas: Deltas, ladder: Sequence[Choice[S]]
+    attempt: Callable[[DeltaSource, Choice[S]], tuple[Tensor, MergeStats]],
+    deltas: DeltaSource,
+    ladder: Sequence[Choice[S]],
 ) -> tuple[Tensor, MergeStats]:
     done: tuple[Tensor, MergeStats] | None = None
     failures: list[str] = []  # of solvers before the first that gave a result
@@ -96,8 +101,8 @@ def _climb(
 
 
 def _next(
-    attempt: Callable[[Deltas, Choice[S]], tuple[Tensor, MergeStats]],
-    deltas: Deltas,
+    attempt: Callable[[DeltaSource, Choice[S]], tuple[Tensor, MergeStats]],
+    deltas: DeltaSource,
     choice: Choice[S],
     before: tuple[Tensor, MergeStats] | None,
     missed: dict[str, Tensor],
@@ -109,12 +114,12 @@ def _next(
     value, stats = before
     rows = torch.stack(list(missed.values())).any(0)
     remark = f"{stats.algorithm}: {stats.describe(missed)}"
-    if rows.ndim == 0 or bool(rows.all()) or not isinstance(deltas, TensorDeltas):
+    if rows.ndim == 0 or bool(rows.all()):
         value, again = attempt(deltas, choice)
         return value, again.read().after(stats, remark)
     # Matrices of a batch, with the batch's dimensions made one.
     rows = rows.to(deltas.device)
-    part, again = attempt(TensorDeltas([tensor[rows] for tensor in deltas.tensors]), choice)
+    part, again = attempt(deltas.members(rows), choice)
     value[rows] = part.to(value.dtype)
     return value, stats.replaced(rows, again.read()).after(stats, remark)
 

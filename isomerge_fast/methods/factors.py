@@ -25,7 +25,9 @@ from torch import Tensor
 
 from ..linalg.thin import thin_qr
 from .certified import exact_products
-from .protocol import MergeStats, Method, NotFiniteError, TensorDeltas, TensorSpec
+from .protocol import Method
+from .source import MemoryDeltas, TensorSpec
+from .stats import MergeStats, NotFiniteError
 
 # Of the diagonal of a Cholesky factor: κ is about its inverse, and one pass leaves κ² ε of what is not orthonormal.
 SMALLEST_DIAGONAL_RATIO = 1e-3
@@ -182,7 +184,7 @@ def merge_factors(
         cores = _cores(factors, left.coordinates, right.coordinates)
         # Small matrices have room under any ceiling.
         unlimited: Any = replace(method, memory_bytes=None) if hasattr(method, "memory_bytes") else method  # type: ignore[type-var]  # methods are dataclasses
-        core, stats = unlimited.merge(TensorDeltas(cores, TensorSpec("", (rows, columns), dtype)))
+        core, stats = unlimited.merge(MemoryDeltas(cores, origin=TensorSpec("", (rows, columns), dtype)))
         total = torch.stack(cores).sum(0)
     algorithm = f"{stats.algorithm}/factors"
     rank = sum(each.rank for _, each in present)

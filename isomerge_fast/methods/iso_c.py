@@ -14,22 +14,11 @@ from ..linalg.auto import PROMISES, Choice, check_precision, fitting, polar_ladd
 from ..linalg.certificate import symmetry
 from ..linalg.protocol import PolarSolver
 from .certified import merge_certified
-from .protocol import (
-    Check,
-    Deltas,
-    MergeStats,
-    RowMap,
-    RowSource,
-    TensorSpec,
-    check_rank_policy,
-    finite_sum,
-    read_options,
-    require_comparable,
-    require_matrices,
-    rounding_of,
-    spectral_mean,
-)
+from .protocol import RowMap, check_rank_policy, read_options, require_matrices, spectral_mean
 from .row_maps import PolarMap, has_row_map, polar_map_bytes
+from .source import DeltaSource, TensorSpec
+from .stats import Check, MergeStats
+from .sums import finite_sum, require_comparable, rounding_of
 
 
 @dataclass(frozen=True)
@@ -99,7 +88,7 @@ class IsoC:
         solving = choice.solver.workspace_bytes(rows, columns, self._result_dtype(spec.dtype), device)
         return members * (sum_dtype.itemsize * rows * columns + solving)
 
-    def row_map(self, source: RowSource) -> RowMap:
+    def row_map(self, source: DeltaSource) -> RowMap:
         """See ``Method``: σ̄ S (SᵀS)^(-1/2), in float64 but for the last product where that is precise enough."""
         promise = PROMISES[self.precision]
         return PolarMap(source, f"{self.name}/by-rows", rank_policy=self.rank_policy, promise=promise)
@@ -114,7 +103,7 @@ class IsoC:
         # Two float64 GEMMs count double; LAPACK's eigensolver costs about six.
         return 12.0 * spec.elements * short + 12.0 * short**3
 
-    def merge(self, deltas: Deltas) -> tuple[Tensor, MergeStats]:
+    def merge(self, deltas: DeltaSource) -> tuple[Tensor, MergeStats]:
         """Merged Δ [..., M, N] of deltas [..., M, N].
 
         Raises:
@@ -128,7 +117,7 @@ class IsoC:
         """The reference judges the others: its result is never rounded."""
         return torch.float64 if self.precision == "reference" else compute_dtype
 
-    def _attempt(self, deltas: Deltas, choice: Choice[PolarSolver]) -> tuple[Tensor, MergeStats]:
+    def _attempt(self, deltas: DeltaSource, choice: Choice[PolarSolver]) -> tuple[Tensor, MergeStats]:
         sum_dtype = torch.promote_types(choice.sum_dtype, deltas.dtype)
         total, squares, of_deltas = finite_sum(deltas, sum_dtype, len(deltas.shape) - 2)
         require_comparable(of_deltas["delta_norms"], deltas.origin)

@@ -20,24 +20,13 @@ from ..linalg.svd import FullSvd
 from ..ops import traits_of
 from .certified import merge_certified
 from .iso_c import IsoC
-from .protocol import (
-    Check,
-    Deltas,
-    MergeStats,
-    RowMap,
-    RowSource,
-    TensorSpec,
-    check_rank_policy,
-    finite_sum,
-    read_options,
-    require_comparable,
-    require_matrices,
-    rounding_of,
-    spectral_mean,
-)
+from .protocol import RowMap, check_rank_policy, read_options, require_matrices, spectral_mean
 from .recombine import projection_angle, recombine, recombine_literally
 from .row_map_cts import SplitMap, learning_bytes, mapping_bytes
 from .row_maps import PolarMap, has_row_map, polar_map_bytes
+from .source import DeltaSource, TensorSpec
+from .stats import Check, MergeStats
+from .sums import finite_sum, require_comparable, rounding_of
 
 # Of U_k, beside the cut.
 CUT_COLUMNS = 4
@@ -216,7 +205,7 @@ class IsoCTS:
             return one + at_once * (square + solver.search_bytes(rows, columns, s, device))
         return at_once * square
 
-    def row_map(self, source: RowSource) -> RowMap:
+    def row_map(self, source: DeltaSource) -> RowMap:
         """See ``Method`` and ``row_map_cts``."""
         columns, tasks = source.shape[1], source.n_tasks
         promise = PROMISES[self.precision]
@@ -256,7 +245,7 @@ class IsoCTS:
             task_part = 8.0 * spec.elements * short + 12.0 * short**3
         return sum_part + tasks * task_part + 8.0 * spec.elements * short
 
-    def merge(self, deltas: Deltas) -> tuple[Tensor, MergeStats]:
+    def merge(self, deltas: DeltaSource) -> tuple[Tensor, MergeStats]:
         """Merged Δ [..., M, N] of deltas [..., M, N].
 
         Raises:
@@ -273,7 +262,7 @@ class IsoCTS:
         spec = TensorSpec("", tuple(deltas.shape), deltas.origin.dtype)
         return merge_certified(self._attempt, deltas, self.ladder(spec, deltas.n_tasks, deltas.device))
 
-    def _attempt(self, deltas: Deltas, choice: Choice[Solver]) -> tuple[Tensor, MergeStats]:
+    def _attempt(self, deltas: DeltaSource, choice: Choice[Solver]) -> tuple[Tensor, MergeStats]:
         solver = choice.solver
         origin, tasks = deltas.origin, deltas.n_tasks
         min_dim = min(origin.shape[-2:])

@@ -8,8 +8,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .protocol import Deltas, MergeStats, Method, RowMap, RowSource, TensorSpec, finite_sum
+from .protocol import Method, RowMap
 from .row_maps import LinearMap
+from .source import DeltaSource, TensorSpec
+from .stats import MergeStats
+from .sums import finite_sum
 
 
 @dataclass(frozen=True)
@@ -44,11 +47,11 @@ class TaskArithmetic:
     def flops(self, spec: TensorSpec, tasks: int) -> float:
         return 2.0 * tasks * spec.elements
 
-    def merge(self, deltas: Deltas) -> tuple[Tensor, MergeStats]:
+    def merge(self, deltas: DeltaSource) -> tuple[Tensor, MergeStats]:
         total, _, values = finite_sum(deltas, deltas.dtype)
         return total, MergeStats(self.name, values)
 
-    def row_map(self, source: RowSource) -> RowMap:
+    def row_map(self, source: DeltaSource) -> RowMap:
         return LinearMap(source, self.name)
 
     def row_map_bytes(self, spec: TensorSpec, tasks: int, block_elements: int, device: torch.device) -> int | None:
@@ -65,9 +68,9 @@ class Mean(TaskArithmetic):
     name: ClassVar[str] = "mean"
     citation: ClassVar[str] = "arXiv 2203.05482"
 
-    def merge(self, deltas: Deltas) -> tuple[Tensor, MergeStats]:
+    def merge(self, deltas: DeltaSource) -> tuple[Tensor, MergeStats]:
         total, stats = super().merge(deltas)
         return total.div_(deltas.n_tasks), stats
 
-    def row_map(self, source: RowSource) -> RowMap:
+    def row_map(self, source: DeltaSource) -> RowMap:
         return LinearMap(source, self.name, divisor=source.n_tasks)

@@ -31,7 +31,7 @@ from ..linalg.gram_spectrum import GramSpectrum, eigh_workspace_bytes, gram_nois
 from ..linalg.protocol import polar_growth, rounding_tolerance
 from ..ops import sym_mm_add
 from .certified import exact_products
-from .protocol import Check, MergeStats, RowBlock, RowSource, TensorSpec, spectral_mean
+from .protocol import spectral_mean
 from .recombine import SAME_DIRECTION, over_columns, projection_angle, small_problem
 from .row_maps import (
     ROUNDING,
@@ -45,6 +45,8 @@ from .row_maps import (
     product_rounding,
     sum_spectrum,
 )
+from .source import DeltaSource, RowBlock, TensorSpec
+from .stats import Check, MergeStats
 
 
 @dataclass(frozen=True)
@@ -81,13 +83,13 @@ class SplitMap:
     """
 
     def __init__(
-        self, source: RowSource, algorithm: str, k: int, s: int, *, rank_policy: str, promise: float, at_once: int
+        self, source: DeltaSource, algorithm: str, k: int, s: int, *, rank_policy: str, promise: float, at_once: int
     ) -> None:
         self._algorithm, self._promise, self._dtype = algorithm, promise, source.dtype
         with exact_products(source.device):
             self._learn(source, k, s, rank_policy, at_once)
 
-    def _learn(self, source: RowSource, k: int, s: int, rank_policy: str, at_once: int) -> None:
+    def _learn(self, source: DeltaSource, k: int, s: int, rank_policy: str, at_once: int) -> None:
         columns = source.shape[1]
         # What U_k is not orthonormal by, X is not orthogonal to it by: times ‖U_kᵀΔ_t E_t‖ / σ_t.
         common, norm, squares, of_deltas = sum_spectrum(source, k, 1e-2 * ROUNDING)
@@ -121,7 +123,7 @@ class SplitMap:
 
     def _compose(
         self,
-        source: RowSource,
+        source: DeltaSource,
         common: GramSpectrum,
         k: int,
         parts: list[_Part],
@@ -182,9 +184,9 @@ class SplitMap:
 
     def rows(self, block: RowBlock) -> Tensor:
         """See ``RowMap``. Every row is to be asked for once."""
-        out = torch.empty(block.base.shape, dtype=self._dtype, device=block.base.device)
+        out = torch.empty(block.like.shape, dtype=self._dtype, device=block.like.device)
         dtype = self._a.dtype
-        with exact_products(block.base.device):
+        with exact_products(block.like.device):
             for place in part_rows(block):
                 part = block.part(place)
                 value = part.sum(torch.float64).total.to(dtype) @ self._a
@@ -203,7 +205,7 @@ class SplitMap:
 
 
 def _parts(
-    source: RowSource, tasks: Sequence[int], common: GramSpectrum, k: int, s: int, squares: Tensor
+    source: DeltaSource, tasks: Sequence[int], common: GramSpectrum, k: int, s: int, squares: Tensor
 ) -> list[_Part]:
     """The top s directions of R_t of some tasks, by one pass; see ``GramEigh.residual_subspace``."""
     rows, columns = source.shape
@@ -245,7 +247,7 @@ def _parts(
     return parts
 
 
-def _task_products(source: RowSource, tasks: Sequence[int]) -> tuple[list[Tensor], list[Tensor], int]:
+def _task_products(source: DeltaSource, tasks: Sequence[int]) -> tuple[list[Tensor], list[Tensor], int]:
     """(Δ_tᵀ Δ_t, Sᵀ Δ_t of every one of ``tasks``, from how many chunks of rows), by one pass."""
     columns = source.shape[1]
     grams, crosses = (
@@ -260,7 +262,7 @@ def _task_products(source: RowSource, tasks: Sequence[int]) -> tuple[list[Tensor
     return grams, crosses, count
 
 
-def _residual_gram(source: RowSource, task: int, v_k: Tensor, y: Tensor) -> Tensor:
+def _residual_gram(source: DeltaSource, task: int, v_k: Tensor, y: Tensor) -> Tensor:
     """RᵀR of R = Δ_t + S V_k Y, by one pass: without what cancels in H_t − Y_tᵀY_t."""
     factor = v_k @ y
     del y
@@ -272,7 +274,7 @@ def _residual_gram(source: RowSource, task: int, v_k: Tensor, y: Tensor) -> Tens
 
 
 def _polar_of_tasks(
-    source: RowSource, parts: list[_Part], v_k: Tensor, sigma_k: Tensor
+    source: DeltaSource, parts: list[_Part], v_k: Tensor, sigma_k: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(K^(-1/2), the vectors of K that are kept, the singular values of X with zeros for those that are not), by
     ``SAME_DIRECTION``.
@@ -305,7 +307,7 @@ def _polar_of_tasks(
 
 
 def _task_gram(
-    source: RowSource, parts: list[_Part], *, factor: Tensor | None = None, cross: Tensor | None = None
+    source: DeltaSource, parts: list[_Part], *, factor: Tensor | None = None, cross: Tensor | None = None
 ) -> tuple[Tensor, int]:
     """(XᵀX, or that of X times a factor; from how many chunks of rows), by one pass, which adds SᵀX to ``cross``."""
     width = sum(part.width for part in parts)

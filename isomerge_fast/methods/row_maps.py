@@ -21,7 +21,10 @@ from ..linalg.gram_spectrum import GramSpectrum, eigh_workspace_bytes, gram_nois
 from ..linalg.protocol import rounding_tolerance
 from ..ops import BLOCK_ELEMENTS, TaskSum, sym_mm_add, traits_of
 from .certified import exact_products
-from .protocol import Check, MergeStats, RowBlock, RowSource, TensorSpec, delta_sizes, require_comparable, spectral_mean
+from .protocol import spectral_mean
+from .source import DeltaSource, RowBlock, TensorSpec
+from .stats import Check, MergeStats
+from .sums import delta_sizes, require_comparable
 
 # Gram matrices square the condition number, and no other solver follows when they miss: left to long matrices, whose
 # sums are well-conditioned.
@@ -69,7 +72,7 @@ class Seen:
 class LinearMap:
     """Σ_t Δ_t over ``divisor``; see ``RowMap``."""
 
-    def __init__(self, source: RowSource, algorithm: str, *, divisor: int = 1) -> None:
+    def __init__(self, source: DeltaSource, algorithm: str, *, divisor: int = 1) -> None:
         self._dtype, self._algorithm, self._divisor = source.dtype, algorithm, divisor
         self._seen = Seen()
 
@@ -90,7 +93,7 @@ def chunk_rows(rows: int, columns: int, device: torch.device) -> int:
     return min(rows, max(LEAST_ROWS, elements // max(1, columns)))
 
 
-def chunks(source: RowSource, tasks: Sequence[int], *, seen: Seen | None = None) -> Iterator[tuple[Tensor, ...]]:
+def chunks(source: DeltaSource, tasks: Sequence[int], *, seen: Seen | None = None) -> Iterator[tuple[Tensor, ...]]:
     """Rows of S and of the Δ_t of ``tasks`` in float64, [rows, N] each, valid until the next ones are taken.
 
     They do not depend on the source's blocks.
@@ -118,7 +121,7 @@ def chunks(source: RowSource, tasks: Sequence[int], *, seen: Seen | None = None)
         yield tuple(buffer[:filled] for buffer in buffers)
 
 
-def sum_spectrum(source: RowSource, k: int, limit: float) -> tuple[GramSpectrum, Tensor, Tensor, dict[str, Any]]:
+def sum_spectrum(source: DeltaSource, k: int, limit: float) -> tuple[GramSpectrum, Tensor, Tensor, dict[str, Any]]:
     """(V and σ of S, ‖S‖_F, ‖Δ_t‖², what is said of every Δ_t) in one pass; in two where float64 blurs SᵀS or its cut
     at ``k`` by more than ``limit``. See ``Seen.values`` for what it raises.
     """
@@ -136,7 +139,7 @@ def sum_spectrum(source: RowSource, k: int, limit: float) -> tuple[GramSpectrum,
     return spectrum, norm, squares, values
 
 
-def product_gram(source: RowSource, a: Tensor | None, seen: Seen | None = None) -> tuple[Tensor, float]:
+def product_gram(source: DeltaSource, a: Tensor | None, seen: Seen | None = None) -> tuple[Tensor, float]:
     """(QᵀQ of Q = S A or S, its ``gram_noise``) in one pass."""
     columns = source.shape[1] if a is None else a.shape[1]
     gram = torch.zeros(columns, columns, dtype=torch.float64, device=source.device)
@@ -191,13 +194,13 @@ class PolarMap:
         values: more of ``MergeStats.values``.
     """
 
-    def __init__(self, source: RowSource, algorithm: str, *, rank_policy: str, promise: float, **values: int) -> None:
+    def __init__(self, source: DeltaSource, algorithm: str, *, rank_policy: str, promise: float, **values: int) -> None:
         self._algorithm, self._promise, self._dtype = algorithm, promise, source.dtype
         with exact_products(source.device):
             self._learn(source, rank_policy)
         self._values |= values
 
-    def _learn(self, source: RowSource, rank_policy: str) -> None:
+    def _learn(self, source: DeltaSource, rank_policy: str) -> None:
         columns = source.shape[1]
         spectrum, self._norm, _, of_deltas = sum_spectrum(source, columns, ROUNDING)
         self._unresolved, self._error = spectrum.unresolved.sum(), spectrum.skew_error()
@@ -217,8 +220,8 @@ class PolarMap:
 
     def rows(self, block: RowBlock) -> Tensor:
         """See ``RowMap``. Every row is to be asked for once."""
-        out = torch.empty(block.base.shape, dtype=self._dtype, device=block.base.device)
-        with exact_products(block.base.device):
+        out = torch.empty(block.like.shape, dtype=self._dtype, device=block.like.device)
+        with exact_products(block.like.device):
             for place in part_rows(block):
                 total = block.part(place).sum(torch.float64).total
                 q = out[place]
@@ -253,8 +256,8 @@ def product_rounding(columns: int, *products: tuple[Tensor, Tensor]) -> float:
 
 def part_rows(block: RowBlock) -> Iterator[slice]:
     """The rows of a block, counted from its first, so many at a time as there is memory for in float64."""
-    count, columns = block.base.shape
-    step = chunk_rows(count, columns, block.base.device)
+    count, columns = block.like.shape
+    step = chunk_rows(count, columns, block.like.device)
     return (slice(start, min(start + step, count)) for start in range(0, count, step))
 
 

@@ -1,0 +1,310 @@
+"""The deltas of one tensor: walked in blocks of rows, wherever base and experts are (memory, files, factors)."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError, InputError
+from ..ops import TaskSum, compute_dtype, subtract, task_sum
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """What is known of a tensor before it is read."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype  # the dtype it is computed in: float32 or float64
+
+    @property
+    def elements(self) -> int:
+        total = 1
+        for size in self.shape:
+            total *= size
+        return total
+
+    @property
+    def bytes(self) -> int:
+        return self.elements * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class RowBlock:
+    """Some rows of the base and of some experts, as they are stored, on the device that computes.
+
+    The one place where weights are applied: Δ_t is w_t (θ_t − θ₀) below.
+
+    Attributes:
+        rows: which, of the tensor's first dimension.
+        base: None where deltas stand for themselves.
+        are_deltas: whether the experts are Δ_t themselves, and not θ_t.
+        weights: w_t; None where all are 1.
+    """
+
+    rows: slice
+    experts: Sequence[Tensor]
+    base: Tensor | None
+    are_deltas: bool = False
+    weights: Sequence[float] | None = None
+
+    @property
+    def like(self) -> Tensor:
+        """One of the tensors: for the rows' shape and device, not for its numbers."""
+        return self.experts[0] if self.base is None else self.base
+
+    def sum(
+        self, dtype: torch.dtype, out: Tensor | None = None, *, batch_dims: int = 0, largest: bool = True
+    ) -> TaskSum:
+        """Return Σ_t Δ_t of these rows, with what was seen of every Δ_t (see ``ops.task_sum``)."""
+        found = task_sum(
+            self.experts,
+            None if self.are_deltas else self.base,
+            weights=self.weights,
+            dtype=dtype,
+            out=out,
+            batch_dims=batch_dims,
+            largest=largest,
+        )
+        if self.weights is None:
+            return found
+        # What the kernel sees, it sees before the weights.
+        size = found.squares.new_tensor(self.weights).abs().view(-1, *[1] * batch_dims)
+        most = None if found.largest is None else found.largest * size
+        # A square that overflows, times a zero delta's, were NaN.
+        squares = torch.where(found.squares == 0, found.squares, found.squares * size.square())
+        return found._replace(squares=squares, largest=most)
+
+    def delta(self, task: int, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        """Return Δ_t of these rows, ``task`` counted among the experts that the block has."""
+        if not self.are_deltas:
+            assert self.base is not None
+            delta = subtract(self.experts[task], self.base, dtype=dtype, out=out)
+        elif out is not None:
+            delta = out.copy_(self.experts[task])
+        else:  # never the expert itself, where it is to be multiplied
+            delta = self.experts[task].to(dtype, copy=self.weights is not None)
+        return delta if self.weights is None else delta.mul_(self.weights[task])
+
+    def part(self, rows: slice) -> RowBlock:
+        """Return some of these rows, counted from the first of them."""
+        place = slice(self.rows.start + rows.start, self.rows.start + rows.stop)
+        base = None if self.base is None else self.base[rows]
+        return replace(self, rows=place, experts=[expert[rows] for expert in self.experts], base=base)
+
+
+class Threads(Protocol):
+    """What shares a block of rows out among threads."""
+
+    def parts(self, block: RowBlock) -> list[RowBlock]:
+        """Return the block in parts for one thread each, in order."""
+        ...
+
+    def map(self, action: Callable[[RowBlock], Result], parts: Sequence[RowBlock]) -> list[Result]:
+        """Return what ``action`` makes of every part, in order."""
+        ...
+
+
+class OneThread:
+    """The calling thread: a block stays whole."""
+
+    def parts(self, block: RowBlock) -> list[RowBlock]:
+        """See ``Threads``."""
+        return [block]
+
+    def map(self, action: Callable[[RowBlock], Result], parts: Sequence[RowBlock]) -> list[Result]:
+        """See ``Threads``."""
+        return [action(part) for part in parts]
+
+
+ONE_THREAD = OneThread()
+
+
+class DeltaSource(ABC):
+    """The deltas Δ_t = w_t (θ_t − θ₀) of one tensor, made when they are asked for: T of them need never exist at once.
+
+    A backend says where rows come from (``blocks``); sums and single deltas follow from that.
+
+    Attributes:
+        shape: of the tensor, or that by which it is walked.
+        dtype: computed in, float32 or float64.
+        device: where sums and deltas are made.
+        origin: the tensor that the deltas are of: they themselves, or what they are the coordinates of in bases that
+            all share (``factors``). Its sides decide r, and its dtype what counts as rounding.
+        threads: share blocks out.
+        wants_largest: whether sums look for max |Δ_t|.
+    """
+
+    def __init__(
+        self,
+        n_tasks: int,
+        shape: Sequence[int],
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        origin: TensorSpec | None = None,
+        threads: Threads = ONE_THREAD,
+        wants_largest: bool = False,
+    ) -> None:
+        self.n_tasks, self.shape, self.dtype, self.device = n_tasks, torch.Size(shape), dtype, device
+        self.origin = origin or TensorSpec("", tuple(shape), dtype)
+        self.threads, self.wants_largest = threads, wants_largest
+
+    @abstractmethod
+    def blocks(self, tasks: Sequence[int] | None = None) -> Iterator[RowBlock]:
+        """Yield all rows of the base and of some experts (all when None), in order.
+
+        A block is valid until the next one is taken. May be asked for as often as it takes; the first time over all.
+        """
+        ...
+
+    def start_over(self) -> None:  # noqa: B027  # most have nothing to do
+        """Begin again after a failure: what is still to come of a first pass is passed over."""
+
+    def members(self, chosen: Tensor) -> DeltaSource:
+        """Return some members of a batch, chosen by a mask over its dimensions."""
+        raise ValueError(f"deltas of shape {list(self.shape)} from {type(self).__name__} are no batch, but one tensor")
+
+    def sum(self, dtype: torch.dtype, batch_dims: int = 0) -> TaskSum:
+        """Return S = Σ_t Δ_t in ``dtype``, fresh: it may be overwritten; with what was seen of every Δ_t, [T, batch].
+
+        Args:
+            batch_dims: first dimensions that are a batch, over whose members what is seen is kept apart; for sources
+                that come as one block.
+        """
+        total = torch.empty(self.shape, dtype=dtype, device=self.device)
+
+        def add_up(part: RowBlock) -> TaskSum:
+            return part.sum(dtype, out=total[part.rows], batch_dims=batch_dims, largest=self.wants_largest)
+
+        seen = [found for block in self.blocks() for found in self.threads.map(add_up, self.threads.parts(block))]
+        assert batch_dims == 0 or len(seen) == 1
+        if len(seen) == 1:
+            return seen[0]._replace(total=total)
+        largest = [part.largest for part in seen if part.largest is not None]
+        return TaskSum(
+            total,
+            torch.stack([part.squares for part in seen]).sum(0),
+            torch.stack(largest).amax(0) if largest else None,
+            torch.stack([part.nonfinite for part in seen]).sum(0),
+        )
+
+    def delta(self, task: int) -> Tensor:
+        """Return Δ_t in the compute dtype; not to be written to."""
+        out = torch.empty(self.shape, dtype=self.dtype, device=self.device)
+
+        def subtract_part(part: RowBlock) -> None:
+            part.delta(0, self.dtype, out=out[part.rows])
+
+        for block in self.blocks([task]):
+            self.threads.map(subtract_part, self.threads.parts(block))
+        return out
+
+
+class MemoryDeltas(DeltaSource):
+    """Deltas of what is in memory: T tensors θ_t of one shape beside θ₀, or T deltas alone. None is ever modified.
+
+    Args:
+        experts: T tensors [..., M, N] (or of any shape), or one stack [T, ...], of any float dtypes and strides, on one
+            device.
+        base: θ₀, of that shape, on that device; None where the experts are the deltas.
+        are_deltas: whether they are that beside a base.
+        weights: w_t, T numbers that are finite in the compute dtype; None where all are 1.
+        dtype: computed in; by default float64 where one tensor is that, else float32.
+        origin: see ``DeltaSource``.
+        block_rows: rows of every block; one block of all when None.
+
+    Raises:
+        InputError: no tasks, or tensors that do not fit each other.
+    """
+
+    def __init__(
+        self,
+        experts: Sequence[Tensor],
+        base: Tensor | None = None,
+        *,
+        are_deltas: bool = False,
+        weights: Sequence[float] | None = None,
+        dtype: torch.dtype | None = None,
+        origin: TensorSpec | None = None,
+        block_rows: int | None = None,
+        threads: Threads = ONE_THREAD,
+        wants_largest: bool = False,
+    ) -> None:
+        if len(experts) == 0:
+            raise InputError("deltas is empty: at least one task is needed")
+        first = experts[0]
+        for index, tensor in enumerate(experts):
+            if tensor.shape != first.shape:
+                raise InputError(f"deltas[{index}] has shape {list(tensor.shape)}, deltas[0] has {list(first.shape)}")
+            if not tensor.is_floating_point():
+                raise InputError(f"deltas[{index}] is {tensor.dtype}: deltas are float tensors")
+            if tensor.device != first.device:
+                raise InputError(f"deltas[{index}] is on {tensor.device}, deltas[0] on {first.device}")
+        self.experts, self.base, self.weights = experts, base, weights
+        self._are_deltas = are_deltas or base is None
+        self._block_rows = block_rows
+        given = [tensor.dtype for tensor in (*experts, *([] if base is None else [base]))]
+        super().__init__(
+            len(experts),
+            first.shape,
+            dtype or compute_dtype(*given),
+            first.device,
+            origin=origin,
+            threads=threads,
+            wants_largest=wants_largest,
+        )
+
+    def blocks(self, tasks: Sequence[int] | None = None) -> Iterator[RowBlock]:
+        """See ``DeltaSource``."""
+        chosen = range(self.n_tasks) if tasks is None else tasks
+        weights = None if self.weights is None else [self.weights[task] for task in chosen]
+        experts = [self.experts[task] for task in chosen]
+        whole = RowBlock(slice(0, self.shape[0]), experts, self.base, self._are_deltas, weights)
+        if self._block_rows is None:
+            yield whole
+            return
+        for start in range(0, self.shape[0], self._block_rows):
+            yield whole.part(slice(start, min(start + self._block_rows, self.shape[0])))
+
+    def delta(self, task: int) -> Tensor:
+        """See ``DeltaSource``: where it stands for itself, the expert or a copy in the compute dtype."""
+        if not self._are_deltas or self.weights is not None:
+            return super().delta(task)
+        # Contiguous: a BLAS that is given a transposed operand may end in other last digits.
+        return self.experts[task].to(self.dtype).contiguous()
+
+    def members(self, chosen: Tensor) -> MemoryDeltas:
+        """See ``DeltaSource``."""
+        base = None if self.base is None else self.base[chosen]
+        return MemoryDeltas(
+            [expert[chosen] for expert in self.experts],
+            base,
+            are_deltas=self._are_deltas,
+            weights=self.weights,
+            dtype=self.dtype,
+        )
+
+
+def as_deltas(deltas: DeltaSource | Tensor | Sequence[Tensor]) -> DeltaSource:
+    """Return a list of T deltas, or one stack of them [T, ...], as a source."""
+    if isinstance(deltas, Tensor):
+        if deltas.ndim == 0:
+            raise InputError("deltas is a scalar: give T tensors, or one stacked along the first dimension")
+        return MemoryDeltas(deltas.unbind(0))
+    return deltas if isinstance(deltas, DeltaSource) else MemoryDeltas(list(deltas))
+
+
+def check_factors(what: str, values: Iterable[float], dtype: torch.dtype) -> None:
+    """Raise ConfigError where a scaling or weight is no finite number in the dtype that is computed in."""
+    for value in values:
+        if not abs(value) <= torch.finfo(dtype).max:
+            name = str(dtype).removeprefix("torch.")
+            raise ConfigError(f"{what} {value:g} is no finite number in {name}, which this is computed in")

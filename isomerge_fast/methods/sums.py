@@ -1,0 +1,77 @@
+"""The sum of the deltas, and what is seen of every Δ_t on the way: whether a result can be made of them at all."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..linalg.protocol import rounding_tolerance
+from .source import DeltaSource, TensorSpec
+from .stats import NotFiniteError, OutOfRangeError, shown_norms
+
+# Squares and their sums are normal numbers of float64, and those of a billionth as well.
+COMPUTED_NORMS = (1e-140, 1e150)
+# A matrix of 10^9 weights that moved by 3 each. A flipped bit of an exponent makes 7e36 of 0.02.
+LARGEST_TRAINED_NORM = 1e5
+
+
+def finite_sum(deltas: DeltaSource, dtype: torch.dtype, batch_dims: int = 0) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """(``deltas.sum``, its ``squares``, what ``MergeStats.values`` says of every Δ_t). One read of the device.
+
+    Raises:
+        As ``delta_sizes``.
+    """
+    total, squares, largest, nonfinite = deltas.sum(dtype, batch_dims)
+    most = None if largest is None else _by_task(largest)
+    return total, squares, delta_sizes(_by_task(squares), most, _by_task(nonfinite))
+
+
+def delta_sizes(squares: Tensor, largest: Tensor | None, nonfinite: Tensor) -> dict[str, Any]:
+    """What ``MergeStats.values`` says of every Δ_t, on the CPU, of what its parts are, [T, parts] each. One read of the
+    device.
+
+    Raises:
+        NotFiniteError: naming the tasks that hold NaN or Inf.
+        OutOfRangeError: a norm whose square float64 does not hold.
+    """
+    rows = [nonfinite.sum(1).double(), squares.sum(1).sqrt()]
+    if largest is not None:
+        rows.append(largest.amax(1).double())
+    counts, norms, *rest = torch.stack(rows).cpu()
+    bad = torch.nonzero(counts).flatten().tolist()
+    if bad:
+        raise NotFiniteError(bad)
+    if not bool(norms.isfinite().all()):
+        raise OutOfRangeError(f"‖Δ‖ of the tasks is {shown_norms(norms)}: more than float64 holds the squares of")
+    return {"delta_norms": norms, **({"delta_largest": rest[0]} if rest else {})}
+
+
+def require_comparable(norms: Tensor, origin: TensorSpec) -> None:
+    """Raises OutOfRangeError where a spectral method can make nothing of deltas with these ‖Δ_t‖_F, [T].
+
+    - Σ_t ‖Δ_t‖, which bounds every σ and σ̄, is beyond ``origin.dtype`` or ``COMPUTED_NORMS``.
+    - One Δ_t is larger than any training makes it, and another one has all its singular values in what counts as the
+      rounding of that: the result would be the large one's alone, and the others' absence a line in the report.
+    """
+    total, (least, most) = math.fsum(norms.tolist()), COMPUTED_NORMS
+    dtype = str(origin.dtype).removeprefix("torch.")
+    if not (total == 0 or least <= total <= min(most, torch.finfo(origin.dtype).max)):
+        raise OutOfRangeError(f"‖Δ‖ of the tasks is {shown_norms(norms)}: out of the range of {dtype} arithmetic")
+    rounding = rounding_of(norms.square().sum().sqrt(), origin)
+    if total > LARGEST_TRAINED_NORM and bool(((norms > 0) & (norms <= rounding)).any()):
+        raise OutOfRangeError(
+            f"‖Δ‖ of the tasks is {shown_norms(norms)}: the small ones are lost in what {dtype} rounds of the largest"
+        )
+
+
+def _by_task(seen: Tensor) -> Tensor:
+    """[T] or [T, B, ...] as [T, members]."""
+    return seen.flatten(1) if seen.ndim > 1 else seen[:, None]
+
+
+def rounding_of(norm: Tensor, origin: TensorSpec) -> Tensor:
+    """``rounding_tolerance`` of deltas with ‖Δ‖_F = ``norm``, by the sides and the dtype of what they are of."""
+    return rounding_tolerance(norm, origin.shape[-2], origin.shape[-1], origin.dtype)
