@@ -33,7 +33,8 @@ from benchmarks.harness.checkpoints import family, llama_shapes, weights
 from benchmarks.harness.processes import merged, shares
 from isomerge_fast import ops
 from isomerge_fast.bench.ceilings import device_name, forget, read_all, write_all
-from isomerge_fast.workers import Workers, parts_of
+from isomerge_fast.methods import RowBlock
+from isomerge_fast.workers import Workers
 
 MIB = 1 << 20
 LARGE = llama_shapes(2560, 10_240, 18, 32_000)  # 2.05 B
@@ -47,12 +48,13 @@ def arithmetic(elements: int, tasks: int) -> float:
     base, *experts = [torch.full((block,), 0.5 + index, dtype=torch.bfloat16) for index in range(tasks + 1)]
     out = torch.empty_like(base)
 
-    def merge(rows: slice) -> None:
-        total = ops.task_sum([expert[rows] for expert in experts], base[rows]).total
-        out[rows] = ops.apply_delta(base[rows], total.div_(tasks), scalings=[1.0], dtype=torch.bfloat16)[0]
+    def merge(part: RowBlock) -> None:
+        assert part.base is not None
+        total = part.sum(torch.float32).total
+        out[part.rows] = ops.apply_delta(part.base, total.div_(tasks), scalings=[1.0], dtype=torch.bfloat16)[0]
 
     with Workers() as workers:
-        parts = parts_of(slice(0, block), (block,))
+        parts = workers.parts(RowBlock(slice(0, block), experts, base))
         workers.map(merge, parts)
         started = time.perf_counter()
         for _ in range(-(-elements // block)):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from math import prod
 from typing import Any
 
 import torch
@@ -13,11 +14,12 @@ from . import ops
 from .errors import ConfigError, InputError
 from .memory_inputs import Array, Described, as_tensor, check_fit, read_deltas, read_experts, read_weights, shapes_of
 from .methods import (
+    MemoryDeltas,
     Method,
     NotFiniteError,
     OutOfRangeError,
+    RowBlock,
     TensorSpec,
-    as_deltas,
     given_method,
     make_method,
     method_for,
@@ -25,6 +27,7 @@ from .methods import (
 from .methods.source import check_factors
 from .patterns import require_matches
 from .planner import tensor_seed
+from .routes import memory_route
 from .values import dtype_name, list_of, number, pattern, whole_number
 
 
@@ -77,14 +80,12 @@ def _merge_deltas(
     name: str, deltas: Array | Sequence[Array], weights: Sequence[float] | None, options: Mapping[str, Any]
 ) -> Tensor:
     method = make_method(name, options)
-    source = as_deltas(read_deltas(deltas))
-    factors = read_weights(weights, source.n_tasks)
-    check_factors("weight", factors, source.dtype)
+    given = read_deltas(deltas)
+    source = MemoryDeltas(given, weights=read_weights(weights, len(given)))
+    check_factors("weight", source.weights or (), source.dtype)
     if source.device.type == "meta":
         method.check(TensorSpec("deltas", tuple(source.shape[-2:]), source.dtype), source.n_tasks)
         return torch.empty(source.shape, dtype=source.dtype, device="meta")
-    if weights is not None:
-        source = as_deltas([source.delta(task) * factor for task, factor in enumerate(factors)])
     value, _ = method.merge(source)
     return value.to(source.dtype)
 
@@ -108,7 +109,7 @@ def merge_state_dicts(
 
     Args:
         base, experts: state dicts with the same names and shapes, of tensors or numpy arrays; never modified. One from
-            ``open_state_dict`` is checked without reading it, and then read one tensor at a time. Float tensors may
+            ``open_state_dict`` is checked without reading it, and then read tensor by tensor. Float tensors may
             differ in dtype and device; what is not float64 is computed in float32, on the device of the base's tensor.
         method: a name or a method object.
         scaling: α.
@@ -172,7 +173,7 @@ def merge_tensors(
     for name, found in dtypes.items():
         compute = ops.compute_dtype(*found)
         check_factors(f"tensor {name!r}: scaling", [scaling], compute)
-        check_factors(f"tensor {name!r}: weight", factors, compute)
+        check_factors(f"tensor {name!r}: weight", factors or (), compute)
     require_matches([("exclude", exclude)], known)
     if seed is not None:
         outputs = [wanted or tensor.dtype for tensor in known.values() if tensor.is_floating_point()]
@@ -213,7 +214,7 @@ def _merge_one(
     spec: TensorSpec,
     base: Tensor,
     experts: Sequence[Mapping[str, Array]],
-    weights: Sequence[float],
+    weights: Sequence[float] | None,
     method: Method,
     scaling: float,
     exclude: Sequence[str],
@@ -231,11 +232,13 @@ def _merge_one(
             chosen.check(spec, len(experts))
             return torch.empty(base.shape, dtype=out_dtype, device="meta")
         origin = base.to(device or base.device)
-        deltas = [
-            _delta(as_tensor(expert[name], f"experts[{index}]: tensor {name!r}"), origin, spec.dtype, weight)
-            for index, (expert, weight) in enumerate(zip(experts, weights, strict=True))
+        tensors = [
+            as_tensor(expert[name], f"experts[{index}]: tensor {name!r}").to(origin.device)
+            for index, expert in enumerate(experts)
         ]
-        value, _ = chosen.merge(as_deltas(deltas))
+        merged = merge_tensor(
+            chosen, tensors, origin, weights=weights, compute=spec.dtype, scaling=scaling, dtype=out_dtype, seed=seed
+        )
     except NotFiniteError as error:
         inputs = [base, *(as_tensor(expert[name], f"tensor {name!r}") for expert in experts)]
         held = any(bool(ops.count_nonfinite(tensor)) for tensor in inputs)
@@ -245,7 +248,6 @@ def _merge_one(
         raise InputError(f"tensor {name!r}: {error}") from error
     except ConfigError as error:
         raise ConfigError(f"tensor {name!r} {list(base.shape)}: {error}") from error
-    (merged,) = ops.apply_delta(origin, value, scalings=[scaling], dtype=out_dtype, seed=seed)
     if count := int(ops.count_nonfinite(merged)):
         raise InputError(
             f"tensor {name!r}: {count} merged weights overflow {_dtype_name(out_dtype)} at scaling {scaling:g}"
@@ -253,10 +255,64 @@ def _merge_one(
     return merged.to(base.device)
 
 
+def merge_tensor(
+    method: Method,
+    experts: Sequence[Tensor],
+    base: Tensor,
+    *,
+    weights: Sequence[float] | None,
+    compute: torch.dtype,
+    scaling: float,
+    dtype: torch.dtype,
+    seed: int | None = None,
+) -> Tensor:
+    """Return θ₀ + α·Δ of one tensor, or of a batch of matrices [B, M, N], rounded once to ``dtype``.
+
+    Args:
+        experts, base: T + 1 tensors of one shape on one device, as they are stored; no T deltas are made of them.
+        weights, compute: as ``MemoryDeltas`` has them.
+        seed: of stochastic rounding.
+
+    Raises:
+        NotFiniteError, OutOfRangeError, ConfigError: see ``methods``.
+    """
+    if base.ndim == 0:  # walked by rows, of which it has none
+        experts, one = [expert[None] for expert in experts], base[None]
+        return merge_tensor(
+            method, experts, one, weights=weights, compute=compute, scaling=scaling, dtype=dtype, seed=seed
+        )[0]
+    route = memory_route(method, base.shape)
+    rows = None if route.holds_copies else route.part_rows
+    source = MemoryDeltas(experts, base, weights=weights, dtype=compute, block_rows=rows)
+    sink = _MergedTensor(base, scaling, dtype, seed)
+    route.run(source, sink)
+    return sink.merged
+
+
+class _MergedTensor:
+    """The ``Sink`` of one tensor in memory."""
+
+    def __init__(self, base: Tensor, scaling: float, dtype: torch.dtype, seed: int | None) -> None:
+        self.merged = torch.empty(base.shape, dtype=dtype, device=base.device)
+        self._scaling, self._seed, self._row_elements = scaling, seed, prod(base.shape[1:])
+
+    def add(self, block: RowBlock, value: Callable[[RowBlock], Tensor], *, shared: bool) -> None:
+        """See ``Sink``."""
+        assert block.base is not None
+        first = block.rows.start * self._row_elements
+        (self.merged[block.rows],) = ops.apply_delta(
+            block.base, value(block), scalings=[self._scaling], dtype=self.merged.dtype, seed=self._seed, first=first
+        )
+
+    def copy(self, block: RowBlock) -> None:
+        """See ``Sink``."""
+        assert block.base is not None
+        self.merged[block.rows] = block.base
+
+    def add_factors(self, left: Tensor, right: Tensor) -> None:
+        """See ``Sink``."""
+        raise AssertionError("a tensor in memory is no adapter")
+
+
 def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _delta(expert: Tensor, base: Tensor, dtype: torch.dtype, weight: float) -> Tensor:
-    delta = ops.subtract(expert.to(base.device), base, dtype=dtype)
-    return delta if weight == 1.0 else delta.mul_(weight)

@@ -199,18 +199,18 @@ def _prefix_problem(what: str, state: str, prefix: str, elsewhere: str) -> str:
     )
 
 
-def read_weights(weights: Sequence[float] | None, tasks: int) -> Sequence[float]:
-    """w_t, or ones.
+def read_weights(weights: Sequence[float] | None, tasks: int) -> Sequence[float] | None:
+    """Return w_t, or None where all are 1.
 
     Raises:
         ConfigError: another number of weights than tasks, or one that is not a finite number.
     """
     if weights is None:
-        return (1.0,) * tasks
+        return None
     values = list_of(number, f"{tasks} numbers, one a task")(weights, "weights")
     if len(values) != tasks:
         refuse(values, "weights", f"{tasks} numbers, one a task")
-    return values
+    return None if all(value == 1.0 for value in values) else values
 
 
 def as_tensor(value: object, what: str) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from math import prod
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -14,34 +15,45 @@ from .checkpoint.direct_io import PAGE
 from .checkpoint.layout import DTYPES
 from .checkpoint.ring import aligned
 from .checkpoint.write_behind import WriteBehind
-from .checkpoint.writer import ShardWriter
 from .methods import OutOfRangeError, RowBlock
 from .methods.factors import product_bound
+from .methods.source import Threads
 from .plan import DELTA_FOLDER, TensorPlan
 from .routes import ROW_STEP
-from .sources import PlannedSource
 from .transfers import Download
 
 
+class PartWriter(Protocol):
+    """What the rows of a tensor are written by: a ``ShardWriter``."""
+
+    def position(self, name: str, first: int) -> int: ...
+
+    def write_part(self, name: str, value: Tensor, first: int) -> None: ...
+
+    def finish(self, name: str) -> str: ...
+
+
 class TensorOutput:
-    """One tensor in all its outputs.
+    """One tensor in all its outputs: the ``Sink`` of a merge of files.
 
     Args:
         writers: by sub-folder of the output.
         scalings: α by sub-folder, of those that have one.
+        threads: share out what is made.
         phase: ``Stopwatch.phase``.
     """
 
     def __init__(
         self,
         plan: TensorPlan,
-        writers: Mapping[str, ShardWriter],
+        writers: Mapping[str, PartWriter],
         scalings: Mapping[str, float],
         writes: WriteBehind,
+        threads: Threads,
         phase: Callable[[str], AbstractContextManager[None]],
     ) -> None:
         self._plan, self._writers, self._scalings = plan, writers, scalings
-        self._writes, self._phase = writes, phase
+        self._writes, self._threads, self._phase = writes, threads, phase
         self._dtypes = dict.fromkeys(scalings, DTYPES[plan.out_dtype])
         if plan.delta is not None:
             self._dtypes[DELTA_FOLDER] = DTYPES[plan.delta.dtype]
@@ -50,58 +62,66 @@ class TensorOutput:
         # By folder, of all that was made: how much of it is NaN or infinite, on the device that computes.
         self._not_finite: dict[str, list[Tensor]] = {folder: [] for folder in writers}
 
-    def add(
-        self, block: RowBlock, value: Callable[[RowBlock], Tensor], parts: Sequence[RowBlock], source: PlannedSource
-    ) -> None:
-        """Writes θ₀ + α Δ of these rows for every α, rounded once, and Δ itself where it is kept.
+    def add(self, block: RowBlock, value: Callable[[RowBlock], Tensor], *, shared: bool) -> None:
+        """See ``Sink``."""
+        dtype = DTYPES[self._plan.out_dtype]
+
+        def apply(part: RowBlock, outputs: Mapping[str, Tensor]) -> None:
+            assert part.base is not None
+            delta = value(part)
+            if DELTA_FOLDER in outputs:
+                outputs[DELTA_FOLDER].copy_(delta)
+                delta = outputs[DELTA_FOLDER]
+            made = ops.apply_delta(
+                part.base,
+                delta,
+                scalings=list(self._scalings.values()),
+                dtype=dtype,
+                seed=self._plan.rounding_seed,
+                first=part.rows.start * self._row_elements,
+            )
+            for folder, merged in zip(self._scalings, made, strict=True):
+                outputs[folder].copy_(merged)
+
+        self._make(block, apply, shared=shared)
+
+    def copy(self, block: RowBlock) -> None:
+        """See ``Sink``."""
+
+        def convert(part: RowBlock, outputs: Mapping[str, Tensor]) -> None:
+            assert part.base is not None
+            for folder, out in outputs.items():
+                if folder == DELTA_FOLDER:
+                    out.zero_()
+                else:
+                    out.copy_(part.base)
+
+        self._make(block, convert, shared=True)
+
+    def _make(self, block: RowBlock, action: Callable[[RowBlock, Mapping[str, Tensor]], None], *, shared: bool) -> None:
+        """Have ``action`` fill the outputs' places for every part of a block; write them and count what is not finite.
 
         Args:
-            value: Δ of a part of the block.
-            parts: of the block, in order, shared out among threads.
+            shared: among threads; else the parts are as large as there is room for, one after the other.
         """
-        plan, dtype = self._plan, DTYPES[self._plan.out_dtype]
-        for rows, group in self._groups(parts):
-            outputs = self._room(rows, block.base)
+        for group in self._groups(self._threads.parts(block)) if shared else ([piece] for piece in self._pieces(block)):
+            rows = slice(group[0].rows.start, group[-1].rows.stop)
+            outputs = self._room(rows, block.like.device)
 
-            def apply(part: RowBlock, start: int = rows.start, outputs: dict[str, Tensor] = outputs) -> list[Tensor]:
+            def fill(part: RowBlock, start: int = rows.start, outputs: dict[str, Tensor] = outputs) -> list[Tensor]:
                 place = slice(part.rows.start - start, part.rows.stop - start)
-                delta = value(part)
-                if DELTA_FOLDER in outputs:
-                    outputs[DELTA_FOLDER][place] = delta
-                    delta = outputs[DELTA_FOLDER][place]
-                made = ops.apply_delta(
-                    part.base,
-                    delta,
-                    scalings=list(self._scalings.values()),
-                    dtype=dtype,
-                    seed=plan.rounding_seed,
-                    first=part.rows.start * self._row_elements,
-                )
-                for folder, merged in zip(self._scalings, made, strict=True):
-                    outputs[folder][place] = merged
+                mine = {folder: out[place] for folder, out in outputs.items()}
+                action(part, mine)
                 # While it is in the cache.
-                return [ops.count_nonfinite(out[place]) for out in outputs.values()]
+                return [ops.count_nonfinite(out) for out in mine.values() if out.is_floating_point()]
 
-            self._see(outputs, source.share_out(apply, group))
-            self._write(rows, outputs)
-
-    def copy(self, block: RowBlock, parts: Sequence[RowBlock], source: PlannedSource) -> None:
-        """Writes the base, converted where the output has another dtype, and a Δ of zeros where that is kept."""
-        for rows, group in self._groups(parts):
-            outputs = self._room(rows, block.base)
-
-            def convert(part: RowBlock, start: int = rows.start, outputs: dict[str, Tensor] = outputs) -> list[Tensor]:
-                place = slice(part.rows.start - start, part.rows.stop - start)
-                for folder, out in outputs.items():
-                    out[place] = 0 if folder == DELTA_FOLDER else part.base
-                is_float = part.base.is_floating_point()
-                return [ops.count_nonfinite(out[place]) for out in outputs.values()] if is_float else []
-
-            self._see(outputs, source.share_out(convert, group))
+            for counts in self._threads.map(fill, group):
+                for folder, count in zip(outputs, counts, strict=False):
+                    self._not_finite[folder].append(count)
             self._write(rows, outputs)
 
     def add_factors(self, left: Tensor, right: Tensor) -> None:
-        """Writes α·left right, [M, N], as the pair of an adapter; α goes into B.
+        """See ``Sink``. α goes into B.
 
         Args:
             left: [M, rank]; right: [rank, N]. Either is A or B, as the adapters have it.
@@ -123,17 +143,11 @@ class TensorOutput:
                 self._not_finite[folder].append(ops.count_nonfinite(made))
                 download, writer = Download(made), self._writers[folder]
 
-                def write(name: str = output.name, download: Download = download, writer: ShardWriter = writer) -> None:
+                def write(name: str = output.name, download: Download = download, writer: PartWriter = writer) -> None:
                     writer.write_part(name, download(), 0)
 
                 with self._phase("write"):
                     self._writes.put(write, size=made.nbytes, in_room=False)
-
-    def pieces(self, block: RowBlock) -> Iterator[RowBlock]:
-        """The block in parts that there is room for."""
-        step = max(1, self._writes.room_bytes // max(1, self._bytes_of(ROW_STEP))) * ROW_STEP
-        for start in range(0, len(block.base), step):
-            yield block.part(slice(start, min(start + step, len(block.base))))
 
     def overflows(self) -> str | None:
         """What became infinite, or NaN, of all that was made of finite weights, in words. One read of the device."""
@@ -153,37 +167,38 @@ class TensorOutput:
             for folder, writer in self._writers.items()
         }
 
-    def _see(self, outputs: Mapping[str, Tensor], counts: Sequence[Sequence[Tensor]]) -> None:
-        """Keeps the counts of every part, in the order of ``outputs``."""
-        for part in counts:
-            for folder, count in zip(outputs, part, strict=False):
-                self._not_finite[folder].append(count)
-
     def _name(self, folder: str) -> str:
         """Of a tensor that stays one."""
         (name,) = self._plan.names_in(folder)
         return name
 
-    def _groups(self, parts: Sequence[RowBlock]) -> Iterator[tuple[slice, list[RowBlock]]]:
-        """Rows that are written at once, with the parts that they are made in: as many as there is room for."""
+    def _groups(self, parts: Sequence[RowBlock]) -> Iterator[list[RowBlock]]:
+        """Yield the parts that are written at once: as many as there is room for."""
         group: list[RowBlock] = []
         for part in parts:
             if group and self._bytes_of(part.rows.stop - group[0].rows.start) > self._writes.room_bytes:
-                yield slice(group[0].rows.start, group[-1].rows.stop), group
+                yield group
                 group = []
             group.append(part)
-        yield slice(group[0].rows.start, group[-1].rows.stop), group
+        yield group
+
+    def _pieces(self, block: RowBlock) -> Iterator[RowBlock]:
+        """Yield the block in parts that there is room for."""
+        step, count = self._writes.room_bytes // max(1, self._bytes_of(ROW_STEP)), len(block.like)
+        step = max(1, step) * ROW_STEP
+        for start in range(0, count, step):
+            yield block.part(slice(start, min(start + step, count)))
 
     def _bytes_of(self, rows: int) -> int:
         """Of all outputs, each with a page more, for its place in it."""
         return sum(PAGE + aligned(rows * self._row_elements * dtype.itemsize) for dtype in self._dtypes.values())
 
-    def _room(self, rows: slice, base: Tensor) -> dict[str, Tensor]:
+    def _room(self, rows: slice, device: torch.device) -> dict[str, Tensor]:
         """Memory for these rows by folder, on the device that computes."""
         count = rows.stop - rows.start
         shape = (count, *self._plan.route.lines[1:])
         self._in_room = False
-        if base.device.type == "cpu":
+        if device.type == "cpu":
             with self._phase("write"):
                 room = self._writes.room(self._bytes_of(count))
             if room is not None:
@@ -195,7 +210,7 @@ class TensorOutput:
                     end = start + count * self._row_elements * dtype.itemsize
                     outputs[folder] = room[start:end].view(dtype).view(shape)
                 return outputs
-        return {folder: torch.empty(shape, dtype=dtype, device=base.device) for folder, dtype in self._dtypes.items()}
+        return {folder: torch.empty(shape, dtype=dtype, device=device) for folder, dtype in self._dtypes.items()}
 
     def _position(self, folder: str, rows: slice) -> int:
         """Of rows of ``Route.lines`` in their file; 0 where that is no place for their dtype in memory."""

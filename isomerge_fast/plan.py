@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from .budget import Budget
 from .checkpoint.adapter import Adapter, LoraPair
 from .checkpoint.adapter_output import merged_settings
 from .checkpoint.buffers import Buffers
@@ -29,7 +30,7 @@ from .checkpoint.writer import OutputTensor
 from .config import MergeConfig
 from .errors import ResourceError
 from .methods import Method, TensorSpec
-from .routes import BY_ROWS, STREAMED, Budget, Route
+from .routes import Route
 
 # Resident memory of Python, torch and BLAS: 234 MB before the first tensor, about 350 MB after a merge with the heap
 # trimmed (BLAS keeps buffers), of which the estimates of single tensors cover some. With 335 MB the promise lies above
@@ -96,12 +97,9 @@ class TensorPlan:
     @property
     def passed_bytes(self) -> int:
         """Read in all, pass after pass: more than once what is not held."""
-        if self.method is None or self.route.name not in (STREAMED, BY_ROWS):
-            return self.read_bytes
-        if self.route.name == BY_ROWS:
-            return self.read_bytes * (1 + self.method.row_map_passes)
-        again = sum(expert.bytes + self.base.bytes for expert in self.experts) * self.method.deltas_taken
-        return self.read_bytes + again + self.base.bytes
+        return self.route.passed_bytes(
+            self.base.bytes if self.route.reads_base else 0, [stored.bytes for stored in (*self.experts, *self.factors)]
+        )
 
     @property
     def out_dtype(self) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from .budget import Budget, budgets
 from .checkpoint.adapter import Adapter, LoraPair
 from .checkpoint.companions import FolderContents, contents_of
 from .checkpoint.kept_metadata import kept_metadata
@@ -36,7 +37,7 @@ from .notes import notes_of
 from .ops import compute_dtype, traits_of
 from .patterns import require_matches, rules_of
 from .plan import PROCESS_BYTES, LeftOut, Plan, TensorPlan
-from .routes import BY_ROWS, Budget, Route, Traffic, budgets, choose_route, copy_route, factor_route
+from .routes import Route, Traffic, choose_route, copy_route, factor_route
 
 # What is held of all tensors beside their bytes: of each copy where it lies; of the merged one its plan, journal entry
 # and report, in which there are numbers of every task; of each output where it will lie, and its checksum. A name is
@@ -296,19 +297,8 @@ class _Fate:
 
     def explain(self, route: Route, device: torch.device) -> tuple[str, float]:
         """Return why it goes this way, and how many operations that takes."""
-        reason, flops = self.reason, 0.0
         tasks = len(self.sources) or len(self.pairs)
-        if self.pairs and route.method is not None:
-            rank, sides = sum(self.ranks), sum(self.spec.shape)
-            reason = self.reason or f"factors of rank {rank} in all: no matrix of this size is factored"
-            # QR of both stacks, and the product.
-            flops = 16.0 * sides * rank**2 + 2.0 * self.spec.elements * rank
-        elif route.method is not None:
-            reason = self.reason or route.method.explain(self.spec, tasks, device)
-            if route.name == BY_ROWS and not route.method.any_shape:
-                reason = "by rows, to keep to the ceiling: float64 Gram matrices"
-            flops = route.method.flops(self.spec, tasks)
-        return reason, flops
+        return route.reason(self.spec, tasks, device, self.reason), route.flops(self.spec, tasks)
 
     def plan(self, route: Route, reason: str, flops: float) -> TensorPlan:
         return TensorPlan(

@@ -1,4 +1,4 @@
-"""How a tensor goes through memory: which of its copies are held when, so that a merge keeps to its ceilings.
+"""How a tensor goes through memory: strategies that take a merge from a source of deltas to a sink of merged rows.
 
     copy        the base's bytes, part by part
     by-rows     parts of all copies in, rows of the result out; nothing of the tensor's size is held (the linear
@@ -8,82 +8,63 @@
     factors     the thin factors of all deltas are held (LoRA); the base is walked part by part
     adapter     only they: the result is a pair of thin factors again
 
-Besides what a tensor takes, a merge holds what is read ahead and what waits to be written (``Budget``).
+Each strategy says what it takes (``plan``) beside what it does (``run``). Besides what a tensor takes, a merge holds
+what is read ahead and what waits to be written (``Budget``).
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Sequence
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from math import prod
+from typing import ClassVar, Protocol
 
 import torch
+from torch import Tensor
 
-from .methods import Method, TensorSpec
+from .budget import Budget
+from .errors import visible
+from .methods import DeltaSource, MergeStats, Method, RowBlock, TensorSpec
+from .methods.certified import exact_products
+from .methods.factors import merge_factors
 from .ops import BLOCK_ELEMENTS, traits_of
 
-MIB = 1 << 20
-# Read ahead at least this much where nothing forbids it, and at the very least: four parts of 2 MiB.
-READ_AHEAD_BYTES, LEAST_READ_AHEAD_BYTES = 128 * MIB, 8 * MIB
-PARTS_AHEAD = 4
-# So much is page-locked for copies to a GPU, which takes 0.4 s a GiB beside an H200; torch rounds it up to a power of
-# two. Parts are a quarter of it: each takes 3.5 ms of launches and of waiting for Python's lock there. At 32 MiB a part
-# that was four fifths of a merge that only reads and writes.
-PINNED_BYTES = 512 * MIB
 # Of each copy read: it begins somewhere within a page of 4 KiB, and ends so.
 PADDING_BYTES = 8 << 10
-# Without a ceiling tensors are resident whose copies take up to this share of the machine's memory.
-RESIDENT_SHARE = 1 / 32
 # Parts are of so many rows or multiples of it, so that random bits can be made for parts (``ops.apply_delta``).
 ROW_STEP = 8
-COPY, BY_ROWS, RESIDENT, STREAMED, FACTORS, ADAPTER = "copy", "by-rows", "resident", "streamed", "factors", "adapter"
+# Of what is merged in memory, so much is rounded at once.
+MEMORY_PART_ELEMENTS = 1 << 24
+LOG = logging.getLogger("isomerge_fast")
+
+
+class Sink(Protocol):
+    """What takes the rows of a merged tensor, in order."""
+
+    def add(self, block: RowBlock, value: Callable[[RowBlock], Tensor], *, shared: bool) -> None:
+        """Take θ₀ + α Δ of these rows for every α, rounded once, and Δ itself where it is kept.
+
+        Args:
+            value: makes Δ of some rows of the block.
+            shared: whether it is called by several threads at once, each for a part of the block; else it is called by
+                one after the other, as products of matrices have threads of their own.
+        """
+        ...
+
+    def copy(self, block: RowBlock) -> None:
+        """Take the base's rows, converted where the output has another dtype, and a Δ of zeros where that is kept."""
+        ...
+
+    def add_factors(self, left: Tensor, right: Tensor) -> None:
+        """Take α·left right, [M, r] and [r, N], as the pair of an adapter."""
+        ...
 
 
 @dataclass(frozen=True)
-class Budget:
-    """Bytes of host memory for what is read ahead and for what waits to be written; and for a tensor being merged.
-
-    ``work`` is the ceiling on the latter, on the device that computes; None where there is none. ``on_gpu`` are bytes
-    of a GPU for the copies of the tensor that comes next; None on a CPU, which works on what is read ahead.
-    """
-
-    read_ahead: int
-    work: int | None
-    on_gpu: int | None = None
-
-    @property
-    def write_behind(self) -> int:
-        return self.read_ahead // 4
-
-    @property
-    def part(self) -> int:
-        """Bytes of one part, all copies together."""
-        return self.read_ahead // PARTS_AHEAD
-
-    @property
-    def again(self) -> int:
-        """Bytes read ahead in passes after the first: two parts."""
-        return 2 * self.part
-
-    @property
-    def whole(self) -> int:
-        """Bytes up to which all copies of a tensor are held at once, while the next ones are read."""
-        return self.read_ahead // 2 if self.on_gpu is None else self.on_gpu
-
-    @property
-    def cut(self) -> int | None:
-        """Bytes of the parts that copies are cut into on their way to a GPU; None on a CPU, where they stay whole."""
-        return None if self.on_gpu is None else self.part
-
-    @property
-    def in_transfer(self) -> int:
-        """On a GPU, bytes beside the work: the bundle that comes next, and outputs on their way to the host."""
-        return self.whole + self.write_behind
-
-
-@dataclass(frozen=True)
-class Route:
+class Route(ABC):
     """The way of one tensor.
 
     Attributes:
@@ -94,24 +75,264 @@ class Route:
         work_bytes: peak on the device that computes, beyond ``Budget.read_ahead`` and ``write_behind``.
     """
 
-    name: str
     lines: tuple[int, ...]
     part_rows: int
     method: Method | None
     work_bytes: int
 
-    @property
-    def reads_base(self) -> bool:
-        return self.name != ADAPTER
+    name: ClassVar[str]
+    reads_base: ClassVar[bool] = True
+    holds_copies: ClassVar[bool] = False
+    writes_factors: ClassVar[bool] = False
+
+    @abstractmethod
+    def run(self, source: DeltaSource, sink: Sink) -> MergeStats:
+        """Merge the tensor that ``source`` gives the deltas of into ``sink``; return the evidence.
+
+        Raises:
+            NotFiniteError, OutOfRangeError, UnsolvedError: see ``methods``.
+            torch.OutOfMemoryError: of a GPU.
+        """
+        ...
 
     def parts(self) -> Iterator[slice]:
-        """Rows of ``lines``, in order."""
+        """Yield rows of ``lines``, in order."""
         for start in range(0, self.lines[0], self.part_rows):
             yield slice(start, min(start + self.part_rows, self.lines[0]))
 
     def readings(self) -> Iterator[slice]:
-        """Rows of ``lines`` that are read at once."""
-        return iter([slice(0, self.lines[0])]) if self.name == RESIDENT else self.parts()
+        """Yield the rows of ``lines`` that are read at once."""
+        return self.parts()
+
+    def passed_bytes(self, base_bytes: int, trained_bytes: Sequence[int]) -> int:
+        """Return what is read in all, pass after pass, of a base and what every expert has of it."""
+        return base_bytes + sum(trained_bytes)
+
+    def reason(self, spec: TensorSpec, tasks: int, device: torch.device, given: str) -> str:
+        """Return why it goes this way: what was ``given`` for its method, else which solver it gets, and why."""
+        return given if given or self.method is None else self.method.explain(spec, tasks, device)
+
+    def flops(self, spec: TensorSpec, tasks: int) -> float:
+        """Return how many operations that takes."""
+        return 0.0 if self.method is None else self.method.flops(spec, tasks)
+
+
+class Copied(Route):
+    """The base's bytes, only converted, if that."""
+
+    name = "copy"
+
+    @classmethod
+    def plan(cls, shape: Sequence[int], traffic: Traffic, budget: Budget) -> Copied:
+        """Return the route of a tensor that is not merged."""
+        lines = (prod(shape),)
+        rows = _part_rows(lines, traffic, budget.part)
+        return cls(lines, rows, None, rows * traffic.written)
+
+    def run(self, source: DeltaSource, sink: Sink) -> MergeStats:
+        """See ``Route``."""
+        for block in source.blocks(()):
+            sink.copy(block)
+        return MergeStats(self.name)
+
+
+class Rowwise(Route):
+    """Rows in, rows out: what the method has learnt from passes over all rows is held, and nothing of their size."""
+
+    name = "by-rows"
+
+    @classmethod
+    def plan_elements(
+        cls, method: Method, spec: TensorSpec, traffic: Traffic, budget: Budget, device: torch.device
+    ) -> Rowwise:
+        """Return the route of a tensor whose elements are merged one by one."""
+        lines = (spec.elements,)
+        rows = _part_rows(lines, traffic, budget.part)
+        work = (method.row_map_bytes(spec, traffic.tasks, rows, device) or 0) + _applying(rows, traffic, device)
+        return cls(lines, rows, method, work + _on_device(2 * rows, traffic, device))
+
+    @classmethod
+    def plan(
+        cls, method: Method, spec: TensorSpec, traffic: Traffic, budget: Budget, device: torch.device
+    ) -> Rowwise | None:
+        """Return the route of a matrix; None where the method has no such form for it."""
+        rows = _part_rows(spec.shape, traffic, budget.part)
+        part = rows * prod(spec.shape[1:])
+        beside = _again(part, traffic, budget, device) + _applying(part, traffic, device)
+        chosen = _within(method, budget, beside)
+        learning = chosen.row_map_bytes(spec, traffic.tasks, part, device)
+        return None if learning is None else cls(spec.shape, rows, chosen, learning + beside)
+
+    def run(self, source: DeltaSource, sink: Sink) -> MergeStats:
+        """See ``Route``."""
+        assert self.method is not None
+        row_map = self.method.row_map(source)
+        for block in source.blocks():
+            sink.add(block, row_map.rows, shared=self.method.any_shape)
+        return row_map.stats()
+
+    def passed_bytes(self, base_bytes: int, trained_bytes: Sequence[int]) -> int:
+        """See ``Route``: learnt in some passes, then written in one."""
+        assert self.method is not None
+        return super().passed_bytes(base_bytes, trained_bytes) * (1 + self.method.row_map_passes)
+
+    def reason(self, spec: TensorSpec, tasks: int, device: torch.device, given: str) -> str:
+        """See ``Route``. That a matrix goes by rows is said whatever was given."""
+        assert self.method is not None
+        if self.method.any_shape:
+            return super().reason(spec, tasks, device, given)
+        return "by rows, to keep to the ceiling: float64 Gram matrices"
+
+
+class Whole(Route):
+    """The merged Δ is made as one matrix and then applied to the base's rows."""
+
+    def run(self, source: DeltaSource, sink: Sink) -> MergeStats:
+        """See ``Route``."""
+        assert self.method is not None
+        value, stats = _merge_or_again(self.method, source)
+        for block in source.blocks(()):
+            count = block.rows.stop - block.rows.start
+            for start in range(0, count, self.part_rows):
+                part = block.part(slice(start, min(start + self.part_rows, count)))
+                sink.add(part, lambda part: value[part.rows], shared=True)
+        return stats
+
+
+class Resident(Whole):
+    """All T + 1 copies are read once and held."""
+
+    name = "resident"
+    holds_copies = True
+
+    @classmethod
+    def plan(
+        cls, method: Method, spec: TensorSpec, traffic: Traffic, budget: Budget, device: torch.device
+    ) -> Resident | None:
+        """Return the route of a matrix; None where its copies are too large for it."""
+        is_cpu = device.type == "cpu"
+        # On a GPU copies begin where they like.
+        padding = PADDING_BYTES * len(traffic.read) if is_cpu else 0
+        if spec.elements * sum(traffic.read) + padding > budget.whole:
+            return None
+        held = _on_device(spec.elements, traffic, device)
+        chosen = _within(method, budget, held)
+        rows = _part_rows(spec.shape, traffic, budget.part)
+        # A download and its place within a page together are not to exceed a power of two, to which torch rounds.
+        room = budget.write_behind // 2 - PADDING_BYTES
+        at_once = rows if is_cpu else max(rows, _rows_of(spec.shape, traffic.written, room))
+        writing = spec.bytes + _applying(at_once * prod(spec.shape[1:]), traffic, device)
+        work = max(chosen.workspace_bytes(spec, traffic.tasks, device), writing)
+        return cls(spec.shape, at_once, chosen, work + held)
+
+    def readings(self) -> Iterator[slice]:
+        """See ``Route``."""
+        return iter([slice(0, self.lines[0])])
+
+
+class Streamed(Whole):
+    """S and the merged Δ are held; the copies are read part by part, again for every pass."""
+
+    name = "streamed"
+
+    @classmethod
+    def plan(cls, method: Method, spec: TensorSpec, traffic: Traffic, budget: Budget, device: torch.device) -> Streamed:
+        """Return the route of a matrix."""
+        rows = _part_rows(spec.shape, traffic, budget.part)
+        part = rows * prod(spec.shape[1:])
+        writing = spec.bytes + _applying(part, traffic, device)
+        again, making = _again(part, traffic, budget, device), _making(part, spec, device)
+        chosen = _within(method, budget, again + making)
+        work = max(chosen.workspace_bytes(spec, traffic.tasks, device) + making, writing)
+        return cls(spec.shape, rows, chosen, work + again)
+
+    def passed_bytes(self, base_bytes: int, trained_bytes: Sequence[int]) -> int:
+        """See ``Route``: the sum, every Δ_t as often as the method takes it, and the base to be written."""
+        assert self.method is not None
+        deltas = sum(trained_bytes) + len(trained_bytes) * base_bytes
+        return super().passed_bytes(base_bytes, trained_bytes) + deltas * self.method.deltas_taken + base_bytes
+
+
+@dataclass(frozen=True)
+class OfFactors(Route):
+    """Deltas that are given as thin factors.
+
+    Attributes:
+        rank: columns of all factors together.
+    """
+
+    rank: int
+
+    def reason(self, spec: TensorSpec, tasks: int, device: torch.device, given: str) -> str:
+        """See ``Route``."""
+        return given or f"factors of rank {self.rank} in all: no matrix of this size is factored"
+
+    def flops(self, spec: TensorSpec, tasks: int) -> float:
+        """See ``Route``: QR of both stacks, and the product."""
+        return 16.0 * sum(spec.shape) * self.rank**2 + 2.0 * spec.elements * self.rank
+
+
+class MultipliedOut(OfFactors):
+    """The merged Δ is multiplied out row by row of the base."""
+
+    name = "factors"
+
+    @classmethod
+    def plan(
+        cls,
+        method: Method,
+        spec: TensorSpec,
+        traffic: Traffic,
+        budget: Budget,
+        device: torch.device,
+        solving: int,
+        rank: int,
+    ) -> MultipliedOut:
+        """Return the route of a matrix; ``solving``: bytes of ``merge_factors``."""
+        part_rows = _part_rows(spec.shape, traffic, budget.part)
+        (rows, columns), part = spec.shape, part_rows * spec.shape[1]
+        width = min(rank, columns)
+        applying = spec.dtype.itemsize * ((rows + columns) * width + 2 * part) + _applying(part, traffic, device)
+        work = max(solving, applying) + _on_device(2 * part, traffic, device)
+        return cls(spec.shape, part_rows, method, work, rank)
+
+    def run(self, source: DeltaSource, sink: Sink) -> MergeStats:
+        """See ``Route``."""
+        assert self.method is not None
+        merged, stats = merge_factors(self.method, source.factors(), source.shape, source.dtype)
+        left, right = merged.left.to(source.dtype), merged.right.to(source.dtype)
+        del merged
+        with exact_products(source.device):
+            for block in source.blocks(()):
+                sink.add(block, lambda part: left[part.rows] @ right, shared=True)
+        return stats
+
+
+@dataclass(frozen=True)
+class ToAdapter(OfFactors):
+    """The merged Δ is truncated to a pair of factors again; the base is not read.
+
+    Attributes:
+        adapter_rank: of the pair.
+    """
+
+    adapter_rank: int
+
+    name = "adapter"
+    reads_base = False
+    writes_factors = True
+
+    def run(self, source: DeltaSource, sink: Sink) -> MergeStats:
+        """See ``Route``."""
+        assert self.method is not None
+        merged, stats = merge_factors(self.method, source.factors(), source.shape, source.dtype)
+        left, right, truncation = merged.truncated(self.adapter_rank)
+        sink.add_factors(left, right)
+        return replace(stats, values={**stats.values, "truncation": truncation})
+
+    def readings(self) -> Iterator[slice]:
+        """See ``Route``."""
+        return iter(())
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,42 +344,9 @@ class Traffic:
     tasks: int
 
 
-def budgets(largest: int, *, host: int | None, vram: int | None, on_gpu: bool) -> Iterator[Budget]:
-    """Budgets to be tried in turn: what is read ahead shrinks until the tensors fit beside it.
-
-    Args:
-        largest: bytes of all copies of the largest tensor that would be resident.
-        host: ceiling in bytes for all that a merge holds on the host; on a CPU for the work as well.
-        vram: ceiling in bytes for the work on a GPU.
-    """
-    ceiling = vram if on_gpu else host
-    if ceiling is None:
-        most = int(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * RESIDENT_SHARE)
-    else:
-        most = ceiling // 4
-    resident = min(largest, most)
-    size = PINNED_BYTES if on_gpu else max(READ_AHEAD_BYTES, 3 * resident)
-    if host is not None:
-        size = min(size, host // 3)
-    held = max(size // 2, resident) if on_gpu else None
-    least = LEAST_READ_AHEAD_BYTES
-    while True:
-        size = max(least, size)
-        held = None if held is None else max(least // 2, held)
-        budget = Budget(size, None, held)
-        beside = budget.in_transfer if on_gpu else budget.read_ahead + budget.write_behind
-        yield budget if ceiling is None else replace(budget, work=max(0, ceiling - beside))
-        if size == least and held in (None, least // 2):
-            return
-        size //= 2
-        held = None if held is None else held // 2
-
-
 def copy_route(shape: Sequence[int], traffic: Traffic, budget: Budget) -> Route:
-    """Bytes that are only converted, if that."""
-    lines = (prod(shape),)
-    rows = _part_rows(lines, traffic, budget.part)
-    return Route(COPY, lines, rows, None, rows * traffic.written)
+    """Return the route of a tensor that is not merged."""
+    return Copied.plan(shape, traffic, budget)
 
 
 def factor_route(
@@ -172,68 +360,55 @@ def factor_route(
     rank: int,
     adapter_rank: int | None,
 ) -> Route:
-    """Of deltas given as factors of ``rank`` columns in all.
+    """Return the route of deltas given as factors of ``rank`` columns in all.
 
-    The factors; in float64 their stacks, one of which may take two more to be orthonormal; every task's coordinates and
-    what the method makes of them. Then the result's factors, and a part of their product.
+    Held are the factors; in float64 their stacks, one of which may take two more to be orthonormal; every task's
+    coordinates and what the method makes of them. Then the result's factors, and a part of their product.
     """
     (rows, columns), sides = spec.shape, sum(spec.shape)
     height, width = min(rank, rows), min(rank, columns)
     solving = 8 * (rank * (3 * sides + 4 * max(rows, columns)) // 2 + height * width * (tasks + 8))
-    if adapter_rank is not None:
-        outputs = sides * adapter_rank * (16 + traffic.written)
-        return Route(ADAPTER, spec.shape, rows, method, solving + outputs)
-    part_rows = _part_rows(spec.shape, traffic, budget.part)
-    part = part_rows * columns
-    applying = spec.dtype.itemsize * (sides * width + 2 * part) + _applying(part, traffic, device)
-    return Route(FACTORS, spec.shape, part_rows, method, max(solving, applying) + _on_device(2 * part, traffic, device))
+    if adapter_rank is None:
+        return MultipliedOut.plan(method, spec, traffic, budget, device, solving, rank)
+    outputs = sides * adapter_rank * (16 + traffic.written)
+    return ToAdapter(spec.shape, rows, method, solving + outputs, rank, adapter_rank)
 
 
 def choose_route(method: Method, spec: TensorSpec, traffic: Traffic, budget: Budget, device: torch.device) -> Route:
-    """The fastest way that keeps to ``budget.work``; where none does, the one that takes least."""
-    routes = []
-    for route in _routes(method, spec, traffic, budget, device):
+    """Return the fastest way that keeps to ``budget.work``; where none does, the one that takes least."""
+    if method.any_shape:
+        return Rowwise.plan_elements(method, spec, traffic, budget, device)
+    routes: list[Route] = []
+    for strategy in (Resident, Streamed, Rowwise):
+        route = strategy.plan(method, spec, traffic, budget, device)
+        if route is None:
+            continue
         if budget.work is None or route.work_bytes <= budget.work:
             return route
         routes.append(route)
     return min(routes, key=lambda route: route.work_bytes)
 
 
-def _routes(
-    method: Method, spec: TensorSpec, traffic: Traffic, budget: Budget, device: torch.device
-) -> Iterator[Route]:
-    if method.any_shape:
-        lines = (spec.elements,)
-        rows = _part_rows(lines, traffic, budget.part)
-        work = (method.row_map_bytes(spec, traffic.tasks, rows, device) or 0) + _applying(rows, traffic, device)
-        yield Route(BY_ROWS, lines, rows, method, work + _on_device(2 * rows, traffic, device))
-        return
-    lines = spec.shape
-    row = prod(lines[1:])
-    everything = spec.elements * sum(traffic.read)
-    if device.type == "cpu":  # on a GPU copies begin where they like
-        everything += PADDING_BYTES * len(traffic.read)
-    rows = _part_rows(lines, traffic, budget.part)
-    if everything <= budget.whole:
-        held = _on_device(spec.elements, traffic, device)
-        chosen = _within(method, budget, held)
-        # A download and its place within a page together are not to exceed a power of two, to which torch rounds.
-        room = budget.write_behind // 2 - PADDING_BYTES
-        at_once = rows if device.type == "cpu" else max(rows, _rows_of(lines, traffic.written, room))
-        writing = spec.bytes + _applying(at_once * row, traffic, device)
-        work = max(chosen.workspace_bytes(spec, traffic.tasks, device), writing)
-        yield Route(RESIDENT, lines, at_once, chosen, work + held)
-    writing = spec.bytes + _applying(rows * row, traffic, device)
-    # Of parts there are two: one is taken while that before it is still at hand.
-    again = budget.again + _on_device(2 * rows * row, traffic, device)
-    making = _making(rows * row, spec, device)
-    chosen = _within(method, budget, again + making)
-    work = max(chosen.workspace_bytes(spec, traffic.tasks, device) + making, writing)
-    yield Route(STREAMED, lines, rows, chosen, work + again)
-    chosen = _within(method, budget, again + _applying(rows * row, traffic, device))
-    by_rows = chosen.row_map_bytes(spec, traffic.tasks, rows * row, device)
-    if by_rows is not None:
-        yield Route(BY_ROWS, lines, rows, chosen, by_rows + again + _applying(rows * row, traffic, device))
+def memory_route(method: Method, shape: Sequence[int]) -> Route:
+    """Return the route of a tensor, or a batch of matrices, that is in memory with all its copies."""
+    rows = _rows_of(shape, 1, MEMORY_PART_ELEMENTS)
+    return (Rowwise if method.any_shape else Resident)(tuple(shape), rows, method, 0)
+
+
+def _merge_or_again(method: Method, source: DeltaSource) -> tuple[Tensor, MergeStats]:
+    """Merge a tensor; where a GPU's memory is full, once more without what the first attempt left: the same bytes.
+
+    That is remarked, and logged at once: the merge takes longer, and may be near its end.
+    """
+    with suppress(torch.OutOfMemoryError):
+        return method.merge(source)
+    # Not while the error is handled, which holds on to everything that was made until then.
+    torch.cuda.empty_cache()
+    source.start_over()
+    remark = f"{source.device} was out of memory and the tensor is merged once more: what else runs on it takes room"
+    LOG.warning("tensor %s: %s", visible(repr(source.origin.name)), remark)
+    value, stats = method.merge(source)
+    return value, replace(stats, remarks=(remark,))
 
 
 def _within(method: Method, budget: Budget, beside: int) -> Method:
@@ -255,6 +430,11 @@ def _applying(elements: int, traffic: Traffic, device: torch.device) -> int:
     if traits_of(device).is_gpu:  # as they are made; and of one of them its size and three flags, to find NaN and Inf
         return elements * (3 * traffic.written + 3)
     return elements * traffic.written + 4 * 8 * min(elements, BLOCK_ELEMENTS)
+
+
+def _again(part_elements: int, traffic: Traffic, budget: Budget, device: torch.device) -> int:
+    """Return what later passes read ahead. Of parts there are two: one is taken while that before it is at hand."""
+    return budget.again + _on_device(2 * part_elements, traffic, device)
 
 
 def _making(part_elements: int, spec: TensorSpec, device: torch.device) -> int:

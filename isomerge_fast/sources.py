@@ -10,14 +10,13 @@ from math import prod
 import torch
 from torch import Tensor
 
+from .budget import Budget
 from .checkpoint.read_ahead import Bundle, ReadAhead
 from .checkpoint.reader import Piece, Reader, whole
 from .heap import trim_heap
 from .methods import DeltaSource, RowBlock
-from .methods.factors import Factors
-from .methods.source import Threads
+from .methods.source import Factors, Threads
 from .plan import TensorPlan
-from .routes import Budget
 from .transfers import Uploads
 
 Phase = Callable[[str], AbstractContextManager[None]]
@@ -35,7 +34,7 @@ def first_pass(plan: TensorPlan) -> Iterator[Bundle]:
     """What is read of a tensor in any case, and therefore ahead: the factors of an adapter before the base."""
     if plan.factors:
         yield Bundle(tuple(whole(stored) for stored in plan.factors))
-    for rows in plan.route.readings() if plan.route.reads_base else ():
+    for rows in plan.route.readings():
         yield bundle_of(plan, rows, range(len(plan.experts)))
 
 
@@ -54,7 +53,6 @@ class PlannedSource(DeltaSource):
         super().__init__(
             plan.tasks, shape, plan.spec.dtype, device, origin=plan.spec, threads=threads, wants_largest=True
         )
-        self.name = plan.name
         self._plan, self._ahead, self._phase = plan, ahead, phase
         self._to_take = sum(1 for _ in first_pass(plan))
         self._read: list[Tensor] = []  # taken last
@@ -92,7 +90,8 @@ class FactorSource(PlannedSource):
 
     def blocks(self, tasks: Sequence[int] | None = None) -> Iterator[RowBlock]:
         """See ``DeltaSource``: rows of the base alone, once."""
-        assert tasks is not None and not tasks
+        assert tasks is not None
+        assert not tasks
         for rows in self._plan.route.parts():
             (base,) = self._take(self._ahead)
             yield RowBlock(rows, (), base)
@@ -161,3 +160,26 @@ class FileSource(PlannedSource):
         if self._held is None:
             self._held = self._take(self._ahead) if self._to_take else self._read
         return self._held
+
+
+def source_of(
+    plan: TensorPlan,
+    ahead: Uploads,
+    reader: Reader,
+    readers: ThreadPoolExecutor,
+    threads: Threads,
+    budget: Budget,
+    device: torch.device,
+    phase: Phase,
+) -> PlannedSource:
+    """Return the source of a planned tensor.
+
+    Args:
+        ahead: what is read ahead; the tensor's first pass comes next.
+        reader, readers: read later passes, in parts of ``budget``.
+        threads: share out what is computed.
+        phase: ``Stopwatch.phase``.
+    """
+    if plan.pairs:
+        return FactorSource(plan, ahead, threads, device, phase)
+    return FileSource(plan, ahead, reader, readers, threads, budget, device, phase)

@@ -12,7 +12,7 @@ import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,23 +20,22 @@ from typing import Any
 import torch
 
 from . import ops
+from .budget import Budget
 from .checkpoint.journal import Entries, UnitJournal
 from .checkpoint.layout import FileIdentity, StoredTensor
 from .checkpoint.read_ahead import GPU_THREADS, THREADS, InputChecksums, ReadAhead
 from .checkpoint.reader import Reader, allow_open_files, files_of
 from .checkpoint.write_behind import WriteBehind
 from .checkpoint.writer import OutputTensor, ShardWriter
-from .errors import InputError, ResourceError, visible
+from .errors import InputError, ResourceError
 from .heap import return_freed_blocks
 from .linalg.arithmetic import describe_arithmetic
-from .methods import MergeStats, Method, NotFiniteError, OutOfRangeError
-from .methods.certified import UnsolvedError, exact_products
-from .methods.factors import merge_factors
+from .methods import NotFiniteError, OutOfRangeError
+from .methods.certified import UnsolvedError
 from .output import TensorOutput
 from .plan import DELTA_FOLDER, Plan, TensorPlan, scaling_folders
 from .report import PREPARE, Observer, Progress, Stopwatch
-from .routes import ADAPTER, BY_ROWS, Budget
-from .sources import FactorSource, TensorSource, bundle_of, first_pass
+from .sources import PlannedSource, bundle_of, first_pass, source_of
 from .transfers import Uploads
 from .workers import Workers
 
@@ -297,12 +296,9 @@ class _UnitRun:
             for tensor in tensors:
                 self._progress.tensor = tensor.name
                 if tensor.name in to_do:
-                    if tensor.pairs:
-                        source = FactorSource(tensor, uploads, workers, self._device, self._stopwatch.phase)
-                    else:
-                        source = TensorSource(
-                            tensor, uploads, reader, threads, workers, budget, self._device, self._stopwatch.phase
-                        )
+                    source = source_of(
+                        tensor, uploads, reader, threads, workers, budget, self._device, self._stopwatch.phase
+                    )
                     self._merge_tensor(tensor, source, reader, checksums, writes, journal)
                 self._progress.done_tensors += 1
                 self._progress.done_bytes += tensor.moved_bytes(len(self._job.scalings))
@@ -348,7 +344,7 @@ class _UnitRun:
     def _merge_tensor(
         self,
         plan: TensorPlan,
-        source: FactorSource | TensorSource,
+        source: PlannedSource,
         reader: Reader,
         checksums: InputChecksums,
         writes: WriteBehind,
@@ -358,18 +354,14 @@ class _UnitRun:
         work, peak = plan.route.work_bytes, self._job.peak_work_bytes
         return_freed_blocks(eager=work > max(HEAP_RESIDUE_BYTES, peak - HEAP_RESIDUE_BYTES))
         report: dict[str, Any] = {"name": plan.name, "action": plan.action, "route": plan.route.name}
-        output = TensorOutput(plan, self._writers_of(plan), self._job.scalings, writes, self._stopwatch.phase)
+        output = TensorOutput(
+            plan, self._writers_of(plan), self._job.scalings, writes, source.threads, self._stopwatch.phase
+        )
         with self._stopwatch.phase("compute"):
             try:
-                if isinstance(source, FactorSource):
-                    stats = _merge_factors(plan, source, output)
-                elif plan.method is None:
-                    stats = _copy(source, output)
-                elif plan.route.name == BY_ROWS:
-                    stats = _merge_by_rows(plan.method, source, output)
-                else:
-                    stats = _merge_whole(plan.method, source, output)
-                _require_finite(stats)
+                stats = plan.route.run(source, output)
+                evidence = stats.to_dict()
+                _require_finite(evidence)
             except NotFiniteError as error:
                 dtype = str(plan.spec.dtype).removeprefix("torch.")
                 raise _out_of_range(plan, reader, f"the deltas overflow {dtype}") from error
@@ -385,13 +377,13 @@ class _UnitRun:
                 ) from error
             if (overflow := output.overflows()) is not None:
                 raise _out_of_range(plan, reader, overflow)
-            remarks = [*stats.pop("remarks", ()), *_absurd(plan, stats, reader)]
+            remarks = [*stats.remarks, *_absurd(plan, evidence, reader)]
         entry = {"name": plan.name, "report": report, "process": this_process()}
         found = {stored: checksums.take(stored) for stored in self._summed_inputs(plan)}
         _check_inputs(plan, found)
         if self._keeps_delta:
             entry["base_checksum"] = found[plan.base]
-        report.update(stats)
+        report.update(evidence)
         if remarks:
             report["remarks"] = "; ".join(remarks)
         report["read_bytes"] = source.read_bytes
@@ -415,60 +407,6 @@ def _check_inputs(plan: TensorPlan, found: Mapping[StoredTensor, str]) -> None:
                 f"{stored.file}: tensor {stored.name!r} is not what it was in the merge that kept the delta "
                 "(checksum differs)"
             )
-
-
-def _merge_factors(plan: TensorPlan, source: FactorSource, output: TensorOutput) -> dict[str, Any]:
-    assert plan.method is not None
-    merged, stats = merge_factors(plan.method, source.factors(), source.shape, source.dtype)
-    if plan.route.name == ADAPTER:
-        left, right, truncation = merged.truncated(plan.outputs[0].shape[0])
-        output.add_factors(left, right)
-        return {**stats.to_dict(), "truncation": truncation}
-    left, right = merged.left.to(source.dtype), merged.right.to(source.dtype)
-    del merged
-    with exact_products(source.device):
-        for block in source.base_blocks():
-            output.add(block, lambda part: left[part.rows] @ right, source.parts(block), source)
-    return stats.to_dict()
-
-
-def _copy(source: TensorSource, output: TensorOutput) -> dict[str, Any]:
-    for block in source.blocks():
-        output.copy(block, source.parts(block), source)
-    return {"algorithm": "copy"}
-
-
-def _merge_by_rows(method: Method, source: TensorSource, output: TensorOutput) -> dict[str, Any]:
-    row_map = method.row_map(source)
-    for block in source.blocks():
-        if method.any_shape:
-            output.add(block, row_map.rows, source.parts(block), source)
-        else:  # matrices are multiplied, with all threads at once
-            for piece in output.pieces(block):
-                output.add(piece, row_map.rows, [piece], source)
-    return row_map.stats().to_dict()
-
-
-def _merge_whole(method: Method, source: TensorSource, output: TensorOutput) -> dict[str, Any]:
-    value, stats, remarks = _merge_or_again(method, source)
-    for block in source.base_blocks():
-        output.add(block, lambda part: value[part.rows], source.parts(block), source)
-    return {**stats.to_dict(), "remarks": remarks}
-
-
-def _merge_or_again(method: Method, source: TensorSource) -> tuple[torch.Tensor, MergeStats, list[str]]:
-    """Merge a tensor; where a GPU's memory is full, once more without what the first attempt left: the same bytes.
-
-    With what is to be remarked, which is also logged at once: the merge takes longer, and may be near its end.
-    """
-    with suppress(torch.OutOfMemoryError):
-        return *method.merge(source), []
-    # Not while the error is handled, which holds on to everything that was made until then.
-    torch.cuda.empty_cache()
-    source.start_over()
-    remark = f"{source.device} was out of memory and the tensor is merged once more: what else runs on it takes room"
-    LOG.warning("tensor %s: %s", visible(repr(source.name)), remark)
-    return *method.merge(source), [remark]
 
 
 def _require_finite(stats: Mapping[str, Any]) -> None:

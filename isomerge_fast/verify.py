@@ -49,7 +49,6 @@ from .finishing import read_report
 from .methods import MemoryDeltas, NotFiniteError, RowBlock, make_method
 from .plan import DELTA_FOLDER, Plan, TensorPlan, scaling_folders
 from .planner import make_plan
-from .routes import ADAPTER
 from .values import path_text, whole_number
 
 # What the merged delta may differ by, relative to its norm: the promise of the default precision, ten times over.
@@ -333,7 +332,7 @@ def _recompute_tensor(
     result: Verification,
 ) -> Iterator[str]:
     """Yield how a tensor differs, in each output, from what its inputs give."""
-    compare = _compare_factors if tensor.route.name == ADAPTER else _compare
+    compare = _compare_factors if tensor.route.writes_factors else _compare
     for name, output in manifest["outputs"].items():
         made = (*tensor.outputs,) if name != DELTA_FOLDER else (tensor.delta,)
         stored = [outputs[name].tensors.get(each.name) for each in made if each is not None]
@@ -383,8 +382,9 @@ def _expected(plan: TensorPlan, reader: Reader) -> tuple[Tensor, Tensor, float]:
     method = replace(plan.method, precision="reference") if hasattr(plan.method, "precision") else plan.method  # type: ignore[type-var]  # methods are dataclasses
     if plan.spec.dtype == torch.float32:
         deltas = [delta.float() for delta in deltas]
-    value, stats = method.merge(MemoryDeltas(deltas))
-    return base, value.double(), stats.to_dict().get("gap", 1.0)
+    # A single number has no rows.
+    value, stats = method.merge(MemoryDeltas([delta.reshape(base.shape or (1,)) for delta in deltas]))
+    return base, value.double().view(base.shape), stats.to_dict().get("gap", 1.0)
 
 
 def _product(plan: TensorPlan, pair: LoraPair | None, reader: Reader) -> Tensor:

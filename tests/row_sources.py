@@ -1,47 +1,25 @@
-"""Deltas in memory as a ``DeltaSource``, and what a method makes of them by rows."""
+"""Deltas in memory that are walked by rows, and what a method makes of them so."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from isomerge_fast.methods import MergeStats, Method, RowBlock
+from isomerge_fast.methods import MemoryDeltas, MergeStats, Method, RowBlock
 
 
-@dataclass
-class Rows:
-    """A ``DeltaSource`` in memory that counts how often it is walked."""
+class Rows(MemoryDeltas):
+    """A source in memory that counts how often it is walked."""
 
-    experts: list[Tensor]
-    base: Tensor
-    block_rows: int
-    are_deltas: bool = False
-    walks: int = 0
+    def __init__(self, experts: list[Tensor], base: Tensor, block_rows: int, are_deltas: bool = False) -> None:
+        super().__init__(experts, base, are_deltas=are_deltas, dtype=torch.float32, block_rows=block_rows)
+        self.walks = 0
 
-    @property
-    def n_tasks(self) -> int:
-        return len(self.experts)
-
-    @property
-    def shape(self) -> torch.Size:
-        return self.base.shape
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return torch.float32
-
-    @property
-    def device(self) -> torch.device:
-        return self.base.device
-
-    def blocks(self) -> Iterator[RowBlock]:
+    def blocks(self, tasks: Sequence[int] | None = None) -> Iterator[RowBlock]:
         self.walks += 1
-        for start in range(0, len(self.base), self.block_rows):
-            rows = slice(start, min(start + self.block_rows, len(self.base)))
-            yield RowBlock(rows, [expert[rows] for expert in self.experts], self.base[rows], self.are_deltas)
+        return super().blocks(tasks)
 
 
 def rows_of(deltas: list[Tensor], block_rows: int = 100) -> Rows:

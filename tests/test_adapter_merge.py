@@ -209,7 +209,7 @@ def test_a_damaged_adapter_is_found(tmp_path: Path) -> None:
 
 def test_verify_judges_factors_by_the_float64_route(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Factors that are off by a part in a hundred, written and recorded as they are."""
-    from isomerge_fast import unit
+    from isomerge_fast import routes
     from isomerge_fast.methods.factors import LowRank, merge_factors
 
     def spoiled(*given: Any) -> Any:
@@ -217,7 +217,7 @@ def test_verify_judges_factors_by_the_float64_route(tmp_path: Path, monkeypatch:
         return LowRank(merged.left_basis, merged.core * 1.01, merged.right_basis, merged.sum), stats
 
     base, adapters = make_adapters(tmp_path)
-    monkeypatch.setattr(unit, "merge_factors", spoiled)
+    monkeypatch.setattr(routes, "merge_factors", spoiled)
     for name, rank in (("checkpoint", None), ("adapter", 15)):
         imf.merge({"base": base, "experts": adapters, "adapter_rank": rank, "out": tmp_path / name})
         with pytest.raises(imf.VerificationError, match=r"differs from its float64 recomputation by 1\.0e-02"):

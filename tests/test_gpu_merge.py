@@ -13,13 +13,14 @@ from checkpoints import listing, make_family, save_folder
 from pretend_gpu import A100, CUDA, H100, pretend_gpu
 
 import isomerge_fast as imf
-from isomerge_fast import routes
+from isomerge_fast import budget as budgets_module
+from isomerge_fast.budget import budgets
 from isomerge_fast.checkpoint.ring import Ring
 from isomerge_fast.checkpoint.writer import ShardWriter
 from isomerge_fast.engine import resolve_device, run
 from isomerge_fast.methods import IsoC, IsoCTS, Method, TensorSpec
 from isomerge_fast.planner import make_plan
-from isomerge_fast.routes import RESIDENT, STREAMED, Traffic, budgets, choose_route
+from isomerge_fast.routes import Resident, Route, Streamed, Traffic, choose_route
 from isomerge_fast.verify import verify
 
 CEILING = 64 << 20
@@ -65,10 +66,10 @@ def test_matrices_larger_than_what_is_page_locked_are_read_once(
     with pretend_gpu():
         whole = merge(family, tmp_path / "whole", method=method)
         for constant in ("READ_AHEAD_BYTES", "LEAST_READ_AHEAD_BYTES", "PINNED_BYTES"):
-            monkeypatch.setattr(routes, constant, 1 << 17)
+            monkeypatch.setattr(budgets_module, constant, 1 << 17)
         sizes.clear()
         cut = merge(family, tmp_path / "cut", method=method)
-    assert [row["route"] for row in cut.tensors] == [RESIDENT]
+    assert [row["route"] for row in cut.tensors] == [Resident.name]
     assert sizes == [1 << 17]
     assert cut.read_bytes == whole.read_bytes > 1 << 17
     assert bytes_of(tmp_path / "cut") == bytes_of(tmp_path / "whole")
@@ -77,15 +78,15 @@ def test_matrices_larger_than_what_is_page_locked_are_read_once(
 @pytest.mark.parametrize(
     ("shape", "memory", "route"),
     [
-        ((8192, 28672), 68 << 30, RESIDENT),  # of Llama-3-70B
-        ((128256, 4096), 68 << 30, RESIDENT),
-        ((14336, 4096), 8 << 30, RESIDENT),
-        ((8192, 28672), 8 << 30, STREAMED),
+        ((8192, 28672), 68 << 30, Resident),  # of Llama-3-70B
+        ((128256, 4096), 68 << 30, Resident),
+        ((14336, 4096), 8 << 30, Resident),
+        ((8192, 28672), 8 << 30, Streamed),
     ],
 )
 @pytest.mark.parametrize("method", [IsoC(), IsoCTS()], ids=lambda method: method.name)
 def test_copies_are_held_where_the_memory_of_the_gpu_has_room_for_them(
-    method: Method, shape: tuple[int, int], memory: int, route: str
+    method: Method, shape: tuple[int, int], memory: int, route: type[Route]
 ) -> None:
     spec, traffic = TensorSpec("w", shape, torch.float32), Traffic((2,) * 9, 2, 8)
     with pretend_gpu():
@@ -94,10 +95,10 @@ def test_copies_are_held_where_the_memory_of_the_gpu_has_room_for_them(
             for budget in budgets(9 * 2 * spec.elements, host=None, vram=memory, on_gpu=True)
         )
         budget, found = next((budget, found) for budget, found in tried if found.work_bytes <= (budget.work or 0))
-    assert found.name == route
+    assert type(found) is route
     assert budget.read_ahead <= 512 << 20
     assert budget.in_transfer + found.work_bytes <= memory
-    if route == RESIDENT:  # each part that is written costs launches; two of them may wait
+    if route is Resident:  # each part that is written costs launches; two of them may wait
         written = [2 * shape[1] * (part.stop - part.start) for part in found.parts()]
         assert max(written) <= budget.write_behind / 2
         assert len(written) <= 1 + 2 * sum(written) / (budget.write_behind / 2)

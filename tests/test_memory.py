@@ -13,8 +13,8 @@ import torch
 from checkpoints import save_folder
 
 from benchmarks.headers import config_of, save_headers
+from isomerge_fast import budget as budgets_module
 from isomerge_fast import planner as planning
-from isomerge_fast import routes
 from isomerge_fast.engine import run
 
 CEILING_BYTES = 600 << 20
@@ -135,7 +135,7 @@ def test_what_is_held_of_tensors_beside_their_bytes_is_planned_for(
     """By the growth of what Python has allocated, from one count of tensors to another."""
     monkeypatch.setattr(planning, "METADATA_IN_BASELINE_BYTES", 0)
     # What is read ahead has objects of its own, in proportion to its bytes.
-    monkeypatch.setattr(routes, "LEAST_READ_AHEAD_BYTES", 1 << 20)
+    monkeypatch.setattr(budgets_module, "LEAST_READ_AHEAD_BYTES", 1 << 20)
     peaks, promised = [], []
     for count in (10, 50, 250):  # the first loads modules
         root = tmp_path / str(count)

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from pretend_gpu import pretend_gpu
 from torch import Tensor
 
 import isomerge_fast as imf
-from isomerge_fast import routes
+from isomerge_fast.budget import Budget, budgets
 from isomerge_fast.checkpoint import reader as reader_module
 from isomerge_fast.checkpoint.checksum import Checksum
 from isomerge_fast.checkpoint.direct_io import copy_bytes
@@ -31,13 +32,13 @@ from isomerge_fast.checkpoint.ring import Ring, aligned
 from isomerge_fast.checkpoint.write_behind import WriteBehind
 from isomerge_fast.checkpoint.writer import OutputTensor, ShardWriter, create_shard, tensor_bytes
 from isomerge_fast.engine import run
-from isomerge_fast.methods import IsoC, Mean, Method, TensorSpec
+from isomerge_fast.methods import IsoC, Mean, Method, RowBlock, TensorSpec
 from isomerge_fast.plan import Plan, TensorPlan
 from isomerge_fast.planner import make_plan
-from isomerge_fast.routes import BY_ROWS, COPY, RESIDENT, STREAMED, Budget, Route, Traffic, budgets, choose_route
-from isomerge_fast.sources import TensorSource, bundle_of, first_pass
+from isomerge_fast.routes import Copied, Resident, Route, Rowwise, Streamed, Traffic, choose_route
+from isomerge_fast.sources import FileSource, bundle_of, first_pass
 from isomerge_fast.transfers import Download, Uploads
-from isomerge_fast.workers import Workers, parts_of
+from isomerge_fast.workers import Workers
 
 MIB = 1 << 20
 SIZES = {"large": 5 * MIB + 3, "small": 77, "empty": 0, "scalar": 1, "page": 4096, "next": 3 * MIB}
@@ -338,22 +339,26 @@ def test_a_download_on_the_host_is_the_tensor_itself() -> None:
 def test_workers_compute_on_one_core_each_and_answer_in_order() -> None:
     before = torch.get_num_threads()
     with Workers() as workers:
-        seen = workers.map(lambda item: (item, torch.get_num_threads(), threading.get_ident()), list(range(64)))
+        rows = [RowBlock(slice(item, item + 1), (), torch.zeros(1)) for item in range(64)]
+        seen = workers.map(lambda part: (part.rows.start, torch.get_num_threads(), threading.get_ident()), rows)
         assert [item for item, _, _ in seen] == list(range(64))
         assert {threads for _, threads, _ in seen} == {1}
         assert threading.get_ident() not in {thread for _, _, thread in seen}
         assert torch.get_num_threads() == before
         with pytest.raises(ZeroDivisionError):
-            workers.map(lambda item: 1 // item, [1, 0, 2])
-        assert workers.map(lambda _: torch.is_grad_enabled(), [0, 1]) == [False, False]
+            workers.map(lambda part: 1 // part.rows.start, rows)
+        assert workers.map(lambda _: torch.is_grad_enabled(), rows[:2]) == [False, False]
     assert torch.get_num_threads() == before
 
 
 @pytest.mark.parametrize("lines", [(1_000_003,), (3000, 500), (7, 1 << 20), (5, 0)])
 def test_parts_cover_the_rows_once(lines: tuple[int, ...]) -> None:
-    parts = parts_of(slice(16, 16 + lines[0]), lines)
-    assert [row for part in parts for row in range(part.start, part.stop)] == list(range(lines[0]))
-    assert all(part.start % 8 == 0 for part in parts)
+    whole = RowBlock(slice(16, 16 + lines[0]), (), torch.empty(lines))
+    with Workers(1) as workers:
+        parts = workers.parts(whole)
+    assert [row for part in parts for row in range(part.rows.start, part.rows.stop)] == [*range(16, 16 + lines[0])]
+    assert all(part.rows.start % 8 == 0 for part in parts)
+    assert [len(part.like) for part in parts] == [part.rows.stop - part.rows.start for part in parts]
 
 
 # writing
@@ -502,16 +507,16 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize(
     ("method", "shape", "ceiling", "expected"),
     [
-        (Mean(), (4096, 4096), None, BY_ROWS),
-        (Mean(), (100,), 100 * MIB, BY_ROWS),
-        (IsoC(), (1024, 1024), None, RESIDENT),
-        (IsoC(), (1024, 1024), 200 * MIB, RESIDENT),
-        (IsoC(), (8192, 8192), 3 << 30, STREAMED),
-        (IsoC(), (8192, 8192), 1 << 30, STREAMED),  # nothing fits: the least that would do
+        (Mean(), (4096, 4096), None, Rowwise),
+        (Mean(), (100,), 100 * MIB, Rowwise),
+        (IsoC(), (1024, 1024), None, Resident),
+        (IsoC(), (1024, 1024), 200 * MIB, Resident),
+        (IsoC(), (8192, 8192), 3 << 30, Streamed),
+        (IsoC(), (8192, 8192), 1 << 30, Streamed),  # nothing fits: the least that would do
     ],
 )
 def test_a_tensor_goes_the_fastest_way_that_fits(
-    method: Method, shape: tuple[int, ...], ceiling: int | None, expected: str
+    method: Method, shape: tuple[int, ...], ceiling: int | None, expected: type[Route]
 ) -> None:
     spec = TensorSpec("w", shape, torch.float32)
     largest = spec.elements * 6
@@ -523,7 +528,7 @@ def test_a_tensor_goes_the_fastest_way_that_fits(
         if budget.work is None or route.work_bytes <= budget.work:
             break
     route, budget = routes[-1]
-    assert route.name == expected
+    assert type(route) is expected
     assert [row for part in route.parts() for row in (part.start, part.stop)][-1] == route.lines[0]
     assert all(part.start % 8 == 0 for part in route.parts())
     if ceiling and budget.work is not None and route.work_bytes <= budget.work:
@@ -531,13 +536,19 @@ def test_a_tensor_goes_the_fastest_way_that_fits(
 
 
 @pytest.mark.parametrize("tasks", [2, 3])
-@pytest.mark.parametrize("route", [RESIDENT, STREAMED, BY_ROWS])
+@pytest.mark.parametrize("route", [Resident, Streamed, Rowwise])
 @pytest.mark.parametrize("method", ["iso-c", "iso-cts"])
 def test_what_is_read_in_all_is_what_was_planned(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, route: str, tasks: int
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    method: str,
+    route: type[Resident] | type[Streamed] | type[Rowwise],
+    tasks: int,
 ) -> None:
     def choose(*given: Any) -> Route:
-        return next(found for found in routes._routes(*given) if found.name == route)
+        found = route.plan(*given)
+        assert found is not None
+        return found
 
     monkeypatch.setattr("isomerge_fast.planner.choose_route", choose)
     base, *experts = [
@@ -545,27 +556,25 @@ def test_what_is_read_in_all_is_what_was_planned(
     ]
     planned = make_plan(imf.MergeConfig(base, experts, method=method, out=str(tmp_path / "out")))
     report = run(planned, device="cpu")
-    assert report.tensors[0]["route"] == route
+    assert report.tensors[0]["route"] == route.name
     assert planned.passed_bytes == report.read_bytes
-    assert (planned.passed_bytes > planned.read_bytes) == (route != RESIDENT)
+    assert (planned.passed_bytes > planned.read_bytes) == (route is not Resident)
 
 
 # a tensor's copies
 
 
-def planned(tmp_path: Path, route: str) -> tuple[Plan, TensorPlan, list[dict[str, Tensor]]]:
+def planned(tmp_path: Path, route: type[Route]) -> tuple[Plan, TensorPlan, list[dict[str, Tensor]]]:
     """A plan of one 300 x 64 matrix that goes by ``route``."""
     models = [{"w": torch.randn(300, 64, generator=torch.Generator().manual_seed(seed))} for seed in range(3)]
     base, *experts = [str(save_folder(tmp_path / str(index), model)) for index, model in enumerate(models)]
     plan = make_plan(imf.MergeConfig(base, experts, method="iso-c"))
     (tensor,) = plan.tensors
-    object.__setattr__(tensor.route, "name", route)
-    object.__setattr__(tensor.route, "part_rows", 56)
-    return plan, tensor, models
+    return plan, replace(tensor, route=route((300, 64), 56, tensor.method, 0)), models
 
 
 @contextmanager
-def source_of(plan: Plan, tensor: TensorPlan, device: torch.device = CPU) -> Iterator[TensorSource]:
+def source_of(plan: Plan, tensor: TensorPlan, device: torch.device = CPU) -> Iterator[FileSource]:
     # What comes next must not be taken by this tensor.
     after = bundle_of(tensor, slice(0, 8), [0])
     with (
@@ -575,7 +584,7 @@ def source_of(plan: Plan, tensor: TensorPlan, device: torch.device = CPU) -> Ite
         Uploads(ahead, CPU, copied=True) as uploads,
         Workers() as workers,
     ):
-        source = TensorSource(
+        source = FileSource(
             tensor, uploads, reader, threads, workers, Budget(1 << 20, None), device, lambda _: nullcontext()
         )
         yield source
@@ -583,8 +592,10 @@ def source_of(plan: Plan, tensor: TensorPlan, device: torch.device = CPU) -> Ite
         assert [tuple(value.shape) for value in rest] == [(8, 64), (8, 64)]
 
 
-@pytest.mark.parametrize("route", [RESIDENT, STREAMED])
-def test_a_source_gives_the_same_deltas_by_every_route_and_as_often_as_wanted(tmp_path: Path, route: str) -> None:
+@pytest.mark.parametrize("route", [Resident, Streamed])
+def test_a_source_gives_the_same_deltas_by_every_route_and_as_often_as_wanted(
+    tmp_path: Path, route: type[Route]
+) -> None:
     plan, tensor, (base, *experts) = planned(tmp_path, route)
     deltas = [expert["w"] - base["w"] for expert in experts]
     with source_of(plan, tensor) as source:
@@ -594,16 +605,16 @@ def test_a_source_gives_the_same_deltas_by_every_route_and_as_often_as_wanted(tm
             torch.testing.assert_close(found.squares, torch.stack([delta.double().square().sum() for delta in deltas]))
         for task in (1, 0):
             assert torch.equal(source.delta(task), deltas[task])
-        rows = [(block.rows, block.base.clone()) for block in source.base_blocks()]
+        rows = [(block.rows, block.like.clone()) for block in source.blocks(())]
         assert torch.equal(torch.cat([value for _, value in rows]), base["w"])
-        assert [part.start for part, _ in rows] == list(range(0, 300, 56))
+        assert [part.start for part, _ in rows] == ([0] if route is Resident else list(range(0, 300, 56)))
     once = 3 * 300 * 64 * 4
-    assert source.read_bytes == (once if route == RESIDENT else 2 * once + 5 * once // 3)
+    assert source.read_bytes == (once if route is Resident else 2 * once + 5 * once // 3)
 
 
-@pytest.mark.parametrize("route", [RESIDENT, STREAMED])
+@pytest.mark.parametrize("route", [Resident, Streamed])
 @pytest.mark.parametrize("taken", [0, 1])
-def test_a_source_starts_over(tmp_path: Path, route: str, taken: int) -> None:
+def test_a_source_starts_over(tmp_path: Path, route: type[Route], taken: int) -> None:
     """Whenever a device's memory was full: before anything was taken, or after the first part."""
     plan, tensor, (base, *experts) = planned(tmp_path, route)
     with source_of(plan, tensor) as source:
@@ -645,13 +656,13 @@ def test_the_size_of_parts_changes_no_byte(
         ("small", 576, 4096),
     ):
         monkeypatch.setattr("isomerge_fast.workers.PART_ELEMENTS", part_elements)
-        monkeypatch.setattr("isomerge_fast.routes.READ_AHEAD_BYTES", read_ahead)
-        monkeypatch.setattr("isomerge_fast.routes.LEAST_READ_AHEAD_BYTES", read_ahead)
-        monkeypatch.setattr("isomerge_fast.routes.RESIDENT_SHARE", 0)
+        monkeypatch.setattr("isomerge_fast.budget.READ_AHEAD_BYTES", read_ahead)
+        monkeypatch.setattr("isomerge_fast.budget.LEAST_READ_AHEAD_BYTES", read_ahead)
+        monkeypatch.setattr("isomerge_fast.budget.RESIDENT_SHARE", 0)
         plans[name] = make_plan(imf.MergeConfig(str(base), [str(expert) for expert in experts], method="iso-c"))
         imf.merge({**config, "out": tmp_path / name})
-    assert {tensor.route.name for tensor in plans["large"].tensors} == {COPY, BY_ROWS, RESIDENT}
-    assert {tensor.route.name for tensor in plans["small"].tensors} == {COPY, BY_ROWS, STREAMED}
+    assert {type(tensor.route) for tensor in plans["large"].tensors} == {Copied, Rowwise, Resident}
+    assert {type(tensor.route) for tensor in plans["small"].tensors} == {Copied, Rowwise, Streamed}
     assert all(len(list(tensor.route.parts())) > 5 for tensor in plans["small"].tensors)
     for path in (tmp_path / "large").rglob("*.safetensors"):
         for name in ("shared-out", "small"):

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from ..plan import Plan, TensorPlan
-from ..routes import BY_ROWS, RESIDENT, STREAMED
+from ..routes import Resident, Streamed
 from ..workers import Workers
 from .ceilings import Disk, machine, measure_disk, timed
 from .samples import MEASURED, Sample, Size, memory_for_samples, sample_bytes, sizes_of
@@ -141,7 +141,7 @@ def _time(tensor: TensorPlan, plan: Plan, device: torch.device, workers: Workers
 def _group(members: Sequence[TensorPlan], timing: _Timing) -> Group:
     tensor, size = members[0], timing.size
     passed = timing.passed_bytes * prod(tensor.base.shape) / max(1, prod(size.shape))
-    again = 0 if tensor.route.name == RESIDENT else max(0, round(passed) - tensor.read_bytes)
+    again = 0 if tensor.route.holds_copies else max(0, round(passed) - tensor.read_bytes)
     each = timing.seconds / size.share
     return Group(
         tensor.action,
@@ -225,9 +225,9 @@ def estimate_merge(
 def _notes(groups: Sequence[Group], device: torch.device) -> Iterator[str]:
     """How what cannot be seen in the table was estimated."""
     yield from NOTES
-    if any(group.route in (BY_ROWS, STREAMED) and group.read_again_bytes for group in groups):
+    if any(group.read_again_bytes for group in groups):
         yield "by-rows and streamed matrices: all passes are timed from memory, and read again from the disk"
-    if any(group.timed != MEASURED and group.route in (RESIDENT, STREAMED) for group in groups):
+    if any(group.timed != MEASURED and group.route in (Resident.name, Streamed.name) for group in groups):
         yield (
             "scaled by the count of operations: too long rather than too short, as small matrices are less efficient; "
             "on a busy CPU several times too long, so give a larger --budget there"

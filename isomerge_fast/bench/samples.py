@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import ops
 from ..checkpoint.layout import DTYPES
+from ..checkpoint.write_behind import WriteBehind
 from ..errors import ConfigError
-from ..methods import Method, RowBlock, TensorSpec
-from ..methods.factors import Factors, merge_factors
-from ..plan import Plan, TensorPlan
-from ..routes import ADAPTER, BY_ROWS, RESIDENT, Route
-from ..workers import Workers, parts_of
+from ..methods import MemoryDeltas, Method, RowBlock, TensorSpec
+from ..methods.source import Factors, MemoryFactors
+from ..output import TensorOutput
+from ..plan import DELTA_FOLDER, Plan, TensorPlan, scaling_folders
+from ..workers import Workers
 from .problems import deltas_like_fine_tuning
 
 # Below these a size says little of larger ones. Iso-C of square matrices went through 62 GFLOP/s of ``Method.flops`` at
@@ -30,85 +30,38 @@ MEMORY_SHARE = 0.25
 MEASURED = "measured"
 
 
-class HeldCopies:
-    """``methods.Deltas`` and ``methods.DeltaSource`` of copies in memory, walked and shared out as the engine does.
+class _Unwritten(WriteBehind):
+    """Writes that nobody does: what they lie in is given back at once."""
 
-    Args:
-        copies: the base, then the experts, on the device that computes, in the shape of ``route.lines``.
-        are_deltas: whether the experts are Δ_t themselves.
-        dtype: the compute dtype.
-    """
+    def put(self, action: Callable[[], None], *, size: int = 0, in_room: bool = False) -> None:
+        """See ``WriteBehind``."""
+        if in_room:
+            self._ring.give_back()
 
-    def __init__(
-        self, route: Route, copies: Sequence[Tensor], are_deltas: bool, dtype: torch.dtype, workers: Workers
-    ) -> None:
-        self._route, self._base, self._experts, self._are_deltas = route, copies[0], list(copies[1:]), are_deltas
-        self._workers = workers
-        self.dtype, self.device = dtype, copies[0].device
-        self.passed_bytes = 0
 
-    @property
-    def n_tasks(self) -> int:
-        return len(self._experts)
+class _Walked(MemoryDeltas):
+    """A source in memory that counts what is passed over, as often as it is."""
 
-    @property
-    def shape(self) -> torch.Size:
-        return self._base.shape
+    passed_bytes = 0
 
-    @property
-    def origin(self) -> TensorSpec:
-        return TensorSpec("", tuple(self.shape), self.dtype)
+    def blocks(self, tasks: Sequence[int] | None = None) -> Iterator[RowBlock]:
+        """See ``DeltaSource``."""
+        for block in super().blocks(tasks):
+            self.passed_bytes += block.like.nbytes + sum(expert.nbytes for expert in block.experts)
+            yield block
 
-    def blocks(self) -> Iterator[RowBlock]:
-        """See ``methods.DeltaSource``."""
-        return self._passes(self._experts)
 
-    def base_blocks(self) -> Iterator[RowBlock]:
-        """Rows of the base alone, in the parts that are written."""
-        for rows in self._route.parts():
-            if self._route.name != RESIDENT:
-                self.passed_bytes += self._base[rows].nbytes
-            yield RowBlock(rows, (), self._base[rows], self._are_deltas)
+class _NoFile:
+    """A ``PartWriter`` into nowhere."""
 
-    def delta(self, task: int) -> Tensor:
-        """See ``methods.Deltas``."""
-        out = torch.empty(self.shape, dtype=self.dtype, device=self.device)
+    def position(self, name: str, first: int) -> int:
+        return 0
 
-        def subtract(part: RowBlock) -> None:
-            part.delta(0, self.dtype, out=out[part.rows])
+    def write_part(self, name: str, value: Tensor, first: int) -> None:
+        raise AssertionError(f"part of {name!r} from {first}: {value.nbytes} bytes that are not to be written")
 
-        for block in self._passes([self._experts[task]]):
-            self.share_out(subtract, block)
-        return out
-
-    def sum(self, dtype: torch.dtype, batch_dims: int = 0) -> ops.TaskSum:
-        """See ``methods.Deltas``."""
-        assert batch_dims == 0
-        total = torch.empty(self.shape, dtype=dtype, device=self.device)
-
-        def add_up(part: RowBlock) -> ops.TaskSum:
-            return part.sum(dtype, out=total[part.rows])
-
-        seen = [found for block in self.blocks() for found in self.share_out(add_up, block)]
-        return ops.TaskSum(
-            total,
-            torch.stack([part.squares for part in seen]).sum(0),
-            torch.stack([part.largest for part in seen if part.largest is not None]).amax(0),
-            torch.stack([part.nonfinite for part in seen]).sum(0),
-        )
-
-    def share_out(self, action: Callable[[RowBlock], Any], block: RowBlock) -> list[Any]:
-        """What ``action`` makes of a block in parts for one thread each; on a GPU it stays one."""
-        if self.device.type != "cpu":
-            return [action(block)]
-        return self._workers.map(action, [block.part(rows) for rows in parts_of(block.rows, self._route.lines)])
-
-    def _passes(self, experts: Sequence[Tensor]) -> Iterator[RowBlock]:
-        for rows in self._route.readings():
-            taken = [expert[rows] for expert in experts]
-            if self._route.name != RESIDENT:
-                self.passed_bytes += self._base[rows].nbytes + sum(part.nbytes for part in taken)
-            yield RowBlock(rows, taken, self._base[rows], self._are_deltas)
+    def finish(self, name: str) -> str:
+        raise AssertionError(f"{name!r} is in no file")
 
 
 @dataclass(frozen=True)
@@ -175,20 +128,34 @@ class Sample:
     """A made-up tensor like a planned one, of a size of its choice, ready to be merged."""
 
     def __init__(self, tensor: TensorPlan, size: Size, plan: Plan, device: torch.device, workers: Workers) -> None:
-        self._tensor, self._plan, self._workers = tensor, plan, workers
+        self._tensor, self._workers = tensor, workers
         self._method = method_at(tensor, size.shape)
         whole = tensor.route
         lines = size.shape if len(whole.lines) == len(size.shape) > 1 else (prod(size.shape),)
         # Parts of as many bytes as the engine's.
         longer = prod(whole.lines[1:]) / max(1, prod(lines[1:]))
         rows = min(max(1, int(whole.part_rows * longer)), max(1, lines[0]))
-        self._route = replace(whole, lines=lines, part_rows=rows)
-        self._factors = list(self._make_factors(device))
-        self._copies = [copy.reshape(lines) for copy in self._make(size.shape, device)]
-        self._scalings = list(plan.config.scalings)
-        part = (rows, *lines[1:])
-        dtypes = [DTYPES[tensor.out_dtype]] * len(self._scalings) + ([tensor.spec.dtype] if tensor.delta else [])
-        self._outputs = [torch.empty(part, dtype=dtype, device=device) for dtype in dtypes]
+        self._route = replace(whole, lines=lines, part_rows=rows, method=self._method)
+        self._source = self._source_of([copy.reshape(lines) for copy in self._make(size.shape, device)], device)
+        self._scalings = scaling_folders(plan.config.scalings)
+        self._writes = _Unwritten(plan.budget.write_behind)
+
+    def _source_of(self, copies: list[Tensor], device: torch.device) -> MemoryFactors | _Walked:
+        tensor, rows = self._tensor, self._route.part_rows
+        base, *experts = copies
+        if not experts:
+            factors = list(self._make_factors(device))
+            return MemoryFactors(factors, base, dtype=tensor.spec.dtype, block_rows=rows)
+        return _Walked(
+            experts,
+            base,
+            are_deltas=tensor.experts_are_deltas,
+            weights=tensor.weights,
+            dtype=tensor.spec.dtype,
+            block_rows=None if self._route.holds_copies else rows,
+            threads=self._workers,
+            wants_largest=True,
+        )
 
     def _make(self, shape: tuple[int, ...], device: torch.device) -> list[Tensor]:
         """The base and the experts as they are stored."""
@@ -217,60 +184,26 @@ class Sample:
             yield Factors(left, torch.randn(pair.rank, columns, generator=generator, device=device))
 
     def merge(self) -> tuple[str, int]:
-        """(algorithm, bytes passed over) of one merge as the engine does it, all but reading and writing."""
-        source = HeldCopies(
-            self._route, self._copies, self._tensor.experts_are_deltas, self._tensor.spec.dtype, self._workers
+        """Return the algorithm of one merge by the very code of the engine, all but reading and writing, and how many
+        bytes it read from what is not held, pass after pass.
+        """
+        folders = [*self._scalings, *([DELTA_FOLDER] if self._tensor.delta is not None else [])]
+        output = TensorOutput(
+            replace(self._tensor, route=self._route),
+            dict.fromkeys(folders, _NoFile()),
+            self._scalings,
+            self._writes,
+            self._workers,
+            lambda _: nullcontext(),
         )
-        if self._method is None:
-            for block in source.base_blocks():
-                if block.base.is_floating_point():
-                    ops.count_nonfinite(block.base)
+        before = self._passed_bytes
+        algorithm = self._route.run(self._source, output).algorithm
+        return algorithm, self._passed_bytes - before
 
-                def copy(part: RowBlock, block: RowBlock = block) -> None:
-                    self._put(part, block, [part.base] * len(self._outputs))
-
-                source.share_out(copy, block)
-            return "copy", source.passed_bytes
-        if self._factors:
-            shape = self._tensor.spec.shape
-            merged, stats = merge_factors(self._method, self._factors, shape, self._tensor.spec.dtype)
-            if self._route.name == ADAPTER:
-                merged.truncated(self._tensor.outputs[0].shape[0])
-                return str(stats.to_dict()["algorithm"]), 0
-            left, right = merged.left.to(self._tensor.spec.dtype), merged.right.to(self._tensor.spec.dtype)
-            for block in source.base_blocks():
-                source.share_out(lambda part, block=block: self._apply(part, block, left[part.rows] @ right), block)
-            return str(stats.to_dict()["algorithm"]), source.passed_bytes
-        if self._route.name == BY_ROWS:
-            row_map = self._method.row_map(source)
-            for block in source.blocks():
-                if self._method.any_shape:
-                    source.share_out(lambda part, block=block: self._apply(part, block, row_map.rows(part)), block)
-                else:
-                    self._apply(block, block, row_map.rows(block))
-            stats = row_map.stats()
-        else:
-            value, stats = self._method.merge(source)
-            for block in source.base_blocks():
-                source.share_out(lambda part, block=block: self._apply(part, block, value[part.rows]), block)
-        return str(stats.to_dict()["algorithm"]), source.passed_bytes
-
-    def _apply(self, part: RowBlock, block: RowBlock, delta: Tensor) -> None:
-        first = part.rows.start * prod(self._route.lines[1:])
-        made = ops.apply_delta(
-            part.base,
-            delta,
-            scalings=self._scalings,
-            dtype=DTYPES[self._tensor.out_dtype],
-            seed=self._tensor.rounding_seed,
-            first=first,
-        )
-        self._put(part, block, [*made, delta])
-
-    def _put(self, part: RowBlock, block: RowBlock, made: Sequence[Tensor]) -> None:
-        place = slice(part.rows.start - block.rows.start, part.rows.stop - block.rows.start)
-        for output, tensor in zip(self._outputs, made, strict=False):  # Δ has a place only where it is kept
-            output[place] = tensor
+    @property
+    def _passed_bytes(self) -> int:
+        """So far; a base beside factors, and copies that are held, are passed over once."""
+        return self._source.passed_bytes if isinstance(self._source, _Walked) else 0
 
 
 def sample_bytes(tensor: TensorPlan, size: Size, device: torch.device) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal
 
 import torch
@@ -23,7 +23,8 @@ from torch import Tensor
 
 from .. import ops
 from ..errors import ConfigError, InputError
-from ..methods import Mean, Method, NotFiniteError, OutOfRangeError, TensorSpec, as_deltas, make_method, method_for
+from ..in_memory import merge_tensor
+from ..methods import Mean, Method, NotFiniteError, OutOfRangeError, TensorSpec, make_method, method_for
 from ..methods.source import check_factors
 
 LAMBDA, WEIGHT = "lambda", "weight"
@@ -140,29 +141,40 @@ class IsotropicMergeMethod(MergeMethod):
                 check_factors(LAMBDA, [values[LAMBDA]], compute)
             except ConfigError as error:
                 raise ConfigError(f"{_name(group)}: {error}") from error
+        merged = torch.empty(base.shape, dtype=out_dtype, device=base.device)
         with torch.no_grad(), torch.autocast(base.device.type, enabled=False):
-            deltas = [
-                _alone(ops.subtract(expert, base, dtype=compute).mul_(weight.reshape(-1, *[1] * (base.ndim - 1))))
-                for expert, weight in zip(experts, values[WEIGHT].unbind(1), strict=True)
-            ]
-            try:
-                value, _ = method.merge(as_deltas(deltas))
-            except NotFiniteError as error:
-                raise InputError(_not_finite(batch, groups)) from error
-            except OutOfRangeError as error:
-                raise InputError(f"{', '.join(map(_name, groups))}: {error}") from error
-            value = value.reshape(base.shape)
-            (merged,) = ops.apply_delta(base, value, scalings=[values[LAMBDA]], dtype=out_dtype)
+            for weights, members in _by_weights(values[WEIGHT]):
+                # A batch of one as the matrix itself: products of one matrix are not made by the routines for batches.
+                place = members[0] if len(members) == 1 else members if len(members) < len(groups) else slice(None)
+                try:
+                    merged[place] = merge_tensor(
+                        method,
+                        [expert[place] for expert in experts],
+                        base[place],
+                        weights=weights,
+                        compute=compute,
+                        scaling=values[LAMBDA],
+                        dtype=out_dtype,
+                    )
+                except NotFiniteError as error:
+                    raise InputError(_not_finite(batch, groups)) from error
+                except OutOfRangeError as error:
+                    named = ", ".join(_name(groups[member]) for member in members)
+                    raise InputError(f"{named}: {error}") from error
             for group, tensor in zip(groups, merged, strict=True) if ops.count_nonfinite(merged) else ():
                 if count := int(ops.count_nonfinite(tensor)):
                     overflow = f"{count} merged weights overflow {out_dtype} at lambda {values[LAMBDA]:g}"
                     raise InputError(f"{_name(group)}: {overflow}")
-            return merged
+        return merged
 
 
-def _alone(delta: Tensor) -> Tensor:
-    """A batch of one as the matrix itself: products of one matrix are not made by the same routines as batches."""
-    return delta[0] if delta.shape[0] == 1 else delta
+def _by_weights(weights: Tensor) -> Iterator[tuple[Sequence[float] | None, list[int]]]:
+    """Yield the weights w_t that members of a batch [B, T] have in common, None where all are 1, and those members."""
+    members: dict[tuple[float, ...], list[int]] = {}
+    for member, each in enumerate(weights.tolist()):
+        members.setdefault(tuple(each), []).append(member)
+    for each, those in members.items():
+        yield (None if all(weight == 1.0 for weight in each) else each), those
 
 
 def _name(group: TensorGroup) -> str:

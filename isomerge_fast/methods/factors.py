@@ -26,7 +26,7 @@ from torch import Tensor
 from ..linalg.thin import thin_qr
 from .certified import exact_products
 from .protocol import Method
-from .source import MemoryDeltas, TensorSpec
+from .source import Factors, MemoryDeltas, TensorSpec
 from .stats import MergeStats, NotFiniteError
 
 # Of the diagonal of a Cholesky factor: κ is about its inverse, and one pass leaves κ² ε of what is not orthonormal.
@@ -35,23 +35,6 @@ SMALLEST_DIAGONAL_RATIO = 1e-3
 TIE_BREAK = 1e-3
 # Singular values of C below this times the largest are what float64 leaves of zeros.
 NOTHING = 1e-12
-
-
-@dataclass(frozen=True)
-class Factors:
-    """Δ = scale · left right.
-
-    Attributes:
-        left: [M, r]; right: [r, N]; any float dtypes.
-    """
-
-    left: Tensor
-    right: Tensor
-    scale: float = 1.0
-
-    @property
-    def rank(self) -> int:
-        return self.left.shape[-1]
 
 
 @dataclass(frozen=True)

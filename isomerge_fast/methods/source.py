@@ -37,6 +37,23 @@ class TensorSpec:
 
 
 @dataclass(frozen=True)
+class Factors:
+    """Δ = scale · left right.
+
+    Attributes:
+        left: [M, r]; right: [r, N]; any float dtypes.
+    """
+
+    left: Tensor
+    right: Tensor
+    scale: float = 1.0
+
+    @property
+    def rank(self) -> int:
+        return self.left.shape[-1]
+
+
+@dataclass(frozen=True)
 class RowBlock:
     """Some rows of the base and of some experts, as they are stored, on the device that computes.
 
@@ -165,6 +182,10 @@ class DeltaSource(ABC):
         """
         ...
 
+    def factors(self) -> list[Factors | None]:
+        """Return the factors of every w_t Δ_t, None where that is 0, of deltas that are given so; before any blocks."""
+        raise ValueError(f"{type(self).__name__} has no factors")
+
     def start_over(self) -> None:  # noqa: B027  # most have nothing to do
         """Begin again after a failure: what is still to come of a first pass is passed over."""
 
@@ -291,6 +312,31 @@ class MemoryDeltas(DeltaSource):
             weights=self.weights,
             dtype=self.dtype,
         )
+
+
+class MemoryFactors(DeltaSource):
+    """Deltas given as factors in memory, or none at all, beside a base whose rows are walked ``block_rows`` at a time.
+
+    Args:
+        factors: one a task; None where its delta is 0.
+        base: [M, N], or of any shape where there are no factors.
+    """
+
+    def __init__(self, factors: Sequence[Factors | None], base: Tensor, *, dtype: torch.dtype, block_rows: int) -> None:
+        super().__init__(len(factors), base.shape, dtype, base.device)
+        self._factors, self._base, self._block_rows = factors, base, block_rows
+
+    def factors(self) -> list[Factors | None]:
+        """See ``DeltaSource``."""
+        return list(self._factors)
+
+    def blocks(self, tasks: Sequence[int] | None = None) -> Iterator[RowBlock]:
+        """See ``DeltaSource``: rows of the base alone."""
+        assert tasks is not None
+        assert not tasks
+        for start in range(0, self.shape[0], self._block_rows):
+            rows = slice(start, min(start + self._block_rows, self.shape[0]))
+            yield RowBlock(rows, (), self._base[rows])
 
 
 def as_deltas(deltas: DeltaSource | Tensor | Sequence[Tensor]) -> DeltaSource:

@@ -40,6 +40,7 @@ class MergeStats:
     values: dict[str, Any] = field(default_factory=dict)
     checks: dict[str, Check] = field(default_factory=dict)
     escalations: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()  # for the report, beside the evidence
 
     def read(self) -> MergeStats:
         """Return this with everything on the CPU. One read of the device."""
