@@ -14,6 +14,7 @@ from . import ops
 from .errors import ConfigError, InputError
 from .memory_inputs import Array, Described, as_tensor, check_fit, read_deltas, read_experts, read_weights, shapes_of
 from .methods import (
+    DeltaSource,
     MemoryDeltas,
     Method,
     NotFiniteError,
@@ -27,8 +28,11 @@ from .methods import (
 from .methods.source import check_factors
 from .patterns import require_matches
 from .planner import tensor_seed
-from .routes import memory_route
+from .routes import ROW_STEP, memory_route
 from .values import dtype_name, list_of, number, pattern, whole_number
+
+# So much of a tensor is rounded at once.
+PART_ELEMENTS = 1 << 22
 
 
 def iso_c(deltas: Array | Sequence[Array], *, weights: Sequence[float] | None = None, **options: Any) -> Tensor:
@@ -236,9 +240,10 @@ def _merge_one(
             as_tensor(expert[name], f"experts[{index}]: tensor {name!r}").to(origin.device)
             for index, expert in enumerate(experts)
         ]
-        merged = merge_tensor(
-            chosen, tensors, origin, weights=weights, compute=spec.dtype, scaling=scaling, dtype=out_dtype, seed=seed
-        )
+        if base.ndim == 0:  # tensors are walked by rows, of which it has none
+            origin, tensors = origin[None], [tensor[None] for tensor in tensors]
+        source = MemoryDeltas(tensors, origin, weights=weights, dtype=spec.dtype)
+        merged = merge_source(chosen, source, origin, scaling=scaling, dtype=out_dtype, seed=seed).view(base.shape)
     except NotFiniteError as error:
         inputs = [base, *(as_tensor(expert[name], f"tensor {name!r}") for expert in experts)]
         held = any(bool(ops.count_nonfinite(tensor)) for tensor in inputs)
@@ -255,37 +260,21 @@ def _merge_one(
     return merged.to(base.device)
 
 
-def merge_tensor(
-    method: Method,
-    experts: Sequence[Tensor],
-    base: Tensor,
-    *,
-    weights: Sequence[float] | None,
-    compute: torch.dtype,
-    scaling: float,
-    dtype: torch.dtype,
-    seed: int | None = None,
+def merge_source(
+    method: Method, source: DeltaSource, base: Tensor, *, scaling: float, dtype: torch.dtype, seed: int | None = None
 ) -> Tensor:
     """Return θ₀ + α·Δ of one tensor, or of a batch of matrices [B, M, N], rounded once to ``dtype``.
 
     Args:
-        experts, base: T + 1 tensors of one shape on one device, as they are stored; no T deltas are made of them.
-        weights, compute: as ``MemoryDeltas`` has them.
+        source: of the deltas, with all copies in memory as they are stored: no T deltas are made of them.
+        base: θ₀, as the source has it.
         seed: of stochastic rounding.
 
     Raises:
         NotFiniteError, OutOfRangeError, ConfigError: see ``methods``.
     """
-    if base.ndim == 0:  # walked by rows, of which it has none
-        experts, one = [expert[None] for expert in experts], base[None]
-        return merge_tensor(
-            method, experts, one, weights=weights, compute=compute, scaling=scaling, dtype=dtype, seed=seed
-        )[0]
-    route = memory_route(method, base.shape)
-    rows = None if route.holds_copies else route.part_rows
-    source = MemoryDeltas(experts, base, weights=weights, dtype=compute, block_rows=rows)
     sink = _MergedTensor(base, scaling, dtype, seed)
-    route.run(source, sink)
+    memory_route(method, base.shape).run(source, sink)
     return sink.merged
 
 
@@ -298,11 +287,21 @@ class _MergedTensor:
 
     def add(self, block: RowBlock, value: Callable[[RowBlock], Tensor], *, shared: bool) -> None:
         """See ``Sink``."""
-        assert block.base is not None
-        first = block.rows.start * self._row_elements
-        (self.merged[block.rows],) = ops.apply_delta(
-            block.base, value(block), scalings=[self._scaling], dtype=self.merged.dtype, seed=self._seed, first=first
-        )
+        for part in self._parts(block) if shared else (block,):
+            assert part.base is not None
+            (self.merged[part.rows],) = ops.apply_delta(
+                part.base,
+                value(part),
+                scalings=[self._scaling],
+                dtype=self.merged.dtype,
+                seed=self._seed,
+                first=part.rows.start * self._row_elements,
+            )
+
+    def _parts(self, block: RowBlock) -> Iterator[RowBlock]:
+        """Yield the block in parts, for what is made of one to be small beside the whole."""
+        count, step = len(block.like), ROW_STEP * max(1, PART_ELEMENTS // max(1, ROW_STEP * self._row_elements))
+        return (block.part(slice(start, min(start + step, count))) for start in range(0, count, step))
 
     def copy(self, block: RowBlock) -> None:
         """See ``Sink``."""

@@ -36,8 +36,6 @@ from .ops import BLOCK_ELEMENTS, traits_of
 PADDING_BYTES = 8 << 10
 # Parts are of so many rows or multiples of it, so that random bits can be made for parts (``ops.apply_delta``).
 ROW_STEP = 8
-# Of what is merged in memory, so much is rounded at once.
-MEMORY_PART_ELEMENTS = 1 << 24
 LOG = logging.getLogger("isomerge_fast")
 
 
@@ -391,8 +389,7 @@ def choose_route(method: Method, spec: TensorSpec, traffic: Traffic, budget: Bud
 
 def memory_route(method: Method, shape: Sequence[int]) -> Route:
     """Return the route of a tensor, or a batch of matrices, that is in memory with all its copies."""
-    rows = _rows_of(shape, 1, MEMORY_PART_ELEMENTS)
-    return (Rowwise if method.any_shape else Resident)(tuple(shape), rows, method, 0)
+    return (Rowwise if method.any_shape else Resident)(tuple(shape), shape[0], method, 0)
 
 
 def _merge_or_again(method: Method, source: DeltaSource) -> tuple[Tensor, MergeStats]:

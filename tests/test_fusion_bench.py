@@ -20,6 +20,7 @@ import peers
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.fused_passes import fused_passes
 from torch import Tensor, nn
 
 import isomerge_fast as imf
@@ -146,6 +147,15 @@ def test_modules_in_memory(method: str, caplog: pytest.LogCaptureFixture) -> Non
     mean = sum(models[f"task{task}"].square.weight for task in range(TASKS)) / TASKS
     expected = start["square.weight"] + 0.9 * (mean - start["square.weight"])
     assert torch.allclose(merged.square.weight, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", PAIRS)
+def test_every_sum_is_one_pass_over_base_and_experts(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    base: Any = Net()
+    models = {"_pretrained_": base} | {f"task{task}": moved(base, task + 1) for task in range(TASKS)}
+    seen = fused_passes(monkeypatch)
+    make(method, scaling_factor=0.9)[0].run(BaseModelPool(models))
+    assert sorted(seen) == sorted((tuple(tensor.shape), TASKS) for tensor in base.state_dict().values())
 
 
 def test_counters_stay_the_pretrained_models() -> None:

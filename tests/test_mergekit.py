@@ -17,6 +17,7 @@ import torch
 import yaml
 from checkpoints import listing, load_folder
 from peers import need
+from support.fused_passes import fused_passes
 from torch import Tensor
 
 import isomerge_fast as imf
@@ -258,6 +259,14 @@ class TestInMemory:
         for state, untouched in zip(given, before, strict=True):
             assert all(torch.equal(state[name], tensor) for name, tensor in untouched.items())
 
+    def test_every_sum_is_one_pass_over_base_and_experts(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """T deltas are made nowhere; members of a batch whose weights are equal are summed at once."""
+        seen = fused_passes(monkeypatch)
+        merge_states(states(), "iso_c", parameters={"weight": 0.5})
+        # One of the matrices is averaged for its name.
+        averaged = [(1, 24, 16), (1, 16), (1, 3, 2, 2, 2), (1,)]
+        assert sorted(seen) == sorted((shape, 3) for shape in [(3, 24, 16), (16, 24), *averaged])
+
     def test_options_reach_the_method(self) -> None:
         base, *experts = [state["a.weight"] for state in states()]
         register_all()
@@ -294,7 +303,7 @@ class TestInMemory:
         given[0]["norm"][3] = float("inf")
         with pytest.raises(InputError, match=r"^tensor 'norm' \[16\]: NaN or Inf in 0$"):
             merge_states(given, "iso_c")
-        with pytest.raises(InputError, match="the weighted deltas are too large"):
+        with pytest.raises(InputError, match="out of the range of float32 arithmetic"):
             merge_states(states(), "iso_c", parameters={"weight": 1e38})
         with pytest.raises(InputError, match=r"^tensor .* merged weights overflow torch.float32 at lambda"):
             merge_states(states(), "iso_c", parameters={"lambda": 3e38})

@@ -15,7 +15,9 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from allocation import peak_bytes
 from checkpoints import load_folder, make_base, make_expert, make_family, save_folder
+from support.fused_passes import fused_passes
 from torch import Tensor
 
 import isomerge_fast as imf
@@ -445,6 +447,48 @@ def test_a_file_that_changes_is_refused(tmp_path: Path) -> None:
     save_folder(folders[0], make_expert(make_base(), 77))
     with pytest.raises(imf.InputError, match="changed since"):
         imf.merge_state_dicts(load_folder(base), [expert])
+
+
+# ------------------------------------------------------------------------------------------------------ the fused pass
+
+
+@pytest.mark.parametrize("method", ["iso-c", "iso-cts", "mean", "task-arithmetic"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_memory_does_not_grow_with_the_experts(method: str, dtype: torch.dtype) -> None:
+    """No T deltas are held: five times as many experts take less than a single delta more."""
+    generator = torch.Generator().manual_seed(0)
+    models = [{"w": torch.randn(384, 384, generator=generator).to(dtype)} for _ in range(11)]
+    peaks = [
+        peak_bytes(lambda count=count: imf.merge_state_dicts(models[0], models[1 : 1 + count], method))[0]
+        for count in (2, 2, 10)  # what is loaded and made at the first call stays
+    ]
+    assert peaks[2] - peaks[1] < 4 * 384 * 384
+
+
+@pytest.mark.parametrize("method", ["iso-c", "iso-cts", "mean", "task-arithmetic"])
+@pytest.mark.parametrize("weights", [None, [0.3, 0.7, 1.1]], ids=["plain", "weighted"])
+def test_every_sum_is_one_pass_over_base_and_experts(
+    method: str, weights: list[float] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = make_base()
+    experts = [make_expert(base, seed) for seed in range(3)]
+    seen = fused_passes(monkeypatch)
+    imf.merge_state_dicts(base, experts, method, weights=weights)
+    merged = {name: tensor for name, tensor in base.items() if tensor.is_floating_point() and tensor.numel()}
+    assert sorted(seen) == sorted((tuple(tensor.shape) or (1,), 3) for tensor in merged.values())
+
+
+@pytest.mark.parametrize("method", ["iso-c", "iso-cts", "mean", "task-arithmetic"])
+@pytest.mark.parametrize("weights", [None, [0.3, 0.7, 1.1]], ids=["plain", "weighted"])
+def test_memory_and_files_give_the_same_bytes(tmp_path: Path, method: str, weights: list[float] | None) -> None:
+    base, experts = make_family(tmp_path)
+    config = {"base": str(base), "experts": [*map(str, experts)], "method": method, "scaling": 0.7}
+    imf.merge({**config, "weights": weights, "out": str(tmp_path / "out")})
+    written = load_folder(tmp_path / "out")
+    states = [load_folder(folder) for folder in experts]
+    merged = imf.merge_state_dicts(load_folder(base), states, method, 0.7, weights=weights)
+    assert merged.keys() == written.keys()
+    assert [name for name in merged if not torch.equal(merged[name], written[name])] == []
 
 
 # ------------------------------------------------------------------------------------------------------------- example

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import groupby
 from typing import Annotated, Any, Literal
 
 import torch
@@ -23,8 +25,18 @@ from torch import Tensor
 
 from .. import ops
 from ..errors import ConfigError, InputError
-from ..in_memory import merge_tensor
-from ..methods import Mean, Method, NotFiniteError, OutOfRangeError, TensorSpec, make_method, method_for
+from ..in_memory import merge_source
+from ..methods import (
+    Mean,
+    MemoryDeltas,
+    Method,
+    NotFiniteError,
+    OutOfRangeError,
+    RowBlock,
+    TensorSpec,
+    make_method,
+    method_for,
+)
 from ..methods.source import check_factors
 
 LAMBDA, WEIGHT = "lambda", "weight"
@@ -141,40 +153,52 @@ class IsotropicMergeMethod(MergeMethod):
                 check_factors(LAMBDA, [values[LAMBDA]], compute)
             except ConfigError as error:
                 raise ConfigError(f"{_name(group)}: {error}") from error
-        merged = torch.empty(base.shape, dtype=out_dtype, device=base.device)
+        weights: list[list[float]] = values[WEIGHT].tolist()
+        source, origin = _Batch(experts, base, weights, compute), base
+        if by_method and len(base) == 1:  # as the matrix itself: products of one are not made by routines for batches
+            origin = base[0]
+            source = MemoryDeltas([expert[0] for expert in experts], origin, weights=weights[0], dtype=compute)
         with torch.no_grad(), torch.autocast(base.device.type, enabled=False):
-            for weights, members in _by_weights(values[WEIGHT]):
-                # A batch of one as the matrix itself: products of one matrix are not made by the routines for batches.
-                place = members[0] if len(members) == 1 else members if len(members) < len(groups) else slice(None)
-                try:
-                    merged[place] = merge_tensor(
-                        method,
-                        [expert[place] for expert in experts],
-                        base[place],
-                        weights=weights,
-                        compute=compute,
-                        scaling=values[LAMBDA],
-                        dtype=out_dtype,
-                    )
-                except NotFiniteError as error:
-                    raise InputError(_not_finite(batch, groups)) from error
-                except OutOfRangeError as error:
-                    named = ", ".join(_name(groups[member]) for member in members)
-                    raise InputError(f"{named}: {error}") from error
+            try:
+                merged = merge_source(method, source, origin, scaling=values[LAMBDA], dtype=out_dtype)
+            except NotFiniteError as error:
+                raise InputError(_not_finite(batch, groups)) from error
+            except OutOfRangeError as error:
+                raise InputError(f"{', '.join(map(_name, groups))}: {error}") from error
+            merged = merged.view(base.shape)
             for group, tensor in zip(groups, merged, strict=True) if ops.count_nonfinite(merged) else ():
                 if count := int(ops.count_nonfinite(tensor)):
                     overflow = f"{count} merged weights overflow {out_dtype} at lambda {values[LAMBDA]:g}"
                     raise InputError(f"{_name(group)}: {overflow}")
-        return merged
+            return merged
 
 
-def _by_weights(weights: Tensor) -> Iterator[tuple[Sequence[float] | None, list[int]]]:
-    """Yield the weights w_t that members of a batch [B, T] have in common, None where all are 1, and those members."""
-    members: dict[tuple[float, ...], list[int]] = {}
-    for member, each in enumerate(weights.tolist()):
-        members.setdefault(tuple(each), []).append(member)
-    for each, those in members.items():
-        yield (None if all(weight == 1.0 for weight in each) else each), those
+class _Batch(MemoryDeltas):
+    """Deltas of a batch [B, ...] whose members have weights of their own.
+
+    Args:
+        weights: w_t of every member, [B, T].
+    """
+
+    def __init__(
+        self, experts: Sequence[Tensor], base: Tensor, weights: list[list[float]], compute: torch.dtype
+    ) -> None:
+        super().__init__(experts, base, dtype=compute)
+        self._weights = weights
+
+    def blocks(self, tasks: Sequence[int] | None = None) -> Iterator[RowBlock]:
+        """See ``DeltaSource``: members whose weights are equal are one block."""
+        (whole,) = super().blocks(tasks)
+        for weights, run in groupby(range(self.shape[0]), key=self._weights.__getitem__):
+            first, *rest = run
+            chosen = weights if tasks is None else [weights[task] for task in tasks]
+            yield replace(whole.part(slice(first, 1 + (rest or [first])[-1])), weights=chosen)
+
+    def members(self, chosen: Tensor) -> _Batch:
+        """See ``DeltaSource``."""
+        assert self.base is not None
+        weights = [weights for weights, keep in zip(self._weights, chosen.tolist(), strict=True) if keep]
+        return _Batch([expert[chosen] for expert in self.experts], self.base[chosen], weights, self.dtype)
 
 
 def _name(group: TensorGroup) -> str:

@@ -197,8 +197,7 @@ class DeltaSource(ABC):
         """Return S = Σ_t Δ_t in ``dtype``, fresh: it may be overwritten; with what was seen of every Δ_t, [T, batch].
 
         Args:
-            batch_dims: first dimensions that are a batch, over whose members what is seen is kept apart; for sources
-                that come as one block.
+            batch_dims: first dimensions that are a batch, over whose members what is seen is kept apart.
         """
         total = torch.empty(self.shape, dtype=dtype, device=self.device)
 
@@ -206,10 +205,16 @@ class DeltaSource(ABC):
             return part.sum(dtype, out=total[part.rows], batch_dims=batch_dims, largest=self.wants_largest)
 
         seen = [found for block in self.blocks() for found in self.threads.map(add_up, self.threads.parts(block))]
-        assert batch_dims == 0 or len(seen) == 1
         if len(seen) == 1:
             return seen[0]._replace(total=total)
         largest = [part.largest for part in seen if part.largest is not None]
+        if batch_dims:  # blocks are of some members each
+            return TaskSum(
+                total,
+                torch.cat([part.squares for part in seen], 1),
+                torch.cat(largest, 1) if largest else None,
+                torch.cat([part.nonfinite for part in seen], 1),
+            )
         return TaskSum(
             total,
             torch.stack([part.squares for part in seen]).sum(0),
