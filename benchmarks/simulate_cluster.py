@@ -89,10 +89,9 @@ def _table(head: str, rows: Sequence[Sequence[str]]) -> str:
 
 def _in_words(plan: Plan, rates: Rates, storages: Sequence[float]) -> str:
     """The sums, and from how many workers on which wall is reached: total / wall, as ``forecast`` bounds it."""
-    scalings = len(plan.config.scalings)
-    total = load_of(plan.tensors, scalings)
+    total = load_of(plan.tensors)
     moved = total.read_bytes + total.write_bytes
-    each = {tensor.name: load_of([tensor], scalings).seconds(rates) for tensor in plan.tensors}
+    each = {tensor.name: load_of([tensor]).seconds(rates) for tensor in plan.tensors}
     largest = max(each, key=each.__getitem__)
     parameters = sum(math.prod(tensor.base.shape) for tensor in plan.tensors)
     walls = [f"storage of {_size(limit)}/s (Σ b / S = {moved / limit:.4g} s)" for limit in storages]

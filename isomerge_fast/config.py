@@ -155,7 +155,7 @@ class MergeConfig:
         return {**asdict(self), "scaling": 1.0 if self.scaling is None else self.scaling}
 
     def weights_of(self, name: str) -> tuple[float, ...] | None:
-        """w_t of a tensor, or None where all are 1.
+        """Return w_t of a tensor, or None where none are given.
 
         Raises:
             ConfigError: they are to be divided by their sum, and that is zero.
@@ -169,7 +169,7 @@ class MergeConfig:
             if abs(total) < SMALLEST_SUM:
                 raise ConfigError(f"normalize_weights: weights {list(found)} of tensor {name!r} add up to {total:g}")
             found = tuple(weight / total for weight in found)
-        return None if all(weight == 1.0 for weight in found) else found
+        return found
 
 
 # Weights that add up to less are not to be divided by their sum.

@@ -53,10 +53,11 @@ def write_all_else(
         entries: of the journal, by tensor.
         shards: what the manifest says of the files of weights.
     """
-    scalings = scaling_folders(plan.config.scalings)
+    scalings = scaling_folders(plan.config)
     files: dict[str, FileEntry] = {}
     for name, weights in plan.folders.items():
-        written = _add_companions(plan, folder / name, scalings[name]) if name in scalings else {}
+        scaling = scalings[name]
+        written = {} if scaling is None else _add_companions(plan, folder / name, scaling)
         if plan.index_name is not None:
             written[plan.index_name] = _add_index(plan.index_name, folder / name, weights)
         files |= {file_name(name, each): entry_of(content) for each, content in written.items()}
@@ -66,10 +67,10 @@ def write_all_else(
         "description": cast(Description, description),
         "outputs": {
             name: {
-                "scaling": scalings.get(name),
+                "scaling": scaling,
                 "tensors": cast(dict[str, TensorEntry], _recorded(plan, name, entries)),
             }
-            for name in plan.folders
+            for name, scaling in scalings.items()
         },
         "files": files,
         "shards": shards,
@@ -101,20 +102,25 @@ def read_report(folder: Path) -> tuple[Report, str]:
 
 def _recorded(plan: Plan, folder: str, entries: Mapping[str, Mapping[str, Any]]) -> Made:
     """Return what the manifest says of a sub-folder's tensors, by their names there."""
-    written = {output.name: output for tensors in plan.folders[folder].values() for output in tensors}
-    owners = {output: tensor for tensor in plan.tensors for output in tensor.names_in(folder)}
+    written = {
+        made.name: (tensor, made)
+        for tensor in plan.tensors
+        for output in tensor.outputs
+        if output.folder == folder
+        for made in output.tensors
+    }
 
-    def record(output: str) -> TensorEntry:
-        tensor = owners[output]
+    def record(name: str) -> TensorEntry:
+        tensor, made = written[name]
         return {
             "file": tensor.shard,
             "action": tensor.action,
-            "dtype": written[output].dtype,
-            "shape": list(written[output].shape),
-            "checksum": entries[tensor.name]["checksum"][folder][output],
+            "dtype": made.dtype,
+            "shape": list(made.shape),
+            "checksum": entries[tensor.name]["checksum"][folder][name],
         }
 
-    return Made(owners, record)
+    return Made(written, record)
 
 
 def _add_index(name: str, path: Path, weights: Mapping[str, Iterable[OutputTensor]]) -> Checksum:

@@ -91,7 +91,7 @@ def forecast(
 
 def unit_loads(plan: Plan, workers: int, rates: Rates) -> list[Load]:
     """Of what ``divide`` deals out, in its order."""
-    return [load_of(unit, len(plan.config.scalings)) for unit in divide(plan, workers, rates)]
+    return [load_of(unit) for unit in divide(plan, workers, rates)]
 
 
 def _seconds_alone(load: Load, rates: Rates) -> float:

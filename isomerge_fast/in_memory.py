@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from . import ops
+from .drafts import tensor_seed
 from .errors import ConfigError, InputError
 from .memory_inputs import Array, Described, as_tensor, check_fit, read_deltas, read_experts, read_weights, shapes_of
 from .methods import (
@@ -27,7 +28,6 @@ from .methods import (
 )
 from .methods.source import check_factors
 from .patterns import require_matches
-from .planner import tensor_seed
 from .routes import ROW_STEP, memory_route
 from .values import dtype_name, list_of, number, pattern, whole_number
 

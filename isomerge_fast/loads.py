@@ -63,13 +63,13 @@ class Load:
         return max(self.compute_seconds(rates), self.transfer_seconds(rates))
 
 
-def load_of(tensors: Iterable[TensorPlan], scalings: int) -> Load:
-    """Of all of them; ``scalings``: of the merge, each an output of its own."""
+def load_of(tensors: Iterable[TensorPlan]) -> Load:
+    """Return the load of all of them, in all their outputs."""
     read_bytes = write_bytes = 0
     flops = 0.0
     for tensor in tensors:
         read_bytes += tensor.passed_bytes
-        write_bytes += tensor.bytes_written(scalings)
+        write_bytes += tensor.write_bytes
         flops += tensor.flops
     return Load(read_bytes, write_bytes, flops)
 
@@ -98,7 +98,7 @@ def _measured_flops() -> float:
 def estimate_seconds(plan: Plan) -> dict[str, float]:
     """Of one process on this CPU by ``assumed_rates``; these overlap."""
     rates = assumed_rates(torch.device("cpu"))
-    load = load_of(plan.tensors, len(plan.config.scalings))
+    load = load_of(plan.tensors)
     return {
         "compute": load.compute_seconds(rates),
         "read": load.read_bytes / rates.read_bytes_per_second,
@@ -113,7 +113,7 @@ def divide(plan: Plan, workers: int, rates: Rates) -> list[tuple[TensorPlan, ...
     shards: dict[str, list[TensorPlan]] = {}
     for tensor in plan.tensors:
         shards.setdefault(tensor.shard, []).append(tensor)
-    each = [load_of([tensor], len(plan.config.scalings)) for tensor in plan.tensors]
+    each = [load_of([tensor]) for tensor in plan.tensors]
     names = [tensor.name for tensor in plan.tensors]
     cost = dict(zip(names, (load.seconds(rates) for load in each), strict=True))
     computing = dict(zip(names, (load.compute_seconds(rates) for load in each), strict=True))

@@ -18,7 +18,7 @@ from .checkpoint.write_behind import WriteBehind
 from .methods import OutOfRangeError, RowBlock
 from .methods.factors import product_bound
 from .methods.source import Threads
-from .plan import DELTA_FOLDER, TensorPlan
+from .plan import TensorPlan
 from .routes import ROW_STEP
 from .transfers import Download
 
@@ -38,7 +38,6 @@ class TensorOutput:
 
     Args:
         writers: by sub-folder of the output.
-        scalings: α by sub-folder, of those that have one.
         threads: share out what is made.
         phase: ``Stopwatch.phase``.
     """
@@ -47,16 +46,17 @@ class TensorOutput:
         self,
         plan: TensorPlan,
         writers: Mapping[str, PartWriter],
-        scalings: Mapping[str, float],
         writes: WriteBehind,
         threads: Threads,
         phase: Callable[[str], AbstractContextManager[None]],
     ) -> None:
-        self._plan, self._writers, self._scalings = plan, writers, scalings
-        self._writes, self._threads, self._phase = writes, threads, phase
-        self._dtypes = dict.fromkeys(scalings, DTYPES[plan.out_dtype])
-        if plan.delta is not None:
-            self._dtypes[DELTA_FOLDER] = DTYPES[plan.delta.dtype]
+        self._plan, self._writers, self._writes = plan, writers, writes
+        self._threads, self._phase = threads, phase
+        # By folder.
+        self._names = {output.folder: output.names[0] for output in plan.outputs}
+        self._dtypes = {output.folder: DTYPES[output.dtype] for output in plan.outputs}
+        self._scalings = {output.folder: output.scaling for output in plan.outputs if output.scaling is not None}
+        self._kept = next((output.folder for output in plan.outputs if output.scaling is None), None)  # Δ itself
         self._in_room = False
         self._row_elements = prod(plan.route.lines[1:])
         # By folder, of all that was made: how much of it is NaN or infinite, on the device that computes.
@@ -69,9 +69,8 @@ class TensorOutput:
         def apply(part: RowBlock, outputs: Mapping[str, Tensor]) -> None:
             assert part.base is not None
             delta = value(part)
-            if DELTA_FOLDER in outputs:
-                outputs[DELTA_FOLDER].copy_(delta)
-                delta = outputs[DELTA_FOLDER]
+            if self._kept is not None:
+                delta = outputs[self._kept].copy_(delta)
             made = ops.apply_delta(
                 part.base,
                 delta,
@@ -91,7 +90,7 @@ class TensorOutput:
         def convert(part: RowBlock, outputs: Mapping[str, Tensor]) -> None:
             assert part.base is not None
             for folder, out in outputs.items():
-                if folder == DELTA_FOLDER:
+                if folder == self._kept:
                     out.zero_()
                 else:
                     out.copy_(part.base)
@@ -133,7 +132,7 @@ class TensorOutput:
         for alpha in self._scalings.values():
             if not bound * abs(alpha) <= torch.finfo(torch.float32).max:
                 raise OutOfRangeError(f"weights up to {bound * abs(alpha):.3g} overflow float32 at scaling {alpha:g}")
-        a, b = self._plan.outputs
+        a, b = self._plan.outputs[0].tensors
         # The first adapter that has the pair gave it its names, and its orientation.
         first = next(pair for pair in self._plan.pairs if pair is not None)
         inner, outer = (left.mT, right.mT) if first.transposed else (right, left)
@@ -154,23 +153,18 @@ class TensorOutput:
         for folder, seen in self._not_finite.items():
             count = int(torch.stack(seen).sum()) if seen else 0
             if count:
-                kept = self._plan.delta if folder == DELTA_FOLDER else None
-                dtype = str(DTYPES[self._plan.out_dtype if kept is None else kept.dtype]).removeprefix("torch.")
-                what = f"at scaling {self._scalings[folder]:g}" if kept is None else "in the merged Δ that is kept"
+                dtype = str(self._dtypes[folder]).removeprefix("torch.")
+                kept = folder == self._kept
+                what = "in the merged Δ that is kept" if kept else f"at scaling {self._scalings[folder]:g}"
                 return f"{count} merged weights overflow {dtype} {what}"
         return None
 
     def checksums(self) -> dict[str, dict[str, str]]:
         """Of what the tensor became, by folder and name."""
         return {
-            folder: {name: writer.finish(name) for name in self._plan.names_in(folder)}
-            for folder, writer in self._writers.items()
+            output.folder: {name: self._writers[output.folder].finish(name) for name in output.names}
+            for output in self._plan.outputs
         }
-
-    def _name(self, folder: str) -> str:
-        """Of a tensor that stays one."""
-        (name,) = self._plan.names_in(folder)
-        return name
 
     def _groups(self, parts: Sequence[RowBlock]) -> Iterator[list[RowBlock]]:
         """Yield the parts that are written at once: as many as there is room for."""
@@ -214,7 +208,7 @@ class TensorOutput:
 
     def _position(self, folder: str, rows: slice) -> int:
         """Of rows of ``Route.lines`` in their file; 0 where that is no place for their dtype in memory."""
-        position = self._writers[folder].position(self._name(folder), rows.start * self._row_elements)
+        position = self._writers[folder].position(self._names[folder], rows.start * self._row_elements)
         return 0 if position % self._dtypes[folder].itemsize else position
 
     def _write(self, rows: slice, outputs: dict[str, Tensor]) -> None:
@@ -224,7 +218,7 @@ class TensorOutput:
 
         def write() -> None:
             for folder, download in downloads.items():
-                self._writers[folder].write_part(self._name(folder), download(), rows.start * self._row_elements)
+                self._writers[folder].write_part(self._names[folder], download(), rows.start * self._row_elements)
 
         with self._phase("write"):
             self._writes.put(write, size=size, in_room=self._in_room)

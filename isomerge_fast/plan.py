@@ -43,14 +43,45 @@ PROCESS_BYTES = BASELINE_BYTES + (READ_THREADS + 1) * READ_BYTES
 DELTA_FOLDER = "delta"
 
 
-def scaling_folders(scalings: tuple[float, ...]) -> dict[str, float]:
-    """Sub-folder of the output for every α: the output itself when there is one, else ``scaling-<α>``."""
-    return {"": scalings[0]} if len(scalings) == 1 else {f"scaling-{value:g}": value for value in scalings}
+def scaling_folders(config: MergeConfig) -> dict[str, float | None]:
+    """Return α by sub-folder of the output: of the output itself where there is one α, else of ``scaling-<α>``.
+
+    Where the merged Δ is kept, its folder comes last, with None.
+    """
+    several = len(config.scalings) > 1
+    folders: dict[str, float | None] = {f"scaling-{value:g}" if several else "": value for value in config.scalings}
+    return {**folders, DELTA_FOLDER: None} if config.save_delta else folders
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """What is written of a tensor into one sub-folder of the output.
+
+    Attributes:
+        scaling: α; None where it is Δ itself.
+        tensors: one, or the two factors of an adapter; all outputs of one tensor but Δ share them.
+    """
+
+    folder: str
+    scaling: float | None
+    tensors: tuple[OutputTensor, ...]
+
+    @property
+    def dtype(self) -> str:
+        return self.tensors[0].dtype
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(tensor.name for tensor in self.tensors)
+
+    @property
+    def bytes(self) -> int:
+        return sum(tensor.bytes for tensor in self.tensors)
 
 
 @dataclass(frozen=True, slots=True)
 class TensorPlan:
-    """One tensor's fate: merged by ``method``, or copied when that is None.
+    """What is done with one tensor: merged by ``method``, or copied where that is None.
 
     ``base`` is what is copied, or moved: in a tensor that only an expert has, the expert's.
     """
@@ -61,8 +92,7 @@ class TensorPlan:
     base: StoredTensor
     experts: tuple[StoredTensor, ...]  # one a task, or none where the tensor is copied or adapted
     pairs: tuple[LoraPair | None, ...]  # likewise, of adapters; None: a task that leaves the tensor alone
-    outputs: tuple[OutputTensor, ...]  # one, or the two factors of an adapter
-    delta: OutputTensor | None  # the merged Δ, where it is kept
+    outputs: tuple[Output, ...]  # one for every α, and the merged Δ last, where it is kept
     route: Route
     flops: float
     shard: str  # of the output
@@ -97,32 +127,23 @@ class TensorPlan:
     @property
     def passed_bytes(self) -> int:
         """Read in all, pass after pass: more than once what is not held."""
-        return self.route.passed_bytes(
-            self.base.bytes if self.route.reads_base else 0, [stored.bytes for stored in (*self.experts, *self.factors)]
-        )
+        trained = [stored.bytes for stored in (*self.experts, *self.factors)]
+        return self.route.passed_bytes(self.base.bytes if self.route.reads_base else 0, trained)
 
     @property
     def out_dtype(self) -> str:
+        """Of the merged weights."""
         return self.outputs[0].dtype
-
-    def names_in(self, folder: str) -> tuple[str, ...]:
-        """Of what it is in a sub-folder of the output."""
-        if folder == DELTA_FOLDER:
-            return () if self.delta is None else (self.delta.name,)
-        return tuple(output.name for output in self.outputs)
 
     @property
     def write_bytes(self) -> int:
-        """For one scaling."""
+        """Of all outputs."""
         return sum(output.bytes for output in self.outputs)
 
-    def bytes_written(self, scalings: int) -> int:
-        """For so many of them, and for the merged Δ where it is kept."""
-        return self.write_bytes * scalings + (0 if self.delta is None else self.delta.bytes)
-
-    def moved_bytes(self, scalings: int) -> int:
+    @property
+    def moved_bytes(self) -> int:
         """Read at least once, and written: what progress is counted in."""
-        return self.read_bytes + self.bytes_written(scalings)
+        return self.read_bytes + self.write_bytes
 
     @property
     def action(self) -> str:
@@ -204,7 +225,7 @@ class Plan:
 
     def metadata_of(self, folder: str, file: str) -> Mapping[str, str]:
         """Return what the header of an output's file says beside its tensors. Δ is no model and has no more of it."""
-        return PLAIN if folder == DELTA_FOLDER else self.metadata.get(file, PLAIN)
+        return PLAIN if scaling_folders(self.config)[folder] is None else self.metadata.get(file, PLAIN)
 
     @property
     def has_adapters(self) -> bool:
@@ -221,23 +242,17 @@ class Plan:
         if self.config.adapter_rank is None:
             return None
         adapters = [expert for expert in self.experts if isinstance(expert, Adapter)]
-        names = [output.name for plan in self.tensors for output in plan.outputs]
+        names = [name for plan in self.tensors for name in plan.outputs[0].names]
         return merged_settings(adapters, names, self.config.adapter_rank)
 
     @cached_property
     def folders(self) -> dict[str, dict[str, tuple[OutputTensor, ...]]]:
         """What is written: the files of every sub-folder of the output, and what each of them holds."""
-        merged: dict[str, list[OutputTensor]] = {}
-        kept: dict[str, list[OutputTensor]] = {}
+        found: dict[str, dict[str, list[OutputTensor]]] = {folder: {} for folder in scaling_folders(self.config)}
         for plan in self.tensors:
-            merged.setdefault(plan.shard, []).extend(plan.outputs)
-            if plan.delta is not None:
-                kept.setdefault(plan.shard, []).append(plan.delta)
-        shards = {file: tuple(tensors) for file, tensors in merged.items()}
-        folders = dict.fromkeys(scaling_folders(self.config.scalings), shards)
-        if self.config.save_delta:
-            folders[DELTA_FOLDER] = {file: tuple(tensors) for file, tensors in kept.items()}
-        return folders
+            for output in plan.outputs:
+                found[output.folder].setdefault(plan.shard, []).extend(output.tensors)
+        return {folder: {file: tuple(tensors) for file, tensors in files.items()} for folder, files in found.items()}
 
     @property
     def read_bytes(self) -> int:
@@ -252,7 +267,7 @@ class Plan:
     @property
     def write_bytes(self) -> int:
         """Bytes of weights to be written, over all scalings, and of the merged Δ where it is kept."""
-        return sum(output.bytes for files in self.folders.values() for tensors in files.values() for output in tensors)
+        return sum(plan.write_bytes for plan in self.tensors)
 
     @property
     def peak_ram_bytes(self) -> int:

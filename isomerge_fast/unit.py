@@ -33,7 +33,7 @@ from .linalg.arithmetic import describe_arithmetic
 from .methods import NotFiniteError, OutOfRangeError
 from .methods.certified import UnsolvedError
 from .output import TensorOutput
-from .plan import DELTA_FOLDER, Plan, TensorPlan, scaling_folders
+from .plan import Plan, TensorPlan
 from .report import PREPARE, Observer, Progress, Stopwatch
 from .sources import PlannedSource, bundle_of, first_pass, source_of
 from .transfers import Uploads
@@ -53,7 +53,7 @@ class Job:
         key: ``fingerprint`` of the merge.
         threads: with which is computed.
         direct: read and write past the page cache where that is faster.
-        scalings: α by sub-folder of the output.
+        records_base: whether the checksums of the base's tensors are recorded, for ``apply``.
         peak_work_bytes: of the merge's largest tensor.
         max_vram: ceiling in bytes for the memory of a GPU.
         arithmetic: see ``Plan``.
@@ -64,7 +64,7 @@ class Job:
     device: str
     threads: int
     direct: bool
-    scalings: dict[str, float]
+    records_base: bool
     budget: Budget
     peak_work_bytes: int
     max_vram: int | None
@@ -74,14 +74,13 @@ class Job:
     def of(
         cls, plan: Plan, folder: Path, key: str, *, device: str, threads: int, direct: bool, max_vram: int | None
     ) -> Job:
-        scalings = scaling_folders(plan.config.scalings)
         return cls(
             folder,
             key,
             device,
             threads,
             direct,
-            scalings,
+            plan.config.save_delta,
             plan.budget,
             plan.peak_work_bytes,
             max_vram,
@@ -175,7 +174,7 @@ class _UnitRun:
     def __init__(self, job: Job, unit: Unit, observer: Observer | None) -> None:
         self._job, self._unit = job, unit
         self._device = ops.indexed(torch.device(job.device))
-        moved = sum(tensor.moved_bytes(len(job.scalings)) for tensor in unit.tensors)
+        moved = sum(tensor.moved_bytes for tensor in unit.tensors)
         self._progress = Progress(len(unit.tensors), moved)
         self._stopwatch = Stopwatch(self._progress, observer)
         self._writers: dict[tuple[str, str], ShardWriter] = {}
@@ -245,22 +244,19 @@ class _UnitRun:
             torch.cuda.set_per_process_memory_fraction(before, self._device)
 
     def _open_writers(self) -> None:
-        names = {folder: set[str]() for folder in self._unit.folders}
+        names: dict[tuple[str, str], list[str]] = {}
         for tensor in self._unit.tensors:
-            for folder in names:
-                names[folder].update(tensor.names_in(folder))
-        allow_open_files(2 * sum(map(len, self._unit.folders.values())))
-        for folder, files in self._unit.folders.items():
-            for file, tensors in files.items():
-                own = [tensor.name for tensor in tensors if tensor.name in names[folder]]
-                path = self._job.folder / "new" / folder / file
-                self._writers[folder, file] = ShardWriter(
-                    path,
-                    tensors,
-                    names=own,
-                    direct=self._job.direct,
-                    metadata=self._unit.metadata[folder, file],
-                )
+            for output in tensor.outputs:
+                names.setdefault((output.folder, tensor.shard), []).extend(output.names)
+        allow_open_files(2 * len(names))
+        for (folder, file), own in names.items():
+            self._writers[folder, file] = ShardWriter(
+                self._job.folder / "new" / folder / file,
+                self._unit.folders[folder][file],
+                names=own,
+                direct=self._job.direct,
+                metadata=self._unit.metadata[folder, file],
+            )
 
     def _merge_all(self, journal: UnitJournal) -> None:
         """Reads ahead, merges and writes behind, tensor after tensor; what the journal has and the files hold is
@@ -301,7 +297,7 @@ class _UnitRun:
                     )
                     self._merge_tensor(tensor, source, reader, checksums, writes, journal)
                 self._progress.done_tensors += 1
-                self._progress.done_bytes += tensor.moved_bytes(len(self._job.scalings))
+                self._progress.done_bytes += tensor.moved_bytes
             with self._stopwatch.phase("write"):
                 writes.drain()
             reader.check_unchanged()
@@ -316,29 +312,22 @@ class _UnitRun:
 
     def _writers_of(self, tensor: TensorPlan) -> dict[str, ShardWriter]:
         """By folder."""
-        return {
-            folder: self._writers[folder, tensor.shard]
-            for folder in self._unit.folders
-            if folder != DELTA_FOLDER or tensor.delta is not None
-        }
-
-    @property
-    def _keeps_delta(self) -> bool:
-        return DELTA_FOLDER in self._unit.folders
+        return {output.folder: self._writers[output.folder, tensor.shard] for output in tensor.outputs}
 
     def _summed_inputs(self, tensor: TensorPlan) -> tuple[StoredTensor, ...]:
         """Of what is read, that of which checksums are made: to be compared, or recorded for ``apply``."""
         if tensor.checksums:
             return (tensor.base, *tensor.experts)
-        return (tensor.base,) if self._keeps_delta else ()
+        return (tensor.base,) if self._job.records_base else ()
 
     def _is_intact(self, tensor: TensorPlan, entry: dict[str, Any]) -> bool:
         """Whether the bytes that the journal claims are in the staged shards."""
         with self._stopwatch.phase("read"):
             return all(
-                writer.checksum(name) == entry["checksum"].get(folder, {}).get(name)
-                for folder, writer in self._writers_of(tensor).items()
-                for name in tensor.names_in(folder)
+                self._writers[output.folder, tensor.shard].checksum(name)
+                == entry["checksum"].get(output.folder, {}).get(name)
+                for output in tensor.outputs
+                for name in output.names
             )
 
     def _merge_tensor(
@@ -354,9 +343,7 @@ class _UnitRun:
         work, peak = plan.route.work_bytes, self._job.peak_work_bytes
         return_freed_blocks(eager=work > max(HEAP_RESIDUE_BYTES, peak - HEAP_RESIDUE_BYTES))
         report: dict[str, Any] = {"name": plan.name, "action": plan.action, "route": plan.route.name}
-        output = TensorOutput(
-            plan, self._writers_of(plan), self._job.scalings, writes, source.threads, self._stopwatch.phase
-        )
+        output = TensorOutput(plan, self._writers_of(plan), writes, source.threads, self._stopwatch.phase)
         with self._stopwatch.phase("compute"):
             try:
                 stats = plan.route.run(source, output)
@@ -381,13 +368,13 @@ class _UnitRun:
         entry = {"name": plan.name, "report": report, "process": this_process()}
         found = {stored: checksums.take(stored) for stored in self._summed_inputs(plan)}
         _check_inputs(plan, found)
-        if self._keeps_delta:
+        if self._job.records_base:
             entry["base_checksum"] = found[plan.base]
         report.update(evidence)
         if remarks:
             report["remarks"] = "; ".join(remarks)
         report["read_bytes"] = source.read_bytes
-        report["write_bytes"] = plan.bytes_written(len(self._job.scalings))
+        report["write_bytes"] = plan.write_bytes
         report["seconds"] = round(time.perf_counter() - started, 6)
 
         def finish() -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from . import ops
 from .checkpoint.adapter import LoraPair
 from .checkpoint.checksum import Checksum
-from .checkpoint.layout import DTYPES, Checkpoint, StoredTensor, read_header
+from .checkpoint.layout import Checkpoint, StoredTensor, read_header
 from .checkpoint.manifest import (
     MANIFEST_FILE,
     REPORT_FILE,
@@ -47,7 +47,7 @@ from .errors import (
 )
 from .finishing import read_report
 from .methods import MemoryDeltas, NotFiniteError, RowBlock, make_method
-from .plan import DELTA_FOLDER, Plan, TensorPlan, scaling_folders
+from .plan import Output, Plan, TensorPlan, scaling_folders
 from .planner import make_plan
 from .values import path_text, whole_number
 
@@ -139,9 +139,7 @@ def _config(manifest: Manifest) -> MergeConfig:
     config = recorded_config(manifest["description"])
     for chosen in (config, *config.overrides):
         make_method(chosen.method, chosen.options)
-    expected: dict[str, float | None] = {**scaling_folders(config.scalings)}
-    if config.save_delta:
-        expected[DELTA_FOLDER] = None
+    expected = scaling_folders(config)
     found = {name: output["scaling"] for name, output in manifest["outputs"].items()}
     if found != expected:
         raise ConfigError(f"its outputs are of scalings {found}, its config of {expected}")
@@ -294,7 +292,7 @@ def _recompute(
     suspects: set[Path] = set()
     with Reader(files_of(plan.base, *plan.experts, *outputs.values())) as reader:
         for tensor in _sample(plan, samples, seed):
-            problems = [*_recompute_tensor(root, manifest, outputs, tensor, reader, result)]
+            problems = [*_recompute_tensor(root, outputs, tensor, reader, result)]
             if problems:
                 suspects.update(stored.file for stored in tensor.inputs)
             yield from problems
@@ -325,7 +323,6 @@ def _changes(manifest: Manifest, plan: Plan) -> tuple[list[Path], list[Path]]:
 
 def _recompute_tensor(
     root: Path,
-    manifest: Manifest,
     outputs: Mapping[str, Checkpoint],
     tensor: TensorPlan,
     reader: Reader,
@@ -333,17 +330,16 @@ def _recompute_tensor(
 ) -> Iterator[str]:
     """Yield how a tensor differs, in each output, from what its inputs give."""
     compare = _compare_factors if tensor.route.writes_factors else _compare
-    for name, output in manifest["outputs"].items():
-        made = (*tensor.outputs,) if name != DELTA_FOLDER else (tensor.delta,)
-        stored = [outputs[name].tensors.get(each.name) for each in made if each is not None]
-        found = [each for each in stored if each is not None]
-        if [(each.dtype, each.shape) for each in found] != [(each.dtype, each.shape) for each in made if each]:
-            yield f"{root / name}: tensor {tensor.name!r} is not of the shape and dtype that its inputs give"
+    for output in tensor.outputs:
+        where, there = root / output.folder, outputs[output.folder].tensors
+        found = [there[name] for name in output.names if name in there]
+        if [(each.dtype, each.shape) for each in found] != [(each.dtype, each.shape) for each in output.tensors]:
+            yield f"{where}: tensor {tensor.name!r} is not of the shape and dtype that its inputs give"
             continue
         try:
-            entry = compare(tensor, reader, [reader.read(whole(each)) for each in found], output["scaling"])
+            entry = compare(tensor, output, reader, [reader.read(whole(each)) for each in found])
         except (InputError, ResourceError, NotFiniteError) as error:
-            yield f"{root / name}: tensor {tensor.name!r} cannot be recomputed ({error})"
+            yield f"{where}: tensor {tensor.name!r} cannot be recomputed ({error})"
             continue
         if entry["error"] is None:
             result.remarks.append(f"tensor {tensor.name!r}: not judged, the gap at its cut is {entry['gap']:.1e}")
@@ -351,7 +347,7 @@ def _recompute_tensor(
         result.recomputed.append(entry)
         if not entry["error"] <= entry["allowed"]:
             yield (
-                f"{root / name}: tensor {tensor.name!r} differs from its float64 recomputation by "
+                f"{where}: tensor {tensor.name!r} differs from its float64 recomputation by "
                 f"{entry['error']:.1e}, allowed {entry['allowed']:.1e}"
             )
 
@@ -395,7 +391,7 @@ def _product(plan: TensorPlan, pair: LoraPair | None, reader: Reader) -> Tensor:
     return pair.scale * (b @ a if not pair.transposed else (b @ a).mT)
 
 
-def _compare(plan: TensorPlan, reader: Reader, found: list[Tensor], scaling: float | None) -> dict[str, Any]:
+def _compare(plan: TensorPlan, output: Output, reader: Reader, found: list[Tensor]) -> dict[str, Any]:
     """‖stored − round(expected)‖_F / ‖expected − θ₀‖_F, expected = θ₀ + α·Δ in float64 by the reference solver.
 
     An error e_i before rounding moves entry i to the next number with probability |e_i| / ulp_i, which costs ulp_i; so
@@ -405,11 +401,10 @@ def _compare(plan: TensorPlan, reader: Reader, found: list[Tensor], scaling: flo
     """
     (stored,) = found
     base, value, gap = _expected(plan, reader)
-    dtype, seed = DTYPES[plan.out_dtype], plan.rounding_seed
-    if scaling is None:  # Δ itself, which is kept beside the outputs
-        dtype, seed = stored.dtype, None
+    dtype, alpha, seed = stored.dtype, output.scaling, plan.rounding_seed
+    if alpha is None:  # Δ itself
+        alpha, seed = 1.0, None
         base.zero_()
-    alpha = 1.0 if scaling is None else scaling
     expected = base + alpha * value
     moved = torch.linalg.vector_norm(expected - base).item()
     norm = torch.linalg.vector_norm(expected).item()
@@ -418,32 +413,30 @@ def _compare(plan: TensorPlan, reader: Reader, found: list[Tensor], scaling: flo
     before_rounding = DELTA_TOLERANCE * moved + torch.finfo(plan.spec.dtype).eps * norm
     ulp = torch.finfo(dtype).eps * norm
     allowed = (before_rounding**2 + 2.0 * before_rounding * ulp) ** 0.5
-    return _result(plan, scaling, error, allowed, moved or norm or 1.0, gap)
+    return _result(plan, output, error, allowed, moved or norm or 1.0, gap)
 
 
-def _compare_factors(plan: TensorPlan, reader: Reader, found: list[Tensor], scaling: float | None) -> dict[str, Any]:
+def _compare_factors(plan: TensorPlan, output: Output, reader: Reader, found: list[Tensor]) -> dict[str, Any]:
     """‖α·Δ − B A‖_F / ‖α·Δ‖_F of an adapter. Allowed is what the best approximation of its rank leaves (Eckart-Young),
     the default precision's promise and the rounding of both factors.
     """
-    assert scaling is not None
-    expected = scaling * _expected(plan, reader)[1]
+    assert output.scaling is not None
+    expected = output.scaling * _expected(plan, reader)[1]
     a, b = (stored.double() for stored in found)
     first = next(pair for pair in plan.pairs if pair is not None)
     product = (b @ a).mT if first.transposed else b @ a
     norm = torch.linalg.vector_norm(expected).item()
     left_out = torch.linalg.vector_norm(torch.linalg.svdvals(expected)[a.shape[0] :]).item()
-    rounding = 2.0 * torch.finfo(DTYPES[plan.out_dtype]).eps * norm
+    rounding = 2.0 * torch.finfo(found[0].dtype).eps * norm
     error = torch.linalg.vector_norm(expected - product).item()
     allowed = left_out * (1.0 + DELTA_TOLERANCE) + DELTA_TOLERANCE * norm + rounding
-    return _result(plan, scaling, error, allowed, norm or 1.0, 1.0)
+    return _result(plan, output, error, allowed, norm or 1.0, 1.0)
 
 
-def _result(
-    plan: TensorPlan, scaling: float | None, error: float, allowed: float, scale: float, gap: float
-) -> dict[str, Any]:
+def _result(plan: TensorPlan, output: Output, error: float, allowed: float, scale: float, gap: float) -> dict[str, Any]:
     return {
         "name": plan.name,
-        "scaling": scaling,
+        "scaling": output.scaling,
         "error": error / scale if gap >= SMALLEST_GAP else None,
         "allowed": allowed / scale,
         "gap": gap,

@@ -28,7 +28,7 @@ FLOORS = (
     {"budget", "inputs", "patterns"},
     {"routes"},
     {"plan", "workers", "transfers", "drift", "tensor_roles"},
-    {"sources", "loads", "notes", "file_notes", "memory_inputs"},
+    {"sources", "drafts", "loads", "notes", "file_notes", "memory_inputs"},
     {"planner"},
     {"output", "finishing", "forecast"},
     {"unit"},

@@ -286,7 +286,7 @@ def llama() -> Plan:
 
 
 def test_a_merge_is_compared_with_one_worker_that_has_whole_files(llama: Plan) -> None:
-    total = load_of(llama.tensors, 1)
+    total = load_of(llama.tensors)
     # Computing takes as long as moving, so that it matters which tensors are together.
     rates = Rates(total.flops / total.transfer_seconds(simulate_cluster.RATES), 2e9, 2e9)
     files = unit_loads(llama, 1, rates)

@@ -52,12 +52,12 @@ def rates_of(flops: float) -> Rates:
 
 def even_rates(plan: Plan) -> Rates:
     """By which one worker computes exactly as long as it moves bytes: tensors differ most in what they wait for."""
-    load = load_of(plan.tensors, 1)
+    load = load_of(plan.tensors)
     return rates_of(load.flops / load.transfer_seconds(rates_of(1.0)))
 
 
 def seconds_of(unit: tuple[TensorPlan, ...], rates: Rates) -> float:
-    return load_of(unit, 1).seconds(rates)
+    return load_of(unit).seconds(rates)
 
 
 # --- loads ----------------------------------------------------------------------------------------------------------
@@ -77,13 +77,13 @@ def test_a_load_is_that_of_all_tensors_and_outputs(tmp_path: Path) -> None:
     shapes: Shapes = {"a": (30, 20), "b": (10, 10), "c": (7,)}
     plan = plan_of(tmp_path, shapes, shard_bytes=10**6, method="iso-c", scaling=[0.5, 1.0, 2.0], save_delta=True)
     elements = 600 + 100 + 7
-    total = load_of(plan.tensors, 3)
+    total = load_of(plan.tensors)
     assert total.read_bytes == 2 * 2 * elements
     assert total.write_bytes == (3 * 2 + 4) * elements  # bf16, and the merged Δ in float32
     assert total.flops == sum(tensor.flops for tensor in plan.tensors) > 0
-    a, b, c = (load_of([tensor], 3) for tensor in plan.tensors)
+    a, b, c = (load_of([tensor]) for tensor in plan.tensors)
     assert a + b + c == total
-    assert load_of([], 3) == Load(0, 0, 0.0)
+    assert load_of([]) == Load(0, 0, 0.0)
 
 
 # --- units ----------------------------------------------------------------------------------------------------------
@@ -146,7 +146,7 @@ def test_files_stay_whole_where_there_are_enough(tmp_path: Path) -> None:
     """32 equal files are four for each of eight workers, and too few for nine."""
     shapes: Shapes = {f"{file}.{part}": (512, 512) for file in range(32) for part in range(4)}
     plan = plan_of(tmp_path, shapes, shard_bytes=4 * 2 * 512 * 512, method="iso-c")
-    rates = Rates(load_of(plan.tensors[:1], 1).flops / 100)  # 100 s a tensor
+    rates = Rates(load_of(plan.tensors[:1]).flops / 100)  # 100 s a tensor
     assert {len(unit) for unit in divide(plan, 8, rates)} == {4}
     units = divide(plan, 9, rates)
     assert len(units) > 32
@@ -156,7 +156,7 @@ def test_files_stay_whole_where_there_are_enough(tmp_path: Path) -> None:
 def test_one_file_is_cut_for_several_workers(tmp_path: Path) -> None:
     shapes: Shapes = {f"{part:02}": (512, 512) for part in range(64)}
     plan = plan_of(tmp_path, shapes, shard_bytes=10**9, method="iso-c")
-    each = load_of(plan.tensors[:1], 1).flops
+    each = load_of(plan.tensors[:1]).flops
     assert len(divide(plan, 1, Rates(each / 100))) == 1
     assert {len(unit) for unit in divide(plan, 4, Rates(each / 100))} == {4}
     # Not below what starting a unit is worth: 64 x 0.01 s are one unit.

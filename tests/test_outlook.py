@@ -36,7 +36,7 @@ def plan(family: tuple[Path, list[Path]]) -> Plan:
 def test_one_worker_takes_what_the_plan_adds_up_to(plan: Plan) -> None:
     rates = Rates(flops_per_second=1e3, read_bytes_per_second=2e6, write_bytes_per_second=1e6)
     (row,) = predict(plan, rates, [1])["rows"]
-    load = load_of(plan.tensors, 1)
+    load = load_of(plan.tensors)
     assert (load.read_bytes, load.write_bytes) == (plan.read_bytes, plan.write_bytes)
     assert row["seconds"] == pytest.approx(load.flops / 1e3, rel=1e-3)
     assert row["wall"] == "compute"

@@ -17,10 +17,11 @@ from checkpoints import load_folder, make_base, make_expert, make_family, save_f
 
 import isomerge_fast as imf
 from isomerge_fast.config import MergeConfig, WeightRule, load_config
+from isomerge_fast.drafts import choose_method
 from isomerge_fast.globs import first_match, globs_of
 from isomerge_fast.methods import IsoC, Mean, Method, TensorSpec, method_for
 from isomerge_fast.patterns import idle_patterns, require_matches
-from isomerge_fast.planner import _choose_method, make_plan
+from isomerge_fast.planner import make_plan
 
 Family = tuple[Path, list[Path]]
 
@@ -216,8 +217,8 @@ def test_a_name_is_looked_up_among_many_patterns_at_once() -> None:
     spec = TensorSpec("norm.weight", (4, 4), torch.float32)
 
     def choose() -> None:
-        assert config.weights_of("norm.weight") is None
-        assert _choose_method(spec, config, IsoC(), overrides)[0].name == "iso-c"
+        assert config.weights_of("norm.weight") == (1.0,)
+        assert choose_method(spec, config, IsoC(), overrides)[0].name == "iso-c"
         assert method_for(IsoC(), spec, config.exclude).name == "iso-c"
 
     choose()

@@ -88,8 +88,9 @@ def group_plans(plan: Plan) -> list[list[TensorPlan]]:
         stored = tuple(copy.dtype for copy in (tensor.base, *tensor.experts))
         ranks = tuple(0 if pair is None else pair.rank for pair in tensor.pairs)
         rounded = tensor.rounding_seed is not None
-        key = (tensor.base.shape, tensor.spec.dtype, tensor.method, tensor.route.name, stored, tensor.out_dtype)
-        groups.setdefault((*key, ranks, tensor.delta is not None, rounded), []).append(tensor)
+        written = tuple(output.dtype for output in tensor.outputs)
+        key = (tensor.base.shape, tensor.spec.dtype, tensor.method, tensor.route.name, stored, written, ranks, rounded)
+        groups.setdefault(key, []).append(tensor)
     return list(groups.values())
 
 

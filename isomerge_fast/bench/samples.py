@@ -17,7 +17,7 @@ from ..errors import ConfigError
 from ..methods import MemoryDeltas, Method, RowBlock, TensorSpec
 from ..methods.source import Factors, MemoryFactors
 from ..output import TensorOutput
-from ..plan import DELTA_FOLDER, Plan, TensorPlan, scaling_folders
+from ..plan import Plan, TensorPlan
 from ..workers import Workers
 from .problems import deltas_like_fine_tuning
 
@@ -137,7 +137,6 @@ class Sample:
         rows = min(max(1, int(whole.part_rows * longer)), max(1, lines[0]))
         self._route = replace(whole, lines=lines, part_rows=rows, method=self._method)
         self._source = self._source_of([copy.reshape(lines) for copy in self._make(size.shape, device)], device)
-        self._scalings = scaling_folders(plan.config.scalings)
         self._writes = _Unwritten(plan.budget.write_behind)
 
     def _source_of(self, copies: list[Tensor], device: torch.device) -> MemoryFactors | _Walked:
@@ -187,11 +186,9 @@ class Sample:
         """Return the algorithm of one merge by the very code of the engine, all but reading and writing, and how many
         bytes it read from what is not held, pass after pass.
         """
-        folders = [*self._scalings, *([DELTA_FOLDER] if self._tensor.delta is not None else [])]
         output = TensorOutput(
             replace(self._tensor, route=self._route),
-            dict.fromkeys(folders, _NoFile()),
-            self._scalings,
+            {each.folder: _NoFile() for each in self._tensor.outputs},
             self._writes,
             self._workers,
             lambda _: nullcontext(),

@@ -548,8 +548,7 @@ class _Overview:
         observer: Observer | None,
     ) -> None:
         self._observer = observer
-        scalings = len(plan.config.scalings)
-        self._bytes = {tensor.name: tensor.moved_bytes(scalings) for tensor in plan.tensors}
+        self._bytes = {tensor.name: tensor.moved_bytes for tensor in plan.tensors}
         self._progress = Progress(len(plan.tensors), sum(self._bytes.values()))
         self._running = {unit.number: UnitProgress(job.folder, unit.number) for unit in units}
         self._units = len(units)

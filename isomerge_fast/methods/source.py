@@ -359,3 +359,17 @@ def check_factors(what: str, values: Iterable[float], dtype: torch.dtype) -> Non
         if not abs(value) <= torch.finfo(dtype).max:
             name = str(dtype).removeprefix("torch.")
             raise ConfigError(f"{what} {value:g} is no finite number in {name}, which this is computed in")
+
+
+def checked_weights(weights: Sequence[float] | None, dtype: torch.dtype, where: str = "") -> tuple[float, ...] | None:
+    """Return w_t of one tensor as ``DeltaSource`` and ``RowBlock`` take them: None where all are 1.
+
+    Args:
+        dtype: computed in.
+        where: begins the message.
+
+    Raises:
+        ConfigError: a weight is no finite number in ``dtype``.
+    """
+    check_factors(f"{where}weight", weights or (), dtype)
+    return None if weights is None or all(weight == 1.0 for weight in weights) else tuple(weights)

@@ -1,0 +1,208 @@
+"""What becomes of every tensor of a merge, by its headers: copied, merged or adapted, and what is written of it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, reduce
+from typing import Any
+
+import torch
+
+from .checkpoint.adapter import Adapter, LoraPair
+from .checkpoint.layout import ADAPTER_FILE, DTYPE_NAMES, DTYPES, FLOAT_DTYPES, Checkpoint, StoredTensor
+from .checkpoint.writer import OutputTensor
+from .config import MergeConfig
+from .errors import ConfigError
+from .globs import globs_of
+from .inputs import touches
+from .methods import Mean, Method, TensorSpec
+from .methods.source import check_factors, checked_weights
+from .ops import compute_dtype
+from .plan import Output, scaling_folders
+from .routes import Traffic
+
+
+@dataclass(frozen=True, slots=True)
+class Treatment:
+    """What becomes of a tensor: merged by ``method``, or copied where that is None; fields as in ``TensorPlan``.
+
+    Attributes:
+        reason: why it is copied, or merged by another method than the config's; else empty.
+    """
+
+    spec: TensorSpec
+    method: Method | None
+    reason: str
+    experts: tuple[StoredTensor, ...] = ()
+    pairs: tuple[LoraPair | None, ...] = ()
+    weights: tuple[float, ...] | None = None
+
+    @property
+    def tasks(self) -> int:
+        return len(self.experts) or len(self.pairs)
+
+    @property
+    def rank(self) -> int:
+        """Columns of all tasks' factors together."""
+        return sum(pair.rank for pair in self.pairs if pair is not None)
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """The plan of a tensor, but for how it goes through memory."""
+
+    base: StoredTensor
+    treatment: Treatment
+    outputs: tuple[Output, ...]
+    traffic: Traffic
+    shard: str
+    rounding_seed: int | None
+
+    @property
+    def copies_bytes(self) -> int:
+        """Of the base's tensor and the experts'."""
+        return self.treatment.spec.elements * sum(self.traffic.read)
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """Equal for tensors that go the same way: those of a model's layers are planned once."""
+        treated = self.treatment
+        return treated.spec.shape, treated.spec.dtype, self.traffic, treated.method, len(treated.pairs), treated.rank
+
+
+@dataclass(frozen=True)
+class Drafter:
+    """Decides what becomes of tensors.
+
+    Attributes:
+        method: the config's.
+        overrides: methods by pattern, the first that matches counts.
+    """
+
+    config: MergeConfig
+    experts: tuple[Checkpoint, ...]
+    method: Method
+    overrides: Sequence[tuple[str, Method]]
+
+    def draft(self, name: str, stored: StoredTensor, shard: str, *, is_extra: bool = False) -> Draft:
+        """Return the draft of a tensor of the base, or of one that an expert alone has.
+
+        Raises:
+            ConfigError: options, weights or scalings that do not fit it.
+        """
+        why_copied = self._why_copied(name, stored, is_extra)
+        if why_copied is None:
+            treated = self._merged(name, stored)
+        else:
+            treated = Treatment(TensorSpec(name, stored.shape, torch.float32), None, why_copied)
+        outputs = self._outputs(name, stored, None if is_extra else treated.spec.dtype)
+        seed = None
+        if treated.method is not None and outputs[0].dtype == "BF16":
+            seed = tensor_seed(self.config.stochastic_rounding, name)
+        read = tuple(DTYPES[copy.dtype].itemsize for copy in (stored, *treated.experts))
+        traffic = Traffic(read, sum(DTYPES[output.dtype].itemsize for output in outputs), len(treated.experts))
+        if self.config.adapter_rank is not None:
+            outputs, shard = self._in_adapter(name, stored, treated, outputs), ADAPTER_FILE
+        return Draft(stored, treated, outputs, traffic, shard, seed)
+
+    @cached_property
+    def _adapters(self) -> list[Adapter]:
+        return [expert for expert in self.experts if isinstance(expert, Adapter)]
+
+    @cached_property
+    def _folders(self) -> dict[str, float | None]:
+        return scaling_folders(self.config)
+
+    def _why_copied(self, name: str, stored: StoredTensor, is_extra: bool) -> str | None:
+        """Return why a tensor is copied; None where it is merged."""
+        is_float = stored.dtype in FLOAT_DTYPES
+        if is_extra:
+            return f"not in the base: copied from {stored.file}"
+        if is_float and not any(touches(expert, name) for expert in self.experts):
+            return f"{'in no adapter' if self._adapters else 'a buffer'}: copied from the base"
+        if 0 in stored.shape:
+            return "empty"
+        return None if is_float else f"{stored.dtype} is not a float: copied from the base"
+
+    def _merged(self, name: str, stored: StoredTensor) -> Treatment:
+        """Return how a tensor is merged: of the factors that adapters have of it, or of whole tensors."""
+        experts: tuple[StoredTensor, ...] = ()
+        pairs = tuple(adapter.pairs.get(name) for adapter in self._adapters)
+        factors = [factor for pair in pairs if pair is not None for factor in (pair.a, pair.b)]
+        if not factors:  # an adapter without it leaves it as it is in the base
+            pairs, experts = (), tuple(expert.tensors.get(name, stored) for expert in self.experts)
+        compute = compute_dtype(*(DTYPES[copy.dtype] for copy in (stored, *experts, *factors)))
+        spec, where = TensorSpec(name, stored.shape, compute), f"tensor {name!r} {list(stored.shape)}: "
+        method, reason = choose_method(spec, self.config, self.method, self.overrides)
+        try:
+            method.check(spec, len(self.experts))
+        except ConfigError as error:
+            raise ConfigError(f"{where}{error}") from error
+        weights = self.config.weights_of(name)
+        check_factors(f"{where}scaling", self.config.scalings, compute)
+        return Treatment(spec, method, reason, experts, pairs, checked_weights(weights, compute, where))
+
+    def _outputs(self, name: str, stored: StoredTensor, delta_dtype: torch.dtype | None) -> tuple[Output, ...]:
+        """Return what is written of a tensor: for every α, and Δ where it is kept.
+
+        Args:
+            delta_dtype: None where the tensor has no Δ.
+        """
+        is_float = stored.dtype in FLOAT_DTYPES
+        dtype = DTYPE_NAMES[getattr(torch, self.config.dtype)] if is_float and self.config.dtype else stored.dtype
+        merged = (OutputTensor(name, dtype, stored.shape),)
+        outputs = []
+        for folder, scaling in self._folders.items():
+            if scaling is not None:
+                outputs.append(Output(folder, scaling, merged))
+            elif is_float and delta_dtype is not None:
+                outputs.append(Output(folder, None, (OutputTensor(name, DTYPE_NAMES[delta_dtype], stored.shape),)))
+        return tuple(outputs)
+
+    def _in_adapter(
+        self, name: str, stored: StoredTensor, treated: Treatment, outputs: tuple[Output, ...]
+    ) -> tuple[Output, ...]:
+        """Return outputs as they are written into an adapter: under the names that the first which has it gives it."""
+        adapter = next(adapter for adapter in self._adapters if touches(adapter, name))
+        dtype = outputs[0].dtype
+        if self.config.dtype is None:  # as wide as the experts' own
+            factors = [factor for pair in treated.pairs if pair is not None for factor in (pair.a, pair.b)]
+            trained = [*factors, *treated.experts] or [stored]
+            dtype = DTYPE_NAMES[reduce(torch.promote_types, (DTYPES[copy.dtype] for copy in trained))]
+        pair, rank = adapter.pairs.get(name), self.config.adapter_rank
+        if pair is None or rank is None:
+            tensors = (OutputTensor(adapter.tensors[name].name, dtype, stored.shape),)
+        else:
+            a, b = (rank, pair.a.shape[1]), (pair.b.shape[0], rank)
+            tensors = (OutputTensor(pair.a.name, dtype, a), OutputTensor(pair.b.name, dtype, b))
+        return tuple(replace(output, tensors=tensors) for output in outputs)
+
+
+def choose_method(
+    spec: TensorSpec, config: MergeConfig, method: Method, overrides: Sequence[tuple[str, Method]]
+) -> tuple[Method, str]:
+    """Return a tensor's method and why it is that, which is empty for what the config's own method merges.
+
+    Overrides first, then ``exclude``, then what the method accepts and excludes itself; others are averaged.
+    """
+    if (place := globs_of((*[pattern for pattern, _ in overrides],)).first(spec.name)) is not None:
+        pattern, override = overrides[place]
+        if override.accepts(spec):
+            return override, f"overrides: {pattern!r}"
+        return Mean(), f"overrides: {pattern!r}, but {override.name} takes matrices only: averaged"
+    if (place := globs_of(tuple(config.exclude)).first(spec.name)) is not None:
+        return Mean(), f"exclude: {config.exclude[place]!r}: averaged"
+    if not method.accepts(spec):
+        return Mean(), f"{len(spec.shape)}-D: averaged, as published"
+    if (place := globs_of(tuple(method.default_exclude)).first(spec.name)) is not None:
+        return Mean(), f"{method.default_exclude[place]!r}: averaged, as published"
+    return method, ""
+
+
+def tensor_seed(seed: int | None, name: str) -> int | None:
+    """Return a seed of a tensor's own, 63 bits: equal tensors under two names are not rounded alike."""
+    if seed is None:
+        return None
+    return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8]) >> 1
