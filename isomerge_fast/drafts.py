@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, reduce
+from functools import cache, cached_property, reduce
 from typing import Any
 
 import torch
@@ -25,8 +25,10 @@ from .routes import Traffic
 
 
 @dataclass(frozen=True, slots=True)
-class Treatment:
-    """What becomes of a tensor: merged by ``method``, or copied where that is None; fields as in ``TensorPlan``.
+class Draft:
+    """The plan of a tensor, but for how it goes through memory: merged by ``method``, or copied where that is None.
+
+    Fields are as in ``TensorPlan``.
 
     Attributes:
         reason: why it is copied, or merged by another method than the config's; else empty.
@@ -35,9 +37,14 @@ class Treatment:
     spec: TensorSpec
     method: Method | None
     reason: str
-    experts: tuple[StoredTensor, ...] = ()
-    pairs: tuple[LoraPair | None, ...] = ()
-    weights: tuple[float, ...] | None = None
+    base: StoredTensor
+    experts: tuple[StoredTensor, ...]
+    pairs: tuple[LoraPair | None, ...]
+    weights: tuple[float, ...] | None
+    outputs: tuple[Output, ...]
+    shard: str
+    rounding_seed: int | None
+    traffic: Traffic
 
     @property
     def tasks(self) -> int:
@@ -48,28 +55,15 @@ class Treatment:
         """Columns of all tasks' factors together."""
         return sum(pair.rank for pair in self.pairs if pair is not None)
 
-
-@dataclass(frozen=True, slots=True)
-class Draft:
-    """The plan of a tensor, but for how it goes through memory."""
-
-    base: StoredTensor
-    treatment: Treatment
-    outputs: tuple[Output, ...]
-    traffic: Traffic
-    shard: str
-    rounding_seed: int | None
-
     @property
     def copies_bytes(self) -> int:
         """Of the base's tensor and the experts'."""
-        return self.treatment.spec.elements * sum(self.traffic.read)
+        return self.spec.elements * sum(self.traffic.read)
 
     @property
     def kind(self) -> tuple[Any, ...]:
         """Equal for tensors that go the same way: those of a model's layers are planned once."""
-        treated = self.treatment
-        return treated.spec.shape, treated.spec.dtype, self.traffic, treated.method, len(treated.pairs), treated.rank
+        return self.spec.shape, self.spec.dtype, self.traffic, self.method, len(self.pairs), self.rank
 
 
 @dataclass(frozen=True)
@@ -78,7 +72,7 @@ class Drafter:
 
     Attributes:
         method: the config's.
-        overrides: methods by pattern, the first that matches counts.
+        overrides: methods by pattern, of which the first that matches counts.
     """
 
     config: MergeConfig
@@ -94,18 +88,9 @@ class Drafter:
         """
         why_copied = self._why_copied(name, stored, is_extra)
         if why_copied is None:
-            treated = self._merged(name, stored)
-        else:
-            treated = Treatment(TensorSpec(name, stored.shape, torch.float32), None, why_copied)
-        outputs = self._outputs(name, stored, None if is_extra else treated.spec.dtype)
-        seed = None
-        if treated.method is not None and outputs[0].dtype == "BF16":
-            seed = tensor_seed(self.config.stochastic_rounding, name)
-        read = tuple(DTYPES[copy.dtype].itemsize for copy in (stored, *treated.experts))
-        traffic = Traffic(read, sum(DTYPES[output.dtype].itemsize for output in outputs), len(treated.experts))
-        if self.config.adapter_rank is not None:
-            outputs, shard = self._in_adapter(name, stored, treated, outputs), ADAPTER_FILE
-        return Draft(stored, treated, outputs, traffic, shard, seed)
+            return self._merged(name, stored, shard)
+        spec = TensorSpec(name, stored.shape, torch.float32)
+        return self._drafted(spec, None, why_copied, stored, shard, has_delta=not is_extra)
 
     @cached_property
     def _adapters(self) -> list[Adapter]:
@@ -126,11 +111,11 @@ class Drafter:
             return "empty"
         return None if is_float else f"{stored.dtype} is not a float: copied from the base"
 
-    def _merged(self, name: str, stored: StoredTensor) -> Treatment:
-        """Return how a tensor is merged: of the factors that adapters have of it, or of whole tensors."""
+    def _merged(self, name: str, stored: StoredTensor, shard: str) -> Draft:
+        """Return the draft of a tensor that is merged: of what adapters have as factors, or experts as a whole."""
         experts: tuple[StoredTensor, ...] = ()
         pairs = tuple(adapter.pairs.get(name) for adapter in self._adapters)
-        factors = [factor for pair in pairs if pair is not None for factor in (pair.a, pair.b)]
+        factors = _factors(pairs)
         if not factors:  # an adapter without it leaves it as it is in the base
             pairs, experts = (), tuple(expert.tensors.get(name, stored) for expert in self.experts)
         compute = compute_dtype(*(DTYPES[copy.dtype] for copy in (stored, *experts, *factors)))
@@ -142,42 +127,81 @@ class Drafter:
             raise ConfigError(f"{where}{error}") from error
         weights = self.config.weights_of(name)
         check_factors(f"{where}scaling", self.config.scalings, compute)
-        return Treatment(spec, method, reason, experts, pairs, checked_weights(weights, compute, where))
+        weights = checked_weights(weights, compute, where)
+        return self._drafted(spec, method, reason, stored, shard, experts, pairs, weights)
 
-    def _outputs(self, name: str, stored: StoredTensor, delta_dtype: torch.dtype | None) -> tuple[Output, ...]:
-        """Return what is written of a tensor: for every α, and Δ where it is kept.
+    def _drafted(
+        self,
+        spec: TensorSpec,
+        method: Method | None,
+        reason: str,
+        stored: StoredTensor,
+        shard: str,
+        experts: tuple[StoredTensor, ...] = (),
+        pairs: tuple[LoraPair | None, ...] = (),
+        weights: tuple[float, ...] | None = None,
+        *,
+        has_delta: bool = True,
+    ) -> Draft:
+        """Return the draft, with what is read and written of the tensor."""
+        outputs = self._outputs(spec, stored, has_delta)
+        read = tuple([copy.dtype for copy in (stored, *experts)])
+        traffic = _traffic(read, tuple([output.dtype for output in outputs]))
+        is_rounded = method is not None and outputs[0].dtype == "BF16"
+        seed = tensor_seed(self.config.stochastic_rounding, spec.name) if is_rounded else None
+        if self.config.adapter_rank is not None:
+            trained = [*_factors(pairs), *experts] or [stored]
+            outputs, shard = self._in_adapter(spec, outputs, trained, self.config.adapter_rank), ADAPTER_FILE
+        return Draft(spec, method, reason, stored, experts, pairs, weights, outputs, shard, seed, traffic)
 
-        Args:
-            delta_dtype: None where the tensor has no Δ.
-        """
+    def _outputs(self, spec: TensorSpec, stored: StoredTensor, has_delta: bool) -> tuple[Output, ...]:
+        """Return what is written of a tensor: for every α, and Δ where it has one and that is kept."""
         is_float = stored.dtype in FLOAT_DTYPES
         dtype = DTYPE_NAMES[getattr(torch, self.config.dtype)] if is_float and self.config.dtype else stored.dtype
-        merged = (OutputTensor(name, dtype, stored.shape),)
+        merged = (OutputTensor(spec.name, dtype, spec.shape),)
         outputs = []
         for folder, scaling in self._folders.items():
             if scaling is not None:
                 outputs.append(Output(folder, scaling, merged))
-            elif is_float and delta_dtype is not None:
-                outputs.append(Output(folder, None, (OutputTensor(name, DTYPE_NAMES[delta_dtype], stored.shape),)))
+            elif is_float and has_delta:
+                delta = OutputTensor(spec.name, DTYPE_NAMES[spec.dtype], spec.shape)
+                outputs.append(Output(folder, None, (delta,)))
         return tuple(outputs)
 
     def _in_adapter(
-        self, name: str, stored: StoredTensor, treated: Treatment, outputs: tuple[Output, ...]
+        self, spec: TensorSpec, outputs: tuple[Output, ...], trained: Sequence[StoredTensor], rank: int
     ) -> tuple[Output, ...]:
-        """Return outputs as they are written into an adapter: under the names that the first which has it gives it."""
-        adapter = next(adapter for adapter in self._adapters if touches(adapter, name))
+        """Return outputs as they are written into an adapter: under the names that the first which has it gives it.
+
+        Args:
+            trained: what the experts have of the tensor.
+        """
+        adapter = next(adapter for adapter in self._adapters if touches(adapter, spec.name))
         dtype = outputs[0].dtype
         if self.config.dtype is None:  # as wide as the experts' own
-            factors = [factor for pair in treated.pairs if pair is not None for factor in (pair.a, pair.b)]
-            trained = [*factors, *treated.experts] or [stored]
             dtype = DTYPE_NAMES[reduce(torch.promote_types, (DTYPES[copy.dtype] for copy in trained))]
-        pair, rank = adapter.pairs.get(name), self.config.adapter_rank
-        if pair is None or rank is None:
-            tensors = (OutputTensor(adapter.tensors[name].name, dtype, stored.shape),)
+        pair = adapter.pairs.get(spec.name)
+        if pair is None:
+            tensors = (OutputTensor(adapter.tensors[spec.name].name, dtype, spec.shape),)
         else:
             a, b = (rank, pair.a.shape[1]), (pair.b.shape[0], rank)
             tensors = (OutputTensor(pair.a.name, dtype, a), OutputTensor(pair.b.name, dtype, b))
         return tuple(replace(output, tensors=tensors) for output in outputs)
+
+
+@cache
+def _traffic(read: tuple[str, ...], written: tuple[str, ...]) -> Traffic:
+    """Return what moves for one element of a tensor, by the dtypes of its copies, the base's first, and outputs.
+
+    One object for all that are alike: with one for each of 18,675 tensors, garbage was looked for once more, for 0.1 s.
+    """
+    sizes = tuple(DTYPES[dtype].itemsize for dtype in read)
+    return Traffic(sizes, sum(DTYPES[dtype].itemsize for dtype in written), len(sizes) - 1)
+
+
+def _factors(pairs: Sequence[LoraPair | None]) -> list[StoredTensor]:
+    """Return A and B of every task that has them."""
+    return [factor for pair in pairs if pair is not None for factor in (pair.a, pair.b)]
 
 
 def choose_method(

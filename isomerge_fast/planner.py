@@ -147,8 +147,8 @@ def _metadata_bytes(base: Checkpoint, experts: Sequence[Checkpoint], drafts: Seq
     held = COPY_METADATA_BYTES * copies
     for draft in drafts:
         outputs = sum(len(output.tensors) for output in draft.outputs)
-        names = (NAMES_HELD + outputs) * sys.getsizeof(draft.treatment.spec.name)
-        held += TENSOR_METADATA_BYTES + TASK_METADATA_BYTES * draft.treatment.tasks
+        names = (NAMES_HELD + outputs) * sys.getsizeof(draft.spec.name)
+        held += TENSOR_METADATA_BYTES + TASK_METADATA_BYTES * draft.tasks
         held += OUTPUT_METADATA_BYTES * outputs + names
     return max(0, held - METADATA_IN_BASELINE_BYTES)
 
@@ -167,7 +167,7 @@ def _choose_routes(
     kinds: dict[tuple[Any, ...], Draft] = {}
     for draft in drafts:
         kinds.setdefault(draft.kind, draft)
-    merged = [draft for draft in kinds.values() if draft.treatment.method and not draft.treatment.method.any_shape]
+    merged = [draft for draft in kinds.values() if draft.method and not draft.method.any_shape]
     largest = max((draft.copies_bytes for draft in merged), default=0)
     budget, routes = Budget(0, None), {}
     for budget in budgets(largest, host=host, vram=max_vram, on_gpu=on_gpu):
@@ -178,19 +178,18 @@ def _choose_routes(
 
 
 def _route_of(draft: Draft, budget: Budget, device: torch.device, adapter_rank: int | None) -> Route:
-    treated = draft.treatment
-    if treated.method is None:
+    if draft.method is None:
         return copy_route(draft.base.shape, draft.traffic, budget)
-    if not treated.pairs:
-        return choose_route(treated.method, treated.spec, draft.traffic, budget, device)
+    if not draft.pairs:
+        return choose_route(draft.method, draft.spec, draft.traffic, budget, device)
     return factor_route(
-        treated.method,
-        treated.spec,
+        draft.method,
+        draft.spec,
         draft.traffic,
         budget,
         device,
-        tasks=len(treated.pairs),
-        rank=treated.rank,
+        tasks=len(draft.pairs),
+        rank=draft.rank,
         adapter_rank=adapter_rank,
     )
 
@@ -201,26 +200,26 @@ def _plan_tensors(
     """Yield the plans of all tensors. Those of a model's layers are explained once."""
     known: dict[tuple[Any, ...], tuple[str, float]] = {}
     for draft in drafts:
-        treated, kind = draft.treatment, draft.kind
-        route, key = routes[kind], (kind, treated.reason)
+        kind = draft.kind
+        route, key = routes[kind], (kind, draft.reason)
         if key not in known:
-            reason = route.reason(treated.spec, treated.tasks, device, treated.reason)
-            known[key] = sys.intern(reason), route.flops(treated.spec, treated.tasks)
+            reason = route.reason(draft.spec, draft.tasks, device, draft.reason)
+            known[key] = sys.intern(reason), route.flops(draft.spec, draft.tasks)
         reason, flops = known[key]
         yield TensorPlan(
-            treated.spec.name,
+            draft.spec.name,
             reason,
-            treated.spec,
+            draft.spec,
             draft.base,
-            treated.experts,
-            treated.pairs,
+            draft.experts,
+            draft.pairs,
             draft.outputs,
             route,
             flops,
             draft.shard,
             draft.rounding_seed,
             experts_are_deltas,
-            treated.weights,
+            draft.weights,
         )
 
 
