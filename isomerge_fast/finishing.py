@@ -55,11 +55,10 @@ def write_all_else(
     """
     scalings = scaling_folders(plan.config)
     files: dict[str, FileEntry] = {}
-    for name, weights in plan.folders.items():
-        scaling = scalings[name]
+    for name, scaling in scalings.items():
         written = {} if scaling is None else _add_companions(plan, folder / name, scaling)
         if plan.index_name is not None:
-            written[plan.index_name] = _add_index(plan.index_name, folder / name, weights)
+            written[plan.index_name] = _add_index(plan.index_name, folder / name, plan.folders[name])
         files |= {file_name(name, each): entry_of(content) for each, content in written.items()}
     manifest: Manifest = {
         "format": FORMAT,
