@@ -330,8 +330,9 @@ def _recompute_tensor(
 ) -> Iterator[str]:
     """Yield how a tensor differs, in each output, from what its inputs give."""
     compare = _compare_factors if tensor.route.writes_factors else _compare
-    for output in tensor.outputs:
-        where, there = root / output.folder, outputs[output.folder].tensors
+    planned = {output.folder: output for output in tensor.outputs}
+    for folder, checkpoint in outputs.items():
+        where, output, there = root / folder, planned[folder], checkpoint.tensors
         found = [there[name] for name in output.names if name in there]
         if [(each.dtype, each.shape) for each in found] != [(each.dtype, each.shape) for each in output.tensors]:
             yield f"{where}: tensor {tensor.name!r} is not of the shape and dtype that its inputs give"
