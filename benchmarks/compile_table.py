@@ -132,7 +132,6 @@ def forms() -> Iterator[Form]:
             yield apply_form(base, delta, out, config)
     for config in apply_delta.CONFIGS:
         yield apply_form("bf16", "fp32", "bf16", config, "stochastic", STOCHASTIC=True)
-    yield apply_form("bf16", "fp32", "bf16", apply_delta.CONFIG, "scaled", HAS_SCALE=True)
     for key, configs in symmetric_matmul.CONFIGS.items():
         for config in configs:
             for transposed in (False, True):
@@ -197,11 +196,11 @@ def apply_form(base: str, delta: str, out: str, config: Config, note: str = "", 
             "base": f"*{base}",
             "delta": f"*{delta}",
             "out": f"*{out}",
-            **dict.fromkeys(("scalings", "scale"), "*fp64"),
-            **dict.fromkeys(("n_outputs", "n_blocks", "member_lines"), "i32"),
+            "scalings": "*fp64",
+            **dict.fromkeys(("n_outputs", "n_blocks"), "i32"),
             **dict.fromkeys(("seed", "first", "elements", *strides), "i64"),
         },
-        {"HAS_SCALE": False, "STOCHASTIC": False, "BLOCK": config.block} | changes,
+        {"STOCHASTIC": False, "BLOCK": config.block} | changes,
         {"num_warps": config.num_warps},
         ("base", "delta", "out", "elements", *strides),
         vector_loads=2,

@@ -89,13 +89,12 @@ def apply_delta(
     *,
     scalings: Sequence[float],
     dtype: torch.dtype,
-    scale: Tensor | None = None,
     seed: int | None = None,
     first: int = 0,
 ) -> list[Tensor]:
-    """[θ₀ + α s Δ for α in ``scalings``], rounded once; see ``reference.apply_delta``."""
+    """[θ₀ + α Δ for α in ``scalings``], rounded once; see ``reference.apply_delta``."""
     backend = gpu_kernels() if _has_kernels(base) else reference
-    return backend.apply_delta(base, delta, scalings=scalings, dtype=dtype, scale=scale, seed=seed, first=first)
+    return backend.apply_delta(base, delta, scalings=scalings, dtype=dtype, seed=seed, first=first)
 
 
 def mm(a: Tensor, b: Tensor, *, precision: str | None = None) -> Tensor:

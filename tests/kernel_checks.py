@@ -238,16 +238,12 @@ def apply_checks() -> Iterator[tuple[str, Check]]:
     def check(shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...], device: torch.device) -> dict[str, float]:
         base_dtype, delta_dtype, out_dtype = dtypes
         base, delta = random(shape, base_dtype, device, 0), random(shape, delta_dtype, device, 1)
-        scale = random(shape[: max(0, len(shape) - 2)], delta_dtype, device, 2)
+        ours = apply_delta.apply_delta(base, delta, scalings=scalings, dtype=out_dtype)
+        theirs = reference.apply_delta(base, delta, scalings=scalings, dtype=out_dtype)
         found = {}
-        for factor in (None, scale):
-            ours = apply_delta.apply_delta(base, delta, scalings=scalings, dtype=out_dtype, scale=factor)
-            theirs = reference.apply_delta(base, delta, scalings=scalings, dtype=out_dtype, scale=factor)
-            spread = torch.ones((), dtype=torch.float64, device=device) if factor is None else factor.double()
-            spread = spread[..., None, None] if spread.ndim else spread
-            for scaling, value, expected in zip(scalings, ours, theirs, strict=True):
-                assert value.dtype == out_dtype
-                found = compare(value, expected, base.double() + scaling * spread * delta.double())
+        for scaling, value, expected in zip(scalings, ours, theirs, strict=True):
+            assert value.dtype == out_dtype
+            found = compare(value, expected, base.double() + scaling * delta.double())
         return found
 
     for shape_name, shape in SHAPES.items():
@@ -266,25 +262,22 @@ def apply_checks() -> Iterator[tuple[str, Check]]:
         return compare(ours, base.float() + 0.7 * delta, base.double() + 0.7 * delta.double())
 
     def strided(device: torch.device) -> dict[str, float]:
-        # A line a row, so that several lines share a member's scale.
+        # A line a row.
         base, delta = (
             random((3, 40, 64), torch.float32, device, 0)[..., 3:63],
             random((3, 40, 60), torch.float32, device, 1),
         )
-        scale = random((3,), torch.float32, device, 2)
-        (ours,) = apply_delta.apply_delta(base, delta, scalings=[0.7], dtype=torch.float32, scale=scale)
-        factor = 0.7 * scale[:, None, None]
-        return compare(ours, base + factor * delta, base.double() + factor.double() * delta.double())
+        (ours,) = apply_delta.apply_delta(base, delta, scalings=[0.7], dtype=torch.float32)
+        return compare(ours, base + 0.7 * delta, base.double() + 0.7 * delta.double())
 
     def stochastic(device: torch.device) -> dict[str, float]:
         """The very bits of the reference, whatever the device, and a mean that is the value."""
         for shape in ((63, 501), (4096,), (3, 40, 70)):
             base, delta = random(shape, torch.float32, device, 0), random(shape, torch.float32, device, 1)
-            scale = None if len(shape) < 3 else random(shape[:1], torch.float32, device, 2)
-            arguments = {"scalings": scalings, "dtype": torch.bfloat16, "scale": scale}
             for seed in (1, 2**62 + 7):
-                ours = apply_delta.apply_delta(base, delta, seed=seed, **arguments)
-                theirs = reference.apply_delta(base.cpu(), delta.cpu(), seed=seed, **on_cpu(arguments))
+                options = {"scalings": scalings, "dtype": torch.bfloat16, "seed": seed}
+                ours = apply_delta.apply_delta(base, delta, **options)
+                theirs = reference.apply_delta(base.cpu(), delta.cpu(), **options)
                 for value, expected in zip(ours, theirs, strict=True):
                     # Where two ways to compute θ₀ + αΔ differ in the last place of float32, rounding may differ too.
                     assert (value.cpu() != expected).double().mean().item() <= 2e-4
@@ -392,10 +385,6 @@ def beyond_int32(shape: tuple[int, int], dtype: torch.dtype, device: torch.devic
     distance = 2**31 // (rows - 1) + 64
     x = torch.empty(distance * (rows - 1) + columns, dtype=dtype, device=device).as_strided(shape, (distance, 1))
     return x.copy_(random(shape, dtype, device, seed))
-
-
-def on_cpu(arguments: dict[str, Any]) -> dict[str, Any]:
-    return {name: value.cpu() if isinstance(value, Tensor) else value for name, value in arguments.items()}
 
 
 def bind(check: Callable[..., dict[str, float]], *arguments: Any) -> Check:

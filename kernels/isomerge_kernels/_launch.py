@@ -53,7 +53,7 @@ class Lines(NamedTuple):
         return not apart and self.tensors[index].data_ptr() % VECTOR_BYTES == 0
 
 
-def as_lines(tensors: Sequence[Tensor], members: int) -> Lines:
+def as_lines(tensors: Sequence[Tensor], members: int = 1) -> Lines:
     """Return the lines of tensors of one shape: one a member, or one a row.
 
     No copy is made where all are contiguous, or where their rows are and lie at equal distances; else of those that

@@ -1,4 +1,4 @@
-"""θ_i = θ₀ + α_i s Δ for several α in one read of θ₀ and Δ, each rounded once to the output's dtype.
+"""θ_i = θ₀ + α_i Δ for several α in one read of θ₀ and Δ, each rounded once to the output's dtype.
 
 Rounding to bf16 can be stochastic: up with the probability by which the value lies nearer to the upper neighbour, so
 that the mean of many is the value. The random bits are those of ``reference.random_bits``, a function of seed and
@@ -25,12 +25,12 @@ CONFIG = CONFIGS[0]
 
 
 @triton.jit
-def random_bits(seed, element, member, BLOCK: tl.constexpr):
+def random_bits(seed, element, BLOCK: tl.constexpr):
     """16 random bits for each of BLOCK elements from ``element`` on, a multiple of 8; see ``reference.random_bits``."""
     group = element // 8 + tl.arange(0, BLOCK // 8)
     low, high = (group & 0xFFFFFFFF).to(tl.uint32), (group >> 32).to(tl.uint32)
     none = low & 0
-    r0, r1, r2, r3 = tl.philox(seed, low, high, none + member.to(tl.uint32), none)
+    r0, r1, r2, r3 = tl.philox(seed, low, high, none, none)
     words = tl.join(tl.join(r0, r2), tl.join(r1, r3))  # r0, r1, r2, r3 when flattened
     halves = tl.join(words & 0xFFFF, words >> 16)
     return tl.reshape(halves, [BLOCK])
@@ -42,18 +42,15 @@ def apply_delta_kernel(
     delta,
     out,
     scalings,  # [outputs] float64
-    scale,  # [members] float64, of member_lines lines each
     seed,
-    first,  # place of the line's first element in its tensor, for the random bits
+    first,  # place of the one line's first element in its tensor, for the random bits
     n_outputs,
     n_blocks,
     elements,  # of a line
-    member_lines,
     base_stride,
     delta_stride,
     out_stride,
     output_stride,
-    HAS_SCALE: tl.constexpr,
     STOCHASTIC: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -64,12 +61,10 @@ def apply_delta_kernel(
     compute = delta.dtype.element_ty
     change = tl.load(delta + line * delta_stride + offsets, mask=mask, other=0.0)
     origin = tl.load(base + line * base_stride + offsets, mask=mask, other=0.0).to(compute)
-    if HAS_SCALE:
-        change *= tl.load(scale + line // member_lines).to(compute)
     place = out + line * out_stride + offsets
     noise = tl.zeros([BLOCK], dtype=tl.uint32)
     if STOCHASTIC:
-        noise = random_bits(seed, first + block * BLOCK, line, BLOCK)
+        noise = random_bits(seed, first + block * BLOCK, BLOCK)
     for output in range(n_outputs):
         value = origin + tl.load(scalings + output).to(compute) * change
         if out.dtype.element_ty != tl.float64:  # float64 to bf16 goes by float32, as in torch
@@ -89,36 +84,31 @@ def apply_delta(
     *,
     scalings: Sequence[float],
     dtype: torch.dtype,
-    scale: Tensor | None = None,
     seed: int | None = None,
     first: int = 0,
     config: Config = CONFIG,
 ) -> list[Tensor]:
-    """[θ₀ + α s Δ for α in ``scalings``]; arguments and result as of ``reference.apply_delta``."""
-    check_apply(base, delta, dtype, scale, seed, first)
+    """[θ₀ + α Δ for α in ``scalings``]; arguments and result as of ``reference.apply_delta``."""
+    check_apply(base, delta, dtype, seed, first)
     outputs = torch.empty(len(scalings), *base.shape, dtype=dtype, device=base.device)
     if outputs.numel() == 0:
         return list(outputs)
-    members = 1 if scale is None else scale.numel()
-    if seed is not None:  # the random bits go by an element's place in its member: one line each
+    if seed is not None:  # the random bits go by an element's place in its tensor, which is one line then
         base, delta = base.contiguous(), delta.contiguous()
-    lines = as_lines([base, delta, outputs[0]], members)
+    lines = as_lines([base, delta, outputs[0]])
     n_blocks = blocks_of(lines.elements, config.block)
     alphas = torch.tensor(scalings, dtype=torch.float64, device="cpu").to(base.device, non_blocking=True)
     with on_device(base):
         apply_delta_kernel[(lines.n_lines * n_blocks,)](
             *lines.tensors,
             alphas,
-            alphas if scale is None else scale.to(torch.float64).contiguous(),
             0 if seed is None else seed,
             first,
             len(scalings),
             n_blocks,
             lines.elements,
-            lines.n_lines // members,
             *lines.strides,
             outputs.stride(0),
-            HAS_SCALE=scale is not None,
             STOCHASTIC=seed is not None,
             BLOCK=config.block,
             num_warps=config.num_warps,

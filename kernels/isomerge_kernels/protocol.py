@@ -67,17 +67,13 @@ def check_out(out: Tensor, like: Tensor) -> None:
         raise ValueError(f"out has strides {out.stride()}; expected a contiguous tensor")
 
 
-def check_apply(
-    base: Tensor, delta: Tensor, dtype: torch.dtype, scale: Tensor | None, seed: int | None, first: int
-) -> None:
+def check_apply(base: Tensor, delta: Tensor, dtype: torch.dtype, seed: int | None, first: int) -> None:
     """Raises ValueError for operands of ``apply_delta`` that do not fit each other."""
     check_same("delta", [delta], base)
     if base.dtype not in FLOAT_DTYPES or dtype not in FLOAT_DTYPES:
         raise ValueError(f"base is {base.dtype}, dtype {dtype}; expected two of {FLOAT_DTYPES}")
     if delta.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"delta is {delta.dtype}; expected float32 or float64")
-    if scale is not None and scale.shape != base.shape[: scale.ndim]:
-        raise ValueError(f"scale is {list(scale.shape)}: expected the first dimensions of base, {list(base.shape)}")
     if seed is None:
         return
     if dtype != torch.bfloat16:

@@ -153,16 +153,14 @@ def apply_delta(
     *,
     scalings: Sequence[float],
     dtype: torch.dtype,
-    scale: Tensor | None = None,
     seed: int | None = None,
     first: int = 0,
 ) -> list[Tensor]:
-    """[θ₀ + α s Δ for α in ``scalings``], computed in the dtype of ``delta`` and rounded once to ``dtype``.
+    """[θ₀ + α Δ for α in ``scalings``], computed in the dtype of ``delta`` and rounded once to ``dtype``.
 
     Args:
         base: [..., M, N] (or any other shape), any float dtype.
         delta: of that shape, float32 or float64.
-        scale: s, one number for every member of a batch: its dimensions are the first of ``base``; 1 when left out.
         seed: of stochastic rounding to bfloat16 by ``random_bits``: up with the probability by which the value lies
             nearer to the neighbour above. Rounded to the nearest when left out.
         first: place of the first element in the tensor that these are some rows of, a multiple of 8: what is made in
@@ -171,25 +169,18 @@ def apply_delta(
     Raises:
         ValueError: shapes, devices or dtypes that do not fit each other; a seed with another dtype than bfloat16.
     """
-    check_apply(base, delta, dtype, scale, seed, first)
+    check_apply(base, delta, dtype, seed, first)
     outputs = [torch.empty(base.shape, dtype=dtype, device=base.device) for _ in scalings]
     if base.numel() == 0:
         return outputs
-    members = 1 if scale is None else scale.numel()
-    origins, changes = base.reshape(members, -1), delta.reshape(members, -1)
-    factors = None if scale is None else scale.reshape(members).to(delta.dtype)
-    for member in range(members):
-        for start in range(0, origins.shape[1], BLOCK_ELEMENTS):
-            block = slice(start, start + BLOCK_ELEMENTS)
-            change = changes[member, block]
-            if factors is not None:
-                change = change * factors[member]
-            noise = None if seed is None else random_bits(seed, first + start, change.numel(), member)
-            for scaling, output in zip(scalings, outputs, strict=True):
-                value = origins[member, block].to(delta.dtype, copy=True).add_(change, alpha=scaling)
-                if noise is not None:
-                    value = round_stochastically(value, noise)
-                output.view(members, -1)[member, block] = value
+    origins, changes = base.reshape(-1), delta.reshape(-1)
+    for start in range(0, base.numel(), BLOCK_ELEMENTS):
+        block = slice(start, start + BLOCK_ELEMENTS)
+        change = changes[block]
+        noise = None if seed is None else random_bits(seed, first + start, len(change))
+        for scaling, output in zip(scalings, outputs, strict=True):
+            value = origins[block].to(delta.dtype, copy=True).add_(change, alpha=scaling)
+            output.view(-1)[block] = value if noise is None else round_stochastically(value, noise)
     return outputs
 
 
@@ -201,22 +192,19 @@ def round_stochastically(x: Tensor, bits: Tensor) -> Tensor:
     return torch.where(infinite, raw, raised).view(torch.float32)
 
 
-def random_bits(seed: int, element: int, count: int, member: int) -> Tensor:
+def random_bits(seed: int, element: int, count: int) -> Tensor:
     """16 random bits, as int64, of ``count`` elements from ``element`` on: the same on every machine.
 
     Element e has half e mod 2, the lower first, of word (e mod 8) // 2 of Philox4x32-10, with the seed as its key and
-    the counter (e // 8 mod 2^32, e // 8 / 2^32, member, 0). The member of a batch is what ``scale`` counts; where that
-    is one number or none, e goes through the whole tensor and the member is 0. Every α has the same bits, so that one
-    output alone is what it is among several.
+    the counter (e // 8 mod 2^32, e // 8 / 2^32, 0, 0); e goes through the whole tensor, whatever its shape. Every α has
+    the same bits, so that one output alone is what it is among several.
 
     Reference: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
     """
     first, last = element // 8, (element + count - 1) // 8
     group = torch.arange(first, last + 1, dtype=torch.int64, device="cpu")
-    words = philox4x32(
-        (group & MASK, group >> 32, torch.full_like(group, member), torch.zeros_like(group)),
-        (seed & MASK, seed >> 32),
-    )
+    none = torch.zeros_like(group)
+    words = philox4x32((group & MASK, group >> 32, none, none), (seed & MASK, seed >> 32))
     halves = torch.stack([half for word in words for half in (word & 0xFFFF, word >> 16)], dim=-1).flatten()
     return halves[element - 8 * first :][:count]
 
