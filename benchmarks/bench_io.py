@@ -117,7 +117,7 @@ def touched(tensor: Tensor) -> float:
 def writing(level: str, device: torch.device) -> Problem:
     side = SIDES[level]
     tensors = tensors_of(side)
-    outputs = [OutputTensor(name, "BF16", tuple(tensor.shape)) for name, tensor in tensors.items()]
+    outputs = [OutputTensor(name, torch.bfloat16, tuple(tensor.shape)) for name, tensor in tensors.items()]
     folder = scratch() / f"written-{side}"
     folder.mkdir(exist_ok=True)
 

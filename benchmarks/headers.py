@@ -11,6 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from isomerge_fast.checkpoint.writer import OutputTensor, file_layout
 from isomerge_fast.config import MergeConfig
 
@@ -114,7 +116,7 @@ def save_headers(folder: Path, shapes: Shapes, shard_bytes: int = 5 << 30) -> Pa
     shards: list[list[OutputTensor]] = [[]]
     spent = 0  # on the last shard
     for name, shape in shapes.items():
-        tensor = OutputTensor(name, "BF16", shape)
+        tensor = OutputTensor(name, torch.bfloat16, shape)
         if shards[-1] and spent + tensor.bytes > shard_bytes:
             shards.append([])
             spent = 0

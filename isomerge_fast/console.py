@@ -14,6 +14,7 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 from rich.text import Text
 
+from .checkpoint.layout import DTYPE_NAMES
 from .checkpoint.manifest import REPORT_FILE
 from .errors import visible
 from .plan import Plan, TensorPlan
@@ -127,12 +128,12 @@ def print_plan(plan: Plan, found: dict[str, Any]) -> None:
     table = _table("tensor", ">count", "shape", "dtype", "becomes", "route", "why")
     for name, members in group_tensors(plan.tensors):
         first = members[0]
-        dtype = first.base.dtype if first.base.dtype == first.out_dtype else f"{first.base.dtype} → {first.out_dtype}"
+        dtypes = dict.fromkeys((first.base.dtype, first.out_dtype))
         table.add_row(
             name,
             str(len(members)),
             str(list(first.base.shape)),
-            dtype,
+            " → ".join(DTYPE_NAMES[dtype] for dtype in dtypes),
             first.action,
             first.route.name,
             first.reason,

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from .checkpoint.adapter import Adapter, LoraPair
-from .checkpoint.layout import ADAPTER_FILE, DTYPE_NAMES, DTYPES, FLOAT_DTYPES, Checkpoint, StoredTensor
+from .checkpoint.layout import ADAPTER_FILE, DTYPE_NAMES, Checkpoint, StoredTensor
 from .checkpoint.writer import OutputTensor
 from .config import MergeConfig
 from .errors import ConfigError
@@ -19,7 +19,7 @@ from .globs import globs_of
 from .inputs import touches
 from .methods import Mean, Method, TensorSpec
 from .methods.source import check_factors, checked_weights
-from .ops import compute_dtype
+from .ops import FLOAT_DTYPES, compute_dtype
 from .plan import Output, scaling_folders
 from .routes import Traffic
 
@@ -109,7 +109,7 @@ class Drafter:
             return f"{'in no adapter' if self._adapters else 'a buffer'}: copied from the base"
         if 0 in stored.shape:
             return "empty"
-        return None if is_float else f"{stored.dtype} is not a float: copied from the base"
+        return None if is_float else f"{DTYPE_NAMES[stored.dtype]} is not a float: copied from the base"
 
     def _merged(self, name: str, stored: StoredTensor, shard: str) -> Draft:
         """Return the draft of a tensor that is merged: of what adapters have as factors, or experts as a whole."""
@@ -118,7 +118,7 @@ class Drafter:
         factors = _factors(pairs)
         if not factors:  # an adapter without it leaves it as it is in the base
             pairs, experts = (), tuple(expert.tensors.get(name, stored) for expert in self.experts)
-        compute = compute_dtype(*(DTYPES[copy.dtype] for copy in (stored, *experts, *factors)))
+        compute = compute_dtype(*(copy.dtype for copy in (stored, *experts, *factors)))
         spec, where = TensorSpec(name, stored.shape, compute), f"tensor {name!r} {list(stored.shape)}: "
         method, reason = choose_method(spec, self.config, self.method, self.overrides)
         try:
@@ -147,7 +147,7 @@ class Drafter:
         outputs = self._outputs(spec, stored, has_delta)
         read = tuple([copy.dtype for copy in (stored, *experts)])
         traffic = _traffic(read, tuple([output.dtype for output in outputs]))
-        is_rounded = method is not None and outputs[0].dtype == "BF16"
+        is_rounded = method is not None and outputs[0].dtype == torch.bfloat16
         seed = tensor_seed(self.config.stochastic_rounding, spec.name) if is_rounded else None
         if self.config.adapter_rank is not None:
             trained = [*_factors(pairs), *experts] or [stored]
@@ -157,14 +157,14 @@ class Drafter:
     def _outputs(self, spec: TensorSpec, stored: StoredTensor, has_delta: bool) -> tuple[Output, ...]:
         """Return what is written of a tensor: for every α, and Δ where it has one and that is kept."""
         is_float = stored.dtype in FLOAT_DTYPES
-        dtype = DTYPE_NAMES[getattr(torch, self.config.dtype)] if is_float and self.config.dtype else stored.dtype
+        dtype = getattr(torch, self.config.dtype) if is_float and self.config.dtype else stored.dtype
         merged = (OutputTensor(spec.name, dtype, spec.shape),)
         outputs = []
         for folder, scaling in self._folders.items():
             if scaling is not None:
                 outputs.append(Output(folder, scaling, merged))
             elif is_float and has_delta:
-                delta = OutputTensor(spec.name, DTYPE_NAMES[spec.dtype], spec.shape)
+                delta = OutputTensor(spec.name, spec.dtype, spec.shape)
                 outputs.append(Output(folder, None, (delta,)))
         return tuple(outputs)
 
@@ -179,7 +179,7 @@ class Drafter:
         adapter = next(adapter for adapter in self._adapters if touches(adapter, spec.name))
         dtype = outputs[0].dtype
         if self.config.dtype is None:  # as wide as the experts' own
-            dtype = DTYPE_NAMES[reduce(torch.promote_types, (DTYPES[copy.dtype] for copy in trained))]
+            dtype = reduce(torch.promote_types, (copy.dtype for copy in trained))
         pair = adapter.pairs.get(spec.name)
         if pair is None:
             tensors = (OutputTensor(adapter.tensors[spec.name].name, dtype, spec.shape),)
@@ -190,13 +190,13 @@ class Drafter:
 
 
 @cache
-def _traffic(read: tuple[str, ...], written: tuple[str, ...]) -> Traffic:
+def _traffic(read: tuple[torch.dtype, ...], written: tuple[torch.dtype, ...]) -> Traffic:
     """Return what moves for one element of a tensor, by the dtypes of its copies, the base's first, and outputs.
 
     One object for all that are alike: with one for each of 18,675 tensors, garbage was looked for once more, for 0.1 s.
     """
-    sizes = tuple(DTYPES[dtype].itemsize for dtype in read)
-    return Traffic(sizes, sum(DTYPES[dtype].itemsize for dtype in written), len(sizes) - 1)
+    sizes = tuple(dtype.itemsize for dtype in read)
+    return Traffic(sizes, sum(dtype.itemsize for dtype in written), len(sizes) - 1)
 
 
 def _factors(pairs: Sequence[LoraPair | None]) -> list[StoredTensor]:

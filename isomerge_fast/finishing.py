@@ -13,7 +13,7 @@ from . import __version__
 from .checkpoint.checksum import ALGORITHM, Checksum
 from .checkpoint.companions import copy_companions
 from .checkpoint.json_text import Made, json_blocks
-from .checkpoint.layout import ADAPTER_CONFIG_FILE
+from .checkpoint.layout import ADAPTER_CONFIG_FILE, DTYPE_NAMES
 from .checkpoint.manifest import (
     FORMAT,
     MANIFEST_FILE,
@@ -114,7 +114,7 @@ def _recorded(plan: Plan, folder: str, entries: Mapping[str, Mapping[str, Any]])
         return {
             "file": tensor.shard,
             "action": tensor.action,
-            "dtype": made.dtype,
+            "dtype": DTYPE_NAMES[made.dtype],
             "shape": list(made.shape),
             "checksum": entries[tensor.name]["checksum"][folder][name],
         }

@@ -12,11 +12,12 @@ from .checkpoint.adapter_output import unwritable
 from .checkpoint.bare_lora import bare_lora
 from .checkpoint.buffers import Buffers, settle_buffers, without
 from .checkpoint.fit import in_turn, problems_of
-from .checkpoint.layout import COPIED_DTYPES, FLOAT_DTYPES, Checkpoint, StoredTensor, open_checkpoint
+from .checkpoint.layout import COPIED_DTYPES, DTYPE_NAMES, Checkpoint, StoredTensor, open_checkpoint
 from .checkpoint.quantized import quantized
 from .checkpoint.staging import staging_folder
 from .config import MergeConfig
 from .errors import ConfigError, InputError, first_of
+from .ops import FLOAT_DTYPES
 
 
 @dataclass(frozen=True)
@@ -163,7 +164,7 @@ def _extras(base: Checkpoint, experts: tuple[Checkpoint, ...]) -> tuple[dict[str
     problems = []
     if shared:
         name, found = next(iter(shared.items()))
-        where = ", ".join(f"{stored.dtype}{list(stored.shape)} in {stored.file}" for stored in found)
+        where = ", ".join(f"{DTYPE_NAMES[stored.dtype]}{list(stored.shape)} in {stored.file}" for stored in found)
         which = f"tensor {name!r} is" if len(shared) == 1 else f"{len(shared)} tensors, such as {name!r}, are"
         problems.append(
             f"{which} not in the base, and not in one expert alone: {where} (on_extra: copy takes what one expert "
@@ -177,9 +178,9 @@ def _unmergeable(checkpoint: Checkpoint) -> str | None:
     why = quantized(checkpoint) or bare_lora(checkpoint)
     if why is not None:
         return why
-    mergeable = FLOAT_DTYPES | COPIED_DTYPES
+    mergeable = COPIED_DTYPES.union(FLOAT_DTYPES)
     found = [stored for stored in checkpoint.tensors.values() if stored.dtype not in mergeable]
     if not found:
         return None
     more = f", and {len(found) - 1} more are likewise" if len(found) > 1 else ""
-    return f"{checkpoint.path}: tensor {found[0].name!r} is {found[0].dtype}, which cannot be merged{more}"
+    return f"{checkpoint.path}: tensor {found[0].name!r} is {DTYPE_NAMES[found[0].dtype]}, which cannot be merged{more}"

@@ -7,21 +7,25 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+import torch
+
 from .checkpoint.adapter import Adapter, base_name
 from .checkpoint.bare_lora import factors_among
 from .checkpoint.buffers import Buffers
 from .checkpoint.companions import code_files
-from .checkpoint.layout import FLOAT_DTYPES, Checkpoint, StoredTensor
+from .checkpoint.layout import DTYPE_NAMES, Checkpoint, StoredTensor
 from .drift import drift_notes
 from .errors import MAX_LISTED, listed, shown
 from .inputs import last_part
 from .methods import make_method
+from .ops import FLOAT_DTYPES
 from .patterns import idle_patterns, rules_of
 from .plan import LeftOut, Plan, TensorPlan
 from .tensor_roles import HEADS, POSITIONS, ROUTERS, SEGMENTS, TOKENS, Roles, labels_of, looks_like_a_head
 
 # Published values of α lie between 0.9 and 1.9, those of docs/accuracy.md between 0.02 and 1.2.
 LARGEST_SCALING = 4.0
+WIDE_DTYPES = (torch.float32, torch.float64)
 
 
 def notes_of(plan: Plan) -> Iterator[str]:
@@ -36,7 +40,7 @@ def notes_of(plan: Plan) -> Iterator[str]:
     yield from _of_buffers(plan.buffers)
     yield from _expert_notes(plan)
     yield from drift_notes(plan.base, plan.experts)
-    if plan.config.dtype in ("float16", "bfloat16") and any(t.base.dtype in ("F32", "F64") for t in plan.tensors):
+    if plan.config.dtype in ("float16", "bfloat16") and any(t.base.dtype in WIDE_DTYPES for t in plan.tensors):
         yield f"float tensors are rounded to {plan.config.dtype}; the base is wider"
 
 
@@ -221,5 +225,5 @@ def _of_buffers(buffers: Buffers) -> Iterable[str]:
     ):
         if found:
             first = found[0]
-            example = f"{first.name!r} {first.dtype} {list(first.shape)} in {first.file}"
+            example = f"{first.name!r} {DTYPE_NAMES[first.dtype]} {list(first.shape)} in {first.file}"
             yield f"{len(found)} {what}, such as {example}"

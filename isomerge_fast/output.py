@@ -12,7 +12,6 @@ from torch import Tensor
 
 from . import ops
 from .checkpoint.direct_io import PAGE
-from .checkpoint.layout import DTYPES
 from .checkpoint.ring import aligned
 from .checkpoint.write_behind import WriteBehind
 from .methods import OutOfRangeError, RowBlock
@@ -54,7 +53,7 @@ class TensorOutput:
         self._threads, self._phase = threads, phase
         # By folder.
         self._names = {output.folder: output.names[0] for output in plan.outputs}
-        self._dtypes = {output.folder: DTYPES[output.dtype] for output in plan.outputs}
+        self._dtypes = {output.folder: output.dtype for output in plan.outputs}
         self._scalings = {output.folder: output.scaling for output in plan.outputs if output.scaling is not None}
         self._kept = next((output.folder for output in plan.outputs if output.scaling is None), None)  # Δ itself
         self._in_room = False
@@ -64,7 +63,6 @@ class TensorOutput:
 
     def add(self, block: RowBlock, value: Callable[[RowBlock], Tensor], *, shared: bool) -> None:
         """See ``Sink``."""
-        dtype = DTYPES[self._plan.out_dtype]
 
         def apply(part: RowBlock, outputs: Mapping[str, Tensor]) -> None:
             assert part.base is not None
@@ -75,7 +73,7 @@ class TensorOutput:
                 part.base,
                 delta,
                 scalings=list(self._scalings.values()),
-                dtype=dtype,
+                dtype=self._plan.out_dtype,
                 seed=self._plan.rounding_seed,
                 first=part.rows.start * self._row_elements,
             )
@@ -138,7 +136,7 @@ class TensorOutput:
         inner, outer = (left.mT, right.mT) if first.transposed else (right, left)
         for folder, alpha in self._scalings.items():
             for output, value in ((a, inner), (b, outer * alpha)):
-                made = value.to(DTYPES[output.dtype]).contiguous()
+                made = value.to(output.dtype).contiguous()
                 self._not_finite[folder].append(ops.count_nonfinite(made))
                 download, writer = Download(made), self._writers[folder]
 

@@ -19,10 +19,7 @@ from .checkpoint.buffers import Buffers
 from .checkpoint.companions import FolderContents, LeftBehind
 from .checkpoint.direct_io import READ_BYTES
 from .checkpoint.kept_metadata import PLAIN
-from .checkpoint.layout import (
-    Checkpoint,
-    StoredTensor,
-)
+from .checkpoint.layout import DTYPE_NAMES, Checkpoint, StoredTensor
 from .checkpoint.output_config import output_config
 from .checkpoint.read_ahead import THREADS as READ_THREADS
 from .checkpoint.staging import staged_bytes
@@ -67,7 +64,7 @@ class Output:
     tensors: tuple[OutputTensor, ...]
 
     @property
-    def dtype(self) -> str:
+    def dtype(self) -> torch.dtype:
         return self.tensors[0].dtype
 
     @property
@@ -131,7 +128,7 @@ class TensorPlan:
         return self.route.passed_bytes(self.base.bytes if self.route.reads_base else 0, trained)
 
     @property
-    def out_dtype(self) -> str:
+    def out_dtype(self) -> torch.dtype:
         """Of the merged weights."""
         return self.outputs[0].dtype
 
@@ -153,8 +150,8 @@ class TensorPlan:
         return {
             "name": self.name,
             "shape": list(self.base.shape),
-            "dtype": self.base.dtype,
-            "out_dtype": self.out_dtype,
+            "dtype": DTYPE_NAMES[self.base.dtype],
+            "out_dtype": DTYPE_NAMES[self.out_dtype],
             "action": self.action,
             "reason": self.reason,
             "route": self.route.name,

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from .checkpoint.direct_io import PAGE
-from .checkpoint.layout import DTYPES
 from .checkpoint.read_ahead import ReadAhead
 
 
@@ -73,8 +72,7 @@ class Uploads:
         with _in_stream(self._stream):
             # Before anything is taken: where there is no room, it is still to come.
             tensors = [
-                torch.empty(piece.shape, dtype=DTYPES[piece.stored.dtype], device=self._device)
-                for piece in bundle.pieces
+                torch.empty(piece.shape, dtype=piece.stored.dtype, device=self._device) for piece in bundle.pieces
             ]
             missing = deque(tensor.view(-1) for tensor in tensors if tensor.numel())
             for _ in bundle.parts(self._ahead.part_bytes):

@@ -18,7 +18,7 @@ from torch import Tensor
 from . import ops
 from .checkpoint.adapter import LoraPair
 from .checkpoint.checksum import Checksum
-from .checkpoint.layout import Checkpoint, StoredTensor, read_header
+from .checkpoint.layout import DTYPE_NAMES, Checkpoint, StoredTensor, read_header
 from .checkpoint.manifest import (
     MANIFEST_FILE,
     REPORT_FILE,
@@ -233,9 +233,9 @@ def _layout_problems(
         stored = found.get(name)
         if stored is None:
             yield f"{path}: tensor {name!r} is missing"
-        elif (stored.dtype, list(stored.shape)) != (entry["dtype"], entry["shape"]):
+        elif (dtype := DTYPE_NAMES[stored.dtype], list(stored.shape)) != (entry["dtype"], entry["shape"]):
             yield (
-                f"{path}: tensor {name!r} is {stored.dtype}{list(stored.shape)}, "
+                f"{path}: tensor {name!r} is {dtype}{list(stored.shape)}, "
                 f"and was written as {entry['dtype']}{entry['shape']}"
             )
     for name in sorted(found.keys() - recorded.keys()):

@@ -25,7 +25,7 @@ from isomerge_fast.checkpoint.adapter import open_adapter
 from isomerge_fast.checkpoint.checksum import Checksum
 from isomerge_fast.checkpoint.companions import copy_companions, sort_folder
 from isomerge_fast.checkpoint.json_text import Made, json_blocks
-from isomerge_fast.checkpoint.layout import DTYPE_NAMES, DTYPES, FileIdentity, open_checkpoint, read_header
+from isomerge_fast.checkpoint.layout import DTYPES, FileIdentity, open_checkpoint, read_header
 from isomerge_fast.checkpoint.manifest import describe_inputs, to_json
 from isomerge_fast.checkpoint.output_config import config_with_dtype
 from isomerge_fast.checkpoint.reader import Reader, files_of, whole
@@ -44,7 +44,7 @@ def every_dtype() -> dict[str, torch.Tensor]:
 
 
 def write_all(path: Path, tensors: dict[str, torch.Tensor], names: list[str]) -> None:
-    described = [OutputTensor(name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()]
+    described = [OutputTensor(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
     create_shard(path, described, resume=False)
     writer = ShardWriter(path, described)
     for name in names:
@@ -501,7 +501,7 @@ def test_messages_about_a_header_are_short(tmp_path: Path, header: object) -> No
 
 def test_a_full_disk_is_a_resource_error(tmp_path: Path) -> None:
     with pytest.raises(ResourceError, match="/dev/full"):
-        create_shard(Path("/dev/full"), [OutputTensor("w", "F32", (2,))], resume=False)
+        create_shard(Path("/dev/full"), [OutputTensor("w", torch.float32, (2,))], resume=False)
 
 
 def test_json_made_part_by_part_is_the_json_made_at_once() -> None:

@@ -20,8 +20,8 @@ SOURCES = {"isomerge_kernels": ROOT / "kernels" / "isomerge_kernels", "isomerge_
 # Lowest first. A module may import what lies on a lower row, never its own row's neighbours.
 FLOORS = (
     {"isomerge_kernels", "errors", "globs", "regular_files", "schema"},
-    {"values"},
-    {"ops", "checkpoint", "report", "heap", "mergekit_recipe", "strict_yaml"},
+    {"values", "ops"},
+    {"checkpoint", "report", "heap", "mergekit_recipe", "strict_yaml"},
     {"linalg"},
     {"methods"},
     {"config"},

@@ -462,7 +462,7 @@ def test_what_lies_like_the_file_is_written_without_a_copy(tmp_path: Path, monke
     value = torch.randint(-9999, 9999, (2 * MIB,), dtype=torch.int16).view(torch.bfloat16)
     contents = []
     for shift in (0, 2):
-        outputs = [OutputTensor("w", "BF16", (2 * MIB,))]
+        outputs = [OutputTensor("w", torch.bfloat16, (2 * MIB,))]
         create_shard(tmp_path / f"at-{shift}", outputs, resume=False)
         writer = ShardWriter(tmp_path / f"at-{shift}", outputs)
         place = writer.position("w", 0) % 4096 + shift
@@ -484,7 +484,7 @@ def test_parts_written_anywhere_make_the_file_that_safetensors_writes(tmp_path: 
     from safetensors.torch import save_file
 
     tensors = {f"t{index}": torch.randn(size).bfloat16() for index, size in enumerate((3 * MIB + 1, 9, 0, 2 * MIB))}
-    outputs = [OutputTensor(name, "BF16", tuple(value.shape)) for name, value in tensors.items()]
+    outputs = [OutputTensor(name, torch.bfloat16, tuple(value.shape)) for name, value in tensors.items()]
     create_shard(tmp_path / "ours", outputs, resume=False)
     writer = ShardWriter(tmp_path / "ours", outputs, direct=direct)
     for name in reversed(tensors):

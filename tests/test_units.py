@@ -25,7 +25,6 @@ from safetensors.torch import save_file
 import isomerge_fast as imf
 from isomerge_fast.checkpoint import writer as writing
 from isomerge_fast.checkpoint.journal import Entries, Journal, UnitJournal, UnitProgress, unit_journal
-from isomerge_fast.checkpoint.layout import DTYPE_NAMES
 from isomerge_fast.checkpoint.staging import run_folders
 from isomerge_fast.checkpoint.writer import OutputTensor, ShardWriter, create_shard
 from isomerge_fast.config import load_config
@@ -294,7 +293,7 @@ def made(names: Iterator[str] | list[str] | None = None) -> dict[str, torch.Tens
 
 
 def described() -> list[OutputTensor]:
-    return [OutputTensor(name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)) for name, tensor in made().items()]
+    return [OutputTensor(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in made().items()]
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from ..checkpoint.layout import DTYPE_NAMES
 from ..plan import Plan, TensorPlan
 from ..routes import Resident, Streamed
 from ..workers import Workers
@@ -148,7 +149,7 @@ def _group(members: Sequence[TensorPlan], timing: _Timing) -> Group:
         tensor.action,
         tensor.route.name,
         tensor.base.shape,
-        tensor.base.dtype,
+        DTYPE_NAMES[tensor.base.dtype],
         str(tensor.spec.dtype).removeprefix("torch."),
         timing.algorithm,
         size.timed,

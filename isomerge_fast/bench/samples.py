@@ -11,7 +11,6 @@ from math import prod
 import torch
 from torch import Tensor
 
-from ..checkpoint.layout import DTYPES
 from ..checkpoint.write_behind import WriteBehind
 from ..errors import ConfigError
 from ..methods import MemoryDeltas, Method, RowBlock, TensorSpec
@@ -158,7 +157,7 @@ class Sample:
 
     def _make(self, shape: tuple[int, ...], device: torch.device) -> list[Tensor]:
         """The base and the experts as they are stored."""
-        stored = [DTYPES[copy.dtype] for copy in (self._tensor.base, *self._tensor.experts)]
+        stored = [copy.dtype for copy in (self._tensor.base, *self._tensor.experts)]
         if not stored[0].is_floating_point:
             return [torch.zeros(shape, dtype=stored[0], device=device)]
         generator = torch.Generator(device=device).manual_seed(0)
@@ -205,7 +204,7 @@ class Sample:
 
 def sample_bytes(tensor: TensorPlan, size: Size, device: torch.device) -> int:
     """Peak of a ``Sample`` and its merge: the copies, the float32 deltas that they are made of, and the work."""
-    each = sum(DTYPES[copy.dtype].itemsize for copy in (tensor.base, *tensor.experts)) + 4 * (1 + len(tensor.experts))
+    each = sum(copy.dtype.itemsize for copy in (tensor.base, *tensor.experts)) + 4 * (1 + len(tensor.experts))
     method = method_at(tensor, size.shape)
     spec: TensorSpec = replace(tensor.spec, shape=size.shape)
     work = 0

@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError, shown
+from ..ops import FLOAT_DTYPES
 from .folder import list_folder, read_own
 from .layout import (
     ADAPTER_CONFIG_FILE,
     ADAPTER_FILE,
-    FLOAT_DTYPES,
+    DTYPE_NAMES,
     MAX_SETTINGS_BYTES,
     TOKEN_TABLES,
     Checkpoint,
@@ -230,7 +231,7 @@ def misfits(base: Checkpoint, adapter: Adapter) -> Iterator[str]:
                 f"in the base {base.path} {list(own.shape)}{hint}"
             )
         elif own is not None and own.dtype not in FLOAT_DTYPES:
-            yield f"tensor {name!r}, {_changed_by(pair)}, is {own.dtype} in the base {base.path}"
+            yield f"tensor {name!r}, {_changed_by(pair)}, is {DTYPE_NAMES[own.dtype]} in the base {base.path}"
 
 
 def _changed_by(pair: LoraPair) -> str:
@@ -418,7 +419,7 @@ class _Found:
             if len(tensor.shape) < 2 or 0 in tensor.shape:
                 raise InputError(f"{where}: no matrix; was it saved before its shards were gathered?")
             if tensor.dtype not in FLOAT_DTYPES:
-                raise InputError(f"{where} is {tensor.dtype}: quantized factors are not read")
+                raise InputError(f"{where} is {DTYPE_NAMES[tensor.dtype]}: quantized factors are not read")
         if a.shape[0] != b.shape[1]:
             raise InputError(f"{file}: {a.name!r} {list(a.shape)} and {b.name!r} {list(b.shape)} have different ranks")
         return a, b

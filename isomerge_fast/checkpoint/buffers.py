@@ -9,8 +9,9 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
+from ..ops import FLOAT_DTYPES
 from .adapter import Adapter
-from .layout import COPIED_DTYPES, FLOAT_DTYPES, Checkpoint, StoredTensor
+from .layout import COPIED_DTYPES, Checkpoint, StoredTensor
 
 # Their names, from behind a dot to the end: rotary frequencies and their tables, positions, masks, and the indices of
 # windowed attention.

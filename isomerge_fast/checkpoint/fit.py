@@ -8,8 +8,9 @@ from itertools import zip_longest
 from typing import Any
 
 from ..errors import MAX_PROBLEMS
+from ..ops import FLOAT_DTYPES
 from .adapter import Adapter, misfits
-from .layout import COPIED_DTYPES, FLOAT_DTYPES, TOKEN_TABLES, Checkpoint, StoredTensor
+from .layout import COPIED_DTYPES, DTYPE_NAMES, TOKEN_TABLES, Checkpoint, StoredTensor
 from .prefixes import INNER_WRAPPERS, Prefix, find_prefixes
 
 MOST_NAMED = 3  # of tensors that one line is about; of more, one is
@@ -169,11 +170,16 @@ def _of_shapes(base: Checkpoint, pairs: list[tuple[StoredTensor, StoredTensor]])
 
 
 def _of_kinds(base: Checkpoint, pairs: list[tuple[StoredTensor, StoredTensor]]) -> Iterator[str]:
-    found = [(own, other) for own, other in pairs if other.dtype not in FLOAT_DTYPES]
+    found = [
+        (own.name, DTYPE_NAMES[own.dtype], DTYPE_NAMES[other.dtype])
+        for own, other in pairs
+        if other.dtype not in FLOAT_DTYPES
+    ]
     if len(found) == 1:
-        yield f"tensor {found[0][0].name!r} is {found[0][1].dtype}, in the base {base.path} {found[0][0].dtype}"
+        ((name, own, other),) = found
+        yield f"tensor {name!r} is {other}, in the base {base.path} {own}"
     elif found:
-        each = [f"{own.name!r} {other.dtype}, there {own.dtype}" for own, other in found]
+        each = [f"{name!r} {other}, there {own}" for name, own, other in found]
         yield f"{len(found)} tensors are no floats, and in the base {base.path} they are{_listed(each)}"
 
 

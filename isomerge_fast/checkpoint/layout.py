@@ -48,6 +48,7 @@ HASHED_BYTES = 1 << 20  # at once
 MAX_DIMS = 64  # torch's and numpy's own limit
 LARGE_HEADER_BYTES = 16_000_000  # above this a header may be a tenth of its file at most
 
+# What headers, manifests and messages call them.
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -67,8 +68,8 @@ DTYPES: dict[str, torch.dtype] = {
     "C64": torch.complex64,
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-FLOAT_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
-COPIED_DTYPES = frozenset({"I64", "I32", "I16", "I8", "U8", "BOOL", "U64", "U32", "U16"})
+# Integers and booleans.
+COPIED_DTYPES = frozenset(dtype for dtype in DTYPES.values() if not dtype.is_floating_point and not dtype.is_complex)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,14 +80,14 @@ class StoredTensor:
     """
 
     name: str
-    dtype: str  # safetensors' name, a key of DTYPES
+    dtype: torch.dtype  # one of DTYPES
     shape: tuple[int, ...]
     file: Path
     start: int
 
     @property
     def bytes(self) -> int:
-        return prod(self.shape) * DTYPES[self.dtype].itemsize
+        return prod(self.shape) * self.dtype.itemsize
 
     @property
     def end(self) -> int:
@@ -260,7 +261,7 @@ def _parse_entry(
             f"{where}: {dtype}{shape} takes {expected} bytes, its data_offsets {offsets} span another size"
         )
     shared = shapes.setdefault(tuple(shape), tuple(shape))
-    return StoredTensor(sys.intern(name), sys.intern(dtype), shared, path, data_start + offsets[0])
+    return StoredTensor(sys.intern(name), DTYPES[dtype], shared, path, data_start + offsets[0])
 
 
 def _are_whole(values: list[Any], bound: int) -> bool:

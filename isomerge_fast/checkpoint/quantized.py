@@ -10,10 +10,13 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import torch
+
 from ..errors import shown
+from ..ops import FLOAT_DTYPES
 from .adapter import Adapter
 from .folder import read_own
-from .layout import COPIED_DTYPES, FLOAT_DTYPES, MAX_SETTINGS_BYTES, Checkpoint, StoredTensor
+from .layout import COPIED_DTYPES, DTYPE_NAMES, MAX_SETTINGS_BYTES, Checkpoint, StoredTensor
 from .strict_json import parse_settings
 
 _CONFIG_KEYS = ("quantization_config", "compression_config")
@@ -60,6 +63,7 @@ _INDICES = re.compile(
     r"(.*[._])?(ids?|idx|g_idx|index|indices|mask\w*|bias|masked_bias|tracked|table|tril|codebooks?|hash\w*|buckets?|"
     r"tokens?|positions?|lengths?|shape)"
 )
+_FLOAT8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 _GENERIC = _INTEGERS, _FLOAT8 = "integers", "float8"
 _WAY_OUT = "dequantize them and save in float first, or take the float weights that they were made of"
 
@@ -75,7 +79,7 @@ def quantized(checkpoint: Checkpoint) -> str | None:
     found = _packed(checkpoint.tensors)
     if found is not None:
         stored, kind, beside = found
-        tensor = f"tensor {stored.name!r} {stored.dtype} {list(stored.shape)}"
+        tensor = f"tensor {stored.name!r} {DTYPE_NAMES[stored.dtype]} {list(stored.shape)}"
         shows = f"{kind}: {tensor}" + (f" beside {beside!r}" if beside else "")
         return f"{stored.file}: quantized weights ({shows}) cannot be merged; {_WAY_OUT}"
     for place, value in _settings(checkpoint):
@@ -103,8 +107,8 @@ def _evidence(stored: StoredTensor, tensors: Mapping[str, StoredTensor]) -> tupl
     name = stored.name
     if stored.dtype in FLOAT_DTYPES:
         return _packed_as_floats(stored, tensors) if name.endswith(_PACKED_AS_FLOATS) else None
-    is_float8 = stored.dtype.startswith("F8_")
-    if not is_float8 and (stored.dtype not in COPIED_DTYPES or stored.dtype == "BOOL" or len(stored.shape) < 2):
+    is_float8 = stored.dtype in _FLOAT8_DTYPES
+    if not is_float8 and (stored.dtype not in COPIED_DTYPES or stored.dtype == torch.bool or len(stored.shape) < 2):
         return None
     module, _, last = name.rpartition(".")
     inside = f"{module}." if module else ""
@@ -117,7 +121,7 @@ def _evidence(stored: StoredTensor, tensors: Mapping[str, StoredTensor]) -> tupl
     scale = next((scale for scale in _scales(name, inside) if _is_scale(tensors.get(scale))), "")
     if is_float8:
         return stored, _FLOAT8, scale
-    if stored.dtype in ("I64", "U64"):  # a table to look numbers up in: nobody packs weights so wide
+    if stored.dtype in (torch.int64, torch.uint64):  # a table to look numbers up in: nobody packs weights so wide
         return None
     if last.endswith("weight") or (scale and not _INDICES.fullmatch(last)):
         return stored, _INTEGERS, scale
@@ -144,7 +148,7 @@ def _scales(name: str, inside: str) -> Iterator[str]:
 
 
 def _is_scale(stored: StoredTensor | None) -> bool:
-    return stored is not None and (stored.dtype in FLOAT_DTYPES or stored.dtype.startswith("F8_"))
+    return stored is not None and stored.dtype in (*FLOAT_DTYPES, *_FLOAT8_DTYPES)
 
 
 def _settings(checkpoint: Checkpoint) -> Iterator[tuple[str, Any]]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .checksum import Checksum
 from .direct_io import PAGE, READ_BYTES
-from .layout import DTYPES, StoredTensor
+from .layout import StoredTensor
 from .reader import Piece, Reader
 from .ring import Ring
 
@@ -38,7 +38,7 @@ class Bundle:
         """
         starts, end = [], 0
         for piece in self.pieces:
-            within = 0 if piece.start % DTYPES[piece.stored.dtype].itemsize else piece.start % PAGE
+            within = 0 if piece.start % piece.stored.dtype.itemsize else piece.start % PAGE
             starts.append(end + (within - end) % PAGE)
             end = starts[-1] + piece.bytes
         return [*starts, end]
@@ -58,7 +58,7 @@ class Bundle:
         part: list[Piece] = []
         room = 0
         for piece in self.pieces:
-            itemsize, first = DTYPES[piece.stored.dtype].itemsize, piece.first
+            itemsize, first = piece.stored.dtype.itemsize, piece.first
             end = first + piece.bytes // itemsize
             while first < end:
                 room -= 2 * PAGE  # for its place within a page, and the last one's end

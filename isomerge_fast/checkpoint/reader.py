@@ -22,7 +22,7 @@ from torch import Tensor
 from ..errors import InputChangedError, UnreadableError
 from ..regular_files import IrregularFileError, open_regular
 from .direct_io import PAGE, READ_BYTES, copy_bytes, is_cached, lies_like, open_direct, page_buffer
-from .layout import DTYPES, Checkpoint, FileIdentity, StoredTensor, hash_header
+from .layout import Checkpoint, FileIdentity, StoredTensor, hash_header
 
 # For what opens files beside us.
 SPARE_FILES = 64
@@ -39,18 +39,18 @@ class Piece:
     @property
     def start(self) -> int:
         """Offset in the file."""
-        return self.stored.start + self.first * DTYPES[self.stored.dtype].itemsize
+        return self.stored.start + self.first * self.stored.dtype.itemsize
 
     @property
     def bytes(self) -> int:
-        count = DTYPES[self.stored.dtype].itemsize
+        count = self.stored.dtype.itemsize
         for size in self.shape:
             count *= size
         return count
 
     def view(self, data: Tensor) -> Tensor:
         """The bytes ``data`` as what they mean."""
-        return data.view(DTYPES[self.stored.dtype]).view(self.shape)
+        return data.view(self.stored.dtype).view(self.shape)
 
 
 def whole(stored: StoredTensor) -> Piece:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..values import path_text
-from .layout import DTYPES, Checkpoint, open_checkpoint
+from .layout import Checkpoint, open_checkpoint
 from .reader import Reader, files_of, whole
 
 
@@ -64,7 +64,7 @@ class StoredStateDict(Mapping[str, Tensor]):
     def meta(self) -> dict[str, Tensor]:
         """Every tensor's shape and dtype as a meta tensor; nothing is read."""
         return {
-            name: torch.empty(stored.shape, dtype=DTYPES[stored.dtype], device="meta")
+            name: torch.empty(stored.shape, dtype=stored.dtype, device="meta")
             for name, stored in self.checkpoint.tensors.items()
         }
 

@@ -28,7 +28,7 @@ from ..errors import LostWritesError, ResourceError
 from .checksum import Checksum
 from .direct_io import PAGE, READ_BYTES, copy_bytes, drop_cache, lies_like, open_direct, page_buffer, read_pages
 from .kept_metadata import PLAIN
-from .layout import DTYPE_NAMES, DTYPES, StoredTensor
+from .layout import DTYPE_NAMES, StoredTensor
 
 # Less than this at once goes through the page cache: a direct write waits for the disk.
 DIRECT_BYTES = 1 << 20
@@ -51,24 +51,25 @@ class OutputTensor:
     """A tensor to be written."""
 
     name: str
-    dtype: str
+    dtype: torch.dtype
     shape: tuple[int, ...]
 
     @property
     def bytes(self) -> int:
-        return prod(self.shape) * DTYPES[self.dtype].itemsize
+        return prod(self.shape) * self.dtype.itemsize
 
 
 def file_layout(
     path: Path, tensors: Iterable[OutputTensor], metadata: Mapping[str, str] = PLAIN
 ) -> tuple[bytes, dict[str, StoredTensor]]:
     """The first bytes of the file (length and header), and where each tensor will lie."""
-    ordered = sorted(tensors, key=lambda tensor: (_DTYPE_RANK.index(tensor.dtype), tensor.name))
+    ordered = sorted(tensors, key=lambda tensor: (_DTYPE_RANK.index(DTYPE_NAMES[tensor.dtype]), tensor.name))
     header: dict[str, object] = {"__metadata__": dict(metadata)}
     position = 0
     for tensor in ordered:
         end = position + tensor.bytes
-        header[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [position, end]}
+        dtype, shape = DTYPE_NAMES[tensor.dtype], list(tensor.shape)
+        header[tensor.name] = {"dtype": dtype, "shape": shape, "data_offsets": [position, end]}
         position = end
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
@@ -158,19 +159,19 @@ class ShardWriter:
     def write(self, name: str, value: Tensor) -> str:
         """Writes one tensor; returns the checksum of its bytes."""
         stored = self.tensors[name]
-        assert (DTYPE_NAMES[value.dtype], tuple(value.shape)) == (stored.dtype, stored.shape), name
+        assert (value.dtype, tuple(value.shape)) == (stored.dtype, stored.shape), name
         self.write_part(name, value, 0)
         return self.finish(name)
 
     def position(self, name: str, first: int) -> int:
         """Offset in the file of a tensor's element ``first``."""
         stored = self.tensors[name]
-        return stored.start + first * DTYPES[stored.dtype].itemsize
+        return stored.start + first * stored.dtype.itemsize
 
     def write_part(self, name: str, value: Tensor, first: int) -> None:
         """Writes elements of a tensor from element ``first`` on. Parts come in order, each once."""
         stored = self.tensors[name]
-        assert DTYPE_NAMES[value.dtype] == stored.dtype, name
+        assert value.dtype == stored.dtype, name
         data = tensor_bytes(value)
         start = self.position(name, first)
         if first == 0:
