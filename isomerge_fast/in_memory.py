@@ -26,7 +26,7 @@ from .methods import (
     make_method,
     method_for,
 )
-from .methods.source import check_factors
+from .methods.source import check_factors, checked_weights
 from .patterns import require_matches
 from .routes import ROW_STEP, memory_route
 from .values import dtype_name, list_of, number, pattern, whole_number
@@ -85,8 +85,9 @@ def _merge_deltas(
 ) -> Tensor:
     method = make_method(name, options)
     given = read_deltas(deltas)
-    source = MemoryDeltas(given, weights=read_weights(weights, len(given)))
-    check_factors("weight", source.weights or (), source.dtype)
+    compute = ops.compute_dtype(*(tensor.dtype for tensor in given))
+    factors = checked_weights(read_weights(weights, len(given)), compute)
+    source = MemoryDeltas(given, weights=factors, dtype=compute)
     if source.device.type == "meta":
         method.check(TensorSpec("deltas", tuple(source.shape[-2:]), source.dtype), source.n_tasks)
         return torch.empty(source.shape, dtype=source.dtype, device="meta")
@@ -172,12 +173,14 @@ def merge_tensors(
     seed = None if stochastic_rounding is None else whole_number(stochastic_rounding, "stochastic_rounding", 0)
     known = shapes_of(base, "base")
     states = read_experts(experts)
-    factors = read_weights(weights, len(states))
+    given = read_weights(weights, len(states))
     dtypes = check_fit(known, isinstance(base, Described), states)
+    weights_in: dict[torch.dtype, Sequence[float] | None] = {}
     for name, found in dtypes.items():
-        compute = ops.compute_dtype(*found)
-        check_factors(f"tensor {name!r}: scaling", [scaling], compute)
-        check_factors(f"tensor {name!r}: weight", factors or (), compute)
+        compute, where = ops.compute_dtype(*found), f"tensor {name!r}: "
+        check_factors(f"{where}scaling", [scaling], compute)
+        if compute not in weights_in:
+            weights_in[compute] = checked_weights(given, compute, where)
     require_matches([("exclude", exclude)], known)
     if seed is not None:
         outputs = [wanted or tensor.dtype for tensor in known.values() if tensor.is_floating_point()]
@@ -196,6 +199,7 @@ def merge_tensors(
             origin = as_tensor(base[name], f"base: tensor {name!r}") if isinstance(base, Described) else tensor
             if name in dtypes:
                 spec = TensorSpec(name, tuple(tensor.shape), ops.compute_dtype(*dtypes[name]))
+                factors = weights_in[spec.dtype]
                 merged = _merge_one(spec, origin, states, factors, method, scaling, exclude, wanted, bits, device)
             else:
                 merged = origin.detach().clone()

@@ -200,7 +200,7 @@ def _prefix_problem(what: str, state: str, prefix: str, elsewhere: str) -> str:
 
 
 def read_weights(weights: Sequence[float] | None, tasks: int) -> Sequence[float] | None:
-    """Return w_t, or None where all are 1.
+    """Return w_t, or None where there are none.
 
     Raises:
         ConfigError: another number of weights than tasks, or one that is not a finite number.
@@ -210,7 +210,7 @@ def read_weights(weights: Sequence[float] | None, tasks: int) -> Sequence[float]
     values = list_of(number, f"{tasks} numbers, one a task")(weights, "weights")
     if len(values) != tasks:
         refuse(values, "weights", f"{tasks} numbers, one a task")
-    return None if all(value == 1.0 for value in values) else values
+    return values
 
 
 def as_tensor(value: object, what: str) -> Tensor:

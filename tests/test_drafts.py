@@ -40,24 +40,24 @@ def drafts_of(config: MergeConfig) -> dict[str, Draft]:
     return drafts | {name: drafter.draft(name, stored, "file", is_extra=True) for name, stored in extras}
 
 
-def outputs_of(draft: Draft) -> list[tuple[str, float | None, str]]:
+def outputs_of(draft: Draft) -> list[tuple[str, float | None, torch.dtype]]:
     return [(output.folder, output.scaling, output.dtype) for output in draft.outputs]
 
 
 def test_a_tensor_owns_its_outputs(family: Family) -> None:
     """One for every α, of the very same tensors, and the merged Δ, in the dtype that is computed in."""
     drafts = drafts_of(config_of(family, scaling=[0.5, 2.0], save_delta=True, dtype="bfloat16"))
-    merged = [("scaling-0.5", 0.5, "BF16"), ("scaling-2", 2.0, "BF16")]
+    merged = [("scaling-0.5", 0.5, torch.bfloat16), ("scaling-2", 2.0, torch.bfloat16)]
     for name, tensor in make_base().items():
         draft = drafts[name]
         if tensor.is_floating_point():
-            assert outputs_of(draft) == [*merged, ("delta", None, "F32")], name
+            assert outputs_of(draft) == [*merged, ("delta", None, torch.float32)], name
         else:
             assert outputs_of(draft) == [(folder, scaling, draft.base.dtype) for folder, scaling, _ in merged], name
         assert {output.names for output in draft.outputs} == {(name,)}
         assert draft.outputs[0].tensors is draft.outputs[1].tensors
         assert draft.traffic.written * tensor.numel() == sum(output.bytes for output in draft.outputs)
-    assert outputs_of(drafts_of(config_of(family, scaling=3))["logit_scale"]) == [("", 3.0, "F32")]
+    assert outputs_of(drafts_of(config_of(family, scaling=3))["logit_scale"]) == [("", 3.0, torch.float32)]
 
 
 def test_a_tensor_of_an_expert_alone_has_no_delta(tmp_path: Path) -> None:
@@ -66,7 +66,7 @@ def test_a_tensor_of_an_expert_alone_has_no_delta(tmp_path: Path) -> None:
     folders = save_folder(tmp_path / "base", base), [save_folder(tmp_path / "expert", extra)]
     config = MergeConfig(str(folders[0]), [str(folders[1][0])], on_extra="copy", save_delta=True)
     draft = drafts_of(config)["head.weight"]
-    assert (outputs_of(draft), draft.method) == ([("", 1.0, "F32")], None)
+    assert (outputs_of(draft), draft.method) == ([("", 1.0, torch.float32)], None)
     assert draft.reason.startswith("not in the base: copied from")
 
 
@@ -78,7 +78,10 @@ def test_an_adapters_tensor_is_written_as_its_two_factors(tmp_path: Path) -> Non
     module = "base_model.model.model.layers.0.up_proj"
     for output in plan.outputs:
         assert output.names == (f"{module}.lora_A.weight", f"{module}.lora_B.weight")
-        assert [(each.dtype, each.shape) for each in output.tensors] == [("F16", (2, 24)), ("F16", (64, 2))]
+        assert [(each.dtype, each.shape) for each in output.tensors] == [
+            (torch.float16, (2, 24)),
+            (torch.float16, (64, 2)),
+        ]
     assert plan.write_bytes == 2 * 2 * (2 * 24 + 64 * 2)
     assert plan.moved_bytes == plan.write_bytes + sum(stored.bytes for stored in plan.factors)
 

@@ -37,7 +37,7 @@ from ..methods import (
     make_method,
     method_for,
 )
-from ..methods.source import check_factors
+from ..methods.source import check_factors, checked_weights
 
 LAMBDA, WEIGHT = "lambda", "weight"
 
@@ -153,7 +153,8 @@ class IsotropicMergeMethod(MergeMethod):
                 check_factors(LAMBDA, [values[LAMBDA]], compute)
             except ConfigError as error:
                 raise ConfigError(f"{_name(group)}: {error}") from error
-        weights: list[list[float]] = values[WEIGHT].tolist()
+        given = zip(groups, values[WEIGHT].tolist(), strict=True)
+        weights = [checked_weights(each, compute, f"{_name(group)}: ") for group, each in given]
         source, origin = _Batch(experts, base, weights, compute), base
         if by_method and len(base) == 1:  # as the matrix itself: products of one are not made by routines for batches
             origin = base[0]
@@ -177,11 +178,11 @@ class _Batch(MemoryDeltas):
     """Deltas of a batch [B, ...] whose members have weights of their own.
 
     Args:
-        weights: w_t of every member, [B, T].
+        weights: w_t of every member; None where all are 1.
     """
 
     def __init__(
-        self, experts: Sequence[Tensor], base: Tensor, weights: list[list[float]], compute: torch.dtype
+        self, experts: Sequence[Tensor], base: Tensor, weights: list[tuple[float, ...] | None], compute: torch.dtype
     ) -> None:
         super().__init__(experts, base, dtype=compute)
         self._weights = weights
@@ -191,7 +192,7 @@ class _Batch(MemoryDeltas):
         (whole,) = super().blocks(tasks)
         for weights, run in groupby(range(self.shape[0]), key=self._weights.__getitem__):
             first, *rest = run
-            chosen = weights if tasks is None else [weights[task] for task in tasks]
+            chosen = weights if weights is None or tasks is None else [weights[task] for task in tasks]
             yield replace(whole.part(slice(first, 1 + (rest or [first])[-1])), weights=chosen)
 
     def members(self, chosen: Tensor) -> _Batch:
@@ -215,7 +216,7 @@ def _not_finite(batch: TensorBatch, groups: Sequence[TensorGroup]) -> str:
         if models:
             found.append(f"{_name(group)}: NaN or Inf in {', '.join(models)}")
     named = ", ".join(_name(group) for group in groups)
-    return "; ".join(found) or f"{named}: the weighted deltas are too large for {batch.tensors[0].dtype}"
+    return "; ".join(found) or f"{named}: the deltas are too large for {batch.tensors[0].dtype}"
 
 
 METHODS = (
