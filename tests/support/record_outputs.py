@@ -69,7 +69,7 @@ def record(out: Path, only: str) -> int:
     if not only:
         failed += _missing_routes(found)
     out.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
-    torch.save(tensors, _tensors_of(out))
+    torch.save(tensors, tensors_of(out))
     kinds = Counter(name.split("/")[0] for name in found)
     print(f"{len(found)} cases ({', '.join(f'{count} {kind}' for kind, count in kinds.items())})")
     print(f"routes: {json.dumps(_routes(found), sort_keys=True)}")
@@ -136,7 +136,7 @@ def _missing_routes(found: dict[str, Any]) -> list[str]:
     ]
 
 
-def _tensors_of(path: Path) -> Path:
+def tensors_of(path: Path) -> Path:
     """Return where the tensors of a recording lie."""
     return path.with_name(path.name + ".pt")
 
@@ -150,7 +150,7 @@ def compare(before: Path, after: Path, close: str | None) -> int:
     differences = [(name, line) for name in sorted({*left, *right}) for line in _case_differences(name, left, right)]
     accepted = 0
     if close is not None:
-        tensors = [torch.load(_tensors_of(path)) for path in (before, after)]
+        tensors = [torch.load(tensors_of(path)) for path in (before, after)]
         differences, accepted = _without_close(differences, close, *tensors)
     for name, (item, line) in differences:
         print(f"{name}: {item}: {line}")

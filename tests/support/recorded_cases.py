@@ -22,10 +22,10 @@ from recorded_inputs import (
     F16,
     F32,
     F64,
-    LARGE,
     PROJECTIONS,
     SMALL,
     Family,
+    aged,
     base_tensors,
     change_expert,
     make_adapters,
@@ -120,11 +120,12 @@ class Recorded:
         finally:
             shutil.rmtree(out, ignore_errors=True)
 
-    def merge_and_apply(self, config: dict[str, Any], *applied: dict[str, Any]) -> dict[str, Any]:
+    def merge_and_apply(self, config: dict[str, Any], *applied: dict[str, Any], **running: Any) -> dict[str, Any]:
         """Merge with ``save_delta``; return its files and those of other scalings, each of ``applied`` in turn."""
         kept = {**config, "save_delta": True, "out": "kept"}
         try:
-            imf.merge(kept, **self._running({}))
+            imf.merge(kept, **self._running(running))
+            aged(Path("kept"))
             found = {f"kept/{name}": value for name, value in self._place.folder(Path("kept")).items()}
             for index, given in enumerate(applied):
                 own = self._written(lambda out, given=given: imf.apply("kept", out=out, device="cpu", **given))
@@ -266,37 +267,30 @@ class Recorded:
 
     def routes(self) -> Cases:
         """Yield large tensors with room, and under the lowest ceiling, at which they are not held."""
+        families = {"square-bf16": BF16, "wide-bf16": BF16, "wide-f32": F32, "tall-bf16": BF16, "tall-f32": F32}
         for method in SPECTRAL:
-            for kind in LARGE:
-                for name, dtype in (("bf16", BF16), ("f32", F32)):
-                    if name == "f32" and kind != "tall":
-                        continue
-                    config = {"method": method, "scaling": [0.5, 1.0], "save_delta": kind == "tall"}
+            for name, dtype in families.items():
+                kind = name.split("-")[0]
+                config = {"method": method, "scaling": [0.5, 1.0], "save_delta": kind == "tall"}
+                for label, way in {"with-room": self.merge, "lowest": self._lowest}.items():
                     yield (
-                        f"routes/{method}/{kind}-{name}/with-room",
-                        lambda kind=kind, dtype=dtype, config=config: self.merge(
+                        f"routes/{method}/{name}/{label}",
+                        lambda kind=kind, dtype=dtype, config=config, way=way: way(
                             {**make_family(kind, dtype).config, **config}
                         ),
                     )
+            for kind in ("wide", "tall"):
+                for label, config in self._of_routes(method):
                     yield (
-                        f"routes/{method}/{kind}-{name}/lowest",
-                        lambda kind=kind, dtype=dtype, config=config: self._lowest(
-                            {**make_family(kind, dtype).config, **config}
+                        f"routes/{method}/{kind}-bf16/lowest-{label}",
+                        lambda method=method, kind=kind, config=config: self._lowest(
+                            {**make_family(kind, BF16).config, "method": method, **config}
                         ),
                     )
-            for key, value in (("weights", WEIGHTS), ("options", {"precision": "fast"}), ("experts_are_deltas", True)):
-                yield (
-                    f"routes/{method}/tall-bf16/lowest-{key}",
-                    lambda method=method, key=key, value=value: self._lowest(
-                        {**make_family("tall", BF16).config, "method": method, key: value}
-                    ),
-                )
             yield f"routes/{method}/tall-bf16/between", lambda method=method: self._between(method)
             yield (
-                f"routes/{method}/wide-bf16/lowest-weights",
-                lambda method=method: self._lowest(
-                    {**make_family("wide", BF16).config, "method": method, "weights": WEIGHTS}
-                ),
+                f"routes/{method}/wide-bf16/lowest-applied",
+                lambda method=method: self._lowest_applied({**make_family("wide", BF16).config, "method": method}),
             )
         for method in ("mean", "task-arithmetic"):
             yield (
@@ -305,6 +299,23 @@ class Recorded:
                     {**make_family("square", BF16).config, "method": method, "stochastic_rounding": 1}
                 ),
             )
+        yield (
+            "routes/iso-cts/adapters/lowest",
+            lambda: self._lowest({**make_adapters("plain").config, "method": "iso-cts"}),
+        )
+
+    def _of_routes(self, method: str) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Yield what changes the passes over tensors that are not held, or what is made of them."""
+        yield "weights", {"weights": WEIGHTS}
+        yield "fast", {"options": {"precision": "fast"}}
+        yield "reference", {"options": {"precision": "reference"}}
+        yield "min-dim", {"options": {"rank_policy": "min-dim"}}
+        yield "deltas", {"experts_are_deltas": True}
+        yield "stochastic", {"stochastic_rounding": 9, "scaling": [0.3, 0.9]}
+        yield "float16", {"dtype": "float16", "save_delta": True}
+        if method == "iso-cts":
+            yield "half", {"options": {"common_fraction": 0.5}}
+            yield "all-common", {"options": {"common_fraction": 1.0}}
 
     def _least_ram(self, config: dict[str, Any]) -> int:
         """Return the lowest ceiling under which a merge runs, as the error of a lower one tells it."""
@@ -320,6 +331,11 @@ class Recorded:
         """Merge under the lowest ceiling."""
         least = self._least_ram(config)
         return {"ceiling": least, **self.merge(config, max_ram=least)}
+
+    def _lowest_applied(self, config: dict[str, Any]) -> dict[str, Any]:
+        """Merge under the lowest ceiling, keep Δ, and apply it under the lowest ceiling for that."""
+        ceiling = self._least_ram({**config, "save_delta": True})
+        return self.merge_and_apply(config, {"scaling": 0.4, "max_ram": ceiling}, max_ram=ceiling)
 
     def _between(self, method: str) -> dict[str, Any]:
         """Merge under a ceiling a little higher than the lowest, where the ways are others."""
@@ -500,8 +516,8 @@ class Recorded:
                 "options": {"precision": "reference"},
             },
             "large": lambda: {**make_family("tall", BF16).config, "method": "iso-cts"},
-            "ceiling-iso-c": lambda: {**make_family("tall", BF16).config, "method": "iso-c", "max_ram": "460MiB"},
-            "ceiling-iso-cts": lambda: {**make_family("wide", BF16).config, "method": "iso-cts", "max_ram": "460MiB"},
+            "ceiling-iso-c": lambda: {**make_family("tall", BF16).config, "method": "iso-c", "max_ram": "395MB"},
+            "ceiling-iso-cts": lambda: {**make_family("wide", BF16).config, "method": "iso-cts", "max_ram": "425MB"},
             "deltas": lambda: {**make_deltas().config, "experts_are_deltas": True},
             "extra": lambda: {
                 **change_expert("extra", lambda tensors: tensors.update(extra=random((5, 7), 1).float())).config,
@@ -555,6 +571,10 @@ class Recorded:
         def number(value: float) -> Callable[[dict[str, Tensor]], object]:
             return lambda tensors: tensors["layers.0.up.weight"][3].fill_(value)
 
+        def large_with_nan(kind: str) -> Family:
+            name = f"{kind}.weight"
+            return change_expert("nan", lambda tensors: tensors[name][-1].fill_(math.nan), kind, BF16)
+
         attn = "layers.0.attn.weight"
         adapted = "model.layers.0.q_proj.weight"
         return {
@@ -567,7 +587,10 @@ class Recorded:
             "infinity": changed("infinity", number(math.inf)),
             "nan-json": lambda: run(change_expert("nan", number(math.nan)), "--format", "json"),
             "nan-mean": lambda: run(change_expert("nan", number(math.nan)), method="mean"),
-            "nan-low-ceiling": lambda: run(change_expert("nan", number(math.nan)), "--max-ram", "460MiB"),
+            "nan-by-rows": lambda: run(large_with_nan("tall"), "--max-ram", "395MB"),
+            "nan-by-rows-cts": lambda: run(large_with_nan("tall"), "--max-ram", "410MB", method="iso-cts"),
+            "nan-streamed": lambda: run(large_with_nan("wide"), "--max-ram", "425MB"),
+            "nan-streamed-cts": lambda: run(large_with_nan("wide"), "--max-ram", "430MB", method="iso-cts"),
             "far-apart": changed("far", number(1e30)),
             "overflow": lambda: run(dtype="float16", scaling=1e7),
             "option": lambda: run(options={"comon_fraction": 0.5}, method="iso-cts"),
@@ -838,7 +861,7 @@ def _refused_in_memory() -> dict[str, Callable[[], object]]:
         "integers": lambda: imf.iso_c([torch.ones(3, 3).int()]),
         "weights": lambda: imf.iso_c(deltas, weights=[1.0]),
         "option": lambda: imf.iso_c(deltas, precison="fast"),
-        "negative-k": lambda: imf.iso_cts(_deltas((4, 9), F32, tasks=8), 0.0),
+        "negative-k": lambda: imf.iso_cts(_deltas((6, 9), F32, tasks=4), 0.0),
         "method": lambda: imf.merge_state_dicts(base, experts, "iso"),
         "missing": lambda: imf.merge_state_dicts(base, [*experts, {}]),
         "extra": lambda: imf.merge_state_dicts(base, [{"w": deltas[0], "v": deltas[0]}]),

@@ -51,10 +51,11 @@ MEDIUM: Shapes = {
 }
 # Of several MiB, whose copies a low ceiling does not hold.
 LARGE: dict[str, Shapes] = {
-    "square": {"square.weight": (768, 768), "norm.weight": (5003,)},
+    "square": {"square.weight": (1024, 1024), "norm.weight": (5003,)},
     "wide": {"wide.weight": (512, 1536)},
     "tall": {"tall.weight": (3072, 384), "also.weight": (1100, 500)},
 }
+KINDS: dict[str, Shapes] = {"small": SMALL, "medium": MEDIUM, **LARGE}
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ def save_checkpoint(
     if path.suffix == ".safetensors":
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file(dict(tensors), path, metadata={"format": "pt"})
-        return _aged(path)
+        return aged(path)
     path.mkdir(parents=True)
     if shards == 1:
         save_file(dict(tensors), path / "model.safetensors", metadata={"format": "pt"})
@@ -120,7 +121,7 @@ def save_checkpoint(
     settings = {"model_type": "recorded", "torch_dtype": str(dtype).removeprefix("torch."), **(config or {})}
     (path / "config.json").write_text(json.dumps(settings))
     (path / "tokenizer.json").write_text('{"version": "1.0"}')
-    return _aged(path)
+    return aged(path)
 
 
 def _save_shards(path: Path, tensors: Mapping[str, Tensor], shards: int) -> None:
@@ -135,7 +136,7 @@ def _save_shards(path: Path, tensors: Mapping[str, Tensor], shards: int) -> None
     (path / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-def _aged(path: Path) -> str:
+def aged(path: Path) -> str:
     """Give all files their fixed time; return the path as text."""
     for each in [path, *path.rglob("*")]:
         os.utime(each, (FILE_TIME, FILE_TIME))
@@ -158,13 +159,12 @@ def make_family(
         expert_dtypes: of the experts in turn; the base's where there are none.
         bare: files instead of folders.
     """
-    shapes = {"small": SMALL, "medium": MEDIUM, **LARGE}[kind]
     others = "-".join(str(each).removeprefix("torch.") for each in expert_dtypes)
     root = Path("in") / f"{kind}-{str(dtype).removeprefix('torch.')}-{tasks}-{shards}-{others}-{bare}"
     ending = ".safetensors" if bare else ""
     base_path, *paths = (root / f"{name}{ending}" for name in ("base", *(f"expert{task}" for task in range(tasks))))
     if not root.exists():
-        base = base_tensors(shapes, dtype)
+        base = base_tensors(KINDS[kind], dtype)
         save_checkpoint(base_path, base, shards=shards)
         for task, path in enumerate(paths):
             expert_dtype = expert_dtypes[task % len(expert_dtypes)] if expert_dtypes else None
@@ -172,12 +172,14 @@ def make_family(
     return Family(str(base_path), tuple(map(str, paths)))
 
 
-def change_expert(name: str, change: Callable[[dict[str, Tensor]], object], *, dtype: torch.dtype = F32) -> Family:
-    """Return the small family with another second expert, as ``change`` leaves its tensors."""
-    family = make_family(dtype=dtype)
-    path = Path("in") / "changed" / name
+def change_expert(
+    name: str, change: Callable[[dict[str, Tensor]], object], kind: str = "small", dtype: torch.dtype = F32
+) -> Family:
+    """Return a family with another second expert, as ``change`` leaves its tensors."""
+    family = make_family(kind, dtype)
+    path = Path("in") / "changed" / f"{kind}-{name}"
     if not path.exists():
-        tensors = moved(base_tensors(SMALL, dtype), 1)
+        tensors = moved(base_tensors(KINDS[kind], dtype), 1)
         change(tensors)
         save_checkpoint(path, tensors)
     return Family(family.base, (family.experts[0], str(path), family.experts[2]))
@@ -260,7 +262,7 @@ def save_adapter(
     save_file(stored, path / "adapter_model.safetensors", metadata={"format": "pt"})
     config = {"peft_type": "LORA", "base_model_name_or_path": "some/base", "r": rank, "lora_alpha": 8, **settings}
     (path / "adapter_config.json").write_text(json.dumps(config))
-    return _aged(path)
+    return aged(path)
 
 
 def make_adapters(label: str, *, base_dtype: torch.dtype = F32, tasks: int = 3, **given: Any) -> Family:

@@ -13,10 +13,11 @@ from torch import Tensor
 
 # Keys of JSON whose values are measured, or are hashes of what holds paths.
 DROPPED = {"seconds", "io", "workers", "digest", "manifest", "estimated_seconds"}
-# What texts tell of measurements, and what stands for it.
+# What texts tell of measurements, or is a hash of what holds paths, and what stands for it.
 MEASURED = [
     (re.compile(r"compute ≈ [^,\n]+"), "compute ≈ TIME"),
     (re.compile(r'"digest": "[0-9a-f]+"'), '"digest": "DIGEST"'),
+    (re.compile(r'(README\.md": \{\s*"bytes": \d+,\s*"checksum": )"[0-9a-f]+"'), r'\1"CHECKSUM"'),
 ]
 
 
@@ -58,14 +59,15 @@ class Place:
             name, data = path.relative_to(folder).as_posix(), path.read_bytes()
             if path.name == "README.md":
                 found[name] = self.text(data.decode())
-            elif path.name in ("report.json", "manifest.json"):
+            elif path.name == "report.json":
                 found[name] = self.value(json.loads(data))
+                found[name]["tensors"].sort(key=lambda tensor: tensor["name"])
+            elif path.name == "manifest.json":  # nothing in it is measured: its keys' order and layout count as well
+                text = self.text(data.decode())
+                found[name] = self.value(json.loads(text))
+                found[f"{name} as text"] = hashlib.sha256(text.encode()).hexdigest()
             else:
                 found[name] = hashlib.sha256(data).hexdigest()
-            if path.name == "manifest.json":  # it holds nothing that is measured: its keys' order and layout count
-                found[f"{name} as text"] = hashlib.sha256(self.text(data.decode()).encode()).hexdigest()
-            if path.name == "report.json":
-                found[name]["tensors"].sort(key=lambda tensor: tensor["name"])
         return found
 
 
