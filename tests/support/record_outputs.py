@@ -85,6 +85,7 @@ def _run(planned: Cases, only: str) -> tuple[dict[str, Any], dict[str, Tensor], 
     found: dict[str, Any] = {}
     tensors: dict[str, Tensor] = {}
     failed: list[str] = []
+    spent: dict[str, float] = {}
     for name, action in planned:
         if only not in name:
             continue
@@ -99,8 +100,12 @@ def _run(planned: Cases, only: str) -> tuple[dict[str, Any], dict[str, Tensor], 
         own = {item: value for item, value in result.items() if isinstance(value, Tensor)}
         tensors |= {f"{name}: {item}": value for item, value in own.items()}
         found[name] = {**result, **{item: fingerprint(value) for item, value in own.items()}}
-        if (seconds := time.perf_counter() - started) > 3:
+        seconds = time.perf_counter() - started
+        kind = name.split("/")[0]
+        spent[kind] = spent.get(kind, 0.0) + seconds
+        if seconds > 3:
             print(f"  {name}: {seconds:.1f} s", flush=True)
+    print("seconds: " + ", ".join(f"{kind} {seconds:.0f}" for kind, seconds in spent.items()))
     return found, tensors, failed
 
 
