@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import math
@@ -468,6 +469,10 @@ class Recorded:
 
     def commands(self) -> Cases:
         """Yield what the command line prints: of plans, of a merge and what follows it, and of bad input."""
+        for name in imf.__all__:  # loaded once, before the forks
+            getattr(imf, name)
+        for name in ("typer", "pydantic", "rich.console", "rich.table", "yaml"):
+            importlib.import_module(name)
         for name, config in self._planned().items():
             for format in ("human", "json"):
                 yield (
