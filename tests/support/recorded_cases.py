@@ -61,9 +61,9 @@ STORED: dict[str, dict[str, Any]] = {
     "bf16-of-f32": {"dtype": BF16, "expert_dtypes": (F32,)},
     "f32-of-all": {"dtype": F32, "expert_dtypes": (F16, BF16, F64)},
 }
-WEIGHTS = [1.0, 0.5, 2.0]
+WEIGHTS = [1.0, 0.3, 1.7]
 RULES = [
-    [{"match": "*attn*", "weight": 0.25}, {"match": "layers.*", "weight": 1.5}],
+    [{"match": "*attn*", "weight": 0.35}, {"match": "layers.*", "weight": 1.5}],
     1.0,
     [{"match": "*", "weight": 3}],
 ]
