@@ -18,6 +18,7 @@ from .errors import ConfigError
 from .globs import globs_of
 from .inputs import touches
 from .methods import Mean, Method, TensorSpec
+from .methods.factors import require_basis_free
 from .methods.source import check_factors, checked_weights
 from .ops import FLOAT_DTYPES, compute_dtype
 from .plan import Output, scaling_folders
@@ -123,6 +124,8 @@ class Drafter:
         method, reason = choose_method(spec, self.config, self.method, self.overrides)
         try:
             method.check(spec, len(self.experts))
+            if pairs:
+                require_basis_free(method)
         except ConfigError as error:
             raise ConfigError(f"{where}{error}") from error
         weights = self.config.weights_of(name)

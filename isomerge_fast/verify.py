@@ -8,7 +8,7 @@ import os
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -357,7 +357,7 @@ def _sample(plan: Plan, samples: int, seed: int) -> list[TensorPlan]:
     """A seeded choice, half of it merged by a spectral method, none too large to recompute at leisure."""
     merged = [tensor for tensor in plan.tensors if tensor.method is not None]
     small = [tensor for tensor in merged if tensor.spec.elements <= MAX_SAMPLE_ELEMENTS]
-    spectral = [tensor for tensor in small if tensor.action.startswith("iso")]
+    spectral = [tensor for tensor in small if tensor.method is not None and not tensor.method.any_shape]
     generator = random.Random(seed)
     chosen = generator.sample(spectral, min(len(spectral), (samples + 1) // 2))
     others = [tensor for tensor in small if tensor not in chosen]
@@ -376,11 +376,10 @@ def _expected(plan: TensorPlan, reader: Reader) -> tuple[Tensor, Tensor, float]:
     block = RowBlock(slice(0, 1), experts, base, are_deltas, plan.weights)
     deltas = [block.delta(task, torch.float64) for task in range(len(experts))]
     # Rank is judged as the merge judged it: by the rounding of the dtype it was computed in.
-    method = replace(plan.method, precision="reference") if hasattr(plan.method, "precision") else plan.method  # type: ignore[type-var]  # methods are dataclasses
     if plan.spec.dtype == torch.float32:
         deltas = [delta.float() for delta in deltas]
     # A single number has no rows.
-    value, stats = method.merge(MemoryDeltas([delta.reshape(base.shape or (1,)) for delta in deltas]))
+    value, stats = plan.method.exact().merge(MemoryDeltas([delta.reshape(base.shape or (1,)) for delta in deltas]))
     return base, value.double().view(base.shape), stats.to_dict().get("gap", 1.0)
 
 

@@ -459,14 +459,14 @@ def test_the_callers_precision_settings_change_nothing_and_stay(
     deltas = as_deltas(make_deltas(96, 160, 3))
     method: Any = METHODS[name]
     expected, _ = method().merge(deltas)
-    inside, attempt = [], method._attempt
+    inside, attempt = [], method.attempt
 
     def watched(self, *arguments):
         # Reading it is what a cuBLAS product does first; it raises where old and new settings disagree.
         inside.append((BACKENDS.cuda.matmul.allow_tf32, *precision_settings()[2:]))
         return attempt(self, *arguments)
 
-    monkeypatch.setattr(method, "_attempt", watched)
+    monkeypatch.setattr(method, "attempt", watched)
     try:
         if setting.startswith("old"):
             torch.set_float32_matmul_precision(setting.removeprefix("old-"))

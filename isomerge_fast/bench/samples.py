@@ -105,10 +105,9 @@ def sizes_of(tensor: TensorPlan, device: torch.device) -> list[Size]:
 
 def method_at(tensor: TensorPlan, shape: tuple[int, ...]) -> Method | None:
     """The tensor's method for a smaller shape: a ceiling on its memory comes down with the elements."""
-    ceiling = getattr(tensor.method, "memory_bytes", None)
-    if tensor.method is None or ceiling is None:
+    if tensor.method is None or tensor.method.ceiling is None:
         return tensor.method
-    return tensor.method.within(int(ceiling * prod(shape) / max(1, prod(tensor.base.shape))))
+    return tensor.method.within(int(tensor.method.ceiling * prod(shape) / max(1, prod(tensor.base.shape))))
 
 
 def _solver(tensor: TensorPlan, shape: tuple[int, ...], device: torch.device) -> str:

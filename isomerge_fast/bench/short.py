@@ -56,7 +56,7 @@ class Algorithm:
 
     def published_work(self, shape: Shape, tasks: int) -> float:
         """What full SVDs take, but for a factor: one of the sum for Iso-C, T + 3 for Iso-CTS."""
-        svds = 1 if isinstance(self.ours, IsoC) else tasks + 3
+        svds = tasks + 3 if self.ours.deltas_taken else 1
         return float(svds * shape.rows * shape.columns * min(shape.rows, shape.columns))
 
 

@@ -24,6 +24,7 @@ from .certificate import probes
 from .cusolver import eigh
 from .protocol import (
     PolarStats,
+    Solver,
     Subspace,
     complement_basis,
     default_tolerance,
@@ -40,7 +41,7 @@ PRODUCT = 4.0 * EPS
 
 
 @dataclass(frozen=True)
-class GramEigh:
+class GramEigh(Solver):
     """Polar factor and top triplets by ``eigh`` of the Gram matrix.
 
     Args:

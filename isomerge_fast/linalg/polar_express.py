@@ -35,7 +35,7 @@ from .polar_iteration import (
     start,
     workspace_bytes,
 )
-from .protocol import PolarStats
+from .protocol import PolarSolver, PolarStats
 
 SMALLEST_LOWER = 1e-8
 STEPS_PER_DECADE = 20  # ℓ is rounded down to this grid, by 12 % at most: a few dozen sequences serve all matrices
@@ -121,7 +121,7 @@ def _quintics(exponent: int, target: float) -> tuple[Quintic, ...]:
 
 
 @dataclass(frozen=True)
-class PolarExpress:
+class PolarExpress(PolarSolver):
     """Polar factor by ``quintics``, iterated in ``dtype``; does not truncate (see ``polar_iteration``).
 
     Attributes:

@@ -33,12 +33,12 @@ from .polar_iteration import (
     start,
     workspace_bytes,
 )
-from .protocol import PolarStats
+from .protocol import PolarSolver, PolarStats
 from .sides import short_gram
 
 
 @dataclass(frozen=True)
-class GramNewtonSchulz:
+class GramNewtonSchulz(PolarSolver):
     """Polar factor from polynomials of the Gram matrix, in ``dtype``; does not truncate (see ``polar_iteration``).
 
     Attributes:

@@ -30,7 +30,7 @@ from .polar_iteration import (
     start,
     workspace_bytes,
 )
-from .protocol import PolarStats
+from .protocol import PolarSolver, PolarStats
 from .sides import short_gram
 
 LARGEST_CHOLESKY_WEIGHT = 100.0  # of Nakatsukasa and Higham, 2013: κ(I + c G) ≤ 101 costs two digits
@@ -67,7 +67,7 @@ def halley_steps(lower: float, target: float) -> tuple[Halley, ...]:
 
 
 @dataclass(frozen=True)
-class Qdwh:
+class Qdwh(PolarSolver):
     """Polar factor by ``halley_steps``, iterated in ``dtype``; does not truncate (see ``polar_iteration``).
 
     Attributes:

@@ -15,7 +15,7 @@ from .protocol import PolarSolver, PolarStats
 
 
 @dataclass(frozen=True)
-class TracedPolar:
+class TracedPolar(PolarSolver):
     """Polar factor by ``PolarExpress`` in float64, with ``PolarStats.traces`` in place of ``PolarStats.sigma``.
 
     Attributes:

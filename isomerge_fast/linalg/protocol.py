@@ -11,9 +11,9 @@ side are small and always float64; the long side is stored in the dtype that is 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -149,29 +149,34 @@ class Subspace:
         return self.long if self.wide else self.short.to(self.long.dtype)
 
 
-class PolarSolver(Protocol):
-    """polar(X) = U Vᵀ of the thin SVD X = U Σ Vᵀ."""
+class PolarSolver(ABC):
+    """polar(X) = U Vᵀ of the thin SVD X = U Σ Vᵀ. A solver is a frozen dataclass that states ``name`` and ``polar``."""
 
     @property
-    def name(self) -> str: ...
+    @abstractmethod
+    def name(self) -> str:
+        """What reports call the solver."""
+        ...
 
+    @abstractmethod
     def polar(
         self, x: Tensor, *, tolerance: Tensor | None = None, dtype: torch.dtype | None = None
     ) -> tuple[Tensor, PolarStats]:
-        """(Q, evidence); Q in ``dtype``, by default that of ``x``."""
+        """Return (Q, evidence); Q in ``dtype``, by default that of ``x``."""
         ...
 
     def workspace_bytes(self, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> int:
-        """Peak bytes of one solve of a float64 ``x`` beyond ``x`` itself, the result in ``dtype`` included."""
-        ...
+        """Return the peak bytes of one solve of a float64 ``x`` beyond ``x`` itself, the result in ``dtype`` included.
+
+        By default those of a float64 SVD: LAPACK's copy and work (about 8 r²), U, Vᵀ, the product.
+        """
+        return 8 * (5 * rows * columns + 9 * min(rows, columns) ** 2)
 
 
-class SubspaceSolver(Protocol):
-    """Dominant singular triplets of a matrix, and of what a projection leaves of another."""
+class Solver(PolarSolver):
+    """Also dominant singular triplets of a matrix, and of what a projection leaves of another: for Iso-CTS."""
 
-    @property
-    def name(self) -> str: ...
-
+    @abstractmethod
     def top_subspace(
         self,
         x: Tensor,
@@ -185,10 +190,12 @@ class SubspaceSolver(Protocol):
         """Top ``k`` triplets of X; the long side in ``dtype``, by default that of ``x``, or left out if it can be."""
         ...
 
+    @abstractmethod
     def complete(self, x: Tensor, subspace: Subspace, dtype: torch.dtype) -> Subspace:
         """``subspace`` of X with its long side, in ``dtype``."""
         ...
 
+    @abstractmethod
     def residual_subspace(
         self, delta: Tensor, total: Tensor, common: Subspace, s: int, *, norm: Tensor, tolerance: Tensor
     ) -> Subspace:
@@ -199,12 +206,6 @@ class SubspaceSolver(Protocol):
         Both sides are float64: they are thin, and Iso-CTS orthogonalises them, which magnifies their rounding.
         """
         ...
-
-    def workspace_bytes(self, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> int: ...
-
-
-class Solver(PolarSolver, SubspaceSolver, Protocol):
-    """Both: what Iso-CTS is given."""
 
 
 def rounding_tolerance(norm: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..ops import traits_of
 from .protocol import (
     PolarStats,
+    Solver,
     Subspace,
     complement_basis,
     default_tolerance,
@@ -25,10 +26,13 @@ RESOLUTION, NOISE = 16.0 * EPS, 4.0 * EPS
 
 
 @dataclass(frozen=True)
-class FullSvd:
+class FullSvd(Solver):
     """polar(X) = U Vᵀ and top triplets from X = U Σ Vᵀ; everything in float64 whatever the input's dtype."""
 
-    name: str = "svd-fp64"
+    @property
+    def name(self) -> str:
+        """See ``PolarSolver``."""
+        return "svd-fp64"
 
     def polar(
         self, x: Tensor, *, tolerance: Tensor | None = None, dtype: torch.dtype | None = None
@@ -95,10 +99,6 @@ class FullSvd:
         for _ in range(2):
             residual = residual - u_k @ (u_k.mT @ residual)
         return self.top_subspace(residual, s, tolerance=tolerance, dtype=torch.float64)
-
-    def workspace_bytes(self, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> int:
-        """Peak bytes of one solve beyond its input: LAPACK's copy and work (about 8 r²), U, Vᵀ, the product."""
-        return 8 * (5 * rows * columns + 9 * min(rows, columns) ** 2)
 
 
 def thin_svd(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

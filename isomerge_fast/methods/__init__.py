@@ -9,20 +9,24 @@ from typing import Any
 from ..errors import ConfigError, nearest, shown
 from ..globs import globs_of
 from ..values import refuse
+from .base import Method, RowMap, read_option
+from .elementwise import Elementwise
 from .iso_c import IsoC
 from .iso_cts import IsoCTS
-from .linear import Mean, TaskArithmetic
-from .protocol import Method, RowMap, read_option
+from .linear import Linear, Mean, TaskArithmetic
 from .source import DeltaSource, MemoryDeltas, RowBlock, TensorSpec, as_deltas
+from .spectral import Spectral
 from .stats import MergeStats, NotFiniteError, OutOfRangeError
 
-METHODS: dict[str, type] = {method.name: method for method in (IsoC, IsoCTS, Mean, TaskArithmetic)}
+METHODS: dict[str, type[Method]] = {method.name: method for method in (IsoC, IsoCTS, Mean, TaskArithmetic)}
 
 __all__ = [
     "METHODS",
     "DeltaSource",
+    "Elementwise",
     "IsoC",
     "IsoCTS",
+    "Linear",
     "Mean",
     "MemoryDeltas",
     "MergeStats",
@@ -31,6 +35,7 @@ __all__ = [
     "OutOfRangeError",
     "RowBlock",
     "RowMap",
+    "Spectral",
     "TaskArithmetic",
     "TensorSpec",
     "as_deltas",
@@ -68,7 +73,7 @@ def given_method(method: str | Method, options: Mapping[str, Any]) -> Method:
     """
     if isinstance(method, str):
         return make_method(method, options)
-    if isinstance(method, type) or not callable(getattr(method, "merge", None)):
+    if not isinstance(method, Method):
         refuse(method, "method", f"a name ({', '.join(METHODS)}) or a method object, such as IsoC()")
     if options:
         raise ConfigError(f"option {shown(next(iter(options)))}: options belong to a method given by name")

@@ -4,10 +4,10 @@ With Δ_t = w_t B_t A_t, stacked B = [B_1 … B_T] = Q_b R_b and A = [A_1; …; 
 
     Δ_t = Q_b C_t Q_aᵀ,    C_t = w_t R_b[:, t] R_a[:, t]ᵀ    [Σ_t r_t x Σ_t r_t].
 
-Every method here commutes with a change to orthonormal coordinates, so that its result is Q_b C Q_aᵀ, with C the same
-method's of the C_t. What depends on the tensor's own sides (r, and with it k and s; what counts as rounding) is taken
-from those (``Deltas.origin``). The published formula is no function of deficient sums; in the range of S this is what
-the dense route gives under ``rank_policy: range`` (docs/numerics.md).
+A method that commutes with a change to orthonormal coordinates (``Method.basis_free``) has the result Q_b C Q_aᵀ, with
+C the same method's of the C_t. What depends on the tensor's own sides (r, and with it k and s; what counts as rounding)
+is taken from those (``DeltaSource.origin``). The published formula is no function of deficient sums; in the range of S
+this is what the dense route gives under ``rank_policy: range`` (docs/numerics.md).
 
 Reference: Panariello et al., "Accurate and Efficient Low-Rank Model Merging in Core Space", arXiv 2509.17786 (the
 coordinates, there for any method).
@@ -18,14 +18,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..errors import ConfigError
 from ..linalg.thin import thin_qr
+from .base import Method
 from .certified import exact_products
-from .protocol import Method
 from .source import Factors, MemoryDeltas, TensorSpec
 from .stats import MergeStats, NotFiniteError
 
@@ -132,6 +132,15 @@ def product_bound(left: Tensor, right: Tensor) -> float:
     return float(torch.linalg.vector_norm(left, dim=1).amax() * torch.linalg.vector_norm(right, dim=0).amax())
 
 
+def require_basis_free(method: Method) -> None:
+    """Raise ConfigError for a method whose result depends on coordinates: factors are merged in theirs."""
+    if not method.basis_free:
+        raise ConfigError(
+            f"method {method.name!r} takes no adapters, whose deltas are merged as thin factors in coordinates of "
+            "their own: merge every adapter into its base first (task-arithmetic with it as the one expert)"
+        )
+
+
 def merge_factors(
     method: Method, factors: Sequence[Factors | None], shape: Sequence[int], dtype: torch.dtype = torch.float32
 ) -> tuple[LowRank, MergeStats]:
@@ -142,9 +151,11 @@ def merge_factors(
         shape: [M, N] of the tensor; dtype: what its deltas would be computed in, which decides what counts as rounding.
 
     Raises:
+        ConfigError: as ``require_basis_free``.
         ValueError: factors that do not fit ``shape`` or each other.
         NotFiniteError: naming the tasks that hold NaN or Inf.
     """
+    require_basis_free(method)
     rows, columns = shape
     present = [(task, factor) for task, factor in enumerate(factors) if factor is not None]
     if not present:
@@ -166,8 +177,7 @@ def merge_factors(
         right = orthonormal(torch.cat([each.right.mT for _, each in present], dim=1).double())
         cores = _cores(factors, left.coordinates, right.coordinates)
         # Small matrices have room under any ceiling.
-        unlimited: Any = replace(method, memory_bytes=None) if hasattr(method, "memory_bytes") else method  # type: ignore[type-var]  # methods are dataclasses
-        core, stats = unlimited.merge(MemoryDeltas(cores, origin=TensorSpec("", (rows, columns), dtype)))
+        core, stats = method.within(None).merge(MemoryDeltas(cores, origin=TensorSpec("", (rows, columns), dtype)))
         total = torch.stack(cores).sum(0)
     algorithm = f"{stats.algorithm}/factors"
     rank = sum(each.rank for _, each in present)

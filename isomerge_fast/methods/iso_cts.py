@@ -4,27 +4,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..linalg.auto import PROMISES, Choice, check_precision, fitting, subspace_ladder
+from ..linalg.auto import Choice, subspace_ladder
 from ..linalg.certificate import orthogonality as polar_orthogonality
 from ..linalg.protocol import Solver, Subspace, reciprocal
 from ..linalg.sides import block_elements, long_product, short_gram, short_product
 from ..linalg.subspace_chebyshev import ChebyshevSubspace, search_dtype
 from ..linalg.svd import FullSvd
 from ..ops import traits_of
-from .certified import merge_certified
+from .base import RowMap
 from .iso_c import IsoC
-from .protocol import RowMap, check_rank_policy, read_options, require_matrices, spectral_mean
 from .recombine import projection_angle, recombine, recombine_literally
 from .row_map_cts import SplitMap, learning_bytes, mapping_bytes
 from .row_maps import PolarMap, has_row_map, polar_map_bytes
 from .source import DeltaSource, TensorSpec
+from .spectral import Spectral, require_matrices
 from .stats import Check, MergeStats
 from .sums import finite_sum, require_comparable, rounding_of
 
@@ -52,7 +52,7 @@ def split_rank(min_dim: int, tasks: int, common_fraction: float) -> tuple[int, i
 
 
 @dataclass(frozen=True)
-class IsoCTS:
+class IsoCTS(Spectral):
     """Δ = σ̄ · U° V°ᵀ, with U° = polar([U_1 … U_T, U_k]), V° likewise, and σ̄ the mean of all kept singular values.
 
     U_k, V_k are the top k singular pairs of S = Σ_t Δ_t; U_t, V_t the top s of R_t = Δ_t − U_k U_kᵀ Δ_t (projected on
@@ -66,76 +66,58 @@ class IsoCTS:
 
     Args:
         common_fraction: f, the fraction of the r directions kept for the common subspace.
-        rank_policy, precision, solver, memory_bytes: as for ``IsoC``. Directions at or below the numerical tolerance
-            are left out of the common and the task parts, and σ̄ is over those kept.
+        rank_policy, precision, solver, memory_bytes: as for ``Spectral``. Directions at or below the numerical
+            tolerance are left out of the common and the task parts, and σ̄ is over those kept.
         tasks_at_once: tasks whose parts are solved as one batch; by default one on a CPU, as many as fit on a GPU.
 
     Reference: arXiv 2502.04959 (Iso-CTS).
     """
 
     common_fraction: float = 0.8
-    rank_policy: str = "range"
-    precision: str = "default"
-    solver: Solver | None = None
-    memory_bytes: int | None = None
+    solver: Solver | None = field(default=None, kw_only=True, metadata={"kind": Solver})
     tasks_at_once: int | None = None
 
     name: ClassVar[str] = "iso-cts"
     citation: ClassVar[str] = "arXiv 2502.04959"
-    default_exclude: ClassVar[tuple[str, ...]] = ("*text_projection*",)
-    any_shape: ClassVar[bool] = False
     deltas_taken: ClassVar[int] = 1
     row_map_passes: ClassVar[int] = 3
 
     def __post_init__(self) -> None:
-        read_options(self)
-        check_rank_policy(self.rank_policy)
-        check_precision(self.precision)
+        super().__post_init__()
         if not 0.0 <= self.common_fraction <= 1.0:
             raise ConfigError(f"common_fraction is {self.common_fraction:g}; it lies between 0 and 1")
         if self.tasks_at_once == 0:
             raise ConfigError("tasks_at_once is 0; it is 1 or more")
 
-    def accepts(self, spec: TensorSpec) -> bool:
-        return len(spec.shape) == 2
-
     def check(self, spec: TensorSpec, tasks: int) -> None:
+        """See ``Method``."""
         split_rank(min(spec.shape), tasks, self.common_fraction)
 
-    def within(self, memory_bytes: int) -> IsoCTS:
-        return replace(self, memory_bytes=memory_bytes)
-
     def ladder(self, spec: TensorSpec, tasks: int, device: torch.device) -> Sequence[Choice[Solver]]:
-        """The solvers to be tried, in order."""
-        if self.solver is not None:
-            return (Choice(self.solver, "given"),)
-
-        def workspace(choice: Choice[Solver]) -> int:
-            return self._workspace_bytes(choice.solver, spec, tasks, device)
-
+        """See ``Spectral``."""
         rows, columns = spec.shape[-2:]
         ladder = subspace_ladder(self.precision, spec.dtype, tall=rows > columns)
-        if self.memory_bytes is not None and workspace(ladder[0]) > self.memory_bytes:
-            ladder = subspace_ladder(self.precision, spec.dtype, lean=True)
-        return fitting(ladder, workspace, self.memory_bytes)
+        if self.memory_bytes is None or self.solving_bytes(ladder[0], spec, tasks, device) <= self.memory_bytes:
+            return ladder
+        return subspace_ladder(self.precision, spec.dtype, lean=True)
 
     def explain(self, spec: TensorSpec, tasks: int, device: torch.device) -> str:
+        """See ``Method``."""
         if split_rank(min(spec.shape), tasks, self.common_fraction)[1] == 0:
             return f"too few directions for {tasks} tasks: {self._iso_c().explain(spec, tasks, device)}"
-        choice = self.ladder(spec, tasks, device)[0]
-        return f"{choice.solver.name}: {choice.reason}"
+        return super().explain(spec, tasks, device)
 
     def _iso_c(self) -> IsoC:
-        return IsoC(self.rank_policy, self.precision, self.solver, self.memory_bytes)
+        return IsoC(
+            rank_policy=self.rank_policy,
+            precision=self.precision,
+            solver=self.solver,
+            memory_bytes=self.memory_bytes,
+        )
 
-    def _result_dtype(self, compute_dtype: torch.dtype) -> torch.dtype:
-        """The reference judges the others: its result is never rounded."""
-        return torch.float64 if self.precision == "reference" else compute_dtype
-
-    def workspace_bytes(self, spec: TensorSpec, tasks: int, device: torch.device) -> int:
-        return self._workspace_bytes(self.ladder(spec, tasks, device)[0].solver, spec, tasks, device)
-
-    def _workspace_bytes(self, solver: Solver, spec: TensorSpec, tasks: int, device: torch.device) -> int:
+    def solving_bytes(self, choice: Choice[Solver], spec: TensorSpec, tasks: int, device: torch.device) -> int:
+        """See ``Spectral``."""
+        solver = choice.solver
         k, s = split_rank(min(spec.shape[-2:]), tasks, self.common_fraction)
         return self._bytes_with(
             solver, spec, tasks, k, s, self._tasks_at_once(solver, spec, tasks, k, s, device), device
@@ -163,7 +145,7 @@ class IsoCTS:
     ) -> int:
         rows, columns = spec.shape[-2:]
         elements, members = rows * columns, spec.elements // max(1, rows * columns)
-        item = self._result_dtype(spec.dtype).itemsize
+        item = self.result_dtype(spec.dtype).itemsize
         short, long = min(rows, columns), max(rows, columns)
         on_gpu = traits_of(device).is_gpu
         thin = 8 * long * s * tasks
@@ -208,7 +190,7 @@ class IsoCTS:
     def row_map(self, source: DeltaSource) -> RowMap:
         """See ``Method`` and ``row_map_cts``."""
         columns, tasks = source.shape[1], source.n_tasks
-        promise = PROMISES[self.precision]
+        promise = self.promise
         k, s = split_rank(columns, tasks, self.common_fraction)
         if s == 0:
             algorithm = f"{self.name}/{IsoC.name}/by-rows"
@@ -259,10 +241,10 @@ class IsoCTS:
             value, stats = self._iso_c().merge(deltas)
             values = {**stats.values, "k": min(rows, columns), "s": 0}
             return value, replace(stats, algorithm=f"{self.name}/{stats.algorithm}", values=values)
-        spec = TensorSpec("", tuple(deltas.shape), deltas.origin.dtype)
-        return merge_certified(self._attempt, deltas, self.ladder(spec, deltas.n_tasks, deltas.device))
+        return super().merge(deltas)
 
-    def _attempt(self, deltas: DeltaSource, choice: Choice[Solver]) -> tuple[Tensor, MergeStats]:
+    def attempt(self, deltas: DeltaSource, choice: Choice[Solver]) -> tuple[Tensor, MergeStats]:
+        """See ``Spectral``."""
         solver = choice.solver
         origin, tasks = deltas.origin, deltas.n_tasks
         min_dim = min(origin.shape[-2:])
@@ -272,7 +254,7 @@ class IsoCTS:
         # In float64: rounding S to float32 alone was an error of 6e-5 (768 x 300, gap at the cut 0.3 %).
         total, squares, of_deltas = finite_sum(deltas, torch.float64, len(deltas.shape) - 2)
         require_comparable(of_deltas["delta_norms"], deltas.origin)
-        dtype = self._result_dtype(deltas.dtype)
+        dtype = self.result_dtype(deltas.dtype)
         sum_limit = rounding_of(squares.sum(0).sqrt(), origin)
         # V enters the recombination's small factors, whose conditioning float32 would not survive; U only products.
         long_dtype = torch.float64 if rows <= columns or isinstance(solver, FullSvd) else dtype
@@ -283,7 +265,7 @@ class IsoCTS:
 
         # What an error of S may leave in R, where that matters.
         error = None if common.is_whole else sum_limit
-        promise = PROMISES[self.precision]
+        promise = self.promise
         parts: list[Subspace] = []
         is_whole = common.is_whole
         spec = TensorSpec("", tuple(deltas.shape), deltas.dtype)
@@ -314,7 +296,7 @@ class IsoCTS:
         del total
         sigma = torch.cat([common.sigma, *(part.sigma for part in parts)], dim=-1)
         rank = (sigma > 0).sum(-1)
-        sigma_mean = spectral_mean(sigma.sum(-1), rank, min_dim, self.rank_policy) * nonzero
+        sigma_mean = self.mean(sigma.sum(-1), rank, min_dim) * nonzero
         unresolved = common.unresolved + sum(part.unresolved for part in parts)
         # Every direction that is off by θ costs √2 θ of √r, and those of tasks as much more as they are alike.
         squares = 2.0 * k * common.angle.square()

@@ -31,7 +31,6 @@ from ..linalg.gram_spectrum import GramSpectrum, eigh_workspace_bytes, gram_nois
 from ..linalg.protocol import polar_growth, rounding_tolerance
 from ..ops import sym_mm_add
 from .certified import exact_products
-from .protocol import spectral_mean
 from .recombine import SAME_DIRECTION, over_columns, projection_angle, small_problem
 from .row_maps import (
     ROUNDING,
@@ -46,6 +45,7 @@ from .row_maps import (
     sum_spectrum,
 )
 from .source import DeltaSource, RowBlock, TensorSpec
+from .spectral import spectral_mean
 from .stats import Check, MergeStats
 
 

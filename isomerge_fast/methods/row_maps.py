@@ -21,8 +21,8 @@ from ..linalg.gram_spectrum import GramSpectrum, eigh_workspace_bytes, gram_nois
 from ..linalg.protocol import rounding_tolerance
 from ..ops import BLOCK_ELEMENTS, TaskSum, sym_mm_add, traits_of
 from .certified import exact_products
-from .protocol import spectral_mean
 from .source import DeltaSource, RowBlock, TensorSpec
+from .spectral import spectral_mean
 from .stats import Check, MergeStats
 from .sums import delta_sizes, require_comparable
 

@@ -1,0 +1,145 @@
+"""What a method is: a base class with defaults, its options, and what it makes of rows."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import Field, dataclass, fields
+from typing import Any, ClassVar, Protocol, Self
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError, shown
+from ..values import number, whole_number, word
+from .source import DeltaSource, RowBlock, TensorSpec
+from .stats import MergeStats
+
+
+class RowMap(Protocol):
+    """The merged Δ as a function of single rows of the deltas: what a method has learnt from passes over all of them.
+
+    The merged Δ itself is then never held: its rows are made in one last pass, in order.
+    """
+
+    def rows(self, block: RowBlock) -> Tensor:
+        """The merged Δ of these rows, float32 or float64, fresh. Of methods for ``any_shape`` called from several
+        threads at once.
+        """
+        ...
+
+    def stats(self) -> MergeStats:
+        """The evidence, when every row was asked for.
+
+        Raises:
+            NotFiniteError: naming the tasks that hold NaN or Inf.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Method(ABC):
+    """How T deltas become one: a frozen dataclass of hyper-parameters, which are the keys of ``options`` in a config.
+
+    A method states its ``name`` and ``merge``, and of the rest what is not as here. ``linear.Linear``,
+    ``elementwise.Elementwise`` and ``spectral.Spectral`` state more.
+    """
+
+    name: ClassVar[str]
+    citation: ClassVar[str] = ""
+    default_exclude: ClassVar[tuple[str, ...]] = ()
+    """Shell patterns of tensors that are averaged, unless an override says otherwise."""
+    any_shape: ClassVar[bool] = False
+    """Whether it is defined on single elements, so that tensors of any shape can be cut up in any way; it then has a
+    ``row_map``."""
+    basis_free: ClassVar[bool] = False
+    """Whether it commutes with a change to orthonormal coordinates, so that adapters are merged as thin factors."""
+    deltas_taken: ClassVar[int] = 0
+    """How often ``merge`` takes every Δ_t by itself, beside their sum: what is not held is read again for it."""
+    row_map_passes: ClassVar[int] = 0
+    """How often ``row_map`` goes through all rows, before they are gone through to be written."""
+
+    def __post_init__(self) -> None:
+        for option in fields(self):
+            object.__setattr__(self, option.name, read_option(self.name, option, getattr(self, option.name)))
+
+    @property
+    def ceiling(self) -> int | None:
+        """The ceiling on ``workspace_bytes`` that decides between solvers; None where there is none."""
+        return None
+
+    def within(self, memory_bytes: int | None) -> Self:
+        """Return the method with that ``ceiling``: itself, where it has no choice."""
+        return self
+
+    def exact(self) -> Self:
+        """Return the method as it judges others: with its reference solver, where it has solvers."""
+        return self
+
+    def accepts(self, spec: TensorSpec) -> bool:
+        """Return whether tensors of this shape are merged by the method (others are averaged)."""
+        return self.any_shape or len(spec.shape) == 2
+
+    def explain(self, spec: TensorSpec, tasks: int, device: torch.device) -> str:
+        """Return which solver a tensor gets, and why; how the tensor is merged where there is no choice."""
+        return "every float tensor" if self.any_shape else "every matrix"
+
+    def check(self, spec: TensorSpec, tasks: int) -> None:  # noqa: B027  # most fit every tensor
+        """Raise ConfigError when the options do not fit this tensor."""
+
+    def workspace_bytes(self, spec: TensorSpec, tasks: int, device: torch.device) -> int:
+        """Return the peak bytes inside ``merge`` beyond what ``deltas`` holds, the result included.
+
+        By default room for all Δ_t, and for a float64 SVD of one.
+        """
+        return tasks * spec.bytes + 8 * 6 * spec.elements
+
+    def flops(self, spec: TensorSpec, tasks: int) -> float:
+        """Return the floating-point operations of one merge, for estimates of time; by default those of a sum, and of
+        a Gram matrix, its eigenvectors and a product where matrices are taken.
+        """
+        if self.any_shape:
+            return 2.0 * tasks * spec.elements
+        # Two float64 GEMMs count double; LAPACK's eigensolver costs about six.
+        short = min(spec.shape)
+        return 12.0 * spec.elements * short + 12.0 * short**3
+
+    @abstractmethod
+    def merge(self, deltas: DeltaSource) -> tuple[Tensor, MergeStats]:
+        """Return the merged Δ before ``scaling``, float32 or float64, and its evidence.
+
+        Raises:
+            NotFiniteError: naming the tasks that hold NaN or Inf.
+        """
+        ...
+
+    def row_map(self, source: DeltaSource) -> RowMap:
+        """Return the merged Δ as a function of rows, for tensors whose ``row_map_bytes`` is a number."""
+        raise NotImplementedError(f"method {self.name!r} has no row map")
+
+    def row_map_bytes(self, spec: TensorSpec, tasks: int, block_elements: int, device: torch.device) -> int | None:
+        """Return the peak bytes of ``row_map`` and of ``RowMap.rows`` beyond the block's own raw tensors, with blocks
+        of that many elements; None where the method has no such form for this tensor.
+        """
+        return None
+
+
+def read_option(method: str, option: Field[Any], value: Any) -> Any:
+    """Return an option of a method as its field's type: of texts, the numbers that they stand for.
+
+    A field that takes objects names their class in its ``metadata``, under ``kind``.
+
+    Raises:
+        ConfigError: something else.
+    """
+    what = f"option {option.name!r} of method {method!r}"
+    if isinstance(option.default, float):
+        return number(value, what)
+    if isinstance(option.default, str):
+        return word(value, what)
+    if option.type == "int | None":
+        return None if value is None else whole_number(value, what, 0)
+    # Set by who has such an object at hand; no word or number stands for one.
+    kind = option.metadata.get("kind", object)
+    if value is not None and not isinstance(value, kind):
+        raise ConfigError(f"{what} is {shown(value)}; it is an object, set in Python: a {kind.__name__}")
+    return value

@@ -1,0 +1,93 @@
+"""Methods that take every element by itself: the median of its deltas, say, or those of the sign that most have."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from .base import Method, RowMap
+from .row_maps import Seen
+from .source import DeltaSource, RowBlock, TensorSpec
+from .stats import MergeStats
+
+# Elements of all tasks that are combined at once: 4 MiB in float32.
+STACKED_ELEMENTS = 1 << 20
+# What ``combine`` is given, and what it may make of that: an order, as integers of 8 bytes, is two of its size.
+STACKS = 4
+
+
+@dataclass(frozen=True)
+class Elementwise(Method):
+    """Δ_i = f(Δ_1i, …, Δ_Ti). A method states f (``combine``), and takes tensors of any shape."""
+
+    any_shape: ClassVar[bool] = True
+
+    @abstractmethod
+    def combine(self, deltas: Tensor) -> Tensor:
+        """Return f of stacked deltas [T, ...] of some elements, in their order: [...]. The stack may be overwritten.
+
+        Which elements come together is left open. Called from several threads at once.
+        """
+        ...
+
+    def workspace_bytes(self, spec: TensorSpec, tasks: int, device: torch.device) -> int:
+        """See ``Method``."""
+        return spec.bytes + _combining_bytes(spec, tasks, spec.elements)
+
+    def merge(self, deltas: DeltaSource) -> tuple[Tensor, MergeStats]:
+        """See ``Method``."""
+        value = torch.empty(deltas.shape, dtype=deltas.dtype, device=deltas.device)
+        row_map = self.row_map(deltas)
+
+        def combine(part: RowBlock) -> None:
+            value[part.rows] = row_map.rows(part)
+
+        for block in deltas.blocks():
+            deltas.threads.map(combine, deltas.threads.parts(block))
+        return value, row_map.stats()
+
+    def row_map(self, source: DeltaSource) -> RowMap:
+        """See ``Method``."""
+        return ElementwiseMap(source, self.name, self.combine)
+
+    def row_map_bytes(self, spec: TensorSpec, tasks: int, block_elements: int, device: torch.device) -> int | None:
+        """See ``Method``."""
+        return spec.dtype.itemsize * block_elements + _combining_bytes(spec, tasks, block_elements)
+
+
+class ElementwiseMap:
+    """f of the deltas, element by element; see ``RowMap``."""
+
+    def __init__(self, source: DeltaSource, algorithm: str, combine: Callable[[Tensor], Tensor]) -> None:
+        self._tasks, self._dtype, self._algorithm, self._combine = source.n_tasks, source.dtype, algorithm, combine
+        self._seen = Seen()
+
+    def rows(self, block: RowBlock) -> Tensor:
+        """See ``RowMap``."""
+        found = block.sum(self._dtype)  # for NaN, Inf and norms; its memory is that of the result
+        self._seen.add(block.rows.start, found)
+        rows, *others = found.total.shape
+        step = max(1, STACKED_ELEMENTS // (self._tasks * max(1, found.total[:1].numel())))
+        for start in range(0, rows, step):
+            part = block.part(slice(start, min(start + step, rows)))
+            place = slice(start, min(start + step, rows))
+            stack = found.total.new_empty(self._tasks, place.stop - start, *others)
+            for task, delta in enumerate(stack):
+                part.delta(task, self._dtype, out=delta)
+            found.total[place] = self._combine(stack)
+        return found.total
+
+    def stats(self) -> MergeStats:
+        """See ``RowMap``."""
+        return MergeStats(self._algorithm, self._seen.values()[1])
+
+
+def _combining_bytes(spec: TensorSpec, tasks: int, elements: int) -> int:
+    """Return the bytes of the stacks that threads are at, of so many elements."""
+    at_once = min(tasks * elements, torch.get_num_threads() * STACKED_ELEMENTS)
+    return STACKS * spec.dtype.itemsize * at_once
