@@ -22,7 +22,7 @@ from benchmarks.harness.scratch import kept
 from isomerge_fast.bench.problems import Kind, deltas_like_fine_tuning
 from isomerge_fast.linalg.auto import subspace_ladder
 from isomerge_fast.linalg.gram_eigh import GramEigh
-from isomerge_fast.linalg.protocol import default_tolerance
+from isomerge_fast.linalg.protocol import Solver, default_tolerance
 from isomerge_fast.methods.iso_cts import split_rank
 
 TORCH, TORCH_LOWRANK, NUMPY, EIGH = "torch", "torch-svd-lowrank", "numpy-fp64", "gram-eigh"
@@ -47,8 +47,8 @@ def task_part(shape: tuple[int, int], kind: Kind, device: torch.device) -> Probl
     k, s = split_rank(min(shape), TASKS, 0.8)
     solver = subspace_ladder("default", torch.float32)[0].solver
     norm = torch.linalg.vector_norm(delta.double())
-    found = solver.top_subspace(total, k, complement=True, dtype=torch.float32, short_only=True)
-    common = solver.complete(total, found, torch.float32)
+    factors = solver.factorize(total)
+    common = factors.complete(factors.top(k), torch.float32)
     u_k = common.u
     exact_u_k = common.u.double()
 
@@ -62,13 +62,13 @@ def task_part(shape: tuple[int, int], kind: Kind, device: torch.device) -> Probl
     def residual() -> Tensor:
         return delta - u_k @ (u_k.mT @ delta)
 
-    def by_solver(solver: GramEigh) -> Tensor:
+    def by_solver(solver: Solver) -> Tensor:
         options = {"norm": norm, "tolerance": default_tolerance(delta)}
-        return solver.residual_subspace(delta, total, common, s, **options).u
+        return solver.factorize(total).residual(delta, common, s, **options).u
 
     array, array_u_k = delta.double().cpu().numpy(), exact_u_k.cpu().numpy()
     calls = {
-        OURS: lambda: by_solver(solver),  # type: ignore[arg-type]  # the ladder's first is a GramEigh
+        OURS: lambda: by_solver(solver),
         EIGH: lambda: by_solver(GramEigh()),
         TORCH: lambda: torch.linalg.svd(residual(), full_matrices=False)[0][:, :s],
         TORCH_LOWRANK: lambda: torch.svd_lowrank(residual(), q=s + 9, niter=8)[0][:, :s],
@@ -90,8 +90,8 @@ def common_part(shape: tuple[int, int], kind: Kind, device: torch.device) -> Pro
 
     def ours() -> Tensor:
         solver = subspace_ladder("default", torch.float32)[0].solver
-        found = solver.top_subspace(total, k, dtype=torch.float32, short_only=True)
-        return solver.complete(total, found, torch.float32).u
+        factors = solver.factorize(total)
+        return factors.complete(factors.top(k), torch.float32).u
 
     single = total.float()
     calls = {

@@ -214,7 +214,7 @@ def test_members_without_a_solution_are_missed(library: OnTheCpu, monkeypatch: p
     assert values.isnan().all(-1).tolist() == [False, True, False]
     _, stats = GramEigh().polar(x)
     assert stats.nuclear_norm.isnan().tolist() == [False, True, False]
-    assert GramEigh().top_subspace(x, 4).sigma.isnan().all(-1).tolist() == [False, True, False]
+    assert GramEigh().factorize(x).top(4).sigma.isnan().all(-1).tolist() == [False, True, False]
 
 
 def test_a_refusal_is_an_error(library: OnTheCpu) -> None:

@@ -315,11 +315,13 @@ def test_solvers_against_numpy(solver, shape: tuple[int, int]) -> None:
     q, stats = solver.polar(x)
     assert oracle.relative_error(q.numpy(), u @ v.T) <= 1e-8
     assert stats.nuclear_norm.item() == pytest.approx(sigma.sum(), rel=1e-9)
-    top = solver.top_subspace(x, 7, complement=True)
+    factors = solver.factorize(x)
+    top = factors.complete(factors.top(7), torch.float64)
+    complement = factors.complement(top)
     assert top.sigma.numpy() == pytest.approx(sigma[:7], rel=1e-8)
     assert oracle.relative_error((top.u @ top.v.mT).numpy(), u[:, :7] @ v[:, :7].T) <= 1e-7
     # The complement is the rest of the short side: together they are the identity.
-    short = top.short @ top.short.mT + top.complement @ top.complement.mT
+    short = top.short @ top.short.mT + complement @ complement.mT
     assert oracle.relative_error(short.numpy(), np.eye(min(shape))) <= 1e-10
 
 

@@ -21,7 +21,7 @@ from isomerge_fast.linalg.auto import PROMISES, polar_ladder
 from isomerge_fast.linalg.certificate import PROBES, fixed_draw, orthogonality, probes, symmetry
 from isomerge_fast.linalg.gram_eigh import GramEigh
 from isomerge_fast.linalg.polar_traced import TracedPolar
-from isomerge_fast.linalg.protocol import Solver, polar_growth
+from isomerge_fast.linalg.protocol import Solver, Subspace, polar_growth
 from isomerge_fast.linalg.sides import long_blocks
 from isomerge_fast.linalg.subspace_chebyshev import ChebyshevSubspace, filtered_block
 from isomerge_fast.linalg.svd import FullSvd
@@ -407,12 +407,13 @@ def test_search_knows_its_angle(kind: str) -> None:
         deltas = [delta + 70.0 * shared for delta in deltas]
     total = torch.stack(deltas).double().sum(0)
     solver = ChebyshevSubspace()
-    common = solver.top_subspace(total, k, dtype=torch.float32)
+    factors, judge = solver.factorize(total), GramEigh().factorize(total)
+    common = factors.complete(factors.top(k), torch.float32)
     for delta in deltas[:2]:
         norm = delta.double().norm()
         tolerance = torch.zeros((), dtype=torch.float64)
-        found = solver.residual_subspace(delta, total, common, s, norm=norm, tolerance=tolerance)
-        exact = GramEigh().residual_subspace(delta, total, common, s, norm=norm, tolerance=tolerance)
+        found = factors.residual(delta, common, s, norm=norm, tolerance=tolerance)
+        exact = judge.residual(delta, common, s, norm=norm, tolerance=tolerance)
         assert exact.long is not None
         assert found.long is not None
         sine = (found.short - exact.short @ (exact.short.mT @ found.short)).norm() / s**0.5
@@ -420,18 +421,18 @@ def test_search_knows_its_angle(kind: str) -> None:
         assert sine <= found.angle + exact.angle + 1e-12
         assert found.angle <= max(solver.angle, exact.angle.item())  # of what the search misses, that of eigh
         assert oracle.relative_error(found.sigma.numpy(), exact.sigma.numpy()) <= 1e-6
-        product, judge = found.long @ found.short.mT, exact.long @ exact.short.mT
-        assert oracle.relative_error(product.numpy(), judge.numpy()) <= 10 * (found.angle + exact.angle) + 1e-9
+        product, expected = found.long @ found.short.mT, exact.long @ exact.short.mT
+        assert oracle.relative_error(product.numpy(), expected.numpy()) <= 10 * (found.angle + exact.angle) + 1e-9
 
 
 def test_search_that_cannot_reach_its_angle_is_exact() -> None:
     deltas = Case(0, 1100, 260, 1e2, 8).deltas()
     total = torch.stack(deltas).double().sum(0)
-    solver = ChebyshevSubspace(angle=1e-15, corrections=1)
-    common = solver.top_subspace(total, 212, dtype=torch.float32)
+    factors = ChebyshevSubspace(angle=1e-15, corrections=1).factorize(total)
+    common = factors.complete(factors.top(212), torch.float32)
     norm, tolerance = deltas[0].double().norm(), torch.zeros((), dtype=torch.float64)
-    found = solver.residual_subspace(deltas[0], total, common, 6, norm=norm, tolerance=tolerance)
-    exact = GramEigh().residual_subspace(deltas[0], total, common, 6, norm=norm, tolerance=tolerance)
+    found = factors.residual(deltas[0], common, 6, norm=norm, tolerance=tolerance)
+    exact = GramEigh().factorize(total).residual(deltas[0], common, 6, norm=norm, tolerance=tolerance)
     assert torch.equal(found.short, exact.short)
     # Nor is there a search where rounding reaches what is looked for.
     gram = torch.diag(torch.linspace(1.0, 0.0, 300))
@@ -444,6 +445,14 @@ class FreshDeltas(MemoryDeltas):
 
     def delta(self, task: int) -> Tensor:
         return super().delta(task).clone()
+
+
+def split(solver: Solver, x: Tensor, k: int, dtype: torch.dtype) -> tuple[Subspace, Tensor]:
+    """The top k triplets and the short side's other directions."""
+    factors = solver.factorize(x)
+    top = factors.top(k)
+    complement = factors.complement(top)
+    return factors.complete(top, dtype), complement
 
 
 WORKSPACE_SHAPES = [(300, 300), (260, 1100), (1100, 260), (64, 9000), (9000, 64), (600, 600)]
@@ -459,7 +468,7 @@ def test_solver_keeps_to_its_workspace(solver: Solver, shape: tuple[int, int]) -
         promised = solver.workspace_bytes(*shape, dtype, CPU)
         peak, _ = peak_bytes(lambda dtype=dtype: solver.polar(total, dtype=dtype))
         assert peak <= promised <= 4 * peak
-        peak, _ = peak_bytes(lambda dtype=dtype: solver.top_subspace(total, k, complement=True, dtype=dtype))
+        peak, _ = peak_bytes(lambda dtype=dtype: split(solver, total, k, dtype))
         assert peak <= promised
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from isomerge_fast.bench.problems import Kind, deltas_like_fine_tuning
 from isomerge_fast.linalg import subspace_chebyshev
-from isomerge_fast.linalg.gram_eigh import GramEigh
+from isomerge_fast.linalg.gram_eigh import GramFactorization
 from isomerge_fast.methods import METHODS, MemoryDeltas, MergeStats
 
 TASKS = 8
@@ -83,7 +83,7 @@ def test_directions_that_tasks_share_do_not_stop_the_search_of_a_tall_matrix(
     deltas = deltas_of((1536, 768))
     generator = torch.Generator().manual_seed(0)
     shared = 0.2 * torch.randn(1536, 16, generator=generator) @ torch.randn(16, 768, generator=generator)
-    monkeypatch.setattr(GramEigh, "residual_subspace", lambda *_, **__: pytest.fail("all directions are computed"))
+    monkeypatch.setattr(GramFactorization, "residual", lambda *_, **__: pytest.fail("all directions are computed"))
     with pretend_gpu() as gpu:
         _, stats = merge(gpu, "iso-cts", [delta + shared for delta in deltas])
     assert not stats.missed()
@@ -95,8 +95,8 @@ def test_parts_of_wide_matrices_are_searched_for_where_an_eigensolver_would_take
 ) -> None:
     monkeypatch.setattr(subspace_chebyshev, "SMALLEST_WIDE_PART", 150)
     deltas = deltas_like_fine_tuning(800, 900, TASKS, kind)
-    eigensolver = GramEigh._top_of_projected
-    monkeypatch.setattr(GramEigh, "_top_of_projected", lambda *_: pytest.fail("all directions are computed"))
+    eigensolver = GramFactorization._top_of_projected
+    monkeypatch.setattr(GramFactorization, "_top_of_projected", lambda *_: pytest.fail("all directions are computed"))
     expected, _ = METHODS["iso-cts"](precision="reference").merge(MemoryDeltas(deltas))
     for precision, promise in (("default", 1e-5), ("fast", 1e-2)):
         with pretend_gpu() as gpu:
@@ -106,7 +106,7 @@ def test_parts_of_wide_matrices_are_searched_for_where_an_eigensolver_would_take
         assert not stats.missed()
         assert torch.linalg.vector_norm(value.held - expected) <= promise * torch.linalg.vector_norm(expected)
     # Where there are fewer directions than wanted.
-    monkeypatch.setattr(GramEigh, "_top_of_projected", eigensolver)
+    monkeypatch.setattr(GramFactorization, "_top_of_projected", eigensolver)
     low = [delta[:, :6] @ delta[:6] for delta in deltas]
     with pretend_gpu() as gpu:
         value, stats = merge(gpu, "iso-cts", low)

@@ -14,7 +14,6 @@ from ..ops import DeviceTraits, traits_of
 from .gram_eigh import GramEigh
 from .polar_express import PolarExpress
 from .polar_gram import GramNewtonSchulz
-from .polar_traced import TracedPolar
 from .protocol import PolarSolver, Solver
 from .subspace_chebyshev import ChebyshevSubspace
 from .svd import FullSvd
@@ -131,18 +130,6 @@ def subspace_ladder(
         return (exact, *last)
     loose = ChebyshevSubspace(parts_dtype=torch.float32, angle=FAST_ANGLE)
     return (Choice(loose, "as default, the task parts in float32 or to a looser angle"), exact, *last)
-
-
-def small_polar(solver: PolarSolver, device: torch.device) -> PolarSolver:
-    """Return the solver of the small polar factors of Iso-CTS, of sides up to 0.4 r, beside that of its subspaces.
-
-    Products alone where tensor cores multiply float64: of side n some 50 n³ operations, with the traces, where an
-    eigensolver has 9 n³ and n columns one after the other. Elsewhere float64 products take longer than that. A full
-    SVD is asked for to depend on nothing else.
-    """
-    if isinstance(solver, FullSvd) or not traits_of(device).has_float64_tensor_cores:
-        return solver
-    return TracedPolar(solver)
 
 
 def _svd_reason(precision: str, dtype: torch.dtype) -> str:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -22,7 +22,10 @@ from torch import Tensor
 from ..ops import sym_mm, sym_mm_add, traits_of
 from .certificate import probes
 from .cusolver import eigh
+from .polar_traced import TracedPolar
 from .protocol import (
+    Factorization,
+    PolarSolver,
     PolarStats,
     Solver,
     Subspace,
@@ -71,42 +74,127 @@ class GramEigh(Solver):
         """Singular values below this times σ₁ are in the noise, and truncated: √(2 · noise)."""
         return math.sqrt(2.0 * self.noise)
 
-    def polar(
-        self, x: Tensor, *, tolerance: Tensor | None = None, dtype: torch.dtype | None = None
-    ) -> tuple[Tensor, PolarStats]:
-        """See ``PolarSolver``.
+    def factorize(self, x: Tensor, *, tolerance: Tensor | None = None) -> GramFactorization:
+        """See ``Solver``."""
+        return GramFactorization(x, default_tolerance(x) if tolerance is None else tolerance, self)
+
+    def long_dtypes(
+        self, wide: bool, dtype: torch.dtype, device: torch.device
+    ) -> tuple[torch.dtype | None, torch.dtype]:
+        """See ``Solver``: S stays the only large thing beside Δ_t.
+
+        V enters the recombination's small factors, whose conditioning float32 would not survive; U only products.
+        """
+        return None, torch.float64 if wide else dtype
+
+    def small_polar(self, device: torch.device) -> PolarSolver:
+        """See ``Solver``.
+
+        Products alone where tensor cores multiply float64: of side n some 50 n³ operations, with the traces, where an
+        eigensolver has 9 n³ and n columns one after the other. Elsewhere float64 products take longer than that.
+        """
+        return TracedPolar(self) if traits_of(device).has_float64_tensor_cores else self
+
+    def workspace_bytes(self, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> int:
+        """Peak bytes beyond the input: the result, a few r x r (eigh's copy, vectors and 2 r² of work), blocks."""
+        short = min(rows, columns)
+        blocks = 3 * min(rows * columns, max(block_elements(device), short))
+        return dtype.itemsize * rows * columns + self.dtype.itemsize * (7 * short**2 + blocks) + 8 * short**2
+
+    def part_bytes(
+        self, rows: int, columns: int, k: int, s: int, at_once: int, dtype: torch.dtype, device: torch.device
+    ) -> int:
+        """See ``Solver``: no copies of Δ or S, only blocks of them."""
+        short = min(rows, columns)
+        if not traits_of(device).is_gpu or rows > columns:
+            return at_once * 8 * 10 * short**2
+        # C_t = Q_cᵀ Δ_t, and the eigensolver of C_t C_tᵀ; V_k's side of S, and blocks of Δ_t in float64.
+        c = short - k
+        blocks = min(at_once * rows * columns, 2 * max(block_elements(device), short))
+        return at_once * 8 * (c * columns + 7 * c**2 + 3 * columns * s) + 8 * (short**2 + blocks)
+
+    def eigh(self, gram: Tensor, tolerance: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Eigenvectors in ``dtype``, singular values, and these with the truncated ones set to zero; all descending."""
+        eigenvalues, vectors = eigh(gram)
+        sigma = eigenvalues.flip(-1).double().clamp_min(0.0).sqrt()
+        limit = torch.maximum(tolerance.double(), (2.0 * self.blur(sigma)).sqrt())
+        # NaN, which is what ``eigh`` gives of a member it could not solve, is no rank 0: it stays.
+        return vectors.flip(-1), sigma, torch.where(sigma <= limit[..., None], 0.0, sigma)
+
+    def narrow_gram(self, x: Tensor) -> Tensor | None:
+        """The Gram matrix multiplied in float32 and converted, or None where its rounding would show in Q.
+
+        It leaves at most 2.5 ε₃₂ (rms(σ) rms(1/σ))² in Q (160 x 64 … 4096 x 256, noise, spikes, decay). Both means come
+        without an eigensolver: tr G, and tr G⁻¹ = E ‖L⁻¹ω‖² with the Cholesky factor L. Long matrices pass, square ones
+        do not. Reads one flag, and none where float64 is as fast and nothing is to be gained.
+        """
+        rows, columns = x.shape[-2:]
+        short = min(rows, columns)
+        if short == 0 or max(rows, columns) < 2 * short or traits_of(x.device).has_float64_tensor_cores:
+            return None
+        gram = short_gram(x, dtype=torch.float32)
+        lower, failed = torch.linalg.cholesky_ex(gram)
+        solved = torch.linalg.solve_triangular(lower, probes(short, torch.float32, x.device), upper=False)
+        spread = gram.diagonal(dim1=-2, dim2=-1).sum(-1) * solved.square().sum((-2, -1)) / short**2  # squared
+        passed = (failed == 0) & (2.5 * EPS * spread.double() <= self.rounding)
+        return gram.double() if bool(passed.all()) else None
+
+    def blur(self, sigma: Tensor) -> Tensor:
+        """What σ² is off by, [..., r] -> [...]; products below the smallest number over ε have lost digits."""
+        info = torch.finfo(self.dtype)
+        return self.noise * sigma[..., :1].square().sum(-1) + info.tiny / info.eps
+
+    def unresolved(self, sigma: Tensor, tolerance: Tensor) -> Tensor:
+        return _hidden(sigma, self.blur(sigma), tolerance)
+
+    def seen(self, unresolved: Tensor, products: tuple[Product, Product], kept: Tensor, tolerance: Tensor) -> Tensor:
+        """``unresolved``, and 0 where products with X itself, whose rounding is not squared, show that nothing beyond
+        the kept directions is above the tolerance. That is what sums of low rank come to.
+        """
+        if self.dtype != torch.float64:
+            return unresolved
+        return torch.where(largest_beyond(*products, kept) <= tolerance, 0, unresolved)
+
+
+@dataclass(frozen=True, eq=False)
+class GramFactorization(Factorization):
+    """X as the eigenvectors of its short side's Gram matrix tell of it."""
+
+    solver: GramEigh
+
+    def polar(self, dtype: torch.dtype) -> tuple[Tensor, PolarStats]:
+        """See ``Factorization``.
 
         G^(-1/2) X is multiplied in the result's dtype where its rounding leaves an error below ``rounding``, else in
         float64; the Newton-Schulz step is left out where the eigenvalues' noise leaves less than that. Reads one flag
         from the device for both.
         """
-        dtype = dtype or x.dtype
-        limit = default_tolerance(x) if tolerance is None else tolerance
-        gram = self._narrow_gram(x) if x.dtype == torch.float32 and self.dtype == torch.float64 else None
+        solver, x, limit = self.solver, self.x, self.tolerance
+        gram = solver.narrow_gram(x) if x.dtype == torch.float32 and solver.dtype == torch.float64 else None
         narrow_gram = gram is not None
-        vectors, sigma, kept_sigma = self._eigh(gram if narrow_gram else short_gram(x, dtype=self.dtype), limit)
+        vectors, sigma, kept_sigma = solver.eigh(gram if narrow_gram else short_gram(x, dtype=solver.dtype), limit)
         del gram
         keep = kept_sigma > 0
         rank = keep.sum(-1)
         inverse = reciprocal(kept_sigma)
         # Of eigh's noise in every eigenvalue, relative to that eigenvalue.
-        noise = self.noise * sigma[..., :1].square().sum(-1) * (inverse.pow(4).sum(-1) / rank.clamp_min(1)).sqrt()
-        rounding = self.rounding if dtype != torch.float64 else 1e-2 * self.rounding
+        noise = solver.noise * sigma[..., :1].square().sum(-1) * (inverse.pow(4).sum(-1) / rank.clamp_min(1)).sqrt()
+        rounding = solver.rounding if dtype != torch.float64 else 1e-2 * solver.rounding
         spread = _spread(kept_sigma, inverse)
         if narrow_gram:
             noise = torch.zeros_like(noise)  # what is left is skew, which no Newton-Schulz step mends
-        unresolved = self._unresolved(sigma, limit)
+        unresolved = solver.unresolved(sigma, limit)
         small = torch.stack([PRODUCT * spread <= rounding, noise <= rounding, unresolved == 0])
         narrow, clean, resolved = small.reshape(3, -1).all(1).tolist()
         if not resolved:
-            unresolved = self._seen(unresolved, _products(x), vectors * keep[..., None, :], limit)
+            unresolved = solver.seen(unresolved, _products(x), vectors * keep[..., None, :], limit)
         stats = PolarStats(
-            self.name,
+            solver.name,
             kept_sigma.sum(-1),
             rank,
             orthogonality=torch.empty(0),
             unresolved=unresolved,
-            error=skew_error(self._blur(sigma)[..., None] * inverse.square()),
+            error=skew_error(solver.blur(sigma)[..., None] * inverse.square()),
             sigma=kept_sigma,
             spread=spread,
         )
@@ -128,64 +216,63 @@ class GramEigh(Solver):
         short_multiply(step, q, q)
         return q, replace(stats, orthogonality=orthogonality)
 
-    def top_subspace(
-        self,
-        x: Tensor,
-        k: int,
-        *,
-        tolerance: Tensor | None = None,
-        complement: bool = False,
-        dtype: torch.dtype | None = None,
-        short_only: bool = False,
-    ) -> Subspace:
-        """See ``SubspaceSolver``. Reads two flags from the device at once."""
-        limit = default_tolerance(x) if tolerance is None else tolerance
-        vectors, sigma, kept_sigma = self._eigh(short_gram(x, dtype=self.dtype), limit)
+    @cached_property
+    def vectors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What ``GramEigh.eigh`` returns, the vectors in float64."""
+        vectors, sigma, kept_sigma = self.solver.eigh(short_gram(self.x, dtype=self.solver.dtype), self.tolerance)
+        return vectors.double(), sigma, kept_sigma
+
+    def top(self, k: int) -> Subspace:
+        """See ``Factorization``. Reads two flags from the device at once."""
+        solver, limit = self.solver, self.tolerance
+        vectors, sigma, kept_sigma = self.vectors
         kept_sigma = kept_sigma[..., :k]
-        vectors = vectors.double()
         top = vectors[..., :, :k] * (kept_sigma > 0)[..., None, :]
-        unresolved = self._unresolved(sigma[..., :k], limit)
+        unresolved = solver.unresolved(sigma[..., :k], limit)
         is_hiding, is_whole = torch.stack([(unresolved > 0).any(), (kept_sigma > 0).all()]).tolist()
         if is_hiding:
-            unresolved = self._seen(unresolved, _products(x), top, limit)
-        subspace = Subspace(
+            unresolved = solver.seen(unresolved, _products(self.x), top, limit)
+        return Subspace(
             short=top,
             long=None,
             sigma=kept_sigma,
-            complement=complement_basis(vectors[..., :, k:], top, is_whole=is_whole) if complement else None,
+            complement=None,
             gap=relative_gap(sigma, k),
-            angle=rounding_angle(sigma, k, limit, self._blur(sigma)),
+            angle=rounding_angle(sigma, k, limit, solver.blur(sigma)),
             unresolved=unresolved,
-            wide=x.shape[-2] <= x.shape[-1],
+            wide=self.x.shape[-2] <= self.x.shape[-1],
+            is_whole=is_whole,
         )
-        return subspace if short_only else self.complete(x, subspace, dtype or x.dtype)
 
-    def complete(self, x: Tensor, subspace: Subspace, dtype: torch.dtype) -> Subspace:
-        """See ``SubspaceSolver``: X maps the short side's vectors to the long side's, times σ. As in ``polar``, a
+    def complement(self, top: Subspace) -> Tensor:
+        """See ``Factorization``."""
+        return complement_basis(self.vectors[0][..., :, top.sigma.shape[-1] :], top)
+
+    def complete(self, top: Subspace, dtype: torch.dtype) -> Subspace:
+        """See ``Factorization``: X maps the short side's vectors to the long side's, times σ. As in ``polar``, a
         float32 result is computed in float32 where that leaves an error below ``rounding``, which is a flag to be read;
         not where float64 is as fast.
         """
-        inverse = reciprocal(subspace.sigma)
-        scaled = subspace.short * inverse[..., None, :]
-        is_slow = dtype == torch.float32 and not traits_of(x.device).has_float64_tensor_cores
-        if is_slow and bool((PRODUCT * _spread(subspace.sigma, inverse) <= self.rounding).all()):
+        inverse = reciprocal(top.sigma)
+        scaled = top.short * inverse[..., None, :]
+        is_slow = dtype == torch.float32 and not traits_of(self.x.device).has_float64_tensor_cores
+        if is_slow and bool((PRODUCT * _spread(top.sigma, inverse) <= self.solver.rounding).all()):
             scaled = scaled.to(dtype)
-        return replace(subspace, long=long_product(x, scaled, dtype))
+        return replace(top, long=long_product(self.x, scaled, dtype))
 
-    def residual_subspace(
-        self, delta: Tensor, total: Tensor, common: Subspace, s: int, *, norm: Tensor, tolerance: Tensor
-    ) -> Subspace:
-        """See ``SubspaceSolver``. R itself is never formed; all that is N x N or smaller is float64.
+    def residual(self, delta: Tensor, common: Subspace, s: int, *, norm: Tensor, tolerance: Tensor) -> Subspace:
+        """See ``Factorization``. R itself is never formed; all that is N x N or smaller is float64.
 
         Wide: with Q_c = ``common.complement``, C = Q_cᵀ Δ has few rows and R = Q_c C.
         Tall: U_kᵀ Δ = Y = Σ_k⁻¹ V_kᵀ (SᵀΔ), RᵀR = ΔᵀΔ − YᵀY, and R E = Δ E − S V_k Σ_k⁻¹ Y E for the s directions E
         kept.
         """
+        solver, total = self.solver, self.x
         if common.wide:
             assert common.complement is not None
-            projected = short_project(common.complement.to(self.parts_dtype), delta)
+            projected = short_project(common.complement.to(solver.parts_dtype), delta)
             # The projection's own rounding: what it hides, and what it turns at the cut.
-            rounding = torch.finfo(self.parts_dtype).eps * norm
+            rounding = torch.finfo(solver.parts_dtype).eps * norm
             noise = torch.maximum(tolerance, 4.0 * rounding)
             part = self._top_of_projected(projected, s, tolerance)
             visible = part.sigma > noise[..., None]
@@ -198,9 +285,9 @@ class GramEigh(Solver):
                 unresolved=part.unresolved + (~visible & (noise > tolerance)[..., None]).sum(-1),
             )
         y = common.whitened.mT @ short_gram(total, delta)
-        vectors, sigma, kept_sigma = self._eigh(sym_mm_add(short_gram(delta), y.mT, alpha=-1.0), tolerance)
+        vectors, sigma, kept_sigma = solver.eigh(sym_mm_add(short_gram(delta), y.mT, alpha=-1.0), tolerance)
         # What cancels in ΔᵀΔ − YᵀY leaves rounding of the size of ‖Δ‖².
-        noise = self.noise * norm.square()
+        noise = solver.noise * norm.square()
         hidden = sigma[..., :s].square() <= 2.0 * noise[..., None]
         unresolved = _hidden(sigma[..., :s], noise, tolerance)
         kept_sigma = torch.where(hidden, 0.0, kept_sigma[..., :s])
@@ -212,7 +299,7 @@ class GramEigh(Solver):
                     total, common.whitened @ (y @ v), torch.float64
                 )
 
-            unresolved = self._seen(unresolved, (residual, partial(short_product, delta)), top, tolerance)
+            unresolved = solver.seen(unresolved, (residual, partial(short_product, delta)), top, tolerance)
         scaled = top * reciprocal(kept_sigma)[..., None, :]
         u_t = long_product(delta, scaled, torch.float64)
         u_t -= long_product(total, common.whitened @ (y @ scaled), torch.float64)
@@ -229,55 +316,8 @@ class GramEigh(Solver):
 
     def _top_of_projected(self, projected: Tensor, s: int, tolerance: Tensor) -> Subspace:
         """Return the top s triplets of C = Q_cᵀ Δ, float64 vectors."""
-        return GramEigh(self.parts_dtype).top_subspace(projected, s, tolerance=tolerance, dtype=torch.float64)
-
-    def workspace_bytes(self, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> int:
-        """Peak bytes beyond the input: the result, a few r x r (eigh's copy, vectors and 2 r² of work), blocks."""
-        short = min(rows, columns)
-        blocks = 3 * min(rows * columns, max(block_elements(device), short))
-        return dtype.itemsize * rows * columns + self.dtype.itemsize * (7 * short**2 + blocks) + 8 * short**2
-
-    def _eigh(self, gram: Tensor, tolerance: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Eigenvectors in ``dtype``, singular values, and these with the truncated ones set to zero; all descending."""
-        eigenvalues, vectors = eigh(gram)
-        sigma = eigenvalues.flip(-1).double().clamp_min(0.0).sqrt()
-        limit = torch.maximum(tolerance.double(), (2.0 * self._blur(sigma)).sqrt())
-        # NaN, which is what ``eigh`` gives of a member it could not solve, is no rank 0: it stays.
-        return vectors.flip(-1), sigma, torch.where(sigma <= limit[..., None], 0.0, sigma)
-
-    def _narrow_gram(self, x: Tensor) -> Tensor | None:
-        """The Gram matrix multiplied in float32 and converted, or None where its rounding would show in Q.
-
-        It leaves at most 2.5 ε₃₂ (rms(σ) rms(1/σ))² in Q (160 x 64 … 4096 x 256, noise, spikes, decay). Both means come
-        without an eigensolver: tr G, and tr G⁻¹ = E ‖L⁻¹ω‖² with the Cholesky factor L. Long matrices pass, square ones
-        do not. Reads one flag, and none where float64 is as fast and nothing is to be gained.
-        """
-        rows, columns = x.shape[-2:]
-        short = min(rows, columns)
-        if short == 0 or max(rows, columns) < 2 * short or traits_of(x.device).has_float64_tensor_cores:
-            return None
-        gram = short_gram(x, dtype=torch.float32)
-        lower, failed = torch.linalg.cholesky_ex(gram)
-        solved = torch.linalg.solve_triangular(lower, probes(short, torch.float32, x.device), upper=False)
-        spread = gram.diagonal(dim1=-2, dim2=-1).sum(-1) * solved.square().sum((-2, -1)) / short**2  # squared
-        passed = (failed == 0) & (2.5 * EPS * spread.double() <= self.rounding)
-        return gram.double() if bool(passed.all()) else None
-
-    def _blur(self, sigma: Tensor) -> Tensor:
-        """What σ² is off by, [..., r] -> [...]; products below the smallest number over ε have lost digits."""
-        info = torch.finfo(self.dtype)
-        return self.noise * sigma[..., :1].square().sum(-1) + info.tiny / info.eps
-
-    def _unresolved(self, sigma: Tensor, tolerance: Tensor) -> Tensor:
-        return _hidden(sigma, self._blur(sigma), tolerance)
-
-    def _seen(self, unresolved: Tensor, products: tuple[Product, Product], kept: Tensor, tolerance: Tensor) -> Tensor:
-        """``unresolved``, and 0 where products with X itself, whose rounding is not squared, show that nothing beyond
-        the kept directions is above the tolerance. That is what sums of low rank come to.
-        """
-        if self.dtype != torch.float64:
-            return unresolved
-        return torch.where(largest_beyond(*products, kept) <= tolerance, 0, unresolved)
+        factors = GramEigh(self.solver.parts_dtype).factorize(projected, tolerance=tolerance)
+        return factors.complete(factors.top(s), torch.float64)
 
 
 def skew_error(relative: Tensor) -> Tensor:

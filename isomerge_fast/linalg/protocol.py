@@ -93,16 +93,17 @@ class Subspace:
 
     Attributes:
         short: [..., r, k] float64, the singular vectors of the short side (left when wide); zero where truncated.
-        long: [..., max(M, N), k], those of the long side; zero where truncated. None until ``SubspaceSolver.complete``
-            where a solver does without: it is the only part that is as large as X.
+        long: [..., max(M, N), k], those of the long side; zero where truncated. None until ``Factorization.complete``:
+            it is the only part that is as large as X.
         sigma: [..., k] float64, descending; zero where truncated.
         complement: [..., r, c] float64, columns that span the short side's other directions: an orthonormal basis,
-            c = r − k, or where directions were truncated the projector itself, c = r. None unless asked for.
+            c = r − k, or where directions were truncated the projector itself, c = r. None where nobody needs it.
         gap: (σ_k − σ_{k+1}) / σ_k, how well the split is determined, shape [...]; 1 where nothing lies beyond the cut.
         angle: ‖sin θ‖_F / √k between this subspace and the true one, shape [...]: a bound from the residual where it
             was searched for, an estimate from the solver's rounding and the gap where all directions were computed.
         unresolved: as in ``PolarStats``, of the k.
         wide: whether the short side is the left one.
+        is_whole: whether none of the k directions of any matrix was truncated; None where nobody has looked.
     """
 
     short: Tensor
@@ -113,13 +114,7 @@ class Subspace:
     angle: Tensor
     unresolved: Tensor
     wide: bool
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether none of the k directions of any matrix was truncated, where the complement was asked for."""
-        assert self.complement is not None
-        short, k = self.short.shape[-2:]
-        return self.complement.shape[-1] == short - k
+    is_whole: bool | None = None
 
     @cached_property
     def whitened(self) -> Tensor:
@@ -173,39 +168,97 @@ class PolarSolver(ABC):
         return 8 * (5 * rows * columns + 9 * min(rows, columns) ** 2)
 
 
-class Solver(PolarSolver):
-    """Also dominant singular triplets of a matrix, and of what a projection leaves of another: for Iso-CTS."""
+@dataclass(frozen=True, eq=False)
+class Factorization(ABC):
+    """X as its singular values and vectors tell of it: computed when they are asked for, and kept until ``release``.
+
+    A subclass keeps them as a ``cached_property`` of the name ``vectors``.
+
+    Attributes:
+        x: X [..., M, N].
+        tolerance: σ up to this counts as zero, [...].
+    """
+
+    x: Tensor
+    tolerance: Tensor
 
     @abstractmethod
-    def top_subspace(
-        self,
-        x: Tensor,
-        k: int,
-        *,
-        tolerance: Tensor | None = None,
-        complement: bool = False,
-        dtype: torch.dtype | None = None,
-        short_only: bool = False,
-    ) -> Subspace:
-        """Top ``k`` triplets of X; the long side in ``dtype``, by default that of ``x``, or left out if it can be."""
+    def polar(self, dtype: torch.dtype) -> tuple[Tensor, PolarStats]:
+        """Return (polar(X) in ``dtype``, evidence)."""
         ...
 
     @abstractmethod
-    def complete(self, x: Tensor, subspace: Subspace, dtype: torch.dtype) -> Subspace:
-        """``subspace`` of X with its long side, in ``dtype``."""
+    def top(self, k: int) -> Subspace:
+        """Return the top ``k`` triplets, without what is long (``complete``)."""
         ...
 
     @abstractmethod
-    def residual_subspace(
-        self, delta: Tensor, total: Tensor, common: Subspace, s: int, *, norm: Tensor, tolerance: Tensor
-    ) -> Subspace:
-        """Top ``s`` triplets of R = Δ − U_k U_kᵀ Δ, with U_k the left vectors of ``common``, the subspace of ``total``.
+    def complement(self, top: Subspace) -> Tensor:
+        """Return a basis of the short side's directions beyond ``top`` (see ``Subspace.complement``)."""
+        ...
 
-        ``norm`` is ‖Δ‖_F, which the caller has.
+    @abstractmethod
+    def complete(self, top: Subspace, dtype: torch.dtype) -> Subspace:
+        """Return ``top`` with its long side, in ``dtype``."""
+        ...
+
+    @abstractmethod
+    def residual(self, delta: Tensor, common: Subspace, s: int, *, norm: Tensor, tolerance: Tensor) -> Subspace:
+        """Return the top ``s`` triplets of R = Δ − U_k U_kᵀ Δ, with U_k the left vectors of ``common``, which is of X.
 
         Both sides are float64: they are thin, and Iso-CTS orthogonalises them, which magnifies their rounding.
+
+        Args:
+            norm: ‖Δ‖_F, which the caller has.
+            tolerance: σ up to this counts as zero.
         """
         ...
+
+    def release(self) -> None:
+        """Let go of the vectors, which are as large as a Gram matrix or as X. Whoever asks again computes them anew."""
+        vars(self).pop("vectors", None)
+
+
+class Solver(PolarSolver):
+    """Also dominant singular triplets of a matrix, and of what a projection leaves of another: for Iso-CTS.
+
+    A solver states ``name`` and ``factorize``; one that has an SVD of its own is a ``FullSvd`` with another ``svd``.
+    """
+
+    @abstractmethod
+    def factorize(self, x: Tensor, *, tolerance: Tensor | None = None) -> Factorization:
+        """Return X, to be asked for what is wanted of it.
+
+        Args:
+            tolerance: σ up to this counts as zero, [...]; by default ``default_tolerance``.
+        """
+        ...
+
+    def polar(
+        self, x: Tensor, *, tolerance: Tensor | None = None, dtype: torch.dtype | None = None
+    ) -> tuple[Tensor, PolarStats]:
+        """See ``PolarSolver``."""
+        return self.factorize(x, tolerance=tolerance).polar(dtype or x.dtype)
+
+    def long_dtypes(
+        self, wide: bool, dtype: torch.dtype, device: torch.device
+    ) -> tuple[torch.dtype | None, torch.dtype]:
+        """Return what the long side of S is wanted in for ``Factorization.residual`` (None: not at all), and what it is
+        kept in for the result, which is in ``dtype``.
+        """
+        return torch.float64, torch.float64
+
+    def part_bytes(
+        self, rows: int, columns: int, k: int, s: int, at_once: int, dtype: torch.dtype, device: torch.device
+    ) -> int:
+        """Return the peak bytes of ``Factorization.residual`` of a batch of so many Δ in ``dtype``, beyond S, Δ and
+        what it returns; with the long side of S that it wants.
+        """
+        return at_once * self.workspace_bytes(rows, columns, dtype, device)
+
+    def small_polar(self, device: torch.device) -> PolarSolver:
+        """Return the solver of the small polar factors of Iso-CTS, of sides up to 0.4 r, on that device."""
+        return self
 
 
 def rounding_tolerance(norm: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
@@ -285,14 +338,10 @@ def reciprocal(sigma: Tensor) -> Tensor:
     return torch.where(sigma > 0, 1.0 / sigma.clamp_min(torch.finfo(sigma.dtype).tiny), 0.0)
 
 
-def complement_basis(rest: Tensor, short: Tensor, *, is_whole: bool) -> Tensor:
-    """Return ``rest``, the directions after the k-th, or I − W Wᵀ when some of the k were truncated (see ``Subspace``).
-
-    Args:
-        is_whole: whether none of the k was, of any matrix.
-    """
-    if is_whole:
+def complement_basis(rest: Tensor, top: Subspace) -> Tensor:
+    """Return ``rest``, the directions after the k-th, or I − W Wᵀ where some of the k were truncated."""
+    if top.is_whole:
         return rest.clone()
-    projector = -(short @ short.mT)
+    projector = -(top.short @ top.short.mT)
     projector.diagonal(dim1=-2, dim2=-1).add_(1.0)
     return projector

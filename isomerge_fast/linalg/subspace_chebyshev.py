@@ -30,8 +30,8 @@ from torch import Tensor
 from ..ops import mm, mm_add, sym_mm_add, traits_of
 from .certificate import fixed_draw
 from .cusolver import eigh
-from .gram_eigh import GramEigh
-from .protocol import Subspace, reciprocal, relative_gap, rounding_angle
+from .gram_eigh import GramEigh, GramFactorization
+from .protocol import Subspace, default_tolerance, reciprocal, relative_gap, rounding_angle
 from .sides import block_elements, long_product, short_gram, short_product
 from .thin import flagged_qr
 
@@ -233,12 +233,41 @@ class ChebyshevSubspace(GramEigh):
         item = search_dtype(torch.float32, device).itemsize
         return converted + 8 * 4 * rows * width + item * (2 * columns**2 + 8 * columns * width)
 
-    def residual_subspace(
-        self, delta: Tensor, total: Tensor, common: Subspace, s: int, *, norm: Tensor, tolerance: Tensor
-    ) -> Subspace:
-        """See ``SubspaceSolver``. The search is in G = ΔᵀΔ − YᵀY with Y = U_kᵀΔ, in ``search_dtype``."""
-        if common.long is None or common.wide or not self.worthwhile(common.short.shape[-2], s):
-            return super().residual_subspace(delta, total, common, s, norm=norm, tolerance=tolerance)
+    def factorize(self, x: Tensor, *, tolerance: Tensor | None = None) -> SearchedFactorization:
+        """See ``Solver``."""
+        return SearchedFactorization(x, default_tolerance(x) if tolerance is None else tolerance, self)
+
+    def long_dtypes(
+        self, wide: bool, dtype: torch.dtype, device: torch.device
+    ) -> tuple[torch.dtype | None, torch.dtype]:
+        """See ``Solver``: of tall matrices the search needs U_k."""
+        return None if wide else search_dtype(dtype, device), super().long_dtypes(wide, dtype, device)[1]
+
+    def part_bytes(
+        self, rows: int, columns: int, k: int, s: int, at_once: int, dtype: torch.dtype, device: torch.device
+    ) -> int:
+        """See ``Solver``."""
+        every = super().part_bytes(rows, columns, k, s, at_once, dtype, device)
+        if rows <= columns:
+            return every
+        searched = search_dtype(dtype, device)
+        # Δ_t in float64, and its Y.
+        converted = 8 * (rows * columns + k * columns) if searched != dtype else 0
+        u_k = searched.itemsize * rows * k
+        return u_k + converted + every + at_once * self.search_bytes(rows, columns, s, device)
+
+
+@dataclass(frozen=True, eq=False)
+class SearchedFactorization(GramFactorization):
+    """``GramFactorization`` with task parts that are searched for."""
+
+    solver: ChebyshevSubspace
+
+    def residual(self, delta: Tensor, common: Subspace, s: int, *, norm: Tensor, tolerance: Tensor) -> Subspace:
+        """See ``Factorization``. The search is in G = ΔᵀΔ − YᵀY with Y = U_kᵀΔ, in ``search_dtype``."""
+        solver = self.solver
+        if common.long is None or common.wide or not solver.worthwhile(common.short.shape[-2], s):
+            return super().residual(delta, common, s, norm=norm, tolerance=tolerance)
         dtype = search_dtype(delta.dtype, delta.device)
         if dtype == delta.dtype:
             gram, y = _residual_gram(delta, common.long.to(dtype))
@@ -249,34 +278,34 @@ class ChebyshevSubspace(GramEigh):
             for member in itertools.product(*map(range, delta.shape[:-2])):
                 gram[member] = _residual_gram(delta[member].to(dtype), longs[member])[0]
             y = None
-            angle = EXACT_SHARE * self.angle
+            angle = EXACT_SHARE * solver.angle
         noise = 8.0 * torch.finfo(dtype).eps * norm.square().to(dtype)
-        oversampling = self.block_width(gram.shape[-1], s, gram.device) - s
+        oversampling = solver.block_width(gram.shape[-1], s, gram.device) - s
         block = filtered_block(gram, s, noise=noise, angle=angle, oversampling=oversampling)
-        found = None if block is None else self._refined(block.vectors, gram, y, delta, total, common, s, tolerance)
+        found = None if block is None else self._refined(block.vectors, gram, y, delta, common, s, tolerance)
         if found is None:
-            return super().residual_subspace(delta, total, common, s, norm=norm, tolerance=tolerance)
+            return super().residual(delta, common, s, norm=norm, tolerance=tolerance)
         return found
 
     def _top_of_projected(self, projected: Tensor, s: int, tolerance: Tensor) -> Subspace:
         """See ``GramEigh``; searched for in float64 where that is faster, with one read of the device more."""
-        side, device = projected.shape[-2], projected.device
-        width = self.block_width(side, s, device)
+        solver, side, device = self.solver, projected.shape[-2], projected.device
+        width = solver.block_width(side, s, device)
         is_exact = search_dtype(torch.float32, device) == torch.float64
         if not is_exact or side < SMALLEST_WIDE_PART or width > side // 4:
             return super()._top_of_projected(projected, s, tolerance)
         gram = short_gram(projected)
-        noise = self.noise * gram.diagonal(dim1=-2, dim2=-1).sum(-1)
-        ritz = filtered_block(gram, s, noise=noise, angle=EXACT_SHARE * self.angle, oversampling=width - s)
+        noise = solver.noise * gram.diagonal(dim1=-2, dim2=-1).sum(-1)
+        ritz = filtered_block(gram, s, noise=noise, angle=EXACT_SHARE * solver.angle, oversampling=width - s)
         del gram
         if ritz is None:
             return super()._top_of_projected(projected, s, tolerance)
-        sigma, blur = ritz.values.sqrt(), self._blur(ritz.values.sqrt())
+        sigma, blur = ritz.values.sqrt(), solver.blur(ritz.values.sqrt())
         kept = sigma[..., :s]
         bound = angle_bound(ritz, torch.full(kept.shape[:-1], s, device=device))
         # What is near zero, or hidden, is for a solver that computes all directions.
         limit = torch.maximum(tolerance.double(), (2.0 * blur).sqrt())
-        if not bool(((bound <= self.angle) & (kept[..., -1] > limit)).all()):
+        if not bool(((bound <= solver.angle) & (kept[..., -1] > limit)).all()):
             return super()._top_of_projected(projected, s, tolerance)
         top = ritz.vectors[..., :, :s]
         return Subspace(
@@ -296,7 +325,6 @@ class ChebyshevSubspace(GramEigh):
         gram: Tensor,
         y: Tensor | None,
         delta: Tensor,
-        total: Tensor,
         common: Subspace,
         s: int,
         tolerance: Tensor,
@@ -307,24 +335,25 @@ class ChebyshevSubspace(GramEigh):
         RᵀR X = Δᵀ(R X). Without ``y`` nothing is corrected.
         """
         assert common.long is not None
+        solver, total = self.solver, self.x
         # Converted once where that is small; else every product converts blocks of it.
         exact_delta = delta.double() if delta.numel() <= CONVERTED_ELEMENTS else delta
         x, _, missed = flagged_qr(block.double())
         image = long_product(exact_delta, x, torch.float64)
         inside = common.whitened @ (common.whitened.mT @ short_product(total, image))
         image -= long_product(total, inside, torch.float64)
-        corrections = 0 if y is None else self.corrections
+        corrections = 0 if y is None else solver.corrections
         for step in range(corrections + 1):
             values, vectors = eigh(image.mT @ image)
             values, vectors = values.flip(-1).clamp_min(0.0), vectors.flip(-1)
             x, image = x @ vectors, image @ vectors
             w = short_product(exact_delta, image) - x * values[..., None, :]
             sigma = values.sqrt()
-            limit = torch.maximum(tolerance, self.resolution * sigma[..., 0])[..., None]
+            limit = torch.maximum(tolerance, solver.resolution * sigma[..., 0])[..., None]
             kept = sigma[..., :s] > limit
             bound = angle_bound(Ritz(x, values, torch.linalg.vector_norm(w, dim=-2)), kept.sum(-1))
-            unresolved = self._unresolved(sigma[..., :s], tolerance)
-            if bool(((bound <= self.angle) & (unresolved == 0) & ~missed).all()):
+            unresolved = solver.unresolved(sigma[..., :s], tolerance)
+            if bool(((bound <= solver.angle) & (unresolved == 0) & ~missed).all()):
                 kept_sigma = torch.where(kept, sigma[..., :s], 0.0)
                 return Subspace(
                     short=x[..., :, :s] * kept[..., None, :],

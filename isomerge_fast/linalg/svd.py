@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from ..ops import traits_of
 from .protocol import (
+    Factorization,
     PolarStats,
     Solver,
     Subspace,
@@ -27,78 +29,103 @@ RESOLUTION, NOISE = 16.0 * EPS, 4.0 * EPS
 
 @dataclass(frozen=True)
 class FullSvd(Solver):
-    """polar(X) = U Vᵀ and top triplets from X = U Σ Vᵀ; everything in float64 whatever the input's dtype."""
+    """polar(X) = U Vᵀ and top triplets from X = U Σ Vᵀ; everything in float64 whatever the input's dtype.
+
+    What is asked to depend on a full SVD depends on nothing else. Another SVD is a subclass with its ``svd``.
+    """
 
     @property
     def name(self) -> str:
         """See ``PolarSolver``."""
         return "svd-fp64"
 
-    def polar(
-        self, x: Tensor, *, tolerance: Tensor | None = None, dtype: torch.dtype | None = None
-    ) -> tuple[Tensor, PolarStats]:
-        """See ``PolarSolver``."""
-        u, sigma, vh = thin_svd(x)
-        keep = sigma > _limit(default_tolerance(x) if tolerance is None else tolerance, sigma)[..., None]
+    def svd(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return U, σ, Vᵀ of the thin SVD of X [..., M, N], in float64."""
+        return thin_svd(x)
+
+    def factorize(self, x: Tensor, *, tolerance: Tensor | None = None) -> SvdFactorization:
+        """See ``Solver``."""
+        return SvdFactorization(x, default_tolerance(x) if tolerance is None else tolerance, self)
+
+
+@dataclass(frozen=True, eq=False)
+class SvdFactorization(Factorization):
+    """X = U Σ Vᵀ."""
+
+    solver: FullSvd
+
+    @cached_property
+    def vectors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """U, σ, Vᵀ."""
+        return self.solver.svd(self.x)
+
+    @property
+    def _wide(self) -> bool:
+        return self.x.shape[-2] <= self.x.shape[-1]
+
+    @property
+    def _limit(self) -> Tensor:
+        return torch.maximum(self.tolerance.double(), RESOLUTION * self.vectors[1][..., :1].sum(-1))
+
+    @property
+    def _sides(self) -> tuple[Tensor, Tensor]:
+        """The vectors of the short side and of the long one."""
+        u, _, vh = self.vectors
+        return (u, vh.mT) if self._wide else (vh.mT, u)
+
+    def polar(self, dtype: torch.dtype) -> tuple[Tensor, PolarStats]:
+        """See ``Factorization``."""
+        u, sigma, vh = self.vectors
+        keep = sigma > self._limit[..., None]
         kept_sigma = sigma * keep
         # Scaling the short side truncates without a copy of the long one.
-        wide = x.shape[-2] <= x.shape[-1]
+        wide = self._wide
         q = (u * keep[..., None, :]) @ vh if wide else u @ (vh * keep[..., :, None])
         defect = u.mT @ u if wide else vh @ vh.mT
         defect.diagonal(dim1=-2, dim2=-1).sub_(1.0)
         orthogonality = torch.linalg.matrix_norm(defect) / math.sqrt(max(1, sigma.shape[-1]))
-        rank, (short, long) = keep.sum(-1), sorted(x.shape[-2:])
+        rank, (short, long) = keep.sum(-1), sorted(self.x.shape[-2:])
         entry = NOISE * sigma[..., :1].sum(-1) / math.sqrt(max(1, short))
         error = entry * polar_growth(kept_sigma, short, long) / rank.clamp_min(1).sqrt()
-        stats = PolarStats(self.name, kept_sigma.sum(-1), rank, orthogonality, error=error, sigma=kept_sigma)
-        return q.to(dtype or x.dtype), stats
+        name = self.solver.name
+        return q.to(dtype), PolarStats(name, kept_sigma.sum(-1), rank, orthogonality, error=error, sigma=kept_sigma)
 
-    def top_subspace(
-        self,
-        x: Tensor,
-        k: int,
-        *,
-        tolerance: Tensor | None = None,
-        complement: bool = False,
-        dtype: torch.dtype | None = None,
-        short_only: bool = False,
-    ) -> Subspace:
-        """See ``SubspaceSolver``; the long side always comes along."""
-        u, sigma, vh = thin_svd(x)
-        wide = x.shape[-2] <= x.shape[-1]
-        short, long = (u, vh.mT) if wide else (vh.mT, u)
-        tolerance = _limit(default_tolerance(x) if tolerance is None else tolerance, sigma)
+    def top(self, k: int) -> Subspace:
+        """See ``Factorization``."""
+        sigma, tolerance = self.vectors[1], self._limit
         keep = sigma[..., :k] > tolerance[..., None]
-        top = short[..., :, :k] * keep[..., None, :]
         kept_sigma = sigma[..., :k] * keep
         return Subspace(
-            short=top,
-            long=(long[..., :, :k] * keep[..., None, :]).to(dtype or x.dtype),
+            short=self._sides[0][..., :, :k] * keep[..., None, :],
+            long=None,
             sigma=kept_sigma,
-            complement=(
-                complement_basis(short[..., :, k:], top, is_whole=bool((kept_sigma > 0).all())) if complement else None
-            ),
+            complement=None,
             gap=relative_gap(sigma, k),
             # A few ε₆₄ σ₁ in X are twice that, times σ_k, in σ_k².
             angle=rounding_angle(sigma, k, tolerance, 2.0 * NOISE * sigma[..., 0] * sigma[..., max(0, k - 1)]),
             unresolved=torch.zeros_like(sigma[..., 0], dtype=torch.int64),
-            wide=wide,
+            wide=self._wide,
+            is_whole=bool((kept_sigma > 0).all()),
         )
 
-    def complete(self, x: Tensor, subspace: Subspace, dtype: torch.dtype) -> Subspace:
-        """Complete already."""
-        return subspace
+    def complement(self, top: Subspace) -> Tensor:
+        """See ``Factorization``."""
+        return complement_basis(self._sides[0][..., :, top.sigma.shape[-1] :], top)
 
-    def residual_subspace(
-        self, delta: Tensor, total: Tensor, common: Subspace, s: int, *, norm: Tensor, tolerance: Tensor
-    ) -> Subspace:
-        """See ``SubspaceSolver``: the projection and the SVD as they are written."""
+    def complete(self, top: Subspace, dtype: torch.dtype) -> Subspace:
+        """See ``Factorization``."""
+        keep = top.sigma > 0
+        return replace(top, long=(self._sides[1][..., :, : keep.shape[-1]] * keep[..., None, :]).to(dtype))
+
+    def residual(self, delta: Tensor, common: Subspace, s: int, *, norm: Tensor, tolerance: Tensor) -> Subspace:
+        """See ``Factorization``: the projection and the SVD as they are written."""
         u_k = common.u.double()
         residual = delta.double()
         # Twice: one projection leaves ε·‖Δ‖ in the common subspace, two leave ε·‖R‖.
         for _ in range(2):
             residual = residual - u_k @ (u_k.mT @ residual)
-        return self.top_subspace(residual, s, tolerance=tolerance, dtype=torch.float64)
+        factors = self.solver.factorize(residual, tolerance=tolerance)
+        return factors.complete(factors.top(s), torch.float64)
 
 
 def thin_svd(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -108,7 +135,3 @@ def thin_svd(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     # keeps small directions in float64 has not been seen.)
     driver = "gesvd" if traits_of(x.device).capability is not None else None
     return torch.linalg.svd(x.double(), full_matrices=False, driver=driver)
-
-
-def _limit(tolerance: Tensor, sigma: Tensor) -> Tensor:
-    return torch.maximum(tolerance.double(), RESOLUTION * sigma[..., :1].sum(-1))

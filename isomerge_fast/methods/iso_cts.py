@@ -13,10 +13,8 @@ from torch import Tensor
 from ..errors import ConfigError
 from ..linalg.auto import Choice, subspace_ladder
 from ..linalg.certificate import orthogonality as polar_orthogonality
-from ..linalg.protocol import Solver, Subspace, reciprocal
-from ..linalg.sides import block_elements, long_product, short_gram, short_product
-from ..linalg.subspace_chebyshev import ChebyshevSubspace, search_dtype
-from ..linalg.svd import FullSvd
+from ..linalg.protocol import Factorization, Solver, Subspace, reciprocal
+from ..linalg.sides import long_product, short_gram, short_product
 from ..ops import traits_of
 from .base import RowMap
 from .iso_c import IsoC
@@ -154,13 +152,8 @@ class IsoCTS(Spectral):
         bases = thin + 2 * at_once * thin // max(1, tasks)  # of the tasks before, and those being made
         # On a GPU one more: a Δ_t on its way into the batch, or the base's rows in the dtype of Δ_t.
         delta = spec.dtype.itemsize * elements * (at_once + on_gpu)
-        if isinstance(solver, FullSvd):
-            more = (at_once - 1) * solver.workspace_bytes(rows, columns, spec.dtype, device)
-            task_parts = splitting + more + delta + bases
-        else:  # no copies of Δ_t or S, only blocks of them
-            task_parts = 8 * elements + delta + bases + self._part_bytes(solver, spec, k, s, at_once, device)
-            if rows > columns and isinstance(solver, ChebyshevSubspace):
-                task_parts += search_dtype(spec.dtype, device).itemsize * long * k
+        parts = solver.part_bytes(rows, columns, k, s, at_once, spec.dtype, device)
+        task_parts = 8 * elements + delta + bases + parts
         left = item * long * s * tasks
         if on_gpu and rows <= columns:
             small = 8 * 7 * min(short, 2 * s * tasks) ** 2 + 8 * short**2  # Z and its iterates, beside a basis or two
@@ -169,23 +162,6 @@ class IsoCTS(Spectral):
         else:  # U_k, then U_ts and its polar factor, then the result
             recombining = item * long * k + max(3 * thin, item * elements + 3 * left) + small
         return members * max(splitting, task_parts, recombining)
-
-    def _part_bytes(self, solver: Solver, spec: TensorSpec, k: int, s: int, at_once: int, device: torch.device) -> int:
-        """Return the peak of ``residual_subspace`` without FullSvd's copies, of so many tasks at once."""
-        rows, columns = spec.shape[-2:]
-        short = min(rows, columns)
-        square = 8 * 10 * short**2
-        if traits_of(device).is_gpu and rows <= columns:
-            # C_t = Q_cᵀ Δ_t, and the eigensolver of C_t C_tᵀ; V_k's side of S, and blocks of Δ_t in float64.
-            c = short - k
-            blocks = min(at_once * rows * columns, 2 * max(block_elements(device), short))
-            return at_once * 8 * (c * columns + 7 * c**2 + 3 * columns * s) + 8 * (short**2 + blocks)
-        if rows > columns and isinstance(solver, ChebyshevSubspace):
-            one = 0  # Δ_t in float64, and its Y
-            if search_dtype(spec.dtype, device) != spec.dtype:
-                one = 8 * (rows * columns + k * columns)
-            return one + at_once * (square + solver.search_bytes(rows, columns, s, device))
-        return at_once * square
 
     def row_map(self, source: DeltaSource) -> RowMap:
         """See ``Method`` and ``row_map_cts``."""
@@ -256,44 +232,46 @@ class IsoCTS(Spectral):
         require_comparable(of_deltas["delta_norms"], deltas.origin)
         dtype = self.result_dtype(deltas.dtype)
         sum_limit = rounding_of(squares.sum(0).sqrt(), origin)
-        # V enters the recombination's small factors, whose conditioning float32 would not survive; U only products.
-        long_dtype = torch.float64 if rows <= columns or isinstance(solver, FullSvd) else dtype
-        common = solver.top_subspace(total, k, tolerance=sum_limit, complement=True, dtype=long_dtype, short_only=True)
-        # Of tall matrices the search needs U_k now; else S stays the only large thing beside Δ_t.
-        if not common.wide and isinstance(solver, ChebyshevSubspace):
-            common = solver.complete(total, common, search_dtype(long_dtype, deltas.device))
+        factors = solver.factorize(total, tolerance=sum_limit)
+        common = factors.top(k)
+        if common.wide:
+            common = replace(common, complement=factors.complement(common))
+        early_dtype, long_dtype = solver.long_dtypes(common.wide, dtype, deltas.device)
+        if early_dtype is not None:
+            common = factors.complete(common, early_dtype)
+        factors.release()
 
         # What an error of S may leave in R, where that matters.
         error = None if common.is_whole else sum_limit
         promise = self.promise
         parts: list[Subspace] = []
-        is_whole = common.is_whole
+        is_whole = bool(common.is_whole)
         spec = TensorSpec("", tuple(deltas.shape), deltas.dtype)
         at_once = self._tasks_at_once(solver, spec, tasks, k, s, deltas.device)
         # Where U_k is all of a wide matrix's left side, as in coordinates it may be, R_t = 0.
-        nothing_left = common.complement is not None and common.wide and common.complement.shape[-1] == 0
+        nothing_left = common.complement is not None and common.complement.shape[-1] == 0
         for start in range(0, 0 if nothing_left else tasks, at_once):
             norm = squares[start : start + at_once].sqrt()
             # No name for a delta here: it would outlive the loop, beside what is made of S next.
             if at_once == 1:
-                part, whole = _task_part(solver, deltas.delta(start), total, common, s, norm[0], origin, error, promise)
+                part, whole = _task_part(factors, deltas.delta(start), common, s, norm[0], origin, error, promise)
                 parts.append(part)
             else:
                 count = len(norm)
                 stack = torch.empty(count, *deltas.shape, dtype=deltas.dtype, device=deltas.device)
                 for task in range(count):
                     stack[task] = deltas.delta(start + task)
-                part, whole = _task_part(solver, stack, total, common, s, norm, origin, error, promise)
+                part, whole = _task_part(factors, stack, common, s, norm, origin, error, promise)
                 parts += part.unbind()
                 del stack
             del part
             is_whole &= whole
         nonzero = torch.linalg.vector_norm(total, dim=(-2, -1)) > 0
         if common.long is None:
-            common = solver.complete(total, common, long_dtype)
+            common = factors.complete(common, long_dtype)
         if not common.wide:
             common = replace(common, long=common.u.to(long_dtype))
-        del total
+        del total, factors
         sigma = torch.cat([common.sigma, *(part.sigma for part in parts)], dim=-1)
         rank = (sigma > 0).sum(-1)
         sigma_mean = self.mean(sigma.sum(-1), rank, min_dim) * nonzero
@@ -331,9 +309,8 @@ class IsoCTS(Spectral):
 
 
 def _task_part(
-    solver: Solver,
+    factors: Factorization,
     delta: Tensor,
-    total: Tensor,
     common: Subspace,
     s: int,
     norm: Tensor,
@@ -346,14 +323,14 @@ def _task_part(
     """
     limit = rounding_of(norm, origin)
     if error is not None:
-        limit = limit + error * residual_noise(delta, total, common)
-    part = solver.residual_subspace(delta, total, common, s, norm=norm, tolerance=limit)
+        limit = limit + error * residual_noise(delta, factors.x, common)
+    part = factors.residual(delta, common, s, norm=norm, tolerance=limit)
     # What U_k is off, whatever of Δ it concerns; where that would matter, what it does concern.
     turned, min_dim = common.angle * math.sqrt(common.sigma.shape[-1]), common.short.shape[-2]
     angle = projection_angle(part, turned, norm, min_dim, norm)
     is_off, is_whole = torch.stack([(angle > 1e-3 * promise).any(), (part.sigma > 0).all()]).tolist()
     if is_off and common.sigma.shape[-1]:
-        angle = projection_angle(part, turned, share_at_cut(delta, total, common), min_dim, norm)
+        angle = projection_angle(part, turned, share_at_cut(delta, factors.x, common), min_dim, norm)
     return replace(part, angle=part.angle + angle), is_whole
 
 

@@ -9,9 +9,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..linalg.auto import small_polar
 from ..linalg.certificate import orthogonality
-from ..linalg.protocol import PolarSolver, PolarStats, Subspace, reciprocal
+from ..linalg.protocol import PolarSolver, PolarStats, Solver, Subspace, reciprocal
 from ..linalg.thin import thin_qrs
 
 # Two unit vectors closer than this are one direction. Bases are known to 1e-7 or better; distinct tasks of pure noise
@@ -72,7 +71,7 @@ def projection_angle(part: Part, turned: Tensor, share: Tensor, min_dim: int, no
     return off * reciprocal(smallest * gap) / math.sqrt(max(1, min_dim) * max(1, kept.shape[-1]))
 
 
-def recombine(common: Subspace, parts: list[Subspace], dtype: torch.dtype, solver: PolarSolver) -> Recombined:
+def recombine(common: Subspace, parts: list[Subspace], dtype: torch.dtype, solver: Solver) -> Recombined:
     """U° V°ᵀ = W_k − U_a V_aᵀ + [polar(U_ts), U_a] · polar(Z)ᵀ · [V_a, Q_r]ᵀ where every direction is there.
 
     With A = V_kᵀ V_ts = Q_a A' and V_ts − V_k A = Q_r B' (thin QRs), V_a = V_k Q_a, U_a = U_k Q_a, W_k = U_k V_kᵀ and
@@ -81,13 +80,13 @@ def recombine(common: Subspace, parts: list[Subspace], dtype: torch.dtype, solve
     Args:
         parts: emptied, to be freed as soon as they are not needed.
         dtype: of the result.
-        solver: of the subspaces; that of the small polar factors follows from it (``small_polar``).
+        solver: of the subspaces; that of the small polar factors follows from it (``Solver.small_polar``).
     """
-    solver = small_polar(solver, common.sigma.device)
+    small_solver = solver.small_polar(common.sigma.device)
     u_tasks, v_tasks = _side_by_side(parts)
     # What is thin is float64: κ(U_ts) and κ(Z) are 1e3 on typical square sums, and 5e4 in one of a hundred; float32
     # would leave 1e-5 of the result undetermined.
-    u_polar, u_stats, u_growth = _polar_of_tasks(u_tasks, common, solver)
+    u_polar, u_stats, u_growth = _polar_of_tasks(u_tasks, common, small_solver)
     tasks_width = u_tasks.shape[-1]
     del u_tasks
     u_polar = u_polar.to(dtype)
@@ -96,7 +95,7 @@ def recombine(common: Subspace, parts: list[Subspace], dtype: torch.dtype, solve
     # Once: what float64 leaves of V_k in it is ε₆₄, and its own singular values are above 1e-5 (see above).
     rest = v_tasks - v_k @ a
     del v_tasks
-    small = small_problem(a, rest, solver)
+    small = small_problem(a, rest, small_solver)
     del a, rest
     weights = small.weights.to(dtype)
     left = u_polar @ weights[..., :tasks_width, :]
@@ -222,11 +221,11 @@ def _polar_of_tasks(u_tasks: Tensor, common: Subspace, solver: PolarSolver) -> t
 
     Wide: [U_1 … U_T] = Q_c E with a square E, so it is Q_c polar(E).
     """
-    inside = common.complement.mT @ u_tasks if common.wide and common.complement is not None else u_tasks
+    inside = u_tasks if common.complement is None else common.complement.mT @ u_tasks
     polar, stats = solver.polar(inside, tolerance=_same(inside))
     long, width = inside.shape[-2:]
     growth = over_columns(stats.growth(width, long), long, width)
-    if common.wide and common.complement is not None:
+    if common.complement is not None:
         polar = common.complement @ polar
     return polar, stats, growth
 

@@ -207,7 +207,7 @@ class SplitMap:
 def _parts(
     source: DeltaSource, tasks: Sequence[int], common: GramSpectrum, k: int, s: int, squares: Tensor
 ) -> list[_Part]:
-    """The top s directions of R_t of some tasks, by one pass; see ``GramEigh.residual_subspace``."""
+    """The top s directions of R_t of some tasks, by one pass; see ``GramFactorization.residual``."""
     rows, columns = source.shape
     v_k, sigma_k = common.top(k)
     grams, crosses, count = _task_products(source, tasks)
