@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from .config import MergeConfig, Override
     from .errors import ConfigError, InputError, IsomergeError, ResourceError, VerificationError
     from .in_memory import iso_c, iso_cts, merge_state_dicts
-    from .methods import IsoC, IsoCTS, Mean, TaskArithmetic
+    from .linalg import ChebyshevSubspace, FullSvd, GramEigh, GramNewtonSchulz, PolarExpress, Qdwh
+    from .methods import IsoC, IsoCTS, Mean, TaskArithmetic, register_method
     from .report import Report
 
 # Loaded when first used: `isomerge --help` and shells that only look at the version need no torch.
@@ -30,15 +31,26 @@ _HOMES = {
     "IsomergeError": "errors",
     "ResourceError": "errors",
     "VerificationError": "errors",
+    "ChebyshevSubspace": "linalg",
+    "FullSvd": "linalg",
+    "GramEigh": "linalg",
+    "GramNewtonSchulz": "linalg",
+    "PolarExpress": "linalg",
+    "Qdwh": "linalg",
     "IsoC": "methods",
     "IsoCTS": "methods",
     "Mean": "methods",
     "TaskArithmetic": "methods",
+    "register_method": "methods",
     "Report": "report",
 }
 
 __all__ = [
+    "ChebyshevSubspace",
     "ConfigError",
+    "FullSvd",
+    "GramEigh",
+    "GramNewtonSchulz",
     "InputError",
     "IsoC",
     "IsoCTS",
@@ -46,6 +58,8 @@ __all__ = [
     "Mean",
     "MergeConfig",
     "Override",
+    "PolarExpress",
+    "Qdwh",
     "Report",
     "ResourceError",
     "TaskArithmetic",
@@ -57,6 +71,7 @@ __all__ = [
     "merge",
     "merge_state_dicts",
     "open_state_dict",
+    "register_method",
 ]
 
 

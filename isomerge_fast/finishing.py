@@ -33,7 +33,7 @@ from .checkpoint.sealed import read_sealed, write_sealed
 from .checkpoint.writer import OutputTensor, write_blocks_durably, write_durably
 from .config import MergeConfig
 from .errors import VerificationError
-from .methods import METHODS
+from .methods import method_class
 from .plan import Origin, Plan, scaling_folders
 from .report import Report
 
@@ -167,7 +167,7 @@ def _card(plan: Plan, scaling: float) -> str:
     return model_card(
         recipe,
         kind=next((kind for kind, holds in kinds.items() if holds), "checkpoints"),
-        citation=METHODS[config.method].citation,
+        citation=method_class(config.method).citation,
         version=__version__,
         library=library if plan.adapter_settings is None else "peft",
         notes=plan.notes,

@@ -110,7 +110,9 @@ def test_a_method_of_ones_own_merges_state_dicts() -> None:
 
 def test_factors_go_only_where_coordinates_do_not_matter() -> None:
     pair = Factors(torch.ones(6, 2), torch.ones(2, 5))
-    with pytest.raises(ConfigError, match=r"method 'median' takes no adapters.*merge every adapter into its base first"):
+    with pytest.raises(
+        ConfigError, match=r"method 'median' takes no adapters.*merge every adapter into its base first"
+    ):
         merge_factors(Median(), [pair, None], (6, 5))
 
 
