@@ -103,7 +103,9 @@ FormatOption = Annotated[Format, typer.Option("--format", help="For people, or o
 ConfigArgument = Annotated[Path | None, typer.Argument(help="YAML file; its keys can be given as options instead.")]
 BaseOption = Annotated[str | None, typer.Option("--base", help="Base checkpoint: a folder or a .safetensors file.")]
 ExpertOption = Annotated[list[str] | None, typer.Option("--expert", help="A fine-tuned checkpoint; repeat for each.")]
-MethodOption = Annotated[str | None, typer.Option("--method", help="iso-c, iso-cts, mean or task-arithmetic.")]
+MethodOption = Annotated[
+    str | None, typer.Option("--method", help="iso-c, iso-cts, mean, task-arithmetic, or one of an installed package.")
+]
 ScalingOption = Annotated[
     list[float] | None, typer.Option("--scaling", help="α; repeated: one output each.", **parsed(number))
 ]

@@ -98,7 +98,7 @@ class MergeConfig:
         base, experts: Hugging Face checkpoint folders, or bare ``.safetensors`` files. Relative to the working folder;
             ``load_config`` expands ``~``. Experts may all be LoRA adapter folders (``adapter_config.json``) instead.
         out: folder to write; None for a plan only.
-        method: iso-c, iso-cts, mean or task-arithmetic.
+        method: iso-c, iso-cts, mean, task-arithmetic, or one of an installed package (docs/new-method.md).
         scaling: the paper's α in θ = θ₀ + α·Δ; or several, each an output ``scaling-<α>`` of one decomposition. 1
             where it is None, which ``plan`` says: the best α is found on validation data.
         options: hyper-parameters of the method.
@@ -142,6 +142,11 @@ class MergeConfig:
     experts_are_deltas: bool = False
     save_delta: bool = False
     out: Annotated[str, Meant(path_text)] | None = None
+
+    @property
+    def methods(self) -> list[str]:
+        """The names of all methods that it names."""
+        return [self.method, *(override.method for override in self.overrides)]
 
     @property
     def scalings(self) -> tuple[float, ...]:

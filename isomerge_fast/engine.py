@@ -29,6 +29,7 @@ from .checkpoint.staging import Staging, check_replaceable
 from .checkpoint.writer import create_shard
 from .errors import ConfigError, InputError, LostWritesError, ResourceError, VerificationError, nearest, shown, visible
 from .finishing import read_report, write_all_else
+from .methods import origins_of
 from .ops import indexed
 from .plan import Plan, check_resources
 from .report import PHASES, PREPARE, Observer, Report
@@ -279,6 +280,7 @@ def _workers(results: Sequence[UnitResult], entries: Entries) -> list[dict[str, 
 def _describe(plan: Plan, device: torch.device) -> dict[str, Any]:
     """All that decides the output's bytes."""
     config = {key: value for key, value in plan.config.described.items() if key not in ("out", "base", "experts")}
+    outside = origins_of(plan.config.methods)
     return {
         "tool": "isomerge-fast",
         "version": __version__,
@@ -286,6 +288,8 @@ def _describe(plan: Plan, device: torch.device) -> dict[str, Any]:
         "device": device.type,
         # Nothing on a CPU, whose instructions are torch's to choose.
         **({"arithmetic": plan.arithmetic} if device.type == "cuda" else {}),
+        # Another version of a package may compute something else.
+        **({"methods": outside} if outside else {}),
         "config": config,
         # A ceiling can mean another solver, and with it other last digits.
         "solvers": sorted({tensor.reason for tensor in plan.tensors if tensor.method is not None}),

@@ -44,9 +44,10 @@ from .errors import (
     UnreadableError,
     VerificationError,
     first_of,
+    shown,
 )
 from .finishing import read_report
-from .methods import MemoryDeltas, NotFiniteError, RowBlock, make_method
+from .methods import MemoryDeltas, NotFiniteError, RowBlock, make_method, origins_of
 from .plan import Output, Plan, TensorPlan, scaling_folders
 from .planner import make_plan
 from .values import path_text, whole_number
@@ -122,6 +123,10 @@ def verify(folder: str | os.PathLike[str], *, samples: int = 4, seed: int = 0) -
         sum(output.bytes for output in outputs.values()),
         len(listing),
     )
+    if config is not None:
+        recorded, here = manifest["description"].get("methods", {}), origins_of(config.methods)
+        if recorded != here:
+            result.remarks.append(f"methods from outside were {shown(recorded)}, and are {shown(here)} here")
     if not problems and samples:
         assert config is not None
         problems += _recompute(root, manifest, config, outputs, samples, seed, result)

@@ -62,7 +62,7 @@ def model_card(
         "",
         f"- Base: {_code(base)}",
         *(f"- Expert: {_code(expert)}" for expert in experts),
-        f"- Method: {recipe['method']} ({citation}), scaling α = {scaling:g}",
+        f"- Method: {recipe['method']}{f' ({citation})' if citation else ''}, scaling α = {scaling:g}",
         f"- Made with isomerge-fast {version}",
         "",
         "To make it again, `isomerge run` this file:",

@@ -132,6 +132,15 @@ def subspace_ladder(
     return (Choice(loose, "as default, the task parts in float32 or to a looser angle"), exact, *last)
 
 
+def spectrum_ladder(precision: str, dtype: torch.dtype) -> tuple[Choice[Solver], ...]:
+    """Solvers for all singular values and the vectors of the short side, as ``polar_ladder``."""
+    check_precision(precision)
+    svd: Choice[Solver] = Choice(FullSvd(), _svd_reason(precision, dtype))
+    if precision == "reference" or dtype == torch.float64:
+        return (svd,)
+    return Choice(GramEigh(), "float64 Gram matrix: resolves float32 input"), svd
+
+
 def _svd_reason(precision: str, dtype: torch.dtype) -> str:
     if precision == "reference":
         return "precision is 'reference'"

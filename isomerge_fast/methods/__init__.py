@@ -7,7 +7,7 @@ from .iso_cts import IsoCTS
 from .linear import Linear, Mean, TaskArithmetic
 from .registry import METHODS, given_method, make_method, method_class, method_for, origins_of, register_method
 from .source import DeltaSource, MemoryDeltas, RowBlock, TensorSpec, as_deltas
-from .spectral import Spectral
+from .spectral import SingularValues, Spectral
 from .stats import Check, MergeStats, NotFiniteError, OutOfRangeError
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "OutOfRangeError",
     "RowBlock",
     "RowMap",
+    "SingularValues",
     "Spectral",
     "TaskArithmetic",
     "TensorSpec",

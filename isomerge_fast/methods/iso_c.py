@@ -16,9 +16,8 @@ from ..linalg.protocol import PolarSolver
 from .base import RowMap
 from .row_maps import PolarMap, has_row_map, polar_map_bytes
 from .source import DeltaSource, TensorSpec
-from .spectral import Spectral
+from .spectral import Spectral, spectral_sum
 from .stats import Check, MergeStats
-from .sums import finite_sum, require_comparable, rounding_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,13 +61,11 @@ class IsoC(Spectral):
     def attempt(self, deltas: DeltaSource, choice: Choice[PolarSolver]) -> tuple[Tensor, MergeStats]:
         """See ``Spectral``."""
         sum_dtype = torch.promote_types(choice.sum_dtype, deltas.dtype)
-        total, squares, of_deltas = finite_sum(deltas, sum_dtype, len(deltas.shape) - 2)
-        require_comparable(of_deltas["delta_norms"], deltas.origin)
+        total, squares, tolerance, of_deltas = spectral_sum(deltas, sum_dtype)
         dtype = self.result_dtype(deltas.dtype)
         if 0 in total.shape:
             return total.to(dtype), MergeStats(self.name, of_deltas)
         min_dim = min(deltas.origin.shape[-2:])
-        tolerance = rounding_of(squares.sum(0).sqrt(), deltas.origin)
         q, stats = choice.solver.polar(total, tolerance=tolerance, dtype=dtype)
         asymmetry, negative = symmetry(total, q)
         del total

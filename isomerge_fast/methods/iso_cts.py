@@ -22,9 +22,9 @@ from .recombine import projection_angle, recombine, recombine_literally
 from .row_map_cts import SplitMap, learning_bytes, mapping_bytes
 from .row_maps import PolarMap, has_row_map, polar_map_bytes
 from .source import DeltaSource, TensorSpec
-from .spectral import Spectral, require_matrices
+from .spectral import Spectral, require_matrices, spectral_sum
 from .stats import Check, MergeStats
-from .sums import finite_sum, require_comparable, rounding_of
+from .sums import rounding_of
 
 # Of U_k, beside the cut.
 CUT_COLUMNS = 4
@@ -228,10 +228,8 @@ class IsoCTS(Spectral):
         # There are no more directions than coordinates.
         k, s = (min(count, rows, columns) for count in split_rank(min_dim, tasks, self.common_fraction))
         # In float64: rounding S to float32 alone was an error of 6e-5 (768 x 300, gap at the cut 0.3 %).
-        total, squares, of_deltas = finite_sum(deltas, torch.float64, len(deltas.shape) - 2)
-        require_comparable(of_deltas["delta_norms"], deltas.origin)
+        total, squares, sum_limit, of_deltas = spectral_sum(deltas, torch.float64)
         dtype = self.result_dtype(deltas.dtype)
-        sum_limit = rounding_of(squares.sum(0).sqrt(), origin)
         factors = solver.factorize(total, tolerance=sum_limit)
         common = factors.top(k)
         if common.wide:

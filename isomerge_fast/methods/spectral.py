@@ -11,12 +11,15 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, InputError, nearest
-from ..linalg.auto import PROMISES, Choice, check_precision, fitting
-from ..linalg.protocol import PolarSolver
+from ..linalg.auto import PROMISES, Choice, check_precision, fitting, spectrum_ladder
+from ..linalg.certificate import probes, symmetry
+from ..linalg.protocol import PolarSolver, Solver, reciprocal
+from ..linalg.sides import long_product, short_multiply, short_product
 from .base import Method
 from .certified import merge_certified
 from .source import DeltaSource, TensorSpec
-from .stats import MergeStats
+from .stats import Check, MergeStats
+from .sums import finite_sum, require_comparable, rounding_of
 
 RANK_POLICIES = ("range", "min-dim")
 
@@ -119,6 +122,64 @@ class Spectral(Method):
     def mean(self, total: Tensor, kept: Tensor, min_dim: int) -> Tensor:
         """Return ``spectral_mean`` by the method's policy."""
         return spectral_mean(total, kept, min_dim, self.rank_policy)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SingularValues(Spectral):
+    """Δ = U f(Σ) Vᵀ with U Σ Vᵀ = svd(Σ_t Δ_t). A method states f (``new_values``)."""
+
+    solver: Solver | None = field(default=None, metadata={"kind": Solver})
+
+    @abstractmethod
+    def new_values(self, sigma: Tensor) -> Tensor:
+        """Return f of the singular values [..., r], float64 and descending. Those that are 0 stay 0."""
+        ...
+
+    def ladder(self, spec: TensorSpec, tasks: int, device: torch.device) -> Sequence[Choice[Solver]]:
+        """See ``Spectral``."""
+        return spectrum_ladder(self.precision, spec.dtype)
+
+    def solving_bytes(self, choice: Choice[Solver], spec: TensorSpec, tasks: int, device: torch.device) -> int:
+        """See ``Spectral``."""
+        rows, columns = spec.shape[-2:]
+        solving = choice.solver.workspace_bytes(rows, columns, torch.float64, device)
+        return spec.elements // max(1, rows * columns) * (8 * rows * columns + solving)
+
+    def attempt(self, deltas: DeltaSource, choice: Choice[Solver]) -> tuple[Tensor, MergeStats]:
+        """See ``Spectral``. With W the vectors of the short side, U f(Σ) Vᵀ is W f(Σ) Σ⁻¹ Wᵀ times S, on that side."""
+        total, _, tolerance, of_deltas = spectral_sum(deltas, torch.float64)
+        dtype = self.result_dtype(deltas.dtype)
+        if 0 in total.shape:
+            return total.to(dtype), MergeStats(self.name, of_deltas)
+        top = choice.solver.factorize(total, tolerance=tolerance).top(min(total.shape[-2:]))
+        sigma = top.sigma
+        wanted = torch.where(sigma > 0, self.new_values(sigma), 0.0)
+        weights = (top.short * (wanted * reciprocal(sigma))[..., None, :]) @ top.short.mT
+        value = short_multiply(weights, total, torch.empty(total.shape, dtype=dtype, device=total.device))
+        del weights
+        # ΔΔᵀ = W f(Σ)² Wᵀ, and SΔᵀ is symmetric: with both, Δ is right.
+        omega = probes(sigma.shape[-1], torch.float64, total.device)
+        defect = short_product(value, long_product(value, omega, torch.float64))
+        defect -= top.short @ (wanted.square()[..., None] * (top.short.mT @ omega))
+        size, largest = torch.linalg.vector_norm(wanted.square(), dim=-1), wanted.abs().amax(-1)
+        checks = {
+            "values": Check(torch.linalg.matrix_norm(defect) / torch.where(size > 0, size, 1.0), self.promise),
+            "asymmetry": Check(symmetry(total, value)[0] / torch.where(largest > 0, largest, 1.0), self.promise),
+            "unresolved": Check(top.unresolved, 0),
+        }
+        values = {"rank": (sigma > 0).sum(-1), "min_dim": min(deltas.origin.shape[-2:]), **of_deltas}
+        return value, MergeStats(f"{self.name}/{choice.solver.name}", values, checks)
+
+
+def spectral_sum(deltas: DeltaSource, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
+    """Return (S, ‖Δ_t‖² [T, ...], σ of S that count as zero, what ``MergeStats.values`` says of every Δ_t).
+
+    Raises:
+        As ``finite_sum`` and ``require_comparable``.
+    """
+    total, squares, of_deltas = finite_sum(deltas, dtype, len(deltas.shape) - 2)
+    require_comparable(of_deltas["delta_norms"], deltas.origin)
+    return total, squares, rounding_of(squares.sum(0).sqrt(), deltas.origin), of_deltas
 
 
 def require_matrices(name: str, shape: torch.Size) -> None:
