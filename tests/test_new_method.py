@@ -18,13 +18,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from adapters import make_adapters
 from checkpoints import listing, make_base, make_expert, save_folder
 from safetensors.torch import load_file
 
 import isomerge_fast as imf
 from isomerge_fast.checkpoint.manifest import MANIFEST_FILE
+from isomerge_fast.config import load_config
 from isomerge_fast.errors import ConfigError, VerificationError
 from isomerge_fast.methods import IsoC, IsoCTS, MemoryDeltas, Method, as_deltas, make_method
+from isomerge_fast.planner import make_plan
 from isomerge_fast.verify import verify
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -114,6 +117,9 @@ def test_a_method_of_a_package_merges_files_is_resumed_and_verified_in_new_proce
     out = tmp_path / "merged"
     assert isomerge("run", *given, out, path=package, killed_at=4).returncode == -signal.SIGKILL
     assert not out.exists()
+    (journal,) = tmp_path.rglob("journal-*.jsonl")
+    assert "conv.weight" in journal.read_text()
+    assert not all(name in journal.read_text() for name in base)  # some tensors are done, others not
     resumed = isomerge("run", *given, out, "--resume", path=package)
     assert resumed.returncode == 0, resumed.stderr
     whole, found = listing(tmp_path / "whole"), listing(out)
@@ -129,6 +135,16 @@ def test_a_method_of_a_package_merges_files_is_resumed_and_verified_in_new_proce
     absent = isomerge("verify", out, path=tmp_path)
     assert absent.returncode == 5
     assert "method 'median' is unknown" in absent.stderr
+
+
+def test_adapters_are_refused_where_coordinates_matter(package: Path, tmp_path: Path) -> None:
+    base, adapters = make_adapters(tmp_path)
+    config = {"base": base, "experts": adapters, "method": "median"}
+    with pytest.raises(ConfigError, match=r"tensor .*_proj.*: method 'median' takes no adapters.*into its base first"):
+        make_plan(load_config(config))
+    make_plan(load_config({**config, "method": "iso-power"}))
+    # Where none of the median's tensors is in an adapter.
+    make_plan(load_config({**config, "overrides": [{"match": "*_proj*", "method": "iso-c"}]}))
 
 
 def test_another_version_of_the_package_is_noticed(

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
+from allocation import peak_bytes
 from torch import Tensor
 
 import isomerge_fast as imf
@@ -80,6 +81,34 @@ def test_nan_is_found_under_a_median_that_does_not_show_it() -> None:
         Median().merge(MemoryDeltas(deltas))
     assert caught.value.tasks == [3]
     assert bool(Median().combine(torch.stack(deltas)).isfinite().all())
+
+
+@dataclass(frozen=True)
+class Quantile(Elementwise):
+    """As in docs/new-method.md: of torch's ways to a median the one that takes most memory."""
+
+    name: ClassVar[str] = "quantile"
+
+    def combine(self, deltas: Tensor) -> Tensor:
+        return deltas.quantile(0.5, dim=0)
+
+
+@pytest.mark.parametrize("shape", [(1024, 700), (90, 100)], ids=str)
+@pytest.mark.parametrize("method", [Median(), Quantile()], ids=lambda method: method.name)
+def test_a_method_of_single_elements_keeps_to_its_memory(
+    method: Method, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    base, experts = torch.zeros(shape), draw(*shape)
+    spec = TensorSpec("w", shape, torch.float32)
+    peak, _ = peak_bytes(lambda: method.merge(MemoryDeltas(experts, base)))
+    assert peak <= method.workspace_bytes(spec, 5, CPU) <= 2.5 * peak
+    row_map = method.row_map(MemoryDeltas(experts, base))
+    (block,) = MemoryDeltas(experts, base).blocks()
+    peak, _ = peak_bytes(lambda: row_map.rows(block))
+    promised = method.row_map_bytes(spec, 5, spec.elements, CPU)
+    assert promised is not None
+    assert peak <= promised <= 2.5 * peak
 
 
 def test_the_defaults_of_a_method() -> None:
