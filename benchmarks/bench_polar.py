@@ -17,7 +17,7 @@ from benchmarks.harness.rows import OURS, Problem, Row, contests
 from benchmarks.harness.scratch import kept
 from isomerge_fast.bench import published
 from isomerge_fast.bench.problems import Kind, deltas_like_fine_tuning, relative_error
-from isomerge_fast.linalg.auto import PROMISES, polar_ladder
+from isomerge_fast.linalg.auto import PROMISES, polar_candidates
 from isomerge_fast.linalg.gram_eigh import GramEigh
 from isomerge_fast.linalg.polar_express import PolarExpress
 from isomerge_fast.linalg.polar_gram import GramNewtonSchulz
@@ -44,7 +44,7 @@ def make(shape: tuple[int, int], kind: Kind, device: torch.device) -> Problem:
     exact = torch.from_numpy(kept(name, lambda: reference_numpy.polar(total.cpu().numpy())))
 
     def taken_first() -> torch.Tensor:
-        choice = polar_ladder("default", shape, torch.float32, device)[0]
+        choice = polar_candidates("default", shape, torch.float32, device)[0]
         return choice.solver.polar(total.to(choice.sum_dtype), dtype=torch.float32)[0]
 
     single, array = total.float(), total.cpu().numpy()

@@ -20,7 +20,7 @@ from benchmarks import shapes
 from benchmarks.harness.rows import OURS, Problem, Row, contests
 from benchmarks.harness.scratch import kept
 from isomerge_fast.bench.problems import Kind, deltas_like_fine_tuning
-from isomerge_fast.linalg.auto import subspace_ladder
+from isomerge_fast.linalg.auto import subspace_candidates
 from isomerge_fast.linalg.gram_eigh import GramEigh
 from isomerge_fast.linalg.protocol import Solver, default_tolerance
 from isomerge_fast.methods.iso_cts import split_rank
@@ -45,7 +45,7 @@ def task_part(shape: tuple[int, int], kind: Kind, device: torch.device) -> Probl
     deltas = deltas_like_fine_tuning(*shape, TASKS, kind, device=device)
     delta, total = deltas[0], torch.stack(deltas).double().sum(0)
     k, s = split_rank(min(shape), TASKS, 0.8)
-    solver = subspace_ladder("default", torch.float32)[0].solver
+    solver = subspace_candidates("default", torch.float32)[0].solver
     norm = torch.linalg.vector_norm(delta.double())
     factors = solver.factorize(total)
     common = factors.complete(factors.top(k), torch.float32)
@@ -89,7 +89,7 @@ def common_part(shape: tuple[int, int], kind: Kind, device: torch.device) -> Pro
     exact = torch.from_numpy(kept(f"common {shape[0]}x{shape[1]} {kind} {device.type}", exactly))
 
     def ours() -> Tensor:
-        solver = subspace_ladder("default", torch.float32)[0].solver
+        solver = subspace_candidates("default", torch.float32)[0].solver
         factors = solver.factorize(total)
         return factors.complete(factors.top(k), torch.float32).u
 

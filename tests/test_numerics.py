@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import isomerge_fast as imf
-from isomerge_fast.linalg.auto import PROMISES, polar_ladder
+from isomerge_fast.linalg.auto import PROMISES, polar_candidates
 from isomerge_fast.linalg.certificate import PROBES, fixed_draw, orthogonality, probes, symmetry
 from isomerge_fast.linalg.gram_eigh import GramEigh
 from isomerge_fast.linalg.polar_traced import TracedPolar
@@ -564,9 +564,9 @@ def test_what_cuda_would_take(
     cuda = torch.device("cuda")
     monkeypatch.setitem(devices.KNOWN, cuda, traits)
     for shape, first in ((SQUARE, square), (LONG, long)):
-        ladder = polar_ladder(precision, shape, torch.float32, cuda)
-        assert [choice.solver.name for choice in ladder] == [*first, *EIGENSOLVERS]
-        assert {choice.sum_dtype for choice in ladder} == {torch.float64}
+        candidates = polar_candidates(precision, shape, torch.float32, cuda)
+        assert [choice.solver.name for choice in candidates] == [*first, *EIGENSOLVERS]
+        assert {choice.sum_dtype for choice in candidates} == {torch.float64}
 
 
 ON_A_GPU = [
@@ -695,11 +695,13 @@ def test_what_cuda_would_take_of_small_matrices(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setitem(devices.KNOWN, cuda, H100)
     for shape in ((256, 256), (768, 768), (48, 768, 768), (2, 128, 512), (2, 2, 512, 64)):
         assert (
-            polar_ladder("default", shape, torch.float32, cuda)[1:]
-            == (polar_ladder("default", shape[-2:], torch.float32, cpu)[-3:])
+            polar_candidates("default", shape, torch.float32, cuda)[1:]
+            == (polar_candidates("default", shape[-2:], torch.float32, cpu)[-3:])
         )
     for shape in ((255, 255), (1, 128, 512), (1000, 32, 64)):
-        assert polar_ladder("default", shape, torch.float32, cuda) == polar_ladder("default", shape, torch.float32, cpu)
+        assert polar_candidates("default", shape, torch.float32, cuda) == polar_candidates(
+            "default", shape, torch.float32, cpu
+        )
 
 
 def merge_on_a_gpu(deltas: list[Tensor], method: str) -> tuple[Tensor, MergeStats]:

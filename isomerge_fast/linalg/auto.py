@@ -51,7 +51,7 @@ def check_precision(precision: str) -> None:
         raise ConfigError(f"precision {precision!r} is unknown{nearest(precision, PRECISIONS)}")
 
 
-def polar_ladder(
+def polar_candidates(
     precision: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
 ) -> tuple[Choice[PolarSolver], ...]:
     """Solvers for polar(X), the first to be taken, each of the rest when the certificate of the one before misses.
@@ -72,7 +72,7 @@ def polar_ladder(
     short, aspect = min(rows, columns), max(rows, columns) / max(1, min(rows, columns))
     exact = Choice(GramEigh(), "float64 Gram matrix: resolves float32 input")
     careful = Choice(GramEigh(rounding=0.0), "float64 products, and a Newton-Schulz step whatever is predicted")
-    ladder: list[Choice[PolarSolver]] = [exact, careful, svd]
+    candidates: list[Choice[PolarSolver]] = [exact, careful, svd]
     traits = traits_of(device)
     if traits.is_gpu and short >= ITERATION_SIDE and math.prod(shape[:-2]) * short >= ITERATION_COLUMNS:
         tiers = ("fast", "default") if precision == "fast" else (precision,)
@@ -80,14 +80,14 @@ def polar_ladder(
         for tier in tiers:
             if (iteration := _iteration(tier, aspect >= 2, traits)) is not None:
                 iterations.setdefault(iteration.solver.name, iteration)
-        return (*iterations.values(), *ladder)
+        return (*iterations.values(), *candidates)
     if aspect >= 2:
         # Long sums are well-conditioned: that float32 is enough for S is checked afterwards.
-        ladder.insert(0, Choice(GramEigh(), "float64 Gram matrix of a float32 sum", torch.float32))
+        candidates.insert(0, Choice(GramEigh(), "float64 Gram matrix of a float32 sum", torch.float32))
     if aspect >= 2 and precision == "fast":
         reason = f"float32 Gram matrix: {rows} x {columns} is tall or wide, and such sums are well-conditioned"
-        ladder.insert(0, Choice(GramEigh(torch.float32), reason, torch.float32))
-    return tuple(ladder)
+        candidates.insert(0, Choice(GramEigh(torch.float32), reason, torch.float32))
+    return tuple(candidates)
 
 
 def _iteration(precision: str, is_long: bool, traits: DeviceTraits) -> Choice[PolarSolver] | None:
@@ -108,10 +108,10 @@ def _iteration(precision: str, is_long: bool, traits: DeviceTraits) -> Choice[Po
     return Choice(solver, f"products only; {shape}")
 
 
-def subspace_ladder(
+def subspace_candidates(
     precision: str, dtype: torch.dtype, *, lean: bool = False, tall: bool = False
 ) -> tuple[Choice[Solver], ...]:
-    """Solvers for the common and the task subspaces of Iso-CTS, as ``polar_ladder``.
+    """Solvers for the common and the task subspaces of Iso-CTS, as ``polar_candidates``.
 
     Args:
         lean: without the search, which needs U_k beside S and Δ_t.
@@ -132,8 +132,8 @@ def subspace_ladder(
     return (Choice(loose, "as default, the task parts in float32 or to a looser angle"), exact, *last)
 
 
-def spectrum_ladder(precision: str, dtype: torch.dtype) -> tuple[Choice[Solver], ...]:
-    """Solvers for all singular values and the vectors of the short side, as ``polar_ladder``."""
+def spectrum_candidates(precision: str, dtype: torch.dtype) -> tuple[Choice[Solver], ...]:
+    """Solvers for all singular values and the vectors of the short side, as ``polar_candidates``."""
     check_precision(precision)
     svd: Choice[Solver] = Choice(FullSvd(), _svd_reason(precision, dtype))
     if precision == "reference" or dtype == torch.float64:
@@ -148,11 +148,11 @@ def _svd_reason(precision: str, dtype: torch.dtype) -> str:
 
 
 def fitting(
-    ladder: Sequence[Choice[S]], workspace_bytes: Callable[[Choice[S]], int], memory_bytes: int | None
+    candidates: Sequence[Choice[S]], workspace_bytes: Callable[[Choice[S]], int], memory_bytes: int | None
 ) -> tuple[Choice[S], ...]:
-    """The part of ``ladder`` that keeps to a ceiling; where none does, the one that needs least."""
+    """The part of ``candidates`` that keeps to a ceiling; where none does, the one that needs least."""
     if memory_bytes is None:
-        return tuple(ladder)
-    return tuple(choice for choice in ladder if workspace_bytes(choice) <= memory_bytes) or (
-        min(ladder, key=workspace_bytes),
+        return tuple(candidates)
+    return tuple(choice for choice in candidates if workspace_bytes(choice) <= memory_bytes) or (
+        min(candidates, key=workspace_bytes),
     )

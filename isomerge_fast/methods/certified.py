@@ -26,9 +26,9 @@ class UnsolvedError(InputError):
 def merge_certified(
     attempt: Callable[[DeltaSource, Choice[S]], tuple[Tensor, MergeStats]],
     deltas: DeltaSource,
-    ladder: Sequence[Choice[S]],
+    candidates: Sequence[Choice[S]],
 ) -> tuple[Tensor, MergeStats]:
-    """``attempt`` with the first solver of ``ladder``, again with the next where a check misses its limit.
+    """``attempt`` with the first solver of ``candidates``, again with the next where a check misses its limit.
 
     All checks of all matrices are read from the device at once, after the attempt. Of a batch in memory only the
     matrices that missed are solved again. What was given up, and why, is in ``MergeStats.escalations``; what the last
@@ -40,7 +40,7 @@ def merge_certified(
         OutOfRangeError: as ``require_kept``.
     """
     with exact_products(deltas.device):
-        value, stats = _climb(attempt, deltas, ladder)
+        value, stats = _climb(attempt, deltas, candidates)
     require_kept(stats)
     return value, stats
 
@@ -78,11 +78,11 @@ def exact_products(device: torch.device) -> Iterator[None]:
 def _climb(
     attempt: Callable[[DeltaSource, Choice[S]], tuple[Tensor, MergeStats]],
     deltas: DeltaSource,
-    ladder: Sequence[Choice[S]],
+    candidates: Sequence[Choice[S]],
 ) -> tuple[Tensor, MergeStats]:
     done: tuple[Tensor, MergeStats] | None = None
     failures: list[str] = []  # of solvers before the first that gave a result
-    for choice in ladder:
+    for choice in candidates:
         missed = {} if done is None else done[1].missed()
         if done is not None and not missed:
             break

@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..linalg.auto import Choice, polar_ladder
+from ..linalg.auto import Choice, polar_candidates
 from ..linalg.certificate import symmetry
 from ..linalg.protocol import PolarSolver
 from .base import RowMap
@@ -36,9 +36,9 @@ class IsoC(Spectral):
     citation: ClassVar[str] = "arXiv 2502.04959"
     row_map_passes: ClassVar[int] = 1
 
-    def ladder(self, spec: TensorSpec, tasks: int, device: torch.device) -> Sequence[Choice[PolarSolver]]:
+    def solvers(self, spec: TensorSpec, tasks: int, device: torch.device) -> Sequence[Choice[PolarSolver]]:
         """See ``Spectral``."""
-        return polar_ladder(self.precision, spec.shape, spec.dtype, device)
+        return polar_candidates(self.precision, spec.shape, spec.dtype, device)
 
     def solving_bytes(self, choice: Choice[PolarSolver], spec: TensorSpec, tasks: int, device: torch.device) -> int:
         """See ``Spectral``."""

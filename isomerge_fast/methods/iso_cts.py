@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..linalg.auto import Choice, subspace_ladder
+from ..linalg.auto import Choice, subspace_candidates
 from ..linalg.certificate import orthogonality as polar_orthogonality
 from ..linalg.protocol import Factorization, Solver, Subspace, reciprocal
 from ..linalg.sides import long_product, short_gram, short_product
@@ -91,13 +91,13 @@ class IsoCTS(Spectral):
         """See ``Method``."""
         split_rank(min(spec.shape), tasks, self.common_fraction)
 
-    def ladder(self, spec: TensorSpec, tasks: int, device: torch.device) -> Sequence[Choice[Solver]]:
+    def solvers(self, spec: TensorSpec, tasks: int, device: torch.device) -> Sequence[Choice[Solver]]:
         """See ``Spectral``."""
         rows, columns = spec.shape[-2:]
-        ladder = subspace_ladder(self.precision, spec.dtype, tall=rows > columns)
-        if self.memory_bytes is None or self.solving_bytes(ladder[0], spec, tasks, device) <= self.memory_bytes:
-            return ladder
-        return subspace_ladder(self.precision, spec.dtype, lean=True)
+        solvers = subspace_candidates(self.precision, spec.dtype, tall=rows > columns)
+        if self.memory_bytes is None or self.solving_bytes(solvers[0], spec, tasks, device) <= self.memory_bytes:
+            return solvers
+        return subspace_candidates(self.precision, spec.dtype, lean=True)
 
     def explain(self, spec: TensorSpec, tasks: int, device: torch.device) -> str:
         """See ``Method``."""

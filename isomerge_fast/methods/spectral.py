@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, InputError, nearest
-from ..linalg.auto import PROMISES, Choice, check_precision, fitting, spectrum_ladder
+from ..linalg.auto import PROMISES, Choice, check_precision, fitting, spectrum_candidates
 from ..linalg.certificate import probes, symmetry
 from ..linalg.protocol import PolarSolver, Solver, reciprocal
 from ..linalg.sides import long_product, short_multiply, short_product
@@ -28,7 +28,7 @@ RANK_POLICIES = ("range", "min-dim")
 class Spectral(Method):
     """Merges matrices by their singular values, with solvers that are tried in turn until a certificate holds.
 
-    A method states ``ladder``, ``attempt`` and ``solving_bytes``.
+    A method states ``solvers``, ``attempt`` and ``solving_bytes``.
 
     Args:
         rank_policy: what a rank-deficient S means, where the published formula is not a function (it pairs the null
@@ -74,7 +74,7 @@ class Spectral(Method):
         return PROMISES[self.precision]
 
     @abstractmethod
-    def ladder(self, spec: TensorSpec, tasks: int, device: torch.device) -> Sequence[Choice[Any]]:
+    def solvers(self, spec: TensorSpec, tasks: int, device: torch.device) -> Sequence[Choice[Any]]:
         """Return the solvers to be tried, in order, whatever memory they take."""
         ...
 
@@ -92,8 +92,8 @@ class Spectral(Method):
         """Return the solvers to be tried, in order: the one that is given, or those that keep to the ceiling."""
         if self.solver is not None:
             return (Choice(self.solver, "given"),)
-        ladder = self.ladder(spec, tasks, device)
-        return fitting(ladder, lambda choice: self.solving_bytes(choice, spec, tasks, device), self.memory_bytes)
+        solvers = self.solvers(spec, tasks, device)
+        return fitting(solvers, lambda choice: self.solving_bytes(choice, spec, tasks, device), self.memory_bytes)
 
     def explain(self, spec: TensorSpec, tasks: int, device: torch.device) -> str:
         """See ``Method``."""
@@ -135,9 +135,9 @@ class SingularValues(Spectral):
         """Return f of the singular values [..., r], float64 and descending. Those that are 0 stay 0."""
         ...
 
-    def ladder(self, spec: TensorSpec, tasks: int, device: torch.device) -> Sequence[Choice[Solver]]:
+    def solvers(self, spec: TensorSpec, tasks: int, device: torch.device) -> Sequence[Choice[Solver]]:
         """See ``Spectral``."""
-        return spectrum_ladder(self.precision, spec.dtype)
+        return spectrum_candidates(self.precision, spec.dtype)
 
     def solving_bytes(self, choice: Choice[Solver], spec: TensorSpec, tasks: int, device: torch.device) -> int:
         """See ``Spectral``."""
