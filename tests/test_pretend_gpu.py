@@ -12,7 +12,7 @@ from torch import Tensor
 from isomerge_fast.bench.problems import Kind, deltas_like_fine_tuning
 from isomerge_fast.linalg import subspace_chebyshev
 from isomerge_fast.linalg.gram_eigh import GramFactorization
-from isomerge_fast.methods import METHODS, MemoryDeltas, MergeStats
+from isomerge_fast.methods import METHODS, IsoC, IsoCTS, MemoryDeltas, MergeStats
 
 TASKS = 8
 # Launches of torch's operations and of ours, reads of the device and uploads of one merge of 8 tasks, at most.
@@ -59,7 +59,7 @@ def test_what_a_narrow_iteration_is_sure_to_miss_it_does_not_begin() -> None:
     u, v = (torch.linalg.qr(torch.randn(300, 300, generator=generator))[0] for _ in range(2))
     delta = (u * torch.logspace(0, -6, 300)) @ v.mT
     with pretend_gpu() as gpu:
-        value, stats = METHODS["iso-c"](precision="fast").merge(MemoryDeltas([gpu.upload(delta)]))
+        value, stats = IsoC(precision="fast").merge(MemoryDeltas([gpu.upload(delta)]))
         assert stats.algorithm == "iso-c/polar-express-fp64"
         assert len(stats.escalations) == 1
         assert "rounding would leave" in stats.escalations[0]
@@ -70,7 +70,7 @@ def test_what_a_narrow_iteration_is_sure_to_miss_it_does_not_begin() -> None:
         # Bounds twice; the iteration, which is more, once.
         assert begun < 1.8 * gpu.launch_count
     assert isinstance(value, PretendTensor)
-    expected, _ = METHODS["iso-c"](precision="reference").merge(MemoryDeltas([delta]))
+    expected, _ = IsoC(precision="reference").merge(MemoryDeltas([delta]))
     assert torch.linalg.vector_norm(value.held - expected) <= 1e-5 * torch.linalg.vector_norm(expected)
 
 
@@ -97,11 +97,11 @@ def test_parts_of_wide_matrices_are_searched_for_where_an_eigensolver_would_take
     deltas = deltas_like_fine_tuning(800, 900, TASKS, kind)
     eigensolver = GramFactorization._top_of_projected
     monkeypatch.setattr(GramFactorization, "_top_of_projected", lambda *_: pytest.fail("all directions are computed"))
-    expected, _ = METHODS["iso-cts"](precision="reference").merge(MemoryDeltas(deltas))
+    expected, _ = IsoCTS(precision="reference").merge(MemoryDeltas(deltas))
     for precision, promise in (("default", 1e-5), ("fast", 1e-2)):
         with pretend_gpu() as gpu:
             there: list[Tensor] = [gpu.upload(delta) for delta in deltas]
-            value, stats = METHODS["iso-cts"](precision=precision).merge(MemoryDeltas(there))
+            value, stats = IsoCTS(precision=precision).merge(MemoryDeltas(there))
         assert isinstance(value, PretendTensor)
         assert not stats.missed()
         assert torch.linalg.vector_norm(value.held - expected) <= promise * torch.linalg.vector_norm(expected)
