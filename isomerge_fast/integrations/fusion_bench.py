@@ -98,7 +98,7 @@ class IsoCTSFast(BaseAlgorithm, LightningFabricMixin):
         rank_policy: str = "min-dim",
         **about: Any,
     ) -> None:
-        self._method = EveryMatrixCTS(common_space_fraction, rank_policy, precision)
+        self._method = EveryMatrixCTS(common_space_fraction, rank_policy=rank_policy, precision=precision)
         self.scaling_factor, self.exclude_keys = scaling_factor, exclude_keys
         self.common_space_fraction = common_space_fraction
         super().__init__(**_checked(about))
