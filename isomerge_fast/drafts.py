@@ -19,7 +19,7 @@ from .globs import globs_of
 from .inputs import touches
 from .methods import Mean, Method, TensorSpec
 from .methods.factors import require_basis_free
-from .methods.source import check_factors, checked_weights
+from .methods.source import check_finite, checked_weights
 from .ops import FLOAT_DTYPES, compute_dtype
 from .plan import Output, scaling_folders
 from .routes import Traffic
@@ -129,7 +129,7 @@ class Drafter:
         except ConfigError as error:
             raise ConfigError(f"{where}{error}") from error
         weights = self.config.weights_of(name)
-        check_factors(f"{where}scaling", self.config.scalings, compute)
+        check_finite(f"{where}scaling", self.config.scalings, compute)
         weights = checked_weights(weights, compute, where)
         return self._drafted(spec, method, reason, stored, shard, experts, pairs, weights)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from math import prod
 from typing import Any
 
@@ -26,9 +27,9 @@ from .methods import (
     make_method,
     method_for,
 )
-from .methods.source import check_factors, checked_weights
+from .methods.source import check_finite, checked_weights
 from .patterns import require_matches
-from .routes import ROW_STEP, memory_route
+from .routes import ROW_STEP, memory_route, merge_or_again
 from .values import dtype_name, list_of, number, pattern, whole_number
 
 # So much of a tensor is rounded at once.
@@ -91,7 +92,7 @@ def _merge_deltas(
     if source.device.type == "meta":
         method.check(TensorSpec("deltas", tuple(source.shape[-2:]), source.dtype), source.n_tasks)
         return torch.empty(source.shape, dtype=source.dtype, device="meta")
-    value, _ = method.merge(source)
+    value, _ = merge_or_again(method, source)
     return value.to(source.dtype)
 
 
@@ -178,7 +179,7 @@ def merge_tensors(
     weights_in: dict[torch.dtype, Sequence[float] | None] = {}
     for name, found in dtypes.items():
         compute, where = ops.compute_dtype(*found), f"tensor {name!r}: "
-        check_factors(f"{where}scaling", [scaling], compute)
+        check_finite(f"{where}scaling", [scaling], compute)
         if compute not in weights_in:
             weights_in[compute] = checked_weights(given, compute, where)
     require_matches([("exclude", exclude)], known)
@@ -246,7 +247,7 @@ def _merge_one(
         ]
         if base.ndim == 0:  # tensors are walked by rows, of which it has none
             origin, tensors = origin[None], [tensor[None] for tensor in tensors]
-        source = MemoryDeltas(tensors, origin, weights=weights, dtype=spec.dtype)
+        source = MemoryDeltas(tensors, origin, weights=weights, dtype=spec.dtype, origin=spec)
         merged = merge_source(chosen, source, origin, scaling=scaling, dtype=out_dtype, seed=seed).view(base.shape)
     except NotFiniteError as error:
         inputs = [base, *(as_tensor(expert[name], f"tensor {name!r}") for expert in experts)]
@@ -286,8 +287,13 @@ class _MergedTensor:
     """The ``Sink`` of one tensor in memory."""
 
     def __init__(self, base: Tensor, scaling: float, dtype: torch.dtype, seed: int | None) -> None:
-        self.merged = torch.empty(base.shape, dtype=dtype, device=base.device)
-        self._scaling, self._seed, self._row_elements = scaling, seed, prod(base.shape[1:])
+        self._base, self._scaling, self._dtype, self._seed = base, scaling, dtype, seed
+        self._row_elements = prod(base.shape[1:])
+
+    @cached_property
+    def merged(self) -> Tensor:
+        """The tensor, made when its first rows come: after what the method takes to make them."""
+        return torch.empty(self._base.shape, dtype=self._dtype, device=self._base.device)
 
     def add(self, block: RowBlock, value: Callable[[RowBlock], Tensor], *, shared: bool) -> None:
         """See ``Sink``."""
@@ -297,14 +303,15 @@ class _MergedTensor:
                 part.base,
                 value(part),
                 scalings=[self._scaling],
-                dtype=self.merged.dtype,
+                dtype=self._dtype,
                 seed=self._seed,
                 first=part.rows.start * self._row_elements,
             )
 
     def _parts(self, block: RowBlock) -> Iterator[RowBlock]:
         """Yield the block in parts, for what is made of one to be small beside the whole."""
-        count, step = len(block.like), ROW_STEP * max(1, PART_ELEMENTS // max(1, ROW_STEP * self._row_elements))
+        elements = ops.traits_of(block.like.device).block_elements(PART_ELEMENTS)
+        count, step = len(block.like), ROW_STEP * max(1, elements // max(1, ROW_STEP * self._row_elements))
         return (block.part(slice(start, min(start + step, count))) for start in range(0, count, step))
 
     def copy(self, block: RowBlock) -> None:

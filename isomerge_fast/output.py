@@ -13,7 +13,6 @@ from torch import Tensor
 from . import ops
 from .checkpoint.direct_io import PAGE
 from .checkpoint.ring import aligned
-from .checkpoint.write_behind import WriteBehind
 from .methods import OutOfRangeError, RowBlock
 from .methods.factors import product_bound
 from .methods.source import Threads
@@ -32,6 +31,17 @@ class PartWriter(Protocol):
     def finish(self, name: str) -> str: ...
 
 
+class Writes(Protocol):
+    """What memory for outputs is taken from, and what has them written: a ``WriteBehind``."""
+
+    @property
+    def room_bytes(self) -> int: ...
+
+    def room(self, size: int) -> Tensor | None: ...
+
+    def put(self, action: Callable[[], None], *, size: int = 0, in_room: bool = False) -> None: ...
+
+
 class TensorOutput:
     """One tensor in all its outputs: the ``Sink`` of a merge of files.
 
@@ -45,7 +55,7 @@ class TensorOutput:
         self,
         plan: TensorPlan,
         writers: Mapping[str, PartWriter],
-        writes: WriteBehind,
+        writes: Writes,
         threads: Threads,
         phase: Callable[[str], AbstractContextManager[None]],
     ) -> None:
@@ -105,15 +115,18 @@ class TensorOutput:
             rows = slice(group[0].rows.start, group[-1].rows.stop)
             outputs = self._room(rows, block.like.device)
 
-            def fill(part: RowBlock, start: int = rows.start, outputs: dict[str, Tensor] = outputs) -> list[Tensor]:
+            def fill(
+                part: RowBlock, start: int = rows.start, outputs: dict[str, Tensor] = outputs
+            ) -> dict[str, Tensor]:
                 place = slice(part.rows.start - start, part.rows.stop - start)
                 mine = {folder: out[place] for folder, out in outputs.items()}
                 action(part, mine)
                 # While it is in the cache.
-                return [ops.count_nonfinite(out) for out in mine.values() if out.is_floating_point()]
+                floats = {folder: out for folder, out in mine.items() if out.is_floating_point()}
+                return {folder: ops.count_nonfinite(out) for folder, out in floats.items()}
 
             for counts in self._threads.map(fill, group):
-                for folder, count in zip(outputs, counts, strict=False):
+                for folder, count in counts.items():
                     self._not_finite[folder].append(count)
             self._write(rows, outputs)
 

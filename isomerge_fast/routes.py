@@ -188,7 +188,7 @@ class Whole(Route):
     def run(self, source: DeltaSource, sink: Sink) -> MergeStats:
         """See ``Route``."""
         assert self.method is not None
-        value, stats = _merge_or_again(self.method, source)
+        value, stats = merge_or_again(self.method, source)
         for block in source.blocks(()):
             count = block.rows.stop - block.rows.start
             for start in range(0, count, self.part_rows):
@@ -392,7 +392,7 @@ def memory_route(method: Method, shape: Sequence[int]) -> Route:
     return (Rowwise if method.any_shape else Resident)(tuple(shape), shape[0], method, 0)
 
 
-def _merge_or_again(method: Method, source: DeltaSource) -> tuple[Tensor, MergeStats]:
+def merge_or_again(method: Method, source: DeltaSource) -> tuple[Tensor, MergeStats]:
     """Merge a tensor; where a GPU's memory is full, once more without what the first attempt left: the same bytes.
 
     That is remarked, and logged at once: the merge takes longer, and may be near its end.

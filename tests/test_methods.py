@@ -11,11 +11,11 @@ import torch
 from pretend_gpu import H100, pretend_gpu
 
 import isomerge_fast as imf
-from isomerge_fast.errors import ConfigError
+from isomerge_fast.errors import ConfigError, InputError
 from isomerge_fast.linalg.gram_eigh import GramEigh
 from isomerge_fast.linalg.svd import FullSvd
 from isomerge_fast.linalg.thin import flagged_qr, thin_qr, thin_qrs
-from isomerge_fast.methods import METHODS, TensorSpec, as_deltas, make_method
+from isomerge_fast.methods import METHODS, MemoryDeltas, TensorSpec, as_deltas, make_method
 from isomerge_fast.methods.iso_cts import split_rank
 from isomerge_kernels import devices
 from isomerge_kernels.devices import DeviceTraits
@@ -510,3 +510,47 @@ def test_every_tensor_is_made_on_the_device_of_the_deltas(shape: tuple[int, ...]
                 value, stats = method.merge(as_deltas(deltas))
                 assert value.device.type == "cpu"
                 stats.to_dict()
+
+
+@pytest.mark.parametrize(
+    ("given", "how", "message"),
+    [
+        ([], {}, "deltas is empty"),
+        ([torch.ones(())] * 2, {}, "deltas are single numbers"),
+        ([torch.ones(2, 3), torch.ones(2, 4)], {}, r"deltas\[1\] has shape \[2, 4\], deltas\[0\] has \[2, 3\]"),
+        (
+            [torch.ones(2, 3)],
+            {"base": torch.ones(1, 3)},
+            r"the base is \[1, 3\] on cpu, deltas\[0\] is \[2, 3\] on cpu",
+        ),
+        ([torch.ones(2, 3)] * 2, {"weights": [1.0]}, "1 weights for 2 deltas"),
+        ([torch.ones(2, 3, dtype=torch.int32)], {}, r"deltas\[0\] is torch.int32"),
+    ],
+)
+def test_a_source_is_of_tensors_that_fit_each_other(
+    given: list[torch.Tensor], how: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        MemoryDeltas(given, **how)
+
+
+@pytest.mark.parametrize("block_rows", [None, 1, 3, 8, 100])
+@pytest.mark.parametrize("weights", [None, [0.3, -1.7]])
+def test_a_source_gives_the_same_whatever_its_blocks(block_rows: int | None, weights: list[float] | None) -> None:
+    base, *experts = [torch.randn(13, 5, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
+    source = MemoryDeltas(experts, base, weights=weights, block_rows=block_rows, wants_largest=True)
+    deltas = [(w * (e - base)) for w, e in zip(weights or [1.0, 1.0], experts, strict=True)]
+    found = source.sum(torch.float64)
+    torch.testing.assert_close(found.total, sum(delta.double() for delta in deltas))
+    squares = torch.stack([delta.double().square().sum() for delta in deltas])
+    torch.testing.assert_close(found.squares, squares, rtol=1e-6, atol=0)  # made in float32
+    assert found.largest is not None
+    torch.testing.assert_close(found.largest, torch.stack([delta.abs().max().double() for delta in deltas]))
+    assert all(torch.equal(source.delta(task), delta) for task, delta in enumerate(deltas))
+    empty = MemoryDeltas([torch.ones(0, 5)], block_rows=block_rows).sum(torch.float64)
+    assert (tuple(empty.total.shape), empty.squares.tolist()) == ((0, 5), [0.0])
+
+
+def test_a_batch_of_nothing() -> None:
+    for merge in (imf.iso_c, imf.iso_cts):
+        assert merge([torch.ones(0, 50, 30)] * 2).shape == (0, 50, 30)

@@ -143,7 +143,7 @@ def _time(tensor: TensorPlan, plan: Plan, device: torch.device, workers: Workers
 def _group(members: Sequence[TensorPlan], timing: _Timing) -> Group:
     tensor, size = members[0], timing.size
     passed = timing.passed_bytes * prod(tensor.base.shape) / max(1, prod(size.shape))
-    again = 0 if tensor.route.holds_copies else max(0, round(passed) - tensor.read_bytes)
+    again = max(0, round(passed) - tensor.read_bytes)
     each = timing.seconds / size.share
     return Group(
         tensor.action,

@@ -11,7 +11,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from ..checkpoint.write_behind import WriteBehind
+from ..checkpoint.write_behind import ROOM_SHARE
 from ..errors import ConfigError
 from ..methods import MemoryDeltas, Method, RowBlock, TensorSpec
 from ..methods.source import Factors, MemoryFactors
@@ -29,25 +29,41 @@ MEMORY_SHARE = 0.25
 MEASURED = "measured"
 
 
-class _Unwritten(WriteBehind):
-    """Writes that nobody does: what they lie in is given back at once."""
+class _Unwritten:
+    """The ``Writes`` of what is not written: every room is the same memory."""
+
+    def __init__(self, budget_bytes: int) -> None:
+        self.room_bytes = budget_bytes // ROOM_SHARE
+        self._memory = torch.empty(self.room_bytes, dtype=torch.uint8, device="cpu")
+
+    def room(self, size: int) -> Tensor | None:
+        """See ``WriteBehind``."""
+        return self._memory[:size] if size <= self.room_bytes else None
 
     def put(self, action: Callable[[], None], *, size: int = 0, in_room: bool = False) -> None:
-        """See ``WriteBehind``."""
-        if in_room:
-            self._ring.give_back()
+        """See ``WriteBehind``: nothing is done."""
 
 
-class _Walked(MemoryDeltas):
-    """A source in memory that counts what is passed over, as often as it is."""
+class _Held(MemoryDeltas):
+    """Copies that a route holds: they are read once."""
 
     passed_bytes = 0
+
+
+class _Walked(_Held):
+    """Copies that a route does not hold: counted as often as they are passed over."""
 
     def blocks(self, tasks: Sequence[int] | None = None) -> Iterator[RowBlock]:
         """See ``DeltaSource``."""
         for block in super().blocks(tasks):
             self.passed_bytes += block.like.nbytes + sum(expert.nbytes for expert in block.experts)
             yield block
+
+
+class _Factors(MemoryFactors):
+    """Factors, or none, beside a base that is read once."""
+
+    passed_bytes = 0
 
 
 class _NoFile:
@@ -137,13 +153,13 @@ class Sample:
         self._source = self._source_of([copy.reshape(lines) for copy in self._make(size.shape, device)], device)
         self._writes = _Unwritten(plan.budget.write_behind)
 
-    def _source_of(self, copies: list[Tensor], device: torch.device) -> MemoryFactors | _Walked:
+    def _source_of(self, copies: list[Tensor], device: torch.device) -> _Factors | _Held:
         tensor, rows = self._tensor, self._route.part_rows
         base, *experts = copies
         if not experts:
             factors = list(self._make_factors(device))
-            return MemoryFactors(factors, base, dtype=tensor.spec.dtype, block_rows=rows)
-        return _Walked(
+            return _Factors(factors, base, dtype=tensor.spec.dtype, block_rows=rows)
+        return (_Held if self._route.holds_copies else _Walked)(
             experts,
             base,
             are_deltas=tensor.experts_are_deltas,
@@ -191,14 +207,9 @@ class Sample:
             self._workers,
             lambda _: nullcontext(),
         )
-        before = self._passed_bytes
+        before = self._source.passed_bytes
         algorithm = self._route.run(self._source, output).algorithm
-        return algorithm, self._passed_bytes - before
-
-    @property
-    def _passed_bytes(self) -> int:
-        """So far; a base beside factors, and copies that are held, are passed over once."""
-        return self._source.passed_bytes if isinstance(self._source, _Walked) else 0
+        return algorithm, self._source.passed_bytes - before
 
 
 def sample_bytes(tensor: TensorPlan, size: Size, device: torch.device) -> int:

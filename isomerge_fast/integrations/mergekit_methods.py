@@ -37,7 +37,7 @@ from ..methods import (
     make_method,
     method_for,
 )
-from ..methods.source import check_factors, checked_weights
+from ..methods.source import check_finite, checked_weights
 
 LAMBDA, WEIGHT = "lambda", "weight"
 
@@ -150,23 +150,25 @@ class IsotropicMergeMethod(MergeMethod):
             spec = TensorSpec(group.metadata.name or "", tuple(base.shape[1:]), compute)
             try:
                 method.check(spec, len(experts))
-                check_factors(LAMBDA, [values[LAMBDA]], compute)
+                check_finite(LAMBDA, [values[LAMBDA]], compute)
             except ConfigError as error:
                 raise ConfigError(f"{_name(group)}: {error}") from error
         given = zip(groups, values[WEIGHT].tolist(), strict=True)
         weights = [checked_weights(each, compute, f"{_name(group)}: ") for group, each in given]
-        source, origin = _Batch(experts, base, weights, compute), base
+        origin = TensorSpec(", ".join(group.metadata.name or "" for group in groups), tuple(base.shape), compute)
+        source = _Batch(experts, base, weights, compute, origin)
         if by_method and len(base) == 1:  # as the matrix itself: products of one are not made by routines for batches
-            origin = base[0]
-            source = MemoryDeltas([expert[0] for expert in experts], origin, weights=weights[0], dtype=compute)
+            base, origin = base[0], replace(origin, shape=tuple(base.shape[1:]))
+            experts = [expert[0] for expert in experts]
+            source = MemoryDeltas(experts, base, weights=weights[0], dtype=compute, origin=origin)
         with torch.no_grad(), torch.autocast(base.device.type, enabled=False):
             try:
-                merged = merge_source(method, source, origin, scaling=values[LAMBDA], dtype=out_dtype)
+                merged = merge_source(method, source, base, scaling=values[LAMBDA], dtype=out_dtype)
             except NotFiniteError as error:
                 raise InputError(_not_finite(batch, groups)) from error
             except OutOfRangeError as error:
                 raise InputError(f"{', '.join(map(_name, groups))}: {error}") from error
-            merged = merged.view(base.shape)
+            merged = merged.view(batch.tensors[0].shape)
             for group, tensor in zip(groups, merged, strict=True) if ops.count_nonfinite(merged) else ():
                 if count := int(ops.count_nonfinite(tensor)):
                     overflow = f"{count} merged weights overflow {out_dtype} at lambda {values[LAMBDA]:g}"
@@ -182,9 +184,14 @@ class _Batch(MemoryDeltas):
     """
 
     def __init__(
-        self, experts: Sequence[Tensor], base: Tensor, weights: list[tuple[float, ...] | None], compute: torch.dtype
+        self,
+        experts: Sequence[Tensor],
+        base: Tensor,
+        weights: list[tuple[float, ...] | None],
+        compute: torch.dtype,
+        origin: TensorSpec | None = None,
     ) -> None:
-        super().__init__(experts, base, dtype=compute)
+        super().__init__(experts, base, dtype=compute, origin=origin)
         self._weights = weights
 
     def blocks(self, tasks: Sequence[int] | None = None) -> Iterator[RowBlock]:

@@ -66,11 +66,13 @@ class ElementwiseMap:
 
     def __init__(self, source: DeltaSource, algorithm: str, combine: Callable[[Tensor], Tensor]) -> None:
         self._tasks, self._dtype, self._algorithm, self._combine = source.n_tasks, source.dtype, algorithm, combine
-        self._seen = Seen()
+        self._wants_largest, self._seen = source.wants_largest, Seen()
 
     def rows(self, block: RowBlock) -> Tensor:
         """See ``RowMap``."""
-        found = block.sum(self._dtype)  # for NaN, Inf and norms; its memory is that of the result
+        found = block.sum(
+            self._dtype, largest=self._wants_largest
+        )  # for NaN, Inf and norms; its memory is that of the result
         self._seen.add(block.rows.start, found)
         rows, *others = found.total.shape
         step = max(1, STACKED_ELEMENTS // (self._tasks * max(1, found.total[:1].numel())))

@@ -74,11 +74,12 @@ class LinearMap:
 
     def __init__(self, source: DeltaSource, algorithm: str, *, divisor: int = 1) -> None:
         self._dtype, self._algorithm, self._divisor = source.dtype, algorithm, divisor
+        self._wants_largest = source.wants_largest
         self._seen = Seen()
 
     def rows(self, block: RowBlock) -> Tensor:
         """See ``RowMap``."""
-        found = block.sum(self._dtype)
+        found = block.sum(self._dtype, largest=self._wants_largest)
         self._seen.add(block.rows.start, found)
         return found.total if self._divisor == 1 else found.total.div_(self._divisor)
 
@@ -108,7 +109,7 @@ def chunks(source: DeltaSource, tasks: Sequence[int], *, seen: Seen | None = Non
             stop = min(count, start + step - filled)
             part = block.part(slice(start, stop))
             place = slice(filled, filled + stop - start)
-            found = part.sum(torch.float64, out=buffers[0][place])
+            found = part.sum(torch.float64, out=buffers[0][place], largest=source.wants_largest)
             if seen is not None:
                 seen.add(part.rows.start, found)
             for task, buffer in zip(tasks, buffers[1:], strict=True):

@@ -57,7 +57,7 @@ class Factors:
 class RowBlock:
     """Some rows of the base and of some experts, as they are stored, on the device that computes.
 
-    The one place where weights are applied: Δ_t is w_t (θ_t − θ₀) below.
+    The one place where weights are applied (of factors it is their scale): Δ_t is w_t (θ_t − θ₀) below.
 
     Attributes:
         rows: which, of the tensor's first dimension.
@@ -93,10 +93,10 @@ class RowBlock:
         if self.weights is None:
             return found
         # What the kernel sees, it sees before the weights.
-        size = found.squares.new_tensor(self.weights).abs().view(-1, *[1] * batch_dims)
-        most = None if found.largest is None else found.largest * size
+        sizes = found.squares.new_tensor(self.weights).abs().view(-1, *[1] * batch_dims)
+        most = None if found.largest is None else found.largest * sizes
         # A square that overflows, times a zero delta's, were NaN.
-        squares = torch.where(found.squares == 0, found.squares, found.squares * size.square())
+        squares = torch.where(found.squares == 0, found.squares, found.squares * sizes.square())
         return found._replace(squares=squares, largest=most)
 
     def delta(self, task: int, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
@@ -171,7 +171,7 @@ class DeltaSource(ABC):
         wants_largest: bool = False,
     ) -> None:
         self.n_tasks, self.shape, self.dtype, self.device = n_tasks, torch.Size(shape), dtype, device
-        self.origin = origin or TensorSpec("", tuple(shape), dtype)
+        self.origin = origin or TensorSpec("deltas", tuple(shape), dtype)
         self.threads, self.wants_largest = threads, wants_largest
 
     @abstractmethod
@@ -274,6 +274,13 @@ class MemoryDeltas(DeltaSource):
                 raise InputError(f"deltas[{index}] is {tensor.dtype}: deltas are float tensors")
             if tensor.device != first.device:
                 raise InputError(f"deltas[{index}] is on {tensor.device}, deltas[0] on {first.device}")
+        if first.ndim == 0:
+            raise InputError("deltas are single numbers, which have no rows: give each a dimension (delta[None])")
+        if base is not None and (base.shape, base.device) != (first.shape, first.device):
+            where = f"{list(base.shape)} on {base.device}"
+            raise InputError(f"the base is {where}, deltas[0] is {list(first.shape)} on {first.device}")
+        if weights is not None and len(weights) != len(experts):
+            raise InputError(f"{len(weights)} weights for {len(experts)} deltas")
         self.experts, self.base, self.weights = experts, base, weights
         self._are_deltas = are_deltas or base is None
         self._block_rows = block_rows
@@ -294,7 +301,7 @@ class MemoryDeltas(DeltaSource):
         weights = None if self.weights is None else [self.weights[task] for task in chosen]
         experts = [self.experts[task] for task in chosen]
         whole = RowBlock(slice(0, self.shape[0]), experts, self.base, self._are_deltas, weights)
-        if self._block_rows is None:
+        if self._block_rows is None or not self.shape[0]:
             yield whole
             return
         for start in range(0, self.shape[0], self._block_rows):
@@ -353,7 +360,7 @@ def as_deltas(deltas: DeltaSource | Tensor | Sequence[Tensor]) -> DeltaSource:
     return deltas if isinstance(deltas, DeltaSource) else MemoryDeltas(list(deltas))
 
 
-def check_factors(what: str, values: Iterable[float], dtype: torch.dtype) -> None:
+def check_finite(what: str, values: Iterable[float], dtype: torch.dtype) -> None:
     """Raise ConfigError where a scaling or weight is no finite number in the dtype that is computed in."""
     for value in values:
         if not abs(value) <= torch.finfo(dtype).max:
@@ -371,5 +378,5 @@ def checked_weights(weights: Sequence[float] | None, dtype: torch.dtype, where: 
     Raises:
         ConfigError: a weight is no finite number in ``dtype``.
     """
-    check_factors(f"{where}weight", weights or (), dtype)
+    check_finite(f"{where}weight", weights or (), dtype)
     return None if weights is None or all(weight == 1.0 for weight in weights) else tuple(weights)

@@ -38,7 +38,7 @@ def delta_sizes(squares: Tensor, largest: Tensor | None, nonfinite: Tensor) -> d
         OutOfRangeError: a norm whose square float64 does not hold.
     """
     rows = [nonfinite.sum(1).double(), squares.sum(1).sqrt()]
-    if largest is not None:
+    if largest is not None and largest.shape[1]:
         rows.append(largest.amax(1).double())
     counts, norms, *rest = torch.stack(rows).cpu()
     bad = torch.nonzero(counts).flatten().tolist()
