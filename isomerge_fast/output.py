@@ -160,7 +160,7 @@ class TensorOutput:
                     self._writes.put(write, size=made.nbytes, in_room=False)
 
     def overflows(self) -> str | None:
-        """What became infinite, or NaN, of all that was made of finite weights, in words. One read of the device."""
+        """Return in words what of all that was made of finite weights is NaN or infinite. One read of the device."""
         for folder, seen in self._not_finite.items():
             count = int(torch.stack(seen).sum()) if seen else 0
             if count:
@@ -171,7 +171,7 @@ class TensorOutput:
         return None
 
     def checksums(self) -> dict[str, dict[str, str]]:
-        """Of what the tensor became, by folder and name."""
+        """Return the checksums of what was written, by folder and name."""
         return {
             output.folder: {name: self._writers[output.folder].finish(name) for name in output.names}
             for output in self._plan.outputs
@@ -195,11 +195,11 @@ class TensorOutput:
             yield block.part(slice(start, min(start + step, count)))
 
     def _bytes_of(self, rows: int) -> int:
-        """Of all outputs, each with a page more, for its place in it."""
+        """Return the bytes of so many rows in all outputs, each with a page more, for its place in it."""
         return sum(PAGE + aligned(rows * self._row_elements * dtype.itemsize) for dtype in self._dtypes.values())
 
     def _room(self, rows: slice, device: torch.device) -> dict[str, Tensor]:
-        """Memory for these rows by folder, on the device that computes."""
+        """Return memory for these rows by folder, on the device that computes."""
         count = rows.stop - rows.start
         shape = (count, *self._plan.route.lines[1:])
         self._in_room = False
@@ -218,12 +218,12 @@ class TensorOutput:
         return {folder: torch.empty(shape, dtype=dtype, device=device) for folder, dtype in self._dtypes.items()}
 
     def _position(self, folder: str, rows: slice) -> int:
-        """Of rows of ``Route.lines`` in their file; 0 where that is no place for their dtype in memory."""
+        """Return where rows begin in their file; 0 where that is no place for their dtype in memory."""
         position = self._writers[folder].position(self._names[folder], rows.start * self._row_elements)
         return 0 if position % self._dtypes[folder].itemsize else position
 
     def _write(self, rows: slice, outputs: dict[str, Tensor]) -> None:
-        """Has rows of ``Route.lines`` fetched and written, in the thread that does so."""
+        """Have rows of ``Route.lines`` fetched and written, in the thread that does so."""
         downloads = {folder: Download(out, self._position(folder, rows)) for folder, out in outputs.items()}
         size = 0 if self._in_room else sum(out.nbytes for out in outputs.values())
 

@@ -413,7 +413,7 @@ def _within(method: Method, budget: Budget, beside: int) -> Method:
 
 
 def _part_rows(lines: Sequence[int], traffic: Traffic, part_bytes: int) -> int:
-    """Rows of which all copies are so many bytes."""
+    """Return how many rows of all copies are so many bytes."""
     return _rows_of(lines, sum(traffic.read), part_bytes - PADDING_BYTES * len(traffic.read))
 
 
@@ -423,7 +423,7 @@ def _rows_of(lines: Sequence[int], element_bytes: int, part_bytes: int) -> int:
 
 
 def _applying(elements: int, traffic: Traffic, device: torch.device) -> int:
-    """Outputs of one part, and the temporaries of making them."""
+    """Return the bytes of one part of all outputs, and of the temporaries of making them."""
     if traits_of(device).is_gpu:  # as they are made; and of one of them its size and three flags, to find NaN and Inf
         return elements * (3 * traffic.written + 3)
     return elements * traffic.written + 4 * 8 * min(elements, BLOCK_ELEMENTS)
@@ -443,5 +443,5 @@ def _making(part_elements: int, spec: TensorSpec, device: torch.device) -> int:
 
 
 def _on_device(elements: int, traffic: Traffic, device: torch.device) -> int:
-    """Copies on a GPU of what is being worked on; on a CPU the buffers read into are it."""
+    """Return the bytes of copies on a GPU; on a CPU what is read into buffers is worked on there."""
     return 0 if device.type == "cpu" else elements * sum(traffic.read)

@@ -23,7 +23,7 @@ Phase = Callable[[str], AbstractContextManager[None]]
 
 
 def bundle_of(plan: TensorPlan, rows: slice, experts: Sequence[int]) -> Bundle:
-    """The given rows of the base and of some experts."""
+    """Return some rows of the base and of some experts, to be read at once."""
     row_shape = plan.route.lines[1:]
     shape = (rows.stop - rows.start, *row_shape)
     stored = [plan.base, *(plan.experts[index] for index in experts)]
@@ -31,7 +31,7 @@ def bundle_of(plan: TensorPlan, rows: slice, experts: Sequence[int]) -> Bundle:
 
 
 def first_pass(plan: TensorPlan) -> Iterator[Bundle]:
-    """What is read of a tensor in any case, and therefore ahead: the factors of an adapter before the base."""
+    """Yield what is read of a tensor in any case, and therefore ahead: the factors of an adapter before the base."""
     if plan.factors:
         yield Bundle(tuple(whole(stored) for stored in plan.factors))
     for rows in plan.route.readings():

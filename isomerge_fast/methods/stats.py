@@ -64,7 +64,7 @@ class MergeStats:
         )
 
     def missed(self) -> dict[str, Tensor]:
-        """The checks that miss their limit, as booleans per matrix on the CPU. One read of the device."""
+        """Return the checks that miss their limit, as booleans per matrix on the CPU. One read of the device."""
         if not self.checks:
             return {}
         # Not `>`: NaN has missed.
@@ -72,16 +72,16 @@ class MergeStats:
         return {name: flag for name, flag in zip(self.checks, flags, strict=True) if bool(flag.any())}
 
     def describe(self, missed: Mapping[str, Tensor]) -> str:
-        """The worst value of every check that was missed, with its limit."""
+        """Return the worst value of every check that was missed, with its limit."""
         worst = {name: self.checks[name].value[flags].amax().item() for name, flags in missed.items()}
         return ", ".join(f"{name} {value:.1e} > {self.checks[name].limit:.0e}" for name, value in worst.items())
 
     def after(self, before: MergeStats, remark: str) -> MergeStats:
-        """This, with the remarks of ``before`` and one more."""
+        """Return this, with the remarks of ``before`` and one more."""
         return replace(self, escalations=(*before.escalations, remark))
 
     def replaced(self, rows: Tensor, part: MergeStats) -> MergeStats:
-        """This, with the entries of the matrices ``rows`` (a mask over the batch) from ``part``."""
+        """Return this, with the entries of the matrices ``rows`` (a mask over the batch) from ``part``."""
 
         zero = torch.zeros((), device="cpu")
 
@@ -130,7 +130,7 @@ class OutOfRangeError(InputError):
 
 
 def require_kept(stats: MergeStats) -> None:
-    """Raises OutOfRangeError where nothing was kept of the one Δ_t that is not 0: of several, all may cancel."""
+    """Raise OutOfRangeError where nothing was kept of the one Δ_t that is not 0: of several, all may cancel."""
     rank, norms = stats.values.get("rank"), stats.values.get("delta_norms")
     if rank is None or norms is None or int((norms > 0).sum()) != 1:
         return

@@ -19,7 +19,7 @@ LARGEST_TRAINED_NORM = 1e5
 
 
 def finite_sum(deltas: DeltaSource, dtype: torch.dtype, batch_dims: int = 0) -> tuple[Tensor, Tensor, dict[str, Any]]:
-    """(``deltas.sum``, its ``squares``, what ``MergeStats.values`` says of every Δ_t). One read of the device.
+    """Return (``deltas.sum``, its ``squares``, what ``MergeStats.values`` says of every Δ_t). One read of the device.
 
     Raises:
         As ``delta_sizes``.
@@ -30,8 +30,8 @@ def finite_sum(deltas: DeltaSource, dtype: torch.dtype, batch_dims: int = 0) -> 
 
 
 def delta_sizes(squares: Tensor, largest: Tensor | None, nonfinite: Tensor) -> dict[str, Any]:
-    """What ``MergeStats.values`` says of every Δ_t, on the CPU, of what its parts are, [T, parts] each. One read of the
-    device.
+    """Return what ``MergeStats.values`` says of every Δ_t, on the CPU, from its parts, [T, parts] each. One read of
+    the device.
 
     Raises:
         NotFiniteError: naming the tasks that hold NaN or Inf.
@@ -50,7 +50,7 @@ def delta_sizes(squares: Tensor, largest: Tensor | None, nonfinite: Tensor) -> d
 
 
 def require_comparable(norms: Tensor, origin: TensorSpec) -> None:
-    """Raises OutOfRangeError where a spectral method can make nothing of deltas with these ‖Δ_t‖_F, [T].
+    """Raise OutOfRangeError where a spectral method can make nothing of deltas with these ‖Δ_t‖_F, [T].
 
     - Σ_t ‖Δ_t‖, which bounds every σ and σ̄, is beyond ``origin.dtype`` or ``COMPUTED_NORMS``.
     - One Δ_t is larger than any training makes it, and another one has all its singular values in what counts as the
@@ -68,10 +68,10 @@ def require_comparable(norms: Tensor, origin: TensorSpec) -> None:
 
 
 def _by_task(seen: Tensor) -> Tensor:
-    """[T] or [T, B, ...] as [T, members]."""
+    """Return what is [T] or [T, B, ...] as [T, members]."""
     return seen.flatten(1) if seen.ndim > 1 else seen[:, None]
 
 
 def rounding_of(norm: Tensor, origin: TensorSpec) -> Tensor:
-    """``rounding_tolerance`` of deltas with ‖Δ‖_F = ``norm``, by the sides and the dtype of what they are of."""
+    """Return ``rounding_tolerance`` of deltas with ‖Δ‖_F = ``norm``, by the sides and the dtype of what they are of."""
     return rounding_tolerance(norm, origin.shape[-2], origin.shape[-1], origin.dtype)
