@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache, cached_property, reduce
 from typing import Any
 
@@ -21,12 +21,12 @@ from .methods import Mean, Method, TensorSpec
 from .methods.factors import require_basis_free
 from .methods.source import check_finite, checked_weights
 from .ops import FLOAT_DTYPES, compute_dtype
-from .plan import Output, scaling_folders
+from .plan import WrittenTensor, scaling_folders
 from .routes import Traffic
 
 
 @dataclass(frozen=True, slots=True)
-class Draft:
+class Draft(WrittenTensor):
     """The plan of a tensor, but for how it goes through memory: merged by ``method``, or copied where that is None.
 
     Fields are as in ``TensorPlan``.
@@ -35,14 +35,12 @@ class Draft:
         reason: why it is copied, or merged by another method than the config's; else empty.
     """
 
-    spec: TensorSpec
     method: Method | None
     reason: str
     base: StoredTensor
     experts: tuple[StoredTensor, ...]
     pairs: tuple[LoraPair | None, ...]
     weights: tuple[float, ...] | None
-    outputs: tuple[Output, ...]
     shard: str
     rounding_seed: int | None
     traffic: Traffic
@@ -98,8 +96,12 @@ class Drafter:
         return [expert for expert in self.experts if isinstance(expert, Adapter)]
 
     @cached_property
-    def _folders(self) -> dict[str, float | None]:
+    def _scalings(self) -> Mapping[str, float | None]:
         return scaling_folders(self.config)
+
+    @cached_property
+    def _scalings_without_delta(self) -> Mapping[str, float | None]:
+        return {folder: scaling for folder, scaling in self._scalings.items() if scaling is not None}
 
     def _why_copied(self, name: str, stored: StoredTensor, is_extra: bool) -> str | None:
         """Return why a tensor is copied; None where it is merged."""
@@ -147,49 +149,35 @@ class Drafter:
         has_delta: bool = True,
     ) -> Draft:
         """Return the draft, with what is read and written of the tensor."""
-        outputs = self._outputs(spec, stored, has_delta)
-        read = tuple([copy.dtype for copy in (stored, *experts)])
-        traffic = _traffic(read, tuple([output.dtype for output in outputs]))
-        is_rounded = method is not None and outputs[0].dtype == torch.bfloat16
-        seed = tensor_seed(self.config.stochastic_rounding, spec.name) if is_rounded else None
-        if self.config.adapter_rank is not None:
-            trained = [*_factors(pairs), *experts] or [stored]
-            outputs, shard = self._in_adapter(spec, outputs, trained, self.config.adapter_rank), ADAPTER_FILE
-        return Draft(spec, method, reason, stored, experts, pairs, weights, outputs, shard, seed, traffic)
-
-    def _outputs(self, spec: TensorSpec, stored: StoredTensor, has_delta: bool) -> tuple[Output, ...]:
-        """Return what is written of a tensor: for every α, and Δ where it has one and that is kept."""
         is_float = stored.dtype in FLOAT_DTYPES
         dtype = getattr(torch, self.config.dtype) if is_float and self.config.dtype else stored.dtype
         merged = (OutputTensor(spec.name, dtype, spec.shape),)
-        outputs = []
-        for folder, scaling in self._folders.items():
-            if scaling is not None:
-                outputs.append(Output(folder, scaling, merged))
-            elif is_float and has_delta:
-                delta = OutputTensor(spec.name, spec.dtype, spec.shape)
-                outputs.append(Output(folder, None, (delta,)))
-        return tuple(outputs)
+        scalings = self._scalings if is_float and has_delta else self._scalings_without_delta
+        read = tuple([copy.dtype for copy in (stored, *experts)])
+        traffic = _traffic(read, tuple([spec.dtype if scaling is None else dtype for scaling in scalings.values()]))
+        is_rounded = method is not None and dtype == torch.bfloat16
+        seed = tensor_seed(self.config.stochastic_rounding, spec.name) if is_rounded else None
+        if self.config.adapter_rank is not None:
+            trained = [*_factors(pairs), *experts] or [stored]
+            merged, shard = self._in_adapter(spec, dtype, trained, self.config.adapter_rank), ADAPTER_FILE
+        return Draft(spec, merged, scalings, method, reason, stored, experts, pairs, weights, shard, seed, traffic)
 
     def _in_adapter(
-        self, spec: TensorSpec, outputs: tuple[Output, ...], trained: Sequence[StoredTensor], rank: int
-    ) -> tuple[Output, ...]:
-        """Return outputs as they are written into an adapter: under the names that the first which has it gives it.
+        self, spec: TensorSpec, dtype: torch.dtype, trained: Sequence[StoredTensor], rank: int
+    ) -> tuple[OutputTensor, ...]:
+        """Return a tensor as it is written into an adapter: under the names that the first which has it gives it.
 
         Args:
             trained: what the experts have of the tensor.
         """
         adapter = next(adapter for adapter in self._adapters if touches(adapter, spec.name))
-        dtype = outputs[0].dtype
         if self.config.dtype is None:  # as wide as the experts' own
             dtype = reduce(torch.promote_types, (copy.dtype for copy in trained))
         pair = adapter.pairs.get(spec.name)
         if pair is None:
-            tensors = (OutputTensor(adapter.tensors[spec.name].name, dtype, spec.shape),)
-        else:
-            a, b = (rank, pair.a.shape[1]), (pair.b.shape[0], rank)
-            tensors = (OutputTensor(pair.a.name, dtype, a), OutputTensor(pair.b.name, dtype, b))
-        return tuple(replace(output, tensors=tensors) for output in outputs)
+            return (OutputTensor(adapter.tensors[spec.name].name, dtype, spec.shape),)
+        a, b = (rank, pair.a.shape[1]), (pair.b.shape[0], rank)
+        return OutputTensor(pair.a.name, dtype, a), OutputTensor(pair.b.name, dtype, b)
 
 
 @cache

@@ -101,13 +101,7 @@ def read_report(folder: Path) -> tuple[Report, str]:
 
 def _recorded(plan: Plan, folder: str, entries: Mapping[str, Mapping[str, Any]]) -> Made:
     """Return what the manifest says of a sub-folder's tensors, by their names there."""
-    written = {
-        made.name: (tensor, made)
-        for tensor in plan.tensors
-        for output in tensor.outputs
-        if output.folder == folder
-        for made in output.tensors
-    }
+    written = {made.name: (tensor, made) for tensor in plan.tensors for made in tensor.tensors_in(folder)}
 
     def record(name: str) -> TensorEntry:
         tensor, made = written[name]

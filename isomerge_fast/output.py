@@ -59,13 +59,13 @@ class TensorOutput:
         threads: Threads,
         phase: Callable[[str], AbstractContextManager[None]],
     ) -> None:
-        self._plan, self._writers, self._writes = plan, writers, writes
+        self._plan, self._outputs, self._writers, self._writes = plan, plan.outputs, writers, writes
         self._threads, self._phase = threads, phase
         # By folder.
-        self._names = {output.folder: output.names[0] for output in plan.outputs}
-        self._dtypes = {output.folder: output.dtype for output in plan.outputs}
-        self._scalings = {output.folder: output.scaling for output in plan.outputs if output.scaling is not None}
-        self._kept = next((output.folder for output in plan.outputs if output.scaling is None), None)  # Δ itself
+        self._names = {output.folder: output.names[0] for output in self._outputs}
+        self._dtypes = {output.folder: output.dtype for output in self._outputs}
+        self._scalings = {folder: scaling for folder, scaling in plan.scalings.items() if scaling is not None}
+        self._kept = next((folder for folder, scaling in plan.scalings.items() if scaling is None), None)  # Δ itself
         self._in_room = False
         self._row_elements = prod(plan.route.lines[1:])
         # By folder, of all that was made: how much of it is NaN or infinite, on the device that computes.
@@ -143,7 +143,7 @@ class TensorOutput:
         for alpha in self._scalings.values():
             if not bound * abs(alpha) <= torch.finfo(torch.float32).max:
                 raise OutOfRangeError(f"weights up to {bound * abs(alpha):.3g} overflow float32 at scaling {alpha:g}")
-        a, b = self._plan.outputs[0].tensors
+        a, b = self._plan.merged
         # The first adapter that has the pair gave it its names, and its orientation.
         first = next(pair for pair in self._plan.pairs if pair is not None)
         inner, outer = (left.mT, right.mT) if first.transposed else (right, left)
@@ -174,7 +174,7 @@ class TensorOutput:
         """Return the checksums of what was written, by folder and name."""
         return {
             output.folder: {name: self._writers[output.folder].finish(name) for name in output.names}
-            for output in self._plan.outputs
+            for output in self._outputs
         }
 
     def _groups(self, parts: Sequence[RowBlock]) -> Iterator[list[RowBlock]]:

@@ -56,7 +56,7 @@ class Output:
 
     Attributes:
         scaling: α; None where it is Δ itself.
-        tensors: one, or the two factors of an adapter; all outputs of one tensor but Δ share them.
+        tensors: one, or the two factors of an adapter.
     """
 
     folder: str
@@ -71,25 +71,67 @@ class Output:
     def names(self) -> tuple[str, ...]:
         return tuple(tensor.name for tensor in self.tensors)
 
+
+@dataclass(frozen=True, slots=True)
+class WrittenTensor:
+    """A tensor and its outputs. These are made when they are asked for: of thousands of tensors with ten scalings each
+    they would be as much as all else that is held.
+
+    Attributes:
+        merged: what is written for every α: one, or the two factors of an adapter.
+        scalings: α by sub-folder of the output, and None by that of the merged Δ, last, where the tensor has one that
+            is kept. Tensors that are alike in that share it.
+    """
+
+    spec: TensorSpec
+    merged: tuple[OutputTensor, ...]
+    scalings: Mapping[str, float | None]
+
     @property
-    def bytes(self) -> int:
-        return sum(tensor.bytes for tensor in self.tensors)
+    def name(self) -> str:
+        """In the base, or in the expert that alone has it."""
+        return self.spec.name
+
+    @property
+    def outputs(self) -> tuple[Output, ...]:
+        """One for every α, and the merged Δ last, where it is kept."""
+        return tuple([Output(folder, scaling, self.tensors_in(folder)) for folder, scaling in self.scalings.items()])
+
+    def tensors_in(self, folder: str) -> tuple[OutputTensor, ...]:
+        """Return what is written into a sub-folder of the output: nothing into Δ's, where the tensor has no Δ."""
+        if folder not in self.scalings:
+            return ()
+        if self.scalings[folder] is not None:
+            return self.merged
+        return (OutputTensor(self.spec.name, self.spec.dtype, self.spec.shape),)
+
+    @property
+    def written_tensors(self) -> int:
+        """How many, in all outputs."""
+        return self._in_all(len(self.merged), 1)
+
+    @property
+    def write_bytes(self) -> int:
+        """Of all outputs."""
+        merged = sum([tensor.bytes for tensor in self.merged])
+        return self._in_all(merged, self.spec.bytes)
+
+    def _in_all(self, merged: int, delta: int) -> int:
+        """Return the sum over all outputs of what is so much for one α, and so much for Δ."""
+        return sum([delta if scaling is None else merged for scaling in self.scalings.values()])
 
 
 @dataclass(frozen=True, slots=True)
-class TensorPlan:
+class TensorPlan(WrittenTensor):
     """What is done with one tensor: merged by ``method``, or copied where that is None.
 
     ``base`` is what is copied, or moved: in a tensor that only an expert has, the expert's.
     """
 
-    name: str
     reason: str
-    spec: TensorSpec
     base: StoredTensor
     experts: tuple[StoredTensor, ...]  # one a task, or none where the tensor is copied or adapted
     pairs: tuple[LoraPair | None, ...]  # likewise, of adapters; None: a task that leaves the tensor alone
-    outputs: tuple[Output, ...]  # one for every α, and the merged Δ last, where it is kept
     route: Route
     flops: float
     shard: str  # of the output
@@ -130,12 +172,7 @@ class TensorPlan:
     @property
     def out_dtype(self) -> torch.dtype:
         """Of the merged weights."""
-        return self.outputs[0].dtype
-
-    @property
-    def write_bytes(self) -> int:
-        """Of all outputs."""
-        return sum(output.bytes for output in self.outputs)
+        return self.merged[0].dtype
 
     @property
     def moved_bytes(self) -> int:
@@ -239,17 +276,23 @@ class Plan:
         if self.config.adapter_rank is None:
             return None
         adapters = [expert for expert in self.experts if isinstance(expert, Adapter)]
-        names = [name for plan in self.tensors for name in plan.outputs[0].names]
+        names = [tensor.name for plan in self.tensors for tensor in plan.merged]
         return merged_settings(adapters, names, self.config.adapter_rank)
 
     @cached_property
     def folders(self) -> dict[str, dict[str, tuple[OutputTensor, ...]]]:
         """What is written: the files of every sub-folder of the output, and what each of them holds."""
-        found: dict[str, dict[str, list[OutputTensor]]] = {folder: {} for folder in scaling_folders(self.config)}
+        scalings = scaling_folders(self.config)
+        merged = self._files_in(next(iter(scalings)))  # the same for every α
+        return {folder: self._files_in(folder) if scaling is None else merged for folder, scaling in scalings.items()}
+
+    def _files_in(self, folder: str) -> dict[str, tuple[OutputTensor, ...]]:
+        """Return what each file of a sub-folder of the output holds."""
+        found: dict[str, list[OutputTensor]] = {}
         for plan in self.tensors:
-            for output in plan.outputs:
-                found[output.folder].setdefault(plan.shard, []).extend(output.tensors)
-        return {folder: {file: tuple(tensors) for file, tensors in files.items()} for folder, files in found.items()}
+            if tensors := plan.tensors_in(folder):
+                found.setdefault(plan.shard, []).extend(tensors)
+        return {file: tuple(tensors) for file, tensors in found.items()}
 
     @property
     def read_bytes(self) -> int:

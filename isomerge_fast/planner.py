@@ -146,8 +146,8 @@ def _metadata_bytes(base: Checkpoint, experts: Sequence[Checkpoint], drafts: Seq
     copies = len(base.tensors) + sum(expert.stored_tensors for expert in experts)
     held = COPY_METADATA_BYTES * copies
     for draft in drafts:
-        outputs = sum(len(output.tensors) for output in draft.outputs)
-        names = (NAMES_HELD + outputs) * sys.getsizeof(draft.spec.name)
+        outputs = draft.written_tensors
+        names = (NAMES_HELD + outputs) * sys.getsizeof(draft.name)
         held += TENSOR_METADATA_BYTES + TASK_METADATA_BYTES * draft.tasks
         held += OUTPUT_METADATA_BYTES * outputs + names
     return max(0, held - METADATA_IN_BASELINE_BYTES)
@@ -207,13 +207,13 @@ def _plan_tensors(
             known[key] = sys.intern(reason), route.flops(draft.spec, draft.tasks)
         reason, flops = known[key]
         yield TensorPlan(
-            draft.spec.name,
-            reason,
             draft.spec,
+            draft.merged,
+            draft.scalings,
+            reason,
             draft.base,
             draft.experts,
             draft.pairs,
-            draft.outputs,
             route,
             flops,
             draft.shard,

@@ -246,8 +246,9 @@ class _UnitRun:
     def _open_writers(self) -> None:
         names: dict[tuple[str, str], list[str]] = {}
         for tensor in self._unit.tensors:
-            for output in tensor.outputs:
-                names.setdefault((output.folder, tensor.shard), []).extend(output.names)
+            for folder in tensor.scalings:
+                own = names.setdefault((folder, tensor.shard), [])
+                own.extend([made.name for made in tensor.tensors_in(folder)])
         allow_open_files(2 * len(names))
         for (folder, file), own in names.items():
             self._writers[folder, file] = ShardWriter(
@@ -312,7 +313,7 @@ class _UnitRun:
 
     def _writers_of(self, tensor: TensorPlan) -> dict[str, ShardWriter]:
         """By folder."""
-        return {output.folder: self._writers[output.folder, tensor.shard] for output in tensor.outputs}
+        return {folder: self._writers[folder, tensor.shard] for folder in tensor.scalings}
 
     def _summed_inputs(self, tensor: TensorPlan) -> tuple[StoredTensor, ...]:
         """Of what is read, that of which checksums are made: to be compared, or recorded for ``apply``."""

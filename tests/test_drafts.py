@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from dataclasses import FrozenInstanceError
 from pathlib import Path
 from typing import Any
@@ -56,8 +57,23 @@ def test_a_tensor_owns_its_outputs(family: Family) -> None:
             assert outputs_of(draft) == [(folder, scaling, draft.base.dtype) for folder, scaling, _ in merged], name
         assert {output.names for output in draft.outputs} == {(name,)}
         assert draft.outputs[0].tensors is draft.outputs[1].tensors
-        assert draft.traffic.written * tensor.numel() == sum(output.bytes for output in draft.outputs)
+        written = [each for output in draft.outputs for each in output.tensors]
+        assert draft.written_tensors == len(written)
+        assert draft.write_bytes == draft.traffic.written * tensor.numel() == sum(each.bytes for each in written)
+        assert [draft.tensors_in(output.folder) for output in draft.outputs] == [each.tensors for each in draft.outputs]
+        assert draft.tensors_in("elsewhere") == ()
     assert outputs_of(drafts_of(config_of(family, scaling=3))["logit_scale"]) == [("", 3.0, torch.float32)]
+
+
+def test_what_tensors_have_in_common_is_held_once(family: Family) -> None:
+    """Folders and α: nine scalings more are sent to a worker as 70 bytes each, however many tensors there are."""
+    sizes = []
+    for count in (1, 10):
+        plan = make_plan(config_of(family, scaling=list(range(1, 1 + count)), save_delta=True))
+        assert {len(tensor.outputs) for tensor in plan.tensors} == {count, count + 1}
+        assert len({id(tensor.scalings) for tensor in plan.tensors}) == 2  # with Δ, and without
+        sizes.append(len(pickle.dumps(plan.tensors)))
+    assert sizes[1] - sizes[0] < 9 * 70
 
 
 def test_a_tensor_of_an_expert_alone_has_no_delta(tmp_path: Path) -> None:

@@ -89,7 +89,7 @@ def group_plans(plan: Plan) -> list[list[TensorPlan]]:
         stored = tuple(copy.dtype for copy in (tensor.base, *tensor.experts))
         ranks = tuple(0 if pair is None else pair.rank for pair in tensor.pairs)
         rounded = tensor.rounding_seed is not None
-        written = tuple(output.dtype for output in tensor.outputs)
+        written = tensor.out_dtype, tensor.write_bytes
         key = (tensor.base.shape, tensor.spec.dtype, tensor.method, tensor.route.name, stored, written, ranks, rounded)
         groups.setdefault(key, []).append(tensor)
     return list(groups.values())

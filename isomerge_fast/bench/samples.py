@@ -202,7 +202,7 @@ class Sample:
         """
         output = TensorOutput(
             replace(self._tensor, route=self._route),
-            {each.folder: _NoFile() for each in self._tensor.outputs},
+            {folder: _NoFile() for folder in self._tensor.scalings},
             self._writes,
             self._workers,
             lambda _: nullcontext(),
