@@ -39,23 +39,32 @@ def first_pass(plan: TensorPlan) -> Iterator[Bundle]:
 
 
 class PlannedSource(DeltaSource):
-    """One planned tensor, whose first pass is taken from ``ahead``: the bundles of ``first_pass`` come next there."""
+    """One planned tensor, whose first pass is taken from ``ahead``: the bundles of ``first_pass`` come next there.
+
+    Args:
+        reader, readers: read later passes, in parts of ``budget``.
+        threads: share out what is computed.
+        phase: ``Stopwatch.phase``.
+    """
 
     def __init__(
         self,
         plan: TensorPlan,
-        shape: Sequence[int],
         ahead: Uploads,
+        reader: Reader,
+        readers: ThreadPoolExecutor,
         threads: Threads,
+        budget: Budget,
         device: torch.device,
         phase: Phase,
     ) -> None:
-        super().__init__(
-            plan.tasks, shape, plan.spec.dtype, device, origin=plan.spec, threads=threads, wants_largest=True
-        )
+        lines, spec = plan.route.lines, plan.spec
+        super().__init__(plan.tasks, lines, spec.dtype, device, origin=spec, threads=threads, wants_largest=True)
         self._plan, self._ahead, self._phase = plan, ahead, phase
+        self._reader, self._readers, self._budget = reader, readers, budget
         self._to_take = sum(1 for _ in first_pass(plan))
         self._read: list[Tensor] = []  # taken last
+        self._held: list[Tensor] | None = None
         self.read_bytes = 0
 
     def _take(self, ahead: Uploads) -> list[Tensor]:
@@ -70,9 +79,6 @@ class PlannedSource(DeltaSource):
 
 class FactorSource(PlannedSource):
     """A tensor whose deltas are given as factors: these are read first, then the base part by part, each once."""
-
-    def __init__(self, plan: TensorPlan, ahead: Uploads, threads: Threads, device: torch.device, phase: Phase) -> None:
-        super().__init__(plan, plan.spec.shape, ahead, threads, device, phase)
 
     def factors(self) -> list[Factors | None]:
         """Return those of every task, valid until the first of ``blocks``; None where it leaves the tensor alone."""
@@ -99,21 +105,6 @@ class FactorSource(PlannedSource):
 
 class FileSource(PlannedSource):
     """A tensor whose copies are in files. What is read after the first pass has buffers of its own."""
-
-    def __init__(
-        self,
-        plan: TensorPlan,
-        ahead: Uploads,
-        reader: Reader,
-        readers: ThreadPoolExecutor,
-        threads: Threads,
-        budget: Budget,
-        device: torch.device,
-        phase: Phase,
-    ) -> None:
-        super().__init__(plan, plan.route.lines, ahead, threads, device, phase)
-        self._reader, self._readers, self._budget = reader, readers, budget
-        self._held: list[Tensor] | None = None
 
     def blocks(self, tasks: Sequence[int] | None = None) -> Iterator[RowBlock]:
         """See ``DeltaSource``."""
@@ -160,26 +151,3 @@ class FileSource(PlannedSource):
         if self._held is None:
             self._held = self._take(self._ahead) if self._to_take else self._read
         return self._held
-
-
-def source_of(
-    plan: TensorPlan,
-    ahead: Uploads,
-    reader: Reader,
-    readers: ThreadPoolExecutor,
-    threads: Threads,
-    budget: Budget,
-    device: torch.device,
-    phase: Phase,
-) -> PlannedSource:
-    """Return the source of a planned tensor.
-
-    Args:
-        ahead: what is read ahead; the tensor's first pass comes next.
-        reader, readers: read later passes, in parts of ``budget``.
-        threads: share out what is computed.
-        phase: ``Stopwatch.phase``.
-    """
-    if plan.pairs:
-        return FactorSource(plan, ahead, threads, device, phase)
-    return FileSource(plan, ahead, reader, readers, threads, budget, device, phase)

@@ -35,7 +35,7 @@ from .methods.certified import UnsolvedError
 from .output import TensorOutput
 from .plan import Plan, TensorPlan
 from .report import PREPARE, Observer, Progress, Stopwatch
-from .sources import PlannedSource, bundle_of, first_pass, source_of
+from .sources import FactorSource, FileSource, PlannedSource, bundle_of, first_pass
 from .transfers import Uploads
 from .workers import Workers
 
@@ -293,7 +293,8 @@ class _UnitRun:
             for tensor in tensors:
                 self._progress.tensor = tensor.name
                 if tensor.name in to_do:
-                    source = source_of(
+                    kind = FactorSource if tensor.pairs else FileSource
+                    source = kind(
                         tensor, uploads, reader, threads, workers, budget, self._device, self._stopwatch.phase
                     )
                     self._merge_tensor(tensor, source, reader, checksums, writes, journal)

@@ -107,7 +107,7 @@ def test_drafts_are_values(family: Family) -> None:
     drafts = drafts_of(config)
     assert drafts == drafts_of(config)
     with pytest.raises(FrozenInstanceError):
-        drafts["mask"].reason = "another"  # type: ignore[misc]
+        drafts["mask"].reason = "another"  # type: ignore[misc]  # that it is frozen is what is tested
     up = [drafts[f"layers.{layer}.up.weight"] for layer in (0, 1)]
     assert up[0] != up[1]
     assert up[0].kind == up[1].kind != drafts["layers.0.down.weight"].kind
