@@ -35,7 +35,7 @@ import isomerge_fast as imf
 from benchmarks.harness.checkpoints import llama_shapes, make_adapter, make_checkpoint
 from benchmarks.harness.processes import merged
 from isomerge_fast.bench.ceilings import device_name
-from isomerge_fast.console import brief, size
+from isomerge_fast.cli.render import brief, size
 from isomerge_fast.methods import IsoC, IsoCTS, Method, as_deltas
 from isomerge_fast.methods.factors import Factors, merge_factors
 

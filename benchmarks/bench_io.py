@@ -21,11 +21,11 @@ from torch import Tensor
 from benchmarks.harness.rows import OURS, Problem, Row, contests
 from benchmarks.harness.scratch import scratch
 from isomerge_fast.bench.ceilings import forget, read_blocks, write_blocks
-from isomerge_fast.checkpoint.direct_io import open_direct
+from isomerge_fast.checkpoint.io.direct_io import open_direct
+from isomerge_fast.checkpoint.io.read_ahead import THREADS, Bundle, ReadAhead
+from isomerge_fast.checkpoint.io.reader import Reader, files_of, whole
+from isomerge_fast.checkpoint.io.writer import OutputTensor, ShardWriter, create_shard
 from isomerge_fast.checkpoint.layout import open_checkpoint
-from isomerge_fast.checkpoint.read_ahead import THREADS, Bundle, ReadAhead
-from isomerge_fast.checkpoint.reader import Reader, files_of, whole
-from isomerge_fast.checkpoint.writer import OutputTensor, ShardWriter, create_shard
 
 SAFETENSORS, LOAD_FILE = "safetensors", "safetensors-load-file"
 DISK = {"disk-direct": True, "disk-buffered": False}

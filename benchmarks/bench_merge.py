@@ -26,7 +26,7 @@ from benchmarks.harness.peers import fusion_bench, mergekit, task_arithmetic_rec
 from benchmarks.harness.processes import merged
 from benchmarks.harness.rows import OURS, Problem, Row, contests
 from benchmarks.harness.scratch import kept, scratch
-from isomerge_fast.linalg.auto import PROMISES
+from isomerge_fast.linalg.auto import TOLERANCES
 
 TORCH, FUSION_BENCH, MERGEKIT, MERGEKIT_32 = "torch", "fusion-bench", "mergekit", "mergekit-fp32"
 SCALING = 0.3
@@ -112,7 +112,7 @@ def in_process(method: str, label: str, shapes: Shapes, experts: int, device: to
     }
     error = error_of(models, exact_of(method, models, shapes, label), of_delta=True)
     # Beside the method's own error the float32 roundings of θ, 2^-24 of it, some thirty times as large as Δ.
-    bars = {OURS: PROMISES["default"]}
+    bars = {OURS: TOLERANCES["default"]}
     moved, close = bytes_of(shapes, experts, 4), partial(remove, list(outs.values()))
     return Problem(calls, error, bars, moved, is_counted=method.startswith("iso"), close=close)
 

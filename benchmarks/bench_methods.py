@@ -21,7 +21,7 @@ from benchmarks.harness.rows import OURS, Problem, Row, contests
 from benchmarks.harness.scratch import kept
 from isomerge_fast.bench import published
 from isomerge_fast.bench.problems import Kind, deltas_like_fine_tuning, relative_error
-from isomerge_fast.linalg.auto import PROMISES
+from isomerge_fast.linalg.auto import TOLERANCES
 
 METHODS = ("iso-c", "iso-cts")
 OUR_FUNCTIONS = {"iso-c": imf.iso_c, "iso-cts": imf.iso_cts}
@@ -65,7 +65,7 @@ def make(method: str, shape: tuple[int, int], tasks: int, kind: Kind) -> Callabl
             NUMPY_64: in_double,
         }
         moved = 4.0 * shape[0] * shape[1] * (tasks + 1)
-        return Problem(calls, error, {OURS: PROMISES["default"]}, moved)
+        return Problem(calls, error, {OURS: TOLERANCES["default"]}, moved)
 
     return problem
 

@@ -17,7 +17,7 @@ from benchmarks.harness.rows import OURS, Problem, Row, contests
 from benchmarks.harness.scratch import kept
 from isomerge_fast.bench import published
 from isomerge_fast.bench.problems import Kind, deltas_like_fine_tuning, relative_error
-from isomerge_fast.linalg.auto import PROMISES, polar_candidates
+from isomerge_fast.linalg.auto import TOLERANCES, polar_candidates
 from isomerge_fast.linalg.gram_eigh import GramEigh
 from isomerge_fast.linalg.polar_express import PolarExpress
 from isomerge_fast.linalg.polar_gram import GramNewtonSchulz
@@ -52,7 +52,7 @@ def make(shape: tuple[int, int], kind: Kind, device: torch.device) -> Problem:
     for label, (solver, _) in SOLVERS.items():
         calls[label] = partial(lambda solver: solver.polar(total, dtype=torch.float32)[0], solver)
     calls |= {TORCH: lambda: published.polar(single), NUMPY: lambda: reference_numpy.polar(array)}
-    bars = {OURS: PROMISES["default"]} | {label: bar for label, (_, bar) in SOLVERS.items()}
+    bars = {OURS: TOLERANCES["default"]} | {label: bar for label, (_, bar) in SOLVERS.items()}
 
     def error(result: torch.Tensor | np.ndarray) -> float:
         return relative_error(torch.as_tensor(result).cpu(), exact)

@@ -22,7 +22,7 @@ from benchmarks.harness.counting import count_flops, peak_memory
 from benchmarks.harness.rows import LEVELS, OURS, Problem, Row, absence, is_wanted
 from benchmarks.harness.scratch import remembered
 from isomerge_fast.bench.ceilings import Ceilings, device_name, measure_ceilings, synchronise
-from isomerge_fast.heap import return_freed_blocks
+from isomerge_fast.execution.malloc import return_freed_blocks
 
 # Waiting threads give way soon, as under the command line (see ``isomerge_fast.cli.main``).
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")

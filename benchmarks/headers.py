@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from isomerge_fast.checkpoint.writer import OutputTensor, file_layout
+from isomerge_fast.checkpoint.io.writer import OutputTensor, file_layout
 from isomerge_fast.config import MergeConfig
 
 Shapes = dict[str, tuple[int, ...]]

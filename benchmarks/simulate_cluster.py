@@ -16,10 +16,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.headers import MODELS, config_of
-from isomerge_fast.forecast import Forecast, forecast, unit_loads
-from isomerge_fast.loads import Load, Rates, load_of
-from isomerge_fast.plan import Plan
-from isomerge_fast.planner import make_plan
+from isomerge_fast.planning.cost import Rates, TensorCost, cost_of
+from isomerge_fast.planning.forecast import Forecast, forecast, item_costs
+from isomerge_fast.planning.plan import Plan
+from isomerge_fast.planning.planner import make_plan
 
 DOCUMENTED = ("llama-3-70b", "glm-4.5")
 TASKS, METHOD = 8, "iso-c"
@@ -55,10 +55,10 @@ def section(
     workers: Sequence[int] = WORKERS,
 ) -> str:
     """A model in words and two tables: storage that is not the wall, and storage that may be."""
-    alone = unit_loads(plan, 1, rates)
+    alone = item_costs(plan, 1, rates)
     rows = []
     for count in workers:
-        units = unit_loads(plan, count, rates)
+        units = item_costs(plan, count, rates)
         limits = (math.inf, *storages)
         limited = [replace(rates, storage_bytes_per_second=limit) for limit in limits]
         rows.append([forecast(units, count, each, alone=alone) for each in limited])
@@ -89,9 +89,9 @@ def _table(head: str, rows: Sequence[Sequence[str]]) -> str:
 
 def _in_words(plan: Plan, rates: Rates, storages: Sequence[float]) -> str:
     """The sums, and from how many workers on which wall is reached: total / wall, as ``forecast`` bounds it."""
-    total = load_of(plan.tensors)
+    total = cost_of(plan.tensors)
     moved = total.read_bytes + total.write_bytes
-    each = {tensor.name: load_of([tensor]).seconds(rates) for tensor in plan.tensors}
+    each = {tensor.name: cost_of([tensor]).seconds(rates) for tensor in plan.tensors}
     largest = max(each, key=each.__getitem__)
     parameters = sum(math.prod(tensor.base.shape) for tensor in plan.tensors)
     walls = [f"storage of {_size(limit)}/s (Σ b / S = {moved / limit:.4g} s)" for limit in storages]
@@ -107,7 +107,7 @@ def _in_words(plan: Plan, rates: Rates, storages: Sequence[float]) -> str:
     )
 
 
-def _reached(total: Load, rates: Rates, wall_seconds: float) -> int:
+def _reached(total: TensorCost, rates: Rates, wall_seconds: float) -> int:
     """The least number of workers who would be done sooner than a wall lets them, were the work divided evenly."""
     return math.floor(total.seconds(rates) / wall_seconds) + 1
 

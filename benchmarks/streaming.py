@@ -33,8 +33,8 @@ from benchmarks.harness.checkpoints import family, llama_shapes, weights
 from benchmarks.harness.processes import merged, shares
 from isomerge_fast import ops
 from isomerge_fast.bench.ceilings import device_name, forget, read_all, write_all
+from isomerge_fast.execution.threads import Workers
 from isomerge_fast.methods import RowBlock
-from isomerge_fast.workers import Workers
 
 MIB = 1 << 20
 LARGE = llama_shapes(2560, 10_240, 18, 32_000)  # 2.05 B

@@ -11,18 +11,18 @@ if TYPE_CHECKING:
     from .checkpoint.state_dict import open_state_dict
     from .config import MergeConfig, Override
     from .errors import ConfigError, InputError, IsomergeError, ResourceError, VerificationError
-    from .in_memory import iso_c, iso_cts, merge_state_dicts
+    from .execution.report import Report
+    from .functional import iso_c, iso_cts, merge_state_dicts
     from .linalg import ChebyshevSubspace, FullSvd, GramEigh, GramNewtonSchulz, PolarExpress, Qdwh
     from .methods import IsoC, IsoCTS, Mean, TaskArithmetic, register_method
-    from .report import Report
 
 # Loaded when first used: `isomerge --help` and shells that only look at the version need no torch.
 _HOMES = {
     "apply": "api",
-    "iso_c": "in_memory",
-    "iso_cts": "in_memory",
+    "iso_c": "functional",
+    "iso_cts": "functional",
     "merge": "api",
-    "merge_state_dicts": "in_memory",
+    "merge_state_dicts": "functional",
     "open_state_dict": "checkpoint.state_dict",
     "MergeConfig": "config",
     "Override": "config",
@@ -42,7 +42,7 @@ _HOMES = {
     "Mean": "methods",
     "TaskArithmetic": "methods",
     "register_method": "methods",
-    "Report": "report",
+    "Report": "execution.report",
 }
 
 __all__ = [

@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from .checkpoint.layout import ADAPTER_CONFIG_FILE, Checkpoint
-from .checkpoint.manifest import MANIFEST_FILE, Manifest, file_name, read_manifest
+from .checkpoint.output.manifest import MANIFEST_FILE, Manifest, file_name, read_manifest
 from .config import MergeConfig, load_config, recorded_config
-from .engine import resolve_device, run
 from .errors import ConfigError, InputError, VerificationError
+from .execution.engine import resolve_device, run
+from .execution.report import Observer, Report
 from .methods import make_method
-from .plan import DELTA_FOLDER, Origin, Plan, TensorPlan
-from .planner import make_plan
-from .report import Observer, Report
-from .values import path_text, refuse, size
+from .parsing.values import path_text, refuse, size
+from .planning.plan import DELTA_FOLDER, Origin, Plan, TensorPlan
+from .planning.planner import make_plan
 
 __all__ = ["apply", "merge"]
 
@@ -63,11 +63,11 @@ def merge(
     if ray is False:
         plan = make_plan(checked, resolve_device(device), **options)
         return run(plan, device=device, threads=threads, **options, **running)
-    from .integrations.ray_crew import ray_crew
+    from .integrations.ray.executor import ray_executor
 
-    with ray_crew(None if ray is True else ray, device=device, threads=threads) as crew:
-        plan = crew.plan(checked, **options)
-        return run(plan, device=crew.device, threads=crew.threads, crew=crew, **options, **running)
+    with ray_executor(None if ray is True else ray, device=device, threads=threads) as executor:
+        plan = executor.plan(checked, **options)
+        return run(plan, device=executor.device, threads=executor.threads, executor=executor, **options, **running)
 
 
 def apply(

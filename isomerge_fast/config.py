@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from .errors import ConfigError, InputError, nearest, shown
-from .globs import globs_of
-from .mergekit_recipe import is_recipe, read_recipe
-from .regular_files import read_regular
-from .schema import check
-from .values import Reader, dtype_name, is_list, number, path_text, pattern, refuse, whole_number
+from .parsing.json_types import check
+from .parsing.mergekit_recipe import is_recipe, read_recipe
+from .parsing.regular_files import read_regular
+from .parsing.shell_patterns import globs_of
+from .parsing.values import Reader, dtype_name, is_list, number, path_text, pattern, refuse, whole_number
 
 MAX_BYTES = 8_000_000  # of a YAML file
 MAX_PATH_BYTES = 4_096  # as Linux has it
@@ -260,7 +260,7 @@ def _check_places(config: MergeConfig, file: Path) -> None:
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
-    from .strict_yaml import parse_yaml
+    from .parsing.strict_yaml import parse_yaml
 
     try:
         data, _ = read_regular(path, MAX_BYTES)

@@ -10,7 +10,7 @@ import oracle
 import torch
 from cases import CASES, SHAPES, Case
 
-from isomerge_fast.linalg.auto import PROMISES
+from isomerge_fast.linalg.auto import TOLERANCES
 from isomerge_fast.linalg.gram_eigh import GramEigh
 from isomerge_fast.linalg.polar_express import PolarExpress
 from isomerge_fast.linalg.polar_gram import GramNewtonSchulz
@@ -37,8 +37,10 @@ CONDITIONS = (1e0, 1e2, 1e4, 1e6)
 def tiers() -> list[str]:
     """Largest error of each tier over the cases of one κ, and how many of them took another solver than the first."""
     lines = [
-        "| method | deltas | κ | cases | " + " | ".join(f"{tier} (≤ {PROMISES[tier]:.0e})" for tier in PROMISES) + " |",
-        "|---|---|---|---|" + "---|" * len(PROMISES),
+        "| method | deltas | κ | cases | "
+        + " | ".join(f"{tier} (≤ {TOLERANCES[tier]:.0e})" for tier in TOLERANCES)
+        + " |",
+        "|---|---|---|---|" + "---|" * len(TOLERANCES),
     ]
     groups: dict[tuple[str, float], list[Case]] = {}
     for case in CASES:
@@ -47,7 +49,7 @@ def tiers() -> list[str]:
         for (dtype, condition), cases in groups.items():
             cells = []
             judged = {}
-            for precision in PROMISES:
+            for precision in TOLERANCES:
                 worst, escalated = 0.0, 0
                 for case in cases:
                     deltas = case.deltas()

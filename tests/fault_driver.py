@@ -27,7 +27,7 @@ from typing import Any
 
 from fault_runs import ENVIRONMENT, Fault, Outcome, attempt, build_shim, warm_up
 
-from isomerge_fast.checkpoint.staging import OLD, run_folders
+from isomerge_fast.checkpoint.output.staging import OLD, run_folders
 
 KILLS = ["kill-before", "kill-after", "kill-half"]
 ERRORS = [errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EROFS]

@@ -29,12 +29,12 @@ from checkpoints import make_base, make_expert, save_folder
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from isomerge_fast.checkpoint.io.reader import Reader, files_of, whole
 from isomerge_fast.checkpoint.layout import DTYPES, Checkpoint
-from isomerge_fast.checkpoint.output_config import config_with_dtype
-from isomerge_fast.checkpoint.reader import Reader, files_of, whole
+from isomerge_fast.checkpoint.output.model_config import config_with_dtype
 from isomerge_fast.config import MergeConfig
 from isomerge_fast.errors import IsomergeError
-from isomerge_fast.planner import make_plan
+from isomerge_fast.planning.planner import make_plan
 
 MAX_SECONDS, MAX_BYTES = 1.0, 200_000_000
 NUMBERS = [-1, 0, 1, 2, 3, 8, 2**31, 2**32 - 1, 2**48, 2**53 + 1, 2**63 - 1, 2**64, 10**30, 0.5, 1e400, -0.0]

@@ -143,17 +143,17 @@ def _run(config: dict[str, Any], fault: Fault, log: int, threads: int, options: 
 
 def merged(config: dict[str, Any], *, units: int = 0, **options: Any) -> Outcome:
     """``merge(config, **options)`` in this process, every file in so many units, in turn."""
-    from crews import InTurn
+    from executors import InTurn
 
     import isomerge_fast as imf
     from isomerge_fast.config import load_config
-    from isomerge_fast.engine import run
     from isomerge_fast.errors import IsomergeError, LostWritesError
-    from isomerge_fast.planner import make_plan
+    from isomerge_fast.execution.engine import run
+    from isomerge_fast.planning.planner import make_plan
 
     try:
         if units:
-            run(make_plan(load_config(config)), device="cpu", crew=InTurn(units), **options)
+            run(make_plan(load_config(config)), device="cpu", executor=InTurn(units), **options)
         else:
             imf.merge(config, device="cpu", **options)
     except LostWritesError as error:
@@ -170,11 +170,11 @@ def warm_up() -> None:
     import torch
 
     torch.set_num_threads(1)
-    import crews  # noqa: F401 - to be loaded
+    import executors  # noqa: F401 - to be loaded
     import xxhash  # noqa: F401
 
     import isomerge_fast as imf
-    from isomerge_fast import engine  # noqa: F401
+    from isomerge_fast.execution import engine  # noqa: F401
 
     imf.iso_c(torch.randn(2, 4, 6))  # loads what the solvers load
     gc.collect()

@@ -36,12 +36,13 @@ from checkpoints import save_folder
 from odd_values import FLAGS, TEXTS, odd_arguments, odd_value
 
 import isomerge_fast as imf
-from isomerge_fast import cli, loads
-from isomerge_fast.checkpoint.sealed import write_sealed
+from isomerge_fast.checkpoint.output.sealed import write_sealed
+from isomerge_fast.cli import commands
 from isomerge_fast.config import load_config
 from isomerge_fast.errors import IsomergeError
-from isomerge_fast.report import Report
-from isomerge_fast.verify import verify
+from isomerge_fast.execution.report import Report
+from isomerge_fast.execution.verify import verify
+from isomerge_fast.planning import cost
 
 CODES = {0, 2, 3, 4, 5}
 MAX_SECONDS = 10.0  # of one draw, on a machine that others work on too
@@ -170,7 +171,7 @@ class Doors:
         self.said.append(f"isomerge {' '.join(map(repr, arguments))}"[:2_000])
         out, err = io.StringIO(), io.StringIO()
         with mock.patch.object(sys, "argv", ["isomerge", *arguments]), redirect_stdout(out), redirect_stderr(err):
-            code = cli._exit_code()
+            code = commands._exit_code()
         self.tally.ends[f"exit {code}"] += 1
         text = err.getvalue()
         self.said.append(text[-1_500:])
@@ -510,8 +511,8 @@ DOORS: dict[str, tuple[float, Door]] = {
 def quickened(home: Path) -> Iterator[None]:
     """Let the verbs be read once, nothing be timed, and ``~`` lead nowhere else."""
     with (
-        mock.patch.object(cli, "app", typer.main.get_command(cli.app)),
-        mock.patch.object(loads, "_measured_flops", return_value=1e10),
+        mock.patch.object(commands, "app", typer.main.get_command(commands.app)),
+        mock.patch.object(cost, "_measured_flops", return_value=1e10),
         mock.patch.dict(os.environ, {"HOME": str(home)}),
     ):
         yield

@@ -28,10 +28,10 @@ from torch import Tensor
 
 from isomerge_fast.errors import IsomergeError
 from isomerge_fast.linalg import subspace_chebyshev
-from isomerge_fast.linalg.auto import PROMISES
+from isomerge_fast.linalg.auto import TOLERANCES
 from isomerge_fast.methods import MemoryDeltas, MergeStats, TensorSpec, make_method
 from isomerge_fast.methods.factors import Factors, merge_factors
-from isomerge_fast.methods.row_maps import has_row_map
+from isomerge_fast.methods.rowwise.polar import fits_rowwise
 
 SHAPES = ((12, 12), (31, 31), (48, 48), (16, 60), (60, 16), (23, 37), (90, 41), (40, 90), (1, 30), (30, 1), (2, 3))
 LONG = ((140, 150), (150, 140), (130, 300))
@@ -220,7 +220,7 @@ class Tally:
 
     def __str__(self) -> str:
         columns = ("solves", "certified", "certified misses", "not certified", "refused", "not determined")
-        lines = [(tier, [str(self.counts[tier, column]) for column in columns]) for tier in PROMISES]
+        lines = [(tier, [str(self.counts[tier, column]) for column in columns]) for tier in TOLERANCES]
         return "\n".join(
             f"{name:10}" + "".join(f"{cell:>18}" for cell in cells) for name, cells in [("", columns), *lines]
         )
@@ -248,7 +248,7 @@ def forms(given: Input, precision: str) -> Iterator[tuple[str, Solve]]:
 
     yield "dense", dense
     yield "batch", batch
-    if given.deltas[0].dtype != torch.float64 and has_row_map(
+    if given.deltas[0].dtype != torch.float64 and fits_rowwise(
         TensorSpec("", (rows, columns), torch.float32), precision
     ):
         yield "by rows", rowwise
@@ -284,7 +284,7 @@ class Fuzzer:
             options = {} if name == "iso-c" else {"common_fraction": given.common_fraction}
             judged = judge(stored, name, torch.finfo(dtype).eps, given.common_fraction)
             of_factors = judge(products, name, 2.0**-23, given.common_fraction) if products else None
-            for precision in PROMISES:
+            for precision in TOLERANCES:
                 method = make_method(name, {**options, "precision": precision})
                 for form, solve in forms(given, precision):
                     self._try(f"{name} {precision} {form}", precision, given, judged, lambda s=solve, m=method: s(m))
@@ -305,7 +305,7 @@ class Fuzzer:
         judged: oracle.Judgement,
         solve: Callable[[], tuple[Tensor, bool, MergeStats]],
     ) -> None:
-        counts, promise = self.tally.counts, PROMISES[precision]
+        counts, promise = self.tally.counts, TOLERANCES[precision]
         counts[precision, "solves"] += 1
         self.tally.forms[what.split(" ", 2)[2]] += 1
         try:

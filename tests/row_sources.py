@@ -29,6 +29,6 @@ def rows_of(deltas: list[Tensor], block_rows: int = 100) -> Rows:
 
 
 def by_rows(method: Method, source: Rows) -> tuple[Tensor, MergeStats]:
-    row_map = method.row_map(source)
-    value = torch.cat([row_map.rows(block) for block in source.blocks()])
-    return value, row_map.stats()
+    rowwise = method.rowwise(source)
+    value = torch.cat([rowwise.rows(block) for block in source.blocks()])
+    return value, rowwise.stats()

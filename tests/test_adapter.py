@@ -18,11 +18,19 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 
-from isomerge_fast.checkpoint.adapter import Adapter, LoraPair, _Patterns, base_name, is_adapter, misfits, open_adapter
+from isomerge_fast.checkpoint.io.reader import Reader, files_of, whole
 from isomerge_fast.checkpoint.layout import Checkpoint, open_checkpoint
-from isomerge_fast.checkpoint.name_pattern import NamePattern, PatternError, is_plain_name
-from isomerge_fast.checkpoint.reader import Reader, files_of, whole
+from isomerge_fast.checkpoint.lora.adapter import (
+    Adapter,
+    LoraPair,
+    _Patterns,
+    base_name,
+    incompatibilities,
+    is_adapter,
+    open_adapter,
+)
 from isomerge_fast.errors import InputError
+from isomerge_fast.parsing.linear_regex import NamePattern, PatternError, is_plain_name
 
 Q, K, SQUARE, TOKENS = "model.layers.0.q", "model.layers.0.k", "model.layers.1.square", "model.embed_tokens"
 HEAD = "lm_head"
@@ -84,7 +92,7 @@ def test_what_is_read(tmp_path: Path, base: Checkpoint) -> None:
     assert not is_adapter(base.path)
     assert base_name(adapter) == "some/base"
     assert adapter.settings["modules_to_save"] == ["lm_head"]
-    assert list(misfits(base, adapter)) == []
+    assert list(incompatibilities(base, adapter)) == []
 
     pair = adapter.pairs[f"{Q}.weight"]
     assert (pair.name, pair.rank, pair.scale, pair.transposed, pair.shape) == (f"{Q}.weight", 2, 3.0, False, (8, 6))
@@ -155,13 +163,13 @@ def test_names(tmp_path: Path, tensors: dict[str, Tensor], removed: str, added: 
     adapter = read(tmp_path, base, {**tensors, **HEAD_PAIR})
     assert list(adapter.pairs) == [f"{Q.removeprefix(removed)}.weight"]
     assert list(adapter.tensors) == [f"{HEAD}.weight"]  # which lies outside the prefix, and keeps its name
-    assert list(misfits(base, adapter)) == []
+    assert list(incompatibilities(base, adapter)) == []
 
 
 def test_a_prefix_has_to_fit_all_pairs(tmp_path: Path, base: Checkpoint) -> None:
     adapter = read(tmp_path, base, {**linear("layers.0.q", 8, 6), **linear("layers.0.w", 8, 6)})
     assert list(adapter.pairs) == ["layers.0.q.weight", "layers.0.w.weight"]
-    assert list(misfits(base, adapter)) == [
+    assert list(incompatibilities(base, adapter)) == [
         f"2 tensors that it changes are not in the base {base.path}, such as 'layers.0.q.weight'"
     ]
 
@@ -491,7 +499,7 @@ def test_misfits(tmp_path: Path, changes: dict[str, tuple[int, ...] | None], mes
     shapes = {**BASE, **{f"{module}.weight": shape for module, shape in changes.items()}}
     base = make_base(tmp_path / "base", {name: shape for name, shape in shapes.items() if shape is not None})
     adapter = read(tmp_path, base, {**GOOD, **linear(K, 4, 6), **embedding(TOKENS, 10, 6), **HEAD_PAIR})
-    (line,) = misfits(base, adapter)
+    (line,) = incompatibilities(base, adapter)
     assert str(base.path) in line
     assert re.search(message, line), line
 
@@ -499,7 +507,7 @@ def test_misfits(tmp_path: Path, changes: dict[str, tuple[int, ...] | None], mes
 def test_misfits_of_a_tied_head_and_of_integers(tmp_path: Path) -> None:
     tensors = {f"{Q}.weight": torch.zeros(8, 6, dtype=torch.int8)}
     base = open_checkpoint(save_folder(tmp_path / "base", tensors, config={"tie_word_embeddings": True}))
-    tied, quantized = misfits(base, read(tmp_path, base, {**GOOD, **linear(HEAD, 10, 6)}))
+    tied, quantized = incompatibilities(base, read(tmp_path, base, {**GOOD, **linear(HEAD, 10, 6)}))
     assert "is I8 in the base" in quantized
     assert "the base ties its word embeddings" in tied
 

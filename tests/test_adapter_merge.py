@@ -17,11 +17,11 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import isomerge_fast as imf
-from isomerge_fast.cli import app
+from isomerge_fast.cli.commands import app
 from isomerge_fast.config import load_config
-from isomerge_fast.planner import make_plan
-from isomerge_fast.report import Progress
-from isomerge_fast.verify import verify
+from isomerge_fast.execution.report import Progress
+from isomerge_fast.execution.verify import verify
+from isomerge_fast.planning.planner import make_plan
 
 RANK_TOLERANCE = 1e-6
 
@@ -209,8 +209,8 @@ def test_a_damaged_adapter_is_found(tmp_path: Path) -> None:
 
 def test_verify_judges_factors_by_the_float64_route(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Factors that are off by a part in a hundred, written and recorded as they are."""
-    from isomerge_fast import routes
     from isomerge_fast.methods.factors import LowRank, merge_factors
+    from isomerge_fast.planning import routes
 
     def spoiled(*given: Any) -> Any:
         merged, stats = merge_factors(*given)

@@ -20,11 +20,11 @@ from isomerge_fast.bench.estimate import Estimate, estimate_merge, group_plans
 from isomerge_fast.bench.problems import deltas_like_fine_tuning
 from isomerge_fast.bench.samples import method_at, sizes_of
 from isomerge_fast.bench.short import Shape, measure_short
-from isomerge_fast.cli import app
-from isomerge_fast.engine import run
+from isomerge_fast.cli.commands import app
 from isomerge_fast.errors import VerificationError
-from isomerge_fast.plan import Plan
-from isomerge_fast.planner import make_plan
+from isomerge_fast.execution.engine import run
+from isomerge_fast.planning.plan import Plan
+from isomerge_fast.planning.planner import make_plan
 
 CPU = torch.device("cpu")
 TINY = (Shape(48, 48, "square"), Shape(40, 80, "wide"), Shape(80, 40, "tall"), Shape(48, 48, "GPU", on_cpu=False))
@@ -246,7 +246,7 @@ class TestCommandLine:
 
     def test_wrong_arithmetic(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.setattr(short, "SHAPES", TINY)
-        monkeypatch.setattr(short, "PROMISES", {"default": 1e-12})
+        monkeypatch.setattr(short, "TOLERANCES", {"default": 1e-12})
         code, _, stderr = invoke("--device", "cpu", "--folder", tmp_path)
         assert code == 5
         assert stderr.startswith("isomerge: iso-c of 8 deltas 48 x 48")

@@ -21,17 +21,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from isomerge_fast.checkpoint.adapter import open_adapter
-from isomerge_fast.checkpoint.checksum import Checksum
-from isomerge_fast.checkpoint.companions import copy_companions, sort_folder
-from isomerge_fast.checkpoint.json_text import Made, json_blocks
+from isomerge_fast.checkpoint.io.checksum import Checksum
+from isomerge_fast.checkpoint.io.reader import Reader, files_of, whole
+from isomerge_fast.checkpoint.io.writer import OutputTensor, ShardWriter, create_shard
 from isomerge_fast.checkpoint.layout import DTYPES, FileIdentity, open_checkpoint, read_header
-from isomerge_fast.checkpoint.manifest import describe_inputs, to_json
-from isomerge_fast.checkpoint.output_config import config_with_dtype
-from isomerge_fast.checkpoint.reader import Reader, files_of, whole
-from isomerge_fast.checkpoint.writer import OutputTensor, ShardWriter, create_shard
+from isomerge_fast.checkpoint.lora.adapter import open_adapter
+from isomerge_fast.checkpoint.output.companions import copy_companions, sort_folder
+from isomerge_fast.checkpoint.output.json_text import Made, json_blocks
+from isomerge_fast.checkpoint.output.manifest import describe_inputs, to_json
+from isomerge_fast.checkpoint.output.model_config import config_with_dtype
 from isomerge_fast.errors import InputChangedError, InputError, ResourceError
-from isomerge_fast.regular_files import IrregularFileError, open_regular
+from isomerge_fast.parsing.regular_files import IrregularFileError, open_regular
 
 
 def every_dtype() -> dict[str, torch.Tensor]:

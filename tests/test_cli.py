@@ -16,10 +16,10 @@ from checkpoints import load_folder, make_family, save_folder
 from typer.testing import CliRunner
 
 import isomerge_fast as imf
-from isomerge_fast.cli import app, parse_bytes
-from isomerge_fast.console import group_tensors
+from isomerge_fast.cli.commands import app, parse_bytes
+from isomerge_fast.cli.render import group_tensors
 from isomerge_fast.errors import ConfigError
-from isomerge_fast.planner import make_plan
+from isomerge_fast.planning.planner import make_plan
 
 
 def isomerge(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -321,7 +321,7 @@ def test_what_cannot_wait_is_said_on_standard_error(tmp_path: Path) -> None:
     config = {"base": str(base), "experts": [str(experts[0])], "method": "mean", "out": str(tmp_path / "out")}
     stopped = (
         "import sys, isomerge_fast as imf\nfrom isomerge_fast import engine\n"
-        "def stop(*_): raise SystemExit\nengine.merge_unit = stop\n"
+        "def stop(*_): raise SystemExit\nengine.merge_item = stop\n"
         f"imf.merge({config!r}, threads=1)"
     )
     subprocess.run([sys.executable, "-c", stopped], check=True)

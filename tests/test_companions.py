@@ -17,13 +17,14 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import isomerge_fast as imf
-from isomerge_fast import console
-from isomerge_fast.checkpoint import companions, parts
-from isomerge_fast.checkpoint.companions import LeftBehind, sort_folder
-from isomerge_fast.cli import app
+from isomerge_fast.checkpoint import submodules
+from isomerge_fast.checkpoint.output import companions
+from isomerge_fast.checkpoint.output.companions import LeftBehind, sort_folder
+from isomerge_fast.cli import render
+from isomerge_fast.cli.commands import app
 from isomerge_fast.config import load_config
-from isomerge_fast.planner import make_plan
-from isomerge_fast.verify import verify
+from isomerge_fast.execution.verify import verify
+from isomerge_fast.planning.planner import make_plan
 
 # Names of real checkpoints, of which no list is complete.
 SMALL = (
@@ -359,7 +360,7 @@ def test_modules_that_may_differ_are_refused(
     for folder in (given["base"], given["experts"][0]):
         add_dense(folder, 5)
     if "too many" in flaw:
-        monkeypatch.setattr(parts, "MAX_COMPARED_BYTES", 100)
+        monkeypatch.setattr(submodules, "MAX_COMPARED_BYTES", 100)
         change(given["base"] / "2_Dense")
     change(given["experts"][0] / "2_Dense")
     with pytest.raises(imf.InputError) as caught:
@@ -456,8 +457,8 @@ def test_what_is_left_behind_is_bounded_on_the_screen(capsys: pytest.CaptureFixt
     """Each of thousands of files may have a reason of its own."""
     left = [{"name": f"a{number}", "why": f"why{number}", "files": 1, "bytes": 2} for number in range(3_000)]
     left += [{**each, "name": f"b{number}", "why": "why0"} for number, each in enumerate(left)]
-    console._print_left_behind(console.console(), left)
+    render._print_left_behind(render.console(), left)
     lines = capsys.readouterr().out.splitlines()
     assert (lines[1], lines[-1]) == ("left behind: a1 (2 B): why1", "left behind: 2980 more, for other reasons")
     assert lines[0].endswith(", b18 (2 B) and 2981 more: why0")
-    assert len(lines) == console.LEFT_BEHIND_SHOWN + 1
+    assert len(lines) == render.LEFT_BEHIND_SHOWN + 1

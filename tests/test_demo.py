@@ -19,7 +19,7 @@ from isomerge_fast.demo.picture import singular_values
 from isomerge_fast.demo.run import METHODS, PICTURED_LAYERS
 from isomerge_fast.demo.tasks import TRANSFORMS, TaskSuite, load_tasks
 from isomerge_fast.errors import ConfigError
-from isomerge_fast.linalg.auto import PROMISES
+from isomerge_fast.linalg.auto import TOLERANCES
 from isomerge_fast.methods import as_deltas, make_method
 
 N_TASKS = 3
@@ -100,7 +100,7 @@ def test_tiers_keep_their_promises_on_the_experts(result: DemoResult, method: st
         deltas = [expert[name] - base[name] for expert in experts]
         exact = [delta.double().numpy() for delta in deltas]
         judge = {"iso-c": oracle.iso_c, "iso-cts": oracle.iso_cts}[method](exact)
-        for precision, promise in PROMISES.items():
+        for precision, promise in TOLERANCES.items():
             value, stats = make_method(method, {"precision": precision}).merge(as_deltas(deltas))
             assert oracle.relative_error(value.numpy(), judge) <= promise, (name, precision, stats.to_dict())
             assert stats.to_dict()["certified"], (name, precision, stats.to_dict())

@@ -21,12 +21,12 @@ from checkpoints import listing, make_base, make_expert, make_family
 from test_cli import flags, invoke
 
 import isomerge_fast as imf
-from isomerge_fast import in_memory
-from isomerge_fast.checkpoint.sealed import write_sealed
+from isomerge_fast import functional
+from isomerge_fast.checkpoint.output.sealed import write_sealed
 from isomerge_fast.config import load_config
 from isomerge_fast.errors import nearest
-from isomerge_fast.finishing import read_report
-from isomerge_fast.verify import verify
+from isomerge_fast.execution.finalize import read_report
+from isomerge_fast.execution.verify import verify
 
 DRAWS = 2_000
 
@@ -57,9 +57,9 @@ def test_the_fuzz_sees(seen: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
     broken = raise_it if seen in ("another exception", "a traceback") else write_it
     if seen == "another exception":
-        monkeypatch.setattr(in_memory, "make_method", broken)
+        monkeypatch.setattr(functional, "make_method", broken)
     else:
-        monkeypatch.setattr("isomerge_fast.planner.make_plan", broken)
+        monkeypatch.setattr("isomerge_fast.planning.planner.make_plan", broken)
     wrong = "\n".join(fuzz_doors.fuzz(80, seed=0).wrong)
     expected = {
         "another exception": "KeyError: 'x'",

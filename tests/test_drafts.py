@@ -13,13 +13,13 @@ from adapters import make_adapters
 from checkpoints import make_base, make_expert, make_family, save_folder
 
 from isomerge_fast.config import MergeConfig, load_config
-from isomerge_fast.drafts import Draft, Drafter
 from isomerge_fast.errors import ConfigError
-from isomerge_fast.inputs import open_inputs
+from isomerge_fast.execution.worker import Job
 from isomerge_fast.methods import make_method
 from isomerge_fast.methods.source import checked_weights
-from isomerge_fast.planner import make_plan
-from isomerge_fast.unit import Job
+from isomerge_fast.planning.drafts import Draft, Drafter
+from isomerge_fast.planning.inputs import open_inputs
+from isomerge_fast.planning.planner import make_plan
 
 Family = tuple[Path, list[Path]]
 

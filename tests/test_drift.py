@@ -17,9 +17,9 @@ from checkpoints import save_folder
 
 import isomerge_fast as imf
 from isomerge_fast.config import load_config
-from isomerge_fast.drift.config import _flat, config_differences
-from isomerge_fast.drift.tokenizer import TOKENIZER, Beside, tokenizer_differences
-from isomerge_fast.planner import make_plan
+from isomerge_fast.planning.drift.config import _flat, config_differences
+from isomerge_fast.planning.drift.tokenizer import TOKENIZER, Beside, tokenizer_differences
+from isomerge_fast.planning.planner import make_plan
 
 WEIGHTS = {"a.weight": torch.ones(4, 4)}
 LLAMA = {"model_type": "llama", "hidden_size": 32, "num_attention_heads": 4, "transformers_version": "4.46.0"}

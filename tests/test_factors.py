@@ -11,10 +11,10 @@ import torch
 from allocation import peak_bytes
 
 import isomerge_fast as imf
-from isomerge_fast.budget import Budget
 from isomerge_fast.methods import METHODS, IsoC, IsoCTS, Mean, Method, NotFiniteError, TaskArithmetic, TensorSpec
 from isomerge_fast.methods.factors import Factors, LowRank, merge_factors
-from isomerge_fast.routes import Traffic, factor_route
+from isomerge_fast.planning.budget import Budget
+from isomerge_fast.planning.routes import Traffic, factor_route
 
 # What the default precision promises; the factor route is in float64 throughout.
 PROMISE = 1e-5

@@ -27,15 +27,15 @@ from fault_fuzz import fuzz
 from fault_runs import CHANGES, KINDS, Fault, Outcome, WarmProcess, build_shim, compiler
 
 import isomerge_fast as imf
+from isomerge_fast.checkpoint.io.reader import Reader, files_of, whole
+from isomerge_fast.checkpoint.io.writer import ShardWriter
 from isomerge_fast.checkpoint.layout import open_checkpoint
-from isomerge_fast.checkpoint.reader import Reader, files_of, whole
-from isomerge_fast.checkpoint.staging import run_folders
-from isomerge_fast.checkpoint.writer import ShardWriter
+from isomerge_fast.checkpoint.output.staging import run_folders
 from isomerge_fast.config import MergeConfig
+from isomerge_fast.execution.verify import verify
 from isomerge_fast.methods import as_deltas
-from isomerge_fast.plan import check_resources
-from isomerge_fast.planner import make_plan
-from isomerge_fast.verify import verify
+from isomerge_fast.planning.plan import check_resources
+from isomerge_fast.planning.planner import make_plan
 
 HERE = Path(__file__).resolve().parent
 KILL_POINTS, FUZZED_INPUTS = 200, 500

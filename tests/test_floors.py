@@ -230,13 +230,17 @@ sys.exit("sympy" in sys.modules)
 VIOLATIONS = {
     "upwards": ("isomerge_fast.ops", "from isomerge_fast.linalg import auto", "does not lie under"),
     "upwards-relative": ("isomerge_fast.linalg.auto", "from ..methods.iso_c import IsoC", "does not lie under"),
-    "upwards-in-function": ("isomerge_fast.plan", "def f():\n    from . import engine", "does not lie under"),
+    "upwards-in-function": ("isomerge_fast.planning.plan", "def f():\n    from . import engine", "does not lie under"),
     "upwards-dynamic": ("isomerge_fast.ops", "m = importlib.import_module('.plan', 'x')", "does not lie under"),
-    "upwards-through-package": ("isomerge_fast.engine", "from isomerge_fast import iso_c", "does not lie under"),
+    "upwards-through-package": (
+        "isomerge_fast.execution.engine",
+        "from isomerge_fast import iso_c",
+        "does not lie under",
+    ),
     "package-itself": ("isomerge_fast.methods.iso_c", "import isomerge_fast", "does not lie under"),
-    "beside": ("isomerge_fast.engine", "from .verify import verify", "does not lie under"),
+    "beside": ("isomerge_fast.execution.engine", "from .verify import verify", "does not lie under"),
     "kernels-know-errors": ("isomerge_kernels.task_sum", "import isomerge_fast.errors", "does not lie under"),
-    "kernels-past-ops": ("isomerge_fast.engine", "import isomerge_kernels.reference", "only ops may know"),
+    "kernels-past-ops": ("isomerge_fast.execution.engine", "import isomerge_kernels.reference", "only ops may know"),
     "checkpoint-known-too-low": (
         "isomerge_fast.methods.mean",
         "from ..checkpoint import reader",
@@ -247,8 +251,12 @@ VIOLATIONS = {
     "protocol-knows-solver": ("isomerge_fast.linalg.protocol", "from .polar_svd import X", "does not lie under"),
     "solver-knows-package": ("isomerge_fast.linalg.polar_svd", "from . import choose", "does not lie under"),
     "cupy-elsewhere": ("isomerge_fast.linalg.auto", "import cupy.cuda", "cusolver.py"),
-    "typer-in-plan": ("isomerge_fast.plan", "import typer", "standard library only"),
-    "rich-in-engine": ("isomerge_fast.engine", "def f():\n    from rich.progress import Progress", "library only"),
+    "typer-in-plan": ("isomerge_fast.planning.plan", "import typer", "standard library only"),
+    "rich-in-engine": (
+        "isomerge_fast.execution.engine",
+        "def f():\n    from rich.progress import Progress",
+        "library only",
+    ),
     "transformers-in-api": ("isomerge_fast.api", "import transformers", "standard library only"),
     "yaml-at-top-of-config": ("isomerge_fast.config", "import yaml", "inside functions only"),
     "under-type-checking": ("isomerge_fast.ops", "if TYPE_CHECKING:\n    from .plan import Plan", "does not lie under"),
@@ -256,9 +264,9 @@ VIOLATIONS = {
     "unknown-target": ("isomerge_fast.api", "from .helpers import x", "give it a floor"),
 }
 PERMITTED = {
-    "down": ("isomerge_fast.plan", "from .checkpoint import layout\nfrom .methods.iso_c import IsoC"),
-    "version": ("isomerge_fast.checkpoint.manifest", "from .. import __version__"),
-    "errors": ("isomerge_fast.checkpoint.reader", "from ..errors import ConfigError"),
+    "down": ("isomerge_fast.planning.plan", "from .checkpoint import layout\nfrom .methods.iso_c import IsoC"),
+    "version": ("isomerge_fast.checkpoint.output.manifest", "from .. import __version__"),
+    "errors": ("isomerge_fast.checkpoint.io.reader", "from ..errors import ConfigError"),
     "kernels-through-ops": ("isomerge_fast.ops", "from isomerge_kernels import reference"),
     "solver-on-protocol": ("isomerge_fast.linalg.polar_svd", "from .protocol import Solver"),
     "auto-on-solvers": ("isomerge_fast.linalg.auto", "from . import polar_svd\nfrom .polar_svd import X"),
@@ -275,7 +283,7 @@ EXAMPLE_PACKAGES = {"isomerge_kernels", "isomerge_fast", "isomerge_fast.linalg",
 EXAMPLE_MODULES = EXAMPLE_PACKAGES | {
     "isomerge_fast.linalg.auto",
     "isomerge_fast.linalg.polar_svd",
-    "isomerge_fast.engine",
+    "isomerge_fast.execution.engine",
     "isomerge_kernels.reference",
 }
 

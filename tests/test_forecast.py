@@ -16,15 +16,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks import simulate_cluster
-from isomerge_fast.forecast import forecast, unit_loads
-from isomerge_fast.loads import Load, Rates, load_of
-from isomerge_fast.plan import Plan
+from isomerge_fast.planning.cost import Rates, TensorCost, cost_of
+from isomerge_fast.planning.forecast import forecast, item_costs
+from isomerge_fast.planning.plan import Plan
 
 SCALING_PAGE = Path(__file__).resolve().parents[1] / "docs" / "scaling.md"
 # Rates by which a unit's bytes and operations are about its seconds.
 UNHURRIED = Rates(1.0, 2.0, 1.0)
 
-loads = st.builds(Load, st.integers(0, 100), st.integers(0, 100), st.floats(0, 100))
+loads = st.builds(TensorCost, st.integers(0, 100), st.integers(0, 100), st.floats(0, 100))
 units_lists = st.lists(loads, min_size=1, max_size=12).map(
     lambda units: sorted(units, key=lambda load: load.seconds(UNHURRIED), reverse=True)
 )
@@ -36,7 +36,7 @@ def limited(storage: float, rates: Rates = UNHURRIED) -> Rates:
     return replace(rates, storage_bytes_per_second=storage)
 
 
-def size(load: Load) -> int:
+def size(load: TensorCost) -> int:
     return load.read_bytes + load.write_bytes
 
 
@@ -44,8 +44,8 @@ def size(load: Load) -> int:
 
 
 @pytest.mark.parametrize("workers", [1, 2, 7])
-@pytest.mark.parametrize("load", [Load(4, 2, 10.0), Load(40, 2, 10.0)], ids=["computed", "moved"])
-def test_as_many_equal_units_as_workers_take_as_long_as_one(workers: int, load: Load) -> None:
+@pytest.mark.parametrize("load", [TensorCost(4, 2, 10.0), TensorCost(40, 2, 10.0)], ids=["computed", "moved"])
+def test_as_many_equal_units_as_workers_take_as_long_as_one(workers: int, load: TensorCost) -> None:
     found = forecast([load] * workers, workers, UNHURRIED)
     assert found.seconds == pytest.approx(load.seconds(UNHURRIED))
     assert found.busy_share == pytest.approx(1)
@@ -54,14 +54,14 @@ def test_as_many_equal_units_as_workers_take_as_long_as_one(workers: int, load: 
 
 
 @given(units=units_lists)
-def test_one_worker_takes_the_sum(units: list[Load]) -> None:
+def test_one_worker_takes_the_sum(units: list[TensorCost]) -> None:
     found = forecast(units, 1, UNHURRIED)
     assert found.seconds == pytest.approx(sum(load.seconds(UNHURRIED) for load in units))
     assert found.speedup == pytest.approx(1)
 
 
 @given(units=units_lists, workers=workers_numbers, storage=st.floats(0.1, 1.0))
-def test_where_storage_alone_decides_it_takes_all_bytes(units: list[Load], workers: int, storage: float) -> None:
+def test_where_storage_alone_decides_it_takes_all_bytes(units: list[TensorCost], workers: int, storage: float) -> None:
     """Nothing is computed and any one worker could take all that the storage gives, so that it is never idle."""
     rates = limited(storage, Rates(math.inf, 1.0, 1.0))
     total = sum(size(load) for load in units)
@@ -69,7 +69,7 @@ def test_where_storage_alone_decides_it_takes_all_bytes(units: list[Load], worke
 
 
 @given(units=units_lists, workers=workers_numbers)
-def test_without_a_limit_the_next_unit_goes_to_who_is_free_first(units: list[Load], workers: int) -> None:
+def test_without_a_limit_the_next_unit_goes_to_who_is_free_first(units: list[TensorCost], workers: int) -> None:
     ends = [0.0] * workers
     for load in units:
         heapq.heapreplace(ends, ends[0] + load.seconds(UNHURRIED))
@@ -80,13 +80,13 @@ def test_without_a_limit_the_next_unit_goes_to_who_is_free_first(units: list[Loa
 
 
 READ = Rates(math.inf, 8.0, 8.0, 10.0)
-SHARED: dict[str, tuple[list[Load], int, Rates, float, float]] = {
+SHARED: dict[str, tuple[list[TensorCost], int, Rates, float, float]] = {
     # units, workers, rates, seconds by hand, sum of the times with a unit in hand
     # 5 each for 2 s; then the other one's 20 bytes at its own 8.
-    "two-unequal": ([Load(10, 0, 0.0), Load(30, 0, 0.0)], 2, READ, 2 + 20 / 8, 2 + 4.5),
+    "two-unequal": ([TensorCost(10, 0, 0.0), TensorCost(30, 0, 0.0)], 2, READ, 2 + 20 / 8, 2 + 4.5),
     # One reads at 2 at most, which leaves 8 to the other, who writes; alone it has 10.
     "own-rates-differ": (
-        [Load(4, 0, 0.0), Load(0, 32, 0.0)],
+        [TensorCost(4, 0, 0.0), TensorCost(0, 32, 0.0)],
         2,
         Rates(math.inf, 2.0, 100.0, 10.0),
         2 + 16 / 10,
@@ -94,7 +94,7 @@ SHARED: dict[str, tuple[list[Load], int, Rates, float, float]] = {
     ),
     # 2, 4 and 4: nobody has more than the level but who wants less; 2 s, then 20 bytes left each at 5 for 4 s.
     "a-level-for-the-rest": (
-        [Load(0, 28, 0.0), Load(4, 0, 0.0), Load(0, 28, 0.0)],
+        [TensorCost(0, 28, 0.0), TensorCost(4, 0, 0.0), TensorCost(0, 28, 0.0)],
         3,
         Rates(math.inf, 2.0, 100.0, 10.0),
         6.0,
@@ -102,22 +102,28 @@ SHARED: dict[str, tuple[list[Load], int, Rates, float, float]] = {
     ),
     # Bytes are moved by 1 s, what is computed ends at 5; the other has the storage from then on: 5 + 30 by 1 + 3.75 s.
     "computed-beside": (
-        [Load(5, 0, 5.0), Load(35, 0, 1.0)],
+        [TensorCost(5, 0, 5.0), TensorCost(35, 0, 1.0)],
         2,
         Rates(1.0, 8.0, 8.0, 10.0),
         5.0,
         5 + 4.75,
     ),
     # The third unit is begun at 2 s, and shares with what is left of the second: 5 each until its 5 are there at 3 s.
-    "a-unit-begins": ([Load(10, 0, 0.0), Load(30, 0, 0.0), Load(5, 0, 0.0)], 2, READ, 3 + 15 / 8, 3 + 4.875),
+    "a-unit-begins": (
+        [TensorCost(10, 0, 0.0), TensorCost(30, 0, 0.0), TensorCost(5, 0, 0.0)],
+        2,
+        READ,
+        3 + 15 / 8,
+        3 + 4.875,
+    ),
     # A worker has 8 of the 10.
-    "alone": ([Load(40, 40, 0.0)], 1, READ, 10.0, 10.0),
+    "alone": ([TensorCost(40, 40, 0.0)], 1, READ, 10.0, 10.0),
 }
 
 
 @pytest.mark.parametrize(("units", "workers", "rates", "seconds", "in_hand"), SHARED.values(), ids=SHARED)
 def test_storage_is_shared_fairly(
-    units: list[Load], workers: int, rates: Rates, seconds: float, in_hand: float
+    units: list[TensorCost], workers: int, rates: Rates, seconds: float, in_hand: float
 ) -> None:
     found = forecast(units, workers, rates)
     assert found.seconds == pytest.approx(seconds)
@@ -126,7 +132,7 @@ def test_storage_is_shared_fairly(
 
 def test_the_speedup_is_over_what_one_worker_would_be_given() -> None:
     """Together the two units' transfers and operations overlap; dealt out to two workers they do not."""
-    halves = [Load(20, 0, 0.0), Load(0, 0, 10.0)]
+    halves = [TensorCost(20, 0, 0.0), TensorCost(0, 0, 10.0)]
     found = forecast(halves, 2, UNHURRIED, alone=[halves[0] + halves[1]])
     assert found.seconds == 10
     assert found.speedup == pytest.approx(1)
@@ -136,7 +142,7 @@ def test_the_speedup_is_over_what_one_worker_would_be_given() -> None:
 
 
 def test_nothing_takes_no_time() -> None:
-    for units in ([], [Load(0, 0, 0.0)] * 3):
+    for units in ([], [TensorCost(0, 0, 0.0)] * 3):
         found = forecast(units, 2, limited(1.0))
         assert (found.seconds, found.busy_share, found.speedup) == (0.0, 0.0, 1.0)
 
@@ -144,24 +150,24 @@ def test_nothing_takes_no_time() -> None:
 @pytest.mark.parametrize("storage", [math.inf, 5.0])
 def test_rates_may_be_infinite(storage: float) -> None:
     rates = Rates(math.inf, math.inf, math.inf, storage)
-    assert forecast([Load(10, 5, 7.0)] * 4, 2, rates).seconds == pytest.approx(60 / storage)
+    assert forecast([TensorCost(10, 5, 7.0)] * 4, 2, rates).seconds == pytest.approx(60 / storage)
 
 
 def test_there_is_a_worker() -> None:
     with pytest.raises(ValueError, match="workers = 0"):
-        forecast([Load(1, 1, 1.0)], 0, UNHURRIED)
+        forecast([TensorCost(1, 1, 1.0)], 0, UNHURRIED)
 
 
-WALLS: dict[str, tuple[list[Load], int, Rates]] = {
-    "compute": ([Load(2, 0, 10.0)] * 8, 4, limited(100.0)),
-    "transfers": ([Load(40, 0, 10.0)] * 8, 4, limited(100.0)),
-    "storage": ([Load(40, 0, 10.0)] * 8, 4, limited(4.0)),
-    "largest unit": ([Load(40, 0, 90.0), *[Load(40, 0, 10.0)] * 7], 8, limited(4.0)),
+WALLS: dict[str, tuple[list[TensorCost], int, Rates]] = {
+    "compute": ([TensorCost(2, 0, 10.0)] * 8, 4, limited(100.0)),
+    "transfers": ([TensorCost(40, 0, 10.0)] * 8, 4, limited(100.0)),
+    "storage": ([TensorCost(40, 0, 10.0)] * 8, 4, limited(4.0)),
+    "largest unit": ([TensorCost(40, 0, 90.0), *[TensorCost(40, 0, 10.0)] * 7], 8, limited(4.0)),
 }
 
 
 @pytest.mark.parametrize(("wall", "case"), WALLS.items(), ids=[name.replace(" ", "-") for name in WALLS])
-def test_the_wall_is_what_decides(wall: str, case: tuple[list[Load], int, Rates]) -> None:
+def test_the_wall_is_what_decides(wall: str, case: tuple[list[TensorCost], int, Rates]) -> None:
     """Lifting it makes the merge faster, lifting any other limit by a tenth does not."""
     units, workers, rates = case
     found = forecast(units, workers, rates)
@@ -184,7 +190,7 @@ def test_the_wall_is_what_decides(wall: str, case: tuple[list[Load], int, Rates]
 
 @given(units=units_lists, workers=workers_numbers, storage=storages)
 @settings(max_examples=300)
-def test_time_is_within_its_bounds(units: list[Load], workers: int, storage: float) -> None:
+def test_time_is_within_its_bounds(units: list[TensorCost], workers: int, storage: float) -> None:
     rates = limited(storage)
     found = forecast(units, workers, rates)
     c = [load.flops for load in units]
@@ -207,7 +213,7 @@ def test_time_is_within_its_bounds(units: list[Load], workers: int, storage: flo
 
 
 @given(units=units_lists, workers=workers_numbers)
-def test_more_workers_are_never_slower_where_storage_is_no_limit(units: list[Load], workers: int) -> None:
+def test_more_workers_are_never_slower_where_storage_is_no_limit(units: list[TensorCost], workers: int) -> None:
     """With a limit they can be: what they move keeps back the unit that ends last."""
     one_more = forecast(units, workers + 1, UNHURRIED).seconds
     assert one_more <= forecast(units, workers, UNHURRIED).seconds * (1 + 1e-9)
@@ -215,20 +221,20 @@ def test_more_workers_are_never_slower_where_storage_is_no_limit(units: list[Loa
 
 @given(units=units_lists, storage=st.floats(0.1, 20), times=st.floats(1, 10))
 def test_more_storage_is_never_slower_where_every_worker_has_one_unit(
-    units: list[Load], storage: float, times: float
+    units: list[TensorCost], storage: float, times: float
 ) -> None:
     slow, fast = (forecast(units, len(units), limited(each)).seconds for each in (storage, times * storage))
     assert fast <= slow * (1 + 1e-9)
 
 
 @given(units=units_lists, workers=workers_numbers, storage=storages, times=st.sampled_from([0.25, 2.0, 1024.0]))
-def test_times_are_in_proportion_to_rates(units: list[Load], workers: int, storage: float, times: float) -> None:
+def test_times_are_in_proportion_to_rates(units: list[TensorCost], workers: int, storage: float, times: float) -> None:
     found = forecast(units, workers, limited(storage))
     scaled = forecast(units, workers, Rates(times, 2 * times, times, storage * times))
     assert replace(scaled, seconds=times * scaled.seconds) == found  # powers of two: to the last bit
 
 
-def by_small_steps(units: Sequence[Load], workers: int, rates: Rates, step: float) -> float:
+def by_small_steps(units: Sequence[TensorCost], workers: int, rates: Rates, step: float) -> float:
     """The same by Euler's method: in every step each worker moves as many bytes as bisection finds fair."""
     waiting = list(units)
     hands: list[list[float]] = []  # operations and bytes left, and the worker's own bytes a second
@@ -257,7 +263,7 @@ def by_small_steps(units: Sequence[Load], workers: int, rates: Rates, step: floa
 @pytest.mark.parametrize("seed", range(4))
 def test_events_are_those_of_small_steps(seed: int) -> None:
     draw = random.Random(seed)
-    units = [Load(draw.randint(0, 60), draw.randint(0, 30), draw.uniform(0, 25)) for _ in range(9)]
+    units = [TensorCost(draw.randint(0, 60), draw.randint(0, 30), draw.uniform(0, 25)) for _ in range(9)]
     rates = limited(draw.uniform(1.5, 3.0))
     found = forecast(units, 3, rates).seconds
     step = found / 2000
@@ -269,7 +275,7 @@ def test_events_are_those_of_small_steps(seed: int) -> None:
 def test_thousands_of_units_take_no_time() -> None:
     """About 0.3 s on one core."""
     draw = random.Random(0)
-    units = [Load(draw.randint(10**8, 10**10), 10**9, draw.uniform(1e12, 1e14)) for _ in range(4000)]
+    units = [TensorCost(draw.randint(10**8, 10**10), 10**9, draw.uniform(1e12, 1e14)) for _ in range(4000)]
     for storage in (1e10, 3e11, math.inf):
         started = time.perf_counter()
         forecast(units, 256, Rates(1e13, 2e9, 1e9, storage))
@@ -286,12 +292,12 @@ def llama() -> Plan:
 
 
 def test_a_merge_is_compared_with_one_worker_that_has_whole_files(llama: Plan) -> None:
-    total = load_of(llama.tensors)
+    total = cost_of(llama.tensors)
     # Computing takes as long as moving, so that it matters which tensors are together.
     rates = Rates(total.flops / total.transfer_seconds(simulate_cluster.RATES), 2e9, 2e9)
-    files = unit_loads(llama, 1, rates)
+    files = item_costs(llama, 1, rates)
     assert len(files) == len({tensor.shard for tensor in llama.tensors})
-    units = unit_loads(llama, 16, rates)
+    units = item_costs(llama, 16, rates)
     found = forecast(units, 16, rates, alone=files)
     assert found.speedup < 0.99 * forecast(units, 16, rates).speedup
     assert found.speedup == pytest.approx(sum(load.seconds(rates) for load in files) / found.seconds)

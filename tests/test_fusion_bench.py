@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 import isomerge_fast as imf
 from benchmarks.harness import peers as harness
-from isomerge_fast.checkpoint.reader import Reader
+from isomerge_fast.checkpoint.io.reader import Reader
 
 peers.need("fusion_bench", "fusion-bench")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when the hub is imported: nothing here may ask a network
@@ -35,8 +35,8 @@ from fusion_bench import BaseModelPool, instantiate  # noqa: E402  # after the s
 from fusion_bench.method import ISO_C_Merge, ISO_CTS_Merge  # noqa: E402  # after the skip
 from fusion_bench.modelpool import CausalLMPool, CLIPVisionModelPool  # noqa: E402  # after the skip
 
-from isomerge_fast.integrations import fusion_bench as integration  # noqa: E402  # after the skip
-from isomerge_fast.integrations.fusion_bench import IsoCFast, IsoCTSFast  # noqa: E402  # after the skip
+from isomerge_fast.integrations.fusion_bench import algorithms as integration  # noqa: E402  # after the skip
+from isomerge_fast.integrations.fusion_bench.algorithms import IsoCFast, IsoCTSFast  # noqa: E402  # after the skip
 
 pytestmark = pytest.mark.peer
 ROOT = Path(__file__).resolve().parents[1]

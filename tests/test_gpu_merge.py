@@ -13,15 +13,15 @@ from checkpoints import listing, make_family, save_folder
 from pretend_gpu import A100, CUDA, H100, pretend_gpu
 
 import isomerge_fast as imf
-from isomerge_fast import budget as budgets_module
-from isomerge_fast.budget import budgets
-from isomerge_fast.checkpoint.ring import Ring
-from isomerge_fast.checkpoint.writer import ShardWriter
-from isomerge_fast.engine import resolve_device, run
+from isomerge_fast.checkpoint.io.ring import Ring
+from isomerge_fast.checkpoint.io.writer import ShardWriter
+from isomerge_fast.execution.engine import resolve_device, run
+from isomerge_fast.execution.verify import verify
 from isomerge_fast.methods import IsoC, IsoCTS, Method, TensorSpec
-from isomerge_fast.planner import make_plan
-from isomerge_fast.routes import Resident, Route, Streamed, Traffic, choose_route
-from isomerge_fast.verify import verify
+from isomerge_fast.planning import budget as budgets_module
+from isomerge_fast.planning.budget import budgets
+from isomerge_fast.planning.planner import make_plan
+from isomerge_fast.planning.routes import Resident, Route, Streamed, Traffic, choose_route
 
 CEILING = 64 << 20
 

@@ -14,11 +14,11 @@ from test_inputs_refused import problems
 from torch import Tensor
 
 import isomerge_fast as imf
-from isomerge_fast.checkpoint.prefixes import MOST_PREFIXES, find_prefixes
+from isomerge_fast.checkpoint.checks.prefixes import MOST_PREFIXES, find_prefixes
 from isomerge_fast.config import load_config
-from isomerge_fast.plan import Plan
-from isomerge_fast.planner import make_plan
-from isomerge_fast.verify import verify
+from isomerge_fast.execution.verify import verify
+from isomerge_fast.planning.plan import Plan
+from isomerge_fast.planning.planner import make_plan
 
 N = 8
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import isomerge_fast as imf
 from isomerge_fast.config import load_config
-from isomerge_fast.planner import make_plan
+from isomerge_fast.planning.planner import make_plan
 
 N = 16
 FLOATS = {"model.embed_tokens.weight": torch.ones(N, N), "model.norm.weight": torch.ones(N)}

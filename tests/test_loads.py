@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 
 from benchmarks.headers import MODELS, Shapes, config_of, save_headers
 from isomerge_fast.config import MergeConfig
-from isomerge_fast.forecast import forecast, unit_loads
-from isomerge_fast.loads import LEAST_SECONDS, UNITS_A_WORKER, Load, Rates, divide, load_of
-from isomerge_fast.plan import Plan, TensorPlan
-from isomerge_fast.planner import make_plan
+from isomerge_fast.planning.cost import LEAST_SECONDS, UNITS_A_WORKER, Rates, TensorCost, cost_of, divide
+from isomerge_fast.planning.forecast import forecast, item_costs
+from isomerge_fast.planning.plan import Plan, TensorPlan
+from isomerge_fast.planning.planner import make_plan
 
 METHODS = ("iso-c", "iso-cts", "task-arithmetic")
 WORKERS = st.integers(1, 300)
@@ -52,38 +52,38 @@ def rates_of(flops: float) -> Rates:
 
 def even_rates(plan: Plan) -> Rates:
     """By which one worker computes exactly as long as it moves bytes: tensors differ most in what they wait for."""
-    load = load_of(plan.tensors)
+    load = cost_of(plan.tensors)
     return rates_of(load.flops / load.transfer_seconds(rates_of(1.0)))
 
 
 def seconds_of(unit: tuple[TensorPlan, ...], rates: Rates) -> float:
-    return load_of(unit).seconds(rates)
+    return cost_of(unit).seconds(rates)
 
 
 # --- loads ----------------------------------------------------------------------------------------------------------
 
 
 def test_a_load_takes_the_longer_of_computing_and_moving() -> None:
-    load, rates = Load(600, 100, 50.0), Rates(10.0, 200.0, 50.0)
+    load, rates = TensorCost(600, 100, 50.0), Rates(10.0, 200.0, 50.0)
     assert load.compute_seconds(rates) == 5
     assert load.transfer_seconds(rates) == 600 / 200 + 100 / 50
     assert load.seconds(rates) == 5
     assert load.seconds(Rates(5.0, 200.0, 50.0)) == 10
     assert load.seconds(Rates(10.0, 100.0, 50.0)) == 8
-    assert load + Load(1, 2, 3.0) == Load(601, 102, 53.0)
+    assert load + TensorCost(1, 2, 3.0) == TensorCost(601, 102, 53.0)
 
 
 def test_a_load_is_that_of_all_tensors_and_outputs(tmp_path: Path) -> None:
     shapes: Shapes = {"a": (30, 20), "b": (10, 10), "c": (7,)}
     plan = plan_of(tmp_path, shapes, shard_bytes=10**6, method="iso-c", scaling=[0.5, 1.0, 2.0], save_delta=True)
     elements = 600 + 100 + 7
-    total = load_of(plan.tensors)
+    total = cost_of(plan.tensors)
     assert total.read_bytes == 2 * 2 * elements
     assert total.write_bytes == (3 * 2 + 4) * elements  # bf16, and the merged Δ in float32
     assert total.flops == sum(tensor.flops for tensor in plan.tensors) > 0
-    a, b, c = (load_of([tensor]) for tensor in plan.tensors)
+    a, b, c = (cost_of([tensor]) for tensor in plan.tensors)
     assert a + b + c == total
-    assert load_of([]) == Load(0, 0, 0.0)
+    assert cost_of([]) == TensorCost(0, 0, 0.0)
 
 
 # --- units ----------------------------------------------------------------------------------------------------------
@@ -146,7 +146,7 @@ def test_files_stay_whole_where_there_are_enough(tmp_path: Path) -> None:
     """32 equal files are four for each of eight workers, and too few for nine."""
     shapes: Shapes = {f"{file}.{part}": (512, 512) for file in range(32) for part in range(4)}
     plan = plan_of(tmp_path, shapes, shard_bytes=4 * 2 * 512 * 512, method="iso-c")
-    rates = Rates(load_of(plan.tensors[:1]).flops / 100)  # 100 s a tensor
+    rates = Rates(cost_of(plan.tensors[:1]).flops / 100)  # 100 s a tensor
     assert {len(unit) for unit in divide(plan, 8, rates)} == {4}
     units = divide(plan, 9, rates)
     assert len(units) > 32
@@ -156,7 +156,7 @@ def test_files_stay_whole_where_there_are_enough(tmp_path: Path) -> None:
 def test_one_file_is_cut_for_several_workers(tmp_path: Path) -> None:
     shapes: Shapes = {f"{part:02}": (512, 512) for part in range(64)}
     plan = plan_of(tmp_path, shapes, shard_bytes=10**9, method="iso-c")
-    each = load_of(plan.tensors[:1]).flops
+    each = cost_of(plan.tensors[:1]).flops
     assert len(divide(plan, 1, Rates(each / 100))) == 1
     assert {len(unit) for unit in divide(plan, 4, Rates(each / 100))} == {4}
     # Not below what starting a unit is worth: 64 x 0.01 s are one unit.
@@ -175,9 +175,9 @@ def test_sixteen_workers_are_fourteen_times_as_fast(llama: Planned, method: str,
     """Of Llama-3-70B: 0.9 N for every N up to 16, whether computing takes longer than moving or not, or as long."""
     plan = llama(method)
     rates = rates_of(times * even_rates(plan).flops_per_second)
-    alone = unit_loads(plan, 1, rates)
+    alone = item_costs(plan, 1, rates)
     shares = {
-        workers: forecast(unit_loads(plan, workers, rates), workers, rates, alone=alone).speedup / workers
+        workers: forecast(item_costs(plan, workers, rates), workers, rates, alone=alone).speedup / workers
         for workers in range(1, 17)
     }
     assert min(shares.values()) >= 0.9, shares

@@ -13,9 +13,9 @@ import torch
 from checkpoints import save_folder
 
 from benchmarks.headers import config_of, save_headers
-from isomerge_fast import budget as budgets_module
-from isomerge_fast import planner as planning
-from isomerge_fast.engine import run
+from isomerge_fast.execution.engine import run
+from isomerge_fast.planning import budget as budgets_module
+from isomerge_fast.planning import planner as planning
 
 CEILING_BYTES = 600 << 20
 LAYERS, WIDTH, INNER, VOCABULARY = 12, 768, 3072, 32_000  # a 162 M parameter Llama: 2 token tables, 12 layers

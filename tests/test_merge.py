@@ -18,14 +18,14 @@ from checkpoints import listing, load_folder, make_base, make_expert, make_famil
 from safetensors.torch import load_file, save_file
 
 import isomerge_fast as imf
-from isomerge_fast import engine
-from isomerge_fast.checkpoint.manifest import to_json
-from isomerge_fast.checkpoint.staging import run_folders
+from isomerge_fast.checkpoint.output.manifest import to_json
+from isomerge_fast.checkpoint.output.staging import run_folders
 from isomerge_fast.errors import ConfigError, InputChangedError
+from isomerge_fast.execution import engine
+from isomerge_fast.execution.report import PHASES, Progress
+from isomerge_fast.execution.verify import verify
 from isomerge_fast.methods import MergeStats
-from isomerge_fast.planner import make_plan
-from isomerge_fast.report import PHASES, Progress
-from isomerge_fast.verify import verify
+from isomerge_fast.planning.planner import make_plan
 
 METHODS = ["iso-c", "iso-cts", "mean", "task-arithmetic"]
 
@@ -509,7 +509,7 @@ def test_a_kept_delta_that_overflows_is_not_written(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("save_delta", [False, True])
 def test_copied_weights_that_overflow_are_not_written(tmp_path: Path, save_delta: bool) -> None:
-    """What no adapter touches, and what only an expert has, is converted too."""
+    """What no adapter adapts, and what only an expert has, is converted too."""
     family = family_of(tmp_path, torch.ones(3), torch.ones(3))
     rewrite(family[1][0], surplus=torch.tensor([1.0, 3.4e38, -3.4e38]))
     changes = (
@@ -653,7 +653,7 @@ class TestOutputFolder:
         config = config_of(family, tmp_path / "out")
         imf.merge({**config, "scaling": 0.5})
         old = listing(tmp_path / "out")
-        real, real_rename = engine.write_all_else, os.rename
+        real, real_rename = engine.write_metadata, os.rename
 
         def add(folder: Path) -> None:
             (folder / "thesis.tex").write_text("years of work")
@@ -668,7 +668,7 @@ class TestOutputFolder:
             if moment == "after it" and source == tmp_path / "out":
                 add(target)
 
-        monkeypatch.setattr(engine, "write_all_else", finish)
+        monkeypatch.setattr(engine, "write_metadata", finish)
         monkeypatch.setattr(os, "rename", rename)
         with pytest.raises(imf.ConfigError, match=r"holds thesis\.tex"):
             imf.merge(config, overwrite=True)
@@ -745,7 +745,7 @@ class TestOutputFolder:
 
     def test_locked_by_another_run(self, tmp_path: Path) -> None:
         family = make_family(tmp_path)
-        from isomerge_fast.checkpoint.staging import Staging
+        from isomerge_fast.checkpoint.output.staging import Staging
 
         with (
             Staging(tmp_path / "out", resume=False, overwrite=False),
@@ -823,7 +823,7 @@ def test_a_resume_that_keeps_its_threads_says_so(
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "merge_unit", stopped)
+        patch.setattr(engine, "merge_item", stopped)
         with pytest.raises(Killed):
             imf.merge(config, threads=1)
         for again in (None, 1):
@@ -844,7 +844,7 @@ def test_resume_does_not_trust_the_journal(tmp_path: Path, monkeypatch: pytest.M
     """A byte lost after it was journaled (a power cut without fsync) is written again."""
     family = make_family(tmp_path)
     config = config_of(family, tmp_path / "out")
-    monkeypatch.setattr(engine, "write_all_else", lambda *_: (_ for _ in ()).throw(Killed()))
+    monkeypatch.setattr(engine, "write_metadata", lambda *_: (_ for _ in ()).throw(Killed()))
     with pytest.raises(Killed):
         imf.merge(config)
     monkeypatch.undo()

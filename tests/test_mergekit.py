@@ -23,7 +23,7 @@ from torch import Tensor
 import isomerge_fast as imf
 from isomerge_fast.config import load_config
 from isomerge_fast.errors import ConfigError, InputError
-from isomerge_fast.integrations.mergekit import main, register_all
+from isomerge_fast.integrations.mergekit.registration import main, register_all
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when transformers is imported: nothing here may ask a network
 need("mergekit", "mergekit")

@@ -12,7 +12,7 @@ from checkpoints import load_folder, make_family
 import isomerge_fast as imf
 from isomerge_fast.config import load_config
 from isomerge_fast.errors import ConfigError
-from isomerge_fast.mergekit_recipe import is_recipe, read_recipe
+from isomerge_fast.parsing.mergekit_recipe import is_recipe, read_recipe
 
 TWO = "base_model: base\nmodels: [{model: a}, {model: b}]\n"
 WEIGHED = "models: [{model: a, parameters: {weight: 0.3}}, {model: b, parameters: {weight: 0.9}}]\n"

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch.nn.functional import cosine_similarity, cross_entropy, normalize
 
 import isomerge_fast as imf
-from isomerge_fast.linalg.auto import PROMISES
+from isomerge_fast.linalg.auto import TOLERANCES
 from isomerge_fast.methods import as_deltas, make_method
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when transformers is imported: nothing here may ask a network
@@ -203,7 +203,7 @@ def test_tiers_keep_their_promises(weights: Weights, method: str, name: str) -> 
     """Each tier against the oracle on the same float32 deltas, certified."""
     deltas = [torch.from_numpy(delta.astype(np.float32)) for delta in weights.deltas(name)]
     judge = ORACLES[method]([delta.double().numpy() for delta in deltas])
-    for precision, promise in PROMISES.items():
+    for precision, promise in TOLERANCES.items():
         value, stats = make_method(method, {"precision": precision}).merge(as_deltas(deltas))
         evidence = stats.to_dict()
         assert oracle.relative_error(value.numpy(), judge) <= promise, (precision, evidence)

@@ -23,12 +23,12 @@ from checkpoints import listing, make_base, make_expert, save_folder
 from safetensors.torch import load_file
 
 import isomerge_fast as imf
-from isomerge_fast.checkpoint.manifest import MANIFEST_FILE
+from isomerge_fast.checkpoint.output.manifest import MANIFEST_FILE
 from isomerge_fast.config import load_config
 from isomerge_fast.errors import ConfigError, VerificationError
+from isomerge_fast.execution.verify import verify
 from isomerge_fast.methods import IsoC, IsoCTS, MemoryDeltas, Method, as_deltas, make_method
-from isomerge_fast.planner import make_plan
-from isomerge_fast.verify import verify
+from isomerge_fast.planning.planner import make_plan
 
 ROOT = Path(__file__).resolve().parents[1]
 BLOCKS = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs/new-method.md").read_text(), flags=re.M | re.S)

@@ -16,8 +16,8 @@ import isomerge_fast as imf
 from isomerge_fast.checkpoint.layout import open_checkpoint
 from isomerge_fast.config import load_config
 from isomerge_fast.errors import MAX_CHARACTERS, MAX_REMARKS, bounded
-from isomerge_fast.planner import make_plan
-from isomerge_fast.tensor_roles import HEADS, POSITIONS, ROUTERS, SEGMENTS, TOKENS, Roles
+from isomerge_fast.planning.planner import make_plan
+from isomerge_fast.planning.tensor_roles import HEADS, POSITIONS, ROUTERS, SEGMENTS, TOKENS, Roles
 
 SMALL = {
     "vocab_size": 96,

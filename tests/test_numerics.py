@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import isomerge_fast as imf
-from isomerge_fast.linalg.auto import PROMISES, polar_candidates
+from isomerge_fast.linalg.auto import TOLERANCES, polar_candidates
 from isomerge_fast.linalg.certificate import PROBES, fixed_draw, orthogonality, probes, symmetry
 from isomerge_fast.linalg.gram_eigh import GramEigh
 from isomerge_fast.linalg.polar_traced import TracedPolar
@@ -26,7 +26,7 @@ from isomerge_fast.linalg.sides import long_blocks
 from isomerge_fast.linalg.subspace_chebyshev import ChebyshevSubspace, filtered_block
 from isomerge_fast.linalg.svd import FullSvd
 from isomerge_fast.methods import MemoryDeltas, MergeStats, TensorSpec, as_deltas, make_method
-from isomerge_fast.methods.row_maps import chunk_rows
+from isomerge_fast.methods.rowwise.polar import chunk_rows
 from isomerge_kernels import devices, reference
 from isomerge_kernels.devices import DeviceTraits
 
@@ -72,7 +72,7 @@ def test_tiers_keep_their_promises(case: Case, method: str) -> None:
     rank = int((sigma > rounding_level(deltas)).sum())
     if method == "iso-c" and rank < sigma.size:
         judge = oracle.iso_c(numpy(deltas), rank=rank)  # the others are below the input's own rounding
-    for precision, promise in PROMISES.items():
+    for precision, promise in TOLERANCES.items():
         value, stats = merge(deltas, method, precision=precision)
         evidence = stats.to_dict()
         error = oracle.relative_error(value.numpy(), judge)
@@ -108,7 +108,7 @@ def test_what_a_gram_matrix_hides_is_left_to_the_svd(method: str) -> None:
     assert stats.algorithm.endswith("svd-fp64")
     assert stats.to_dict()["certified"]
     judge = {"iso-c": oracle.iso_c, "iso-cts": oracle.iso_cts}[method](numpy(deltas))
-    assert oracle.relative_error(value.numpy(), judge) <= PROMISES["default"]
+    assert oracle.relative_error(value.numpy(), judge) <= TOLERANCES["default"]
 
 
 def lora_sum(shape: tuple[int, int], rank: int, tasks: int) -> tuple[list[Tensor], np.ndarray]:
@@ -125,7 +125,7 @@ def lora_sum(shape: tuple[int, int], rank: int, tasks: int) -> tuple[list[Tensor
     return deltas, q @ oracle.iso_c([r @ r_right.T]) @ q_right.T
 
 
-@pytest.mark.parametrize("precision", PROMISES)
+@pytest.mark.parametrize("precision", TOLERANCES)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("rank", [1, 16, 64])
 @pytest.mark.parametrize("shape", [(512, 512), (512, 4096), (4096, 512)], ids=str)
@@ -133,7 +133,7 @@ def test_lora_sums(shape: tuple[int, int], rank: int, method: str, precision: st
     """The result is σ̄ times the polar factor on the range: the common directions hold all there is, tasks add none."""
     deltas, judge = lora_sum(shape, rank, 4)
     value, stats = merge(deltas, method, precision=precision)
-    assert oracle.relative_error(value.numpy(), judge) <= max(1e-6, PROMISES[precision])
+    assert oracle.relative_error(value.numpy(), judge) <= max(1e-6, TOLERANCES[precision])
     assert stats.to_dict()["rank"] == 4 * rank
     if precision != "reference":  # the slow one, which every other test compares with
         assert torch.equal(value, merge(deltas, method, precision=precision)[0])
@@ -156,7 +156,7 @@ def test_lora_sums_in_4096(rank: int, method: str) -> None:
     assert stats.to_dict()["certified"]
 
 
-@pytest.mark.parametrize("precision", PROMISES)
+@pytest.mark.parametrize("precision", TOLERANCES)
 @pytest.mark.parametrize("shape", [(1100, 260), (260, 300)], ids=["searched", "exact"])
 @pytest.mark.parametrize("method", METHODS)
 class TestDegenerate:
@@ -187,7 +187,7 @@ class TestDegenerate:
         value = self.check([self.case(shape)[0]] * 8, method, precision)
         sigma = torch.linalg.svdvals(value.double())
         kept = sigma > 1e-2 * sigma[0]
-        assert sigma[kept] == pytest.approx(sigma[0].item(), rel=max(1e-4, 2 * PROMISES[precision]))
+        assert sigma[kept] == pytest.approx(sigma[0].item(), rel=max(1e-4, 2 * TOLERANCES[precision]))
 
     def test_repeated_expert(self, method: str, shape: tuple[int, int], precision: str) -> None:
         deltas = self.case(shape)
@@ -195,7 +195,7 @@ class TestDegenerate:
         assert value.norm() > 0
 
 
-@pytest.mark.parametrize("precision", PROMISES)
+@pytest.mark.parametrize("precision", TOLERANCES)
 def test_near_equal_singular_values(precision: str) -> None:
     """σ_k = σ_{k+1}: the split is arbitrary, the gap says so, and the result is still an isometry times σ̄."""
     r, tasks = 96, 4
@@ -228,11 +228,11 @@ def test_what_comes_out_negative_is_hidden_too(side: int, condition: float) -> N
     assert stats.to_dict()["rank"] == side
     judged = oracle.judge(numpy([delta]), "iso-cts", torch.finfo(torch.float32).eps)
     assert not judged.doubts
-    assert oracle.relative_error(value.numpy(), judged.value) <= PROMISES["fast"]
+    assert oracle.relative_error(value.numpy(), judged.value) <= TOLERANCES["fast"]
     assert stats.to_dict()["certified"]
 
 
-@pytest.mark.parametrize("precision", PROMISES)
+@pytest.mark.parametrize("precision", TOLERANCES)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("scale", [-100, -66, -33, 33, 66, 100])
 def test_scales(scale: int, method: str, precision: str) -> None:
@@ -243,7 +243,7 @@ def test_scales(scale: int, method: str, precision: str) -> None:
         value, stats = merge(scaled, method, precision=precision)
         assert stats.to_dict()["certified"]
         wanted = {"iso-c": oracle.iso_c, "iso-cts": oracle.iso_cts}[method](numpy(deltas))
-        allowed = max(1e-6, PROMISES[precision])
+        allowed = max(1e-6, TOLERANCES[precision])
         assert oracle.relative_error(value.double().numpy() * 2.0**-scale, wanted) <= allowed
         both, _ = merge([torch.stack(pair) for pair in zip(deltas, scaled, strict=True)], method, precision=precision)
         assert oracle.relative_error(both[1].double().numpy() * 2.0**-scale, wanted) <= allowed
@@ -255,7 +255,7 @@ def test_random_merges(monkeypatch: pytest.MonkeyPatch) -> None:
     fuzz_numerics.search_in_small_matrices(monkeypatch.setattr)
     tally = fuzz_numerics.fuzz(400, seed=17)
     assert not tally.wrong, "\n".join(tally.wrong)
-    for tier in PROMISES:
+    for tier in TOLERANCES:
         assert tally.counts[tier, "certified"] >= 0.8 * tally.counts[tier, "solves"], str(tally)
 
 
@@ -280,7 +280,7 @@ def test_nearly_opposite_experts() -> None:
     deltas = [(sign * first + 1e-3 * torch.randn(48, 48, generator=generator)).bfloat16() for sign in (1, -1, 1, -1)]
     judged = oracle.judge(numpy(deltas), "iso-cts", torch.finfo(torch.float32).eps)
     assert not judged.doubts
-    for precision, promise in PROMISES.items():
+    for precision, promise in TOLERANCES.items():
         value, stats = merge(deltas, "iso-cts", precision=precision)
         assert oracle.relative_error(value.numpy(), judged.value) <= promise or stats.missed()
 
@@ -293,7 +293,7 @@ def test_experts_that_cancel_are_not_added_up_in_float32() -> None:
     value, stats = merge(deltas, "iso-c")
     assert any("sum_rounding" in remark for remark in stats.escalations)
     assert stats.to_dict()["certified"]
-    assert oracle.relative_error(value.numpy(), oracle.iso_c(numpy(deltas))) <= PROMISES["default"]
+    assert oracle.relative_error(value.numpy(), oracle.iso_c(numpy(deltas))) <= TOLERANCES["default"]
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -335,17 +335,17 @@ def test_given_solver_is_not_escalated() -> None:
     assert not stats.to_dict()["certified"]
 
 
-@pytest.mark.parametrize("precision", PROMISES)
+@pytest.mark.parametrize("precision", TOLERANCES)
 @pytest.mark.parametrize("method", METHODS)
 def test_api_takes_every_precision(method: str, precision: str) -> None:
     case = Case(1, 40, 70, 1e2, 3)
     function = {"iso-c": imf.iso_c, "iso-cts": imf.iso_cts}[method]
     value = function(case.deltas(), precision=precision)
     assert value.dtype == torch.float32
-    assert oracle.relative_error(value.numpy(), expected(case, method)) <= max(1e-6, PROMISES[precision])
+    assert oracle.relative_error(value.numpy(), expected(case, method)) <= max(1e-6, TOLERANCES[precision])
 
 
-@pytest.mark.parametrize("precision", PROMISES)
+@pytest.mark.parametrize("precision", TOLERANCES)
 @pytest.mark.parametrize("shape", [(60, 150), (150, 60), (1100, 260)], ids=["wide", "tall", "searched"])
 def test_tasks_at_once(shape: tuple[int, int], precision: str) -> None:
     """What a GPU does: the tasks' small problems as one batch, of one matrix and of a batch of layers."""
@@ -355,7 +355,7 @@ def test_tasks_at_once(shape: tuple[int, int], precision: str) -> None:
         one, _ = merge(deltas, "iso-cts", precision=precision)
         several, stats = merge(deltas, "iso-cts", precision=precision, tasks_at_once=3)
         assert stats.to_dict()["certified"] if deltas is not batch else not stats.missed()
-        allowed = max(1e-6, PROMISES[precision])
+        allowed = max(1e-6, TOLERANCES[precision])
         assert oracle.relative_error(several.numpy(), one.double().numpy()) <= allowed
 
 
@@ -535,7 +535,9 @@ def test_a_ceiling_takes_the_leaner_solver() -> None:
     deltas = Case(0, 1100, 260, 1e2, 8).deltas()
     value, stats = merge(deltas, "iso-cts", memory_bytes=1)
     assert "chebyshev" not in stats.algorithm
-    assert oracle.relative_error(value.numpy(), expected(Case(0, 1100, 260, 1e2, 8), "iso-cts")) <= PROMISES["default"]
+    assert (
+        oracle.relative_error(value.numpy(), expected(Case(0, 1100, 260, 1e2, 8), "iso-cts")) <= TOLERANCES["default"]
+    )
 
 
 TURING = DeviceTraits(True, (7, 5), 16 << 30)
@@ -581,7 +583,7 @@ ON_A_GPU = [
 def test_tiers_keep_their_promises_by_the_rules_of_a_gpu(traits: DeviceTraits, case: Case, method: str) -> None:
     deltas, judge = case.deltas(), expected(case, method)
     with pretend_gpu(traits) as gpu:
-        for precision, promise in PROMISES.items():
+        for precision, promise in TOLERANCES.items():
             value, stats = merge([gpu.upload(delta) for delta in deltas], method, precision=precision)
             assert isinstance(value, PretendTensor)
             assert oracle.relative_error(value.held.numpy(), judge) <= promise, (precision, stats.to_dict())
@@ -597,7 +599,7 @@ def test_zero_and_repeated_tasks_by_the_rules_of_a_gpu() -> None:
             value, stats = merge([gpu.upload(delta) for delta in deltas], "iso-cts")
             assert not stats.missed(), stats.to_dict()
             assert isinstance(value, PretendTensor)
-            assert oracle.relative_error(value.held.numpy(), wanted.double().numpy()) <= PROMISES["default"]
+            assert oracle.relative_error(value.held.numpy(), wanted.double().numpy()) <= TOLERANCES["default"]
 
 
 def test_a_search_goes_on_with_householder_where_cholesky_has_missed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -726,7 +728,7 @@ def test_small_polar_factors_by_products(monkeypatch: pytest.MonkeyPatch, case: 
     value, stats = merge_on_a_gpu(case.deltas(), "iso-cts")
     assert len(taken) >= 2
     assert all(evidence.traces is not None for _, evidence in taken)
-    assert oracle.relative_error(value.numpy(), expected(case, "iso-cts")) <= PROMISES["default"]
+    assert oracle.relative_error(value.numpy(), expected(case, "iso-cts")) <= TOLERANCES["default"]
     assert oracle.relative_error(value.numpy(), before.numpy()) <= 1e-6
     assert bool(stats.missed()) == bool(certified.missed())
     assert float(stats.checks["angle"].value) == pytest.approx(float(certified.checks["angle"].value), rel=0.05)

@@ -13,12 +13,12 @@ from checkpoints import make_family
 from test_cli import flags, invoke
 
 from isomerge_fast.bench.outlook import SAMPLE_BYTES, measure_rates, predict, read_rate
+from isomerge_fast.cli.render import print_report
 from isomerge_fast.config import MergeConfig
-from isomerge_fast.console import print_report
-from isomerge_fast.loads import Rates, load_of
-from isomerge_fast.plan import Plan
-from isomerge_fast.planner import make_plan
-from isomerge_fast.report import Report
+from isomerge_fast.execution.report import Report
+from isomerge_fast.planning.cost import Rates, cost_of
+from isomerge_fast.planning.plan import Plan
+from isomerge_fast.planning.planner import make_plan
 
 CPU = torch.device("cpu")
 
@@ -36,7 +36,7 @@ def plan(family: tuple[Path, list[Path]]) -> Plan:
 def test_one_worker_takes_what_the_plan_adds_up_to(plan: Plan) -> None:
     rates = Rates(flops_per_second=1e3, read_bytes_per_second=2e6, write_bytes_per_second=1e6)
     (row,) = predict(plan, rates, [1])["rows"]
-    load = load_of(plan.tensors)
+    load = cost_of(plan.tensors)
     assert (load.read_bytes, load.write_bytes) == (plan.read_bytes, plan.write_bytes)
     assert row["seconds"] == pytest.approx(load.flops / 1e3, rel=1e-3)
     assert row["wall"] == "compute"

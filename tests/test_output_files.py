@@ -15,11 +15,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import isomerge_fast as imf
-from isomerge_fast.checkpoint import kept_metadata
-from isomerge_fast.checkpoint.model_card import MAX_NOTES, model_card
+from isomerge_fast.checkpoint.output import kept_metadata
+from isomerge_fast.checkpoint.output.model_card import MAX_NOTES, model_card
 from isomerge_fast.config import load_config
-from isomerge_fast.finishing import read_report
-from isomerge_fast.verify import verify
+from isomerge_fast.execution.finalize import read_report
+from isomerge_fast.execution.verify import verify
 
 RECIPE = {"base": "b", "experts": ["e"], "scaling": 1.0, "method": "mean"}
 

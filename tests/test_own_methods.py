@@ -64,11 +64,11 @@ def test_any_cut_of_a_tensor_gives_the_same_elements(monkeypatch: pytest.MonkeyP
     cut = MemoryDeltas(experts, base, weights=weights, block_rows=2)
     monkeypatch.setattr("isomerge_fast.methods.elementwise.STACKED_ELEMENTS", 5 * 40)
     pieces, of_pieces = Median().merge(cut)
-    row_map = Median().row_map(cut)
-    rows = torch.cat([row_map.rows(block) for block in cut.blocks()])
+    rowwise = Median().rowwise(cut)
+    rows = torch.cat([rowwise.rows(block) for block in cut.blocks()])
     assert torch.equal(whole, pieces)
     assert torch.equal(whole, rows)
-    for found in (of_pieces, row_map.stats()):
+    for found in (of_pieces, rowwise.stats()):
         assert found.values["delta_norms"].tolist() == pytest.approx(stats.values["delta_norms"].tolist())
     expected = np.median(np.stack([w * (x - base).numpy() for w, x in zip(weights, experts, strict=True)]), 0)
     np.testing.assert_allclose(whole.numpy(), expected, rtol=1e-6)
@@ -103,9 +103,9 @@ def test_a_method_of_single_elements_keeps_to_its_memory(
     spec = TensorSpec("w", shape, torch.float32)
     peak, _ = peak_bytes(lambda: method.merge(MemoryDeltas(experts, base)))
     assert peak <= method.workspace_bytes(spec, 5, CPU) <= 2.5 * peak
-    row_map = method.row_map(MemoryDeltas(experts, base))
+    rowwise = method.rowwise(MemoryDeltas(experts, base))
     (block,) = MemoryDeltas(experts, base).blocks()
-    peak, _ = peak_bytes(lambda: row_map.rows(block))
+    peak, _ = peak_bytes(lambda: rowwise.rows(block))
     promised = method.row_map_bytes(spec, 5, spec.elements, CPU)
     assert promised is not None
     assert peak <= promised <= 2.5 * peak

@@ -17,11 +17,11 @@ from checkpoints import load_folder, make_base, make_expert, make_family, save_f
 
 import isomerge_fast as imf
 from isomerge_fast.config import MergeConfig, WeightRule, load_config
-from isomerge_fast.drafts import choose_method
-from isomerge_fast.globs import first_match, globs_of
 from isomerge_fast.methods import IsoC, Mean, Method, TensorSpec, method_for
-from isomerge_fast.patterns import idle_patterns, require_matches
-from isomerge_fast.planner import make_plan
+from isomerge_fast.parsing.shell_patterns import first_match, globs_of
+from isomerge_fast.planning.drafts import choose_method
+from isomerge_fast.planning.patterns import idle_patterns, require_matches
+from isomerge_fast.planning.planner import make_plan
 
 Family = tuple[Path, list[Path]]
 

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 import isomerge_fast as imf
-from isomerge_fast.checkpoint import adapter as adapter_module
-from isomerge_fast.checkpoint.adapter import Adapter, misfits, open_adapter
+from isomerge_fast.checkpoint.io.reader import Reader, files_of, whole
 from isomerge_fast.checkpoint.layout import open_checkpoint
-from isomerge_fast.checkpoint.reader import Reader, files_of, whole
+from isomerge_fast.checkpoint.lora import adapter as adapter_module
+from isomerge_fast.checkpoint.lora.adapter import Adapter, incompatibilities, open_adapter
 from isomerge_fast.errors import ConfigError, InputError
 from isomerge_fast.methods import METHODS, as_deltas
 
@@ -127,7 +127,7 @@ def test_what_peft_saves_is_what_it_applies(
     adapted.save_pretrained(str(tmp_path / "adapter"))
     base = open_checkpoint(tmp_path / "base")
     adapter = open_adapter(tmp_path / "adapter", base)
-    assert list(misfits(base, adapter)) == []
+    assert list(incompatibilities(base, adapter)) == []
 
     expected = {f"{name}.weight": layer.get_delta_weight("default") for name, layer in lora_layers(adapted)}
     found = products(adapter)
@@ -156,7 +156,7 @@ def test_another_prefix_in_the_base(tmp_path: Path) -> None:
     adapted.save_pretrained(str(tmp_path / "adapter"))
     base = open_checkpoint(tmp_path / "base")
     adapter = open_adapter(tmp_path / "adapter", base)
-    assert list(misfits(base, adapter)) == []
+    assert list(incompatibilities(base, adapter)) == []
     expected = {f"{name.removeprefix('bert.')}.weight" for name, _ in lora_layers(adapted)}
     assert adapter.pairs.keys() == expected
 

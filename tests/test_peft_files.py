@@ -15,7 +15,7 @@ from checkpoints import load_folder
 from torch import Tensor
 
 import isomerge_fast as imf
-from isomerge_fast.verify import verify
+from isomerge_fast.execution.verify import verify
 
 peers.need("peft", "peft")
 

@@ -29,19 +29,19 @@ import pytest
 import test_memory
 import torch
 from checkpoints import load_folder, make_expert, save_folder
-from crews import runs_of
+from executors import runs_of
 from fault_driver import difference, make_families, state_of
 from ray_faults import Given, Machine, journals
 from typer.testing import CliRunner
 
 import isomerge_fast as imf
-from isomerge_fast.checkpoint.staging import staging_folder
-from isomerge_fast.cli import app
+from isomerge_fast.checkpoint.output.staging import staging_folder
+from isomerge_fast.cli.commands import app
 from isomerge_fast.errors import InputChangedError, MissingPackageError, UnreadableError
-from isomerge_fast.integrations import ray_crew
-from isomerge_fast.plan import Plan
-from isomerge_fast.report import Progress, Report
-from isomerge_fast.unit import UnitResult
+from isomerge_fast.execution.report import Progress, Report
+from isomerge_fast.execution.worker import WorkResult
+from isomerge_fast.integrations.ray import executor
+from isomerge_fast.planning.plan import Plan
 
 peers.need("ray", "ray")
 
@@ -121,7 +121,7 @@ class Site:
 
     def connect(self) -> None:
         if not ray.is_initialized():
-            ray_crew._connect(self.address)
+            executor._connect(self.address)
 
     def disconnect(self) -> None:
         """The next connection has new worker processes."""
@@ -233,23 +233,23 @@ class Merge:
 
 
 @pytest.fixture
-def results(monkeypatch: pytest.MonkeyPatch) -> list[UnitResult]:
+def results(monkeypatch: pytest.MonkeyPatch) -> list[WorkResult]:
     """Of the units of merges over Ray."""
-    found: list[UnitResult] = []
-    real = ray_crew.RayCrew.merge
+    found: list[WorkResult] = []
+    real = executor.RayExecutor.merge
 
-    def merge(crew: ray_crew.RayCrew, *arguments: Any) -> list[UnitResult]:
-        made = real(crew, *arguments)
+    def merge(executor: executor.RayExecutor, *arguments: Any) -> list[WorkResult]:
+        made = real(executor, *arguments)
         found.extend(made)
         return made
 
-    monkeypatch.setattr(ray_crew.RayCrew, "merge", merge)
+    monkeypatch.setattr(executor.RayExecutor, "merge", merge)
     return found
 
 
 def in_units(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
     """Every file is divided into so many units."""
-    monkeypatch.setattr(ray_crew, "divide", lambda plan, workers, rates: runs_of(plan, count))
+    monkeypatch.setattr(executor, "divide", lambda plan, workers, rates: runs_of(plan, count))
 
 
 def expect_accounts(report: Report, tensors: int, workers: int) -> None:
@@ -339,7 +339,7 @@ def test_an_address_without_a_cluster(
     """Said within seconds, where Ray itself would try for minutes, and before there is anything on the disk."""
     merge = Merge(tmp_path, families["one-file"])
     if kind == "silent":
-        monkeypatch.setattr(ray_crew, "CONNECT_SECONDS", 0.3)
+        monkeypatch.setattr(executor, "CONNECT_SECONDS", 0.3)
     for port in listener(kind):
         address = f"127.0.0.1:{port}"
         if way == "RAY_ADDRESS":
@@ -446,12 +446,12 @@ def test_which_cluster_is_tried(
             (ray_folder / "ray/ray_current_cluster").write_text(names[last])
         try:
             if tried[-1] == "local":
-                ray_crew._connect(given)
+                executor._connect(given)
             else:
                 with pytest.raises(
                     imf.ConfigError, match=r"no such cluster; this machine has to be one of that cluster's"
                 ):
-                    ray_crew._connect(names.get(given or "", given))
+                    executor._connect(names.get(given or "", given))
         finally:
             (ray_folder / "ray/ray_current_cluster").unlink(missing_ok=True)
     assert found == [names.get(name, name) for name in tried]
@@ -510,7 +510,7 @@ def test_two_workers_merge_to_the_same_bytes(
     families: dict[str, Family],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    results: list[UnitResult],
+    results: list[WorkResult],
     name: str,
 ) -> None:
     family, changes, count, options = MERGES[name]
@@ -518,9 +518,9 @@ def test_two_workers_merge_to_the_same_bytes(
     in_units(monkeypatch, count)
     merge.order(connected.head, "pwrite", "/new/", "meet")  # neither is to do all of it before the other comes
     plans: list[Plan] = []
-    real = ray_crew.RayCrew.plan
+    real = executor.RayExecutor.plan
     monkeypatch.setattr(
-        ray_crew.RayCrew, "plan", lambda *given, **more: plans.append(real(*given, **more)) or plans[-1]
+        executor.RayExecutor, "plan", lambda *given, **more: plans.append(real(*given, **more)) or plans[-1]
     )
     report = merge.over_ray(**options)
     merge.expect_done()
@@ -540,11 +540,11 @@ def test_shards_are_divided_where_whole_ones_would_leave_workers_idle(
     families: dict[str, Family],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    results: list[UnitResult],
+    results: list[WorkResult],
 ) -> None:
     """As ``divide`` does it."""
     merge = Merge(tmp_path, families["eight"])
-    monkeypatch.setattr("isomerge_fast.loads.LEAST_SECONDS", 1e-9)
+    monkeypatch.setattr("isomerge_fast.planning.cost.LEAST_SECONDS", 1e-9)
     merge.order(connected.head, "pwrite", "/new/", "meet")
     report = merge.over_ray()
     assert len(results) > 1
@@ -584,7 +584,7 @@ def test_a_worker_killed_at_any_moment_of_a_unit(
     families: dict[str, Family],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    results: list[UnitResult],
+    results: list[WorkResult],
 ) -> None:
     """Before its first tensor is written, in the middle, and when all are: what is done is found, not merged anew."""
     merge = Merge(tmp_path, families["eight"])
@@ -739,13 +739,13 @@ def test_what_a_worker_says_of_other_errors(tmp_path: Path, monkeypatch: pytest.
         def fail(*_: object, error: Exception = error) -> None:
             raise error
 
-        monkeypatch.setattr(ray_crew, "merge_unit", fail)
+        monkeypatch.setattr(executor, "merge_item", fail)
         with pytest.raises(imf.ResourceError) as raised:
-            ray_crew._work(job, unit, imf.__version__, ".")  # type: ignore[arg-type]  # not looked into
+            executor._work(job, unit, imf.__version__, ".")  # type: ignore[arg-type]  # not looked into
         assert str(raised.value) == said
         assert raised.value.host == socket.gethostname()  # type: ignore[attr-defined]
     with pytest.raises(imf.ConfigError, match=r"isomerge-fast .* is installed there; the driver has 0\.0\.1"):
-        ray_crew._work(job, unit, "0.0.1", ".")  # type: ignore[arg-type]
+        executor._work(job, unit, "0.0.1", ".")  # type: ignore[arg-type]
 
 
 # --- requests that cannot be met --------------------------------------------------------------------------------------
@@ -770,15 +770,15 @@ def test_more_memory_than_any_machine_has(
     connected: Site, families: dict[str, Family], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     merge = Merge(tmp_path, families["one-file"])
-    real = ray_crew._machines
+    real = executor._machines
 
-    def machines() -> list[ray_crew._Machine]:
+    def machines() -> list[executor._Machine]:
         found = real()
         for machine in found:
             machine.resources["memory"] = 1e8
         return found
 
-    monkeypatch.setattr(ray_crew, "_machines", machines)
+    monkeypatch.setattr(executor, "_machines", machines)
     with pytest.raises(imf.ResourceError, match=r"has 1 CPU\(s\) and \d{9} bytes of memory .* 100000000 bytes"):
         merge.over_ray()
     merge.expect_nothing()
@@ -792,7 +792,7 @@ def test_an_unfinished_merge_that_began_with_more_threads_than_there_are(
     def fail(*_: object) -> None:
         raise imf.ResourceError("this time")
 
-    monkeypatch.setattr("isomerge_fast.engine.merge_unit", fail)
+    monkeypatch.setattr("isomerge_fast.execution.engine.merge_item", fail)
     with pytest.raises(imf.ResourceError, match="this time"):
         imf.merge(merge.config, device="cpu", threads=99)
     with pytest.raises(imf.ResourceError, match=r"has 99 CPU\(s\)"):
@@ -840,13 +840,13 @@ def test_ray_on_the_command_line(
 ) -> None:
     """With an address, and without one at the end, before another option, and before the file."""
     addresses: list[str | None] = []
-    real = ray_crew.ray_crew
+    real = executor.ray_executor
 
     def recorded(address: str | None, **options: Any) -> Any:
         addresses.append(address)
         return real(address, **options)
 
-    monkeypatch.setattr(ray_crew, "ray_crew", recorded)
+    monkeypatch.setattr(executor, "ray_executor", recorded)
     more = ["--device", "cpu", "--threads", "1", "--format", "json"]
     lines: list[tuple[Callable[[Path], list[object]], str | None]] = [
         (lambda file: [file, *more, "--ray"], None),
@@ -1008,7 +1008,7 @@ def test_a_machine_that_does_not_see_the_files(
 def test_what_a_machine_says_of_other_files(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_text("x")
-    ask, stamp = ray_crew._files_there(), (1, file.stat().st_mtime_ns)
+    ask, stamp = executor._files_there(), (1, file.stat().st_mtime_ns)
     assert ask(str(file), str(tmp_path), {str(file): stamp}) == []
     for other in ((2, stamp[1]), (1, stamp[1] + 1)):
         assert ask(str(file), str(tmp_path), {str(file): other}) == [f"{file}: another file than the driver sees"]
@@ -1019,10 +1019,10 @@ def test_a_machine_that_does_not_answer(
 ) -> None:
     site.connect()
     merge = Merge(tmp_path, families["one-file"])
-    with ray_crew.ray_crew(None, device="cpu", threads=1):
+    with executor.ray_executor(None, device="cpu", threads=1):
         pass  # has processes there
     second.give("stat", str(merge.folder), "hold")
-    monkeypatch.setattr(ray_crew, "ANSWER_SECONDS", 1.0)
+    monkeypatch.setattr(executor, "ANSWER_SECONDS", 1.0)
     with pytest.raises(imf.ResourceError, match=rf"{HOST} \(.*\) of the Ray cluster does not answer \("):
         merge.over_ray()
     merge.expect_nothing()
@@ -1030,16 +1030,16 @@ def test_a_machine_that_does_not_answer(
 
 def test_a_machine_that_was_lost_just_before(connected: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ray takes it for alive until it has found out; from then on it need not answer."""
-    real = ray_crew._machines
+    real = executor._machines
     about = {"NodeID": "ab" * 28, "NodeManagerHostname": "lost", "NodeManagerAddress": "there", "Resources": {}}
-    lost = ray_crew._Machine(about)
+    lost = executor._Machine(about)
     here = [machine.id for machine in real()]
     lists = [[*real(), lost]]
-    monkeypatch.setattr(ray_crew, "_machines", lambda: lists.pop() if lists else real())
-    assert [machine.id for machine, _ in ray_crew._ask_all(ray_crew._versions_there())] == here
-    monkeypatch.setattr(ray_crew, "_machines", lambda: [*real(), lost])
+    monkeypatch.setattr(executor, "_machines", lambda: lists.pop() if lists else real())
+    assert [machine.id for machine, _ in executor._ask_all(executor._versions_there())] == here
+    monkeypatch.setattr(executor, "_machines", lambda: [*real(), lost])
     with pytest.raises(imf.ResourceError, match=r"lost \(there\) of the Ray cluster does not answer \("):
-        ray_crew._ask_all(ray_crew._versions_there())
+        executor._ask_all(executor._versions_there())
 
 
 def test_a_machine_that_is_lost(
@@ -1048,7 +1048,7 @@ def test_a_machine_that_is_lost(
     families: dict[str, Family],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    results: list[UnitResult],
+    results: list[WorkResult],
 ) -> None:
     """Both machines merge; what the lost one had to do is done by the other."""
     site.connect()
@@ -1073,11 +1073,11 @@ def test_no_machine_is_left_that_is_large_enough(
 ) -> None:
     """Nor comes one within the time that is waited for it; what still runs is ended."""
     merge = Merge(tmp_path, families["eight"])
-    monkeypatch.setattr(ray_crew, "PATIENCE_SECONDS", 1.0)
+    monkeypatch.setattr(executor, "PATIENCE_SECONDS", 1.0)
     given = merge.order(connected.head, "pwrite", "/new/", "hold", lines=1)
     running = merge.started()
     wait_for(lambda: given.obeyed, "the worker is held", running)
-    monkeypatch.setattr(ray_crew.RayCrew, "workers", lambda crew, plan, threads: 0)
+    monkeypatch.setattr(executor.RayExecutor, "workers", lambda executor, plan, threads: 0)
     with pytest.raises(imf.ResourceError, match=r"no machine .* has 1 CPU\(s\).*; --resume continues"):
         running.result(PATIENCE_SECONDS)
     monkeypatch.undo()

@@ -20,8 +20,8 @@ from torch import Tensor
 
 import isomerge_fast as imf
 from isomerge_fast.methods import MergeStats, NotFiniteError, TensorSpec, as_deltas, make_method
-from isomerge_fast.methods.row_maps import product_rounding
-from isomerge_fast.plan import PROCESS_BYTES
+from isomerge_fast.methods.rowwise.polar import product_rounding
+from isomerge_fast.planning.plan import PROCESS_BYTES
 
 BOUND = 1e-5  # relative Frobenius error, the promise of precision "default"
 SPECTRAL = ["iso-c", "iso-cts"]
@@ -72,7 +72,9 @@ def test_long_noise_equals_oracle(name: str) -> None:
 
 @pytest.mark.parametrize("name", SPECTRAL)
 def test_blocks_change_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("isomerge_fast.methods.row_maps.CHUNK_ELEMENTS", 3000)  # several chunks, none of whole blocks
+    monkeypatch.setattr(
+        "isomerge_fast.methods.rowwise.polar.CHUNK_ELEMENTS", 3000
+    )  # several chunks, none of whole blocks
     deltas = Case(0, 700, 40, 1e3, 3).deltas()
     values = [merged(name, deltas, block_rows) for block_rows in (1, 64, 97, 700)]
     for value in values[1:]:
@@ -194,16 +196,16 @@ def test_passes(name: str, options: dict[str, Any], condition: float, walks: int
 @pytest.mark.parametrize("off", ["scaled", "rotated"])
 def test_a_wrong_map_misses_its_certificate(name: str, off: str) -> None:
     source = rows_of(Case(0, 512, 64, 1e1, 2).deltas())
-    row_map: Any = make_method(name).row_map(source)
+    rowwise: Any = make_method(name).rowwise(source)
     if off == "scaled":
-        row_map._a = row_map._a * (1.0 + 1e-3)
+        rowwise._a = rowwise._a * (1.0 + 1e-3)
     else:
         rotation = torch.eye(64).roll(1, 0)
-        row_map._a = row_map._a @ rotation.to(row_map._a)
+        rowwise._a = rowwise._a @ rotation.to(rowwise._a)
     for block in source.blocks():
-        row_map.rows(block)
-    assert row_map.stats().missed()
-    assert row_map.stats().to_dict()["certified"] is False
+        rowwise.rows(block)
+    assert rowwise.stats().missed()
+    assert rowwise.stats().to_dict()["certified"] is False
 
 
 @pytest.mark.parametrize("name", SPECTRAL)
@@ -239,12 +241,12 @@ class TestLinear:
         scales = torch.logspace(-6.0, 6.0, 5000)[:, None]
         source = rows_of([scales * delta for delta in noise(5000, 3, 2)], 7)
         blocks = list(source.blocks())
-        row_map = make_method("mean").row_map(source)
-        wanted = [row_map.rows(block) for block in blocks]
-        evidence = row_map.stats().to_dict()
+        rowwise = make_method("mean").rowwise(source)
+        wanted = [rowwise.rows(block) for block in blocks]
+        evidence = rowwise.stats().to_dict()
         random.Random(0).shuffle(blocks)
         for threads in (1, 4):
-            again = make_method("mean").row_map(source)
+            again = make_method("mean").rowwise(source)
             with ThreadPoolExecutor(threads) as pool:
                 values = dict(zip((block.rows.start for block in blocks), pool.map(again.rows, blocks), strict=True))
             assert again.stats().to_dict() == evidence
@@ -259,10 +261,10 @@ def peak_and_promise(name: str, shape: tuple[int, int], tasks: int, block_rows: 
     blocks = list(source.blocks())
 
     def merge_and_forget() -> None:
-        row_map = method.row_map(source)
+        rowwise = method.rowwise(source)
         for block in blocks:
-            row_map.rows(block)
-        row_map.stats()
+            rowwise.rows(block)
+        rowwise.stats()
 
     spec, elements = TensorSpec("w", shape, torch.float32), block_rows * shape[1]
     promised = method.row_map_bytes(spec, tasks, elements, torch.device("cpu"))

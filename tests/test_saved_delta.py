@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import isomerge_fast as imf
-from isomerge_fast.checkpoint.manifest import MANIFEST_FILE
-from isomerge_fast.cli import app
-from isomerge_fast.verify import verify
+from isomerge_fast.checkpoint.output.manifest import MANIFEST_FILE
+from isomerge_fast.cli.commands import app
+from isomerge_fast.execution.verify import verify
 
 
 def tensors_of(seed: int, dtype: torch.dtype = torch.bfloat16) -> dict[str, torch.Tensor]:

@@ -17,9 +17,9 @@ from benchmarks import headers
 from benchmarks.headers import config_of, qwen3_moe, save_headers
 from isomerge_fast.config import MergeConfig
 from isomerge_fast.errors import ResourceError
-from isomerge_fast.loads import estimate_seconds
-from isomerge_fast.plan import PROCESS_BYTES, check_resources
-from isomerge_fast.planner import METADATA_IN_BASELINE_BYTES, make_plan
+from isomerge_fast.planning.cost import estimate_seconds
+from isomerge_fast.planning.plan import PROCESS_BYTES, check_resources
+from isomerge_fast.planning.planner import METADATA_IN_BASELINE_BYTES, make_plan
 from isomerge_kernels import devices
 
 # Experts merged, billions of parameters: as published; of GLM-4.5 as stored, with its layer for multi-token prediction.

@@ -18,17 +18,17 @@ from checkpoints import listing, make_base, make_family
 from test_merge import config_of
 
 import isomerge_fast as imf
-from isomerge_fast import engine
-from isomerge_fast.checkpoint import writer as writing
-from isomerge_fast.checkpoint.journal import Entries
-from isomerge_fast.checkpoint.staging import Staging, run_folders, staging_folder
+from isomerge_fast.checkpoint.io import writer as writing
+from isomerge_fast.checkpoint.output.journal import Entries
+from isomerge_fast.checkpoint.output.staging import Staging, run_folders, staging_folder
 from isomerge_fast.config import load_config
-from isomerge_fast.engine import OneProcess
-from isomerge_fast.plan import Plan
-from isomerge_fast.planner import make_plan
-from isomerge_fast.report import Observer
-from isomerge_fast.unit import Job, UnitResult
-from isomerge_fast.verify import verify
+from isomerge_fast.execution import engine
+from isomerge_fast.execution.engine import OneProcess
+from isomerge_fast.execution.report import Observer
+from isomerge_fast.execution.verify import verify
+from isomerge_fast.execution.worker import Job, WorkResult
+from isomerge_fast.planning.plan import Plan
+from isomerge_fast.planning.planner import make_plan
 
 HERE = Path(__file__).resolve().parent
 
@@ -92,13 +92,13 @@ def test_nobody_else_can_write_into_it(tmp_path: Path, monkeypatch: pytest.Monke
     family = make_family(tmp_path)
     staging_folder(tmp_path / "out").mkdir(mode=0o777)
     modes = []
-    real = engine.write_all_else
+    real = engine.write_metadata
 
     def look(*given: Any) -> None:
         modes.append(staging_folder(tmp_path / "out").stat().st_mode & 0o777)
         real(*given)
 
-    monkeypatch.setattr(engine, "write_all_else", look)
+    monkeypatch.setattr(engine, "write_metadata", look)
     imf.merge(config_of(family, tmp_path / "out"))
     assert modes == [0o700]
 
@@ -123,10 +123,10 @@ class Between(OneProcess):
     def __init__(self, action: Callable[[], None], *, after: bool) -> None:
         self._action, self._after = action, after
 
-    def merge(self, plan: Plan, job: Job, claims: Entries, observer: Observer | None) -> list[UnitResult]:
+    def merge(self, plan: Plan, job: Job, journal_entries: Entries, observer: Observer | None) -> list[WorkResult]:
         if not self._after:
             self._action()
-        results = super().merge(plan, job, claims, observer)
+        results = super().merge(plan, job, journal_entries, observer)
         if self._after:
             self._action()
         return results
@@ -144,9 +144,9 @@ def test_a_run_whose_folder_was_taken_ends_with_an_error(
     family = make_family(tmp_path, shards=2)
     imf.merge(config_of(family, tmp_path / "whole", scaling=scaling))
     other = config_of(family, tmp_path / "out", scaling=scaling)
-    crew = Between(lambda: imf.merge(other, **options) and None, after=after)
+    executor = Between(lambda: imf.merge(other, **options) and None, after=after)
     with pytest.raises(imf.ConfigError, match="another merge into it has taken the place of this one"):
-        engine.run(make_plan(load_config(config_of(family, tmp_path / "out"))), device="cpu", crew=crew)
+        engine.run(make_plan(load_config(config_of(family, tmp_path / "out"))), device="cpu", executor=executor)
     assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "whole")
     assert not staging_folder(tmp_path / "out").exists()
 
@@ -160,7 +160,7 @@ def test_a_second_run_is_refused_where_locks_do_nothing(tmp_path: Path, no_locks
         with pytest.raises(imf.ConfigError, match="an unfinished merge lies in"):
             imf.merge(config)
 
-    engine.run(make_plan(load_config(config)), device="cpu", crew=Between(again, after=True))
+    engine.run(make_plan(load_config(config)), device="cpu", executor=Between(again, after=True))
     assert verify(tmp_path / "out").tensors == len(make_base())
 
 
@@ -194,7 +194,7 @@ def test_claims_are_believed_of_the_disk_and_not_of_the_cache(
         raise Stop
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "write_all_else", stop)
+        patch.setattr(engine, "write_metadata", stop)
         with pytest.raises(Stop):
             imf.merge(config)
     shard = run_folders(tmp_path / "out")[0] / "new/model.safetensors"
@@ -251,7 +251,7 @@ def test_after_lost_writes_a_merge_begins_with_new_files(
             with pytest.raises(imf.ResourceError, match=r"model\.safetensors: cannot be written"):
                 imf.merge(config)
         else:
-            patch.setattr(engine, "write_all_else", stop)
+            patch.setattr(engine, "write_metadata", stop)
             with pytest.raises(KeyboardInterrupt):
                 imf.merge(config)
             failing = True

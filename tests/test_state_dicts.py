@@ -21,8 +21,9 @@ from support.fused_passes import fused_passes
 from torch import Tensor
 
 import isomerge_fast as imf
-from isomerge_fast import in_memory, memory_inputs
-from isomerge_fast.checkpoint.reader import Reader
+from isomerge_fast import functional
+from isomerge_fast.checkpoint.io.reader import Reader
+from isomerge_fast.execution import memory_inputs
 
 ROOT = Path(__file__).resolve().parents[1]
 CALLS: dict[str, Callable[..., Tensor]] = {"iso-c": imf.iso_c, "iso-cts": imf.iso_cts}
@@ -78,13 +79,13 @@ def test_arrays(kind: str, dtype: str, recwarn: pytest.WarningsRecorder) -> None
 
 def test_arrays_are_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
-    real = in_memory.MemoryDeltas
+    real = functional.MemoryDeltas
 
     def noted(given: list[torch.Tensor], **how: Any) -> Any:
         seen.extend(tensor.data_ptr() for tensor in given)
         return real(given, **how)
 
-    monkeypatch.setattr(in_memory, "MemoryDeltas", noted)
+    monkeypatch.setattr(functional, "MemoryDeltas", noted)
     arrays = [np.asfortranarray(delta.numpy()) for delta in make_deltas()]
     arrays[1].setflags(write=False)
     imf.iso_c(arrays)

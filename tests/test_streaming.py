@@ -20,25 +20,25 @@ from pretend_gpu import pretend_gpu
 from torch import Tensor
 
 import isomerge_fast as imf
-from isomerge_fast.budget import Budget, budgets
-from isomerge_fast.checkpoint import reader as reader_module
-from isomerge_fast.checkpoint.checksum import Checksum
-from isomerge_fast.checkpoint.direct_io import copy_bytes
+from isomerge_fast.checkpoint.io import reader as reader_module
+from isomerge_fast.checkpoint.io.checksum import Checksum
+from isomerge_fast.checkpoint.io.direct_io import copy_bytes
+from isomerge_fast.checkpoint.io.read_ahead import Bundle, ReadAhead
+from isomerge_fast.checkpoint.io.reader import Piece, Reader, files_of, whole
+from isomerge_fast.checkpoint.io.ring import Ring, aligned
+from isomerge_fast.checkpoint.io.write_behind import WriteBehind
+from isomerge_fast.checkpoint.io.writer import OutputTensor, ShardWriter, create_shard, tensor_bytes
 from isomerge_fast.checkpoint.layout import Checkpoint, StoredTensor, open_checkpoint
-from isomerge_fast.checkpoint.manifest import MANIFEST_FILE
-from isomerge_fast.checkpoint.read_ahead import Bundle, ReadAhead
-from isomerge_fast.checkpoint.reader import Piece, Reader, files_of, whole
-from isomerge_fast.checkpoint.ring import Ring, aligned
-from isomerge_fast.checkpoint.write_behind import WriteBehind
-from isomerge_fast.checkpoint.writer import OutputTensor, ShardWriter, create_shard, tensor_bytes
-from isomerge_fast.engine import run
+from isomerge_fast.checkpoint.output.manifest import MANIFEST_FILE
+from isomerge_fast.execution.device_copies import Download, Uploads
+from isomerge_fast.execution.engine import run
+from isomerge_fast.execution.sources import FileSource, bundle_of, first_pass
+from isomerge_fast.execution.threads import Workers
 from isomerge_fast.methods import IsoC, Mean, Method, RowBlock, TensorSpec
-from isomerge_fast.plan import Plan, TensorPlan
-from isomerge_fast.planner import make_plan
-from isomerge_fast.routes import Copied, Resident, Route, Rowwise, Streamed, Traffic, choose_route
-from isomerge_fast.sources import FileSource, bundle_of, first_pass
-from isomerge_fast.transfers import Download, Uploads
-from isomerge_fast.workers import Workers
+from isomerge_fast.planning.budget import Budget, budgets
+from isomerge_fast.planning.plan import Plan, TensorPlan
+from isomerge_fast.planning.planner import make_plan
+from isomerge_fast.planning.routes import Copied, Resident, Route, Rowwise, Streamed, Traffic, choose_route
 
 MIB = 1 << 20
 SIZES = {"large": 5 * MIB + 3, "small": 77, "empty": 0, "scalar": 1, "page": 4096, "next": 3 * MIB}
@@ -456,7 +456,7 @@ def test_after_an_error_what_waits_is_not_written() -> None:
 def test_what_lies_like_the_file_is_written_without_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     copies: list[int] = []
     monkeypatch.setattr(
-        "isomerge_fast.checkpoint.writer.copy_bytes",
+        "isomerge_fast.checkpoint.io.writer.copy_bytes",
         lambda target, source: (copies.append(len(source)), copy_bytes(target, source)),
     )
     value = torch.randint(-9999, 9999, (2 * MIB,), dtype=torch.int16).view(torch.bfloat16)
@@ -529,7 +529,7 @@ def test_a_tensor_goes_the_fastest_way_that_fits(
             break
     route, budget = routes[-1]
     assert type(route) is expected
-    assert [row for part in route.parts() for row in (part.start, part.stop)][-1] == route.lines[0]
+    assert [row for part in route.parts() for row in (part.start, part.stop)][-1] == route.view_shape[0]
     assert all(part.start % 8 == 0 for part in route.parts())
     if ceiling and budget.work is not None and route.work_bytes <= budget.work:
         assert budget.read_ahead + budget.write_behind + route.work_bytes <= ceiling
@@ -550,7 +550,7 @@ def test_what_is_read_in_all_is_what_was_planned(
         assert found is not None
         return found
 
-    monkeypatch.setattr("isomerge_fast.planner.choose_route", choose)
+    monkeypatch.setattr("isomerge_fast.planning.planner.choose_route", choose)
     base, *experts = [
         str(save_folder(tmp_path / str(index), {"w": torch.randn(300, 64)})) for index in range(tasks + 1)
     ]
@@ -655,10 +655,10 @@ def test_the_size_of_parts_changes_no_byte(
         ("shared-out", 576, 128 << 20),
         ("small", 576, 4096),
     ):
-        monkeypatch.setattr("isomerge_fast.workers.PART_ELEMENTS", part_elements)
-        monkeypatch.setattr("isomerge_fast.budget.READ_AHEAD_BYTES", read_ahead)
-        monkeypatch.setattr("isomerge_fast.budget.LEAST_READ_AHEAD_BYTES", read_ahead)
-        monkeypatch.setattr("isomerge_fast.budget.RESIDENT_SHARE", 0)
+        monkeypatch.setattr("isomerge_fast.execution.threads.PART_ELEMENTS", part_elements)
+        monkeypatch.setattr("isomerge_fast.planning.budget.READ_AHEAD_BYTES", read_ahead)
+        monkeypatch.setattr("isomerge_fast.planning.budget.LEAST_READ_AHEAD_BYTES", read_ahead)
+        monkeypatch.setattr("isomerge_fast.planning.budget.RESIDENT_SHARE", 0)
         plans[name] = make_plan(imf.MergeConfig(str(base), [str(expert) for expert in experts], method="iso-c"))
         imf.merge({**config, "out": tmp_path / name})
     assert {type(tensor.route) for tensor in plans["large"].tensors} == {Copied, Rowwise, Resident}

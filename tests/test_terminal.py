@@ -19,12 +19,13 @@ import yaml
 from checkpoints import listing, make_family, save_folder
 
 import isomerge_fast as imf
-from isomerge_fast import cli, engine
-from isomerge_fast.console import print_report
+from isomerge_fast.cli import commands
+from isomerge_fast.cli.render import print_report
+from isomerge_fast.cli.terminal import stoppable
 from isomerge_fast.errors import InputError, IsomergeError, ResourceError, VerificationError, visible
-from isomerge_fast.integrations import ray_crew
-from isomerge_fast.report import Report
-from isomerge_fast.terminal import stoppable
+from isomerge_fast.execution import engine
+from isomerge_fast.execution.report import Report
+from isomerge_fast.integrations.ray import executor
 
 FORGED = "every checksum is right"
 # Clears the screen, begins a line of ours, runs from right to left, hides; and markup of rich's and of Markdown.
@@ -71,7 +72,7 @@ def isomerge(monkeypatch: pytest.MonkeyPatch) -> Iterator[Isomerge]:
             for name, buffer in zip(("stdout", "stderr"), buffers, strict=True):
                 patch.setattr(sys, name, io.TextIOWrapper(buffer, encoding=encoding))
             with pytest.raises(SystemExit) as ended:
-                cli.main()
+                commands.main()
             sys.stdout.flush()
             sys.stderr.flush()
             texts = [end.getvalue().decode(encoding) if isinstance(end, io.BytesIO) else "" for end in ends]
@@ -163,7 +164,7 @@ class TestNames:
         def fail(*_: object, **__: object) -> None:
             raise LookupError(HOSTILE)
 
-        monkeypatch.setattr("isomerge_fast.verify.verify", fail)
+        monkeypatch.setattr("isomerge_fast.execution.verify.verify", fail)
         ended = isomerge("verify", "x")
         assert (ended.code, ended.out) == (1, "")
         assert "Traceback" in ended.err
@@ -280,7 +281,7 @@ class TestSignals:
     ) -> None:
         arguments = run_of(family, tmp_path / "out")
         with monkeypatch.context() as patch:
-            patch.setattr(engine, "write_all_else", lambda *_: os.kill(os.getpid(), number))
+            patch.setattr(engine, "write_metadata", lambda *_: os.kill(os.getpid(), number))
             ended = isomerge(*arguments)
         assert (ended.code, ended.out) == (128 + number, "")
         assert ended.err == "isomerge: interrupted; --resume continues\n"
@@ -309,7 +310,7 @@ class TestSignals:
     def test_ray_has_no_way_of_its_own(self, isomerge: Isomerge) -> None:
         """At a SIGTERM, as it would by ``ray.init``."""
         before = signal.getsignal(signal.SIGTERM)
-        with ray_crew._own_signals():
+        with executor._own_signals():
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
         assert signal.getsignal(signal.SIGTERM) == before
 

@@ -19,20 +19,20 @@ import pytest
 import torch
 from adapters import make_adapters
 from checkpoints import listing, make_base, make_expert, make_family, save_folder
-from crews import InTurn, runs_of
+from executors import InTurn, runs_of
 from safetensors.torch import save_file
 
 import isomerge_fast as imf
-from isomerge_fast.checkpoint import writer as writing
-from isomerge_fast.checkpoint.journal import Entries, Journal, UnitJournal, UnitProgress, unit_journal
-from isomerge_fast.checkpoint.staging import run_folders
-from isomerge_fast.checkpoint.writer import OutputTensor, ShardWriter, create_shard
+from isomerge_fast.checkpoint.io import writer as writing
+from isomerge_fast.checkpoint.io.writer import OutputTensor, ShardWriter, create_shard
+from isomerge_fast.checkpoint.output.journal import Entries, ItemJournal, ItemProgress, Journal, item_journal
+from isomerge_fast.checkpoint.output.staging import run_folders
 from isomerge_fast.config import load_config
-from isomerge_fast.engine import run
-from isomerge_fast.plan import Plan
-from isomerge_fast.planner import make_plan
-from isomerge_fast.report import Observer
-from isomerge_fast.unit import Job, Unit, UnitResult, merge_unit
+from isomerge_fast.execution.engine import run
+from isomerge_fast.execution.report import Observer
+from isomerge_fast.execution.worker import Job, WorkItem, WorkResult, merge_item
+from isomerge_fast.planning.plan import Plan
+from isomerge_fast.planning.planner import make_plan
 
 CASES = {
     "iso-c": {"method": "iso-c"},
@@ -52,7 +52,7 @@ def config_of(family: tuple[Path, list[Path]], out: Path, **changes: Any) -> dic
 
 
 def merge_in(config: dict[str, Any], count: int, **options: Any) -> imf.Report:
-    return run(make_plan(load_config(config)), device="cpu", crew=InTurn(count), **options)
+    return run(make_plan(load_config(config)), device="cpu", executor=InTurn(count), **options)
 
 
 @pytest.mark.parametrize("shards", [1, 3])
@@ -83,7 +83,7 @@ def test_a_unit_travels_without_the_rest_of_the_plan(tmp_path: Path) -> None:
     """As it does to other processes: no tensors, and of the inputs only the files it reads."""
     family = make_family(tmp_path, shards=3)
     plan = make_plan(load_config(config_of(family, tmp_path / "out")))
-    units = [Unit.of(plan, number, tensors, Entries()) for number, tensors in enumerate(runs_of(plan, 2))]
+    units = [WorkItem.of(plan, number, tensors, Entries()) for number, tensors in enumerate(runs_of(plan, 2))]
     for unit in units:
         travelled = pickle.loads(pickle.dumps(unit))
         assert travelled == unit
@@ -104,19 +104,19 @@ class Stopped(Exception):
 
 
 class StopsAfter:
-    """A crew that is killed after so many units, or inside the unit after them."""
+    """An executor that is killed after so many units, or inside the unit after them."""
 
     def __init__(self, count: int, units: int, *, inside: bool) -> None:
         self._count, self._units, self._inside = count, units, inside
 
-    def merge(self, plan: Plan, job: Job, claims: Entries, observer: Observer | None) -> list[UnitResult]:
+    def merge(self, plan: Plan, job: Job, journal_entries: Entries, observer: Observer | None) -> list[WorkResult]:
         for number, tensors in enumerate(runs_of(plan, self._count), 1):
-            unit = Unit.of(plan, number, tensors, claims)
+            unit = WorkItem.of(plan, number, tensors, journal_entries)
             if number > self._units:
                 if self._inside:  # a part of it is done, as its journal tells
-                    merge_unit(job, replace(unit, tensors=unit.tensors[:1]), observer)
+                    merge_item(job, replace(unit, tensors=unit.tensors[:1]), observer)
                 raise Stopped
-            merge_unit(job, unit, observer)
+            merge_item(job, unit, observer)
         raise AssertionError("not that many units")
 
 
@@ -128,7 +128,7 @@ def test_what_units_have_done_is_gone_on_with(tmp_path: Path, again: int, inside
     config = config_of(family, tmp_path / "out", method="iso-c")
     plan = make_plan(load_config(config))
     with pytest.raises(Stopped):
-        run(plan, device="cpu", crew=StopsAfter(3, 2, inside=inside))
+        run(plan, device="cpu", executor=StopsAfter(3, 2, inside=inside))
     done = {tensor.name for run_ in runs_of(plan, 3)[:2] for tensor in run_}
     if inside:
         done.add(runs_of(plan, 3)[2][0].name)
@@ -144,7 +144,7 @@ def test_what_units_have_done_is_gone_on_with(tmp_path: Path, again: int, inside
 def _journaled(folder: Path) -> dict[str, dict[str, Any]]:
     found = {}
     for path in folder.glob("journal-*.jsonl"):
-        follower = UnitProgress(folder, int(path.stem.removeprefix("journal-")))
+        follower = ItemProgress(folder, int(path.stem.removeprefix("journal-")))
         follower.update()
         found |= follower.finished
     return found
@@ -156,16 +156,16 @@ def test_a_second_attempt_at_a_unit_merges_what_is_left(tmp_path: Path) -> None:
     attempts: list[list[str]] = []
 
     class Twice:
-        def merge(self, plan: Plan, job: Job, claims: Entries, observer: Observer | None) -> list[UnitResult]:
-            unit = Unit.of(plan, 1, plan.tensors, claims)
-            merge_unit(job, replace(unit, tensors=unit.tensors[:4]))
-            before = unit_journal(job.folder, 1).read_bytes()
-            result = merge_unit(job, unit)
-            after = unit_journal(job.folder, 1).read_bytes()
+        def merge(self, plan: Plan, job: Job, journal_entries: Entries, observer: Observer | None) -> list[WorkResult]:
+            unit = WorkItem.of(plan, 1, plan.tensors, journal_entries)
+            merge_item(job, replace(unit, tensors=unit.tensors[:4]))
+            before = item_journal(job.folder, 1).read_bytes()
+            result = merge_item(job, unit)
+            after = item_journal(job.folder, 1).read_bytes()
             attempts.append([line.decode() for line in after.splitlines() if line not in before.splitlines()])
             return [result]
 
-    run(make_plan(load_config(config)), device="cpu", crew=Twice())
+    run(make_plan(load_config(config)), device="cpu", executor=Twice())
     assert len(attempts[0]) == len(make_base()) - 4
     imf.merge(config_of(family, tmp_path / "whole", method="iso-c"))
     assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "whole")
@@ -174,32 +174,32 @@ def test_a_second_attempt_at_a_unit_merges_what_is_left(tmp_path: Path) -> None:
 def test_a_unit_of_a_merge_that_was_given_up_writes_nothing(tmp_path: Path) -> None:
     """Its process comes late, and another merge is under construction in the same place."""
     family = make_family(tmp_path)
-    late: list[tuple[Job, Unit]] = []
+    late: list[tuple[Job, WorkItem]] = []
 
     class Late(InTurn):
-        def merge(self, plan: Plan, job: Job, claims: Entries, observer: Observer | None) -> list[UnitResult]:
+        def merge(self, plan: Plan, job: Job, journal_entries: Entries, observer: Observer | None) -> list[WorkResult]:
             if not late:
-                late.append((job, Unit.of(plan, 1, plan.tensors, claims)))
+                late.append((job, WorkItem.of(plan, 1, plan.tensors, journal_entries)))
                 raise Stopped
             staged = listing(job.folder / "new")
             with pytest.raises(imf.ResourceError, match="cannot be written"):
-                merge_unit(*late[0])
+                merge_item(*late[0])
             assert listing(job.folder / "new") == staged
-            return super().merge(plan, job, claims, observer)
+            return super().merge(plan, job, journal_entries, observer)
 
-    crew = Late(2)
+    executor = Late(2)
     for scaling, overwrite in ((0.5, False), (1.0, True)):
         config = config_of(family, tmp_path / "out", method="iso-c", scaling=scaling)
         plan = make_plan(load_config(config))
         if not overwrite:
             with pytest.raises(Stopped):
-                run(plan, device="cpu", crew=crew)
+                run(plan, device="cpu", executor=executor)
         else:
-            run(plan, device="cpu", crew=crew, overwrite=True)
+            run(plan, device="cpu", executor=executor, overwrite=True)
     imf.merge(config_of(family, tmp_path / "whole", method="iso-c", scaling=1.0))
     assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "whole")
     with pytest.raises(imf.ResourceError, match="cannot be written"):  # and after its commit
-        merge_unit(*late[0])
+        merge_item(*late[0])
     assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "whole")
     assert not (tmp_path / ".out.isomerge").exists()
 
@@ -214,18 +214,18 @@ def entry(name: str) -> dict[str, Any]:
 def test_journals_of_units_are_gathered_and_those_of_other_merges_are_not(tmp_path: Path) -> None:
     Journal(tmp_path, "key", [], threads=2, resume=False)
     for unit, key, threads in ((1, "key", 2), (2, "key", 2)):
-        journal = UnitJournal(tmp_path, key, threads, unit, {})
+        journal = ItemJournal(tmp_path, key, threads, unit, {})
         journal.add(entry(f"of unit {unit}"))
         journal.close()
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     Journal(elsewhere, "yek", [], threads=2, resume=False)
-    journal = UnitJournal(elsewhere, "yek", 2, 3, {})
+    journal = ItemJournal(elsewhere, "yek", 2, 3, {})
     journal.add(entry("of another merge"))
     journal.close()
-    unit_journal(elsewhere, 3).rename(unit_journal(tmp_path, 3))
+    item_journal(elsewhere, 3).rename(item_journal(tmp_path, 3))
     shutil.rmtree(elsewhere)
-    (tmp_path / "journal-4.jsonl").write_bytes(unit_journal(tmp_path, 1).read_bytes()[:-20])  # torn
+    (tmp_path / "journal-4.jsonl").write_bytes(item_journal(tmp_path, 1).read_bytes()[:-20])  # torn
     again = Journal(tmp_path, "key", [], threads=8, resume=True)
     assert again.threads == 2
     assert again.finished.keys() == {"of unit 1", "of unit 2"}
@@ -247,22 +247,22 @@ def test_a_unit_that_is_not_of_this_merge_is_refused(tmp_path: Path, key: str, t
     """Other threads: other last digits."""
     Journal(tmp_path, "key", [], threads=2, resume=False)
     with pytest.raises(imf.ConfigError, match="another merge has taken the place"):
-        UnitJournal(tmp_path, key, threads, 1, {})
+        ItemJournal(tmp_path, key, threads, 1, {})
     assert os.listdir(tmp_path) == ["journal.jsonl"]
 
 
 def test_a_journal_is_followed_while_it_grows(tmp_path: Path) -> None:
     Journal(tmp_path, "key", [], threads=1, resume=False)
-    follower = UnitProgress(tmp_path, 7)
+    follower = ItemProgress(tmp_path, 7)
     follower.update()
     assert not follower.about
-    journal = UnitJournal(tmp_path, "key", 1, 7, {"pid": 5})
+    journal = ItemJournal(tmp_path, "key", 1, 7, {"pid": 5})
     follower.update()
     assert follower.about["pid"] == 5
     journal.add(entry("a"))
     follower.update()
     assert follower.finished.keys() == {"a"}
-    path = unit_journal(tmp_path, 7)
+    path = item_journal(tmp_path, 7)
     whole = path.read_bytes()
     journal.add(entry("b"))
     line = path.read_bytes()[len(whole) :]
@@ -273,7 +273,7 @@ def test_a_journal_is_followed_while_it_grows(tmp_path: Path) -> None:
     path.write_bytes(whole + line)
     follower.update()
     assert follower.finished.keys() == {"a", "b"}
-    UnitJournal(tmp_path, "key", 1, 7, {"pid": 6}).close()  # a second attempt
+    ItemJournal(tmp_path, "key", 1, 7, {"pid": 6}).close()  # a second attempt
     follower.update()
     assert follower.about["pid"] == 6
     assert follower.finished.keys() == {"a", "b"}

@@ -20,11 +20,11 @@ from typer.testing import CliRunner
 
 import isomerge_fast as imf
 from isomerge_fast.checkpoint.layout import read_header
-from isomerge_fast.checkpoint.manifest import FORMAT, MANIFEST_FILE, REPORT_FILE, to_json
-from isomerge_fast.checkpoint.sealed import read_sealed, write_sealed
-from isomerge_fast.cli import app
-from isomerge_fast.report import Progress
-from isomerge_fast.verify import verify
+from isomerge_fast.checkpoint.output.manifest import FORMAT, MANIFEST_FILE, REPORT_FILE, to_json
+from isomerge_fast.checkpoint.output.sealed import read_sealed, write_sealed
+from isomerge_fast.cli.commands import app
+from isomerge_fast.execution.report import Progress
+from isomerge_fast.execution.verify import verify
 
 SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
 INDEX = "model.safetensors.index.json"
@@ -291,7 +291,7 @@ def test_a_pattern_that_matches_nothing_of_an_older_merge_is_its_own(
     merged: Merged, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Earlier releases took such a pattern, and what they wrote is recomputed all the same."""
-    monkeypatch.setattr("isomerge_fast.planner.require_matches", lambda *_: None)
+    monkeypatch.setattr("isomerge_fast.planning.planner.require_matches", lambda *_: None)
     imf.merge({**merged.config, "exclude": ["*nothing*"], "out": tmp_path / "out"})
     monkeypatch.undo()
     result = verify(tmp_path / "out")

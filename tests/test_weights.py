@@ -13,10 +13,10 @@ from checkpoints import load_folder, make_family, save_folder
 
 import isomerge_fast as imf
 from isomerge_fast.config import load_config
+from isomerge_fast.execution.verify import verify
 from isomerge_fast.methods import RowBlock
-from isomerge_fast.plan import PROCESS_BYTES
-from isomerge_fast.planner import make_plan
-from isomerge_fast.verify import verify
+from isomerge_fast.planning.plan import PROCESS_BYTES
+from isomerge_fast.planning.planner import make_plan
 
 MB = 10**6
 RULES: list[Any] = [0.5, [{"match": "layers.0.*", "weight": -1.5}, {"match": "*up*", "weight": 0.25}], 2]

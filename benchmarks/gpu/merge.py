@@ -16,8 +16,8 @@ from benchmarks.gpu.shapes import TASKS
 from isomerge_fast.bench import published
 from isomerge_fast.bench.problems import relative_error
 from isomerge_fast.config import MergeConfig
-from isomerge_fast.engine import run
-from isomerge_fast.planner import make_plan
+from isomerge_fast.execution.engine import run
+from isomerge_fast.planning.planner import make_plan
 
 MAX_VRAM = 8 << 30
 LAYERS, SCALING = 2, 0.5

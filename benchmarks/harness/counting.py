@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from isomerge_fast import ops
-from isomerge_fast.heap import trim_heap
+from isomerge_fast.execution.malloc import trim_heap
 
 aten = torch.ops.aten
 

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from benchmarks.harness.results import Measured, ResultRow, Results, growth
 from benchmarks.harness.rows import OURS
-from isomerge_fast.console import brief, size
+from isomerge_fast.cli.render import brief, size
 
 # In a README's table, with their names there.
 SUMMARISED = {"torch": "torch SVD", "fusion-bench": "FusionBench", "numpy-fp32": "numpy fp32", "mergekit": "mergekit"}

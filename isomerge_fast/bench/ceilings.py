@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from ..checkpoint.direct_io import READ_BYTES, open_direct, page_buffer
+from ..checkpoint.io.direct_io import READ_BYTES, open_direct, page_buffer
 from ..errors import ConfigError, ResourceError
 
 # A disk is measured with files of the first size, and where five of the second take no longer than so, with those.

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 
 from ..checkpoint.layout import DTYPE_NAMES
-from ..plan import Plan, TensorPlan
-from ..routes import Resident, Streamed
-from ..workers import Workers
+from ..execution.threads import Workers
+from ..planning.plan import Plan, TensorPlan
+from ..planning.routes import Resident, Streamed
 from .ceilings import Disk, machine, measure_disk, timed
 from .samples import MEASURED, Sample, Size, memory_for_samples, sample_bytes, sizes_of
 

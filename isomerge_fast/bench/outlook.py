@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from ..checkpoint.direct_io import READ_BYTES, open_direct, page_buffer
-from ..forecast import forecast, unit_loads
-from ..loads import Rates
-from ..plan import Plan
+from ..checkpoint.io.direct_io import READ_BYTES, open_direct, page_buffer
+from ..planning.cost import Rates
+from ..planning.forecast import forecast, item_costs
+from ..planning.plan import Plan
 from .ceilings import matmul_rate
 
 # Of the inputs, this much is read, or what comes in so many seconds.
@@ -26,9 +26,9 @@ def predict(plan: Plan, rates: Rates, workers: Collection[int]) -> dict[str, Any
     """One row a number of workers; where the storage has no limit, a second one for storage that gives all workers
     together no more than one of them can move.
     """
-    rows, alone = [], unit_loads(plan, 1, rates)
+    rows, alone = [], item_costs(plan, 1, rates)
     for count in sorted(set(workers)):
-        units = unit_loads(plan, count, rates)
+        units = item_costs(plan, count, rates)
         row = asdict(forecast(units, count, rates, alone=alone))
         if math.isinf(rates.storage_bytes_per_second):
             shared = replace(rates, storage_bytes_per_second=rates.read_bytes_per_second)

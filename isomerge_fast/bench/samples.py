@@ -11,13 +11,13 @@ from math import prod
 import torch
 from torch import Tensor
 
-from ..checkpoint.write_behind import ROOM_SHARE
+from ..checkpoint.io.write_behind import ROOM_SHARE
 from ..errors import ConfigError
+from ..execution.sinks import TensorOutput
+from ..execution.threads import Workers
 from ..methods import MemoryDeltas, Method, RowBlock, TensorSpec
 from ..methods.source import Factors, MemoryFactors
-from ..output import TensorOutput
-from ..plan import Plan, TensorPlan
-from ..workers import Workers
+from ..planning.plan import Plan, TensorPlan
 from .problems import deltas_like_fine_tuning
 
 # Below these a size says little of larger ones. Iso-C of square matrices went through 62 GFLOP/s of ``Method.flops`` at
@@ -145,12 +145,12 @@ class Sample:
         self._tensor, self._workers = tensor, workers
         self._method = method_at(tensor, size.shape)
         whole = tensor.route
-        lines = size.shape if len(whole.lines) == len(size.shape) > 1 else (prod(size.shape),)
+        view_shape = size.shape if len(whole.view_shape) == len(size.shape) > 1 else (prod(size.shape),)
         # Parts of as many bytes as the engine's.
-        longer = prod(whole.lines[1:]) / max(1, prod(lines[1:]))
-        rows = min(max(1, int(whole.part_rows * longer)), max(1, lines[0]))
-        self._route = replace(whole, lines=lines, part_rows=rows, method=self._method)
-        self._source = self._source_of([copy.reshape(lines) for copy in self._make(size.shape, device)], device)
+        longer = prod(whole.view_shape[1:]) / max(1, prod(view_shape[1:]))
+        rows = min(max(1, int(whole.part_rows * longer)), max(1, view_shape[0]))
+        self._route = replace(whole, view_shape=view_shape, part_rows=rows, method=self._method)
+        self._source = self._source_of([copy.reshape(view_shape) for copy in self._make(size.shape, device)], device)
         self._writes = _Unwritten(plan.budget.write_behind)
 
     def _source_of(self, copies: list[Tensor], device: torch.device) -> _Factors | _Held:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import VerificationError
-from ..linalg.auto import PROMISES
+from ..linalg.auto import TOLERANCES
 from ..methods import IsoC, IsoCTS, MemoryDeltas, Method
 from . import published
 from .ceilings import Ceilings, Disk, machine, measure_ceilings, measure_disk, require_folder, timed
@@ -146,7 +146,7 @@ class _Subject:
             (min(ratios), max(ratios)),
             self.error,
             self.published_error,
-            PROMISES[PRECISION],
+            TOLERANCES[PRECISION],
         )
 
 
@@ -163,7 +163,7 @@ def _judge(shape: Shape, algorithm: Algorithm, deltas: list[Tensor]) -> _Subject
     subject.error, subject.published_error = relative_error(mine, exact), relative_error(other, exact)
     # Float64 SVDs take longer than the float32 ones of a round, ours far less than either.
     subject.round_seconds = (time.perf_counter() - start) / 2
-    bound = PROMISES[PRECISION]
+    bound = TOLERANCES[PRECISION]
     if not subject.error <= bound:  # NaN is an error too
         raise VerificationError(
             f"{algorithm.ours.name} of {len(deltas)} deltas {shape.rows} x {shape.columns} on {deltas[0].device}: "

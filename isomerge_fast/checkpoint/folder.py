@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 
 from ..errors import InputError
-from ..regular_files import open_regular, read_whole
+from ..parsing.regular_files import open_regular, read_whole
 
 # Opened for what is inside it, which needs no right to list it.
 _FOLDER_FLAGS = os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC | getattr(os, "O_PATH", os.O_RDONLY)

@@ -23,11 +23,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..errors import InputError, shown
-from ..regular_files import open_regular, read_regular
+from ..parsing.pointers import HEAD_BYTES, other_format
+from ..parsing.regular_files import open_regular, read_regular
+from ..parsing.strict_json import MAX_INDEXED, parse_json, parse_settings
 from .folder import list_folder, read_own
-from .pointers import HEAD_BYTES, other_format
-from .strict_json import MAX_INDEXED, parse_json, parse_settings
-from .whereabouts import of_nothing, of_other_file, of_several, of_unread
+from .wrong_paths import of_nothing, of_other_file, of_several, of_unread
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..values import path_text
+from ..parsing.values import path_text
+from .io.reader import Reader, files_of, whole
 from .layout import Checkpoint, open_checkpoint
-from .reader import Reader, files_of, whole
 
 
 class StoredStateDict(Mapping[str, Tensor]):

@@ -17,7 +17,7 @@ from isomerge_fast.demo.model import DigitsNetwork, accuracies, initial_network,
 from isomerge_fast.demo.picture import draw_singular_values
 from isomerge_fast.demo.tasks import TRANSFORMS, TaskSuite, load_tasks
 from isomerge_fast.errors import ConfigError, MissingPackageError, ResourceError
-from isomerge_fast.values import LARGEST_WHOLE, path_text, whole_number
+from isomerge_fast.parsing.values import LARGEST_WHOLE, path_text, whole_number
 
 # 36 steps leave the base at 0.76 to 0.81 on validation (three seeds): good enough to fine-tune, bad enough that
 # merging has something to win. 300 steps take the experts to 0.98, their plateau. The test digits had no say in either.

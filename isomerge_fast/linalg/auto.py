@@ -19,8 +19,8 @@ from .subspace_chebyshev import ChebyshevSubspace
 from .svd import FullSvd
 
 # The relative Frobenius error of the merged delta that each tier promises on full-rank input whose split is determined.
-PROMISES = {"fast": 1e-2, "default": 1e-5, "reference": 1e-8}
-PRECISIONS = tuple(PROMISES)
+TOLERANCES = {"fast": 1e-2, "default": 1e-5, "reference": 1e-8}
+PRECISIONS = tuple(TOLERANCES)
 
 # A polar iteration is all products, which a GPU is made for. It is taken from this many columns on, short sides of a
 # batch added up: up to sides of 1000 it takes 3 to 5 ms for its launches, where an eigensolver goes through one member
@@ -58,7 +58,7 @@ def polar_candidates(
 
     Args:
         precision: ``"fast"``, ``"default"`` or ``"reference"``: the relative error of the merged delta is at most
-            1e-2, 1e-5 or 1e-8 (``PROMISES``) on full-rank input.
+            1e-2, 1e-5 or 1e-8 (``TOLERANCES``) on full-rank input.
         shape: [..., M, N]; dtype: the compute dtype; device: where X is.
 
     Raises:
@@ -98,7 +98,7 @@ def _iteration(precision: str, is_long: bool, traits: DeviceTraits) -> Choice[Po
     such matrices are left to the eigensolver. Sums of long ones have κ of 10 to 100, which float32 serves.
     """
     shape = "tall or wide" if is_long else "nearly square"
-    narrow = PolarExpress(torch.float32, largest_error=PROMISES[precision])
+    narrow = PolarExpress(torch.float32, largest_error=TOLERANCES[precision])
     if precision == "fast":
         products = "bf16x3" if traits.has_bfloat16_tensor_cores else None
         return Choice(replace(narrow, products=products), f"products only, of {products or 'float32'}")

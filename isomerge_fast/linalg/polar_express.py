@@ -26,10 +26,10 @@ from .polar_iteration import (
     check_fields,
     default_target,
     dtype_suffix,
+    empty_result,
     evidence,
     inverse_size,
     largest_block,
-    nothing,
     scaled,
     short_polynomial,
     start,
@@ -156,7 +156,7 @@ class PolarExpress(PolarSolver):
         """
         dtype = dtype or x.dtype
         if 0 in x.shape:
-            return nothing(self.name, x, dtype)
+            return empty_result(self.name, x, dtype)
         begun, gram = start(x, tolerance)
         grams = [gram]
         del gram

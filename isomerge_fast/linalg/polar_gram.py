@@ -26,9 +26,9 @@ from .polar_iteration import (
     check_fields,
     default_target,
     dtype_suffix,
+    empty_result,
     evidence,
     largest_block,
-    nothing,
     short_polynomial,
     start,
     workspace_bytes,
@@ -71,7 +71,7 @@ class GramNewtonSchulz(PolarSolver):
         """
         dtype = dtype or x.dtype
         if 0 in x.shape:
-            return nothing(self.name, x, dtype)
+            return empty_result(self.name, x, dtype)
         begun, gram = start(x, tolerance)
         steps = quintics(begun.lower, self.target or default_target(self.dtype, dtype))
         *early, last = split(steps, self.restarts, self.dtype)

@@ -116,7 +116,7 @@ def evidence(name: str, q: Tensor, x: Tensor, begun: Start) -> PolarStats:
     )
 
 
-def nothing(name: str, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, PolarStats]:
+def empty_result(name: str, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, PolarStats]:
     """The answer for X with a 0 in its shape: no direction is there, and none is missing."""
     zero = torch.zeros(x.shape[:-2], dtype=torch.float64, device=x.device)
     return torch.zeros(x.shape, dtype=dtype, device=x.device), PolarStats(name, zero, zero.long(), zero)

@@ -23,8 +23,8 @@ from .polar_iteration import (
     check_fields,
     default_target,
     dtype_suffix,
+    empty_result,
     evidence,
-    nothing,
     scaled,
     short_polynomial,
     start,
@@ -91,7 +91,7 @@ class Qdwh(PolarSolver):
         """See ``PolarSolver``. Reads one number from the device, from which the weights follow."""
         dtype = dtype or x.dtype
         if 0 in x.shape:
-            return nothing(self.name, x, dtype)
+            return empty_result(self.name, x, dtype)
         begun, gram = start(x, tolerance)
         y = scaled(x, begun.scale, self.dtype)
         steps = halley_steps(begun.lower, self.target or default_target(self.dtype, dtype))

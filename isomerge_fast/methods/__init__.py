@@ -1,6 +1,6 @@
 """Merging methods, each standing on tensors alone; ``registry`` has them by name."""
 
-from .base import Method, RowMap
+from .base import Method, RowwiseMerge
 from .elementwise import Elementwise
 from .iso_c import IsoC
 from .iso_cts import IsoCTS
@@ -25,7 +25,7 @@ __all__ = [
     "NotFiniteError",
     "OutOfRangeError",
     "RowBlock",
-    "RowMap",
+    "RowwiseMerge",
     "SingularValues",
     "Spectral",
     "TaskArithmetic",

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, shown
-from ..values import number, whole_number, word
+from ..parsing.values import number, whole_number, word
 from .source import DeltaSource, RowBlock, TensorSpec
 from .stats import MergeStats
 
 
-class RowMap(Protocol):
+class RowwiseMerge(Protocol):
     """The merged Δ as a function of single rows of the deltas: what a method has learnt from passes over all of them.
 
     The merged Δ itself is then never held: its rows are made in one last pass, in order.
@@ -50,13 +50,13 @@ class Method(ABC):
     """Shell patterns of tensors that are averaged, unless an override says otherwise."""
     any_shape: ClassVar[bool] = False
     """Whether it is defined on single elements, so that tensors of any shape can be cut up in any way; it then has a
-    ``row_map``."""
+    ``rowwise``."""
     basis_free: ClassVar[bool] = False
     """Whether it commutes with a change to orthonormal coordinates, so that adapters are merged as thin factors."""
     deltas_taken: ClassVar[int] = 0
     """How often ``merge`` takes every Δ_t by itself, beside their sum: what is not held is read again for it."""
     row_map_passes: ClassVar[int] = 0
-    """How often ``row_map`` goes through all rows, before they are gone through to be written."""
+    """How often ``rowwise`` goes through all rows, before they are gone through to be written."""
 
     def __post_init__(self) -> None:
         for option in fields(self):
@@ -112,13 +112,13 @@ class Method(ABC):
         """
         ...
 
-    def row_map(self, source: DeltaSource) -> RowMap:
+    def rowwise(self, source: DeltaSource) -> RowwiseMerge:
         """Return the merged Δ as a function of rows, for tensors whose ``row_map_bytes`` is a number."""
         raise NotImplementedError(f"method {self.name!r} has no row map")
 
     def row_map_bytes(self, spec: TensorSpec, tasks: int, block_elements: int, device: torch.device) -> int | None:
-        """Return the peak bytes of ``row_map`` and of ``RowMap.rows`` beyond the block's own raw tensors, with blocks
-        of that many elements; None where the method has no such form for this tensor.
+        """Return the peak bytes of ``rowwise`` and of ``RowwiseMerge.rows`` beyond the block's own raw tensors, with
+        blocks of that many elements; None where the method has no such form for this tensor.
         """
         return None
 

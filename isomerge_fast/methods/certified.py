@@ -40,7 +40,7 @@ def merge_certified(
         OutOfRangeError: as ``require_kept``.
     """
     with exact_products(deltas.device):
-        value, stats = _climb(attempt, deltas, candidates)
+        value, stats = run_with_fallback(attempt, deltas, candidates)
     require_kept(stats)
     return value, stats
 
@@ -75,7 +75,7 @@ def exact_products(device: torch.device) -> Iterator[None]:
                 setting.fp32_precision = "none" if precision == general else precision
 
 
-def _climb(
+def run_with_fallback(
     attempt: Callable[[DeltaSource, Choice[S]], tuple[Tensor, MergeStats]],
     deltas: DeltaSource,
     candidates: Sequence[Choice[S]],

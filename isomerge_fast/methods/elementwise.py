@@ -10,8 +10,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .base import Method, RowMap
-from .row_maps import Seen
+from .base import Method, RowwiseMerge
+from .rowwise.polar import DeltaStats
 from .source import DeltaSource, RowBlock, TensorSpec
 from .stats import MergeStats
 
@@ -43,33 +43,33 @@ class Elementwise(Method):
     def merge(self, deltas: DeltaSource) -> tuple[Tensor, MergeStats]:
         """See ``Method``."""
         value = torch.empty(deltas.shape, dtype=deltas.dtype, device=deltas.device)
-        row_map = self.row_map(deltas)
+        rowwise = self.rowwise(deltas)
 
         def combine(part: RowBlock) -> None:
-            value[part.rows] = row_map.rows(part)
+            value[part.rows] = rowwise.rows(part)
 
         for block in deltas.blocks():
             deltas.threads.map(combine, deltas.threads.parts(block))
-        return value, row_map.stats()
+        return value, rowwise.stats()
 
-    def row_map(self, source: DeltaSource) -> RowMap:
+    def rowwise(self, source: DeltaSource) -> RowwiseMerge:
         """See ``Method``."""
-        return ElementwiseMap(source, self.name, self.combine)
+        return RowwiseElementwise(source, self.name, self.combine)
 
     def row_map_bytes(self, spec: TensorSpec, tasks: int, block_elements: int, device: torch.device) -> int | None:
         """See ``Method``."""
         return spec.dtype.itemsize * block_elements + _combining_bytes(spec, tasks, block_elements)
 
 
-class ElementwiseMap:
-    """f of the deltas, element by element; see ``RowMap``."""
+class RowwiseElementwise:
+    """f of the deltas, element by element; see ``RowwiseMerge``."""
 
     def __init__(self, source: DeltaSource, algorithm: str, combine: Callable[[Tensor], Tensor]) -> None:
         self._tasks, self._dtype, self._algorithm, self._combine = source.n_tasks, source.dtype, algorithm, combine
-        self._wants_largest, self._seen = source.wants_largest, Seen()
+        self._wants_largest, self._seen = source.wants_largest, DeltaStats()
 
     def rows(self, block: RowBlock) -> Tensor:
-        """See ``RowMap``."""
+        """See ``RowwiseMerge``."""
         found = block.sum(
             self._dtype, largest=self._wants_largest
         )  # for NaN, Inf and norms; its memory is that of the result
@@ -86,7 +86,7 @@ class ElementwiseMap:
         return found.total
 
     def stats(self) -> MergeStats:
-        """See ``RowMap``."""
+        """See ``RowwiseMerge``."""
         return MergeStats(self._algorithm, self._seen.values()[1])
 
 

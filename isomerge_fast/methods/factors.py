@@ -6,8 +6,8 @@ With Δ_t = w_t B_t A_t, stacked B = [B_1 … B_T] = Q_b R_b and A = [A_1; …; 
 
 A method that commutes with a change to orthonormal coordinates (``Method.basis_free``) has the result Q_b C Q_aᵀ, with
 C the same method's of the C_t. What depends on the tensor's own sides (r, and with it k and s; what counts as rounding)
-is taken from those (``DeltaSource.origin``). The published formula is no function of deficient sums; in the range of S
-this is what the dense route gives under ``rank_policy: range`` (docs/numerics.md).
+is taken from those (``DeltaSource.full_spec``). The published formula is no function of deficient sums; in the range of
+S this is what the dense route gives under ``rank_policy: range`` (docs/numerics.md).
 
 Reference: Panariello et al., "Accurate and Efficient Low-Rank Model Merging in Core Space", arXiv 2509.17786 (the
 coordinates, there for any method).
@@ -177,7 +177,7 @@ def merge_factors(
         right = orthonormal(torch.cat([each.right.mT for _, each in present], dim=1).double())
         cores = _cores(factors, left.coordinates, right.coordinates)
         # Small matrices have room under any ceiling.
-        core, stats = method.within(None).merge(MemoryDeltas(cores, origin=TensorSpec("", (rows, columns), dtype)))
+        core, stats = method.within(None).merge(MemoryDeltas(cores, full_spec=TensorSpec("", (rows, columns), dtype)))
         total = torch.stack(cores).sum(0)
     algorithm = f"{stats.algorithm}/factors"
     rank = sum(each.rank for _, each in present)

@@ -13,8 +13,8 @@ from torch import Tensor
 from ..linalg.auto import Choice, polar_candidates
 from ..linalg.certificate import symmetry
 from ..linalg.protocol import PolarSolver
-from .base import RowMap
-from .row_maps import PolarMap, has_row_map, polar_map_bytes
+from .base import RowwiseMerge
+from .rowwise.polar import RowwisePolar, fits_rowwise, rowwise_polar_bytes
 from .source import DeltaSource, TensorSpec
 from .spectral import Spectral, spectral_sum
 from .stats import Check, MergeStats
@@ -48,15 +48,15 @@ class IsoC(Spectral):
         solving = choice.solver.workspace_bytes(rows, columns, self.result_dtype(spec.dtype), device)
         return members * (sum_dtype.itemsize * rows * columns + solving)
 
-    def row_map(self, source: DeltaSource) -> RowMap:
+    def rowwise(self, source: DeltaSource) -> RowwiseMerge:
         """See ``Method``: σ̄ S (SᵀS)^(-1/2), in float64 but for the last product where that is precise enough."""
-        return PolarMap(source, f"{self.name}/by-rows", rank_policy=self.rank_policy, promise=self.promise)
+        return RowwisePolar(source, f"{self.name}/by-rows", rank_policy=self.rank_policy, promise=self.promise)
 
     def row_map_bytes(self, spec: TensorSpec, tasks: int, block_elements: int, device: torch.device) -> int | None:
         """See ``Method``."""
-        if self.solver is not None or not has_row_map(spec, self.precision):
+        if self.solver is not None or not fits_rowwise(spec, self.precision):
             return None
-        return polar_map_bytes(spec, block_elements, device)
+        return rowwise_polar_bytes(spec, block_elements, device)
 
     def attempt(self, deltas: DeltaSource, choice: Choice[PolarSolver]) -> tuple[Tensor, MergeStats]:
         """See ``Spectral``."""
@@ -65,7 +65,7 @@ class IsoC(Spectral):
         dtype = self.result_dtype(deltas.dtype)
         if 0 in total.shape:
             return total.to(dtype), MergeStats(self.name, of_deltas)
-        min_dim = min(deltas.origin.shape[-2:])
+        min_dim = min(deltas.full_spec.shape[-2:])
         q, stats = choice.solver.polar(total, tolerance=tolerance, dtype=dtype)
         asymmetry, negative = symmetry(total, q)
         del total

@@ -16,11 +16,11 @@ from ..linalg.certificate import orthogonality as polar_orthogonality
 from ..linalg.protocol import Factorization, Solver, Subspace, reciprocal
 from ..linalg.sides import long_product, short_gram, short_product
 from ..ops import traits_of
-from .base import RowMap
+from .base import RowwiseMerge
 from .iso_c import IsoC
 from .recombine import projection_angle, recombine, recombine_literally
-from .row_map_cts import SplitMap, learning_bytes, mapping_bytes
-from .row_maps import PolarMap, has_row_map, polar_map_bytes
+from .rowwise.iso_cts import RowwiseIsoCTS, learning_bytes, mapping_bytes
+from .rowwise.polar import RowwisePolar, fits_rowwise, rowwise_polar_bytes
 from .source import DeltaSource, TensorSpec
 from .spectral import Spectral, require_matrices, spectral_sum
 from .stats import Check, MergeStats
@@ -163,24 +163,24 @@ class IsoCTS(Spectral):
             recombining = item * long * k + max(3 * thin, item * elements + 3 * left) + small
         return members * max(splitting, task_parts, recombining)
 
-    def row_map(self, source: DeltaSource) -> RowMap:
+    def rowwise(self, source: DeltaSource) -> RowwiseMerge:
         """See ``Method`` and ``row_map_cts``."""
         columns, tasks = source.shape[1], source.n_tasks
         promise = self.promise
         k, s = split_rank(columns, tasks, self.common_fraction)
         if s == 0:
             algorithm = f"{self.name}/{IsoC.name}/by-rows"
-            return PolarMap(source, algorithm, rank_policy=self.rank_policy, promise=promise, k=columns, s=0)
+            return RowwisePolar(source, algorithm, rank_policy=self.rank_policy, promise=promise, k=columns, s=0)
         at_once = self._row_tasks_at_once(TensorSpec("", tuple(source.shape), source.dtype), tasks, source.device)
         algorithm = f"{self.name}/by-rows"
-        return SplitMap(source, algorithm, k, s, rank_policy=self.rank_policy, promise=promise, at_once=at_once)
+        return RowwiseIsoCTS(source, algorithm, k, s, rank_policy=self.rank_policy, promise=promise, at_once=at_once)
 
     def row_map_bytes(self, spec: TensorSpec, tasks: int, block_elements: int, device: torch.device) -> int | None:
-        if self.solver is not None or not has_row_map(spec, self.precision):
+        if self.solver is not None or not fits_rowwise(spec, self.precision):
             return None
         _, s = split_rank(spec.shape[1], tasks, self.common_fraction)
         if s == 0:
-            return polar_map_bytes(spec, block_elements, device)
+            return rowwise_polar_bytes(spec, block_elements, device)
         at_once = self._row_tasks_at_once(spec, tasks, device)
         learning = learning_bytes(spec, tasks, s, at_once, device)
         return max(learning, mapping_bytes(spec, tasks, s, block_elements, device))
@@ -211,7 +211,7 @@ class IsoCTS(Spectral):
             ConfigError: negative k.
         """
         require_matrices(self.name, deltas.shape)
-        rows, columns = deltas.origin.shape[-2:]
+        rows, columns = deltas.full_spec.shape[-2:]
         _, s = split_rank(min(rows, columns), deltas.n_tasks, self.common_fraction)
         if s == 0 or 0 in deltas.shape:
             value, stats = self._iso_c().merge(deltas)
@@ -222,8 +222,8 @@ class IsoCTS(Spectral):
     def attempt(self, deltas: DeltaSource, choice: Choice[Solver]) -> tuple[Tensor, MergeStats]:
         """See ``Spectral``."""
         solver = choice.solver
-        origin, tasks = deltas.origin, deltas.n_tasks
-        min_dim = min(origin.shape[-2:])
+        full_spec, tasks = deltas.full_spec, deltas.n_tasks
+        min_dim = min(full_spec.shape[-2:])
         rows, columns = deltas.shape[-2:]
         # There are no more directions than coordinates.
         k, s = (min(count, rows, columns) for count in split_rank(min_dim, tasks, self.common_fraction))
@@ -252,14 +252,14 @@ class IsoCTS(Spectral):
             norm = squares[start : start + at_once].sqrt()
             # No name for a delta here: it would outlive the loop, beside what is made of S next.
             if at_once == 1:
-                part, whole = _task_part(factors, deltas.delta(start), common, s, norm[0], origin, error, promise)
+                part, whole = _task_part(factors, deltas.delta(start), common, s, norm[0], full_spec, error, promise)
                 parts.append(part)
             else:
                 count = len(norm)
                 stack = torch.empty(count, *deltas.shape, dtype=deltas.dtype, device=deltas.device)
                 for task in range(count):
                     stack[task] = deltas.delta(start + task)
-                part, whole = _task_part(factors, stack, common, s, norm, origin, error, promise)
+                part, whole = _task_part(factors, stack, common, s, norm, full_spec, error, promise)
                 parts += part.unbind()
                 del stack
             del part
@@ -312,14 +312,14 @@ def _task_part(
     common: Subspace,
     s: int,
     norm: Tensor,
-    origin: TensorSpec,
+    full_spec: TensorSpec,
     error: Tensor | None,
     promise: float,
 ) -> tuple[Subspace, bool]:
     """Return the top s triplets of R above what the roundings of Δ and, where ``error`` bounds it, of S make of it, and
     whether none of them was truncated. One read of the device.
     """
-    limit = rounding_of(norm, origin)
+    limit = rounding_of(norm, full_spec)
     if error is not None:
         limit = limit + error * residual_noise(delta, factors.x, common)
     part = factors.residual(delta, common, s, norm=norm, tolerance=limit)

@@ -8,8 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .base import Method, RowMap
-from .row_maps import LinearMap
+from .base import Method, RowwiseMerge
+from .rowwise.polar import RowwiseLinear
 from .source import DeltaSource, TensorSpec
 from .stats import MergeStats
 from .sums import finite_sum
@@ -36,9 +36,9 @@ class Linear(Method):
         divisor = self.divisor(deltas.n_tasks)
         return total if divisor == 1 else total.div_(divisor), MergeStats(self.name, values)
 
-    def row_map(self, source: DeltaSource) -> RowMap:
+    def rowwise(self, source: DeltaSource) -> RowwiseMerge:
         """See ``Method``."""
-        return LinearMap(source, self.name, divisor=self.divisor(source.n_tasks))
+        return RowwiseLinear(source, self.name, divisor=self.divisor(source.n_tasks))
 
     def row_map_bytes(self, spec: TensorSpec, tasks: int, block_elements: int, device: torch.device) -> int | None:
         """See ``Method``."""

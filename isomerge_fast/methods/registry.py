@@ -10,8 +10,8 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any, TypeVar
 
 from ..errors import ConfigError, nearest, shown
-from ..globs import globs_of
-from ..values import refuse
+from ..parsing.shell_patterns import globs_of
+from ..parsing.values import refuse
 from .base import Method, read_option
 from .iso_c import IsoC
 from .iso_cts import IsoCTS

@@ -153,7 +153,7 @@ class DeltaSource(ABC):
         shape: of the tensor, or that by which it is walked.
         dtype: computed in, float32 or float64.
         device: where sums and deltas are made.
-        origin: the tensor that the deltas are of: they themselves, or what they are the coordinates of in bases that
+        full_spec: the tensor that the deltas are of: they themselves, or what they are the coordinates of in bases that
             all share (``factors``). Its sides decide r, and its dtype what counts as rounding.
         threads: share blocks out.
         wants_largest: whether sums look for max |Δ_t|.
@@ -166,12 +166,12 @@ class DeltaSource(ABC):
         dtype: torch.dtype,
         device: torch.device,
         *,
-        origin: TensorSpec | None = None,
+        full_spec: TensorSpec | None = None,
         threads: Threads = ONE_THREAD,
         wants_largest: bool = False,
     ) -> None:
         self.n_tasks, self.shape, self.dtype, self.device = n_tasks, torch.Size(shape), dtype, device
-        self.origin = origin or TensorSpec("deltas", tuple(shape), dtype)
+        self.full_spec = full_spec or TensorSpec("deltas", tuple(shape), dtype)
         self.threads, self.wants_largest = threads, wants_largest
 
     @abstractmethod
@@ -244,7 +244,7 @@ class MemoryDeltas(DeltaSource):
         are_deltas: whether they are that beside a base.
         weights: w_t, T numbers that are finite in the compute dtype; None where all are 1.
         dtype: computed in; by default float64 where one tensor is that, else float32.
-        origin: see ``DeltaSource``.
+        full_spec: see ``DeltaSource``.
         block_rows: rows of every block; one block of all when None.
 
     Raises:
@@ -259,7 +259,7 @@ class MemoryDeltas(DeltaSource):
         are_deltas: bool = False,
         weights: Sequence[float] | None = None,
         dtype: torch.dtype | None = None,
-        origin: TensorSpec | None = None,
+        full_spec: TensorSpec | None = None,
         block_rows: int | None = None,
         threads: Threads = ONE_THREAD,
         wants_largest: bool = False,
@@ -290,7 +290,7 @@ class MemoryDeltas(DeltaSource):
             first.shape,
             dtype or compute_dtype(*given),
             first.device,
-            origin=origin,
+            full_spec=full_spec,
             threads=threads,
             wants_largest=wants_largest,
         )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, InputError, nearest
-from ..linalg.auto import PROMISES, Choice, check_precision, fitting, spectrum_candidates
+from ..linalg.auto import TOLERANCES, Choice, check_precision, fitting, spectrum_candidates
 from ..linalg.certificate import probes, symmetry
 from ..linalg.protocol import PolarSolver, Solver, reciprocal
 from ..linalg.sides import long_product, short_multiply, short_product
@@ -71,7 +71,7 @@ class Spectral(Method):
     @property
     def promise(self) -> float:
         """The limit of the checks."""
-        return PROMISES[self.precision]
+        return TOLERANCES[self.precision]
 
     @abstractmethod
     def solvers(self, spec: TensorSpec, tasks: int, device: torch.device) -> Sequence[Choice[Any]]:
@@ -112,7 +112,7 @@ class Spectral(Method):
             ConfigError: as ``check``.
         """
         require_matrices(self.name, deltas.shape)
-        spec = TensorSpec("", tuple(deltas.shape), deltas.origin.dtype)
+        spec = TensorSpec("", tuple(deltas.shape), deltas.full_spec.dtype)
         return merge_certified(self.attempt, deltas, self.candidates(spec, deltas.n_tasks, deltas.device))
 
     def result_dtype(self, compute_dtype: torch.dtype) -> torch.dtype:
@@ -167,7 +167,7 @@ class SingularValues(Spectral):
             "asymmetry": Check(symmetry(total, value)[0] / torch.where(largest > 0, largest, 1.0), self.promise),
             "unresolved": Check(top.unresolved, 0),
         }
-        values = {"rank": (sigma > 0).sum(-1), "min_dim": min(deltas.origin.shape[-2:]), **of_deltas}
+        values = {"rank": (sigma > 0).sum(-1), "min_dim": min(deltas.full_spec.shape[-2:]), **of_deltas}
         return value, MergeStats(f"{self.name}/{choice.solver.name}", values, checks)
 
 
@@ -178,8 +178,8 @@ def spectral_sum(deltas: DeltaSource, dtype: torch.dtype) -> tuple[Tensor, Tenso
         As ``finite_sum`` and ``require_comparable``.
     """
     total, squares, of_deltas = finite_sum(deltas, dtype, len(deltas.shape) - 2)
-    require_comparable(of_deltas["delta_norms"], deltas.origin)
-    return total, squares, rounding_of(squares.sum(0).sqrt(), deltas.origin), of_deltas
+    require_comparable(of_deltas["delta_norms"], deltas.full_spec)
+    return total, squares, rounding_of(squares.sum(0).sqrt(), deltas.full_spec), of_deltas
 
 
 def require_matrices(name: str, shape: torch.Size) -> None:

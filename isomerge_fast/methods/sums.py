@@ -49,18 +49,18 @@ def delta_sizes(squares: Tensor, largest: Tensor | None, nonfinite: Tensor) -> d
     return {"delta_norms": norms, **({"delta_largest": rest[0]} if rest else {})}
 
 
-def require_comparable(norms: Tensor, origin: TensorSpec) -> None:
+def require_comparable(norms: Tensor, spec: TensorSpec) -> None:
     """Raise OutOfRangeError where a spectral method can make nothing of deltas with these ‖Δ_t‖_F, [T].
 
-    - Σ_t ‖Δ_t‖, which bounds every σ and σ̄, is beyond ``origin.dtype`` or ``COMPUTED_NORMS``.
+    - Σ_t ‖Δ_t‖, which bounds every σ and σ̄, is beyond ``spec.dtype`` or ``COMPUTED_NORMS``.
     - One Δ_t is larger than any training makes it, and another one has all its singular values in what counts as the
       rounding of that: the result would be the large one's alone, and the others' absence a line in the report.
     """
     total, (least, most) = math.fsum(norms.tolist()), COMPUTED_NORMS
-    dtype = str(origin.dtype).removeprefix("torch.")
-    if not (total == 0 or least <= total <= min(most, torch.finfo(origin.dtype).max)):
+    dtype = str(spec.dtype).removeprefix("torch.")
+    if not (total == 0 or least <= total <= min(most, torch.finfo(spec.dtype).max)):
         raise OutOfRangeError(f"‖Δ‖ of the tasks is {shown_norms(norms)}: out of the range of {dtype} arithmetic")
-    rounding = rounding_of(norms.square().sum().sqrt(), origin)
+    rounding = rounding_of(norms.square().sum().sqrt(), spec)
     if total > LARGEST_TRAINED_NORM and bool(((norms > 0) & (norms <= rounding)).any()):
         raise OutOfRangeError(
             f"‖Δ‖ of the tasks is {shown_norms(norms)}: the small ones are lost in what {dtype} rounds of the largest"
@@ -72,6 +72,6 @@ def _by_task(seen: Tensor) -> Tensor:
     return seen.flatten(1) if seen.ndim > 1 else seen[:, None]
 
 
-def rounding_of(norm: Tensor, origin: TensorSpec) -> Tensor:
+def rounding_of(norm: Tensor, spec: TensorSpec) -> Tensor:
     """Return ``rounding_tolerance`` of deltas with ‖Δ‖_F = ``norm``, by the sides and the dtype of what they are of."""
-    return rounding_tolerance(norm, origin.shape[-2], origin.shape[-1], origin.dtype)
+    return rounding_tolerance(norm, spec.shape[-2], spec.shape[-1], spec.dtype)

@@ -1,0 +1,5 @@
+"""``python -m isomerge_fast``."""
+
+from .cli import main
+
+main()

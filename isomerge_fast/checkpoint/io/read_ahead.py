@@ -1,0 +1,235 @@
+"""Bundles of pieces read by a few threads before they are asked for, in a bounded number of bytes."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from ..layout import StoredTensor
+from .checksum import Checksum
+from .direct_io import PAGE, READ_BYTES
+from .reader import Piece, Reader
+from .ring import Ring
+
+# More threads than cores: they wait for the disk, not for each other.
+THREADS = 4
+# For a GPU, which takes more than four threads copy from the page cache: 14.5 GB/s, eight 25 (16 cores beside an H200).
+GPU_THREADS = 8
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """What is needed together: some rows of the base and of every expert."""
+
+    pieces: tuple[Piece, ...]
+
+    def places(self) -> list[int]:
+        """Where each piece starts in memory, from a page's first byte on, and where the last one ends.
+
+        As it lies within a page of its file, so that it can be read without a copy; unless that is no place for its
+        dtype.
+        """
+        starts, end = [], 0
+        for piece in self.pieces:
+            within = 0 if piece.start % piece.stored.dtype.itemsize else piece.start % PAGE
+            starts.append(end + (within - end) % PAGE)
+            end = starts[-1] + piece.bytes
+        return [*starts, end]
+
+    @property
+    def bytes(self) -> int:
+        return self.places()[-1]
+
+    def parts(self, limit_bytes: int | None) -> Iterator[Bundle]:
+        """Yield the same elements in the same order, in bundles of at most so many bytes, and of one element at least.
+
+        The elements of a piece that is cut have no shape but their number.
+        """
+        if limit_bytes is None or self.bytes + PAGE <= limit_bytes:
+            yield self
+            return
+        part: list[Piece] = []
+        room = 0
+        for piece in self.pieces:
+            itemsize, first = piece.stored.dtype.itemsize, piece.first
+            end = first + piece.bytes // itemsize
+            while first < end:
+                room -= 2 * PAGE  # for its place within a page, and the last one's end
+                if part and room < itemsize:
+                    yield Bundle(tuple(part))
+                    part = []
+                if not part:
+                    room = limit_bytes - 2 * PAGE
+                count = min(end - first, max(1, room // itemsize))
+                part.append(Piece(piece.stored, first, (count,)))
+                room -= count * itemsize
+                first += count
+        yield Bundle(tuple(part))
+
+
+class InputChecksums:
+    """Running checksums of some tensors, while their parts come in order.
+
+    Args:
+        tensors: those that are wanted; all others are passed over.
+    """
+
+    def __init__(self, tensors: Iterable[StoredTensor]) -> None:
+        self._wanted = set(tensors)
+        self._running: dict[StoredTensor, Checksum] = {}
+
+    def add(self, piece: Piece, data: Tensor) -> None:
+        """Add a part's bytes. A part that was added before (a tensor may stand for several experts) changes nothing."""
+        if not self._wanted or piece.stored not in self._wanted:
+            return
+        running = self._running.setdefault(piece.stored, Checksum())
+        if running.bytes == piece.start - piece.stored.start:
+            running.update(data.numpy().data)
+
+    def take(self, stored: StoredTensor) -> str:
+        """Return the checksum of a tensor all of which was added, and forget it."""
+        self._wanted.remove(stored)
+        running = self._running.pop(stored, None) or Checksum()  # of an empty one no part came
+        assert running.bytes == stored.bytes, stored.name
+        return running.text
+
+
+@dataclass
+class _Reading:
+    whole: Bundle
+    bundle: Bundle  # that, or a part of it
+    buffer: Tensor
+    in_ring: bool
+    parts: list[Future[float]]
+
+
+class ReadAhead:
+    """Takes bundles in their order, while the next ones are being read; a context manager.
+
+    Args:
+        bundles: in the order in which they will be taken.
+        budget_bytes: of the bundle taken last and of those ahead together. A bundle that is larger has a buffer of its
+            own, beside no other.
+        part_bytes: bundles are cut into parts of at most so many bytes, each taken by itself.
+        pinned: whether buffers are page-locked, for asynchronous copies to a GPU.
+        checksums: which are to go on with what is taken.
+    """
+
+    def __init__(
+        self,
+        reader: Reader,
+        threads: ThreadPoolExecutor,
+        bundles: Iterable[Bundle],
+        *,
+        budget_bytes: int,
+        part_bytes: int | None = None,
+        pinned: bool = False,
+        checksums: InputChecksums | None = None,
+    ) -> None:
+        self._reader, self._threads, self._pinned = reader, threads, pinned
+        self._checksums = checksums
+        self._ring = Ring(budget_bytes, pinned=pinned)
+        self.part_bytes = part_bytes
+        self._bundles = ((bundle, part) for bundle in bundles for part in bundle.parts(part_bytes))
+        self._next = next(self._bundles, None)
+        self._ahead: deque[_Reading] = deque()
+        self._taken: _Reading | None = None
+        self.busy_seconds = 0.0  # of all threads together
+
+    def __enter__(self) -> ReadAhead:
+        self._top_up()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for reading in self._ahead:
+            for part in reading.parts:
+                part.cancel()
+        for reading in self._ahead:
+            for part in reading.parts:
+                if not part.cancelled():
+                    part.exception()  # waits: the buffer must outlive the read
+        self._ahead.clear()
+        self._taken = None
+
+    @property
+    def upcoming(self) -> Bundle | None:
+        """Return the bundle that is taken next, or the next part of which is."""
+        if self._ahead:
+            return self._ahead[0].whole
+        return None if self._next is None else self._next[0]
+
+    def take(self) -> list[Tensor]:
+        """The pieces of the next bundle, or of its next part, valid until the next call.
+
+        Raises:
+            InputError: a file that changed, is gone or ended early.
+            ResourceError: one that failed to read.
+        """
+        if self._taken is not None and self._taken.in_ring:
+            self._ring.give_back()
+        self._taken = None
+        self._top_up()
+        self._taken = reading = self._ahead.popleft()
+        for part in reading.parts:
+            self.busy_seconds += part.result()
+        # The disk is not to wait until this bundle is done with.
+        self._top_up()
+        placed = list(_placed(reading.bundle, reading.buffer))
+        if self._checksums is not None:
+            for piece, data in placed:
+                self._checksums.add(piece, data)
+        return [piece.view(data) for piece, data in placed]
+
+    def _top_up(self) -> None:
+        while self._next is not None:
+            whole, bundle = self._next
+            size = bundle.bytes
+            buffer = self._ring.take(size)
+            in_ring = buffer is not None
+            if buffer is None:
+                if size <= self._ring.size or self._ahead or self._taken:
+                    return
+                self._ring.release()
+                buffer = torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=self._pinned)
+            parts = [self._threads.submit(self._load, items) for items in _jobs(bundle, buffer)]
+            self._ahead.append(_Reading(whole, bundle, buffer, in_ring, parts))
+            self._next = next(self._bundles, None)
+
+    def _load(self, items: list[tuple[Piece, int, Tensor]]) -> float:
+        started = time.perf_counter()
+        for piece, offset, target in items:
+            self._reader.read_into(piece, offset, target.numpy().data)
+        return time.perf_counter() - started
+
+
+def _placed(bundle: Bundle, buffer: Tensor) -> Iterator[tuple[Piece, Tensor]]:
+    for piece, start in zip(bundle.pieces, bundle.places(), strict=False):
+        yield piece, buffer[start : start + piece.bytes]
+
+
+def _jobs(bundle: Bundle, buffer: Tensor) -> Iterator[list[tuple[Piece, int, Tensor]]]:
+    """The bundle's bytes in lists for one thread each: large pieces in parts, small ones together."""
+    job: list[tuple[Piece, int, Tensor]] = []
+    size = 0
+    for piece, data in _placed(bundle, buffer):
+        start = 0
+        while start < piece.bytes:
+            # At multiples in the file, so that only a piece's own ends share a page with others.
+            stop = min(start + READ_BYTES - (piece.start + start) % READ_BYTES, piece.bytes)
+            job.append((piece, start, data[start:stop]))
+            size += stop - start
+            start = stop
+            if size >= READ_BYTES:
+                yield job
+                job, size = [], 0
+    if job:
+        yield job

@@ -1,0 +1,1 @@
+"""Reads LoRA adapters, and writes the settings of a merged one."""

@@ -1,0 +1,80 @@
+"""README.md of an output: what it was made of, what is to be known about it, and how to make it again."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ...errors import visible
+
+MAX_NOTES, MAX_NOTE_CHARACTERS = 30, 1_000
+# What Markdown and HTML would take for more than text.
+_MARKUP = re.compile(r"[\\`*_~<>\[\]#|&]")
+
+
+def _code(text: str) -> str:
+    """Return ``text`` as a code span of Markdown, whatever stands in it."""
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    padding = " " if len(fence) > 1 else ""
+    return f"{fence}{padding}{visible(text)}{padding}{fence}"
+
+
+def _notes(notes: Sequence[str]) -> list[str]:
+    """Return a section of notes, each as text and not as Markdown, or nothing."""
+    if not notes:
+        return []
+    shown = [visible(note) for note in notes[:MAX_NOTES]]
+    cut = [note if len(note) <= MAX_NOTE_CHARACTERS else f"{note[: MAX_NOTE_CHARACTERS - 1]}…" for note in shown]
+    more = len(notes) - len(cut)
+    lines = [*cut, *([f"… and {more} more, in report.json"] if more > 0 else [])]
+    return ["## Notes", "", *(f"- {_MARKUP.sub(_escaped, line)}" for line in lines), ""]
+
+
+def _escaped(match: re.Match[str]) -> str:
+    return f"\\{match[0]}"
+
+
+def model_card(
+    recipe: Mapping[str, Any],
+    *,
+    kind: str,
+    citation: str,
+    version: str,
+    library: str | None,
+    notes: Sequence[str] = (),
+) -> str:
+    """Return README.md of a merged checkpoint or adapter.
+
+    Args:
+        recipe: the config's keys, those left out that say nothing.
+        kind: what the experts are, in the plural.
+        library: by which the output is loaded, as model hubs name it.
+        notes: what of the merge might surprise.
+    """
+    base, experts, scaling = recipe["base"], recipe["experts"], recipe["scaling"]
+    front = ["---", *([f"library_name: {library}"] if library else []), "tags: [merge, isomerge-fast]", "---"]
+    lines = [
+        *front,
+        "",
+        f"# Merge of {len(experts)} {kind} with {recipe['method']}",
+        "",
+        f"- Base: {_code(base)}",
+        *(f"- Expert: {_code(expert)}" for expert in experts),
+        f"- Method: {recipe['method']}{f' ({citation})' if citation else ''}, scaling α = {scaling:g}",
+        f"- Made with isomerge-fast {version}",
+        "",
+        "To make it again, `isomerge run` this file:",
+        "",
+        "```yaml",
+        # A JSON value is a YAML value, and an escape that ``visible`` makes is one of YAML's.
+        *(f"{key}: {visible(json.dumps(value, ensure_ascii=False))}" for key, value in recipe.items()),
+        "out: merged",
+        "```",
+        "",
+        "`manifest.json` records every input's identity and every tensor's checksum; `isomerge verify` checks them.",
+        "",
+        *_notes(notes),
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,5 @@
+"""``python -m isomerge_fast.cli``."""
+
+from . import main
+
+main()

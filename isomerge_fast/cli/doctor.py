@@ -1,0 +1,67 @@
+"""What this machine offers, and whether merges on it are right."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+from typing import Any
+
+import torch
+
+from .. import __version__
+from ..methods import METHODS, MemoryDeltas
+
+_PACKAGES = (
+    "torch",
+    "triton",
+    "cupy-cuda13x",
+    "numpy",
+    "safetensors",
+    "transformers",
+    "peft",
+    "mergekit",
+    "fusion-bench",
+)
+_TASKS, _ROWS, _COLUMNS = 4, 96, 160
+_ALLOWED = 1e-5
+
+
+def examine() -> dict[str, Any]:
+    """Versions, devices and memory; every method on every device against float64 full SVDs. ``healthy`` sums it up."""
+    versions = {"isomerge-fast": __version__, "python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    machine: dict[str, Any] = {
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpu threads": torch.get_num_threads(),
+        "memory": f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.1f} GiB",
+        "free disk here": f"{shutil.disk_usage('.').free / 2**30:.1f} GiB",
+    }
+    devices = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+    for device in devices[1:]:
+        properties = torch.cuda.get_device_properties(device)
+        machine[device] = f"{properties.name}, {properties.total_memory / 2**30:.1f} GiB"
+    if len(devices) == 1:
+        machine["cuda"] = "none; merges run on the CPU"
+    checks = [_check(name, device) for device in devices for name in METHODS]
+    return {
+        "versions": versions,
+        "machine": machine,
+        "checks": checks,
+        "healthy": all(check["ok"] for check in checks),
+    }
+
+
+def _check(name: str, device: str) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(0)
+    deltas = [torch.randn(_ROWS, _COLUMNS, generator=generator, device="cpu") for _ in range(_TASKS)]
+    method = METHODS[name]()
+    value, _ = method.merge(MemoryDeltas([delta.to(device) for delta in deltas]))
+    expected, _ = method.exact().merge(MemoryDeltas([delta.double() for delta in deltas]))
+    error = (torch.linalg.vector_norm(value.cpu().double() - expected) / torch.linalg.vector_norm(expected)).item()
+    return {"method": name, "device": device, "error": error, "ok": error <= _ALLOWED}

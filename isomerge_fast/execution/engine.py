@@ -1,0 +1,309 @@
+"""Runs a plan: units of work, done by one process or by many, into a staged folder that one rename makes the output."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from .. import __version__
+from ..checkpoint.io.writer import create_shard
+from ..checkpoint.output.journal import Entries, Journal, forget
+from ..checkpoint.output.manifest import (
+    MANIFEST_FILE,
+    ShardEntry,
+    describe_inputs,
+    file_name,
+    fingerprint,
+    read_manifest,
+    to_json,
+)
+from ..checkpoint.output.staging import Staging, check_replaceable
+from ..errors import ConfigError, InputError, LostWritesError, ResourceError, VerificationError, nearest, shown, visible
+from ..methods import origins_of
+from ..ops import indexed
+from ..parsing.values import flag, refuse, whole_number
+from ..planning.plan import Plan, check_resources
+from .finalize import read_report, write_metadata
+from .report import PHASES, PREPARE, Observer, Report
+from .worker import Job, WorkItem, WorkResult, merge_item
+
+IO = ("auto", "buffered")
+# What cannot wait for the report. Without a handler of the caller's, Python prints it on standard error.
+LOG = logging.getLogger("isomerge_fast")
+# More are started one by one until the machine has no room for another.
+MOST_THREADS = 4_096
+
+
+def resolve_device(device: str | torch.device) -> torch.device:
+    """Return the device that ``auto``, ``cpu``, ``cuda`` or ``cuda:N`` names, with its number.
+
+    Raises:
+        ConfigError: unknown name.
+        ResourceError: CUDA asked for and not there.
+    """
+    if not isinstance(device, str | torch.device):
+        refuse(device, "device", "auto, cpu, cuda or cuda:N")
+    if device == "auto":
+        return indexed(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    try:
+        resolved = torch.device(device)
+    except (RuntimeError, UnicodeError):
+        resolved = None
+    if resolved is None or resolved.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device {shown(str(device))} is unknown (known: auto, cpu, cuda, cuda:N)")
+    if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
+        raise ResourceError(f"device {device!r}: this torch sees {torch.cuda.device_count()} CUDA device(s)")
+    return indexed(resolved)
+
+
+class Executor(Protocol):
+    """Processes that a merge is shared out among."""
+
+    def merge(self, plan: Plan, job: Job, journal_entries: Entries, observer: Observer | None) -> list[WorkResult]:
+        """Merges all tensors of the plan, as units of ``merge_item``.
+
+        Args:
+            journal_entries: those of earlier runs, by tensor.
+            observer: called as it goes on.
+        """
+        ...
+
+
+class OneProcess:
+    """The ``Executor`` of one: this process, and all tensors as one unit."""
+
+    def merge(self, plan: Plan, job: Job, journal_entries: Entries, observer: Observer | None) -> list[WorkResult]:
+        return [merge_item(job, WorkItem.of(plan, 1, plan.tensors, journal_entries), observer)]
+
+
+def run(
+    plan: Plan,
+    *,
+    device: str = "auto",
+    max_ram: int | None = None,
+    max_vram: int | None = None,
+    threads: int | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    io: str = "auto",
+    observer: Observer | None = None,
+    executor: Executor | None = None,
+) -> Report:
+    """Executes ``plan`` and returns the report that is also in the output.
+
+    Args:
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        max_ram, max_vram: ceilings in bytes for each process; a plan that needs more is refused before anything is
+            written.
+        threads: CPU threads that each process computes with; as many as torch takes when None. The last digits of
+            spectral methods depend on it, so an unfinished merge goes on with the number that it began with.
+        resume: continue an unfinished merge of the same config and inputs; a finished one is left as it is.
+        overwrite: replace a finished output (at the commit, not before) or discard an unfinished one.
+        io: ``auto``: files past the page cache where that is faster and the file system can; ``buffered``: never.
+        observer: called at every change of phase.
+        executor: the processes; this one when None.
+
+    Raises:
+        ConfigError, InputError, ResourceError: see ``errors``; the output is then absent or as it was before.
+    """
+    if plan.config.out is None:
+        raise ConfigError("out is not given: the folder that the merge is written into (a plan alone needs none)")
+    if io not in IO:
+        raise ConfigError(f"io {shown(io)} is unknown{nearest(io, IO)}")
+    threads = None if threads is None else whole_number(threads, "threads", 1, MOST_THREADS)
+    resume, overwrite = flag(resume, "resume"), flag(overwrite, "overwrite")
+    if observer is not None and not callable(observer):
+        refuse(observer, "observer", "a function of the progress, or None")
+    target = torch.device(device) if executor is not None else resolve_device(device)
+    check_resources(plan, max_ram=max_ram, max_vram=max_vram, device=target)
+    _check_names(plan, plan.config.out)
+    with Staging(Path(plan.config.out), resume=resume, overwrite=overwrite) as staging:
+        description = _describe(plan, target)
+        try:
+            if resume and staging.is_committed:
+                finished = _finished_report(staging.out, description, overwrite)
+                if finished is not None or not overwrite:
+                    staging.discard()
+                if finished is not None:
+                    return finished
+                if not overwrite:
+                    raise ConfigError(f"{staging.out}: holds another merge; --overwrite replaces it")
+                check_replaceable(staging.out)
+            started = time.perf_counter()
+            key = fingerprint(description)
+            journal = Journal(
+                staging.folder,
+                key,
+                description["inputs"],
+                threads=threads or torch.get_num_threads(),
+                resume=resume,
+                overwrite=overwrite,
+            )
+            notes = []
+            if threads is not None and threads != journal.threads:
+                notes.append(
+                    f"computed with {journal.threads} thread(s), with which the merge began, and not with {threads}: "
+                    "the last digits of spectral methods depend on it (--overwrite instead of --resume begins anew)"
+                )
+                LOG.warning("%s: %s", visible(str(staging.out)), notes[-1])
+            shards = _create_files(plan, staging, journal, resume)
+            job = Job.of(
+                plan,
+                staging.folder,
+                key,
+                device=str(target),
+                threads=journal.threads,
+                direct=io == "auto",
+                max_vram=max_vram,
+            )
+            prepared = time.perf_counter() - started
+            results = (executor or OneProcess()).merge(plan, job, journal.finished, observer)
+            entries = Entries()
+            for result in results:
+                entries.update(result.entries)
+            report = _report(plan, staging, str(target), results, entries, started, prepared, notes)
+            write_metadata(plan, staging.new, description, entries, shards, report)
+            staging.commit()
+            return report
+        except InputError:
+            staging.discard()  # the same inputs cannot succeed later
+            raise
+        except (OSError, ResourceError) as error:
+            staging.check_mine()  # what is gone may have gone with the folder
+            if isinstance(error, LostWritesError):
+                with suppress(OSError):  # a disk that takes nothing at all is mounted anew, without its cache
+                    forget(staging.folder)
+            if isinstance(error, OSError):
+                raise ResourceError(f"{error.filename or staging.out}: {error.strerror}; --resume continues") from error
+            raise
+
+
+def _check_names(plan: Plan, out: str) -> None:
+    """Raises ConfigError where a path is bytes that are no text, as all that is written about it is JSON."""
+    checkpoints = (plan.base, *plan.experts)
+    inputs = [str(path.absolute()) for found in checkpoints for path in (found.path, *found.files)]
+    for name in (os.path.realpath(out), *inputs, *plan.companions):
+        try:
+            name.encode()
+        except UnicodeEncodeError as error:
+            encoding = sys.getfilesystemencoding()
+            raise ConfigError(
+                f"{name}: no text in {encoding}, so {MANIFEST_FILE} cannot record it; rename it"
+            ) from error
+
+
+def _create_files(plan: Plan, staging: Staging, journal: Journal, resume: bool) -> dict[str, ShardEntry]:
+    """Make all that units write into; return what the manifest says of it."""
+    shards: dict[str, ShardEntry] = {}
+    folders = plan.folders.items()
+    # Shards are worth nothing without a journal that tells what is in them.
+    kept = [(Path(folder) / file).as_posix() for folder, files in folders for file in files]
+    staging.start(kept if journal.finished else ())
+    for folder, files in folders:
+        (staging.new / folder).mkdir(exist_ok=True)
+        for file, tensors in files.items():
+            size, header_sha256 = create_shard(
+                staging.new / folder / file, tensors, resume=resume, metadata=plan.metadata_of(folder, file)
+            )
+            shards[file_name(folder, file)] = {"bytes": size, "header_sha256": header_sha256}
+    return shards
+
+
+def _report(
+    plan: Plan,
+    staging: Staging,
+    device: str,
+    results: Sequence[WorkResult],
+    entries: Entries,
+    started: float,
+    prepared: float,
+    notes: Sequence[str],
+) -> Report:
+    seconds = {phase: sum(result.seconds[phase] for result in results) for phase in PHASES}
+    seconds[PREPARE] += prepared
+    ways = ("read", "write")
+    busy = ("reading_seconds", "writing_seconds")
+    io = {
+        way: next((found for found in (r.io[way] for r in results) if found == "direct"), "page-cache") for way in ways
+    }
+    io |= {key: sum(result.io[key] for result in results) for key in busy}
+    if any("peak_vram_bytes" in result.io for result in results):
+        io["peak_vram_bytes"] = max(result.io.get("peak_vram_bytes", 0) for result in results)
+    return Report(
+        version=__version__,
+        method=plan.config.method,
+        scaling=list(plan.config.scalings),
+        outputs=[str(staging.out / folder) for folder in plan.folders],
+        device=device,
+        tensors=[_shared(entries[tensor.name]["report"]) for tensor in plan.tensors],
+        seconds={**seconds, "total": time.perf_counter() - started},
+        io=io,
+        notes=[*plan.notes, *staging.notes, *notes],
+        left_out=[each.to_dict() for each in plan.left_out],
+        left_behind=[left.to_dict() for left in plan.left_behind],
+        workers=_workers(results, entries),
+    )
+
+
+def _shared(report: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a tensor's part of the report. Equal strings, of all tensors, are one object."""
+    return {sys.intern(key): sys.intern(value) if isinstance(value, str) else value for key, value in report.items()}
+
+
+def _workers(results: Sequence[WorkResult], entries: Entries) -> list[dict[str, Any]]:
+    """What each process did, those of earlier runs among them; that which was busy longest first."""
+    nothing = {"units": 0, "tensors": 0, "read_bytes": 0, "write_bytes": 0, "seconds": 0.0}
+    found: dict[tuple[str, int], dict[str, Any]] = {}
+
+    def of(process: Mapping[str, Any]) -> dict[str, Any]:
+        return found.setdefault((process["host"], process["pid"]), {**process, **nothing})
+
+    for entry in entries.values():
+        worker, report = of(entry["process"]), entry["report"]
+        worker["tensors"] += 1
+        for key in ("read_bytes", "write_bytes", "seconds"):
+            worker[key] += report[key]
+    for result in results:
+        of(result.process)["units"] += 1
+    return sorted(found.values(), key=lambda worker: -worker["seconds"])
+
+
+def _describe(plan: Plan, device: torch.device) -> dict[str, Any]:
+    """All that decides the output's bytes."""
+    config = {key: value for key, value in plan.config.described.items() if key not in ("out", "base", "experts")}
+    outside = origins_of(plan.config.methods)
+    return {
+        "tool": "isomerge-fast",
+        "version": __version__,
+        "torch": torch.__version__,
+        "device": device.type,
+        # Nothing on a CPU, whose instructions are torch's to choose.
+        **({"arithmetic": plan.arithmetic} if device.type == "cuda" else {}),
+        # Another version of a package may compute something else.
+        **({"methods": outside} if outside else {}),
+        "config": config,
+        # A ceiling can mean another solver, and with it other last digits.
+        "solvers": sorted({tensor.reason for tensor in plan.tensors if tensor.method is not None}),
+        "inputs": describe_inputs([plan.base, *plan.experts]),
+    }
+
+
+def _finished_report(out: Path, description: dict[str, Any], overwrite: bool) -> Report | None:
+    """Of the finished merge in ``out``; None where that is of another description, or damaged and to be replaced."""
+    try:
+        if read_manifest(out)["description"] != json.loads(to_json(description)):
+            return None
+        return read_report(out)[0]
+    except (InputError, VerificationError) as error:
+        if overwrite:
+            return None
+        raise VerificationError(str(error)) from error

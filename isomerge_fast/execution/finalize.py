@@ -1,0 +1,168 @@
+"""All of an output beside its weights: their index, the manifest, the report, and what belongs to a checkpoint."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+from .. import __version__
+from ..checkpoint.io.checksum import ALGORITHM, Checksum
+from ..checkpoint.io.writer import OutputTensor, write_blocks_durably, write_durably
+from ..checkpoint.layout import ADAPTER_CONFIG_FILE, DTYPE_NAMES
+from ..checkpoint.output.companions import copy_companions
+from ..checkpoint.output.json_text import Made, json_blocks
+from ..checkpoint.output.manifest import (
+    FORMAT,
+    MANIFEST_FILE,
+    REPORT_FILE,
+    Description,
+    FileEntry,
+    Manifest,
+    ShardEntry,
+    TensorEntry,
+    entry_of,
+    file_name,
+    no_output,
+    to_json,
+)
+from ..checkpoint.output.model_card import model_card
+from ..checkpoint.output.sealed import read_sealed, write_sealed
+from ..config import MergeConfig
+from ..errors import VerificationError
+from ..methods import method_class
+from ..planning.plan import Origin, Plan, scaling_folders
+from .report import Report
+
+
+def write_metadata(
+    plan: Plan,
+    folder: Path,
+    description: Mapping[str, Any],
+    entries: Mapping[str, Mapping[str, Any]],
+    shards: dict[str, ShardEntry],
+    report: Report,
+) -> None:
+    """Completes the output in ``folder``, durably.
+
+    Args:
+        description: all that decides the output's bytes.
+        entries: of the journal, by tensor.
+        shards: what the manifest says of the files of weights.
+    """
+    scalings = scaling_folders(plan.config)
+    files: dict[str, FileEntry] = {}
+    for name, scaling in scalings.items():
+        written = {} if scaling is None else _add_companions(plan, folder / name, scaling)
+        if plan.index_name is not None:
+            written[plan.index_name] = _add_index(plan.index_name, folder / name, plan.folders[name])
+        files |= {file_name(name, each): entry_of(content) for each, content in written.items()}
+    manifest: Manifest = {
+        "format": FORMAT,
+        "checksum": ALGORITHM,
+        "description": cast(Description, description),
+        "outputs": {
+            name: {
+                "scaling": scaling,
+                "tensors": cast(dict[str, TensorEntry], _recorded(plan, name, entries)),
+            }
+            for name, scaling in scalings.items()
+        },
+        "files": files,
+        "shards": shards,
+    }
+    if plan.config.save_delta:
+        checksums = Made(entries.keys(), lambda name: entries[name]["base_checksum"])
+        manifest["base"] = cast(dict[str, str], checksums)
+    digest = write_sealed(folder / MANIFEST_FILE, json_blocks(manifest))
+    write_sealed(folder / REPORT_FILE, json_blocks({**report.to_dict(), "manifest": digest}))
+
+
+def read_report(folder: Path) -> tuple[Report, str]:
+    """Return the report of a finished output, and the digest of the manifest that it was written with.
+
+    Raises:
+        InputError: none there. VerificationError: it cannot be read, or was changed.
+    """
+    path = folder / REPORT_FILE
+    if not os.path.isfile(path):  # of a name that is too long, too
+        raise no_output(folder, REPORT_FILE)
+    value, flaw = read_sealed(path)
+    if flaw is not None:
+        raise VerificationError(flaw)
+    try:
+        return Report.from_dict(value), str(value.get("manifest"))
+    except ValueError as error:
+        raise VerificationError(f"{path}: not a report ({error})") from error
+
+
+def _recorded(plan: Plan, folder: str, entries: Mapping[str, Mapping[str, Any]]) -> Made:
+    """Return what the manifest says of a sub-folder's tensors, by their names there."""
+    written = {made.name: (tensor, made) for tensor in plan.tensors for made in tensor.tensors_in(folder)}
+
+    def record(name: str) -> TensorEntry:
+        tensor, made = written[name]
+        return {
+            "file": tensor.shard,
+            "action": tensor.action,
+            "dtype": DTYPE_NAMES[made.dtype],
+            "shape": list(made.shape),
+            "checksum": entries[tensor.name]["checksum"][folder][name],
+        }
+
+    return Made(written, record)
+
+
+def _add_index(name: str, path: Path, weights: Mapping[str, Iterable[OutputTensor]]) -> Checksum:
+    """Write the file that tells which shard holds which tensor; return its checksum."""
+    total_bytes = sum(output.bytes for tensors in weights.values() for output in tensors)
+    weight_map = {output.name: file for file, tensors in weights.items() for output in tensors}
+    index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+    return write_blocks_durably(path / name, json_blocks(index, indent=2))
+
+
+def _add_companions(plan: Plan, path: Path, scaling: float) -> dict[str, Checksum]:
+    """Write what belongs to a checkpoint, or an adapter, beside weights and index; return the files' checksums."""
+    written = copy_companions(plan.base.path, path, plan.companions) if plan.base.is_folder else {}
+    if plan.adapter_settings is not None:
+        written[ADAPTER_CONFIG_FILE] = write_durably(
+            path / ADAPTER_CONFIG_FILE, to_json(plan.adapter_settings, indent=2)
+        )
+    elif (config := plan.config_and_notes[0]) is not None:
+        text = json.dumps(config, indent=2, ensure_ascii=False)
+        written["config.json"] = write_durably(path / "config.json", (text + "\n").encode())
+    written["README.md"] = write_durably(path / "README.md", _card(plan, scaling).encode())
+    return written
+
+
+def _card(plan: Plan, scaling: float) -> str:
+    """Of what was merged: where a kept Δ is applied, of the merge that kept it."""
+    origin = plan.origin or Origin(plan.config, plan.has_adapters)
+    experts = [expert.path for expert in plan.experts] if plan.origin is None else origin.config.experts
+    config = replace(origin.config, dtype=plan.config.dtype)
+    nothing = MergeConfig(base="", experts=[]).described
+    said = {
+        key: value
+        for key, value in config.described.items()
+        if key not in ("out", "save_delta") and value != nothing[key]
+    }
+    recipe = {
+        "method": config.method,
+        **said,
+        "base": str(plan.base.path),
+        "experts": [str(expert) for expert in experts],
+        "scaling": scaling,
+    }
+    kinds = {"LoRA adapters": origin.has_adapters, "deltas": config.experts_are_deltas}
+    library = "transformers" if "model_type" in (plan.base.config or {}) else None
+    return model_card(
+        recipe,
+        kind=next((kind for kind, holds in kinds.items() if holds), "checkpoints"),
+        citation=method_class(config.method).citation,
+        version=__version__,
+        library=library if plan.adapter_settings is None else "peft",
+        notes=plan.notes,
+    )

@@ -1,0 +1,242 @@
+"""Reads what callers give to a merge in memory: deltas, state dicts and weights, checked and as tensors."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..checkpoint.checks.buffers import is_computed
+from ..errors import ConfigError, InputError, shown
+from ..parsing.values import is_list, list_of, number, refuse
+
+Array = Tensor | np.ndarray
+
+
+@runtime_checkable
+class Described(Protocol):
+    """A state dict that tells shapes and dtypes without reading: see ``open_state_dict``."""
+
+    def meta(self) -> Mapping[str, Tensor]:
+        """Every tensor on the meta device."""
+        ...
+
+
+def read_deltas(deltas: Array | Sequence[Array]) -> list[Tensor]:
+    """T matrices [M, N] or batches [B, M, N].
+
+    Raises:
+        InputError: anything else; a convolution's kernels have no one reading as matrices, so the caller chooses it.
+    """
+    expected = "a list of T tensors [M, N] or [B, M, N], or one stack of them [T, M, N] or [T, B, M, N]"
+    if isinstance(deltas, Tensor | np.ndarray):
+        stack = as_tensor(deltas, "deltas")
+        if stack.ndim not in (3, 4):
+            raise InputError(f"deltas has shape {list(stack.shape)}; expected {expected}")
+        tensors = list(stack.unbind(0))
+    elif isinstance(deltas, str | Mapping) or not is_list(deltas):
+        raise InputError(f"deltas is {_called(deltas)}; expected {expected}")
+    else:
+        tensors = [as_tensor(delta, f"deltas[{task}]") for task, delta in enumerate(deltas)]
+    for task, tensor in enumerate(tensors):
+        what = f"deltas[{task}]"
+        if tensor.dtype not in ops.FLOAT_DTYPES:
+            raise InputError(f"{what} is {tensor.dtype}, which is not merged")
+        if tensor.ndim not in (2, 3):
+            shape = list(tensor.shape)
+            way_out = f" (of a convolution's kernels: delta.flatten(1), and result.reshape({shape}))"
+            raise InputError(
+                f"{what} has shape {shape}; expected a matrix [M, N] or a batch of them [B, M, N]"
+                + (way_out if tensor.ndim > 3 else "")
+            )
+    return tensors
+
+
+def read_experts(experts: Iterable[Mapping[str, Array]]) -> list[Mapping[str, Array]]:
+    """The state dicts, one an expert; an iterator of them is listed."""
+    if isinstance(experts, Mapping) and experts and all(isinstance(each, Mapping) for each in experts.values()):
+        raise ConfigError("experts maps names to state dicts; expected a list of them: list(experts.values())")
+    if isinstance(experts, Mapping):
+        raise ConfigError("experts is one state dict; expected a list of them: [expert]")
+    if not is_list(experts):
+        raise ConfigError(f"experts is {_called(experts)}; expected a list of state dicts")
+    found = list(experts)
+    if not found:
+        raise ConfigError("experts is empty; at least one is needed")
+    for index, expert in enumerate(found):
+        if not isinstance(expert, Described):
+            _check_state(expert, f"experts[{index}]")
+    return found
+
+
+def shapes_of(state: Mapping[str, Array], what: str) -> dict[str, Tensor]:
+    """The tensors themselves, or on the meta device where they would have to be read."""
+    if isinstance(state, Described):
+        return dict(state.meta())
+    _check_state(state, what)
+    return {name: as_tensor(value, f"{what}: tensor {name!r}") for name, value in state.items()}
+
+
+def _check_state(state: object, what: str) -> None:
+    """Raise an error where something else is given for a state dict, or stands in one."""
+    if not isinstance(state, Mapping):
+        if isinstance(state, str | os.PathLike):
+            way = "open_state_dict(path) opens a checkpoint, and merge(config) merges files"
+        elif callable(getattr(state, "state_dict", None)):
+            way = f"give its state dict: {what}.state_dict()"
+        else:
+            way = "expected a mapping of names to tensors"
+        raise ConfigError(f"{what} is {_called(state)}; {way}")
+    for name in state:
+        if not isinstance(name, str):
+            raise InputError(f"{what} has the key {shown(name)}; names of tensors are texts")
+    # Of other mappings every value that is looked at may be read from a file.
+    for name, value in state.items() if isinstance(state, dict) else ():
+        _check_value(name, value, what)
+
+
+def _check_value(name: str, value: object, what: str) -> None:
+    """Raise InputError where a state dict holds what is no tensor, as whole checkpoints and modules' states do."""
+    if isinstance(value, Mapping):
+        raise InputError(
+            f"{what}[{name!r}] is itself a mapping; where a checkpoint keeps its tensors under {name!r}, give "
+            f"{what}[{name!r}]"
+        )
+    if isinstance(value, Tensor | np.ndarray | np.generic):
+        return
+    if name.rpartition(".")[2] == "_extra_state":
+        raise InputError(f"{what}: {name!r} is {_called(value)}, a module's extra state and no tensor: leave it out")
+    raise InputError(
+        f"{what}: tensor {name!r} is {_called(value)}; expected a tensor or a numpy array (leave out what is neither)"
+    )
+
+
+def _called(value: object) -> str:
+    """What a value is, for a message."""
+    if value is None or isinstance(value, str | int | float | os.PathLike):
+        return shown(value)
+    return f"a {type(value).__name__}"
+
+
+def check_fit(
+    base: Mapping[str, Tensor], is_stored: bool, experts: Sequence[Mapping[str, Array]]
+) -> dict[str, list[torch.dtype]]:
+    """The dtypes that every tensor that is merged has in the base and the experts. What is not in it is the base's:
+    integers, and buffers that a model computes for itself where an expert lacks one or has another shape.
+
+    Raises:
+        InputError: with everything that keeps these state dicts from being merged.
+    """
+    dtypes = {name: [tensor.dtype] for name, tensor in base.items() if tensor.is_floating_point()}
+    computed = {name for name in dtypes if is_computed(name, base[name].shape)}
+    problems = [
+        f"base: tensor {name!r} is {tensor.dtype}, which is not merged"
+        for name, tensor in base.items()
+        if tensor.is_complex() or (tensor.is_floating_point() and tensor.dtype not in ops.FLOAT_DTYPES)
+    ]
+    for index, expert in enumerate(experts):
+        if prefix := _prefix_of(expert, base):
+            problems.append(_prefix_problem(f"experts[{index}]", "expert", prefix, "in the base they do not"))
+            continue
+        if prefix := _prefix_of(base, expert):
+            problems.append(_prefix_problem("base", "base", prefix, f"in experts[{index}] they do not"))
+            continue
+        stored = expert.meta() if isinstance(expert, Described) else None
+        for name in [*dtypes]:
+            where, tensor = f"experts[{index}]: tensor {name!r}", base[name]
+            if name not in expert:
+                if name in computed:
+                    del dtypes[name]
+                else:
+                    problems.append(f"{where} of the base is missing")
+                continue
+            value = as_tensor(expert[name], where) if stored is None else stored[name]
+            if value.shape != tensor.shape and name in computed:
+                del dtypes[name]
+                continue
+            dtypes[name].append(value.dtype)
+            is_real, base_is_real = stored is not None or not value.is_meta, is_stored or not tensor.is_meta
+            if value.shape != tensor.shape:
+                problems.append(f"{where} has shape {list(value.shape)}, in the base {list(tensor.shape)}")
+            elif value.is_floating_point() != tensor.is_floating_point():
+                problems.append(f"{where} is {value.dtype}, in the base {tensor.dtype}")
+            elif value.is_floating_point() and value.dtype not in ops.FLOAT_DTYPES:
+                problems.append(f"{where} is {value.dtype}, which is not merged")
+            elif is_real != base_is_real:
+                there, here = ("holds numbers", "a meta tensor") if is_real else ("is a meta tensor", "numbers")
+                problems.append(f"{where} {there}, in the base {here}: all on the meta device, or none")
+        shapes = expert if stored is None else stored
+        problems += [
+            f"experts[{index}]: tensor {name!r} is not in the base"
+            for name in expert
+            if name not in base and not is_computed(name, shapes[name].shape)
+        ]
+    if problems:
+        raise InputError("the state dicts do not fit each other:", problems)
+    return dtypes
+
+
+def _prefix_of(longer: Iterable[str], shorter: Iterable[str]) -> str:
+    """The prefix by which all names differ, as those of a wrapped module do (DataParallel, torch.compile); or none."""
+    there, here = set(longer), set(shorter)
+    if not here or len(there) != len(here):
+        return ""
+    length = (sum(map(len, there)) - sum(map(len, here))) // len(here)  # there is one that it can have
+    prefix = min(there)[: max(length, 0)]
+    return prefix if prefix.endswith(".") and there == {prefix + name for name in here} else ""
+
+
+def _prefix_problem(what: str, state: str, prefix: str, elsewhere: str) -> str:
+    return (
+        f"{what}: all names begin with {prefix!r}, as a wrapped module saves them, and {elsewhere}: "
+        f"{{name.removeprefix({prefix!r}): tensor for name, tensor in {state}.items()}}"
+    )
+
+
+def read_weights(weights: Sequence[float] | None, tasks: int) -> Sequence[float] | None:
+    """Return w_t, or None where there are none.
+
+    Raises:
+        ConfigError: another number of weights than tasks, or one that is not a finite number.
+    """
+    if weights is None:
+        return None
+    values = list_of(number, f"{tasks} numbers, one a task")(weights, "weights")
+    if len(values) != tasks:
+        refuse(values, "weights", f"{tasks} numbers, one a task")
+    return values
+
+
+def as_tensor(value: object, what: str) -> Tensor:
+    """A tensor as it is, an array as a tensor in the same memory: a copy only where torch has no such strides or bytes.
+
+    Raises:
+        InputError: neither of the two, or of a kind that holds no plain numbers; ``what`` begins the message.
+    """
+    if isinstance(value, Tensor):
+        if value.layout != torch.strided:
+            raise InputError(f"{what} is {value.layout}; expected a dense tensor")
+        if value.is_quantized:
+            raise InputError(f"{what} is {value.dtype}, quantized; give tensor.dequantize()")
+        return value
+    if not isinstance(value, np.ndarray | np.generic):
+        raise InputError(f"{what} is {_called(value)}; expected a tensor or a numpy array")
+    if isinstance(value, np.ma.MaskedArray):
+        raise InputError(f"{what} is a masked array, whose mask would be lost; fill it first")
+    array = np.asarray(value)
+    if array.dtype.kind not in "fiub" or array.dtype.itemsize > 8:
+        raise InputError(f"{what} is a numpy array of {array.dtype}; expected float16, float32, float64 or integers")
+    if not array.dtype.isnative:
+        array = array.astype(array.dtype.newbyteorder("="))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nothing is written to it
+        try:
+            return torch.from_numpy(array)
+        except ValueError:  # negative strides, or steps that are no multiple of an element
+            return torch.from_numpy(array.copy())

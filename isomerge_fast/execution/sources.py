@@ -1,0 +1,153 @@
+"""The deltas of one planned tensor, made of what is read ahead."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from math import prod
+
+import torch
+from torch import Tensor
+
+from ..checkpoint.io.read_ahead import Bundle, ReadAhead
+from ..checkpoint.io.reader import Piece, Reader, whole
+from ..methods import DeltaSource, RowBlock
+from ..methods.source import Factors, Threads
+from ..planning.budget import Budget
+from ..planning.plan import TensorPlan
+from .device_copies import Uploads
+from .malloc import trim_heap
+
+Phase = Callable[[str], AbstractContextManager[None]]
+
+
+def bundle_of(plan: TensorPlan, rows: slice, experts: Sequence[int]) -> Bundle:
+    """Return some rows of the base and of some experts, to be read at once."""
+    row_shape = plan.route.view_shape[1:]
+    shape = (rows.stop - rows.start, *row_shape)
+    stored = [plan.base, *(plan.experts[index] for index in experts)]
+    return Bundle(tuple(Piece(each, rows.start * prod(row_shape), shape) for each in stored))
+
+
+def first_pass(plan: TensorPlan) -> Iterator[Bundle]:
+    """Yield what is read of a tensor in any case, and therefore ahead: the factors of an adapter before the base."""
+    if plan.factors:
+        yield Bundle(tuple(whole(stored) for stored in plan.factors))
+    for rows in plan.route.readings():
+        yield bundle_of(plan, rows, range(len(plan.experts)))
+
+
+class PlannedSource(DeltaSource):
+    """One planned tensor, whose first pass is taken from ``ahead``: the bundles of ``first_pass`` come next there.
+
+    Args:
+        reader, readers: read later passes, in parts of ``budget``.
+        threads: share out what is computed.
+        phase: ``Stopwatch.phase``.
+    """
+
+    def __init__(
+        self,
+        plan: TensorPlan,
+        ahead: Uploads,
+        reader: Reader,
+        readers: ThreadPoolExecutor,
+        threads: Threads,
+        budget: Budget,
+        device: torch.device,
+        phase: Phase,
+    ) -> None:
+        spec, shape = plan.spec, plan.route.view_shape
+        super().__init__(plan.tasks, shape, spec.dtype, device, full_spec=spec, threads=threads, wants_largest=True)
+        self._plan, self._ahead, self._phase = plan, ahead, phase
+        self._reader, self._readers, self._budget = reader, readers, budget
+        self._to_take = sum(1 for _ in first_pass(plan))
+        self._read: list[Tensor] = []  # taken last
+        self._held: list[Tensor] | None = None
+        self.read_bytes = 0
+
+    def _take(self, ahead: Uploads) -> list[Tensor]:
+        with self._phase("read"):
+            self._read = []  # the next may need its room
+            self._read = ahead.take()
+            self._to_take -= ahead is self._ahead
+            self.read_bytes += sum(tensor.nbytes for tensor in self._read)
+            # No copy: they are there. But with one thread glibc fills two arenas more, 130 MB, unless torch is called.
+            return [tensor.to(self.device) for tensor in self._read]
+
+
+class FactorSource(PlannedSource):
+    """A tensor whose deltas are given as factors: these are read first, then the base part by part, each once."""
+
+    def factors(self) -> list[Factors | None]:
+        """Return those of every task, valid until the first of ``blocks``; None where it leaves the tensor alone."""
+        read = iter(self._take(self._ahead))
+        weights = self._plan.weights or (1.0,) * self._plan.tasks
+        found: list[Factors | None] = []
+        for pair, weight in zip(self._plan.pairs, weights, strict=True):
+            if pair is None:
+                found.append(None)
+                continue
+            a, b = next(read), next(read)
+            left, right = (a.mT, b.mT) if pair.transposed else (b, a)
+            found.append(Factors(left, right, pair.scale * weight))
+        return found
+
+    def blocks(self, tasks: Sequence[int] | None = None) -> Iterator[RowBlock]:
+        """See ``DeltaSource``: rows of the base alone, once."""
+        assert tasks is not None
+        assert not tasks
+        for rows in self._plan.route.parts():
+            (base,) = self._take(self._ahead)
+            yield RowBlock(rows, (), base)
+
+
+class FileSource(PlannedSource):
+    """A tensor whose copies are in files. What is read after the first pass has buffers of its own."""
+
+    def blocks(self, tasks: Sequence[int] | None = None) -> Iterator[RowBlock]:
+        """See ``DeltaSource``."""
+        chosen = range(self.n_tasks) if tasks is None else tasks
+        if self._plan.route.holds_copies:
+            held = self._hold()
+            yield self._block(slice(0, self.shape[0]), [held[1 + task] for task in chosen], held[0], chosen)
+        elif self._to_take:
+            assert len(chosen) == self.n_tasks
+            for rows in self._plan.route.parts():
+                base, *experts = self._take(self._ahead)
+                yield self._block(rows, experts, base, chosen)
+        else:
+            trim_heap()
+            bundles = (bundle_of(self._plan, rows, chosen) for rows in self._plan.route.parts())
+            with (
+                ReadAhead(
+                    self._reader,
+                    self._readers,
+                    bundles,
+                    budget_bytes=self._budget.again,
+                    part_bytes=self._budget.cut,
+                    pinned=self.device.type == "cuda",
+                ) as again,
+                Uploads(again, self.device) as uploads,
+            ):
+                for rows in self._plan.route.parts():
+                    base, *experts = self._take(uploads)
+                    yield self._block(rows, experts, base, chosen)
+
+    def start_over(self) -> None:
+        """See ``DeltaSource``. What is held is held no more."""
+        self._held = None
+        if not self._plan.route.holds_copies:
+            while self._to_take:
+                self._take(self._ahead)
+
+    def _block(self, rows: slice, experts: Sequence[Tensor], base: Tensor, tasks: Sequence[int]) -> RowBlock:
+        weights = self._plan.weights
+        chosen = None if weights is None else [weights[task] for task in tasks]
+        return RowBlock(rows, experts, base, self._plan.experts_are_deltas, chosen)
+
+    def _hold(self) -> list[Tensor]:
+        if self._held is None:
+            self._held = self._take(self._ahead) if self._to_take else self._read
+        return self._held

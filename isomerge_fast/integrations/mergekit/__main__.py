@@ -1,0 +1,5 @@
+"""``python -m isomerge_fast.integrations.mergekit``: what ``isomerge-mergekit-yaml`` runs."""
+
+from . import main
+
+main()

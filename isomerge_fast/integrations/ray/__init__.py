@@ -1,0 +1,1 @@
+"""Merges over Ray, on many GPUs and machines."""

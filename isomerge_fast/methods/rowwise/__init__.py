@@ -1,0 +1,1 @@
+"""Merges in passes over rows: nothing of a tensor's size is held."""

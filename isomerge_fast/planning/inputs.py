@@ -1,0 +1,186 @@
+"""The checkpoints and adapters of a merge, opened, and all that keeps them from being merged: by headers alone."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..checkpoint.checks.bare_lora import bare_lora
+from ..checkpoint.checks.buffers import Buffers, settle_buffers, without
+from ..checkpoint.checks.fit import in_turn, problems_of
+from ..checkpoint.checks.quantized import quantized
+from ..checkpoint.layout import COPIED_DTYPES, DTYPE_NAMES, Checkpoint, StoredTensor, open_checkpoint
+from ..checkpoint.lora.adapter import Adapter, base_name, is_adapter, open_adapter
+from ..checkpoint.lora.output import unwritable
+from ..checkpoint.output.staging import staging_folder
+from ..config import MergeConfig
+from ..errors import ConfigError, InputError, first_of
+from ..ops import FLOAT_DTYPES
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What is merged.
+
+    Attributes:
+        experts: without the buffers that are not merged.
+        extras: tensors that one expert alone has and that are to be copied.
+        buffers: which those are that are not merged.
+    """
+
+    base: Checkpoint
+    experts: tuple[Checkpoint, ...]
+    extras: dict[str, StoredTensor]
+    buffers: Buffers
+
+
+def open_inputs(config: MergeConfig) -> Inputs:
+    """Return the base and the experts, opened, when they fit each other.
+
+    Raises:
+        ConfigError: options for another kind of experts; an output folder that is an input.
+        InputError: what cannot be opened, or does not fit; ``problems`` lists it all.
+    """
+    if is_adapter(config.base):
+        raise InputError(f"{config.base}: a LoRA adapter; the base is the checkpoint that it was trained on")
+    base = open_checkpoint(config.base)
+    opened = _open_experts(config, base)
+    if config.out is not None:
+        check_out(Path(config.out), [base, *opened])
+    unmergeable = {str(each.path): why for each in (base, *opened) if (why := _unmergeable(each)) is not None}
+    groups = [[why] for why in unmergeable.values()]
+    experts, buffers, extras = opened, Buffers(), {}
+    if str(base.path) not in unmergeable:
+        mergeable = [expert for expert in opened if str(expert.path) not in unmergeable]
+        experts, buffers = settle_buffers(base, mergeable, extras_are_copied=config.on_extra == "copy")
+        extras, conflicts = _extras(base, experts) if config.on_extra == "copy" else ({}, [])
+        adapters = [expert for expert in experts if isinstance(expert, Adapter)]
+        weights = without(base, buffers.from_base)
+        groups += [*problems_of(weights, experts, config.on_extra), [*_disagreements(adapters, config), *conflicts]]
+    problems = in_turn(groups)
+    if problems:
+        raise InputError(f"{len(problems)} problem(s) found before any output was written:", first_of(problems))
+    return Inputs(base, experts, extras, buffers)
+
+
+def check_out(out: Path, inputs: Iterable[Checkpoint]) -> None:
+    """Check that writing ``out`` replaces and deletes no input: no file of one lies, whatever links and mounts lead to
+    it, in the output folder or in that where the output is built.
+
+    Raises:
+        ConfigError: naming the file.
+    """
+    taken = [Path(os.path.realpath(out)), staging_folder(out)]
+    there = [os.stat(folder) for folder in taken if folder.is_dir()]
+    known: dict[Path, bool] = {}
+
+    def is_inside(folder: Path) -> bool:
+        if folder not in known:
+            known[folder] = (
+                folder in taken
+                or any(os.path.samestat(os.stat(folder), each) for each in there)
+                or (folder.parent != folder and is_inside(folder.parent))
+            )
+        return known[folder]
+
+    for checkpoint in inputs:
+        for path in (checkpoint.path, *checkpoint.files):
+            real = Path(os.path.realpath(path))
+            if is_inside(real if real.is_dir() else real.parent):
+                what = f"the input {checkpoint.path}" + (f" ({path.name})" if path != checkpoint.path else "")
+                raise ConfigError(f"out ({out}) is or contains {what}; choose another folder")
+
+
+def _open_experts(config: MergeConfig, base: Checkpoint) -> tuple[Checkpoint, ...]:
+    """Checkpoints, or LoRA adapters of the base: all of one kind.
+
+    Raises:
+        InputError: of both kinds, or one that cannot be opened. ConfigError: options that are for the other kind.
+    """
+    adapters = [is_adapter(path) for path in config.experts]
+    if any(adapters) and not all(adapters):
+        lines = [
+            f"{path}: {'a LoRA adapter' if adapter else 'a checkpoint'}"
+            for path, adapter in zip(config.experts, adapters, strict=True)
+        ]
+        raise InputError("experts are adapters or checkpoints, not both; merge the adapters into their base:", lines)
+    if any(adapters):
+        if config.experts_are_deltas:
+            raise ConfigError("experts_are_deltas: LoRA adapters are that by themselves; leave it out")
+        return tuple(open_adapter(path, base) for path in config.experts)
+    for key in ("adapter_rank", "on_missing", "on_other_base"):
+        if getattr(config, key) not in (None, "error"):
+            raise ConfigError(f"{key} is for experts that are LoRA adapters, and these are checkpoints")
+    return tuple(open_checkpoint(path) for path in config.experts)
+
+
+def adapts(expert: Checkpoint, name: str) -> bool:
+    """Whether an expert has, or adapts, a tensor of the base."""
+    return name in expert.tensors or (isinstance(expert, Adapter) and name in expert.pairs)
+
+
+def _disagreements(adapters: Sequence[Adapter], config: MergeConfig) -> Iterable[str]:
+    """Problems of adapters with each other."""
+    bases = {name: adapter for adapter in adapters if (name := last_part(base_name(adapter)))}
+    if len(bases) > 1 and config.on_other_base == "error":
+        found = ", ".join(f"{adapter.path} of {base_name(adapter)}" for adapter in bases.values())
+        yield (
+            f"adapters of different bases: {found} (adapter_config.json, base_model_name_or_path; "
+            "on_other_base: ignore, where these are the same weights)"
+        )
+    touched = {name for adapter in adapters for name in (*adapter.pairs, *adapter.tensors)}
+    for adapter in adapters:
+        alone = sorted(name for name in touched if not adapts(adapter, name))
+        if alone and config.on_missing == "error":
+            yield (
+                f"{adapter.path}: leaves {len(alone)} tensor(s) alone that other adapters adapt, such as {alone[0]!r} "
+                "(on_missing: zero takes their delta as zero)"
+            )
+    if config.adapter_rank is not None:
+        yield from unwritable(adapters)
+    both = sorted(
+        name for name in touched if len({name in adapter.pairs for adapter in adapters if adapts(adapter, name)}) > 1
+    )
+    if both:
+        which = f"tensor {both[0]!r} is" if len(both) == 1 else f"{len(both)} tensors, such as {both[0]!r}, are"
+        yield f"{which} adapted in one adapter and trained as a whole in another"
+
+
+def last_part(name: str | None) -> str:
+    """Of a path or a hub id, in lower case: one model is often named by both."""
+    return (name or "").rstrip("/").rpartition("/")[2].lower()
+
+
+def _extras(base: Checkpoint, experts: tuple[Checkpoint, ...]) -> tuple[dict[str, StoredTensor], list[str]]:
+    """(tensors that one expert alone has; problems with those that several have: headers do not tell if they agree)."""
+    owners: dict[str, list[StoredTensor]] = {}
+    for expert in experts:
+        for name, stored in sorted(expert.tensors.items(), key=lambda item: (str(item[1].file), item[1].start)):
+            if name not in base.tensors:
+                owners.setdefault(name, []).append(stored)
+    shared = {name: found for name, found in owners.items() if len(found) > 1}
+    problems = []
+    if shared:
+        name, found = next(iter(shared.items()))
+        where = ", ".join(f"{DTYPE_NAMES[stored.dtype]}{list(stored.shape)} in {stored.file}" for stored in found)
+        which = f"tensor {name!r} is" if len(shared) == 1 else f"{len(shared)} tensors, such as {name!r}, are"
+        problems.append(
+            f"{which} not in the base, and not in one expert alone: {where} (on_extra: copy takes what one expert "
+            "alone has, ignore leaves all of them out)"
+        )
+    return {name: found[0] for name, found in owners.items() if len(found) == 1}, problems
+
+
+def _unmergeable(checkpoint: Checkpoint) -> str | None:
+    """Return why arithmetic on a checkpoint's stored numbers would silently ruin it; None where it would not."""
+    why = quantized(checkpoint) or bare_lora(checkpoint)
+    if why is not None:
+        return why
+    mergeable = COPIED_DTYPES.union(FLOAT_DTYPES)
+    found = [stored for stored in checkpoint.tensors.values() if stored.dtype not in mergeable]
+    if not found:
+        return None
+    more = f", and {len(found) - 1} more are likewise" if len(found) > 1 else ""
+    return f"{checkpoint.path}: tensor {found[0].name!r} is {DTYPE_NAMES[found[0].dtype]}, which cannot be merged{more}"

@@ -1,0 +1,231 @@
+"""Makes the plan of a merge, and finds every error that headers alone can show.
+
+What becomes of a tensor and what is written of it (``drafts``) → which way it goes through memory, beside the largest
+budget that leaves room for all (``routes``) → its plan.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from ..checkpoint.layout import SINGLE_FILE, Checkpoint, StoredTensor
+from ..checkpoint.lora.adapter import Adapter
+from ..checkpoint.output.companions import FolderContents, contents_of
+from ..checkpoint.output.kept_metadata import kept_metadata
+from ..config import MergeConfig
+from ..errors import ConfigError, bounded, visible
+from ..linalg.arithmetic import describe_arithmetic
+from ..methods import make_method
+from ..ops import traits_of
+from .budget import Budget, budgets
+from .drafts import Draft, Drafter
+from .file_notes import file_notes_of
+from .inputs import Inputs, adapts, open_inputs
+from .notes import notes_of
+from .patterns import require_matches, rules_of
+from .plan import PROCESS_BYTES, LeftOut, Plan, TensorPlan
+from .routes import Route, choose_route, copy_route, factor_route
+
+# What is held of all tensors beside their bytes: of each copy where it lies; of the merged one its plan, journal entry
+# and report, in which there are numbers of every task; of each output where it will lie, and its checksum. A name is
+# held once, and in the journal entry a few times over. (45,000 tensors of 8 numbers, averaged: of 8 experts 4.5 kB a
+# tensor seen, 5.3 planned for; of 2 experts 2.7 and 3.7. Reports of spectral methods have 0.5 kB more.)
+COPY_METADATA_BYTES, TENSOR_METADATA_BYTES, TASK_METADATA_BYTES, OUTPUT_METADATA_BYTES = 200, 2_000, 80, 300
+NAMES_HELD = 5
+# Of that, what is in the baseline already: about a thousand tensors of eight experts.
+METADATA_IN_BASELINE_BYTES = 4_000_000
+# Of a GPU's memory, where no ceiling is given: the rest is for its context, for libraries' workspaces, and for what
+# blocks of many sizes leave between them. (Not tried to the limit: merges under a ceiling of 8 GiB reserved 3.7 and 6.4
+# GiB on an H200.)
+GPU_MEMORY_SHARE = 0.85
+
+
+def make_plan(
+    config: MergeConfig,
+    device: torch.device | None = None,
+    *,
+    max_ram: int | None = None,
+    max_vram: int | None = None,
+    is_new: bool = True,
+) -> Plan:
+    """Read headers, decide what becomes of every tensor, and find every error that can be found that way.
+
+    Args:
+        device: where it is to run, which decides the solvers; the CPU when None.
+        max_ram, max_vram: ceilings in bytes, which leave out solvers that need more; ``check_resources`` refuses what
+            cannot be met.
+        is_new: False of a merge that is done, whose patterns may match nothing: earlier releases took that.
+
+    Raises:
+        ConfigError: method, options or patterns that do not fit; output folder that is an input.
+        InputError: checkpoints that cannot be opened or do not fit each other; ``problems`` lists them all.
+    """
+    device = device or torch.device("cpu")
+    method = make_method(config.method, config.options)
+    overrides = [(override.match, make_method(override.method, override.options)) for override in config.overrides]
+    inputs = open_inputs(config)
+    base, experts, extras = inputs.base, inputs.experts, inputs.extras
+    left_out = _left_out(base, experts, extras)
+    if is_new:
+        unused = [*(name for each in left_out for name in each.tensors), *(b.name for b in inputs.buffers.left_out)]
+        require_matches(rules_of(config), [*base.tensors, *extras], unused)
+    drafts = _draft_all(inputs, Drafter(config, experts, method, overrides))
+    metadata = _metadata_bytes(base, experts, drafts)
+    ceiling = None if max_ram is None else max_ram - metadata
+    budget, routes = _choose_routes(drafts, device, ceiling, max_vram, config.adapter_rank)
+    tensors = tuple(_plan_tensors(drafts, routes, device, config.experts_are_deltas))
+    if config.stochastic_rounding is not None and not any(plan.rounding_seed is not None for plan in tensors):
+        raise ConfigError("stochastic_rounding: no merged tensor is written as bfloat16 (dtype: bfloat16 does that)")
+    made = Plan(
+        config,
+        base,
+        experts,
+        tensors,
+        _contents(base, experts, config),
+        _metadata(base, config),
+        budget,
+        metadata,
+        describe_arithmetic(device),
+        usable_memory_bytes(device),
+        buffers=inputs.buffers,
+        left_out=left_out,
+    )
+    # Names of files may hold bytes that are no text, and no JSON.
+    return replace(made, notes=tuple(bounded(map(visible, (*notes_of(made), *file_notes_of(made))))))
+
+
+def _contents(base: Checkpoint, experts: Sequence[Checkpoint], config: MergeConfig) -> FolderContents:
+    if not base.is_folder or config.adapter_rank is not None:
+        return FolderContents()
+    merged = [path.name for path in base.files] + ([base.index_name] if base.index_name else [])
+    is_model = not config.experts_are_deltas  # a Δ has no parts
+    checkpoints = [expert.path for expert in experts if is_model and not isinstance(expert, Adapter)]
+    return contents_of(base.path, merged, checkpoints, config.method)
+
+
+def _metadata(base: Checkpoint, config: MergeConfig) -> dict[str, dict[str, str]]:
+    """Return what the headers of the output's files say beside their tensors."""
+    if config.adapter_rank is not None:
+        return {}
+    return {
+        path.name if base.is_folder else SINGLE_FILE: kept_metadata(identity.metadata)[0]
+        for path, identity in base.files.items()
+    }
+
+
+def _left_out(
+    base: Checkpoint, experts: Sequence[Checkpoint], extras: Mapping[str, StoredTensor]
+) -> tuple[LeftOut, ...]:
+    """What the experts have and the output will not, of those that have something of the kind."""
+    return tuple(
+        LeftOut(expert, {name: expert.tensors[name] for name in sorted(names)})
+        for expert in experts
+        if (names := expert.tensors.keys() - base.tensors.keys() - extras.keys())
+    )
+
+
+def _draft_all(inputs: Inputs, drafter: Drafter) -> list[Draft]:
+    """Return the drafts of all tensors, in the order in which their bytes lie in the base's files; extras last."""
+    base, is_folder = inputs.base, inputs.base.is_folder
+    order = sorted(base.tensors.values(), key=lambda stored: (str(stored.file), stored.start))
+    if drafter.config.adapter_rank is not None:
+        order = [stored for stored in order if any(adapts(expert, stored.name) for expert in inputs.experts)]
+    drafts = [drafter.draft(stored.name, stored, stored.file.name if is_folder else SINGLE_FILE) for stored in order]
+    last = drafts[-1].shard if drafts else SINGLE_FILE
+    extras = [drafter.draft(name, stored, last, is_extra=True) for name, stored in inputs.extras.items()]
+    return drafts + extras
+
+
+def _metadata_bytes(base: Checkpoint, experts: Sequence[Checkpoint], drafts: Sequence[Draft]) -> int:
+    """Return what is held of all tensors beside their bytes, as far as the baseline has no room for it."""
+    copies = len(base.tensors) + sum(expert.stored_tensors for expert in experts)
+    held = COPY_METADATA_BYTES * copies
+    for draft in drafts:
+        outputs = draft.written_tensors
+        names = (NAMES_HELD + outputs) * sys.getsizeof(draft.name)
+        held += TENSOR_METADATA_BYTES + TASK_METADATA_BYTES * draft.tasks
+        held += OUTPUT_METADATA_BYTES * outputs + names
+    return max(0, held - METADATA_IN_BASELINE_BYTES)
+
+
+def _choose_routes(
+    drafts: Sequence[Draft], device: torch.device, max_ram: int | None, max_vram: int | None, adapter_rank: int | None
+) -> tuple[Budget, dict[tuple[Any, ...], Route]]:
+    """Return the largest budget beside which every tensor fits, and the route of every ``kind`` of drafts.
+
+    Where there is no such budget it is the smallest, which says what is needed.
+    """
+    on_gpu = device.type == "cuda"
+    if on_gpu and max_vram is None:
+        max_vram = usable_memory_bytes(device)
+    host = None if max_ram is None else max(0, max_ram - PROCESS_BYTES)
+    kinds: dict[tuple[Any, ...], Draft] = {}
+    for draft in drafts:
+        kinds.setdefault(draft.kind, draft)
+    merged = [draft for draft in kinds.values() if draft.method and not draft.method.any_shape]
+    largest = max((draft.copies_bytes for draft in merged), default=0)
+    budget, routes = Budget(0, None), {}
+    for budget in budgets(largest, host=host, vram=max_vram, on_gpu=on_gpu):
+        routes = {kind: _route_of(draft, budget, device, adapter_rank) for kind, draft in kinds.items()}
+        if budget.work is None or all(route.work_bytes <= budget.work for route in routes.values()):
+            break
+    return budget, routes
+
+
+def _route_of(draft: Draft, budget: Budget, device: torch.device, adapter_rank: int | None) -> Route:
+    if draft.method is None:
+        return copy_route(draft.base.shape, draft.traffic, budget)
+    if not draft.pairs:
+        return choose_route(draft.method, draft.spec, draft.traffic, budget, device)
+    return factor_route(
+        draft.method,
+        draft.spec,
+        draft.traffic,
+        budget,
+        device,
+        tasks=len(draft.pairs),
+        rank=draft.rank,
+        adapter_rank=adapter_rank,
+    )
+
+
+def _plan_tensors(
+    drafts: Sequence[Draft], routes: Mapping[tuple[Any, ...], Route], device: torch.device, experts_are_deltas: bool
+) -> Iterator[TensorPlan]:
+    """Yield the plans of all tensors. Those of a model's layers are explained once."""
+    known: dict[tuple[Any, ...], tuple[str, float]] = {}
+    for draft in drafts:
+        kind = draft.kind
+        route, key = routes[kind], (kind, draft.reason)
+        if key not in known:
+            reason = route.reason(draft.spec, draft.tasks, device, draft.reason)
+            known[key] = sys.intern(reason), route.flops(draft.spec, draft.tasks)
+        reason, flops = known[key]
+        yield TensorPlan(
+            draft.spec,
+            draft.merged,
+            draft.scalings,
+            reason,
+            draft.base,
+            draft.experts,
+            draft.pairs,
+            route,
+            flops,
+            draft.shard,
+            draft.rounding_seed,
+            experts_are_deltas,
+            draft.weights,
+        )
+
+
+def usable_memory_bytes(device: torch.device) -> int:
+    """Return what a merge without a ceiling may take of a GPU: a share of all of its memory.
+
+    Not of what is free: the same merge on the same kind of GPU is to give the same bytes.
+    """
+    return int(GPU_MEMORY_SHARE * traits_of(device).memory_bytes)
