@@ -304,7 +304,7 @@ def test_certificates_are_reported(tmp_path: Path) -> None:
 )
 def test_what_torch_is_told_before_it_is_loaded(given: dict[str, str], expected: tuple[str | None, str | None]) -> None:
     code = (
-        "import os, sys, isomerge_fast.cli as cli\n"
+        "import os, sys, isomerge_fast.cli.commands as cli\n"
         "assert 'torch' not in sys.modules\n"
         "cli._exit_code = lambda: print(os.environ.get('PYTORCH_ALLOC_CONF'), os.environ.get('GOMP_SPINCOUNT')) or 0\n"
         "cli.main()"
