@@ -29,17 +29,17 @@ test-slow: $(VENV)/.installed-test ## run only the tests marked slow, and those 
 	$(BIN)/pytest -m 'slow or long'
 
 faults: $(VENV)/.installed-test ## kills, pairs without locks, failing disks and fuzzed inputs (about 40 minutes on one core)
-	$(BIN)/python tests/fault_driver.py --points 10000
-	$(BIN)/python tests/fault_pairs.py --pairs 100
-	$(BIN)/python tests/fault_disk.py --rounds 100
-	$(BIN)/python tests/fault_fuzz.py --inputs 100000
+	$(BIN)/python tests/support/fault_driver.py --points 10000
+	$(BIN)/python tests/support/fault_pairs.py --pairs 100
+	$(BIN)/python tests/support/fault_disk.py --rounds 100
+	$(BIN)/python tests/support/fault_fuzz.py --inputs 100000
 
 # One thread: the matrices are small.
 fuzz-numerics: $(VENV)/.installed-test ## 10,000 random merges of 500 families and more against the oracle (3 minutes on one core)
-	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python tests/fuzz_numerics.py
+	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python tests/support/fuzz_numerics.py
 
 fuzz-doors: $(VENV)/.installed-test ## every verb and public function with wrong types and damaged files: make fuzz-doors N=200000 SEED=0
-	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python tests/fuzz_doors.py --draws $(N) --seed $(SEED)
+	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python tests/support/fuzz_doors.py --draws $(N) --seed $(SEED)
 
 bench: $(VENV)/.installed-bench ## time and error beside numpy, torch, FusionBench, mergekit (under 10 minutes on 2 cores)
 	$(BIN)/python -m benchmarks.run
@@ -60,7 +60,7 @@ kernels: $(VENV)/.installed-test ## compile every kernel for every target and wr
 	$(BIN)/python -m benchmarks.compile_table --write docs/kernels.md
 
 numerics: $(VENV)/.installed-test ## measure the error tables of docs/numerics.md anew
-	$(BIN)/python tests/error_table.py --write docs/numerics.md
+	$(BIN)/python tests/support/error_table.py --write docs/numerics.md
 
 lint: $(VENV)/.installed-dev ## ruff and pyright, nothing rewritten
 	$(BIN)/ruff check

@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import save_folder
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 
+from checkpoints import save_folder
 from isomerge_fast.checkpoint.io.reader import Reader, files_of, whole
 from isomerge_fast.checkpoint.layout import Checkpoint, open_checkpoint
 from isomerge_fast.checkpoint.lora.adapter import (

@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import oracle
 import pytest
 import torch
-from adapters import ADAPTED, PREFIX, SHAPES, delta_of, draw_factors, make_adapters, make_base, save_adapter
-from checkpoints import listing, load_folder, save_folder
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import isomerge_fast as imf
+import oracle
+from adapters import ADAPTED, PREFIX, SHAPES, delta_of, draw_factors, make_adapters, make_base, save_adapter
+from checkpoints import listing, load_folder, save_folder
 from isomerge_fast.cli.commands import app
 from isomerge_fast.config import load_config
 from isomerge_fast.execution.report import Progress

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import make_family, save_folder
 from typer.testing import CliRunner
 
 import isomerge_fast as imf
+from checkpoints import make_family, save_folder
 from isomerge_fast.bench import ceilings, estimate, samples, short
 from isomerge_fast.bench.ceilings import Ceilings
 from isomerge_fast.bench.estimate import Estimate, estimate_merge, group_plans

@@ -12,9 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import oracle
 import pytest
 import torch
+
+import oracle
 
 pytest.importorskip("pytest_benchmark")
 
@@ -39,7 +40,7 @@ def alone() -> pytest.MonkeyPatch:
     patch = pytest.MonkeyPatch()
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
         patch.setenv(name, "1")
-    patch.setenv("PYTHONPATH", str(ROOT / "tests"))
+    patch.setenv("PYTHONPATH", str(ROOT / "tests" / "support"))
     return patch
 
 

@@ -16,11 +16,11 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import make_base, save_folder
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from checkpoints import make_base, save_folder
 from isomerge_fast.checkpoint.io.checksum import Checksum
 from isomerge_fast.checkpoint.io.reader import Reader, files_of, whole
 from isomerge_fast.checkpoint.io.writer import OutputTensor, ShardWriter, create_shard

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import Case
-from checkpoints import load_folder, make_family, save_folder
 from typer.testing import CliRunner
 
 import isomerge_fast as imf
+from cases import Case
+from checkpoints import load_folder, make_family, save_folder
 from isomerge_fast.cli.commands import app, parse_bytes
 from isomerge_fast.cli.render import group_tensors
 from isomerge_fast.errors import ConfigError
@@ -320,7 +320,7 @@ def test_what_cannot_wait_is_said_on_standard_error(tmp_path: Path) -> None:
     base, experts = make_family(tmp_path, tasks=1)
     config = {"base": str(base), "experts": [str(experts[0])], "method": "mean", "out": str(tmp_path / "out")}
     stopped = (
-        "import sys, isomerge_fast as imf\nfrom isomerge_fast import engine\n"
+        "import sys, isomerge_fast as imf\nfrom isomerge_fast.execution import engine\n"
         "def stop(*_): raise SystemExit\nengine.merge_item = stop\n"
         f"imf.merge({config!r}, threads=1)"
     )

@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import listing, make_base, make_expert, save_folder
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import isomerge_fast as imf
+from checkpoints import listing, make_base, make_expert, save_folder
 from isomerge_fast.checkpoint import submodules
 from isomerge_fast.checkpoint.output import companions
 from isomerge_fast.checkpoint.output.companions import LeftBehind, sort_folder

@@ -5,10 +5,11 @@ import re
 import sys
 from pathlib import Path
 
-import oracle
 import pytest
 import torch
 from safetensors.torch import load_file
+
+import oracle
 
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")

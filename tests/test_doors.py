@@ -13,14 +13,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import fuzz_doors
 import numpy as np
 import pytest
 import torch
-from checkpoints import listing, make_base, make_expert, make_family
 from test_cli import flags, invoke
 
+import fuzz_doors
 import isomerge_fast as imf
+from checkpoints import listing, make_base, make_expert, make_family
 from isomerge_fast import functional
 from isomerge_fast.checkpoint.output.sealed import write_sealed
 from isomerge_fast.config import load_config
@@ -68,7 +68,7 @@ def test_the_fuzz_sees(seen: str, monkeypatch: pytest.MonkeyPatch) -> None:
         "an input that was changed": "base/config.json was changed",
     }
     assert expected[seen] in wrong
-    assert "python tests/fuzz_doors.py --seed 0 --first" in wrong
+    assert "python tests/support/fuzz_doors.py --seed 0 --first" in wrong
 
 
 # --- a shell ----------------------------------------------------------------------------------------------------------

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+
 from adapters import make_adapters
 from checkpoints import make_base, make_expert, make_family, save_folder
-
 from isomerge_fast.config import MergeConfig, load_config
 from isomerge_fast.errors import ConfigError
 from isomerge_fast.execution.worker import Job

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from adapters import make_adapters
-from checkpoints import save_folder
 
 import isomerge_fast as imf
+from adapters import make_adapters
+from checkpoints import save_folder
 from isomerge_fast.config import load_config
 from isomerge_fast.planning.drift.config import _flat, config_differences
 from isomerge_fast.planning.drift.tokenizer import TOKENIZER, Beside, tokenizer_differences

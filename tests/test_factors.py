@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-import oracle
 import pytest
 import torch
-from allocation import peak_bytes
 
 import isomerge_fast as imf
+import oracle
+from allocation import peak_bytes
 from isomerge_fast.methods import METHODS, IsoC, IsoCTS, Mean, Method, NotFiniteError, TaskArithmetic, TensorSpec
 from isomerge_fast.methods.factors import Factors, LowRank, merge_factors
 from isomerge_fast.planning.budget import Budget

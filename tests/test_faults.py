@@ -21,12 +21,12 @@ from typing import Any
 
 import pytest
 import torch
+
+import isomerge_fast as imf
 from checkpoints import listing, load_folder, make_base, make_expert, make_family, save_folder
 from fault_driver import difference, make_families, state_of
 from fault_fuzz import fuzz
 from fault_runs import CHANGES, KINDS, Fault, Outcome, WarmProcess, build_shim, compiler
-
-import isomerge_fast as imf
 from isomerge_fast.checkpoint.io.reader import Reader, files_of, whole
 from isomerge_fast.checkpoint.io.writer import ShardWriter
 from isomerge_fast.checkpoint.layout import open_checkpoint
@@ -37,7 +37,7 @@ from isomerge_fast.methods import as_deltas
 from isomerge_fast.planning.plan import check_resources
 from isomerge_fast.planning.planner import make_plan
 
-HERE = Path(__file__).resolve().parent
+SUPPORT = Path(__file__).resolve().parent / "support"
 KILL_POINTS, FUZZED_INPUTS = 200, 500
 MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 Family = tuple[Path, list[Path]]
@@ -137,7 +137,7 @@ def point(memory: Path, warm: WarmProcess, families: dict[str, Family]) -> Point
 def test_sigkill_at_any_moment_then_resume_ends_in_the_same_bytes(shim: Path) -> None:
     """Kills, errors and short writes at random calls of eight kinds of merge."""
     folder = MEMORY or tempfile.gettempdir()
-    command = [sys.executable, str(HERE / "fault_driver.py"), "--points", str(KILL_POINTS), "--folder", folder]
+    command = [sys.executable, str(SUPPORT / "fault_driver.py"), "--points", str(KILL_POINTS), "--folder", folder]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "LD_PRELOAD": ""}, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert ", 0 wrong outputs" in done.stdout

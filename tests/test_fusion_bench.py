@@ -16,7 +16,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import peers
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -24,6 +23,7 @@ from support.fused_passes import fused_passes
 from torch import Tensor, nn
 
 import isomerge_fast as imf
+import peers
 from benchmarks.harness import peers as harness
 from isomerge_fast.checkpoint.io.reader import Reader
 

@@ -9,10 +9,9 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from checkpoints import listing, make_family, save_folder
-from pretend_gpu import A100, CUDA, H100, pretend_gpu
 
 import isomerge_fast as imf
+from checkpoints import listing, make_family, save_folder
 from isomerge_fast.checkpoint.io.ring import Ring
 from isomerge_fast.checkpoint.io.writer import ShardWriter
 from isomerge_fast.execution.engine import resolve_device, run
@@ -22,6 +21,7 @@ from isomerge_fast.planning import budget as budgets_module
 from isomerge_fast.planning.budget import budgets
 from isomerge_fast.planning.planner import make_plan
 from isomerge_fast.planning.routes import Resident, Route, Streamed, Traffic, choose_route
+from pretend_gpu import A100, CUDA, H100, pretend_gpu
 
 CEILING = 64 << 20
 

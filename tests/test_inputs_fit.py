@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import load_folder, save_folder
 from test_inputs_refused import problems
 from torch import Tensor
 
 import isomerge_fast as imf
+from checkpoints import load_folder, save_folder
 from isomerge_fast.checkpoint.checks.prefixes import MOST_PREFIXES, find_prefixes
 from isomerge_fast.config import load_config
 from isomerge_fast.execution.verify import verify

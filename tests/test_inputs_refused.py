@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import save_folder
 from safetensors.torch import save_file
 from torch import Tensor
 
 import isomerge_fast as imf
+from checkpoints import save_folder
 from isomerge_fast.config import load_config
 from isomerge_fast.planning.planner import make_plan
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_checks import CHECKS, LARGE, Check
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -17,6 +16,7 @@ from isomerge_fast.linalg.polar_gram import GramNewtonSchulz
 from isomerge_fast.methods import METHODS, MemoryDeltas
 from isomerge_kernels import apply_delta, launchers, reference, symmetric_matmul, task_sum
 from isomerge_kernels.devices import DeviceTraits
+from kernel_checks import CHECKS, LARGE, Check
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

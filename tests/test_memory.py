@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import save_folder
 
 from benchmarks.headers import config_of, save_headers
+from checkpoints import save_folder
 from isomerge_fast.execution.engine import run
 from isomerge_fast.planning import budget as budgets_module
 from isomerge_fast.planning import planner as planning

@@ -11,19 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import oracle
 import pytest
 import torch
 import yaml
-from checkpoints import listing, load_folder
-from peers import need
 from support.fused_passes import fused_passes
 from torch import Tensor
 
 import isomerge_fast as imf
+import oracle
+from checkpoints import listing, load_folder
 from isomerge_fast.config import load_config
 from isomerge_fast.errors import ConfigError, InputError
 from isomerge_fast.integrations.mergekit.registration import main, register_all
+from peers import need
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when transformers is imported: nothing here may ask a network
 need("mergekit", "mergekit")

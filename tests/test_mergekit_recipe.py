@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import yaml
-from checkpoints import load_folder, make_family
 
 import isomerge_fast as imf
+from checkpoints import load_folder, make_family
 from isomerge_fast.config import load_config
 from isomerge_fast.errors import ConfigError
 from isomerge_fast.parsing.mergekit_recipe import is_recipe, read_recipe

@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import oracle
 import pytest
 import torch
-from pretend_gpu import H100, pretend_gpu
 
 import isomerge_fast as imf
+import oracle
 from isomerge_fast.errors import ConfigError, InputError
 from isomerge_fast.linalg.gram_eigh import GramEigh
 from isomerge_fast.linalg.svd import FullSvd
@@ -19,6 +18,7 @@ from isomerge_fast.methods import METHODS, MemoryDeltas, TensorSpec, as_deltas, 
 from isomerge_fast.methods.iso_cts import split_rank
 from isomerge_kernels import devices
 from isomerge_kernels.devices import DeviceTraits
+from pretend_gpu import H100, pretend_gpu
 
 # Errors promised for full-rank fp32 input; measured at most 4e-7 and 3e-13 on these cases.
 DEFAULT_BOUND, REFERENCE_BOUND = 1e-5, 1e-9

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import oracle
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch.nn.functional import cosine_similarity, cross_entropy, normalize
 
 import isomerge_fast as imf
+import oracle
 from isomerge_fast.linalg.auto import TOLERANCES
 from isomerge_fast.methods import as_deltas, make_method
 

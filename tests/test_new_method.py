@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from adapters import make_adapters
-from checkpoints import listing, make_base, make_expert, save_folder
 from safetensors.torch import load_file
 
 import isomerge_fast as imf
+from adapters import make_adapters
+from checkpoints import listing, make_base, make_expert, save_folder
 from isomerge_fast.checkpoint.output.manifest import MANIFEST_FILE
 from isomerge_fast.config import load_config
 from isomerge_fast.errors import ConfigError, VerificationError

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from checkpoints import make_family, save_folder
 
 import isomerge_fast as imf
+from checkpoints import make_family, save_folder
 from isomerge_fast.checkpoint.layout import open_checkpoint
 from isomerge_fast.config import load_config
 from isomerge_fast.errors import MAX_CHARACTERS, MAX_REMARKS, bounded

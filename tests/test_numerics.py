@@ -5,18 +5,17 @@ from __future__ import annotations
 import math
 from functools import lru_cache
 
-import fuzz_numerics
 import numpy as np
-import oracle
 import pytest
 import torch
-from allocation import peak_bytes
-from cases import CASES, Case
-from pretend_gpu import CUDA, H100, RTX5090, PretendTensor, pretend_gpu
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import fuzz_numerics
 import isomerge_fast as imf
+import oracle
+from allocation import peak_bytes
+from cases import CASES, Case
 from isomerge_fast.linalg.auto import TOLERANCES, polar_candidates
 from isomerge_fast.linalg.certificate import PROBES, fixed_draw, orthogonality, probes, symmetry
 from isomerge_fast.linalg.gram_eigh import GramEigh
@@ -29,6 +28,7 @@ from isomerge_fast.methods import MemoryDeltas, MergeStats, TensorSpec, as_delta
 from isomerge_fast.methods.rowwise.polar import chunk_rows
 from isomerge_kernels import devices, reference
 from isomerge_kernels.devices import DeviceTraits
+from pretend_gpu import CUDA, H100, RTX5090, PretendTensor, pretend_gpu
 
 METHODS = ("iso-c", "iso-cts")
 CPU = torch.device("cpu")

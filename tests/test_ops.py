@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from pretend_gpu import A100, H100, RTX5090, PretendTensor, pretend_gpu
 
 from isomerge_fast import ops
 from isomerge_kernels.devices import DeviceTraits
+from pretend_gpu import A100, H100, RTX5090, PretendTensor, pretend_gpu
 
 SHAPES = {
     "square": (64, 64),

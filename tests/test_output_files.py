@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import load_folder, make_base, make_expert, make_family, save_folder
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import isomerge_fast as imf
+from checkpoints import load_folder, make_base, make_expert, make_family, save_folder
 from isomerge_fast.checkpoint.output import kept_metadata
 from isomerge_fast.checkpoint.output.model_card import MAX_NOTES, model_card
 from isomerge_fast.config import load_config

@@ -8,10 +8,10 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
-from allocation import peak_bytes
 from torch import Tensor
 
 import isomerge_fast as imf
+from allocation import peak_bytes
 from isomerge_fast.errors import ConfigError
 from isomerge_fast.methods import DeltaSource, Elementwise, MemoryDeltas, MergeStats, Method, NotFiniteError, TensorSpec
 from isomerge_fast.methods.factors import Factors, merge_factors

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from adapters import make_adapters
-from checkpoints import load_folder, make_base, make_expert, make_family, save_folder
 
 import isomerge_fast as imf
+from adapters import make_adapters
+from checkpoints import load_folder, make_base, make_expert, make_family, save_folder
 from isomerge_fast.config import MergeConfig, WeightRule, load_config
 from isomerge_fast.methods import IsoC, Mean, Method, TensorSpec, method_for
 from isomerge_fast.parsing.shell_patterns import first_match, globs_of

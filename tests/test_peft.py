@@ -8,12 +8,12 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import peers
 import pytest
 import torch
 from torch import Tensor, nn
 
 import isomerge_fast as imf
+import peers
 from isomerge_fast.checkpoint.io.reader import Reader, files_of, whole
 from isomerge_fast.checkpoint.layout import open_checkpoint
 from isomerge_fast.checkpoint.lora import adapter as adapter_module

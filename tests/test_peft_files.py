@@ -8,13 +8,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import peers
 import pytest
 import torch
-from checkpoints import load_folder
 from torch import Tensor
 
 import isomerge_fast as imf
+import peers
+from checkpoints import load_folder
 from isomerge_fast.execution.verify import verify
 
 peers.need("peft", "peft")

@@ -5,13 +5,12 @@ from __future__ import annotations
 from itertools import pairwise
 
 import numpy as np
-import oracle
 import pytest
 import torch
-from allocation import peak_bytes
-from pretend_gpu import H100, pretend_gpu
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import oracle
+from allocation import peak_bytes
 from isomerge_fast.linalg.certificate import symmetry
 from isomerge_fast.linalg.polar_express import PolarExpress, Quintic, minimax_quintic, quintics
 from isomerge_fast.linalg.polar_gram import GramNewtonSchulz, split
@@ -23,6 +22,7 @@ from isomerge_fast.linalg.spectrum import RESOLUTION, singular_range
 from isomerge_fast.linalg.svd import FullSvd
 from isomerge_kernels import devices
 from isomerge_kernels.devices import DeviceTraits
+from pretend_gpu import H100, pretend_gpu
 
 SINGLE, DOUBLE = torch.float32, torch.float64
 SOLVERS = [PolarExpress(), PolarExpress(SINGLE), GramNewtonSchulz(), GramNewtonSchulz(SINGLE), Qdwh(), Qdwh(SINGLE)]

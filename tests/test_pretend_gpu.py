@@ -6,13 +6,13 @@ from functools import lru_cache
 
 import pytest
 import torch
-from pretend_gpu import CUDA, PretendGpu, PretendTensor, pretend_gpu
 from torch import Tensor
 
 from isomerge_fast.bench.problems import Kind, deltas_like_fine_tuning
 from isomerge_fast.linalg import subspace_chebyshev
 from isomerge_fast.linalg.gram_eigh import GramFactorization
 from isomerge_fast.methods import METHODS, IsoC, IsoCTS, MemoryDeltas, MergeStats
+from pretend_gpu import CUDA, PretendGpu, PretendTensor, pretend_gpu
 
 TASKS = 8
 # Launches of torch's operations and of ours, reads of the device and uploads of one merge of 8 tasks, at most.

@@ -22,19 +22,18 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import adapters
-import peers
 import psutil
 import pytest
 import test_memory
 import torch
+from typer.testing import CliRunner
+
+import adapters
+import isomerge_fast as imf
+import peers
 from checkpoints import load_folder, make_expert, save_folder
 from executors import runs_of
 from fault_driver import difference, make_families, state_of
-from ray_faults import Given, Machine, journals
-from typer.testing import CliRunner
-
-import isomerge_fast as imf
 from isomerge_fast.checkpoint.output.staging import staging_folder
 from isomerge_fast.cli.commands import app
 from isomerge_fast.errors import InputChangedError, MissingPackageError, UnreadableError
@@ -42,6 +41,7 @@ from isomerge_fast.execution.report import Progress, Report
 from isomerge_fast.execution.worker import WorkResult
 from isomerge_fast.integrations.ray import executor
 from isomerge_fast.planning.plan import Plan
+from ray_faults import Given, Machine, journals
 
 peers.need("ray", "ray")
 

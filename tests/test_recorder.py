@@ -13,8 +13,7 @@ from torch import Tensor
 
 
 @pytest.fixture
-def recorder(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(str(Path(__file__).parent / "support"))
+def recorder() -> Any:
     return import_module("record_outputs")
 
 

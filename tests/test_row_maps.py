@@ -8,20 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import oracle
 import pytest
 import torch
-from allocation import peak_bytes
-from cases import Case
-from checkpoints import load_folder, save_folder
-from pretend_gpu import pretend_gpu
-from row_sources import Rows, by_rows, rows_of
 from torch import Tensor
 
 import isomerge_fast as imf
+import oracle
+from allocation import peak_bytes
+from cases import Case
+from checkpoints import load_folder, save_folder
 from isomerge_fast.methods import MergeStats, NotFiniteError, TensorSpec, as_deltas, make_method
 from isomerge_fast.methods.rowwise.polar import product_rounding
 from isomerge_fast.planning.plan import PROCESS_BYTES
+from pretend_gpu import pretend_gpu
+from row_sources import Rows, by_rows, rows_of
 
 BOUND = 1e-5  # relative Frobenius error, the promise of precision "default"
 SPECTRAL = ["iso-c", "iso-cts"]

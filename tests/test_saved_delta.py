@@ -5,14 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import oracle
 import pytest
 import torch
-from checkpoints import load_folder, save_folder
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import isomerge_fast as imf
+import oracle
+from checkpoints import load_folder, save_folder
 from isomerge_fast.checkpoint.output.manifest import MANIFEST_FILE
 from isomerge_fast.cli.commands import app
 from isomerge_fast.execution.verify import verify

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from pretend_gpu import H100
 
 from benchmarks import headers
 from benchmarks.headers import config_of, qwen3_moe, save_headers
@@ -21,6 +20,7 @@ from isomerge_fast.planning.cost import estimate_seconds
 from isomerge_fast.planning.plan import PROCESS_BYTES, check_resources
 from isomerge_fast.planning.planner import METADATA_IN_BASELINE_BYTES, make_plan
 from isomerge_kernels import devices
+from pretend_gpu import H100
 
 # Experts merged, billions of parameters: as published; of GLM-4.5 as stored, with its layer for multi-token prediction.
 MODELS: dict[str, tuple[int, float]] = {

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoints import listing, make_base, make_family
 from test_merge import config_of
 
 import isomerge_fast as imf
+from checkpoints import listing, make_base, make_family
 from isomerge_fast.checkpoint.io import writer as writing
 from isomerge_fast.checkpoint.output.journal import Entries
 from isomerge_fast.checkpoint.output.staging import Staging, run_folders, staging_folder
@@ -30,7 +30,7 @@ from isomerge_fast.execution.worker import Job, WorkResult
 from isomerge_fast.planning.plan import Plan
 from isomerge_fast.planning.planner import make_plan
 
-HERE = Path(__file__).resolve().parent
+SUPPORT = Path(__file__).resolve().parent / "support"
 
 
 @pytest.fixture
@@ -166,7 +166,7 @@ def test_a_second_run_is_refused_where_locks_do_nothing(tmp_path: Path, no_locks
 
 def test_pairs_of_merges_where_locks_do_nothing() -> None:
     folder = "/dev/shm" if Path("/dev/shm").is_dir() else tempfile.gettempdir()
-    command = [sys.executable, str(HERE / "fault_pairs.py"), "--pairs", "6", "--seed", "3", "--folder", folder]
+    command = [sys.executable, str(SUPPORT / "fault_pairs.py"), "--pairs", "6", "--seed", "3", "--folder", folder]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "6 pairs, 0 wrong outputs" in done.stdout

@@ -12,15 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import oracle
 import pytest
 import torch
-from allocation import peak_bytes
-from checkpoints import load_folder, make_base, make_expert, make_family, save_folder
 from support.fused_passes import fused_passes
 from torch import Tensor
 
 import isomerge_fast as imf
+import oracle
+from allocation import peak_bytes
+from checkpoints import load_folder, make_base, make_expert, make_family, save_folder
 from isomerge_fast import functional
 from isomerge_fast.checkpoint.io.reader import Reader
 from isomerge_fast.execution import memory_inputs

@@ -15,11 +15,10 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import save_folder
-from pretend_gpu import pretend_gpu
 from torch import Tensor
 
 import isomerge_fast as imf
+from checkpoints import save_folder
 from isomerge_fast.checkpoint.io import reader as reader_module
 from isomerge_fast.checkpoint.io.checksum import Checksum
 from isomerge_fast.checkpoint.io.direct_io import copy_bytes
@@ -39,6 +38,7 @@ from isomerge_fast.planning.budget import Budget, budgets
 from isomerge_fast.planning.plan import Plan, TensorPlan
 from isomerge_fast.planning.planner import make_plan
 from isomerge_fast.planning.routes import Copied, Resident, Route, Rowwise, Streamed, Traffic, choose_route
+from pretend_gpu import pretend_gpu
 
 MIB = 1 << 20
 SIZES = {"large": 5 * MIB + 3, "small": 77, "empty": 0, "scalar": 1, "page": 4096, "next": 3 * MIB}

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from checkpoints import listing, make_family, save_folder
 
 import isomerge_fast as imf
+from checkpoints import listing, make_family, save_folder
 from isomerge_fast.cli import commands
 from isomerge_fast.cli.render import print_report
 from isomerge_fast.cli.terminal import stoppable

@@ -17,12 +17,12 @@ from typing import Any
 
 import pytest
 import torch
-from adapters import make_adapters
-from checkpoints import listing, make_base, make_expert, make_family, save_folder
-from executors import InTurn, runs_of
 from safetensors.torch import save_file
 
 import isomerge_fast as imf
+from adapters import make_adapters
+from checkpoints import listing, make_base, make_expert, make_family, save_folder
+from executors import InTurn, runs_of
 from isomerge_fast.checkpoint.io import writer as writing
 from isomerge_fast.checkpoint.io.writer import OutputTensor, ShardWriter, create_shard
 from isomerge_fast.checkpoint.output.journal import Entries, ItemJournal, ItemProgress, Journal, item_journal
@@ -300,7 +300,8 @@ def described() -> list[OutputTensor]:
 def another_process(path: Path, names: list[str]) -> Iterator[subprocess.Popen[str]]:
     """Holds a writer of some of the file's tensors; writes them when it is told to, and ends."""
     code = (
-        "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path; import test_units as t\n"
+        "import sys; sys.path[:0] = sys.argv[1], sys.argv[1] + '/support'\n"
+        "from pathlib import Path; import test_units as t\n"
         "names = sys.argv[3].split(',')\n"
         "writer = t.ShardWriter(Path(sys.argv[2]), t.described(), names=names)\n"
         "print('open', flush=True); sys.stdin.readline()\n"

@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import listing, save_folder
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import isomerge_fast as imf
+from checkpoints import listing, save_folder
 from isomerge_fast.checkpoint.layout import read_header
 from isomerge_fast.checkpoint.output.manifest import FORMAT, MANIFEST_FILE, REPORT_FILE, to_json
 from isomerge_fast.checkpoint.output.sealed import read_sealed, write_sealed

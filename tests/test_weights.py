@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import oracle
 import pytest
 import torch
-from checkpoints import load_folder, make_family, save_folder
 
 import isomerge_fast as imf
+import oracle
+from checkpoints import load_folder, make_family, save_folder
 from isomerge_fast.config import load_config
 from isomerge_fast.execution.verify import verify
 from isomerge_fast.methods import RowBlock

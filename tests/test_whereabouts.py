@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import save_folder
 from safetensors.torch import save_file
 
 import isomerge_fast as imf
+from checkpoints import save_folder
 from isomerge_fast.checkpoint.layout import open_checkpoint
 from isomerge_fast.config import load_config
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from kernel_checks import CHECKS  # type: ignore[import-not-found]  # tests/ is put on the path by runner
 from torch import Tensor
 
 from benchmarks.gpu.rows import Rows, read_rows
@@ -27,6 +26,7 @@ from isomerge_fast.linalg.protocol import PolarSolver
 from isomerge_fast.linalg.svd import FullSvd
 from isomerge_fast.methods import MemoryDeltas, make_method
 from isomerge_kernels import symmetric_matmul
+from kernel_checks import CHECKS  # type: ignore[import-not-found]  # tests/support is put on the path by runner
 
 # One form of everything.
 SMOKE = (

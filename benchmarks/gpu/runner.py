@@ -30,7 +30,7 @@ def child_environment(device: str, shares: int) -> dict[str, str]:
     """Return the environment of a stage: a checkout with nothing installed, one cache of compiled kernels for all, and
     the processors divided among its processes.
     """
-    paths = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
+    paths = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "tests" / "support"), os.environ.get("PYTHONPATH", "")]
     cache = Path(tempfile.gettempdir()) / f"isomerge-triton-{os.getuid()}"
     found = {"TRITON_CACHE_DIR": str(cache), **os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     if shares > 1:

@@ -22,11 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from recorded_cases import EXPECTED_ROUTES, Cases, cases
-from recorded_texts import fingerprint
 from torch import Tensor
 
 import isomerge_fast as imf
+from recorded_cases import EXPECTED_ROUTES, Cases, cases
+from recorded_texts import fingerprint
 
 # Relative difference of tensors, ‖A − B‖/‖A‖, up to which ``--close`` takes them for the same.
 CLOSE = 1e-6

@@ -18,6 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+
+import isomerge_fast as imf
 from recorded_inputs import (
     BF16,
     F16,
@@ -36,9 +39,6 @@ from recorded_inputs import (
     random,
 )
 from recorded_texts import Place
-from torch import Tensor
-
-import isomerge_fast as imf
 
 Case = tuple[str, Callable[[], dict[str, Any]]]
 Cases = Iterator[Case]

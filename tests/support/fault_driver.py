@@ -5,7 +5,7 @@ after it or after half of a write; an error, once or from then on; or a write cu
 absent, as it was before, or complete. Some points damage what is staged, as a power cut may, or are killed again while
 resuming. In the end ``resume`` must give the bytes of the unharmed run, and leave nothing beside them.
 
-    python tests/fault_driver.py --points 10000 --seed 0
+    python tests/support/fault_driver.py --points 10000 --seed 0
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 from fault_runs import ENVIRONMENT, Fault, Outcome, attempt, build_shim, warm_up
-
 from isomerge_fast.checkpoint.output.staging import OLD, run_folders
 
 KILLS = ["kill-before", "kill-after", "kill-half"]
@@ -66,6 +65,7 @@ SCENARIOS = [
 def make_families(root: Path) -> dict[str, tuple[Path, list[Path]]]:
     """Inputs of all scenarios, with companions; ``large`` is read and written past the page cache."""
     import torch
+
     from checkpoints import make_base, make_expert, make_family, save_folder
 
     families = {

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from checkpoints import save_folder
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from checkpoints import save_folder
 
 PREFIX = "base_model.model."
 SHAPES = {

@@ -6,10 +6,10 @@ import argparse
 from pathlib import Path
 
 import numpy as np
-import oracle
 import torch
-from cases import CASES, SHAPES, Case
 
+import oracle
+from cases import CASES, SHAPES, Case
 from isomerge_fast.linalg.auto import TOLERANCES
 from isomerge_fast.linalg.gram_eigh import GramEigh
 from isomerge_fast.linalg.polar_express import PolarExpress
@@ -95,7 +95,7 @@ def polar_factors() -> list[str]:
 def tables() -> str:
     return "\n".join(
         [
-            f"Relative Frobenius error of the merged Δ, the worst of all cases (`tests/cases.py`), torch "
+            f"Relative Frobenius error of the merged Δ, the worst of all cases (`tests/support/cases.py`), torch "
             f"{torch.__version__.split('+')[0]} on a CPU:",
             "",
             *tiers(),

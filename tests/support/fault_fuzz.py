@@ -3,7 +3,7 @@
 Allowed are an error of ours that names the damaged file, or a plan whose tensors are those that safetensors reads. Not
 allowed are another exception, more than a second, or 200 MB.
 
-    python tests/fault_fuzz.py --inputs 100000 --seed 0
+    python tests/support/fault_fuzz.py --inputs 100000 --seed 0
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from checkpoints import make_base, make_expert, save_folder
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from checkpoints import make_base, make_expert, save_folder
 from isomerge_fast.checkpoint.io.reader import Reader, files_of, whole
 from isomerge_fast.checkpoint.layout import DTYPES, Checkpoint
 from isomerge_fast.checkpoint.output.model_config import config_with_dtype

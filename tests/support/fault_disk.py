@@ -78,6 +78,7 @@ class Driver:
 
     def __init__(self, root: Path) -> None:
         import torch
+
         from checkpoints import make_base, make_expert, save_folder
 
         self._root = root

@@ -3,7 +3,7 @@
 Allowed are a right answer, an error of ours with a message of one line and its problems, and an exit code of the
 contract. Not allowed are another exception, a traceback, an input that was changed, or an output that is half written.
 
-    python tests/fuzz_doors.py --draws 200000 --seed 0
+    python tests/support/fuzz_doors.py --draws 200000 --seed 0
 """
 
 from __future__ import annotations
@@ -28,14 +28,13 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import adapters
-import fault_fuzz
 import torch
 import typer.main
-from checkpoints import save_folder
-from odd_values import FLAGS, TEXTS, odd_arguments, odd_value
 
+import adapters
+import fault_fuzz
 import isomerge_fast as imf
+from checkpoints import save_folder
 from isomerge_fast.checkpoint.output.sealed import write_sealed
 from isomerge_fast.cli import commands
 from isomerge_fast.config import load_config
@@ -43,6 +42,7 @@ from isomerge_fast.errors import IsomergeError
 from isomerge_fast.execution.report import Report
 from isomerge_fast.execution.verify import verify
 from isomerge_fast.planning import cost
+from odd_values import FLAGS, TEXTS, odd_arguments, odd_value
 
 CODES = {0, 2, 3, 4, 5}
 MAX_SECONDS = 10.0  # of one draw, on a machine that others work on too
@@ -163,7 +163,7 @@ class Doors:
         self.tally.draws += 1
         self.tally.doors[door] += 1
         if self._complaints:
-            again = f"python tests/fuzz_doors.py --seed {seed} --first {index} --draws 1"
+            again = f"python tests/support/fuzz_doors.py --seed {seed} --first {index} --draws 1"
             self.tally.wrong.append("\n".join([f"{door}: {again}", *self.said, *self._complaints]))
 
     def verb(self, *arguments: str) -> int:

@@ -143,9 +143,8 @@ def _run(config: dict[str, Any], fault: Fault, log: int, threads: int, options: 
 
 def merged(config: dict[str, Any], *, units: int = 0, **options: Any) -> Outcome:
     """``merge(config, **options)`` in this process, every file in so many units, in turn."""
-    from executors import InTurn
-
     import isomerge_fast as imf
+    from executors import InTurn
     from isomerge_fast.config import load_config
     from isomerge_fast.errors import IsomergeError, LostWritesError
     from isomerge_fast.execution.engine import run
@@ -170,9 +169,9 @@ def warm_up() -> None:
     import torch
 
     torch.set_num_threads(1)
-    import executors  # noqa: F401 - to be loaded
     import xxhash  # noqa: F401
 
+    import executors  # noqa: F401 - to be loaded
     import isomerge_fast as imf
     from isomerge_fast.execution import engine  # noqa: F401
 
