@@ -62,9 +62,10 @@ kernels: $(VENV)/.installed-test ## compile every kernel for every target and wr
 numerics: $(VENV)/.installed-test ## measure the error tables of docs/numerics.md anew
 	$(BIN)/python tests/support/error_table.py --write docs/numerics.md
 
-lint: $(VENV)/.installed-dev ## ruff and pyright, nothing rewritten
+lint: $(VENV)/.installed-dev ## ruff, pyright and the floors, nothing rewritten
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/lint-imports --no-logo --no-cache
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 format: $(VENV)/.installed-dev ## let ruff rewrite what it can

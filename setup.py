@@ -53,7 +53,7 @@ EXTRAS = {
     # The peers that it compares with are extras of their own; where they are absent it says so.
     "bench": ["pytest", "pytest-benchmark", "matplotlib", "threadpoolctl"],
     # pyright[nodejs] brings its own node, so that a package registry is all that `make lint` needs.
-    "dev": ["ruff", "pyright[nodejs]", "pre-commit"],
+    "dev": ["ruff", "pyright[nodejs]", "import-linter", "pre-commit"],
 }
 
 setup(
