@@ -16,7 +16,7 @@ import isomerge_fast as imf
 from checkpoints import make_family, save_folder
 from isomerge_fast.bench import ceilings, estimate, samples, short
 from isomerge_fast.bench.ceilings import Ceilings
-from isomerge_fast.bench.estimate import Estimate, estimate_merge, group_plans
+from isomerge_fast.bench.estimate import estimate_merge, group_plans
 from isomerge_fast.bench.problems import deltas_like_fine_tuning
 from isomerge_fast.bench.samples import method_at, sizes_of
 from isomerge_fast.bench.short import Shape, measure_short
@@ -76,21 +76,21 @@ def test_short_form(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
     monkeypatch.setattr(short, "timed", timer)
     found = measure_short(CPU, tasks=3, folder=tmp_path, shapes=TINY)
-    shapes = [(row.rows, row.columns) for row in found.rows]
+    shapes = [(row["rows"], row["columns"]) for row in found["rows"]]
     assert shapes == [(48, 48), (48, 48), (40, 80), (40, 80), (80, 40), (80, 40)]
-    assert [row.method for row in found.rows] == ["iso-c", "iso-cts"] * 3
+    assert [row["method"] for row in found["rows"]] == ["iso-c", "iso-cts"] * 3
     assert turns == ["run_ours", "run_published"] * (6 * short.ROUNDS)
-    for row in found.rows:
-        assert row.tasks == 3
-        assert row.rounds == short.ROUNDS
-        assert (row.seconds, row.published_seconds) == (0.001, 0.002)
-        assert row.ratio == pytest.approx(2)
-        assert row.ratio_range == pytest.approx((2, 3))  # the first round's
-        assert 0 < row.error <= row.bound == PROMISED
-        assert 0 < row.published_error < 1e-2
-    assert found.skipped == ()
-    assert found.disk.read_bytes_per_second > 0
-    assert found.disk.write_bytes_per_second > 0
+    for row in found["rows"]:
+        assert row["tasks"] == 3
+        assert row["rounds"] == short.ROUNDS
+        assert (row["seconds"], row["published_seconds"]) == (0.001, 0.002)
+        assert row["ratio"] == pytest.approx(2)
+        assert row["ratio_range"] == pytest.approx((2, 3))  # the first round's
+        assert 0 < row["error"] <= row["bound"] == PROMISED
+        assert 0 < row["published_error"] < 1e-2
+    assert found["skipped"] == []
+    assert found["disk"]["read_bytes_per_second"] > 0
+    assert found["disk"]["write_bytes_per_second"] > 0
     assert list(tmp_path.iterdir()) == []
 
 
@@ -118,13 +118,13 @@ def test_short_form_keeps_to_its_budget(monkeypatch: pytest.MonkeyPatch, tmp_pat
     """The first shape is measured whatever it takes, once; the others are named."""
     monkeypatch.setattr(short, "timed", ticking(lambda function: 0.001))
     found = measure_short(CPU, tasks=3, folder=tmp_path, shapes=TINY, budget_seconds=0)
-    assert [(row.method, row.rounds) for row in found.rows] == [("iso-c", 1)]
-    assert len(found.skipped) == 5
-    assert found.skipped[0].startswith("iso-cts of 48 x 48 (square)")
+    assert [(row["method"], row["rounds"]) for row in found["rows"]] == [("iso-c", 1)]
+    assert len(found["skipped"]) == 5
+    assert found["skipped"][0].startswith("iso-cts of 48 x 48 (square)")
 
 
-def covered(found: Estimate) -> list[str]:
-    return sorted(name for group in found.groups for name in group.tensors)
+def covered(found: dict[str, Any]) -> list[str]:
+    return sorted(name for group in found["groups"] for name in group["tensors"])
 
 
 @pytest.mark.parametrize("method", ["iso-c", "iso-cts", "mean", "task-arithmetic"])
@@ -135,25 +135,31 @@ def test_estimate_covers_the_plan_once(
     plan = plan_of(wide_family, method=method, scaling=[0.5, 1.0], save_delta=True)
     found = estimate_merge(plan, CPU, folder=tmp_path, budget_seconds=1000)
     assert covered(found) == sorted(tensor.name for tensor in plan.tensors)
-    assert all(group.count == len(group.tensors) for group in found.groups)
-    by_name = {name: group for group in found.groups for name in group.tensors}
+    assert all(group["count"] == len(group["tensors"]) for group in found["groups"])
+    by_name = {name: group for group in found["groups"] for name in group["tensors"]}
     for tensor in plan.tensors:
         group = by_name[tensor.name]
-        assert (group.action, group.route, group.shape) == (tensor.action, tensor.route.name, tensor.base.shape)
-        assert group.timed == "measured"
-        assert group.seconds_each == 0.25
+        assert (group["action"], group["route"], tuple(group["shape"])) == (
+            tensor.action,
+            tensor.route.name,
+            tensor.base.shape,
+        )
+        assert group["timed"] == "measured"
+        assert group["seconds_each"] == 0.25
     assert by_name["0.up.weight"] is by_name["2.up.weight"]
-    assert by_name["0.up.weight"].seconds == (0.75 if method.startswith("iso") else 1.0)  # text_projection is averaged
-    assert by_name["ids"].algorithm == "copy"
-    assert method in by_name["down.weight"].algorithm
-    assert (found.read_bytes, found.write_bytes) == (plan.read_bytes, plan.write_bytes)
-    assert found.read_again_bytes == 0
-    assert found.compute_seconds == 0.25 * len(plan.tensors)
-    assert found.read_seconds == pytest.approx(plan.read_bytes / found.disk.read_bytes_per_second)
-    assert found.write_seconds == pytest.approx(plan.write_bytes / found.disk.write_bytes_per_second)
-    assert found.wall == "compute"
-    assert found.total_seconds == found.compute_seconds
-    assert found.peak_ram_bytes == plan.peak_ram_bytes
+    assert by_name["0.up.weight"]["seconds"] == (
+        0.75 if method.startswith("iso") else 1.0
+    )  # text_projection is averaged
+    assert by_name["ids"]["algorithm"] == "copy"
+    assert method in by_name["down.weight"]["algorithm"]
+    assert (found["read_bytes"], found["write_bytes"]) == (plan.read_bytes, plan.write_bytes)
+    assert found["read_again_bytes"] == 0
+    assert found["compute_seconds"] == 0.25 * len(plan.tensors)
+    assert found["read_seconds"] == pytest.approx(plan.read_bytes / found["disk"]["read_bytes_per_second"])
+    assert found["write_seconds"] == pytest.approx(plan.write_bytes / found["disk"]["write_bytes_per_second"])
+    assert found["wall"] == "compute"
+    assert found["total_seconds"] == found["compute_seconds"]
+    assert found["peak_ram_bytes"] == plan.peak_ram_bytes
 
 
 def test_the_disk_can_be_the_wall(monkeypatch: pytest.MonkeyPatch, wide_family: list[object], tmp_path: Path) -> None:
@@ -161,8 +167,8 @@ def test_the_disk_can_be_the_wall(monkeypatch: pytest.MonkeyPatch, wide_family: 
     monkeypatch.setattr(estimate, "measure_disk", lambda folder: ceilings.Disk(str(folder), 1e3, 1e4))
     plan = plan_of(wide_family, method="mean")
     found = estimate_merge(plan, CPU, folder=tmp_path)
-    assert found.wall == "disk"
-    assert found.total_seconds == pytest.approx(plan.read_bytes / 1e3 + plan.write_bytes / 1e4)
+    assert found["wall"] == "disk"
+    assert found["total_seconds"] == pytest.approx(plan.read_bytes / 1e3 + plan.write_bytes / 1e4)
 
 
 def test_what_exceeds_its_share_is_scaled_and_says_so(
@@ -175,22 +181,24 @@ def test_what_exceeds_its_share_is_scaled_and_says_so(
     plan = plan_of(wide_family, method="iso-cts")
     (up, *_) = [tensor for tensor in plan.tensors if tensor.name == "0.up.weight"]
     large = estimate_merge(plan, CPU, folder=tmp_path, budget_seconds=1000)
-    assert {group.timed for group in large.groups} == {"measured"}
-    none = {group.tensors[0]: group for group in estimate_merge(plan, CPU, folder=tmp_path, budget_seconds=0).groups}
-    assert none["0.up.weight"].timed == "scaled from 16 x 32"
-    assert none["down.weight"].timed == "scaled from 32 x 16"
-    assert none["text_projection"].timed == "scaled from 4 x 8"
-    assert none["norm"].timed == "scaled from 32"
-    assert none["ids"].timed == "measured"
+    assert {group["timed"] for group in large["groups"]} == {"measured"}
+    none = {
+        group["tensors"][0]: group for group in estimate_merge(plan, CPU, folder=tmp_path, budget_seconds=0)["groups"]
+    }
+    assert none["0.up.weight"]["timed"] == "scaled from 16 x 32"
+    assert none["down.weight"]["timed"] == "scaled from 32 x 16"
+    assert none["text_projection"]["timed"] == "scaled from 4 x 8"
+    assert none["norm"]["timed"] == "scaled from 32"
+    assert none["ids"]["timed"] == "measured"
     assert up.method is not None
     small = up.method.flops(replace(up.spec, shape=(16, 32)), 3)
-    assert none["0.up.weight"].seconds_each == pytest.approx(0.25 * up.flops / small)
-    assert none["0.up.weight"].seconds == pytest.approx(3 * none["0.up.weight"].seconds_each)
-    assert none["text_projection"].seconds_each == pytest.approx(0.25 * 64 * 128 / (4 * 8))  # elements
+    assert none["0.up.weight"]["seconds_each"] == pytest.approx(0.25 * up.flops / small)
+    assert none["0.up.weight"]["seconds"] == pytest.approx(3 * none["0.up.weight"]["seconds_each"])
+    assert none["text_projection"]["seconds_each"] == pytest.approx(0.25 * 64 * 128 / (4 * 8))  # elements
     # Every call has taken its time out of the budget: of 8 groups each has its share, but for the smallest sizes.
     some = estimate_merge(plan, CPU, folder=tmp_path, budget_seconds=10)
-    assert {"measured"} < {group.timed for group in some.groups}
-    assert some.timing_seconds <= 10
+    assert {"measured"} < {group["timed"] for group in some["groups"]}
+    assert some["timing_seconds"] <= 10
     assert covered(some) == sorted(tensor.name for tensor in plan.tensors)
 
 
@@ -222,10 +230,10 @@ def test_later_passes_are_read_again(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert tensor.route.name == "by-rows"
     report = run(plan)
     found = estimate_merge(plan, CPU, folder=tmp_path, budget_seconds=1000)
-    assert found.groups[0].algorithm == report.tensors[0]["algorithm"] == f"{method}/by-rows"
-    assert found.read_bytes + found.read_again_bytes == report.tensors[0]["read_bytes"]
-    assert found.read_again_bytes >= found.read_bytes
-    assert any("read again from the disk" in note for note in found.notes)
+    assert found["groups"][0]["algorithm"] == report.tensors[0]["algorithm"] == f"{method}/by-rows"
+    assert found["read_bytes"] + found["read_again_bytes"] == report.tensors[0]["read_bytes"]
+    assert found["read_again_bytes"] >= found["read_bytes"]
+    assert any("read again from the disk" in note for note in found["notes"])
 
 
 class TestCommandLine:

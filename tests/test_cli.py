@@ -16,7 +16,8 @@ from typer.testing import CliRunner
 import isomerge_fast as imf
 from cases import Case
 from checkpoints import load_folder, make_family, save_folder
-from isomerge_fast.cli.commands import app, parse_bytes
+from isomerge_fast.cli.commands import app
+from isomerge_fast.cli.options import parse_bytes
 from isomerge_fast.cli.render import group_tensors
 from isomerge_fast.errors import ConfigError
 from isomerge_fast.planning.planner import make_plan
@@ -304,7 +305,7 @@ def test_certificates_are_reported(tmp_path: Path) -> None:
 )
 def test_what_torch_is_told_before_it_is_loaded(given: dict[str, str], expected: tuple[str | None, str | None]) -> None:
     code = (
-        "import os, sys, isomerge_fast.cli.commands as cli\n"
+        "import os, sys, isomerge_fast.cli.application as cli\n"
         "assert 'torch' not in sys.modules\n"
         "cli._exit_code = lambda: print(os.environ.get('PYTORCH_ALLOC_CONF'), os.environ.get('GOMP_SPINCOUNT')) or 0\n"
         "cli.main()"

@@ -22,6 +22,7 @@ from isomerge_fast.checkpoint.output import companions
 from isomerge_fast.checkpoint.output.companions import LeftBehind, sort_folder
 from isomerge_fast.cli import render
 from isomerge_fast.cli.commands import app
+from isomerge_fast.cli.screen import Screen
 from isomerge_fast.config import load_config
 from isomerge_fast.execution.verify import verify
 from isomerge_fast.planning.planner import make_plan
@@ -457,7 +458,7 @@ def test_what_is_left_behind_is_bounded_on_the_screen(capsys: pytest.CaptureFixt
     """Each of thousands of files may have a reason of its own."""
     left = [{"name": f"a{number}", "why": f"why{number}", "files": 1, "bytes": 2} for number in range(3_000)]
     left += [{**each, "name": f"b{number}", "why": "why0"} for number, each in enumerate(left)]
-    render._print_left_behind(render.console(), left)
+    render._print_left_behind(Screen(), left)
     lines = capsys.readouterr().out.splitlines()
     assert (lines[1], lines[-1]) == ("left behind: a1 (2 B): why1", "left behind: 2980 more, for other reasons")
     assert lines[0].endswith(", b18 (2 B) and 2981 more: why0")

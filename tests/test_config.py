@@ -15,7 +15,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from isomerge_fast.cli.commands import app, parse_options
+from isomerge_fast.cli.commands import app
+from isomerge_fast.cli.options import parse_options
 from isomerge_fast.config import MergeConfig, Override, WeightRule, load_config, recorded_config
 from isomerge_fast.errors import ConfigError
 from isomerge_fast.methods import make_method

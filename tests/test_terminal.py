@@ -19,7 +19,7 @@ import yaml
 
 import isomerge_fast as imf
 from checkpoints import listing, make_family, save_folder
-from isomerge_fast.cli import commands
+from isomerge_fast.cli import application
 from isomerge_fast.cli.render import print_report
 from isomerge_fast.cli.terminal import stoppable
 from isomerge_fast.errors import InputError, IsomergeError, ResourceError, VerificationError, visible
@@ -72,7 +72,7 @@ def isomerge(monkeypatch: pytest.MonkeyPatch) -> Iterator[Isomerge]:
             for name, buffer in zip(("stdout", "stderr"), buffers, strict=True):
                 patch.setattr(sys, name, io.TextIOWrapper(buffer, encoding=encoding))
             with pytest.raises(SystemExit) as ended:
-                commands.main()
+                application.main()
             sys.stdout.flush()
             sys.stderr.flush()
             texts = [end.getvalue().decode(encoding) if isinstance(end, io.BytesIO) else "" for end in ends]

@@ -1,1 +1,1 @@
-"""What this machine can do: its ceilings, the published algorithms as a baseline, and ours beside them."""
+"""Measure what this machine can do: its ceilings, the published algorithms as a baseline, and ours beside them."""

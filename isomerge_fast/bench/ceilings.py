@@ -1,4 +1,4 @@
-"""Medians, and what this very device can do at most: the figures that all others are shares of."""
+"""Time functions, and measure the ceilings of this device and its disk: all other figures are shares of these."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ import torch
 from ..checkpoint.io.direct_io import READ_BYTES, open_direct, page_buffer
 from ..errors import ConfigError, ResourceError
 
-# A disk is measured with files of the first size, and where five of the second take no longer than so, with those.
+# A disk is measured with files of the small size; then, if five large ones take no longer than so, with large ones.
 SMALL_FILE_BYTES, LARGE_FILE_BYTES, DISK_SECONDS = 1 << 26, 1 << 29, 8.0
 
-# Calls that are timed as one on a GPU: as many as take so long, and not more than so many.
+# A GPU is timed over batches of calls that take at least so long together, and are at most so many.
 BATCH_SECONDS, MAX_CALLS = 2e-3, 1000
 
 Result = TypeVar("Result")
@@ -33,7 +33,7 @@ def synchronise(device: torch.device) -> None:
 
 
 def device_name(device: torch.device) -> str:
-    """The device's public name."""
+    """Return the name under which the device is sold."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     with contextlib.suppress(OSError):
@@ -44,12 +44,12 @@ def device_name(device: torch.device) -> str:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """What figures have to be given with: the device, the threads and the release of torch."""
+    """Return what every figure depends on: the device, the threads and the release of torch."""
     return {"device": device_name(device), "threads": torch.get_num_threads(), "torch": torch.__version__}
 
 
 def timed(function: Callable[[], Result], device: torch.device) -> tuple[Result, float]:
-    """(the result, wall seconds) of one call, the device idle before and after."""
+    """Return the result and the wall seconds of one call, the device idle before and after."""
     synchronise(device)
     start = time.perf_counter()
     result = function()
@@ -62,9 +62,9 @@ def median_seconds(
 ) -> float:
     """Return the median seconds of one call, after two that compile and warm up.
 
-    On a GPU by events around so many calls that a batch of them takes ``BATCH_SECONDS`` or more, and nothing waits in
-    between: a wait a call costs as much as a small kernel; the second call alone where it takes a third of the budget
-    or more. On a CPU the wall time of every call. Fewer rounds where ``budget_seconds`` are spent before.
+    A CPU is timed call by call. A GPU is timed by events around batches of ``BATCH_SECONDS`` or more, as a wait after
+    every call would cost as much as a small kernel; if the second call takes a third of the budget, it alone counts.
+    There are fewer rounds if ``budget_seconds`` are spent before.
     """
     function()
     once = _seconds_by_events if device.type == "cuda" else _seconds_by_clock
@@ -89,7 +89,7 @@ def _seconds_by_clock(function: Callable[[], Any], device: torch.device, calls: 
 
 
 def _seconds_by_events(function: Callable[[], Any], device: torch.device, calls: int) -> float:
-    """Return the seconds a call by the GPU's own clock, and wait once."""
+    """Return the seconds a call by the GPU's own clock, with one wait for all."""
     with torch.cuda.device(device):
         first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         first.record()
@@ -102,7 +102,7 @@ def _seconds_by_events(function: Callable[[], Any], device: torch.device, calls:
 
 @contextlib.contextmanager
 def float32_matmul(precision: str) -> Iterator[None]:
-    """``ieee`` or ``tf32`` products of float32 matrices by the vendor's library."""
+    """Let the vendor's library compute products of float32 matrices in ``ieee`` or ``tf32`` precision."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     try:
@@ -112,14 +112,14 @@ def float32_matmul(precision: str) -> Iterator[None]:
 
 
 def copy_rate(device: torch.device, size_bytes: int = 1 << 30) -> float:
-    """Bytes a second, read and written, of a copy on the device."""
+    """Return the bytes a second, read and written, of a copy on the device."""
     source = torch.empty(size_bytes, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2 * size_bytes / median_seconds(lambda: target.copy_(source), device)
 
 
 def transfer_rates(device: torch.device, size_bytes: int = 1 << 28) -> dict[str, float]:
-    """Bytes a second between pinned host memory and the device, both ways."""
+    """Return the bytes a second between pinned host memory and the device, both ways."""
     there = torch.empty(size_bytes, dtype=torch.uint8, device=device)
     here = torch.empty(size_bytes, dtype=torch.uint8, pin_memory=True)
     return {
@@ -129,7 +129,7 @@ def transfer_rates(device: torch.device, size_bytes: int = 1 << 28) -> dict[str,
 
 
 def matmul_rate(device: torch.device, side: int, dtype: torch.dtype, precision: str = "ieee") -> float:
-    """Operations a second of a square product by the vendor's library."""
+    """Return the operations a second of a square product by the vendor's library."""
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     with float32_matmul(precision):
         return 2 * side**3 / median_seconds(lambda: a @ b, device)
@@ -137,20 +137,20 @@ def matmul_rate(device: torch.device, side: int, dtype: torch.dtype, precision: 
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What nothing on this device can be faster than: bytes a second of a copy, operations a second of a product."""
+    """Hold the most that this device can do: bytes a second of a copy, operations a second of a product."""
 
     copy_bytes_per_second: float
     float32_flops_per_second: float
     float64_flops_per_second: float
 
     def floor_seconds(self, moved_bytes: float, float32_flops: float, float64_flops: float) -> float:
-        """The least time for so much: the bytes and the products can overlap, two products cannot."""
+        """Return the least time for so much work: bytes and products can overlap, two products cannot."""
         products = float32_flops / self.float32_flops_per_second + float64_flops / self.float64_flops_per_second
         return max(moved_bytes / self.copy_bytes_per_second, products)
 
 
 def measure_ceilings(device: torch.device) -> Ceilings:
-    """Three seconds or so: a copy beyond every cache, products of a side where libraries are at their best."""
+    """Measure in about three seconds: a copy beyond every cache, products of a side where libraries are at their best."""
     side, size_bytes = (8192, 1 << 30) if device.type == "cuda" else (1536, 1 << 28)
     return Ceilings(
         copy_rate(device, size_bytes),
@@ -160,7 +160,7 @@ def measure_ceilings(device: torch.device) -> Ceilings:
 
 
 def forget(files: Sequence[Path]) -> None:
-    """Puts files out of the page cache."""
+    """Drop files from the page cache."""
     for file in files:
         descriptor = os.open(file, os.O_RDONLY)
         os.fsync(descriptor)
@@ -169,7 +169,7 @@ def forget(files: Sequence[Path]) -> None:
 
 
 def read_blocks(files: Sequence[Path], *, direct: bool) -> bool:
-    """Reads files as ``dd bs=4M`` does; False where ``direct`` (past the page cache) is not to be had."""
+    """Read files as ``dd bs=4M`` does; return False if ``direct`` reads, past the page cache, are not possible."""
     for file in files:
         descriptor = open_direct(file, os.O_RDONLY) if direct else os.open(file, os.O_RDONLY)
         if descriptor is None:
@@ -182,7 +182,7 @@ def read_blocks(files: Sequence[Path], *, direct: bool) -> bool:
 
 
 def write_blocks(folder: Path, sizes: Sequence[int], *, direct: bool) -> bool:
-    """Writes files ``0``, ``1``, … of these sizes, as ``dd bs=4M conv=fsync`` does; False as ``read_blocks``."""
+    """Write files ``0``, ``1``, … as ``dd bs=4M conv=fsync`` does; return False if ``direct`` is not possible."""
     pages = page_buffer()[:READ_BYTES]
     for index, size in enumerate(sizes):
         file = folder / str(index)
@@ -198,7 +198,7 @@ def write_blocks(folder: Path, sizes: Sequence[int], *, direct: bool) -> bool:
 
 
 def read_all(files: Sequence[Path], *, direct: bool) -> float:
-    """Seconds for reading files once that are not in the page cache; infinite where ``direct`` is not to be had."""
+    """Return the seconds for reading files from the disk; infinite if ``direct`` is not possible."""
     forget(files)
     started = time.perf_counter()
     done = read_blocks(files, direct=direct)
@@ -206,7 +206,7 @@ def read_all(files: Sequence[Path], *, direct: bool) -> float:
 
 
 def write_all(folder: Path, sizes: Sequence[int], *, direct: bool) -> float:
-    """Seconds for writing new files of these sizes, which are removed again; infinite as ``read_all``."""
+    """Return the seconds for writing files of these sizes, then removed; infinite if ``direct`` is not possible."""
     page_buffer()[:READ_BYTES] = os.urandom(READ_BYTES)
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         started = time.perf_counter()
@@ -215,9 +215,7 @@ def write_all(folder: Path, sizes: Sequence[int], *, direct: bool) -> float:
 
 
 def disk_rates(folder: Path, size_bytes: int = 1 << 29) -> tuple[float, float]:
-    """(bytes a second read, bytes a second written and synced) of the disk under ``folder``, past the page cache where
-    that is faster.
-    """
+    """Return the bytes a second read, and written and synced, past the page cache where that is faster."""
     writing = min(write_all(folder, [size_bytes], direct=direct) for direct in (True, False))
     with tempfile.NamedTemporaryFile(dir=folder) as file:
         file.write(os.urandom(READ_BYTES) * (size_bytes // READ_BYTES))
@@ -228,7 +226,7 @@ def disk_rates(folder: Path, size_bytes: int = 1 << 29) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Disk:
-    """What the disk under ``folder`` gives: bytes a second read, and written and synced."""
+    """Hold what the disk under ``folder`` gives: bytes a second read, and written and synced."""
 
     folder: str
     read_bytes_per_second: float
@@ -236,13 +234,13 @@ class Disk:
 
 
 def require_folder(folder: Path) -> None:
-    """Raises ConfigError where there is no such folder to put files into."""
+    """Refuse a folder that does not exist."""
     if not folder.is_dir():
         raise ConfigError(f"folder {folder} is not there; --folder names one on the disk to be measured")
 
 
 def measure_disk(folder: Path) -> Disk:
-    """``disk_rates`` with files as large as a few seconds allow, since caches in the disk flatter small ones.
+    """Measure ``disk_rates`` with files as large as a few seconds allow: caches in the disk flatter small ones.
 
     Raises:
         ConfigError: no such folder.

@@ -1,4 +1,4 @@
-"""What a merge would take on this machine: every kind of tensor of its plan timed on made-up weights of that shape.
+"""Estimate how long a merge would take on this machine: time made-up tensors like those of its plan.
 
     total = max(Σ count · seconds, (bytes read + bytes read again) / reading rate + bytes written / writing rate)
 
@@ -20,70 +20,20 @@ from ..checkpoint.layout import DTYPE_NAMES
 from ..execution.threads import Workers
 from ..planning.plan import Plan, TensorPlan
 from ..planning.routes import Resident, Streamed
-from .ceilings import Disk, machine, measure_disk, timed
+from .ceilings import machine, measure_disk, timed
 from .samples import MEASURED, Sample, Size, memory_for_samples, sample_bytes, sizes_of
 
 CALLS = 5
+# Routes of whole matrices: what takes their time is operations, not passes over bytes.
+SCALED_BY_FLOPS = (Resident.name, Streamed.name)
 NOTES = (
     "made-up weights: full-rank deltas with noise; sums of low rank (LoRA) can take other solvers",
     "copies are timed as what they are, a pass over their bytes",
 )
 
 
-@dataclass(frozen=True)
-class Group:
-    """Tensors of one shape that go the same way, and what they take.
-
-    Attributes:
-        timed: ``measured``, or the size that was, from which ``seconds_each`` is scaled.
-        algorithm: that of the timed size.
-        read_again_bytes: in all, by passes after the first.
-    """
-
-    action: str
-    route: str
-    shape: tuple[int, ...]
-    dtype: str
-    compute_dtype: str
-    algorithm: str
-    timed: str
-    count: int
-    seconds_each: float
-    seconds: float
-    read_again_bytes: int
-    tensors: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """All of ``isomerge bench`` of a checkpoint. ``wall`` is which of ``compute`` and ``disk`` takes longer."""
-
-    machine: dict[str, Any]
-    disk: Disk
-    method: str
-    experts: int
-    scalings: int
-    groups: tuple[Group, ...]
-    compute_seconds: float
-    read_bytes: int
-    read_again_bytes: int
-    write_bytes: int
-    read_seconds: float
-    write_seconds: float
-    total_seconds: float
-    wall: str
-    peak_ram_bytes: int
-    peak_vram_bytes: int
-    budget_seconds: float
-    timing_seconds: float
-    notes: tuple[str, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-
 def group_plans(plan: Plan) -> list[list[TensorPlan]]:
-    """The plan's tensors, those together that take as long as each other."""
+    """Group the plan's tensors that take equally long."""
     groups: dict[tuple[Any, ...], list[TensorPlan]] = {}
     for tensor in plan.tensors:
         stored = tuple(copy.dtype for copy in (tensor.base, *tensor.experts))
@@ -97,7 +47,7 @@ def group_plans(plan: Plan) -> list[list[TensorPlan]]:
 
 @dataclass(frozen=True)
 class _Timing:
-    """What came of one group: the largest size timed, seconds and bytes of it, and what it all took of the budget."""
+    """Hold the largest size timed of a group, its seconds and bytes, and the seconds that all sizes took."""
 
     size: Size
     seconds: float
@@ -107,7 +57,7 @@ class _Timing:
 
 
 def _time(tensor: TensorPlan, plan: Plan, device: torch.device, workers: Workers, allowance_seconds: float) -> _Timing:
-    """From the smallest size up, each time to the largest that is expected to fit into what is left."""
+    """Time the smallest size, then as often the largest one that is expected to fit into the time that is left."""
     room = memory_for_samples(device)
     sizes = sizes_of(tensor, device)
     sizes = [size for size in sizes if sample_bytes(tensor, size, device) <= room] or sizes[:1]
@@ -116,7 +66,7 @@ def _time(tensor: TensorPlan, plan: Plan, device: torch.device, workers: Workers
         sample, making = timed(lambda size=size: Sample(tensor, size, plan, device, workers), device)
         (algorithm, passed), seconds = timed(sample.merge, device)
         spent += making
-        # The very first call compiles on a GPU, and takes memory from the system: made again where there is time.
+        # The first call compiles on a GPU, and takes memory from the system: repeated where there is time.
         if first and (device.type == "cuda" or spent + 2 * seconds <= allowance_seconds):
             spent += seconds
             _, seconds = timed(sample.merge, device)
@@ -140,25 +90,29 @@ def _time(tensor: TensorPlan, plan: Plan, device: torch.device, workers: Workers
     return _Timing(size, statistics.median(times), algorithm, passed, spent)
 
 
-def _group(members: Sequence[TensorPlan], timing: _Timing) -> Group:
+def _group(members: Sequence[TensorPlan], timing: _Timing) -> dict[str, Any]:
+    """Return a group as the table has it.
+
+    ``timed`` is ``measured``, or the size from which ``seconds_each`` is scaled; ``algorithm`` is that of the timed
+    size, ``read_again_bytes`` what all its tensors read after their first pass.
+    """
     tensor, size = members[0], timing.size
     passed = timing.passed_bytes * prod(tensor.base.shape) / max(1, prod(size.shape))
-    again = max(0, round(passed) - tensor.read_bytes)
     each = timing.seconds / size.share
-    return Group(
-        tensor.action,
-        tensor.route.name,
-        tensor.base.shape,
-        DTYPE_NAMES[tensor.base.dtype],
-        str(tensor.spec.dtype).removeprefix("torch."),
-        timing.algorithm,
-        size.timed,
-        len(members),
-        each,
-        each * len(members),
-        again * len(members),
-        tuple(member.name for member in members),
-    )
+    return {
+        "action": tensor.action,
+        "route": tensor.route.name,
+        "shape": list(tensor.base.shape),
+        "dtype": DTYPE_NAMES[tensor.base.dtype],
+        "compute_dtype": str(tensor.spec.dtype).removeprefix("torch."),
+        "algorithm": timing.algorithm,
+        "timed": size.timed,
+        "count": len(members),
+        "seconds_each": each,
+        "seconds": each * len(members),
+        "read_again_bytes": max(0, round(passed) - tensor.read_bytes) * len(members),
+        "tensors": [member.name for member in members],
+    }
 
 
 def estimate_merge(
@@ -168,12 +122,12 @@ def estimate_merge(
     folder: Path = Path("."),
     budget_seconds: float = 60.0,
     say: Callable[[str], None] = lambda _: None,
-) -> Estimate:
-    """Times every group of the plan's tensors, the disk, and puts them together.
+) -> dict[str, Any]:
+    """Return what ``isomerge bench`` of a merge answers: times of all groups of tensors and of the disk, and their sum.
 
-    The cheapest group goes first, and each may take an equal share of the time that is left, so that what a few large
-    shapes need is what all others leave. Where the whole tensor would take more, a smaller one of its aspect ratio is
-    timed, and scaled.
+    The cheapest group goes first, and each may take an equal share of the time that is left: what small shapes do not
+    need, the large ones get. Where a whole tensor would take more, a smaller one of its aspect ratio is timed, and
+    scaled.
 
     Args:
         folder: on the disk to be measured; files there are removed again.
@@ -186,9 +140,8 @@ def estimate_merge(
     """
     say("what the disk gives at most")
     disk = measure_disk(folder)
-    pending = group_plans(plan)
-    pending.sort(key=lambda members: (members[0].flops, members[0].base.bytes))
     spent, groups = 0.0, []
+    pending = sorted(group_plans(plan), key=lambda members: (members[0].flops, members[0].base.bytes))
     with Workers() as workers, torch.no_grad():
         for index, members in enumerate(pending):
             say(f"{members[0].action} of {list(members[0].base.shape)}")
@@ -196,40 +149,40 @@ def estimate_merge(
             timing = _time(members[0], plan, device, workers, allowance)
             spent += timing.spent_seconds
             groups.append(_group(members, timing))
-    groups.sort(key=lambda group: -group.seconds)
-    compute = sum(group.seconds for group in groups)
-    again = sum(group.read_again_bytes for group in groups)
+    groups.sort(key=lambda group: -group["seconds"])
+    compute = sum(group["seconds"] for group in groups)
+    again = sum(group["read_again_bytes"] for group in groups)
     reading = (plan.read_bytes + again) / disk.read_bytes_per_second
     writing = plan.write_bytes / disk.write_bytes_per_second
-    return Estimate(
-        machine(device),
-        disk,
-        plan.config.method,
-        len(plan.experts),
-        len(plan.config.scalings),
-        tuple(groups),
-        compute,
-        plan.read_bytes,
-        again,
-        plan.write_bytes,
-        reading,
-        writing,
-        max(compute, reading + writing),
-        "compute" if compute >= reading + writing else "disk",
-        plan.peak_ram_bytes if device.type == "cpu" else plan.host_buffer_bytes,
-        plan.peak_vram_bytes if device.type == "cuda" else 0,
-        budget_seconds,
-        spent,
-        (*_notes(groups, device), *plan.notes),
-    )
+    return {
+        "machine": machine(device),
+        "disk": asdict(disk),
+        "method": plan.config.method,
+        "experts": len(plan.experts),
+        "scalings": len(plan.config.scalings),
+        "groups": groups,
+        "compute_seconds": compute,
+        "read_bytes": plan.read_bytes,
+        "read_again_bytes": again,
+        "write_bytes": plan.write_bytes,
+        "read_seconds": reading,
+        "write_seconds": writing,
+        "total_seconds": max(compute, reading + writing),
+        "wall": "compute" if compute >= reading + writing else "disk",
+        "peak_ram_bytes": plan.peak_ram_bytes if device.type == "cpu" else plan.host_buffer_bytes,
+        "peak_vram_bytes": plan.peak_vram_bytes if device.type == "cuda" else 0,
+        "budget_seconds": budget_seconds,
+        "timing_seconds": spent,
+        "notes": [*_notes(groups, device), *plan.notes],
+    }
 
 
-def _notes(groups: Sequence[Group], device: torch.device) -> Iterator[str]:
-    """How what cannot be seen in the table was estimated."""
+def _notes(groups: Sequence[dict[str, Any]], device: torch.device) -> Iterator[str]:
+    """Yield how the figures were estimated, where the table does not show it."""
     yield from NOTES
-    if any(group.read_again_bytes for group in groups):
+    if any(group["read_again_bytes"] for group in groups):
         yield "by-rows and streamed matrices: all passes are timed from memory, and read again from the disk"
-    if any(group.timed != MEASURED and group.route in (Resident.name, Streamed.name) for group in groups):
+    if any(group["timed"] != MEASURED and group["route"] in SCALED_BY_FLOPS for group in groups):
         yield (
             "scaled by the count of operations: too long rather than too short, as small matrices are less efficient; "
             "on a busy CPU several times too long, so give a larger --budget there"

@@ -1,4 +1,4 @@
-"""Deltas to measure with: what fine-tuning leaves in a matrix, in two kinds."""
+"""Make deltas to measure with, of two kinds, like those that fine-tuning leaves in a matrix."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ Kind = Literal["noise", "decay"]
 def deltas_like_fine_tuning(
     rows: int, columns: int, tasks: int, kind: Kind = "noise", *, device: torch.device | str = "cpu", seed: int = 0
 ) -> list[Tensor]:
-    """T full-rank float32 deltas [rows, columns]; the same numbers for the same seed on the same kind of device.
+    """Return T full-rank float32 deltas [rows, columns], the same for the same seed on the same kind of device.
 
-    ``noise``: what all tasks share, 16 directions of their own, and white noise that hides everything below: at the
-    cut of a task's part the gap is a few tenths of a percent, the worst case for any subspace method.
-    ``decay``: what all tasks share and parts whose singular values fall like 1/√i, over a floor of white noise: the
-    sum is ill-conditioned, the worst case for any Gram matrix.
+    ``noise``: a part that all tasks share, 16 directions of each task's own, and white noise that hides all smaller
+    ones: at the cut of a task's part the gap is a few tenths of a percent, the worst case for any subspace method.
+    ``decay``: a shared part and parts whose singular values fall like 1/√i, over a floor of white noise: the sum is
+    ill-conditioned, the worst case for any Gram matrix.
     """
     generator = torch.Generator(device=device).manual_seed(seed)
     short = min(rows, columns)
@@ -39,5 +39,5 @@ def deltas_like_fine_tuning(
 
 
 def relative_error(value: Tensor, exact: Tensor) -> float:
-    """‖value − exact‖_F / ‖exact‖_F, in the precision of ``exact``."""
+    """Return ‖value − exact‖_F / ‖exact‖_F in the precision of ``exact``."""
     return ((value.to(exact) - exact).norm() / exact.norm()).item()

@@ -1,7 +1,7 @@
-"""Iso-C and Iso-CTS as published (arXiv 2502.04959, §4 and §5), in plain torch: what one writes from the paper.
+"""Compute Iso-C and Iso-CTS as published (arXiv 2502.04959, §4 and §5) in plain torch: the baseline of the benchmarks.
 
-One full SVD a matrix for Iso-C; T + 3 for Iso-CTS. The baseline of the benchmarks, in the dtype of the deltas.
-``driver`` is torch.linalg.svd's: on a GPU its default and others are far apart.
+Iso-C takes one full SVD a matrix, Iso-CTS T + 3, all in the dtype of the deltas. ``driver`` is torch.linalg.svd's: on
+a GPU its default and others are far apart.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ from torch import Tensor
 
 
 def polar(x: Tensor, driver: str | None = None) -> Tensor:
-    """U Vᵀ of the thin SVD."""
+    """Return U Vᵀ of the thin SVD."""
     u, _, vt = torch.linalg.svd(x, full_matrices=False, driver=driver)
     return u @ vt
 
 
 def iso_c(deltas: Sequence[Tensor], driver: str | None = None) -> Tensor:
-    """σ̄ U Vᵀ of the sum, σ̄ the mean of its singular values."""
+    """Return σ̄ U Vᵀ of the sum, σ̄ the mean of its singular values."""
     u, sigma, vt = torch.linalg.svd(torch.stack(list(deltas)).sum(0), full_matrices=False, driver=driver)
     return sigma.mean() * (u @ vt)
 
 
 def iso_cts(deltas: Sequence[Tensor], common_fraction: float = 0.8, driver: str | None = None) -> Tensor:
-    """The top k directions of the sum and s of every task's remainder, made orthogonal, equally long."""
+    """Return the top k directions of the sum and s of every task's remainder, made orthogonal, equally long."""
     total = torch.stack(list(deltas)).sum(0)
     short, tasks = min(total.shape), len(deltas)
     s = round((short - int(short * common_fraction)) / tasks)

@@ -1,4 +1,4 @@
-"""Made-up tensors like those of a plan, merged as the engine merges them, from memory."""
+"""Make tensors like those of a plan, and merge them from memory as the engine does from files."""
 
 from __future__ import annotations
 
@@ -20,54 +20,52 @@ from ..methods.source import Factors, MemoryFactors
 from ..planning.plan import Plan, TensorPlan
 from .problems import deltas_like_fine_tuning
 
-# Below these a size says little of larger ones. Iso-C of square matrices went through 62 GFLOP/s of ``Method.flops`` at
+# Smaller sizes tell little of larger ones. Iso-C of square matrices went through 62 GFLOP/s of ``Method.flops`` at
 # a side of 256, 92 at 384, 110 at 512, 114 to 126 from 768 on (one thread of a Xeon); and the solvers search for
 # subspaces from 256 columns on. Passes over less than a few parts a thread are all overhead.
 SMALLEST_SIDE, SMALLEST_ELEMENTS = 512, 1 << 21
-# Of the machine's memory for made-up weights and what is made of them.
+# Share of the machine's memory for made-up weights and their merge.
 MEMORY_SHARE = 0.25
 MEASURED = "measured"
 
 
 class _Unwritten:
-    """The ``Writes`` of what is not written: every room is the same memory."""
+    """Take writes and drop them: every room is the same memory."""
 
     def __init__(self, budget_bytes: int) -> None:
         self.room_bytes = budget_bytes // ROOM_SHARE
         self._memory = torch.empty(self.room_bytes, dtype=torch.uint8, device="cpu")
 
     def room(self, size: int) -> Tensor | None:
-        """See ``WriteBehind``."""
         return self._memory[:size] if size <= self.room_bytes else None
 
     def put(self, action: Callable[[], None], *, size: int = 0, in_room: bool = False) -> None:
-        """See ``WriteBehind``: nothing is done."""
+        pass
 
 
 class _Held(MemoryDeltas):
-    """Copies that a route holds: they are read once."""
+    """Give copies that a route holds: they are read once."""
 
     passed_bytes = 0
 
 
 class _Walked(_Held):
-    """Copies that a route does not hold: counted as often as they are passed over."""
+    """Give copies that a route does not hold: their bytes are counted at every pass."""
 
     def blocks(self, tasks: Sequence[int] | None = None) -> Iterator[RowBlock]:
-        """See ``DeltaSource``."""
         for block in super().blocks(tasks):
             self.passed_bytes += block.like.nbytes + sum(expert.nbytes for expert in block.experts)
             yield block
 
 
 class _Factors(MemoryFactors):
-    """Factors, or none, beside a base that is read once."""
+    """Give factors, or none, beside a base that is read once."""
 
     passed_bytes = 0
 
 
 class _NoFile:
-    """A ``PartWriter`` into nowhere."""
+    """Stand for the writer of a file that must not be written."""
 
     def position(self, name: str, first: int) -> int:
         return 0
@@ -81,7 +79,7 @@ class _NoFile:
 
 @dataclass(frozen=True)
 class Size:
-    """A tensor's shape with every side divided by ``divisor``, and what merging that takes of the time of the whole."""
+    """Hold a tensor's shape with every side divided by ``divisor``, and its share of the whole tensor's time."""
 
     divisor: int
     shape: tuple[int, ...]
@@ -89,15 +87,15 @@ class Size:
 
     @property
     def timed(self) -> str:
-        """As the table has it."""
+        """Return how the table names this size."""
         return MEASURED if self.divisor == 1 else f"scaled from {' x '.join(map(str, self.shape))}"
 
 
 def sizes_of(tensor: TensorPlan, device: torch.device) -> list[Size]:
-    """The sizes at which a tensor may be timed, the smallest first, itself last.
+    """Return the sizes at which a tensor may be timed, the smallest first, the whole tensor last.
 
-    ``share`` is the ratio of ``Method.flops``; of the elements for linear methods and copies, which are passes over
-    them. A size where another solver would be taken is none.
+    ``share`` is the ratio of ``Method.flops``; for linear methods and copies, which are passes over the elements, that
+    of the elements. Sizes for which another solver would be chosen are left out.
     """
     method, tasks, shape = tensor.method, tensor.tasks, tensor.base.shape
     sizes = [Size(1, shape, 1.0)]
@@ -120,7 +118,7 @@ def sizes_of(tensor: TensorPlan, device: torch.device) -> list[Size]:
 
 
 def method_at(tensor: TensorPlan, shape: tuple[int, ...]) -> Method | None:
-    """The tensor's method for a smaller shape: a ceiling on its memory comes down with the elements."""
+    """Return the tensor's method for a smaller shape; a ceiling on its memory shrinks with the elements."""
     if tensor.method is None or tensor.method.ceiling is None:
         return tensor.method
     return tensor.method.within(int(tensor.method.ceiling * prod(shape) / max(1, prod(tensor.base.shape))))
@@ -139,7 +137,7 @@ def _solver(tensor: TensorPlan, shape: tuple[int, ...], device: torch.device) ->
 
 
 class Sample:
-    """A made-up tensor like a planned one, of a size of its choice, ready to be merged."""
+    """Make a tensor like a planned one, of a given size, and merge it."""
 
     def __init__(self, tensor: TensorPlan, size: Size, plan: Plan, device: torch.device, workers: Workers) -> None:
         self._tensor, self._workers = tensor, workers
@@ -171,7 +169,7 @@ class Sample:
         )
 
     def _make(self, shape: tuple[int, ...], device: torch.device) -> list[Tensor]:
-        """The base and the experts as they are stored."""
+        """Return the base and the experts as they would be stored."""
         stored = [copy.dtype for copy in (self._tensor.base, *self._tensor.experts)]
         if not stored[0].is_floating_point:
             return [torch.zeros(shape, dtype=stored[0], device=device)]
@@ -197,9 +195,7 @@ class Sample:
             yield Factors(left, torch.randn(pair.rank, columns, generator=generator, device=device))
 
     def merge(self) -> tuple[str, int]:
-        """Return the algorithm of one merge by the very code of the engine, all but reading and writing, and how many
-        bytes it read from what is not held, pass after pass.
-        """
+        """Merge by the engine's own code, without files; return the algorithm and the bytes of all passes."""
         output = TensorOutput(
             replace(self._tensor, route=self._route),
             {folder: _NoFile() for folder in self._tensor.scalings},
@@ -213,7 +209,7 @@ class Sample:
 
 
 def sample_bytes(tensor: TensorPlan, size: Size, device: torch.device) -> int:
-    """Peak of a ``Sample`` and its merge: the copies, the float32 deltas that they are made of, and the work."""
+    """Return the peak of a ``Sample`` and its merge: the copies, the float32 deltas they are made of, and the work."""
     each = sum(copy.dtype.itemsize for copy in (tensor.base, *tensor.experts)) + 4 * (1 + len(tensor.experts))
     method = method_at(tensor, size.shape)
     spec: TensorSpec = replace(tensor.spec, shape=size.shape)

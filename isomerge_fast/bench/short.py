@@ -1,4 +1,4 @@
-"""What this machine does, without any checkpoint: its ceilings, and ours against the published algorithm in turn."""
+"""Measure this machine without a checkpoint: its ceilings, and ours in turn with the published algorithm."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..errors import VerificationError
 from ..linalg.auto import TOLERANCES
 from ..methods import IsoC, IsoCTS, MemoryDeltas, Method
 from . import published
-from .ceilings import Ceilings, Disk, machine, measure_ceilings, measure_disk, require_folder, timed
+from .ceilings import machine, measure_ceilings, measure_disk, require_folder, timed
 from .problems import deltas_like_fine_tuning, relative_error
 
 ROUNDS = 5
@@ -29,7 +29,7 @@ CAUTION = 1.5
 
 @dataclass(frozen=True)
 class Shape:
-    """A matrix of a real model; those not for CPUs would take minutes there."""
+    """Name a matrix of a real model; those not for CPUs would take minutes there."""
 
     rows: int
     columns: int
@@ -48,14 +48,14 @@ SHAPES = (
 
 @dataclass(frozen=True)
 class Algorithm:
-    """One method: ours, the same with full SVDs in float64, and as published."""
+    """Bring together one method: ours, ours with full SVDs in float64, and as published."""
 
     ours: Method
     judge: Method
     published: Callable[[Sequence[Tensor]], Tensor]
 
     def published_work(self, shape: Shape, tasks: int) -> float:
-        """What full SVDs take, but for a factor: one of the sum for Iso-C, T + 3 for Iso-CTS."""
+        """Return the work of the full SVDs up to a factor: one of the sum for Iso-C, T + 3 for Iso-CTS."""
         svds = tasks + 3 if self.ours.deltas_taken else 1
         return float(svds * shape.rows * shape.columns * min(shape.rows, shape.columns))
 
@@ -66,59 +66,20 @@ ALGORITHMS = (
 )
 
 
-@dataclass(frozen=True)
-class Row:
-    """One method on one shape.
-
-    Attributes:
-        seconds, published_seconds: medians over the rounds; ``ratio`` is the median of the rounds' own ratios, and
-            ``ratio_range`` the least and the greatest of them.
-        error, published_error: ‖Δ − Δ₆₄‖_F / ‖Δ₆₄‖_F; ``bound`` is what ours promises.
-    """
-
-    model: str
-    rows: int
-    columns: int
-    method: str
-    tasks: int
-    rounds: int
-    seconds: float
-    published_seconds: float
-    ratio: float
-    ratio_range: tuple[float, float]
-    error: float
-    published_error: float
-    bound: float
-
-
-@dataclass(frozen=True)
-class ShortBench:
-    """All of ``isomerge bench`` without a checkpoint. ``skipped``: what there was no time for, and why."""
-
-    machine: dict[str, Any]
-    ceilings: Ceilings
-    disk: Disk
-    tasks: int
-    precision: str
-    rows: tuple[Row, ...]
-    skipped: tuple[str, ...]
-    seconds: float
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-
 @dataclass
 class _Subject:
-    """One method on one shape, judged; its rounds gather in ``times`` as (ours, published)."""
+    """Time one method on one shape; its rounds gather in ``times`` as (ours, published)."""
 
     shape: Shape
     algorithm: Algorithm
     deltas: list[Tensor]
-    error: float
-    published_error: float
-    round_seconds: float  # expected of one round
+    error: float = 0.0
+    published_error: float = 0.0
+    round_seconds: float = 0.0  # expected of one round
     times: list[tuple[float, float]] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        return f"{self.algorithm.ours.name} of {self.shape.rows} x {self.shape.columns}"
 
     def run_ours(self) -> Tensor:
         return self.algorithm.ours.merge(MemoryDeltas(self.deltas))[0]
@@ -126,50 +87,49 @@ class _Subject:
     def run_published(self) -> Tensor:
         return self.algorithm.published(self.deltas)
 
+    def judge(self) -> None:
+        """Compare both algorithms with float64 full SVDs, which also warms them up.
+
+        Raises:
+            VerificationError: our error is above the tier's tolerance.
+        """
+        start = time.perf_counter()
+        mine, other = self.run_ours(), self.run_published()
+        exact, _ = self.algorithm.judge.merge(MemoryDeltas(self.deltas))
+        self.error, self.published_error = relative_error(mine, exact), relative_error(other, exact)
+        # Float64 SVDs take longer than the float32 ones of a round, ours far less than either.
+        self.round_seconds = (time.perf_counter() - start) / 2
+        bound = TOLERANCES[PRECISION]
+        if not self.error <= bound:  # NaN is an error too
+            raise VerificationError(
+                f"{self.algorithm.ours.name} of {len(self.deltas)} deltas {self.shape.rows} x {self.shape.columns} on "
+                f"{self.deltas[0].device}: error {self.error:.1e} against float64, promised is {bound:.0e} "
+                f"(precision {PRECISION!r})"
+            )
+
     def time_round(self, device: torch.device) -> None:
         mine, other = timed(self.run_ours, device)[1], timed(self.run_published, device)[1]
         self.times.append((mine, other))
         self.round_seconds = mine + other
 
-    def row(self) -> Row:
+    def row(self) -> dict[str, Any]:
+        """Return the row of the table: medians over the rounds, and errors ‖Δ − Δ₆₄‖_F / ‖Δ₆₄‖_F."""
         ratios = [other / mine for mine, other in self.times]
-        return Row(
-            self.shape.model,
-            self.shape.rows,
-            self.shape.columns,
-            self.algorithm.ours.name,
-            len(self.deltas),
-            len(self.times),
-            statistics.median(mine for mine, _ in self.times),
-            statistics.median(other for _, other in self.times),
-            statistics.median(ratios),
-            (min(ratios), max(ratios)),
-            self.error,
-            self.published_error,
-            TOLERANCES[PRECISION],
-        )
-
-
-def _judge(shape: Shape, algorithm: Algorithm, deltas: list[Tensor]) -> _Subject:
-    """Both algorithms against float64 full SVDs; which also is the call that warms them up.
-
-    Raises:
-        VerificationError: ours is further from float64 than it promises.
-    """
-    subject = _Subject(shape, algorithm, deltas, 0.0, 0.0, 0.0)
-    start = time.perf_counter()
-    mine, other = subject.run_ours(), subject.run_published()
-    exact, _ = algorithm.judge.merge(MemoryDeltas(deltas))
-    subject.error, subject.published_error = relative_error(mine, exact), relative_error(other, exact)
-    # Float64 SVDs take longer than the float32 ones of a round, ours far less than either.
-    subject.round_seconds = (time.perf_counter() - start) / 2
-    bound = TOLERANCES[PRECISION]
-    if not subject.error <= bound:  # NaN is an error too
-        raise VerificationError(
-            f"{algorithm.ours.name} of {len(deltas)} deltas {shape.rows} x {shape.columns} on {deltas[0].device}: "
-            f"error {subject.error:.1e} against float64, promised is {bound:.0e} (precision {PRECISION!r})"
-        )
-    return subject
+        return {
+            "model": self.shape.model,
+            "rows": self.shape.rows,
+            "columns": self.shape.columns,
+            "method": self.algorithm.ours.name,
+            "tasks": len(self.deltas),
+            "rounds": len(self.times),
+            "seconds": statistics.median(mine for mine, _ in self.times),
+            "published_seconds": statistics.median(other for _, other in self.times),
+            "ratio": statistics.median(ratios),
+            "ratio_range": [min(ratios), max(ratios)],
+            "error": self.error,
+            "published_error": self.published_error,
+            "bound": TOLERANCES[PRECISION],
+        }
 
 
 def measure_short(
@@ -180,8 +140,11 @@ def measure_short(
     shapes: Sequence[Shape] | None = None,
     budget_seconds: float = 60.0,
     say: Callable[[str], None] = lambda _: None,
-) -> ShortBench:
-    """Ceilings and disk; then every shape judged; then, when all are right, rounds of ours and published in turn.
+) -> dict[str, Any]:
+    """Return what ``isomerge bench`` without a merge answers.
+
+    Ceilings and disk are measured, then every shape is judged; only when all are right are they timed, ours and
+    published in turn. ``skipped`` names what there was no time for.
 
     Args:
         folder: on the disk to be measured; files there are removed again.
@@ -193,7 +156,7 @@ def measure_short(
     Raises:
         ConfigError: no such folder.
         ResourceError: it cannot be written to, or is full.
-        VerificationError: an error of ours above the tier's promise; before anything is timed.
+        VerificationError: our error is above the tier's tolerance; before anything is timed.
     """
     started = time.perf_counter()
 
@@ -201,23 +164,47 @@ def measure_short(
         return USED_SHARE * budget_seconds - (time.perf_counter() - started)
 
     require_folder(folder)
-    wanted = SHAPES if shapes is None else shapes
-    shapes = [shape for shape in wanted if shape.on_cpu or device.type != "cpu"]
     say("what memory, products and the disk give at most")
     ceilings, disk = measure_ceilings(device), measure_disk(folder)
+    _load_libraries(tasks, device)
+    wanted = [shape for shape in shapes or SHAPES if shape.on_cpu or device.type != "cpu"]
+    subjects, skipped = _judge_all(wanted, tasks, device, left, say)
+    for number in range(ROUNDS):
+        for subject in subjects:
+            if number and subject.round_seconds > left():
+                continue
+            say(f"{subject}: round {number + 1}")
+            subject.time_round(device)
+    return {
+        "machine": machine(device),
+        "ceilings": asdict(ceilings),
+        "disk": asdict(disk),
+        "tasks": tasks,
+        "precision": PRECISION,
+        "rows": [subject.row() for subject in subjects],
+        "skipped": skipped,
+        "seconds": time.perf_counter() - started,
+    }
 
-    # Libraries are loaded at their first call, which would make the first shape look slow, and all others with it.
+
+def _load_libraries(tasks: int, device: torch.device) -> None:
+    """Run everything once: libraries are loaded at their first call, which would make the first shape look slow."""
     small = deltas_like_fine_tuning(64, 64, tasks, device=device)
     for algorithm in ALGORITHMS:
         algorithm.published(small)
         for method in (algorithm.ours, algorithm.judge):
             method.merge(MemoryDeltas(small))
 
+
+def _judge_all(
+    shapes: Sequence[Shape], tasks: int, device: torch.device, left: Callable[[], float], say: Callable[[str], None]
+) -> tuple[list[_Subject], list[str]]:
+    """Return the subjects that fit into the seconds ``left``, all judged, and what is left out."""
     subjects: list[_Subject] = []
     skipped: list[str] = []
     judged: dict[str, float] = {}  # seconds for an operation, by method
     for shape in shapes:
-        deltas: list[Tensor] | None = None
+        deltas: list[Tensor] = []
         for algorithm in ALGORITHMS:
             name, work = algorithm.ours.name, algorithm.published_work(shape, tasks)
             expected = CAUTION * work * judged.get(name, min(judged.values(), default=0.0))
@@ -227,23 +214,8 @@ def measure_short(
                 continue
             say(f"{name} of {shape.rows} x {shape.columns}: error against float64")
             deltas = deltas or deltas_like_fine_tuning(shape.rows, shape.columns, tasks, device=device)
-            start = time.perf_counter()
-            subjects.append(_judge(shape, algorithm, deltas))
+            subject, start = _Subject(shape, algorithm, deltas), time.perf_counter()
+            subject.judge()
             judged[name] = (time.perf_counter() - start) / work
-
-    for number in range(ROUNDS):
-        for subject in subjects:
-            if number and subject.round_seconds > left():
-                continue
-            say(f"{subject.algorithm.ours.name} of {subject.shape.rows} x {subject.shape.columns}: round {number + 1}")
-            subject.time_round(device)
-    return ShortBench(
-        machine(device),
-        ceilings,
-        disk,
-        tasks,
-        PRECISION,
-        tuple(subject.row() for subject in subjects),
-        tuple(skipped),
-        time.perf_counter() - started,
-    )
+            subjects.append(subject)
+    return subjects, skipped

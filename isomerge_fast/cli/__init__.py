@@ -1,5 +1,6 @@
-"""The command line ``isomerge``. Importing it loads no torch."""
+"""Provide the command line ``isomerge``. Importing it loads no torch."""
 
-from .commands import main
+from . import commands  # noqa: F401  # registers the verbs
+from .application import main
 
 __all__ = ["main"]

@@ -1,4 +1,4 @@
-"""``python -m isomerge_fast.cli``."""
+"""Run ``python -m isomerge_fast.cli``."""
 
 from . import main
 

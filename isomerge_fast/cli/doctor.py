@@ -1,4 +1,4 @@
-"""What this machine offers, and whether merges on it are right."""
+"""Find out what this machine offers, and whether merges on it are right."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from .. import __version__
+from ..bench.problems import relative_error
 from ..methods import METHODS, MemoryDeltas
 
 _PACKAGES = (
@@ -29,7 +30,10 @@ _ALLOWED = 1e-5
 
 
 def examine() -> dict[str, Any]:
-    """Versions, devices and memory; every method on every device against float64 full SVDs. ``healthy`` sums it up."""
+    """Return versions, devices and memory, and check every method on every device against float64 full SVDs.
+
+    ``healthy`` is whether all checks are right.
+    """
     versions = {"isomerge-fast": __version__, "python": platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -49,12 +53,8 @@ def examine() -> dict[str, Any]:
     if len(devices) == 1:
         machine["cuda"] = "none; merges run on the CPU"
     checks = [_check(name, device) for device in devices for name in METHODS]
-    return {
-        "versions": versions,
-        "machine": machine,
-        "checks": checks,
-        "healthy": all(check["ok"] for check in checks),
-    }
+    healthy = all(check["ok"] for check in checks)
+    return {"versions": versions, "machine": machine, "checks": checks, "healthy": healthy}
 
 
 def _check(name: str, device: str) -> dict[str, Any]:
@@ -63,5 +63,5 @@ def _check(name: str, device: str) -> dict[str, Any]:
     method = METHODS[name]()
     value, _ = method.merge(MemoryDeltas([delta.to(device) for delta in deltas]))
     expected, _ = method.exact().merge(MemoryDeltas([delta.double() for delta in deltas]))
-    error = (torch.linalg.vector_norm(value.cpu().double() - expected) / torch.linalg.vector_norm(expected)).item()
+    error = relative_error(value.cpu(), expected)
     return {"method": name, "device": device, "error": error, "ok": error <= _ALLOWED}

@@ -36,7 +36,7 @@ import fault_fuzz
 import isomerge_fast as imf
 from checkpoints import save_folder
 from isomerge_fast.checkpoint.output.sealed import write_sealed
-from isomerge_fast.cli import commands
+from isomerge_fast.cli import application
 from isomerge_fast.config import load_config
 from isomerge_fast.errors import IsomergeError
 from isomerge_fast.execution.report import Report
@@ -171,7 +171,7 @@ class Doors:
         self.said.append(f"isomerge {' '.join(map(repr, arguments))}"[:2_000])
         out, err = io.StringIO(), io.StringIO()
         with mock.patch.object(sys, "argv", ["isomerge", *arguments]), redirect_stdout(out), redirect_stderr(err):
-            code = commands._exit_code()
+            code = application._exit_code()
         self.tally.ends[f"exit {code}"] += 1
         text = err.getvalue()
         self.said.append(text[-1_500:])
@@ -511,7 +511,7 @@ DOORS: dict[str, tuple[float, Door]] = {
 def quickened(home: Path) -> Iterator[None]:
     """Let the verbs be read once, nothing be timed, and ``~`` lead nowhere else."""
     with (
-        mock.patch.object(commands, "app", typer.main.get_command(commands.app)),
+        mock.patch.object(application, "app", typer.main.get_command(application.app)),
         mock.patch.object(cost, "_measured_flops", return_value=1e10),
         mock.patch.dict(os.environ, {"HOME": str(home)}),
     ):
