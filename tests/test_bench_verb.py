@@ -164,7 +164,9 @@ def test_estimate_covers_the_plan_once(
 
 def test_the_disk_can_be_the_wall(monkeypatch: pytest.MonkeyPatch, wide_family: list[object], tmp_path: Path) -> None:
     monkeypatch.setattr(estimate, "timed", ticking(lambda function: 0.25))
-    monkeypatch.setattr(estimate, "measure_disk", lambda folder: ceilings.Disk(str(folder), 1e3, 1e4))
+    monkeypatch.setattr(
+        estimate, "measure_disk", lambda _: {"read_bytes_per_second": 1e3, "write_bytes_per_second": 1e4}
+    )
     plan = plan_of(wide_family, method="mean")
     found = estimate_merge(plan, CPU, folder=tmp_path)
     assert found["wall"] == "disk"

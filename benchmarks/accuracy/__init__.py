@@ -1,1 +1,1 @@
-"""How good merged networks are on real tasks (``python -m benchmarks.accuracy``)."""
+"""Measure how good merged networks are on real tasks (``python -m benchmarks.accuracy``)."""

@@ -1,4 +1,4 @@
-"""Accuracy on real tasks: how good merged networks are, over seeds, numbers of tasks and strengths of the base.
+"""Measure how good merged networks are on real tasks, over seeds, numbers of tasks and strengths of the base.
 
     python -m benchmarks.accuracy [--seeds 5] [--quick] [--processes 2] [--common-fraction F …]
                                   [--out benchmarks/results/accuracy.json]

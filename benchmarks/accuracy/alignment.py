@@ -1,4 +1,4 @@
-"""The paper's two measures of a merge, task by task, and how they go together.
+"""Compute the paper's two measures of a merge, task by task, and their correlation.
 
     SAR(Δ_t, Δ_M) = ‖U_k U_kᵀ Δ_t‖_F / ‖Δ_t‖_F    NAI_t = (merged_t − base_t) / (expert_t − base_t)
 
@@ -29,7 +29,7 @@ DECIMALS = 5
 
 @dataclass(frozen=True)
 class Alignment:
-    """How the tasks' updates lie to one merged update, means over its matrices.
+    """Hold how the tasks' updates are aligned with one merged update: means over its matrices.
 
     Args:
         by_task: SAR of each task.
@@ -44,7 +44,7 @@ class Alignment:
 
 
 def kept_rank(singular_values: Tensor, tail: float = TAIL) -> int:
-    """The smallest k with √(Σ_{i>k} σ_i²) ≤ tail · √(Σ_i σ_i²).
+    """Return the smallest k with √(Σ_{i>k} σ_i²) ≤ tail · √(Σ_i σ_i²).
 
     Args:
         singular_values: `[r]`, largest first.
@@ -59,13 +59,13 @@ def kept_rank(singular_values: Tensor, tail: float = TAIL) -> int:
 
 
 def range_basis(merged: Tensor, tail: float = TAIL) -> Tensor:
-    """U_k `[M, k]` in float64, the leading left singular vectors of Δ_M `[M, N]`; k as in ``kept_rank``."""
+    """Return U_k `[M, k]` in float64, the leading left singular vectors of Δ_M `[M, N]`; k as in ``kept_rank``."""
     left, values, _ = torch.linalg.svd(merged.double(), full_matrices=False)
     return left[:, : kept_rank(values, tail)]
 
 
 def alignment_ratio(delta: Tensor, basis: Tensor) -> float:
-    """‖U_k U_kᵀ Δ_t‖_F / ‖Δ_t‖_F of Δ_t `[M, N]` and U_k `[M, k]`.
+    """Return ‖U_k U_kᵀ Δ_t‖_F / ‖Δ_t‖_F of Δ_t `[M, N]` and U_k `[M, k]`.
 
     Raises:
         ValueError: Δ_t is zero, and the ratio undefined.
@@ -78,7 +78,7 @@ def alignment_ratio(delta: Tensor, basis: Tensor) -> float:
 
 
 def align(deltas: Sequence[Mapping[str, Tensor]], merged: Mapping[str, Tensor], tail: float = TAIL) -> Alignment:
-    """Mean over all matrices of SAR(Δ_t, Δ_M), for every task.
+    """Return the mean over all matrices of SAR(Δ_t, Δ_M), for every task.
 
     Args:
         deltas: per task, its update of every tensor; only the `[M, N]` ones count.
@@ -101,35 +101,23 @@ def align(deltas: Sequence[Mapping[str, Tensor]], merged: Mapping[str, Tensor], 
     )
 
 
-def accuracy_improvement(
-    base: float, expert: float, merged: float, smallest_gain: float = SMALLEST_GAIN
-) -> float | None:
-    """NAI = (merged − base) / (expert − base); None where the expert gains less than ``smallest_gain``, or loses.
+def accuracy_improvement(base: float, expert: float, merged: float) -> float | None:
+    """Return NAI = (merged − base) / (expert − base), or None if the expert gains less than ``SMALLEST_GAIN``.
 
-    What is None is left out of means and correlations, and counted.
+    Tasks without NAI are left out of means and correlations, and counted.
     """
     gain = expert - base
-    return (merged - base) / gain if gain >= smallest_gain - 1e-12 else None
+    return (merged - base) / gain if gain >= SMALLEST_GAIN - 1e-12 else None
 
 
 def ranks(values: Sequence[float]) -> list[float]:
-    """Places from 1 on, smallest first; equal values share the mean of theirs."""
-    order = sorted(range(len(values)), key=values.__getitem__)
-    places = [0.0] * len(values)
-    start = 0
-    while start < len(order):
-        end = start
-        while end < len(order) and values[order[end]] == values[order[start]]:
-            end += 1
-        for index in order[start:end]:
-            places[index] = (start + 1 + end) / 2
-        start = end
-    return places
+    """Return the ranks from 1 on, smallest first; equal values share the mean of their ranks."""
+    return [sum(other < value for other in values) + (values.count(value) + 1) / 2 for value in values]
 
 
 @dataclass(frozen=True)
 class Correlation:
-    """Pearson's and Spearman's coefficients of ``n`` points; None where a coordinate is constant or n < 3."""
+    """Hold Pearson's and Spearman's coefficients of ``n`` points; None where a coordinate is constant or n < 3."""
 
     n: int
     pearson: float | None
@@ -137,7 +125,7 @@ class Correlation:
 
 
 def correlate(points: Sequence[tuple[float, float]]) -> Correlation:
-    """Pearson's ρ of the points, and that of their ranks."""
+    """Return Pearson's ρ of the points, and of their ranks."""
     if len(points) < 3:
         return Correlation(len(points), None, None)
     xs, ys = (list(coordinates) for coordinates in zip(*points, strict=True))
@@ -152,7 +140,7 @@ def _pearson(xs: Sequence[float], ys: Sequence[float]) -> float | None:
 
 
 def without_group_means(groups: Sequence[Sequence[tuple[float, float]]]) -> list[tuple[float, float]]:
-    """Every point less its group's mean, coordinate by coordinate: what is left when groups no longer differ."""
+    """Return every point less its group's mean, coordinate by coordinate, so that groups no longer differ."""
     points = []
     for group in groups:
         if group:

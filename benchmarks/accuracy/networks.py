@@ -1,4 +1,4 @@
-"""A small vision transformer for the digits, in the form in which transformers are fine-tuned and merged."""
+"""Define a small vision transformer for the digits, in the form in which transformers are fine-tuned and merged."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ POSITION_SCALE = 0.5
 
 
 class Attention(nn.Module):
-    """out(softmax(q kᵀ / √d) v), x `[n, tokens, width]`.
+    """Return out(softmax(q kᵀ / √d) v) of x `[n, tokens, width]`.
 
     Four separate matrices, as in checkpoints of language models: each is a tensor of its own to a merge.
     """
@@ -41,7 +41,7 @@ class Attention(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """x ← x + attention(norm(x)); x ← x + down(gelu(up(norm(x)))), x `[n, tokens, width]`."""
+    """Apply x ← x + attention(norm(x)); x ← x + down(gelu(up(norm(x)))) to x `[n, tokens, width]`."""
 
     def __init__(self, width: int, n_heads: int, expansion: int) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class TransformerBlock(nn.Module):
 
 
 class DigitsTransformer(nn.Module):
-    """Pixels `[..., 64]` to unit features `[..., width]`: 2×2 patches, pre-norm blocks, the mean over tokens, no head.
+    """Map pixels `[..., 64]` to unit features `[..., width]`: 2×2 patches, pre-norm blocks, mean over tokens, no head.
 
     The interface of ``demo.model.DigitsNetwork``, so that its training and scoring serve both.
     """
@@ -79,14 +79,14 @@ class DigitsTransformer(nn.Module):
 
 
 def patches(images: Tensor) -> Tensor:
-    """The 2×2 patches of images `[n, 64]` row by row, `[n, 16, 4]`."""
+    """Return the 2×2 patches `[n, 16, 4]` of images `[n, 64]`, row by row."""
     per_edge = SIDE // PATCH
     grid = images.reshape(-1, per_edge, PATCH, per_edge, PATCH)
     return grid.transpose(2, 3).reshape(-1, N_PATCHES, PATCH * PATCH)
 
 
 def initial_transformer(width: int, depth: int, n_heads: int, seed: int) -> DigitsTransformer:
-    """An untrained network whose weights depend on `seed` alone; the caller's random state is left as it was."""
+    """Return an untrained network whose weights depend on `seed` alone; the caller's random state does not change."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return DigitsTransformer(width, depth, n_heads)

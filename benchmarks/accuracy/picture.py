@@ -1,4 +1,4 @@
-"""The study as one picture: accuracy by method and setting, and SAR against NAI."""
+"""Draw the study: accuracy by method and setting, and SAR against NAI."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MARKERS = {"base": "D", "mean": "s", "task-arithmetic": "^", "iso-c": "o", "iso-
 
 
 def draw(path: Path, results: Sequence[SettingResult]) -> None:
-    """Writes a PNG: above, normalised accuracy by method and setting; below, SAR against NAI, one panel a setting."""
+    """Write a PNG: above, normalised accuracy by method and setting; below, SAR against NAI, one panel a setting."""
     from matplotlib.figure import Figure  # a Figure of its own draws with Agg and leaves pyplot's state alone
 
     per_row = 3

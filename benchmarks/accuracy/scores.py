@@ -1,11 +1,10 @@
-"""One seed of one setting: trained, merged by every method, scored."""
+"""Train one seed of one setting, merge it by every method, and score the merges."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from statistics import fmean
 
 import torch
@@ -14,13 +13,13 @@ from torch import Tensor, nn
 import isomerge_fast as imf
 from benchmarks.accuracy.alignment import Alignment, accuracy_improvement, align
 from benchmarks.accuracy.settings import RECIPES, Candidate, Setting, candidates
-from isomerge_fast.demo.model import accuracies, one_thread, train
+from isomerge_fast.demo.model import accuracies, normalised, one_thread, own_accuracies, train_family
 from isomerge_fast.demo.tasks import Split, TaskSuite, load_tasks
 
 
 @dataclass(frozen=True)
 class MergeScore:
-    """One method's merge of one seed's experts.
+    """Hold the scores of one method's merge of one seed's experts.
 
     Args:
         scaling: the chosen α.
@@ -45,14 +44,14 @@ class MergeScore:
     validation_by_scaling: tuple[tuple[float, float], ...]
 
     def points(self) -> list[tuple[float, float]]:
-        """(SAR_t, NAI_t) of every task that has both."""
+        """Return (SAR_t, NAI_t) of every task that has both."""
         pairs = zip(self.alignment.by_task, self.improvement_by_task, strict=True)
         return [(ratio, gain) for ratio, gain in pairs if gain is not None]
 
 
 @dataclass(frozen=True)
 class SeedScore:
-    """One seed of one setting: test accuracies by task of the base and of each expert on its own, and the merges."""
+    """Hold one seed of one setting: test accuracies of the base and of each expert on its own task, and the merges."""
 
     seed: int
     tasks: tuple[str, ...]
@@ -60,51 +59,25 @@ class SeedScore:
     experts_by_task: tuple[float, ...]
     merges: dict[str, MergeScore]
 
-    @property
-    def base_normalised(self) -> float:
-        return _share(self.base_by_task, self.experts_by_task)
-
-
-def _share(scores: Sequence[float], of: Sequence[float]) -> float:
-    return fmean(score / best for score, best in zip(scores, of, strict=True))
-
 
 def train_all(setting: Setting, suite: TaskSuite, seed: int) -> tuple[nn.Module, list[nn.Module]]:
-    """The base on all tasks at once, then one copy of it a task; seeds as in the demo."""
+    """Train the base and one expert a task, with seeds as in the demo."""
     recipe = RECIPES[setting.recipe]
-    fit = partial(train, data=suite.train, heads=suite.heads, batch_size=recipe.batch_size)
-    base = recipe.initial(seed)
-    tasks = range(len(suite.names))
-    fit(base, tasks=tasks, n_steps=setting.base_steps, learning_rate=recipe.base_learning_rate, seed=seed)
-    experts = []
-    for task in tasks:
-        expert = copy.deepcopy(base)
-        fit(
-            expert,
-            tasks=[task],
-            n_steps=setting.expert_steps,
-            learning_rate=recipe.expert_learning_rate,
-            seed=seed + 1 + task,
-        )
-        experts.append(expert)
+    training = replace(recipe.training, base_steps=setting.base_steps, expert_steps=setting.expert_steps)
+    base, *experts = train_family(recipe.initial(seed), suite, training, seed)
     return base, experts
-
-
-def own_accuracy(expert: nn.Module, part: Split, heads: Tensor, task: int) -> float:
-    """Of an expert on its own task."""
-    return accuracies(expert, Split(part.pixels[task : task + 1], part.labels), heads[task : task + 1])[0]
 
 
 def merged_update(
     base: Mapping[str, Tensor], experts: Sequence[Mapping[str, Tensor]], candidate: Candidate
 ) -> dict[str, Tensor]:
-    """Δ_M of every tensor in float64, from one merge for all α: θ(α) = θ₀ + α Δ_M for matrices and all else alike."""
+    """Return Δ_M of every tensor in float64, from one merge for all α: θ(α) = θ₀ + α Δ_M for every tensor."""
     merged = imf.merge_state_dicts(base, experts, candidate.method, dtype=torch.float64, **candidate.options)
     return {name: tensor - base[name].double() for name, tensor in merged.items()}
 
 
 def at_scaling(base: nn.Module, update: Mapping[str, Tensor], scaling: float) -> nn.Module:
-    """A copy of the base with the weights θ₀ + α Δ_M, rounded once."""
+    """Return a copy of the base with the weights θ₀ + α Δ_M, rounded once."""
     model = copy.deepcopy(base)
     state = base.state_dict()
     model.load_state_dict({name: (state[name] + scaling * delta).to(state[name]) for name, delta in update.items()})
@@ -114,7 +87,7 @@ def at_scaling(base: nn.Module, update: Mapping[str, Tensor], scaling: float) ->
 def choose_scaling(
     base: nn.Module, update: Mapping[str, Tensor], scalings: Sequence[float], validation: Split, heads: Tensor
 ) -> tuple[float, dict[float, float]]:
-    """The α of highest mean accuracy on ``validation``, of equals the smallest; and the accuracy of every candidate."""
+    """Return the α of highest mean accuracy on ``validation``, of equals the smallest, and all accuracies."""
     curve = {s: fmean(accuracies(at_scaling(base, update, s), validation, heads)) for s in scalings}
     return max(curve, key=curve.__getitem__), curve
 
@@ -122,11 +95,11 @@ def choose_scaling(
 def score_merges(
     suite: TaskSuite, base: nn.Module, experts: Sequence[nn.Module], seed: int, compared: Mapping[str, Candidate]
 ) -> SeedScore:
-    """Every method's merge, its α chosen on validation digits, then scored on the test digits."""
+    """Merge by every method, choose its α on validation digits, then score it on the test digits."""
     state, states = base.state_dict(), [expert.state_dict() for expert in experts]
     deltas = [{name: tensor.double() - state[name].double() for name, tensor in other.items()} for other in states]
     before = accuracies(base, suite.test, suite.heads)
-    own = tuple(own_accuracy(expert, suite.test, suite.heads, task) for task, expert in enumerate(experts))
+    own = own_accuracies(experts, suite.test, suite.heads)
     merges = {}
     for key, candidate in compared.items():
         update, scalings = merged_update(state, states, candidate), candidate.scalings
@@ -137,7 +110,7 @@ def score_merges(
             len(scalings) > 1 and best in (min(scalings), max(scalings)),
             curve[best],
             fmean(test),
-            _share(test, own),
+            normalised(test, own),
             test,
             align(deltas, update),
             tuple(accuracy_improvement(*scores) for scores in zip(before, own, test, strict=True)),
@@ -148,6 +121,6 @@ def score_merges(
 
 @one_thread()
 def run_seed(setting: Setting, seed: int, common_fractions: Sequence[float] = ()) -> SeedScore:
-    """Trains and merges one seed of one setting."""
+    """Train and merge one seed of one setting."""
     suite = load_tasks(setting.n_tasks, RECIPES[setting.recipe].width, seed)
     return score_merges(suite, *train_all(setting, suite, seed), seed, candidates(common_fractions))

@@ -1,4 +1,4 @@
-"""What is compared: networks, numbers of tasks, strengths of the base; methods and the scalings to choose from."""
+"""List what is compared: networks, numbers of tasks, strengths of the base; methods and their scalings."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 from torch import nn
 
 from benchmarks.accuracy.networks import initial_transformer
-from isomerge_fast.demo.model import initial_network
-from isomerge_fast.demo.run import BASE_LEARNING_RATE, DEPTH, EXPERT_LEARNING_RATE, EXPERT_STEPS, WIDTH
+from isomerge_fast.demo import run as demo
+from isomerge_fast.demo.model import Training, initial_network
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A method as it is compared: its name in the table, the scalings to choose from, and its options."""
+    """Hold a method's name in the table, the scalings to choose from, and its options."""
 
     name: str
     method: str
@@ -26,49 +26,35 @@ class Candidate:
 # The ends of each range are past the optimum; a choice at an end is marked in the table. The mean is the plain average
 # of the weights: with an α to choose it would be task arithmetic.
 FLAT_SCALINGS = (0.1, 0.2, 0.4, 0.6, 0.8, 1.0, 1.2, 1.4, 1.7, 2.0, 2.5)
-METHODS = {
-    "mean": Candidate("mean of the weights", "mean", (1.0,)),
-    "task-arithmetic": Candidate(
-        "task arithmetic", "task-arithmetic", (0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5)
-    ),
-    "iso-c": Candidate("Iso-C", "iso-c", FLAT_SCALINGS),
-    "iso-cts": Candidate("Iso-CTS", "iso-cts", FLAT_SCALINGS),
-}
+SUM_SCALINGS = (0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5)
+SCALINGS = {"mean": (1.0,), "task-arithmetic": SUM_SCALINGS, "iso-c": FLAT_SCALINGS, "iso-cts": FLAT_SCALINGS}
+METHODS = {method: Candidate(name, method, SCALINGS[method]) for method, (name, _) in demo.METHODS.items()}
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A network and how it is trained; ``initial`` makes it from a seed."""
+    """Say how a network is made from a seed, and how it is trained."""
 
     title: str
     width: int
     initial: Callable[[int], nn.Module]
-    base_learning_rate: float
-    expert_steps: int
-    expert_learning_rate: float
-    batch_size: int
+    training: Training
 
 
 RECIPES = {
     "residual": Recipe(
-        "residual network",
-        WIDTH,
-        lambda seed: initial_network(WIDTH, DEPTH, seed),
-        BASE_LEARNING_RATE,
-        EXPERT_STEPS,
-        EXPERT_LEARNING_RATE,
-        128,
+        "residual network", demo.WIDTH, lambda seed: initial_network(demo.WIDTH, demo.DEPTH, seed), demo.TRAINING
     ),
     # Rates and steps by validation accuracy of seed 0; 64 images a step, since a token costs what an image costs above.
     "transformer": Recipe(
-        "vision transformer", 64, lambda seed: initial_transformer(64, 2, 4, seed), 4e-3, 200, 1e-3, 64
+        "vision transformer", 64, lambda seed: initial_transformer(64, 2, 4, seed), Training(250, 4e-3, 200, 1e-3, 64)
     ),
 }
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A recipe, the number of tasks, and the steps of training; fewer than the recipe's for an expert on demand."""
+    """Hold a recipe, the number of tasks, and the steps of training."""
 
     recipe: str
     n_tasks: int
@@ -81,7 +67,7 @@ class Setting:
 
 
 def candidates(common_fractions: Sequence[float] = ()) -> dict[str, Candidate]:
-    """``METHODS``, and Iso-CTS with each of the fractions."""
+    """Return ``METHODS``, and Iso-CTS with each of the fractions."""
     extra = {
         f"iso-cts-{fraction:g}": Candidate(
             f"Iso-CTS, f = {fraction:g}", "iso-cts", FLAT_SCALINGS, {"common_fraction": fraction}
@@ -92,10 +78,12 @@ def candidates(common_fractions: Sequence[float] = ()) -> dict[str, Candidate]:
 
 
 def full_settings() -> list[Setting]:
-    """Weak, medium and strong bases; the demo's is the second of the first network."""
-    settings = [Setting("residual", tasks, steps, EXPERT_STEPS) for tasks in (8, 16) for steps in (18, 36, 120)]
-    return settings + [
-        Setting("transformer", 8, steps, RECIPES["transformer"].expert_steps) for steps in (150, 250, 500)
+    """Return settings of weak, medium and strong bases; the demo's is the second."""
+    bases = [("residual", 8, (18, 36, 120)), ("residual", 16, (18, 36, 120)), ("transformer", 8, (150, 250, 500))]
+    return [
+        Setting(recipe, tasks, steps, RECIPES[recipe].training.expert_steps)
+        for recipe, tasks, strengths in bases
+        for steps in strengths
     ]
 
 

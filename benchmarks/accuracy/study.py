@@ -1,4 +1,4 @@
-"""All seeds of all settings, written after each."""
+"""Run all seeds of all settings, and write the results after each setting."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from isomerge_fast.bench.ceilings import device_name
 
 
 def write(out: Path, results: Sequence[SettingResult], command: str, n_settings: int) -> None:
-    """The JSON at ``out``, and the picture beside it."""
+    """Write the JSON to ``out``, and the picture beside it."""
     plain = {
         "command": command,
         "device": device_name(torch.device("cpu")),
@@ -52,7 +52,7 @@ def run_study(
     processes: int = 1,
     say: Callable[[str], None] = print,
 ) -> list[SettingResult]:
-    """All seeds of all settings; table, JSON and picture after every setting.
+    """Run all seeds of all settings; give table, JSON and picture after every setting.
 
     Args:
         out: of the JSON; the picture lies beside it.

@@ -1,4 +1,4 @@
-"""What the seeds of a setting say together: means, deviations, correlations; and the table of them."""
+"""Summarise the seeds of a setting: means, deviations, correlations, and their table."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from statistics import fmean
 from benchmarks.accuracy.alignment import DECIMALS, SMALLEST_GAIN, Correlation, correlate, without_group_means
 from benchmarks.accuracy.scores import SeedScore
 from benchmarks.accuracy.settings import METHODS, Setting, candidates
+from isomerge_fast.demo.model import normalised
 
 
 @dataclass(frozen=True)
 class Spread:
-    """Mean and standard deviation over seeds (of the sample; 0 of a single one)."""
+    """Hold the mean and the standard deviation over seeds (of the sample; 0 of a single one)."""
 
     mean: float
     deviation: float
@@ -29,7 +30,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table: a method, or the base or the experts, of which only the accuracies are set.
+    """Hold a line of the table: a method, or the base or the experts, of which only the accuracies are set.
 
     Args:
         scalings: the chosen α of every seed.
@@ -52,7 +53,7 @@ class Row:
 
 @dataclass(frozen=True)
 class SettingResult:
-    """All seeds of a setting, and what the table says of them.
+    """Hold all seeds of a setting, and what the table says of them.
 
     Args:
         left_out: (task, seed) pairs, of ``n_pairs``, without NAI: their experts gain less than ``SMALLEST_GAIN``.
@@ -73,20 +74,18 @@ class SettingResult:
 
 
 def summarise(setting: Setting, seeds: Sequence[SeedScore], common_fractions: Sequence[float] = ()) -> SettingResult:
-    """Means, deviations and correlations over the seeds of one setting."""
-    base = Row(
-        "base",
-        "base",
-        Spread.of([fmean(score.base_by_task) for score in seeds]),
-        Spread.of([score.base_normalised for score in seeds]),
-    )
-    experts = Row(
-        "experts",
-        "experts",
-        Spread.of([fmean(score.experts_by_task) for score in seeds]),
-        Spread.of([1.0] * len(seeds)),
-    )
-    rows, groups = [base, experts], []
+    """Return means, deviations and correlations over the seeds of one setting."""
+    of_base = [normalised(score.base_by_task, score.experts_by_task) for score in seeds]
+    rows = [
+        Row("base", "base", Spread.of([fmean(score.base_by_task) for score in seeds]), Spread.of(of_base)),
+        Row(
+            "experts",
+            "experts",
+            Spread.of([fmean(score.experts_by_task) for score in seeds]),
+            Spread.of([1.0] * len(seeds)),
+        ),
+    ]
+    groups = []
     for key, candidate in candidates(common_fractions).items():
         merges = [score.merges[key] for score in seeds]
         points = [point for merge in merges for point in merge.points()]
@@ -131,7 +130,7 @@ def summarise(setting: Setting, seeds: Sequence[SeedScore], common_fractions: Se
 
 
 def table(result: SettingResult) -> str:
-    """One setting as aligned text."""
+    """Return one setting as aligned text."""
     width = max(len(row.name) for row in result.rows)
     lines = [
         result.setting.title + f", {len(result.seeds)} seed{'s' * (len(result.seeds) != 1)}",

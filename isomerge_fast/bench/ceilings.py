@@ -150,7 +150,7 @@ class Ceilings:
 
 
 def measure_ceilings(device: torch.device) -> Ceilings:
-    """Measure in about three seconds: a copy beyond every cache, products of a side where libraries are at their best."""
+    """Measure a copy beyond every cache, and products of a side that libraries like best: about three seconds."""
     side, size_bytes = (8192, 1 << 30) if device.type == "cuda" else (1536, 1 << 28)
     return Ceilings(
         copy_rate(device, size_bytes),
@@ -224,33 +224,20 @@ def disk_rates(folder: Path, size_bytes: int = 1 << 29) -> tuple[float, float]:
     return size_bytes / reading, size_bytes / writing
 
 
-@dataclass(frozen=True)
-class Disk:
-    """Hold what the disk under ``folder`` gives: bytes a second read, and written and synced."""
-
-    folder: str
-    read_bytes_per_second: float
-    write_bytes_per_second: float
-
-
-def require_folder(folder: Path) -> None:
-    """Refuse a folder that does not exist."""
-    if not folder.is_dir():
-        raise ConfigError(f"folder {folder} is not there; --folder names one on the disk to be measured")
-
-
-def measure_disk(folder: Path) -> Disk:
+def measure_disk(folder: Path) -> dict[str, Any]:
     """Measure ``disk_rates`` with files as large as a few seconds allow: caches in the disk flatter small ones.
 
     Raises:
         ConfigError: no such folder.
         ResourceError: it cannot be written to, or is full.
     """
-    require_folder(folder)
+    if not folder.is_dir():
+        raise ConfigError(f"folder {folder} is not there; --folder names one on the disk to be measured")
     try:
         rates = disk_rates(folder, SMALL_FILE_BYTES)
         if 5 * LARGE_FILE_BYTES / min(rates) < DISK_SECONDS:
             rates = disk_rates(folder, LARGE_FILE_BYTES)
     except OSError as error:
         raise ResourceError(f"{folder}: {error.strerror}; --folder names another one") from error
-    return Disk(str(folder), *rates)
+    reading, writing = rates
+    return {"folder": str(folder), "read_bytes_per_second": reading, "write_bytes_per_second": writing}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -152,11 +152,11 @@ def estimate_merge(
     groups.sort(key=lambda group: -group["seconds"])
     compute = sum(group["seconds"] for group in groups)
     again = sum(group["read_again_bytes"] for group in groups)
-    reading = (plan.read_bytes + again) / disk.read_bytes_per_second
-    writing = plan.write_bytes / disk.write_bytes_per_second
+    reading = (plan.read_bytes + again) / disk["read_bytes_per_second"]
+    writing = plan.write_bytes / disk["write_bytes_per_second"]
     return {
         "machine": machine(device),
-        "disk": asdict(disk),
+        "disk": disk,
         "method": plan.config.method,
         "experts": len(plan.experts),
         "scalings": len(plan.config.scalings),

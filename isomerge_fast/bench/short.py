@@ -16,14 +16,14 @@ from ..errors import VerificationError
 from ..linalg.auto import TOLERANCES
 from ..methods import IsoC, IsoCTS, MemoryDeltas, Method
 from . import published
-from .ceilings import machine, measure_ceilings, measure_disk, require_folder, timed
+from .ceilings import machine, measure_ceilings, measure_disk, timed
 from .problems import deltas_like_fine_tuning, relative_error
 
 ROUNDS = 5
 PRECISION = "default"
-# Of the budget: what is left is for starting Python and torch, and for a last round that takes longer than expected.
+# Share of the budget; the rest is for starting Python and torch, and for a last round that is longer than expected.
 USED_SHARE = 0.88
-# Full SVDs of wide and tall matrices took up to 1.5 times as long as those of square ones, an operation (2 cores).
+# An operation of a full SVD took up to 1.5 times as long in wide and tall matrices as in square ones (2 cores).
 CAUTION = 1.5
 
 
@@ -48,10 +48,9 @@ SHAPES = (
 
 @dataclass(frozen=True)
 class Algorithm:
-    """Bring together one method: ours, ours with full SVDs in float64, and as published."""
+    """Bring together one method of ours and the same as published."""
 
     ours: Method
-    judge: Method
     published: Callable[[Sequence[Tensor]], Tensor]
 
     def published_work(self, shape: Shape, tasks: int) -> float:
@@ -61,8 +60,8 @@ class Algorithm:
 
 
 ALGORITHMS = (
-    Algorithm(IsoC(precision=PRECISION), IsoC(precision="reference"), published.iso_c),
-    Algorithm(IsoCTS(precision=PRECISION), IsoCTS(precision="reference"), published.iso_cts),
+    Algorithm(IsoC(precision=PRECISION), published.iso_c),
+    Algorithm(IsoCTS(precision=PRECISION), published.iso_cts),
 )
 
 
@@ -95,7 +94,7 @@ class _Subject:
         """
         start = time.perf_counter()
         mine, other = self.run_ours(), self.run_published()
-        exact, _ = self.algorithm.judge.merge(MemoryDeltas(self.deltas))
+        exact, _ = self.algorithm.ours.exact().merge(MemoryDeltas(self.deltas))
         self.error, self.published_error = relative_error(mine, exact), relative_error(other, exact)
         # Float64 SVDs take longer than the float32 ones of a round, ours far less than either.
         self.round_seconds = (time.perf_counter() - start) / 2
@@ -163,9 +162,8 @@ def measure_short(
     def left() -> float:
         return USED_SHARE * budget_seconds - (time.perf_counter() - started)
 
-    require_folder(folder)
     say("what memory, products and the disk give at most")
-    ceilings, disk = measure_ceilings(device), measure_disk(folder)
+    disk, ceilings = measure_disk(folder), measure_ceilings(device)
     _load_libraries(tasks, device)
     wanted = [shape for shape in shapes or SHAPES if shape.on_cpu or device.type != "cpu"]
     subjects, skipped = _judge_all(wanted, tasks, device, left, say)
@@ -178,7 +176,7 @@ def measure_short(
     return {
         "machine": machine(device),
         "ceilings": asdict(ceilings),
-        "disk": asdict(disk),
+        "disk": disk,
         "tasks": tasks,
         "precision": PRECISION,
         "rows": [subject.row() for subject in subjects],
@@ -192,7 +190,7 @@ def _load_libraries(tasks: int, device: torch.device) -> None:
     small = deltas_like_fine_tuning(64, 64, tasks, device=device)
     for algorithm in ALGORITHMS:
         algorithm.published(small)
-        for method in (algorithm.ours, algorithm.judge):
+        for method in (algorithm.ours, algorithm.ours.exact()):
             method.merge(MemoryDeltas(small))
 
 

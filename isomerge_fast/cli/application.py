@@ -21,7 +21,7 @@ from typer.core import TyperGroup
 from ..errors import IsomergeError, ResourceError, nearest, shown, visible
 from .terminal import CLOSED_PIPE, Stopped, guard_streams, stoppable, take_failure
 
-# click's, of which typer may have a copy of its own.
+# click's class; typer may have its own copy of click.
 UsageError: Any = typer.BadParameter.__base__
 INTERRUPTED = "isomerge: interrupted; --resume continues"
 
@@ -210,7 +210,7 @@ def _exit_code() -> int:
         code = 0
     except SystemExit as ended:
         code = ended.code if isinstance(ended.code, int) else 0
-    except Exception:  # a mistake of ours
+    except Exception:  # a mistake in this program
         print(visible(traceback.format_exc(), keep="\n"), file=sys.stderr)
         code = 1
     lost = take_failure(sys.stdout)

@@ -193,7 +193,7 @@ def bench(
 
     common: dict[str, Any] = {"folder": folder, "budget_seconds": budget, "say": say}
     device = resolve_device(target.device)
-    if merge.is_empty and target.max_ram is None and target.max_vram is None:
+    if not any(vars(merge).values()) and target.max_ram is None and target.max_vram is None:
         from ..bench.short import measure_short
 
         found = measure_short(device, tasks=tasks or 8, **common)

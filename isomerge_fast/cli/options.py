@@ -70,10 +70,6 @@ class MergeOptions:
     save_delta: bool = typer.Option(False, "--save-delta", help="Keep the merged Δ in OUT/delta, for isomerge apply.")
     out: str | None = typer.Option(None, help="Folder to write.")
 
-    @property
-    def is_empty(self) -> bool:
-        return not any(vars(self).values())
-
     def merge_config(self) -> MergeConfig:
         """Return the file's config, changed by the options that are given.
 

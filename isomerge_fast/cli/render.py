@@ -21,16 +21,8 @@ def group_tensors(tensors: tuple[TensorPlan, ...]) -> list[tuple[str, list[Tenso
     """Group the tensors whose names differ only in their numbers: ``layers.{0..31}.mlp.up_proj.weight``."""
     groups: dict[tuple[Any, ...], list[TensorPlan]] = {}
     for plan in tensors:
-        key = (
-            re.sub(r"\d+", "#", plan.name),
-            plan.base.shape,
-            plan.base.dtype,
-            plan.out_dtype,
-            plan.action,
-            plan.route.name,
-            plan.reason,
-        )
-        groups.setdefault(key, []).append(plan)
+        kind = plan.base.shape, plan.base.dtype, plan.out_dtype, plan.action, plan.route.name, plan.reason
+        groups.setdefault((re.sub(r"\d+", "#", plan.name), *kind), []).append(plan)
     result = []
     for members in groups.values():
         numbers = [re.findall(r"\d+", plan.name) for plan in members]
@@ -214,11 +206,8 @@ def _print_workers(screen: Screen, report: Report) -> None:
 
 def _print_ranks(screen: Screen, report: Report) -> None:
     """Print which sums are of low rank, and how much an adapter's rank leaves out."""
-    deficient = [
-        entry
-        for entry in report.tensors
-        if isinstance(entry.get("rank"), int) and entry["rank"] < entry.get("min_dim", 0)
-    ]
+    ranked = [entry for entry in report.tensors if isinstance(entry.get("rank"), int)]
+    deficient = [entry for entry in ranked if entry["rank"] < entry.get("min_dim", 0)]
     if deficient:
         first = deficient[0]
         others = f" and {len(deficient) - 1} other tensor(s)" if len(deficient) > 1 else ""

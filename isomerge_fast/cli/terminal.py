@@ -1,4 +1,4 @@
-"""Where a program of ours meets the terminal: streams that fail, arguments with escapes in them, and signals."""
+"""Handle standard streams that fail, and signals that ask the process to end."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import TextIO
 
-# As a shell says of a program that a closed pipe has ended.
+# The exit code that a shell gives a program that a closed pipe has ended.
 CLOSED_PIPE = 128 + signal.SIGPIPE
 _STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Stream(io.TextIOWrapper):
-    """A standard stream on which printing never raises: what it cannot encode it writes as an escape, and its first
-    error is kept for ``take_failure``. What was to be printed after that is dropped.
+    """Print without ever raising: keep the first error for ``take_failure``, and drop everything after it.
+
+    What the encoding lacks is written as an escape.
     """
 
     before: TextIO | None = None
@@ -45,7 +46,7 @@ class Stream(io.TextIOWrapper):
             yield
         except OSError as error:
             self._error = self._error or error
-            # What is still in the buffer goes nowhere now: the interpreter tries again when it ends.
+            # The interpreter flushes the buffer again when it ends: let that go nowhere.
             with suppress(OSError):
                 nowhere = os.open(os.devnull, os.O_WRONLY)
                 os.dup2(nowhere, self.fileno())
@@ -58,8 +59,8 @@ def take_failure(stream: TextIO) -> OSError | None:
 
 
 def guard_streams() -> None:
-    """Make standard output and standard error a ``Stream`` each, those included that were closed from the start."""
-    # Else the next file that is opened takes the place, and what a library writes to its standard error goes into it.
+    """Make standard output and standard error a ``Stream`` each, even if they were closed from the start."""
+    # Else the next file that is opened takes the place of a closed stream, and a library's messages go into it.
     while (descriptor := os.open(os.devnull, os.O_RDONLY)) <= 2:
         pass
     os.close(descriptor)
@@ -76,7 +77,7 @@ def _guarded(stream: TextIO | None, descriptor: int) -> Stream:
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal that asks the process to end; ``exit_code`` is what a shell calls that."""
+    """Report a signal that asks the process to end; ``exit_code`` is the shell's for it."""
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
@@ -85,8 +86,10 @@ class Stopped(KeyboardInterrupt):
 
 @contextmanager
 def stoppable(message: str) -> Iterator[None]:
-    """Turn the first SIGINT, SIGTERM or SIGHUP into ``Stopped`` where the main thread is; the second one ends the
-    process there, as a kill would, after ``message``. A signal that was ignored before stays so (nohup).
+    """Turn the first SIGINT, SIGTERM or SIGHUP into ``Stopped`` in the main thread.
+
+    The second one prints ``message`` and ends the process at once, as a kill would. A signal that was ignored before
+    stays so (nohup).
     """
     is_stopping = False
 
@@ -107,4 +110,4 @@ def stoppable(message: str) -> Iterator[None]:
     finally:
         for number in _STOPPING:
             if signal.getsignal(number) is stop:
-                signal.signal(number, signal.SIG_DFL)  # what comes now has nothing to clean up, and no traceback
+                signal.signal(number, signal.SIG_DFL)  # from here on there is nothing to clean up, and no traceback

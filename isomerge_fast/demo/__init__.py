@@ -1,5 +1,5 @@
-"""Experts on real data, merged, in a minute: `run_demo(out)` trains them, merges their files and scores the result."""
+"""Train experts on real data, merge their files and score the results, all in a minute: `run_demo(out)`."""
 
-from isomerge_fast.demo.run import DemoResult, DemoRow, run_demo
+from .run import DemoResult, DemoRow, run_demo
 
 __all__ = ["DemoResult", "DemoRow", "run_demo"]

@@ -1,16 +1,23 @@
-"""A small residual network on 8×8 images: its checkpoint folders, its training, its score."""
+"""Define a small residual network on 8×8 images; train networks, and score them."""
 
+import copy
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from statistics import fmean
+from typing import TypeVar
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from isomerge_fast.demo.tasks import N_PIXELS, Split
+from .tasks import N_PIXELS, Split, TaskSuite
+
+Network = TypeVar("Network", bound=nn.Module)
 
 # Features and head rows are both of unit length, as in CLIP: the logits are cosines times this. CLIP's own 100 makes
 # ten classes of so few images overconfident within an epoch.
@@ -18,7 +25,7 @@ LOGIT_SCALE = 20.0
 
 
 class ResidualBlock(nn.Module):
-    """x + down(gelu(up(norm(x)))), x `[n, width]`."""
+    """Return x + down(gelu(up(norm(x)))) of x `[n, width]`."""
 
     def __init__(self, width: int, expansion: int) -> None:
         super().__init__()
@@ -31,7 +38,7 @@ class ResidualBlock(nn.Module):
 
 
 class DigitsNetwork(nn.Module):
-    """Pixels `[n, 64]` to unit features `[n, width]`: a linear stem, residual blocks, a final norm. It has no head."""
+    """Map pixels `[n, 64]` to unit features `[n, width]`: a linear stem, residual blocks, a final norm, no head."""
 
     def __init__(self, width: int, depth: int, expansion: int = 2) -> None:
         super().__init__()
@@ -54,7 +61,7 @@ class DigitsNetwork(nn.Module):
         return F.normalize(self.norm(x), dim=-1)
 
     def save(self, folder: Path) -> None:
-        """Writes `model.safetensors` and `config.json`."""
+        """Write `model.safetensors` and `config.json`."""
         folder.mkdir(parents=True, exist_ok=True)
         state = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
         save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
@@ -62,7 +69,7 @@ class DigitsNetwork(nn.Module):
 
     @classmethod
     def load(cls, folder: Path) -> "DigitsNetwork":
-        """The network of a checkpoint folder, of one shard or several; every name and shape has to match."""
+        """Load the network of a checkpoint folder, of one shard or several; every name and shape has to match."""
         config = json.loads((folder / "config.json").read_text())
         with torch.device("meta"):  # no initial values: they would cost time and the caller's random state
             model = cls(config["width"], config["depth"], config["expansion"])
@@ -71,12 +78,12 @@ class DigitsNetwork(nn.Module):
 
 
 def load_state(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a checkpoint folder's safetensors files."""
+    """Return all tensors of a checkpoint folder's safetensors files."""
     return {name: tensor for shard in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(shard).items()}
 
 
 def initial_network(width: int, depth: int, seed: int) -> DigitsNetwork:
-    """An untrained network whose weights depend on `seed` alone; the caller's random state is left as it was."""
+    """Return an untrained network whose weights depend on `seed` alone; the caller's random state does not change."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return DigitsNetwork(width, depth)
@@ -84,7 +91,7 @@ def initial_network(width: int, depth: int, seed: int) -> DigitsNetwork:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """One torch thread inside, the caller's number after.
+    """Use one torch thread inside, and the caller's number after.
 
     These matrices are too small to share: two threads gain nothing on two idle cores and take 12 times as long when
     another process has one of the cores. And sums no longer depend on the number of cores.
@@ -109,13 +116,13 @@ def train(
     seed: int,
     batch_size: int = 128,
 ) -> None:
-    """AdamW on the cross-entropy of `LOGIT_SCALE` · features · headᵀ, in place, over images drawn from `tasks` alike.
+    """Train in place: AdamW on the cross-entropy of `LOGIT_SCALE` · features · headᵀ, images drawn from `tasks` alike.
 
     Args:
         model: pixels `[..., 64]` to unit features `[..., width]`.
         heads: fp32 `[T, 10, width]`, constants here.
         tasks: the indices of the tasks to draw from: all of them for the base, one for an expert.
-        learning_rate: its peak; it falls to zero along a cosine, so that where an expert stops is not a matter of luck.
+        learning_rate: the peak; it falls to zero along a cosine, so that luck does not decide where an expert stops.
     """
     generator = torch.Generator().manual_seed(seed)
     choices = torch.tensor(list(tasks))
@@ -133,9 +140,46 @@ def train(
         schedule.step()
 
 
+@dataclass(frozen=True)
+class Training:
+    """Hold the steps and peak learning rates of a base and of its experts."""
+
+    base_steps: int
+    base_learning_rate: float
+    expert_steps: int
+    expert_learning_rate: float
+    batch_size: int = 128
+
+
+def train_family(base: Network, suite: TaskSuite, training: Training, seed: int) -> Iterator[Network]:
+    """Yield the base, trained in place on all tasks at once, then one copy of it a task, fine-tuned on that task."""
+    fit = partial(train, data=suite.train, heads=suite.heads, batch_size=training.batch_size)
+    tasks = range(len(suite.names))
+    fit(base, tasks=tasks, n_steps=training.base_steps, learning_rate=training.base_learning_rate, seed=seed)
+    yield base
+    steps, rate = training.expert_steps, training.expert_learning_rate
+    for task in tasks:
+        expert = copy.deepcopy(base)
+        fit(expert, tasks=[task], n_steps=steps, learning_rate=rate, seed=seed + 1 + task)
+        yield expert
+
+
 @one_thread()
 @torch.inference_mode()
 def accuracies(model: nn.Module, data: Split, heads: Tensor) -> tuple[float, ...]:
-    """For each of the T tasks, the share of `data` whose nearest head row is its class."""
+    """Return for each of the T tasks the share of `data` whose nearest head row is its class."""
     logits = torch.einsum("tnw,tcw->tnc", model(data.pixels), heads)
     return tuple((logits.argmax(-1) == data.labels).double().mean(-1).tolist())
+
+
+def own_accuracies(experts: Sequence[nn.Module], data: Split, heads: Tensor) -> tuple[float, ...]:
+    """Return the accuracy of each expert on its own task, against which a merge is measured."""
+    return tuple(
+        accuracies(expert, Split(data.pixels[task : task + 1], data.labels), heads[task : task + 1])[0]
+        for task, expert in enumerate(experts)
+    )
+
+
+def normalised(scores: Sequence[float], own: Sequence[float]) -> float:
+    """Return the mean over the tasks of (accuracy / the expert's accuracy)."""
+    return fmean(score / best for score, best in zip(scores, own, strict=True))

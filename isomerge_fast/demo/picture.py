@@ -1,4 +1,4 @@
-"""The picture: singular values of the summed update before and after the spectrum is made flat."""
+"""Draw the singular values of the summed update, before and after its spectrum is made flat."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,14 +6,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from isomerge_fast.demo.model import load_state
+from .model import load_state
 
 COLOURS = ("#767676", "#0072b2", "#d55e00")
 LINE_STYLES = ("-", "-", (0, (5, 2)))  # the two flat lines may lie upon each other
 
 
 def singular_values(base: Tensor, merged: Tensor, scaling: float) -> Tensor:
-    """σ((θ − θ₀) / α), largest first: the spectrum of a merged Δ as it stands in the files.
+    """Return σ((θ − θ₀) / α), largest first: the spectrum of a merged Δ as it is in the files.
 
     Args:
         base, merged: fp32 `[M, N]`.
@@ -27,7 +27,7 @@ def singular_values(base: Tensor, merged: Tensor, scaling: float) -> Tensor:
 def draw_singular_values(
     path: Path, base: Path, merged: Sequence[tuple[str, Path, float]], layers: Sequence[str], n_tasks: int
 ) -> None:
-    """Writes a PNG with one panel a layer and one curve a merged checkpoint.
+    """Write a PNG with one panel a layer and one curve a merged checkpoint.
 
     Args:
         base: the base's checkpoint folder.

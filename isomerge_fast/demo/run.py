@@ -1,32 +1,28 @@
 """Train a base and its experts, merge them from their files, choose each scaling on validation, score on test."""
 
-import copy
 import json
 import os
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from safetensors.torch import save_file
 
-from isomerge_fast.demo.model import DigitsNetwork, accuracies, initial_network, train
-from isomerge_fast.demo.picture import draw_singular_values
-from isomerge_fast.demo.tasks import TRANSFORMS, TaskSuite, load_tasks
-from isomerge_fast.errors import ConfigError, MissingPackageError, ResourceError
-from isomerge_fast.parsing.values import LARGEST_WHOLE, path_text, whole_number
+from ..errors import ConfigError, MissingPackageError, ResourceError
+from ..parsing.values import LARGEST_WHOLE, path_text, whole_number
+from .model import DigitsNetwork, Training, accuracies, initial_network, normalised, own_accuracies, train_family
+from .picture import draw_singular_values
+from .tasks import TRANSFORMS, TaskSuite, load_tasks
 
 # 36 steps leave the base at 0.76 to 0.81 on validation (three seeds): good enough to fine-tune, bad enough that
 # merging has something to win. 300 steps take the experts to 0.98, their plateau. The test digits had no say in either.
 WIDTH = 128
 DEPTH = 3
-BASE_STEPS = 36
-BASE_LEARNING_RATE = 1e-3
-EXPERT_STEPS = 300
-EXPERT_LEARNING_RATE = 5e-4
+TRAINING = Training(base_steps=36, base_learning_rate=1e-3, expert_steps=300, expert_learning_rate=5e-4)
 
 # Per method: its name in the table, and the scalings to choose from; the ends of each range are past the optimum. The
 # mean is what the name says to a reader, the plain average of the weights: its scaling is 1 and nothing is chosen.
@@ -37,11 +33,15 @@ METHODS: dict[str, tuple[str, tuple[float, ...]]] = {
     "iso-cts": ("Iso-CTS", (0.4, 0.6, 0.8, 1.0, 1.2, 1.4, 1.7, 2.0, 2.5, 3.0)),
 }
 PICTURED_LAYERS = ("blocks.0.up.weight", "blocks.2.down.weight")  # a tall one and a wide one, early and late
+LEGEND = (
+    "Accuracy is the mean over the tasks, each expert on its own. Normalised: as a share of the expert's accuracy.",
+    "The mean is the plain average of the weights (α = 1); every other α was chosen on validation digits alone.",
+)
 
 
 @dataclass(frozen=True)
 class DemoRow:
-    """One line of the table.
+    """Hold one line of the table.
 
     Args:
         name: as printed.
@@ -67,7 +67,7 @@ class DemoRow:
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What one demo run found and wrote; `out` holds it all, `demo.json` holds `to_dict()`."""
+    """Hold what one demo run found and wrote; the files are in `out`, and `demo.json` holds `to_dict()`."""
 
     out: Path
     picture: Path
@@ -80,16 +80,16 @@ class DemoResult:
     seconds: float
 
     def row(self, name: str) -> DemoRow:
-        """The row of "base", "experts", or of a merge method."""
+        """Return the row of "base", "experts", or of a merge method."""
         return next(row for row in self.rows if name in (row.method, row.name))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
+        """Return plain JSON values."""
         plain = asdict(self) | {"out": str(self.out), "picture": str(self.picture)}
         return json.loads(json.dumps(plain))
 
     def table(self) -> str:
-        """The rows as aligned text, for any terminal or log."""
+        """Return the rows as aligned text, for any terminal or log."""
         width = max(len(row.name) for row in self.rows)
         lines = [f"{'':{width}}  {'α':>5}  validation   test  normalised"]
         for row in self.rows:
@@ -105,11 +105,11 @@ def run_demo(
     *,
     seed: int = 0,
     n_tasks: int = 8,
-    base_steps: int = BASE_STEPS,
-    expert_steps: int = EXPERT_STEPS,
+    base_steps: int = TRAINING.base_steps,
+    expert_steps: int = TRAINING.expert_steps,
     say: Callable[[str], None] = print,
 ) -> DemoResult:
-    """Experts of one base on `n_tasks` views of handwritten digits, merged by four methods with `isomerge_fast.merge`.
+    """Train experts of one base on `n_tasks` views of handwritten digits, and merge them by four methods.
 
     Under `out`: `base/`, `experts/<task>/` and `merged/<method>/…` (checkpoint folders), `heads.safetensors` (per task
     `[10, width]`, frozen), `singular_values.png` and `demo.json`. α is chosen by validation accuracy; the test digits
@@ -135,55 +135,28 @@ def run_demo(
     n_train, n_validation, n_test = (len(part.labels) for part in (suite.train, suite.validation, suite.test))
     say(f"{n_tasks} tasks on {n_train} digits (validation {n_validation}, test {n_test}): {', '.join(suite.names)}")
 
-    base, experts = _train_all(suite, out, seed, base_steps, expert_steps, say)
-    own = _own_accuracies(experts, suite)
-    rows = [
-        _row("base", None, "base", base, suite, own),
-        DemoRow(
-            "experts",
-            None,
-            "experts",
-            None,
-            fmean(accuracies(e, suite.validation, suite.heads)[t] for t, e in enumerate(experts)),
-            fmean(own),
-            1.0,
-            dict(zip(suite.names, own, strict=True)),
-        ),
-    ]
-    rows += [_merged_row(method, out, suite, own, say) for method in METHODS]
-
+    training = replace(TRAINING, base_steps=base_steps, expert_steps=expert_steps)
+    base, experts = _train_all(suite, out, seed, training, say)
+    own = own_accuracies(experts, suite.test, suite.heads)
+    of_experts = own_accuracies(experts, suite.validation, suite.heads), own
+    rows = (
+        _row(suite, own, _scores(base, suite), name="base", folder="base"),
+        _row(suite, own, of_experts, name="experts", folder="experts"),
+        *(_merged_row(method, out, suite, own, say) for method in METHODS),
+    )
     picture = out / "singular_values.png"
-    summed, flattened = rows[-3], rows[-2:]
-    draw_singular_values(
-        picture,
-        out / "base",
-        [(row.name, out / row.folder, row.scaling or 1.0) for row in (summed, *flattened)],
-        PICTURED_LAYERS,
-        n_tasks,
-    )
-    result = DemoResult(
-        out,
-        picture,
-        seed,
-        suite.names,
-        n_train,
-        n_validation,
-        n_test,
-        tuple(rows),
-        time.perf_counter() - started,
-    )
+    pictured = [(row.name, out / row.folder, row.scaling or 1.0) for row in rows[-3:]]
+    draw_singular_values(picture, out / "base", pictured, PICTURED_LAYERS, n_tasks)
+    seconds = time.perf_counter() - started
+    result = DemoResult(out, picture, seed, suite.names, n_train, n_validation, n_test, rows, seconds)
     (out / "demo.json").write_text(json.dumps(result.to_dict(), indent=2, allow_nan=False) + "\n")
-    say("")
-    say(result.table())
-    say("")
-    say("Accuracy is the mean over the tasks, each expert on its own. Normalised: as a share of the expert's accuracy.")
-    say("The mean is the plain average of the weights (α = 1); every other α was chosen on validation digits alone.")
-    say(f"{result.seconds:.0f} s. Singular values before and after: {picture}")
+    for text in ("", result.table(), "", *LEGEND, f"{seconds:.0f} s. Singular values before and after: {picture}"):
+        say(text)
     return result
 
 
 def _require_extras() -> None:
-    """Both extras, before any work is done: the picture comes last."""
+    """Refuse to begin without both extras: the picture comes last."""
     try:
         import matplotlib  # noqa: F401
         import sklearn  # noqa: F401
@@ -192,7 +165,7 @@ def _require_extras() -> None:
 
 
 def _make_folder(path: str) -> Path:
-    """The folder for all that the demo writes, before any work is done."""
+    """Return the folder for all that the demo writes, made before any work is done."""
     if not path:
         raise ConfigError("out is an empty path")
     out = Path(path)
@@ -206,27 +179,16 @@ def _make_folder(path: str) -> Path:
 
 
 def _train_all(
-    suite: TaskSuite, out: Path, seed: int, base_steps: int, expert_steps: int, say: Callable[[str], None]
+    suite: TaskSuite, out: Path, seed: int, training: Training, say: Callable[[str], None]
 ) -> tuple[DigitsNetwork, list[DigitsNetwork]]:
-    """The base on all tasks at once, then one copy of it a task; all of them saved, with their heads beside them."""
-    tasks = range(len(suite.names))
-    base = initial_network(WIDTH, DEPTH, seed)
-    train(base, suite.train, suite.heads, tasks, n_steps=base_steps, learning_rate=BASE_LEARNING_RATE, seed=seed)
+    """Train the base and the experts, and save them with their heads beside them."""
+    networks = train_family(initial_network(WIDTH, DEPTH, seed), suite, training, seed)
+    base = next(networks)
     base.save(out / "base")
     save_file(dict(zip(suite.names, suite.heads.unbind(), strict=True)), out / "heads.safetensors")
     say(f"base: validation accuracy {fmean(accuracies(base, suite.validation, suite.heads)):.3f}")
     experts = []
-    for task, name in enumerate(suite.names):
-        expert = copy.deepcopy(base)
-        train(
-            expert,
-            suite.train,
-            suite.heads,
-            [task],
-            n_steps=expert_steps,
-            learning_rate=EXPERT_LEARNING_RATE,
-            seed=seed + 1 + task,
-        )
+    for task, (name, expert) in enumerate(zip(suite.names, networks, strict=True)):
         expert.save(out / "experts" / name)
         score = accuracies(expert, suite.validation, suite.heads)
         others = fmean(score[:task] + score[task + 1 :])
@@ -235,15 +197,10 @@ def _train_all(
     return base, experts
 
 
-def _own_accuracies(experts: list[DigitsNetwork], suite: TaskSuite) -> tuple[float, ...]:
-    """Of each expert on its own task's test digits: what a merge is measured against."""
-    return tuple(accuracies(expert, suite.test, suite.heads)[task] for task, expert in enumerate(experts))
-
-
 def _merged_row(
     method: str, out: Path, suite: TaskSuite, own: tuple[float, ...], say: Callable[[str], None]
 ) -> DemoRow:
-    """Merges from the files, every scaling from one decomposition, and scores the best on validation."""
+    """Merge the files, every scaling from one decomposition, and score the scaling that is best on validation."""
     import isomerge_fast as imf
 
     name, scalings = METHODS[method]
@@ -266,28 +223,25 @@ def _merged_row(
     chosen = "α = 1" if single else f"{len(scalings)} scalings, best α = {best:g}"
     say(f"{name}: merged in {seconds:.1f} s, {chosen}")
     path = folders[best].relative_to(out).as_posix()
-    return _row(name, method, path, models[best], suite, own, best, tuple(curve.items()))
+    scores = _scores(models[best], suite)
+    described = {"name": name, "method": method, "folder": path, "scaling": best}
+    return _row(suite, own, scores, **described, validation_by_scaling=tuple(curve.items()))
+
+
+def _scores(model: DigitsNetwork, suite: TaskSuite) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return the accuracies by task on validation and on test."""
+    return accuracies(model, suite.validation, suite.heads), accuracies(model, suite.test, suite.heads)
 
 
 def _row(
-    name: str,
-    method: str | None,
-    folder: str,
-    model: DigitsNetwork,
-    suite: TaskSuite,
-    own: tuple[float, ...],
-    scaling: float | None = None,
-    curve: tuple[tuple[float, float], ...] = (),
+    suite: TaskSuite, own: Sequence[float], scores: tuple[Sequence[float], Sequence[float]], **described: Any
 ) -> DemoRow:
-    test = accuracies(model, suite.test, suite.heads)
+    """Return the row of these accuracies by task on validation and on test."""
+    validation, test = scores
     return DemoRow(
-        name,
-        method,
-        folder,
-        scaling,
-        fmean(accuracies(model, suite.validation, suite.heads)),
-        fmean(test),
-        fmean(score / best for score, best in zip(test, own, strict=True)),
-        dict(zip(suite.names, test, strict=True)),
-        curve,
+        **{"method": None, "scaling": None, **described},
+        validation=fmean(validation),
+        test=fmean(test),
+        normalised=normalised(test, own),
+        test_by_task=dict(zip(suite.names, test, strict=True)),
     )

@@ -1,4 +1,4 @@
-"""Up to sixteen classification tasks over the same handwritten digits, each with its own frozen class head."""
+"""Make up to sixteen classification tasks of the same handwritten digits, each with its own frozen class head."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from isomerge_fast.errors import ConfigError
+from ..errors import ConfigError
 
 N_CLASSES = 10
 N_PIXELS = 64
@@ -37,7 +37,7 @@ TRANSFORMS: dict[str, Callable[[Tensor], Tensor]] = {
 
 @dataclass(frozen=True)
 class Split:
-    """One part of the digits, as seen by every task.
+    """Hold one part of the digits, as seen by every task.
 
     Args:
         pixels: fp32 `[T, n, 64]`, the same n digits under each of the T transforms.
@@ -50,7 +50,7 @@ class Split:
 
 @dataclass(frozen=True)
 class TaskSuite:
-    """The tasks' names, their frozen heads `[T, 10, width]`, and the three parts of the data."""
+    """Hold the tasks' names, their frozen heads `[T, 10, width]`, and the three parts of the data."""
 
     names: tuple[str, ...]
     heads: Tensor
@@ -60,7 +60,7 @@ class TaskSuite:
 
 
 def load_tasks(n_tasks: int, width: int, seed: int, n_train: int = 1000, n_validation: int = 397) -> TaskSuite:
-    """The first `n_tasks` transforms of scikit-learn's 1797 digits, split by `seed`; the rest (400) is the test set.
+    """Return the first `n_tasks` transforms of scikit-learn's 1797 digits, split by `seed` into 1000, 397 and 400.
 
     Raises:
         ConfigError: `n_tasks` is not within 2 … 16.
@@ -85,7 +85,7 @@ def load_tasks(n_tasks: int, width: int, seed: int, n_train: int = 1000, n_valid
 
 
 def orthonormal_heads(n_tasks: int, width: int, generator: torch.Generator) -> Tensor:
-    """T independent random heads H_t `[10, width]` with H_t H_tᵀ = I; like CLIP's text heads, they are never trained.
+    """Return T independent random heads H_t `[10, width]` with H_t H_tᵀ = I; like CLIP's, they are never trained.
 
     Returns:
         fp32 `[T, 10, width]`.
