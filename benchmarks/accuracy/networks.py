@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from isomerge_fast.demo.model import ResidualBlock
 from isomerge_fast.demo.tasks import N_PIXELS
 
 SIDE = 8  # pixels of an image's edge
@@ -40,20 +41,17 @@ class Attention(nn.Module):
         return self.out(mixed.transpose(1, 2).flatten(2))
 
 
-class TransformerBlock(nn.Module):
-    """Apply x ← x + attention(norm(x)); x ← x + down(gelu(up(norm(x)))) to x `[n, tokens, width]`."""
+class TransformerBlock(ResidualBlock):
+    """Apply x ← x + attention(norm(x)), then the residual block, to x `[n, tokens, width]`."""
 
     def __init__(self, width: int, n_heads: int, expansion: int) -> None:
-        super().__init__()
+        attention = Attention(width, n_heads)  # draws its weights before the residual block does
+        super().__init__(width, expansion)
         self.attention_norm = nn.LayerNorm(width)
-        self.attention = Attention(width, n_heads)
-        self.norm = nn.LayerNorm(width)
-        self.up = nn.Linear(width, expansion * width)
-        self.down = nn.Linear(expansion * width, width)
+        self.attention = attention
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attention(self.attention_norm(x))
-        return x + self.down(F.gelu(self.up(self.norm(x))))
+        return super().forward(x + self.attention(self.attention_norm(x)))
 
 
 class DigitsTransformer(nn.Module):

@@ -14,7 +14,7 @@ import isomerge_fast as imf
 from benchmarks.accuracy.alignment import Alignment, accuracy_improvement, align
 from benchmarks.accuracy.settings import RECIPES, Candidate, Setting, candidates
 from isomerge_fast.demo.model import accuracies, normalised, one_thread, own_accuracies, train_family
-from isomerge_fast.demo.tasks import Split, TaskSuite, load_tasks
+from isomerge_fast.demo.tasks import TaskSuite, load_tasks
 
 
 @dataclass(frozen=True)
@@ -84,14 +84,6 @@ def at_scaling(base: nn.Module, update: Mapping[str, Tensor], scaling: float) ->
     return model
 
 
-def choose_scaling(
-    base: nn.Module, update: Mapping[str, Tensor], scalings: Sequence[float], validation: Split, heads: Tensor
-) -> tuple[float, dict[float, float]]:
-    """Return the α of highest mean accuracy on ``validation``, of equals the smallest, and all accuracies."""
-    curve = {s: fmean(accuracies(at_scaling(base, update, s), validation, heads)) for s in scalings}
-    return max(curve, key=curve.__getitem__), curve
-
-
 def score_merges(
     suite: TaskSuite, base: nn.Module, experts: Sequence[nn.Module], seed: int, compared: Mapping[str, Candidate]
 ) -> SeedScore:
@@ -103,8 +95,10 @@ def score_merges(
     merges = {}
     for key, candidate in compared.items():
         update, scalings = merged_update(state, states, candidate), candidate.scalings
-        best, curve = choose_scaling(base, update, scalings, suite.validation, suite.heads)
-        test = accuracies(at_scaling(base, update, best), suite.test, suite.heads)
+        models = {scaling: at_scaling(base, update, scaling) for scaling in scalings}
+        curve = {s: fmean(accuracies(model, suite.validation, suite.heads)) for s, model in models.items()}
+        best = max(curve, key=curve.__getitem__)  # of equals, the smallest
+        test = accuracies(models[best], suite.test, suite.heads)
         merges[key] = MergeScore(
             best,
             len(scalings) > 1 and best in (min(scalings), max(scalings)),

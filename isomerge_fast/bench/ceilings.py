@@ -66,26 +66,24 @@ def median_seconds(
     every call would cost as much as a small kernel; if the second call takes a third of the budget, it alone counts.
     There are fewer rounds if ``budget_seconds`` are spent before.
     """
+
+    def once(calls: int = 1) -> float:
+        if device.type == "cuda":
+            return _seconds_by_events(function, device, calls)
+        return timed(function, device)[1]
+
     function()
-    once = _seconds_by_events if device.type == "cuda" else _seconds_by_clock
-    second, calls = once(function, device, 1), 1
+    second, calls = once(), 1
     if device.type == "cuda":
         if second > budget_seconds / 3:  # a few calls more would take longer than all of it
             return second
-        calls = max(1, min(MAX_CALLS, math.ceil(BATCH_SECONDS / max(1e-7, once(function, device, 3)))))
+        calls = max(1, min(MAX_CALLS, math.ceil(BATCH_SECONDS / max(1e-7, once(3)))))
     times: list[float] = []
     while len(times) < 3 or (len(times) < rounds and sum(times) * calls < budget_seconds):
-        times.append(once(function, device, calls))
+        times.append(once(calls))
         if sum(times) * calls > 4 * budget_seconds:
             break
     return statistics.median(times)
-
-
-def _seconds_by_clock(function: Callable[[], Any], device: torch.device, calls: int) -> float:
-    start = time.perf_counter()
-    for _ in range(calls):
-        function()
-    return (time.perf_counter() - start) / calls
 
 
 def _seconds_by_events(function: Callable[[], Any], device: torch.device, calls: int) -> float:

@@ -130,13 +130,7 @@ def estimate_merge(
     scaled.
 
     Args:
-        folder: on the disk to be measured; files there are removed again.
         budget_seconds: for timing the groups, about: the smallest size of each is timed whatever it takes.
-        say: told what is being done.
-
-    Raises:
-        ConfigError: no such folder.
-        ResourceError: it cannot be written to, or is full.
     """
     say("what the disk gives at most")
     disk = measure_disk(folder)

@@ -87,11 +87,7 @@ class _Subject:
         return self.algorithm.published(self.deltas)
 
     def judge(self) -> None:
-        """Compare both algorithms with float64 full SVDs, which also warms them up.
-
-        Raises:
-            VerificationError: our error is above the tier's tolerance.
-        """
+        """Compare both algorithms with float64 full SVDs, which also warms them up; refuse an error above tolerance."""
         start = time.perf_counter()
         mine, other = self.run_ours(), self.run_published()
         exact, _ = self.algorithm.ours.exact().merge(MemoryDeltas(self.deltas))
@@ -146,15 +142,11 @@ def measure_short(
     published in turn. ``skipped`` names what there was no time for.
 
     Args:
-        folder: on the disk to be measured; files there are removed again.
         shapes: ``SHAPES`` when None.
         budget_seconds: shapes that would take longer are left out and named, and slow ones get fewer than ``ROUNDS``;
             the first is measured whatever it takes.
-        say: told what is being done.
 
     Raises:
-        ConfigError: no such folder.
-        ResourceError: it cannot be written to, or is full.
         VerificationError: our error is above the tier's tolerance; before anything is timed.
     """
     started = time.perf_counter()

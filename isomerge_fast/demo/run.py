@@ -138,10 +138,11 @@ def run_demo(
     training = replace(TRAINING, base_steps=base_steps, expert_steps=expert_steps)
     base, experts = _train_all(suite, out, seed, training, say)
     own = own_accuracies(experts, suite.test, suite.heads)
-    of_experts = own_accuracies(experts, suite.validation, suite.heads), own
+    validation = accuracies(base, suite.validation, suite.heads)
+    of_experts = own_accuracies(experts, suite.validation, suite.heads)
     rows = (
-        _row(suite, own, _scores(base, suite), name="base", folder="base"),
-        _row(suite, own, of_experts, name="experts", folder="experts"),
+        _row(suite, own, validation, accuracies(base, suite.test, suite.heads), name="base", folder="base"),
+        _row(suite, own, of_experts, own, name="experts", folder="experts"),
         *(_merged_row(method, out, suite, own, say) for method in METHODS),
     )
     picture = out / "singular_values.png"
@@ -218,26 +219,21 @@ def _merged_row(
     seconds = time.perf_counter() - started
     folders = {scaling: folder if single else folder / f"scaling-{scaling:g}" for scaling in scalings}
     models = {scaling: DigitsNetwork.load(folders[scaling]) for scaling in scalings}
-    curve = {s: fmean(accuracies(model, suite.validation, suite.heads)) for s, model in models.items()}
+    validation = {scaling: accuracies(model, suite.validation, suite.heads) for scaling, model in models.items()}
+    curve = {scaling: fmean(scores) for scaling, scores in validation.items()}
     best = max(curve, key=curve.__getitem__)  # of equals, the smallest
     chosen = "α = 1" if single else f"{len(scalings)} scalings, best α = {best:g}"
     say(f"{name}: merged in {seconds:.1f} s, {chosen}")
     path = folders[best].relative_to(out).as_posix()
-    scores = _scores(models[best], suite)
     described = {"name": name, "method": method, "folder": path, "scaling": best}
-    return _row(suite, own, scores, **described, validation_by_scaling=tuple(curve.items()))
-
-
-def _scores(model: DigitsNetwork, suite: TaskSuite) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return the accuracies by task on validation and on test."""
-    return accuracies(model, suite.validation, suite.heads), accuracies(model, suite.test, suite.heads)
+    test = accuracies(models[best], suite.test, suite.heads)
+    return _row(suite, own, validation[best], test, **described, validation_by_scaling=tuple(curve.items()))
 
 
 def _row(
-    suite: TaskSuite, own: Sequence[float], scores: tuple[Sequence[float], Sequence[float]], **described: Any
+    suite: TaskSuite, own: Sequence[float], validation: Sequence[float], test: Sequence[float], **described: Any
 ) -> DemoRow:
-    """Return the row of these accuracies by task on validation and on test."""
-    validation, test = scores
+    """Return the row of these accuracies by task."""
     return DemoRow(
         **{"method": None, "scaling": None, **described},
         validation=fmean(validation),
