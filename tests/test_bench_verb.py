@@ -33,9 +33,10 @@ PROMISED = 1e-5
 
 @pytest.fixture(autouse=True)
 def _small_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The machine's ceilings are known, and its disk is measured with files of 4 MiB: not what is tested here."""
+    """Let shapes be small, ceilings known, and the disk be measured with files of 4 MiB: not what is tested here."""
     for name in ("SMALL_FILE_BYTES", "LARGE_FILE_BYTES"):
         monkeypatch.setattr(ceilings, name, 1 << 22)
+    monkeypatch.setattr(short, "SHAPES", TINY)
     monkeypatch.setattr(short, "measure_ceilings", lambda device: Ceilings(1e10, 1e11, 5e10))
 
 
@@ -75,7 +76,7 @@ def test_short_form(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         return function(), 0.001 if function.__name__ == "run_ours" else 0.002 + 0.001 * (len(turns) <= 12)
 
     monkeypatch.setattr(short, "timed", timer)
-    found = measure_short(CPU, tasks=3, folder=tmp_path, shapes=TINY)
+    found = measure_short(CPU, tasks=3, folder=tmp_path)
     shapes = [(row["rows"], row["columns"]) for row in found["rows"]]
     assert shapes == [(48, 48), (48, 48), (40, 80), (40, 80), (80, 40), (80, 40)]
     assert [row["method"] for row in found["rows"]] == ["iso-c", "iso-cts"] * 3
@@ -111,13 +112,13 @@ def test_wrong_arithmetic_is_never_timed(monkeypatch: pytest.MonkeyPatch, tmp_pa
     monkeypatch.setattr(kind, "merge", wrong)
     monkeypatch.setattr(short, "timed", timer)
     with pytest.raises(VerificationError, match=rf"^{method} of 3 deltas 80 x 40 on cpu: error 1\.0e-03 .* 1e-05"):
-        measure_short(CPU, tasks=3, folder=tmp_path, shapes=TINY)
+        measure_short(CPU, tasks=3, folder=tmp_path)
 
 
 def test_short_form_keeps_to_its_budget(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The first shape is measured whatever it takes, once; the others are named."""
     monkeypatch.setattr(short, "timed", ticking(lambda function: 0.001))
-    found = measure_short(CPU, tasks=3, folder=tmp_path, shapes=TINY, budget_seconds=0)
+    found = measure_short(CPU, tasks=3, folder=tmp_path, budget_seconds=0)
     assert [(row["method"], row["rounds"]) for row in found["rows"]] == [("iso-c", 1)]
     assert len(found["skipped"]) == 5
     assert found["skipped"][0].startswith("iso-cts of 48 x 48 (square)")
@@ -240,7 +241,6 @@ def test_later_passes_are_read_again(monkeypatch: pytest.MonkeyPatch, tmp_path: 
 
 class TestCommandLine:
     def test_short_form(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-        monkeypatch.setattr(short, "SHAPES", TINY)
         monkeypatch.chdir(tmp_path)
         code, stdout, stderr = invoke("--tasks", 3, "--device", "cpu", "--format", "json")
         assert code == 0, stderr
@@ -255,7 +255,6 @@ class TestCommandLine:
         assert "8 deltas in float32" in stdout
 
     def test_wrong_arithmetic(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-        monkeypatch.setattr(short, "SHAPES", TINY)
         monkeypatch.setattr(short, "TOLERANCES", {"default": 1e-12})
         code, _, stderr = invoke("--device", "cpu", "--folder", tmp_path)
         assert code == 5

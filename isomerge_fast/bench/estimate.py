@@ -57,7 +57,7 @@ class _Timing:
 
 
 def _time(tensor: TensorPlan, plan: Plan, device: torch.device, workers: Workers, allowance_seconds: float) -> _Timing:
-    """Time the smallest size, then as often the largest one that is expected to fit into the time that is left."""
+    """Time the smallest size, then again and again the largest one that is expected to fit into the time left."""
     room = memory_for_samples(device)
     sizes = sizes_of(tensor, device)
     sizes = [size for size in sizes if sample_bytes(tensor, size, device) <= room] or sizes[:1]

@@ -71,7 +71,7 @@ class _Subject:
 
     shape: Shape
     algorithm: Algorithm
-    deltas: list[Tensor]
+    deltas: list[Tensor] = field(default_factory=list)
     error: float = 0.0
     published_error: float = 0.0
     round_seconds: float = 0.0  # expected of one round
@@ -132,7 +132,6 @@ def measure_short(
     *,
     tasks: int = 8,
     folder: Path = Path("."),
-    shapes: Sequence[Shape] | None = None,
     budget_seconds: float = 60.0,
     say: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
@@ -142,7 +141,6 @@ def measure_short(
     published in turn. ``skipped`` names what there was no time for.
 
     Args:
-        shapes: ``SHAPES`` when None.
         budget_seconds: shapes that would take longer are left out and named, and slow ones get fewer than ``ROUNDS``;
             the first is measured whatever it takes.
 
@@ -157,8 +155,7 @@ def measure_short(
     say("what memory, products and the disk give at most")
     disk, ceilings = measure_disk(folder), measure_ceilings(device)
     _load_libraries(tasks, device)
-    wanted = [shape for shape in shapes or SHAPES if shape.on_cpu or device.type != "cpu"]
-    subjects, skipped = _judge_all(wanted, tasks, device, left, say)
+    subjects, skipped = _judge_all(tasks, device, left, say)
     for number in range(ROUNDS):
         for subject in subjects:
             if number and subject.round_seconds > left():
@@ -187,24 +184,27 @@ def _load_libraries(tasks: int, device: torch.device) -> None:
 
 
 def _judge_all(
-    shapes: Sequence[Shape], tasks: int, device: torch.device, left: Callable[[], float], say: Callable[[str], None]
+    tasks: int, device: torch.device, left: Callable[[], float], say: Callable[[str], None]
 ) -> tuple[list[_Subject], list[str]]:
     """Return the subjects that fit into the seconds ``left``, all judged, and what is left out."""
     subjects: list[_Subject] = []
     skipped: list[str] = []
     judged: dict[str, float] = {}  # seconds for an operation, by method
-    for shape in shapes:
+    for shape in SHAPES:
+        if device.type == "cpu" and not shape.on_cpu:
+            continue
         deltas: list[Tensor] = []
         for algorithm in ALGORITHMS:
+            subject = _Subject(shape, algorithm)
             name, work = algorithm.ours.name, algorithm.published_work(shape, tasks)
             expected = CAUTION * work * judged.get(name, min(judged.values(), default=0.0))
             reserved = sum(subject.round_seconds for subject in subjects)
             if subjects and 1.5 * expected + reserved > left():  # with a round of its own
-                skipped.append(f"{name} of {shape.rows} x {shape.columns} ({shape.model}): about {expected:.0f} s")
+                skipped.append(f"{subject} ({shape.model}): about {expected:.0f} s")
                 continue
-            say(f"{name} of {shape.rows} x {shape.columns}: error against float64")
+            say(f"{subject}: error against float64")
             deltas = deltas or deltas_like_fine_tuning(shape.rows, shape.columns, tasks, device=device)
-            subject, start = _Subject(shape, algorithm, deltas), time.perf_counter()
+            subject.deltas, start = deltas, time.perf_counter()
             subject.judge()
             judged[name] = (time.perf_counter() - start) / work
             subjects.append(subject)
