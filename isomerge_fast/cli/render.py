@@ -38,16 +38,20 @@ def group_tensors(tensors: tuple[TensorPlan, ...]) -> list[tuple[str, list[Tenso
 
 def print_plan(plan: Plan, found: dict[str, Any]) -> None:
     """Print a plan, and the estimates of ``found``."""
+
+    def dtypes(tensor: TensorPlan) -> str:
+        return " → ".join(dict.fromkeys(DTYPE_NAMES[dtype] for dtype in (tensor.base.dtype, tensor.out_dtype)))
+
     screen = Screen()
     screen.print_table(
-        [(name, len(members), members[0]) for name, members in group_tensors(plan.tensors)],
-        ("tensor", lambda row: row[0]),
-        (">count", lambda row: row[1]),
-        ("shape", lambda row: list(row[2].base.shape)),
-        ("dtype", lambda row: " → ".join(DTYPE_NAMES[d] for d in dict.fromkeys((row[2].base.dtype, row[2].out_dtype)))),
-        ("becomes", lambda row: row[2].action),
-        ("route", lambda row: row[2].route.name),
-        ("why", lambda row: row[2].reason),
+        [{"name": name, "count": len(members), "plan": members[0]} for name, members in group_tensors(plan.tensors)],
+        ("tensor", "{name}"),
+        (">count", "{count}"),
+        ("shape", lambda row: list(row["plan"].base.shape)),
+        ("dtype", lambda row: dtypes(row["plan"])),
+        ("becomes", "{plan.action}"),
+        ("route", "{plan.route.name}"),
+        ("why", "{plan.reason}"),
     )
     screen.print()
     parts = ", ".join(f"{key} ≈ {duration(value)}" for key, value in found["estimated_seconds"].items())
