@@ -1,4 +1,4 @@
-"""Peak memory of one merge of a pool of Llama folders, by FusionBench's class and by ours.
+"""Measure the peak memory of merging a pool of Llama folders, by FusionBench's class and by ours.
 
 Makes a pretrained model and experts of about --megabytes each in a temporary folder, and merges them in a fresh process
 for each class. Prints the peak resident memory, and how much of it was there before the pool was touched.
@@ -22,7 +22,7 @@ TARGETS = {
 
 
 def make_pool(folder: Path, experts: int, megabytes: float) -> None:
-    """Folders ``_pretrained_``, ``task0``, … of one architecture, every weight of the experts moved."""
+    """Make folders ``_pretrained_``, ``task0``, … of one architecture, every weight of the experts moved."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -50,7 +50,7 @@ def peak_bytes() -> int:
 
 
 def merge(folder: Path, target: str) -> str:
-    """What one merge in this process took, in words."""
+    """Merge in this process, and return in words what memory it took."""
     from fusion_bench import instantiate
     from fusion_bench.modelpool import CausalLMPool
     from transformers import LlamaForCausalLM
@@ -58,7 +58,7 @@ def merge(folder: Path, target: str) -> str:
     models = {path.name: str(path) for path in sorted(folder.iterdir())}
     method = instantiate({"_target_": target, "scaling_factor": 1.0})
     pool = CausalLMPool(models, tokenizer=None)
-    assert LlamaForCausalLM is not None  # what takes memory by being imported is there before anything is measured
+    assert LlamaForCausalLM is not None  # its import takes memory, which must not count
     assert method.fabric.device.type == "cpu"
     before = peak_bytes()
     method.run(pool)

@@ -1,4 +1,4 @@
-"""FusionBench's Iso-CTS and ours on one pool of checkpoint folders: the same model.
+"""Merge one pool of checkpoint folders by FusionBench's Iso-CTS and by ours, and compare: the same model.
 
 Makes a small CLIP vision tower and four experts in a temporary folder, and merges them by FusionBench's own class and
 by the one that ``method/iso_cts_fast.yaml`` names.
@@ -21,7 +21,7 @@ METHOD = Path(__file__).parent / "method" / "iso_cts_fast.yaml"
 
 
 def make_pool(folder: Path) -> CLIPVisionModelPool:
-    """A pretrained model and four experts, every weight of which is moved."""
+    """Make a pretrained model and four experts with every weight moved."""
     torch.manual_seed(0)
     config = CLIPVisionConfig(hidden_size=64, intermediate_size=128, image_size=32, num_attention_heads=4)
     config.num_hidden_layers = 2

@@ -1,4 +1,4 @@
-"""Makes a small Llama and three experts of it, merges them by one recipe in both ways, and compares.
+"""Make a small Llama and three experts of it, merge them by one recipe in both ways, and compare.
 
     python examples/mergekit/make_and_merge.py [FOLDER]
 
@@ -26,7 +26,7 @@ WITHOUT_THE_HUB = ("--no-copy-tokenizer", "--no-write-model-card")
 
 
 def make_models(folder: Path, dtype: torch.dtype = torch.bfloat16, experts: int = 3) -> None:
-    """A base and experts near it, as Hugging Face folders."""
+    """Make a base and experts near it, as Hugging Face folders."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=160,

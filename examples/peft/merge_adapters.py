@@ -1,4 +1,4 @@
-"""Merges LoRA adapters of one base into a checkpoint, and into one adapter: python merge_adapters.py [folder]
+"""Merge LoRA adapters of one base into a checkpoint, and into one adapter: python merge_adapters.py [folder]
 
 The base is a tiny Llama and the adapters are made up, so that this runs anywhere in seconds; put your own folders in
 their place. Needs: pip install 'isomerge-fast[peft]'.
@@ -35,7 +35,7 @@ def make_base(folder: Path) -> Path:
 
 
 def make_adapter(base: Path, folder: Path, seed: int, rank: int) -> Path:
-    """Stands for a fine-tuning: B is no longer zero."""
+    """Make an adapter whose B is not zero, in place of a fine-tuning."""
     torch.manual_seed(seed)
     settings = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=PROJECTIONS, task_type="CAUSAL_LM")
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), settings)

@@ -1,4 +1,4 @@
-"""Iso-C and Iso-CTS in a program of your own: on deltas, on state dicts, and on experts that stay in their files.
+"""Use Iso-C and Iso-CTS in your own program: on deltas, on state dicts, and on experts that stay in their files.
 
 python examples/pytorch/merge.py
 """
@@ -17,7 +17,7 @@ import isomerge_fast as imf
 
 
 def fine_tuned(model: nn.Module, seed: int) -> nn.Module:
-    """Stands for a training run: a copy with every weight moved."""
+    """Return a copy with every weight moved, in place of a training run."""
     expert, generator = copy.deepcopy(model), torch.Generator().manual_seed(seed)
     for parameter in expert.parameters():
         parameter.data += 0.02 * torch.randn(parameter.shape, generator=generator)

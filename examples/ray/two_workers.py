@@ -1,4 +1,4 @@
-"""One process beside two workers of a Ray cluster on this machine: the same bytes, and what was gained.
+"""Merge in one process and by two workers of a Ray cluster on this machine: the same bytes, in less time.
 
     python two_workers.py [folder] [--layers 12] [--method iso-c]
 
@@ -27,7 +27,7 @@ WIDTH, INNER, VOCABULARY, EXPERTS, WORKERS = 768, 3072, 32_000, 4, 2
 
 
 def make_llama(folder: Path, layers: int, seed: int) -> Path:
-    """Random weights under a Llama's names, a file for every half of the layers."""
+    """Make random weights under a Llama's names, in one file for each half of the layers."""
     generator = torch.Generator().manual_seed(seed)
 
     def random(*shape: int) -> torch.Tensor:
@@ -55,7 +55,7 @@ def make_llama(folder: Path, layers: int, seed: int) -> Path:
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """Of every file but the report, which tells of times."""
+    """Return the hashes of all files but the report, which holds times."""
     files = [path for path in folder.rglob("*") if path.is_file() and path.name != "report.json"]
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
