@@ -75,15 +75,10 @@ class SettingResult:
 
 def summarise(setting: Setting, seeds: Sequence[SeedScore], common_fractions: Sequence[float] = ()) -> SettingResult:
     """Return means, deviations and correlations over the seeds of one setting."""
-    of_base = [normalised(score.base_by_task, score.experts_by_task) for score in seeds]
+    own = [score.experts_by_task for score in seeds]
     rows = [
-        Row("base", "base", Spread.of([fmean(score.base_by_task) for score in seeds]), Spread.of(of_base)),
-        Row(
-            "experts",
-            "experts",
-            Spread.of([fmean(score.experts_by_task) for score in seeds]),
-            Spread.of([1.0] * len(seeds)),
-        ),
+        Row(name, name, Spread.of([*map(fmean, scores)]), Spread.of([*map(normalised, scores, own)]))
+        for name, scores in (("base", [score.base_by_task for score in seeds]), ("experts", own))
     ]
     groups = []
     for key, candidate in candidates(common_fractions).items():
