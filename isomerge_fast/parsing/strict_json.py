@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from ..errors import InputError, shown
-from .pointers import PULL, is_pointer
+from .file_formats import PULL, is_pointer
 
 MAX_INDEXED = 1_000_000  # names in an index
 MAX_CONFIG_DEPTH = 100  # what is copied and written again by recursion

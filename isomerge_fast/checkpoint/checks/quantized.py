@@ -1,7 +1,7 @@
-"""Recognises quantized weights, on whose packed numbers no arithmetic means anything.
+"""Recognise quantized weights, on whose packed numbers no arithmetic means anything.
 
-The tensors tell by themselves: packed integers or float8 beside their scales. So do ``config.json``, and the files that
-quantizers put beside it.
+The tensors tell: packed integers or float8 beside their scales. So do ``config.json`` and the files that quantizers put
+beside it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ..lora.adapter import Adapter
 _CONFIG_KEYS = ("quantization_config", "compression_config")
 SIDE_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
 
-# By the last part of a packed tensor's name: what lies beside it in its module, and who writes that.
+# By the last part of a packed tensor's name: what lies beside it in its module, and which tool writes that.
 _LAYOUTS: dict[str, tuple[tuple[str, str], ...]] = {
     "qweight": tuple((beside, "GPTQ or AWQ") for beside in ("qzeros", "g_idx", "scales")),
     "weight": (
@@ -43,7 +43,7 @@ _LAYOUTS: dict[str, tuple[tuple[str, str], ...]] = {
     "Qidxs": (("SU", "QuIP#"),),
     "indices": (("centroids.weight", "VPTQ"),),
 }
-# By the end of a packed tensor's whole name: what stands in its place in that of another.
+# The end of a packed tensor's name, the end in its place of the tensor beside it, and the tool.
 _ENDINGS = (
     ("", ".quant_map", "bitsandbytes 4-bit"),
     ("", ".absmax", "bitsandbytes 4-bit"),
@@ -64,12 +64,16 @@ _INDICES = re.compile(
     r"tokens?|positions?|lengths?|shape)"
 )
 _FLOAT8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
+_SCALE_DTYPES = (*FLOAT_DTYPES, *_FLOAT8_DTYPES)
 _GENERIC = _INTEGERS, _FLOAT8 = "integers", "float8"
 _WAY_OUT = "dequantize them and save in float first, or take the float weights that they were made of"
 
 
+_Evidence = tuple[StoredTensor, str, str]  # the packed tensor, the tool, the name of what shows it
+
+
 def quantized(checkpoint: Checkpoint) -> str | None:
-    """Return what shows that a checkpoint's weights are quantized, and what to do; None where nothing does.
+    """Return what shows that a checkpoint's weights are quantized, and what to do, or None.
 
     Raises:
         InputError: a quantizer's file that cannot be read.
@@ -90,9 +94,9 @@ def quantized(checkpoint: Checkpoint) -> str | None:
     return None
 
 
-def _packed(tensors: Mapping[str, StoredTensor]) -> tuple[StoredTensor, str, str] | None:
-    """Return (a packed tensor, who packs so, the name of what shows it), the plainest case there is; None without."""
-    plainest: tuple[StoredTensor, str, str] | None = None
+def _packed(tensors: Mapping[str, StoredTensor]) -> _Evidence | None:
+    """Return a packed tensor, the tool, and the name of what shows it: the plainest case of all, or None."""
+    plainest: _Evidence | None = None
     for stored in tensors.values():
         found = _evidence(stored, tensors)
         if found is not None and found[1] not in _GENERIC:
@@ -102,8 +106,8 @@ def _packed(tensors: Mapping[str, StoredTensor]) -> tuple[StoredTensor, str, str
     return plainest
 
 
-def _evidence(stored: StoredTensor, tensors: Mapping[str, StoredTensor]) -> tuple[StoredTensor, str, str] | None:
-    """Return (the packed tensor, who packs so, the name of what shows it) where a tensor is packed, or shows it."""
+def _evidence(stored: StoredTensor, tensors: Mapping[str, StoredTensor]) -> _Evidence | None:
+    """Return a packed tensor, the tool, and the name of what shows it, if a tensor is packed or shows it."""
     name = stored.name
     if stored.dtype in FLOAT_DTYPES:
         return _packed_as_floats(stored, tensors) if name.endswith(_PACKED_AS_FLOATS) else None
@@ -118,7 +122,8 @@ def _evidence(stored: StoredTensor, tensors: Mapping[str, StoredTensor]) -> tupl
     for ending, other, kind in _ENDINGS:
         if name.endswith(ending) and (beside := name.removesuffix(ending) + other) in tensors:
             return stored, kind, beside
-    scale = next((scale for scale in _scales(name, inside) if _is_scale(tensors.get(scale))), "")
+    scales = (*(name + ending for ending in _OWN_SCALES), *(inside + scale for scale in _MODULE_SCALES))
+    scale = next((each for each in scales if each in tensors and tensors[each].dtype in _SCALE_DTYPES), "")
     if is_float8:
         return stored, _FLOAT8, scale
     if stored.dtype in (torch.int64, torch.uint64):  # a table to look numbers up in: nobody packs weights so wide
@@ -128,10 +133,8 @@ def _evidence(stored: StoredTensor, tensors: Mapping[str, StoredTensor]) -> tupl
     return None
 
 
-def _packed_as_floats(
-    stored: StoredTensor, tensors: Mapping[str, StoredTensor]
-) -> tuple[StoredTensor, str, str] | None:
-    """Return as ``_evidence`` for what lies beside floats that are none."""
+def _packed_as_floats(stored: StoredTensor, tensors: Mapping[str, StoredTensor]) -> _Evidence | None:
+    """Return the evidence that floats are packed numbers."""
     if stored.name.endswith(".quant_map"):
         weight = tensors.get(stored.name.removesuffix(".quant_map"))
         if weight is None or weight.dtype not in FLOAT_DTYPES:
@@ -142,17 +145,8 @@ def _packed_as_floats(
     return (stored, "HQQ", f"{module}scale") if is_packed else None
 
 
-def _scales(name: str, inside: str) -> Iterator[str]:
-    yield from (name + ending for ending in _OWN_SCALES)
-    yield from (inside + scale for scale in _MODULE_SCALES)
-
-
-def _is_scale(stored: StoredTensor | None) -> bool:
-    return stored is not None and stored.dtype in (*FLOAT_DTYPES, *_FLOAT8_DTYPES)
-
-
 def _settings(checkpoint: Checkpoint) -> Iterator[tuple[str, Any]]:
-    """Yield (where it stands, what it says) of every setting that tells of quantized weights."""
+    """Yield the place and the value of every setting that tells of quantized weights."""
     if checkpoint.config is not None:
         for key, value in _nested(checkpoint.config):
             yield f"{checkpoint.path / 'config.json'}, {key}", value
@@ -177,7 +171,7 @@ def _nested(config: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
 
 
 def _name_of(value: Any) -> str:
-    """Return what a setting calls the kind: Hugging Face's ``quant_method``, ModelOpt's ``quant_algo``."""
+    """Return a setting's name of the kind: Hugging Face's ``quant_method``, ModelOpt's ``quant_algo``."""
     for key in ("quant_method", "quant_algo", "quantization"):
         if isinstance(value, dict) and value.get(key):
             return _name_of(value[key])

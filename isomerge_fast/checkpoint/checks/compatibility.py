@@ -1,4 +1,4 @@
-"""Says how checkpoints fit each other: what keeps experts from being merged into a base, one line for each cause."""
+"""Say what keeps experts from being merged into a base: names, shapes and kinds that differ, a line for each cause."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..layout import COPIED_DTYPES, DTYPE_NAMES, TOKEN_TABLES, Checkpoint, Store
 from ..lora.adapter import Adapter, incompatibilities
 from .prefixes import INNER_WRAPPERS, Prefix, find_prefixes
 
-MOST_NAMED = 3  # of tensors that one line is about; of more, one is
+MOST_NAMED = 3  # of the tensors of one line; of more, only the first is named
 MOST_EXPERTS = 4  # named in one line
 
 # Classifiers' last layers, with a row for every class.
@@ -30,11 +30,7 @@ _WRAPPERS = {
 
 
 def problems_of(base: Checkpoint, experts: Sequence[Checkpoint], on_extra: str) -> list[list[str]]:
-    """Return the problems of each expert against the base. What several have in common is said once, with their names.
-
-    Args:
-        on_extra: as in ``MergeConfig``.
-    """
+    """Return the problems of each expert with the base; those of several experts once, with their names."""
     owners: dict[str, list[str]] = {}
     for expert in experts:
         for cause in _causes(base, expert, on_extra):
@@ -48,10 +44,8 @@ def problems_of(base: Checkpoint, experts: Sequence[Checkpoint], on_extra: str) 
     return list(problems.values())
 
 
-def in_turn(groups: Sequence[Sequence[str]]) -> list[str]:
-    """Return all lines, group by group; where one message does not tell of so many, the first of each group and so on,
-    so that it tells something of all.
-    """
+def interleaved(groups: Sequence[Sequence[str]]) -> list[str]:
+    """Return all lines, group by group; if they are too many for a message, the first line of each group, and so on."""
     lines = [line for group in groups for line in group]
     if len(lines) <= MAX_PROBLEMS:
         return lines
@@ -59,7 +53,7 @@ def in_turn(groups: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _causes(base: Checkpoint, expert: Checkpoint, on_extra: str) -> Iterator[str]:
-    """Yield what is wrong with one expert, which is not named."""
+    """Yield the problems of one expert, without its name."""
     missing: dict[str, StoredTensor] = {}
     if isinstance(expert, Adapter):
         yield from incompatibilities(base, expert)
@@ -77,17 +71,17 @@ def _causes(base: Checkpoint, expert: Checkpoint, on_extra: str) -> Iterator[str
         if (other := expert.tensors.get(name)) is not None and (own.shape != other.shape or own.dtype != other.dtype)
     ]
     for prefix in find_prefixes(_shapes(missing), _shapes(extra)) if missing and extra else ():
-        yield _of_a_prefix(base, expert, prefix)
+        yield _prefix_problem(base, expert, prefix)
         pairs += [(missing.pop(name), extra.pop(other)) for name, other in prefix.names.items()]
-    yield from _of_missing(base, expert, missing)
+    yield from _missing_problems(base, expert, missing)
     pairs = [(own, other) for own, other in pairs if own.dtype in FLOAT_DTYPES]  # others are copied from the base
-    yield from _of_shapes(base, [(own, other) for own, other in pairs if own.shape != other.shape])
-    yield from _of_kinds(base, [(own, other) for own, other in pairs if own.shape == other.shape])
+    yield from _shape_problems(base, [(own, other) for own, other in pairs if own.shape != other.shape])
+    yield from _dtype_problems(base, [(own, other) for own, other in pairs if own.shape == other.shape])
     if extra and on_extra == "error":
-        it = "it" if len(extra) == 1 else "them"
         each = [f"{name!r} {list(stored.shape)}" for name, stored in extra.items()]
-        which = f"tensor {each[0]} is" if len(each) == 1 else f"{len(each)} tensors are"
-        listed = _listed(each) if len(each) > 1 else ""
+        which, listed, it = f"{len(each)} tensors are", _listed(each), "them"
+        if len(each) == 1:
+            which, listed, it = f"tensor {each[0]} is", "", "it"
         yield f"{which} not in the base {base.path}{listed} (on_extra: ignore leaves {it} out, copy takes {it})"
 
 
@@ -95,7 +89,7 @@ def _shapes(tensors: Mapping[str, StoredTensor]) -> dict[str, tuple[int, ...]]:
     return {name: stored.shape for name, stored in tensors.items()}
 
 
-def _of_a_prefix(base: Checkpoint, expert: Checkpoint, prefix: Prefix) -> str:
+def _prefix_problem(base: Checkpoint, expert: Checkpoint, prefix: Prefix) -> str:
     count = f"{len(prefix.names)} names differ" if len(prefix.names) > 1 else "1 name differs"
     if not prefix.removed:
         what = f"the prefix {prefix.added!r}, which the base {base.path} has not"
@@ -104,10 +98,10 @@ def _of_a_prefix(base: Checkpoint, expert: Checkpoint, prefix: Prefix) -> str:
     else:
         what = f"their prefix, {prefix.added!r} instead of {prefix.removed!r} in the base {base.path}"
     own, other = next(iter(prefix.names.items()))
-    return f"{count} only by {what} ({other!r} is {own!r} there); {_mend(base, expert, prefix)}"
+    return f"{count} only by {what} ({other!r} is {own!r} there); {_remedy(base, expert, prefix)}"
 
 
-def _mend(base: Checkpoint, expert: Checkpoint, prefix: Prefix) -> str:
+def _remedy(base: Checkpoint, expert: Checkpoint, prefix: Prefix) -> str:
     for wrapper, mend in _WRAPPERS.items():
         if wrapper in (prefix.added, prefix.removed):
             return mend
@@ -130,15 +124,14 @@ def _class_of(config: Mapping[str, Any] | None) -> str | None:
     return name if isinstance(name, str) and name.isidentifier() and len(name) <= 100 else None
 
 
-def _of_missing(base: Checkpoint, expert: Checkpoint, missing: Mapping[str, StoredTensor]) -> Iterator[str]:
+def _missing_problems(base: Checkpoint, expert: Checkpoint, missing: Mapping[str, StoredTensor]) -> Iterator[str]:
     wanted, own = _class_of(base.config), _class_of(expert.config)
     is_other = bool(wanted and own and wanted != own)
     is_tied = not is_other and bool((expert.config or {}).get("tie_word_embeddings"))
-    heads = [stored for name, stored in missing.items() if is_tied and "lm_head" in name]
-    others = [stored for name, stored in missing.items() if not (is_tied and "lm_head" in name)]
     of_classes = f" (it is a {own}, the base a {wanted}; {_LOAD_AS_ONE})" if is_other else ""
     of_ties = " (the expert ties its word embeddings; save base and experts with the same tying)"
-    for found, hint in ((heads, of_ties), (others, of_classes)):
+    for are_tied, hint in ((True, of_ties), (False, of_classes)):
+        found = [stored for name, stored in missing.items() if (is_tied and "lm_head" in name) == are_tied]
         each = [f"{stored.name!r} {list(stored.shape)}" for stored in found]
         if len(each) == 1:
             yield f"tensor {each[0]} of the base {base.path} is missing{hint}"
@@ -146,7 +139,7 @@ def _of_missing(base: Checkpoint, expert: Checkpoint, missing: Mapping[str, Stor
             yield f"{len(each)} tensors of the base {base.path} are missing{_listed(each)}{hint}"
 
 
-def _of_shapes(base: Checkpoint, pairs: list[tuple[StoredTensor, StoredTensor]]) -> Iterator[str]:
+def _shape_problems(base: Checkpoint, pairs: list[tuple[StoredTensor, StoredTensor]]) -> Iterator[str]:
     tables, heads, others = [], [], []
     for own, other in pairs:
         is_table, is_head = TOKEN_TABLES.search(own.name), _HEADS.fullmatch(own.name)
@@ -169,7 +162,7 @@ def _of_shapes(base: Checkpoint, pairs: list[tuple[StoredTensor, StoredTensor]])
             yield f"{len(found)} tensors have {what} in the base {base.path}{_listed(each)}{hint}"
 
 
-def _of_kinds(base: Checkpoint, pairs: list[tuple[StoredTensor, StoredTensor]]) -> Iterator[str]:
+def _dtype_problems(base: Checkpoint, pairs: list[tuple[StoredTensor, StoredTensor]]) -> Iterator[str]:
     found = [
         (own.name, DTYPE_NAMES[own.dtype], DTYPE_NAMES[other.dtype])
         for own, other in pairs
