@@ -1,4 +1,4 @@
-"""Files that somebody gave us: regular ones alone are opened, and no open waits for anybody."""
+"""Open files that somebody gave us: regular ones alone, and without waiting for anybody."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _KINDS = {
 
 
 class IrregularFileError(OSError):
-    """Something that has a name in a folder and is no regular file."""
+    """Report that a name in a folder is of no regular file."""
 
 
 def open_regular(
@@ -25,15 +25,15 @@ def open_regular(
 ) -> tuple[int, os.stat_result]:
     """Open a regular file; return a descriptor for reading and the file's status.
 
-    Opening a FIFO waits for a writer, and opening a device may do something, so that these are refused before. What
-    takes the file's place after that is opened without waiting, and refused then.
+    Opening a FIFO waits for a writer, and opening a device may do something, so these are refused before. What takes
+    the file's place after that is opened without waiting, and refused then.
 
     Args:
         dir_fd: of the folder that a relative path begins at.
         follow: whether the path itself may be a link.
 
     Raises:
-        IrregularFileError: no regular file. OSError: as ``os.open``. Both say in ``strerror`` what is wrong.
+        IrregularFileError: no regular file. OSError: as ``os.open``. Both have the reason in ``strerror``.
     """
     try:
         _require_regular(os.stat(path, dir_fd=dir_fd, follow_symlinks=follow), path)
@@ -55,7 +55,7 @@ def read_regular(path: str | os.PathLike[str], most_bytes: int) -> tuple[bytes, 
     """Return a small file's bytes, as many as it had when it was opened, and its status then.
 
     Raises:
-        OSError: as ``open_regular``; it is larger than ``most_bytes``.
+        OSError: as ``open_regular`` and ``read_whole``.
     """
     descriptor, status = open_regular(path)
     with open(descriptor, "rb") as file:
