@@ -18,7 +18,7 @@ MAX_REMARKS, MAX_CHARACTERS = 500, 12_000
 
 
 def visible(text: str, keep: str = "") -> str:
-    """Return ``text`` with all that a terminal would obey or hide escaped as by ``repr``, but for characters of ``keep``.
+    """Return ``text`` with all that a terminal would obey or hide escaped as by ``repr``, but not those of ``keep``.
 
     These are escapes, line ends, controls, changes of direction and halves of surrogate pairs.
     """
@@ -52,7 +52,7 @@ class ConfigError(IsomergeError, ValueError):
 
 
 class InputError(IsomergeError, ValueError):
-    """Report a checkpoint that cannot be read, or checkpoints that do not fit each other; ``problems`` lists them all."""
+    """Report checkpoints that cannot be read, or that do not fit each other; ``problems`` lists them all."""
 
     exit_code = 3
     kind = "input"
@@ -110,7 +110,7 @@ def bounded(remarks: Iterable[str]) -> Iterator[str]:
     """Yield remarks, which quote strangers' files, but no more and no longer ones than somebody reads."""
     remarks = list(remarks)
     for remark in remarks[:MAX_REMARKS]:
-        yield remark if len(remark) <= MAX_CHARACTERS else f"{remark[: MAX_CHARACTERS - 1]}…"
+        yield shortened(remark, MAX_CHARACTERS)
     if len(remarks) > MAX_REMARKS:
         yield f"… and {len(remarks) - MAX_REMARKS} more"
 
@@ -155,4 +155,9 @@ def shown(value: object) -> str:
         text = _SHORT.repr(value)
     except ValueError:  # of a number with thousands of digits, which Python does not write out
         text = "a number of thousands of digits"
-    return text if len(text) <= SHOWN_CHARACTERS else text[: SHOWN_CHARACTERS - 1] + "…"
+    return shortened(text, SHOWN_CHARACTERS)
+
+
+def shortened(text: str, most: int) -> str:
+    """Return a text with its end cut off where it has more than ``most`` characters."""
+    return text if len(text) <= most else text[: most - 1] + "…"

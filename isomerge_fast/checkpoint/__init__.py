@@ -1,3 +1,5 @@
-"""Read, check and write checkpoints on disk: headers (``layout``), bytes (``io``), adapters (``lora``), what keeps
-inputs from being merged (``checks``), and the output's folder (``output``).
+"""Open, check and write checkpoints on disk.
+
+Headers (``layout``), bytes (``io``), adapters (``lora``), what keeps inputs from being merged (``checks``), and the
+output's folder (``output``).
 """

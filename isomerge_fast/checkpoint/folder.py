@@ -25,12 +25,8 @@ def unreadable_refused(path: Path) -> Iterator[None]:
 
 
 def list_folder(folder: Path, most: int | None = None) -> list[str]:
-    """Return the names of everything in a folder, sorted, but read at most ``most`` of them.
-
-    Raises:
-        InputError: it cannot be listed. (``glob`` takes such a folder for an empty one.)
-    """
-    try:
+    """Return the sorted names of everything in a folder, but read at most ``most``; refuse what cannot be listed."""
+    try:  # ``glob`` takes such a folder for an empty one
         with os.scandir(folder) as entries:
             return sorted(entry.name for entry in islice(entries, most))
     except OSError as error:
@@ -60,11 +56,7 @@ def open_own(folder: Path, name: str) -> tuple[int, os.stat_result]:
 
 
 def read_own(folder: Path, name: str, most_bytes: int) -> tuple[bytes, os.stat_result]:
-    """Return the bytes and the status of a small file whose contents become part of the output.
-
-    Raises:
-        InputError: as ``open_own``; it cannot be read, or is larger than ``most_bytes``.
-    """
+    """Return the bytes and the status of a small file whose contents become part of the output, as ``open_own``."""
     with unreadable_refused(folder / name):
         descriptor, status = open_own(folder, name)
         with open(descriptor, "rb") as file:

@@ -15,7 +15,7 @@ def is_pointer(head: bytes) -> bool:
 
 
 def other_format(head: bytes) -> str | None:
-    """Return what a file that is no safetensors file is by its first bytes, and what to do; None if they do not tell."""
+    """Return what a file is instead of a safetensors file, and what to do; None where its first bytes do not tell."""
     if is_pointer(head):
         return f"a Git LFS pointer to one; {PULL}"
     if head.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04")):

@@ -79,12 +79,7 @@ class Scope:
 
 
 class ParameterReader:
-    """Read the parameters of a recipe's merge method; refuse what is not honoured, with its key.
-
-    Args:
-        where: begins every message, such as the file's name.
-        name: of the method.
-    """
+    """Read the parameters of a recipe's method, ``name``; refuse what is not honoured, with ``where`` and its key."""
 
     def __init__(self, where: str, name: object) -> None:
         self.where = where

@@ -52,23 +52,16 @@ def open_regular(
 
 
 def read_regular(path: str | os.PathLike[str], most_bytes: int) -> tuple[bytes, os.stat_result]:
-    """Return a small file's bytes, as many as it had when it was opened, and its status then.
-
-    Raises:
-        OSError: as ``open_regular`` and ``read_whole``.
-    """
+    """Return a small file's bytes, as many as it had when it was opened, and its status then."""
     descriptor, status = open_regular(path)
     with open(descriptor, "rb") as file:
         return read_whole(file.fileno(), status, most_bytes), status
 
 
 def read_whole(descriptor: int, status: os.stat_result, most_bytes: int) -> bytes:
-    """Return all bytes of a file that ``open_regular`` opened.
+    """Return all bytes of a file that ``open_regular`` opened; raise OSError where these are more than ``most_bytes``.
 
     Files of /proc have no size, and some of them wait when they are read: nothing is read beyond the size.
-
-    Raises:
-        OSError: it is larger than ``most_bytes``, or cannot be read.
     """
     if status.st_size > most_bytes:
         raise OSError(errno.EFBIG, f"{status.st_size} bytes; refused above {most_bytes}")

@@ -35,10 +35,8 @@ class Globs:
         return place
 
 
-@lru_cache(MAX_LISTS)
-def globs_of(patterns: tuple[str, ...]) -> Globs:
-    """Return the patterns, compiled when they are first asked for."""
-    return Globs(patterns)
+# Patterns are compiled when they are first asked for.
+globs_of = lru_cache(MAX_LISTS)(Globs)
 
 
 def first_match(pattern: str, names: Collection[str]) -> str | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from itertools import chain
 from typing import Any
 
 from ..errors import InputError, shown
@@ -13,7 +12,7 @@ MAX_INDEXED = 1_000_000  # names in an index
 MAX_CONFIG_DEPTH = 100  # settings are copied and written by recursion
 
 
-def parse_json(data: bytes, what: str, *, most_values: int | None = None, as_python: bool = False) -> Any:
+def parse_json(data: bytes, what: str, *, most_values: int, as_python: bool = False) -> Any:
     """Return the value of a JSON text; refuse duplicate keys, NaN literals and broken escapes.
 
     Args:
@@ -21,7 +20,7 @@ def parse_json(data: bytes, what: str, *, most_values: int | None = None, as_pyt
         as_python: read the literals NaN, Infinity and -Infinity too, as Python's json does.
     """
     # Every value but a container's first follows a comma. Those in texts count too, and texts have few.
-    if most_values is not None and data.count(b",") + data.count(b"[") + data.count(b"{") > most_values:
+    if data.count(b",") + data.count(b"[") + data.count(b"{") > most_values:
         raise InputError(f"{what}: more than {most_values} values; refused")
 
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -66,10 +65,8 @@ def parse_settings(
         raise InputError(f"{what}: not a JSON object")
     level: list[Any] = [settings]
     for _ in range(MAX_CONFIG_DEPTH):
-        children = (
-            node.values() if isinstance(node, dict) else node for node in level if isinstance(node, dict | list)
-        )
-        level = list(chain.from_iterable(children))
+        containers = (node for node in level if isinstance(node, dict | list))
+        level = [child for node in containers for child in (node.values() if isinstance(node, dict) else node)]
     if level:
         raise InputError(f"{what}: nested too deeply")
     return settings

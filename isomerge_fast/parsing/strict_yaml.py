@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from ..errors import ConfigError, shown
+from ..errors import ConfigError, shortened, shown
 
 # Room for a rule for every tensor of a model and every expert.
 MAX_CHARACTERS, MAX_VALUES = 2_000_000, 100_000
@@ -126,5 +126,4 @@ def _check_keys(node: Any) -> None:
 
 
 def _cut(reason: object) -> str:
-    text = " ".join(str(reason).split())
-    return text if len(text) <= 200 else text[:199] + "…"
+    return shortened(" ".join(str(reason).split()), 200)

@@ -77,12 +77,12 @@ def _causes(base: Checkpoint, expert: Checkpoint, on_extra: str) -> Iterator[str
     pairs = [(own, other) for own, other in pairs if own.dtype in FLOAT_DTYPES]  # others are copied from the base
     yield from _shape_problems(base, [(own, other) for own, other in pairs if own.shape != other.shape])
     yield from _dtype_problems(base, [(own, other) for own, other in pairs if own.shape == other.shape])
-    if extra and on_extra == "error":
+    if on_extra == "error":
         each = [f"{name!r} {list(stored.shape)}" for name, stored in extra.items()]
-        which, listed, it = f"{len(each)} tensors are", _listed(each), "them"
-        if len(each) == 1:
-            which, listed, it = f"tensor {each[0]} is", "", "it"
-        yield f"{which} not in the base {base.path}{listed} (on_extra: ignore leaves {it} out, copy takes {it})"
+        alone = [f"tensor {one} is not in the base {base.path}" for one in each]
+        it = "it" if len(each) == 1 else "them"
+        hint = f" (on_extra: ignore leaves {it} out, copy takes {it})"
+        yield from _one_or_all(alone, f"tensors are not in the base {base.path}", each, hint)
 
 
 def _shapes(tensors: Mapping[str, StoredTensor]) -> dict[str, tuple[int, ...]]:
@@ -133,10 +133,8 @@ def _missing_problems(base: Checkpoint, expert: Checkpoint, missing: Mapping[str
     for are_tied, hint in ((True, of_ties), (False, of_classes)):
         found = [stored for name, stored in missing.items() if (is_tied and "lm_head" in name) == are_tied]
         each = [f"{stored.name!r} {list(stored.shape)}" for stored in found]
-        if len(each) == 1:
-            yield f"tensor {each[0]} of the base {base.path} is missing{hint}"
-        elif each:
-            yield f"{len(each)} tensors of the base {base.path} are missing{_listed(each)}{hint}"
+        alone = [f"tensor {one} of the base {base.path} is missing" for one in each]
+        yield from _one_or_all(alone, f"tensors of the base {base.path} are missing", each, hint)
 
 
 def _shape_problems(base: Checkpoint, pairs: list[tuple[StoredTensor, StoredTensor]]) -> Iterator[str]:
@@ -152,14 +150,13 @@ def _shape_problems(base: Checkpoint, pairs: list[tuple[StoredTensor, StoredTens
         (heads, "another number of rows than", f" (a head of other classes? {_LOAD_AS_ONE})"),
         (others, "other shapes than", ""),
     ):
-        if len(found) == 1:
-            ((own, other),) = found
-            yield (
-                f"tensor {own.name!r} has shape {list(other.shape)}, in the base {base.path} {list(own.shape)}{hint}"
-            )
-        elif found:
-            each = [f"{own.name!r} {list(other.shape)}, there {list(own.shape)}" for own, other in found]
-            yield f"{len(found)} tensors have {what} in the base {base.path}{_listed(each)}{hint}"
+        shapes = [(own.name, list(own.shape), list(other.shape)) for own, other in found]
+        yield from _one_or_all(
+            [f"tensor {name!r} has shape {other}, in the base {base.path} {own}" for name, own, other in shapes],
+            f"tensors have {what} in the base {base.path}",
+            [f"{name!r} {other}, there {own}" for name, own, other in shapes],
+            hint,
+        )
 
 
 def _dtype_problems(base: Checkpoint, pairs: list[tuple[StoredTensor, StoredTensor]]) -> Iterator[str]:
@@ -168,12 +165,19 @@ def _dtype_problems(base: Checkpoint, pairs: list[tuple[StoredTensor, StoredTens
         for own, other in pairs
         if other.dtype not in FLOAT_DTYPES
     ]
-    if len(found) == 1:
-        ((name, own, other),) = found
-        yield f"tensor {name!r} is {other}, in the base {base.path} {own}"
-    elif found:
-        each = [f"{name!r} {other}, there {own}" for name, own, other in found]
-        yield f"{len(found)} tensors are no floats, and in the base {base.path} they are{_listed(each)}"
+    yield from _one_or_all(
+        [f"tensor {name!r} is {other}, in the base {base.path} {own}" for name, own, other in found],
+        f"tensors are no floats, and in the base {base.path} they are",
+        [f"{name!r} {other}, there {own}" for name, own, other in found],
+    )
+
+
+def _one_or_all(alone: Sequence[str], together: str, each: Sequence[str], hint: str = "") -> Iterator[str]:
+    """Yield one line for problems of one kind: ``alone`` has the sentence for a single one, ``together`` for several."""
+    if len(alone) == 1:
+        yield alone[0] + hint
+    elif alone:
+        yield f"{len(each)} {together}{_listed(each)}{hint}"
 
 
 def _listed(each: Sequence[str]) -> str:

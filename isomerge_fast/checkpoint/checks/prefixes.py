@@ -35,10 +35,9 @@ class Prefix:
 
 
 def find_prefixes(missing: Mapping[str, Shape], extra: Mapping[str, Shape]) -> list[Prefix]:
-    """Return the prefixes by which names of one model become names of another, that of most names first.
+    """Return the prefixes by which names that one model alone has become names that the other alone has.
 
-    Args:
-        missing, extra: the shapes of tensors that the one model alone has, and the other alone.
+    That of most names comes first.
     """
     left, other = dict(missing), dict(extra)
     found: list[Prefix] = []

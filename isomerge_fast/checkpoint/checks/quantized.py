@@ -23,25 +23,21 @@ _CONFIG_KEYS = ("quantization_config", "compression_config")
 SIDE_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
 
 # By the last part of a packed tensor's name: what lies beside it in its module, and which tool writes that.
-_LAYOUTS: dict[str, tuple[tuple[str, str], ...]] = {
-    "qweight": tuple((beside, "GPTQ or AWQ") for beside in ("qzeros", "g_idx", "scales")),
-    "weight": (
-        ("weight_scale_2", "NVFP4"),
-        ("weight_scale_inv", "FP8 in blocks"),
-        ("SCB", "bitsandbytes int8"),
-        ("weight_format", "bitsandbytes int8"),
-        ("weight.SCB", "bitsandbytes int8"),
-        ("biases", "MLX"),
-    ),
-    "weight_packed": tuple(
-        (beside, "compressed-tensors") for beside in ("weight_scale", "weight_shape", "weight_zero_point")
-    ),
-    "W_q": tuple((beside, "HQQ") for beside in ("scale", "zero", "meta")),
-    "_data": (("_scale", "quanto"),),
-    "_weight_qdata": (("_weight_scale", "torchao"),),
-    "codes": (("codebooks", "AQLM"),),
-    "Qidxs": (("SU", "QuIP#"),),
-    "indices": (("centroids.weight", "VPTQ"),),
+_LAYOUTS: dict[str, dict[str, str]] = {
+    "qweight": dict.fromkeys(("qzeros", "g_idx", "scales"), "GPTQ or AWQ"),
+    "weight": {
+        "weight_scale_2": "NVFP4",
+        "weight_scale_inv": "FP8 in blocks",
+        **dict.fromkeys(("SCB", "weight_format", "weight.SCB"), "bitsandbytes int8"),
+        "biases": "MLX",
+    },
+    "weight_packed": dict.fromkeys(("weight_scale", "weight_shape", "weight_zero_point"), "compressed-tensors"),
+    "W_q": dict.fromkeys(("scale", "zero", "meta"), "HQQ"),
+    "_data": {"_scale": "quanto"},
+    "_weight_qdata": {"_weight_scale": "torchao"},
+    "codes": {"codebooks": "AQLM"},
+    "Qidxs": {"SU": "QuIP#"},
+    "indices": {"centroids.weight": "VPTQ"},
 }
 # The end of a packed tensor's name, the end in its place of the tensor beside it, and the tool.
 _ENDINGS = (
@@ -73,11 +69,7 @@ _Evidence = tuple[StoredTensor, str, str]  # the packed tensor, the tool, the na
 
 
 def quantized(checkpoint: Checkpoint) -> str | None:
-    """Return what shows that a checkpoint's weights are quantized, and what to do, or None.
-
-    Raises:
-        InputError: a quantizer's file that cannot be read.
-    """
+    """Return what shows that a checkpoint's weights are quantized, and what to do, or None."""
     if isinstance(checkpoint, Adapter):
         return None
     found = _packed(checkpoint.tensors)
@@ -87,10 +79,8 @@ def quantized(checkpoint: Checkpoint) -> str | None:
         shows = f"{kind}: {tensor}" + (f" beside {beside!r}" if beside else "")
         return f"{stored.file}: quantized weights ({shows}) cannot be merged; {_WAY_OUT}"
     for place, value in _settings(checkpoint):
-        return (
-            f"{place}: quantized weights ({_name_of(value)}) cannot be merged; {_WAY_OUT} "
-            "(where they are float already, take this out)"
-        )
+        shows = f"{place}: quantized weights ({_name_of(value)}) cannot be merged"
+        return f"{shows}; {_WAY_OUT} (where they are float already, take this out)"
     return None
 
 
@@ -116,7 +106,7 @@ def _evidence(stored: StoredTensor, tensors: Mapping[str, StoredTensor]) -> _Evi
         return None
     module, _, last = name.rpartition(".")
     inside = f"{module}." if module else ""
-    for beside, kind in _LAYOUTS.get(last, ()):
+    for beside, kind in _LAYOUTS.get(last, {}).items():
         if inside + beside in tensors:
             return stored, kind, inside + beside
     for ending, other, kind in _ENDINGS:

@@ -62,11 +62,7 @@ def drop_cache(descriptor: int) -> None:
 
 
 def open_on_disk(path: Path) -> int:
-    """Open a regular file whose next reads are to come from the disk.
-
-    Raises:
-        OSError: it cannot be opened, or is no regular file.
-    """
+    """Open a regular file whose next reads are to come from the disk; raise OSError where it is none."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a FIFO without a writer would block
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)

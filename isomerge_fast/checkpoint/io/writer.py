@@ -91,10 +91,9 @@ def tensor_bytes(value: Tensor) -> memoryview:
 def create_shard(
     path: Path, tensors: Iterable[OutputTensor], *, resume: bool, metadata: Mapping[str, str] = PLAIN
 ) -> tuple[int, str]:
-    """Make a file with its header, at its final size and on disk; with ``resume`` what is in it already stays.
+    """Make a file with its header, at its final size and on disk; return its size and the hash of its header.
 
-    Returns:
-        its size and the hash of its header, as in ``FileIdentity``.
+    With ``resume`` what is in it already stays.
     """
     prefix, placed = file_layout(path, tensors, metadata)
     size = _end(prefix, placed)
@@ -231,11 +230,7 @@ class ShardWriter:
                     time.sleep(0.05)
 
     def _open_on_disk(self) -> int:
-        """Return a descriptor for reading what is on the disk.
-
-        Raises:
-            LostWritesError: an earlier run's writes could not be written back.
-        """
+        """Return a descriptor for reading what is on the disk; refuse a file whose writes could not be written back."""
         with _resource_errors(self.path, is_lost=True):
             drop_cache(self._descriptor)
             return open_direct(self.path, os.O_RDONLY) or os.dup(self._descriptor)
@@ -299,8 +294,7 @@ def _joined(placed: Sequence[StoredTensor]) -> list[list[int]]:
 def _resource_errors(path: Path, *, is_lost: bool = False) -> Iterator[None]:
     """Turn an OSError of writing a file into a ResourceError.
 
-    Args:
-        is_lost: whether it tells of writes that had seemed to succeed. An I/O error always may.
+    With ``is_lost`` it tells of writes that had seemed to succeed: a LostWritesError. An I/O error always may.
     """
     try:
         yield

@@ -25,11 +25,7 @@ MOST_VALUES = 10_000_000  # a report of 45,000 tensors of eight experts has 900,
 
 
 def to_json(value: Any, indent: int | None = 1) -> bytes:
-    """Return ``value`` as JSON, the same bytes every time.
-
-    Raises:
-        ValueError: it holds NaN or Infinity, which JSON does not have.
-    """
+    """Return ``value`` as JSON, the same bytes every time; raise ValueError for NaN and Infinity."""
     return (json.dumps(value, indent=indent, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
@@ -87,11 +83,7 @@ def _parts(value: Any, indent: int, line: str) -> Iterator[str]:
 
 
 def write_with_digest(path: Path, text: Iterable[bytes]) -> str:
-    """Write the text of an object durably, with its checksum added as the last key, ``digest``; return the digest.
-
-    Args:
-        text: blocks of indented JSON, with one key at least.
-    """
+    """Write an object's indented JSON durably, with its checksum added as the last key, ``digest``; return that."""
     running = Checksum()
     write_blocks_durably(path, _with_digest(text, running))
     return running.text
@@ -109,11 +101,7 @@ def _with_digest(text: Iterable[bytes], running: Checksum) -> Iterator[bytes]:
 
 
 def read_with_digest(path: Path) -> tuple[dict[str, Any], str | None]:
-    """Return an object as it is on the disk, and what is wrong with its digest, if anything.
-
-    Raises:
-        VerificationError: it cannot be read, or is no JSON object.
-    """
+    """Return an object as it is on the disk, and what is wrong with its digest, if anything."""
     try:
         data = b"".join(map(bytes, disk_blocks(path)))
         value = parse_settings(data, str(path), most_values=MOST_VALUES)

@@ -1,4 +1,4 @@
-"""Describe, read and check ``manifest.json``: what an output was made of, and the checksum of everything in it.
+"""Define and read ``manifest.json``: what an output was made of, and the checksum of everything in it.
 
 It holds no times or random names, so the same merge gives the same bytes. Its last key is the checksum of its own text;
 the report, which does hold times, ends in the same way and says which manifest it belongs to.
@@ -129,11 +129,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def examine_manifest(folder: Path) -> tuple[Manifest, str | None]:
-    """Return a manifest of sound structure, and what is wrong with its digest, if anything.
-
-    Raises:
-        InputError, VerificationError: as ``read_manifest``.
-    """
+    """Return a manifest of sound structure, and what is wrong with its digest, if anything."""
     path = folder / MANIFEST_FILE
     if not os.path.isfile(path):  # of a name that is too long, too
         raise no_output(folder, MANIFEST_FILE)
@@ -210,11 +206,7 @@ def file_name(folder: str, name: str) -> str:
 
 
 def file_entry(path: Path) -> FileEntry:
-    """Return the manifest's entry of a file as it is on its disk.
-
-    Raises:
-        OSError: it cannot be read, or is no regular file.
-    """
+    """Return the manifest's entry of a file as it is on its disk."""
     running = Checksum()
     for block in disk_blocks(path):
         running.update(block)

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ...errors import visible
+from ...errors import shortened, visible
 
 MAX_NOTES, MAX_NOTE_CHARACTERS = 30, 1_000
 # Characters that mean something in Markdown and HTML.
@@ -25,10 +25,9 @@ def _notes(notes: Sequence[str]) -> list[str]:
     """Return the section of notes, their Markdown escaped, or nothing."""
     if not notes:
         return []
-    shown = [visible(note) for note in notes[:MAX_NOTES]]
-    cut = [note if len(note) <= MAX_NOTE_CHARACTERS else f"{note[: MAX_NOTE_CHARACTERS - 1]}…" for note in shown]
-    more = len(notes) - len(cut)
-    lines = [*cut, *([f"… and {more} more, in report.json"] if more > 0 else [])]
+    lines = [shortened(visible(note), MAX_NOTE_CHARACTERS) for note in notes[:MAX_NOTES]]
+    if len(notes) > MAX_NOTES:
+        lines.append(f"… and {len(notes) - MAX_NOTES} more, in report.json")
     return ["## Notes", "", *("- " + _MARKUP.sub(r"\\\g<0>", line) for line in lines), ""]
 
 

@@ -46,11 +46,7 @@ def output_config(
 
 
 def _take_head(config: dict[str, Any], donors: Sequence[Checkpoint], kept: str) -> list[str]:
-    """Put into ``config`` the settings that the donors agree on; return notes about the others.
-
-    Args:
-        kept: names of what stays the base's where the donors' settings cannot be taken.
-    """
+    """Put into ``config`` the settings that the donors agree on; return notes on the others, or on all of ``kept``."""
     where = f"config.json keeps the base's {kept}"
     for donor in donors:
         if donor.config is None:

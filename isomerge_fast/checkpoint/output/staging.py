@@ -232,11 +232,7 @@ class Staging:
         self._identity = _identity(made)
 
     def _take_lock(self) -> bool:
-        """Return whether the lock was taken; False where another run has removed its folder.
-
-        Raises:
-            ConfigError: another run holds it. ResourceError: there are no locks here.
-        """
+        """Return whether the lock was taken; False where another run has removed its folder."""
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         self._lock = os.open(LOCK_FILE, flags, 0o600, dir_fd=self._root)
         try:
