@@ -25,7 +25,7 @@ class StoredStateDict(Mapping[str, Tensor]):
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
         self._reader = Reader(files_of(checkpoint))
-        self._close = weakref.finalize(self, self._reader.__exit__, None, None, None)
+        self._close = weakref.finalize(self, self._reader.__exit__)
 
     def __enter__(self) -> StoredStateDict:
         return self

@@ -173,7 +173,7 @@ def _dtype_problems(base: Checkpoint, pairs: list[tuple[StoredTensor, StoredTens
 
 
 def _one_or_all(alone: Sequence[str], together: str, each: Sequence[str], hint: str = "") -> Iterator[str]:
-    """Yield one line for problems of one kind: ``alone`` has the sentence for a single one, ``together`` for several."""
+    """Yield one line for problems of one kind: ``alone`` has the sentences for single ones, ``together`` for all."""
     if len(alone) == 1:
         yield alone[0] + hint
     elif alone:

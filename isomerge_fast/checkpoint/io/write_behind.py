@@ -61,12 +61,11 @@ class WriteBehind:
         if size > self.room_bytes:
             return None
         with self._changed:
-            while True:
-                self._raise()
-                room = self._ring.take(size)
-                if room is not None:
-                    return room
+            self._raise()
+            while (room := self._ring.take(size)) is None:
                 self._changed.wait()
+                self._raise()
+            return room
 
     def put(self, action: Callable[[], None], *, size: int = 0, in_room: bool = False) -> None:
         """Have ``action`` done.

@@ -93,9 +93,9 @@ class Journal:
             for part in sorted(folder.glob(_item_file("*"))):
                 self.finished.update(_entries_of_merge(part, key, self.threads))
         elif first is not None and not overwrite:
-            changed = "".join(f" ({what})" for what in _changed_inputs(first.get("inputs", []), inputs))
             raise ConfigError(
-                f"{folder}: the unfinished merge was of other inputs, options, devices or versions{changed}; "
+                f"{folder}: the unfinished merge was of other inputs, options, devices or versions"
+                f"{_changed_input(first.get('inputs', []), inputs)}; "
                 "run with --overwrite to discard it"
             )
         head = {"fingerprint": key, "inputs": inputs, "threads": self.threads}
@@ -224,13 +224,13 @@ def _checksum(text: bytes) -> str:
     return running.text
 
 
-def _changed_inputs(before: list[dict[str, Any]], now: list[dict[str, Any]]) -> list[str]:
-    """Return the first file that is not what it was, in words, or nothing."""
+def _changed_input(before: list[dict[str, Any]], now: list[dict[str, Any]]) -> str:
+    """Return the first file that is not what it was, in words for the end of a sentence, or nothing."""
     for old, new in zip(before, now, strict=False):
         if old["path"] != new["path"]:
-            return [f"{new['path']} instead of {old['path']}"]
+            return f" ({new['path']} instead of {old['path']})"
         for name in sorted(old["files"].keys() | new["files"].keys()):
             if old["files"].get(name) != new["files"].get(name):
                 path = Path(new["path"])
-                return [f"{path if path.name == name else path / name} has changed"]
-    return []
+                return f" ({path if path.name == name else path / name} has changed)"
+    return ""
