@@ -9,11 +9,11 @@ import difflib
 import reprlib
 from collections.abc import Iterable, Iterator, Sequence
 
-# In one message.
+# Problems in one message.
 MAX_PROBLEMS = 20
 # Names in one sentence, beside the number of the others.
 MAX_LISTED = 6
-# Of notes, some of which there are for each expert.
+# Notes, and characters of a note: some notes are made for every expert.
 MAX_REMARKS, MAX_CHARACTERS = 500, 12_000
 
 
@@ -115,7 +115,7 @@ def bounded(remarks: Iterable[str]) -> Iterator[str]:
         yield f"… and {len(remarks) - MAX_REMARKS} more"
 
 
-# By their names elsewhere.
+# Our words, by other tools' names for them.
 _OTHER_NAMES = {
     **dict.fromkeys(("alpha", "coefficient", "lambda", "scalingcoef", "scalingfactor"), "scaling"),
     **dict.fromkeys(("checkpoints", "finetuned", "models"), "experts"),
@@ -142,7 +142,7 @@ def _folded(word: str) -> str:
     return word.casefold().replace("-", "").replace("_", "")
 
 
-# Of a value in a message: a file may hold one of a megabyte, or a short text that unfolds to it.
+# A value in a message is cut to so many: a file may hold one of a megabyte, or a short text that unfolds to it.
 SHOWN_CHARACTERS = 80
 _SHORT = reprlib.Repr()
 # Repr cuts out the middle; ``shown`` cuts off the end too, since a list of cut texts is long as well.

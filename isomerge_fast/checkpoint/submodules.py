@@ -25,7 +25,7 @@ MAX_COMPARED_BYTES = 2_000_000_000
 _MAX_LIST_BYTES, _MAX_LIST_VALUES = 1_000_000, 10_000
 _BLOCK_BYTES = 1 << 20
 _MODULES = "modules.json"
-# The first of these formats that is there is loaded.
+# A folder's weights are loaded from the first of these formats that it has.
 _FORMATS = (r"\.safetensors(\.index\.json)?$", r"\.(bin|pt|pth)(\.index\.json)?$")
 
 

@@ -17,7 +17,7 @@ KEYS = (
     *("base_model", "chat_template", "dtype", "merge_method", "models", "modules", "out_dtype", "parameters"),
     *("slices", "tokenizer", "tokenizer_source"),
 )
-# How many different filters are tried in all combinations to find what weights add up to.
+# Different filters whose combinations are all tried, to find the sums that weights may have.
 MOST_FILTERS = 10
 MAX_PATH_CHARACTERS = 4_096
 
@@ -112,7 +112,7 @@ class _Recipe(ParameterReader):
         return config
 
     def _around_a_base(self, base: _Reference | None, models: list[_Model]) -> tuple[_Reference, list[_Term], bool]:
-        """Return the base, the experts with their weights, and whether these are normalized, of a change of a base.
+        """Return the base, the experts with their weights, and whether these are normalized, for methods around a base.
 
         The base may be among the models. It has no delta, and its weight means nothing.
         """
@@ -133,9 +133,9 @@ class _Recipe(ParameterReader):
         return base, [(model, self.rules("weight", model.scopes)) for model in experts], normalize
 
     def _linear(self, base: _Reference | None, models: list[_Model]) -> tuple[_Reference, list[_Term], bool]:
-        """Return the same of the weighted mean of all models, to which a base that is not among them is added.
+        """Return the same for the weighted mean of all models; a base that is not among them is added to them.
 
-        Its own delta is zero, but its weight is part of the sum. Where all weights are numbers they are divided here,
+        The base's own delta is zero, but its weight is part of the sum. Weights that are all numbers are divided here,
         and the base is read once; else it is also an expert.
         """
         everything = list(models)

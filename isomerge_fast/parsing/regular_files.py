@@ -1,4 +1,4 @@
-"""Open files that somebody gave us: regular ones alone, and without waiting for anybody."""
+"""Open files that somebody gave us: only regular ones, and without waiting."""
 
 from __future__ import annotations
 

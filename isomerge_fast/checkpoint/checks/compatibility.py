@@ -64,7 +64,7 @@ def _causes(base: Checkpoint, expert: Checkpoint, on_extra: str) -> Iterator[str
             if name not in expert.tensors and stored.dtype not in COPIED_DTYPES
         }
     extra = {name: expert.tensors[name] for name in sorted(expert.tensors.keys() - base.tensors.keys())}
-    # Of tens of thousands of tensors almost all are alike: only the others are kept.
+    # Almost all of tens of thousands of tensors are alike: only the others are kept.
     pairs = [
         (own, other)
         for name, own in base.tensors.items()

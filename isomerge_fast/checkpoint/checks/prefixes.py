@@ -8,9 +8,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import chain, zip_longest
 
-# Names that are compared with all others to find candidates, and candidates that are then tried on all names.
+# Names that are compared with all others to find candidates, and candidates that are tried on all names.
 SAMPLES, MOST_CANDIDATES = 8, 16
-# Models differ by one prefix, or by one for each kind of module; of more, the names are just other names.
+# Models differ by one prefix, or by one for each kind of module. With more prefixes the names are just other names.
 MOST_PREFIXES = 6
 # Activation checkpointing, FSDP and torch.compile put these into the middle of names too.
 INNER_WRAPPERS = ("_checkpoint_wrapped_module.", "_fsdp_wrapped_module.", "_orig_mod.")

@@ -49,10 +49,10 @@ _ENDINGS = (
     ("_blocks", "_scales", "MXFP4"),
     (":qdata", ":scale", "torchao"),
 )
-# Scales of the same stem, in the module or behind the tensor's own name.
+# Names of scales in the module, and endings of scales that follow the tensor's own name.
 _MODULE_SCALES = ("scale", "scales", "weight_scale", "weight_scales", "scale_weight", "w_scale", "wscales", "qscale")
 _OWN_SCALES = ("_scale", "_scales", ".scale", ".scales", ".weight_scale")
-# bitsandbytes may pack its four bits into floats, and HQQ too.
+# bitsandbytes and HQQ may pack four bits into floats.
 _PACKED_AS_FLOATS = (".quant_map", ".W_q")
 # Integers that are no weights though a scale may lie beside them.
 _INDICES = re.compile(
@@ -149,7 +149,7 @@ def _settings(checkpoint: Checkpoint) -> Iterator[tuple[str, Any]]:
 
 
 def _nested(config: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
-    """Yield the path and value of what is set under one of the keys, at any depth."""
+    """Yield the path and value of every setting under one of the keys, at any depth."""
     waiting: list[tuple[str, Any]] = [("", config)]
     while waiting:
         path, node = waiting.pop()

@@ -19,7 +19,7 @@ from .ring_buffer import RingBuffer
 
 # More threads than cores: they wait for the disk, not for each other.
 THREADS = 4
-# For a GPU, which takes more than four threads copy from the page cache: 14.5 GB/s, eight 25 (16 cores beside an H200).
+# A GPU takes more than four threads copy from the page cache, 14.5 GB/s; eight copy 25 (16 cores beside an H200).
 GPU_THREADS = 8
 
 
@@ -114,7 +114,7 @@ class ReadAhead:
             none is held beside it.
         part_bytes: bundles are cut into parts of at most so many bytes, each taken by itself.
         pinned: whether buffers are page-locked, for asynchronous copies to a GPU.
-        checksums: which are to go on with what is taken.
+        checksums: to which the bundles that are taken are added.
     """
 
     def __init__(
@@ -174,7 +174,7 @@ class ReadAhead:
         self._taken = reading = self._ahead.popleft()
         for part in reading.parts:
             self.busy_seconds += part.result()
-        # The disk is not to wait until this bundle is done with.
+        # Read on while this bundle is used.
         self._top_up()
         placed = list(_placed(reading.bundle, reading.buffer))
         if self._checksums is not None:
@@ -216,7 +216,7 @@ def _jobs(bundle: Bundle, buffer: Tensor) -> Iterator[list[tuple[Piece, int, Ten
     for piece, data in _placed(bundle, buffer):
         start = 0
         while start < piece.bytes:
-            # At multiples in the file, so that only a piece's own ends share a page with others.
+            # Cut at multiples in the file, so that only a piece's own ends share a page with others.
             stop = min(start + READ_BYTES - (piece.start + start) % READ_BYTES, piece.bytes)
             job.append((piece, start, data[start:stop]))
             size += stop - start

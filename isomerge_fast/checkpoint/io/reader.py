@@ -118,7 +118,7 @@ class Reader:
             through_cache, direct = self._open(file)
             position = start
             while position < end:
-                # Up to a multiple of what is read at once, so that direct reads overlap no more than they must.
+                # Read up to a multiple of READ_BYTES, so that direct reads overlap no more than they must.
                 stop = min(end, (position // READ_BYTES + 1) * READ_BYTES)
                 part = target[position - start : stop - start]
                 if direct is None:
@@ -164,7 +164,7 @@ class Reader:
         return count
 
     def _open(self, path: Path) -> tuple[int, int | None]:
-        """Return a descriptor through the page cache, and one past it where that is to be used."""
+        """Return a descriptor through the page cache, and one past it or None."""
         with self._lock:
             if path not in self._descriptors:
                 descriptor, status = open_regular(path)

@@ -16,7 +16,7 @@ from .direct_io import page_ceiling
 
 
 class RingBuffer:
-    """Lend parts of ``size`` bytes, each from a page's begin on; bytes that were never used take no memory.
+    """Lend parts of ``size`` bytes, each on whole pages; bytes that were never used take no memory.
 
     Args:
         pinned: whether they are page-locked, for asynchronous copies to a GPU.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .ring_buffer import RingBuffer
 
-# A room is at most this share of the memory, so that one can be filled while others are written.
+# A room has at most one part in so many of the memory, so that one is filled while others are written.
 ROOM_SHARE = 3
 
 

@@ -207,7 +207,7 @@ class ShardWriter:
                 raise ResourceError(f"{self.path}: was written and cannot be read ({error})") from error
 
     def _lock(self, names: Collection[str]) -> None:
-        """Lock the tensors of ``names``; wait a while for whoever holds them, who may be about to end.
+        """Lock the tensors of ``names``; wait a while for a process that holds them and may be about to end.
 
         Locks are of the process: closing any other descriptor of the file would give them up, so none is opened and
         closed while they are needed.

@@ -52,7 +52,7 @@ HARMLESS = {
     *("modules_to_save", "peft_version", "qalora_group_size", "revision", "runtime_config", "target_modules"),
     "task_type",
 }
-# Starting points that leave the base as it was; the factors in the file are all of the change.
+# Initialisations that leave the base as it was: the factors in the file are the whole change.
 _PLAIN_STARTS = frozenset({"gaussian", "eva", "orthogonal", "mica"})
 _CHANGED_STARTS = ("pissa", "olora", "corda", "lora_ga")
 

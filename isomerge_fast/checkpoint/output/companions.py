@@ -189,7 +189,7 @@ class _Sorter:
         is_essential_one = is_essential_folder(path)
         place = self._folder / path
         if place.is_symlink() and not (is_essential_one and Path(os.path.realpath(place)).is_relative_to(self._home)):
-            # Its essential files are refused one by one; the rest is not looked into.
+            # Its essential files are refused one by one; others are not looked at.
             inside = list_folder(place, most=MAX_FOLDER_NAMES) if is_essential_one else []
             self._small += [file for name in inside if is_essential(file := f"{path}/{name}")]
             self.left.append(LeftBehind(f"{path}/", "a link to a folder", 0, 0))
@@ -255,7 +255,7 @@ def _caseless(name: str) -> str:
 
 
 def _size(path: Path) -> int:
-    """Return the bytes of what a link leads to; 0 where it leads nowhere."""
+    """Return the size of a file, or of a link's target; 0 where the link leads nowhere."""
     try:
         return os.stat(path).st_size
     except OSError:

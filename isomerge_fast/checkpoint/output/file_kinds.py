@@ -22,7 +22,7 @@ ESSENTIAL = (
 )
 _ESSENTIAL_FOLDERS = tuple(pattern.split("/")[0] for pattern in ESSENTIAL if "/" in pattern)
 
-# Everything else that is small is copied as well, whatever its name, but for:
+# All other small files are copied as well, whatever their names, except:
 LEFT_BEHIND = {
     "training state": (
         *("optimizer.*", "optimizer_*", "scheduler.pt", "scheduler.bin", "scaler.pt", "rng_state*", "random_states_*"),

@@ -73,7 +73,7 @@ def _parts(value: Any, indent: int, line: str) -> Iterator[str]:
     elif isinstance(value, list | tuple) and value:
         opening = "["
         for item in value:
-            # Every line's end is one of the layout: within strings they are escaped.
+            # Every line end is part of the layout: within strings they are escaped.
             text = json.dumps(item, indent=indent, sort_keys=True, ensure_ascii=False, allow_nan=False)
             yield opening + inner + text.replace("\n", inner)
             opening = ","
