@@ -57,16 +57,9 @@ class _Reference:
         return self.path if self.adapter is None else f"{self.path}+{self.adapter}"
 
 
-@dataclass(frozen=True)
-class _Model:
-    """Hold an entry of ``models``, or the base that mergekit adds to them."""
-
-    reference: _Reference
-    scopes: tuple[Scope, ...]
-
-
-# An expert, or for ``linear`` the base too, and its weights.
-_Term = tuple[_Model, list[Rule]]
+# By model: the scopes in which its parameters are looked up, and the rules of its weight.
+_Models = dict[_Reference, tuple[Scope, ...]]
+_Weights = dict[_Reference, list[Rule]]
 
 
 class _Recipe(ParameterReader):
@@ -91,19 +84,19 @@ class _Recipe(ParameterReader):
         if "chat_template" in self.raw:
             self.refuse("chat_template", "the output has the base's")
         read_models = self._linear if self.name == "linear" else self._around_a_base
-        base, terms, normalize = read_models(base, models)
-        if not terms:
+        base, weights, normalize = read_models(base, models)
+        if not weights:
             self.fail("models: no model beside the base; at least one is needed")
         config: dict[str, Any] = {"method": self.method.ours, "base": base.path}
-        config["experts"] = [self._expert_path(base, model) for model, _ in terms]
+        config["experts"] = [self._expert_path(base, reference) for reference in weights]
         if "lambda" not in self.method.parameters:
             config["scaling"] = 1.0  # the sum is the whole of it
         elif "lambda" in self.shared.values or self.name == "task_arithmetic":
             config["scaling"] = self.same_for_all("lambda", self.shared)
         options = {key: self.same_for_all(key, self.shared) for key in self.method.options}
         config["options"] = {key: value for key, value in options.items() if value is not None}
-        if normalize or any(constant(rules) != 1.0 for _, rules in terms):
-            config["weights"] = [weight_entry(rules) for _, rules in terms]
+        if normalize or any(constant(rules) != 1.0 for rules in weights.values()):
+            config["weights"] = [weight_entry(rules) for rules in weights.values()]
         if normalize:
             config["normalize_weights"] = True
         for key in ("out_dtype", "dtype"):
@@ -111,55 +104,57 @@ class _Recipe(ParameterReader):
                 return {**config, "dtype": dtype_name(self.raw[key], f"{self.where}: {key}")}
         return config
 
-    def _around_a_base(self, base: _Reference | None, models: list[_Model]) -> tuple[_Reference, list[_Term], bool]:
-        """Return the base, the experts with their weights, and whether these are normalized, for methods around a base.
+    def _around_a_base(self, base: _Reference | None, models: _Models) -> tuple[_Reference, _Weights, bool]:
+        """Return the base, the weights of the experts, and whether these are normalized, for methods around a base.
 
         The base may be among the models. It has no delta, and its weight means nothing.
         """
         if base is None:
             self.fail(f"base_model is missing; {self.name} changes one")
-        experts = [model for model in models if model.reference != base]
+        experts = {reference: scopes for reference, scopes in models.items() if reference != base}
         for key, harmless in (("density", 1.0), ("rescale", False)):
             if key not in self.method.parameters:
                 continue
-            for model in experts:
-                scopes = model.scopes if self.method.parameters[key].per_model else (self.shared,)
+            for own in experts.values():
+                scopes = own if self.method.parameters[key].per_model else (self.shared,)
                 if any(rule.value != harmless for rule in self.rules(key, scopes)):
                     self.refuse(place_of(key, scopes), f"{self.name} drops nothing; leave it out, as {harmless!r}")
         normalize = False
         if "normalize" in self.method.parameters:
             self.same_for_all("int8_mask", self.shared)  # of any value: no mask is made without a consensus of signs
             normalize = self.same_for_all("normalize", self.shared)
-        return base, [(model, self.rules("weight", model.scopes)) for model in experts], normalize
+        return base, self._weights(experts), normalize
 
-    def _linear(self, base: _Reference | None, models: list[_Model]) -> tuple[_Reference, list[_Term], bool]:
+    def _weights(self, models: _Models) -> _Weights:
+        return {reference: self.rules("weight", scopes) for reference, scopes in models.items()}
+
+    def _linear(self, base: _Reference | None, models: _Models) -> tuple[_Reference, _Weights, bool]:
         """Return the same for the weighted mean of all models; a base that is not among them is added to them.
 
         The base's own delta is zero, but its weight is part of the sum. Weights that are all numbers are divided here,
         and the base is read once; else it is also an expert.
         """
-        everything = list(models)
         if base is None:
-            base = _Reference(models[0].reference.path)
-        elif all(model.reference != base for model in models):
+            base = _Reference(next(iter(models)).path)
+        elif base not in models:
             nothing = Scope("base_model (mergekit adds it to the models): parameters", {})
-            everything.append(_Model(base, (nothing, self.shared)))
-        terms = [(model, self.rules("weight", model.scopes)) for model in everything]
-        experts = [(model, rules) for model, rules in terms if model.reference != base]
-        numbers = [constant(rules) for _, rules in terms]
+            models = {**models, base: (nothing, self.shared)}
+        weights = self._weights(models)
+        experts = {reference: rules for reference, rules in weights.items() if reference != base}
+        numbers = [constant(rules) for rules in weights.values()]
         if not self.same_for_all("normalize", self.shared):
-            if any(not math.isclose(total, 1.0, rel_tol=1e-6) for total in self._sums([rules for _, rules in terms])):
+            if any(not math.isclose(total, 1.0, rel_tol=1e-6) for total in self._sums([*weights.values()])):
                 self.refuse(
                     place_of("normalize", (self.shared,)),
                     "false needs weights that add up to 1 for every tensor; give such weights, or leave it out",
                 )
             return base, experts, False
         if None in numbers:
-            return base, terms, True
+            return base, weights, True
         total = math.fsum(number for number in numbers if number is not None)
         if abs(total) < 1e-8:
             self.fail(f"the weights of the models add up to {total:g}, and are to be divided by that")
-        return base, [(model, [Rule(None, rules[0].value / total)]) for model, rules in experts], False
+        return base, {each: [Rule(None, rules[0].value / total)] for each, rules in experts.items()}, False
 
     def _sums(self, weights: list[list[Rule]]) -> Iterable[float]:
         """Yield the sums that weights may have: for every combination of filters that a name might match."""
@@ -170,22 +165,22 @@ class _Recipe(ParameterReader):
             matched = {None, *itertools.compress(parts, flags)}
             yield math.fsum(next(rule.value for rule in rules if rule.part in matched) for rules in weights)
 
-    def _models(self) -> list[_Model]:
+    def _models(self) -> _Models:
         listed = self.raw.get("models")
         if not isinstance(listed, list) or not listed:
             self.fail("models is missing; it lists the models to be merged")
-        models: dict[_Reference, _Model] = {}
+        models: _Models = {}
         for index, entry in enumerate(listed):
             key = f"models[{index}]"
             if not isinstance(entry, Mapping) or entry.get("model") is None:
                 self.fail(f"{key} is {shown(entry)}; expected {{model: path/to/it, parameters: ...}}")
             self.check_keys(f"{key}.", entry, ("model", "parameters"))
             own = self.scope(f"{key}.parameters", entry.get("parameters"), per_model=True)
-            model = _Model(self._reference(f"{key}.model", entry["model"]), (own, self.shared))
-            if model.reference in models:
-                self.fail(f"{key}.model: {model.reference} is listed twice")
-            models[model.reference] = model
-        return list(models.values())
+            reference = self._reference(f"{key}.model", entry["model"])
+            if reference in models:
+                self.fail(f"{key}.model: {reference} is listed twice")
+            models[reference] = (own, self.shared)
+        return models
 
     def _reference(self, key: str, value: Any) -> _Reference:
         """Return the reference of mergekit's ``path``, ``path+adapter`` or {model: ..., lora: ...}, of folders on disk.
@@ -232,9 +227,8 @@ class _Recipe(ParameterReader):
             self.fail(f"{key} is {shown(text)}, not a path that a file can have")
         return text
 
-    def _expert_path(self, base: _Reference, model: _Model) -> str:
+    def _expert_path(self, base: _Reference, reference: _Reference) -> str:
         """Return the path of the checkpoint, or of the adapter where it is one on the base."""
-        reference = model.reference
         if reference.adapter is None:
             return reference.path
         if os.path.realpath(reference.path) != os.path.realpath(base.path):
