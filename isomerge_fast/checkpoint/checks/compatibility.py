@@ -140,31 +140,26 @@ def _missing_problems(base: Checkpoint, expert: Checkpoint, missing: Mapping[str
 def _shape_problems(base: Checkpoint, pairs: list[tuple[StoredTensor, StoredTensor]]) -> Iterator[str]:
     tables, heads, others = [], [], []
     for own, other in pairs:
-        is_table, is_head = TOKEN_TABLES.search(own.name), _HEADS.fullmatch(own.name)
-        has_other_rows = own.shape[1:] == other.shape[1:]
-        (tables if is_table and has_other_rows else heads if is_head and has_other_rows else others).append(
-            (own, other)
-        )
+        found = others
+        if own.shape[1:] == other.shape[1:]:  # another number of rows
+            found = tables if TOKEN_TABLES.search(own.name) else heads if _HEADS.fullmatch(own.name) else others
+        found.append((own.name, list(own.shape), list(other.shape)))
     for found, what, hint in (
         (tables, "another number of rows than", " (another vocabulary size?)"),
         (heads, "another number of rows than", f" (a head of other classes? {_LOAD_AS_ONE})"),
         (others, "other shapes than", ""),
     ):
-        shapes = [(own.name, list(own.shape), list(other.shape)) for own, other in found]
         yield from _one_or_all(
-            [f"tensor {name!r} has shape {other}, in the base {base.path} {own}" for name, own, other in shapes],
+            [f"tensor {name!r} has shape {other}, in the base {base.path} {own}" for name, own, other in found],
             f"tensors have {what} in the base {base.path}",
-            [f"{name!r} {other}, there {own}" for name, own, other in shapes],
+            [f"{name!r} {other}, there {own}" for name, own, other in found],
             hint,
         )
 
 
 def _dtype_problems(base: Checkpoint, pairs: list[tuple[StoredTensor, StoredTensor]]) -> Iterator[str]:
-    found = [
-        (own.name, DTYPE_NAMES[own.dtype], DTYPE_NAMES[other.dtype])
-        for own, other in pairs
-        if other.dtype not in FLOAT_DTYPES
-    ]
+    others = [(own, other) for own, other in pairs if other.dtype not in FLOAT_DTYPES]
+    found = [(own.name, DTYPE_NAMES[own.dtype], DTYPE_NAMES[other.dtype]) for own, other in others]
     yield from _one_or_all(
         [f"tensor {name!r} is {other}, in the base {base.path} {own}" for name, own, other in found],
         f"tensors are no floats, and in the base {base.path} they are",

@@ -59,16 +59,15 @@ class Entries(Mapping[str, dict[str, Any]]):
 class Journal:
     """Begin or continue the journals of a merge.
 
-    ``journal.jsonl`` says which merge it is and what earlier runs finished, ``journal-<number>.jsonl`` what each work
-    item of this run has finished. Each has a line a tensor, and its first line names the merge. Every line begins with
-    its own checksum. Resuming checks the bytes of what an entry says is finished.
+    ``journal.jsonl`` has what earlier runs finished, ``journal-<number>.jsonl`` what each work item of this run has
+    finished. The first line names the merge, each other line a tensor. Every line begins with its own checksum.
+    Resuming checks the bytes of a tensor that an entry names.
 
     Args:
         key: ``fingerprint`` of the merge.
         inputs: of the merge, so that a refusal can name the one that has changed.
         threads: of this run. LAPACK's last digits depend on their number, so a merge continues with the number that it
             began with: attribute ``threads``.
-        resume: continue what is there.
         overwrite: discard the journals of another merge instead of refusing them.
     """
 

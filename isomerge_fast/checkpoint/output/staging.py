@@ -74,8 +74,7 @@ class Staging:
     def __init__(self, out: Path, *, resume: bool, overwrite: bool) -> None:
         self.out = Path(os.path.realpath(out))
         self.root = staging_folder(out)
-        self._token = secrets.token_hex(8)
-        self.folder = self.root / f"{_RUN}{self._token}"
+        self.folder = self.root / f"{_RUN}{secrets.token_hex(8)}"
         self.new = self.folder / NEW
         self._old = self.folder / OLD
         self.notes: list[str] = []
