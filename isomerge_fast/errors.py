@@ -106,6 +106,11 @@ def listed(names: Sequence[str]) -> str:
     return ", ".join(names[:MAX_LISTED]) + (f" and {more} more" if more > 0 else "")
 
 
+def joined(words: Sequence[str], last: str) -> str:
+    """Return words as a list in a sentence, with ``last``, which is "and" or "or", before the last word."""
+    return f" {last} ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+
+
 def bounded(remarks: Iterable[str]) -> Iterator[str]:
     """Yield remarks, which quote strangers' files, but no more and no longer ones than somebody reads."""
     remarks = list(remarks)

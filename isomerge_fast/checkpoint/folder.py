@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 
 from ..errors import InputError
-from ..parsing.regular_files import open_regular, read_whole
+from ..parsing.regular_files import open_regular, read_opened
 
 # Opening files inside a folder needs no right to list it.
 _FOLDER_FLAGS = os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC | getattr(os, "O_PATH", os.O_RDONLY)
@@ -58,9 +58,7 @@ def open_own(folder: Path, name: str) -> tuple[int, os.stat_result]:
 def read_own(folder: Path, name: str, most_bytes: int) -> tuple[bytes, os.stat_result]:
     """Return the bytes and the status of a small file whose contents become part of the output, as ``open_own``."""
     with unreadable_refused(folder / name):
-        descriptor, status = open_own(folder, name)
-        with open(descriptor, "rb") as file:
-            return read_whole(file.fileno(), status, most_bytes), status
+        return read_opened(open_own(folder, name), most_bytes)
 
 
 def _blobs(home: Path) -> list[Path]:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 
-from ..errors import InputError
+from ..errors import InputError, joined
 from ..parsing.regular_files import read_regular
 from .folder import list_folder
 
@@ -224,4 +224,4 @@ def _some(names: Sequence[str]) -> str:
 def _any(names: Sequence[str]) -> str:
     if len(names) > MOST_SHOWN:
         return f"{_some(names)} or another"
-    return " or ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+    return joined(names, "or")

@@ -53,24 +53,26 @@ def open_regular(
 
 def read_regular(path: str | os.PathLike[str], most_bytes: int) -> tuple[bytes, os.stat_result]:
     """Return a small file's bytes, as many as it had when it was opened, and its status then."""
-    descriptor, status = open_regular(path)
-    with open(descriptor, "rb") as file:
-        return read_whole(file.fileno(), status, most_bytes), status
+    return read_opened(open_regular(path), most_bytes)
 
 
-def read_whole(descriptor: int, status: os.stat_result, most_bytes: int) -> bytes:
-    """Return all bytes of a file that ``open_regular`` opened; raise OSError where these are more than ``most_bytes``.
+def read_opened(opened: tuple[int, os.stat_result], most_bytes: int) -> tuple[bytes, os.stat_result]:
+    """Read and close what ``open_regular`` opened; raise OSError where it has more than ``most_bytes``.
 
     Files of /proc have no size, and some of them wait when they are read: nothing is read beyond the size.
     """
-    if status.st_size > most_bytes:
-        raise OSError(errno.EFBIG, f"{status.st_size} bytes; refused above {most_bytes}")
-    blocks = []
-    missing = status.st_size
-    while missing and (block := os.read(descriptor, missing)):
-        blocks.append(block)
-        missing -= len(block)
-    return blocks[0] if len(blocks) == 1 else b"".join(blocks)
+    descriptor, status = opened
+    try:
+        if status.st_size > most_bytes:
+            raise OSError(errno.EFBIG, f"{status.st_size} bytes; refused above {most_bytes}")
+        blocks = []
+        missing = status.st_size
+        while missing and (block := os.read(descriptor, missing)):
+            blocks.append(block)
+            missing -= len(block)
+    finally:
+        os.close(descriptor)
+    return blocks[0] if len(blocks) == 1 else b"".join(blocks), status
 
 
 def _require_regular(status: os.stat_result, path: str | os.PathLike[str]) -> None:

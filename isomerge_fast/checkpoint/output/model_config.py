@@ -7,6 +7,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from ...errors import joined
 from ..layout import Checkpoint
 from ..lora.adapter import Adapter
 
@@ -40,8 +41,7 @@ def output_config(
         _untie(config)
     labels = [note for donor in donors if isinstance(donor, Adapter) and (note := _take_labels(config, donor, copied))]
     kept = ["architectures", *([] if labels else ["labels"]), *([] if unties else ["tying"])]
-    names = " and ".join([", ".join(kept[:-1]), kept[-1]] if kept[1:] else kept)
-    notes = _take_head(config, donors, names) if donors else []
+    notes = _take_head(config, donors, joined(kept, "and")) if donors else []
     return config_with_dtype(config, dtype), [*notes, *labels]
 
 
