@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..checkpoint.io.direct_io import PAGE
-from ..checkpoint.io.ring import aligned
+from ..checkpoint.io.direct_io import PAGE, page_ceiling
 from ..methods import OutOfRangeError, RowBlock
 from ..methods.factors import product_bound
 from ..methods.source import Threads
@@ -196,7 +195,7 @@ class TensorOutput:
 
     def _bytes_of(self, rows: int) -> int:
         """Return the bytes of so many rows in all outputs, each with a page more, for its place in it."""
-        return sum(PAGE + aligned(rows * self._row_elements * dtype.itemsize) for dtype in self._dtypes.values())
+        return sum(PAGE + page_ceiling(rows * self._row_elements * dtype.itemsize) for dtype in self._dtypes.values())
 
     def _room(self, rows: slice, device: torch.device) -> dict[str, Tensor]:
         """Return memory for these rows by folder, on the device that computes."""

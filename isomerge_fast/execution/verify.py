@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .. import ops
 from ..checkpoint.io.checksum import Checksum
+from ..checkpoint.io.direct_io import open_on_disk
 from ..checkpoint.io.read_ahead import THREADS, Bundle, ReadAhead
 from ..checkpoint.io.reader import Piece, Reader, files_of, whole
 from ..checkpoint.io.writer import tensor_bytes
@@ -34,7 +35,6 @@ from ..checkpoint.output.manifest import (
     file_name,
     list_output,
 )
-from ..checkpoint.output.sealed import open_on_disk
 from ..config import MergeConfig, recorded_config
 from ..errors import (
     ConfigError,

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint.lora.adapter import check_settings
+from ..checkpoint.lora.settings import check_settings
 from ..errors import ConfigError, InputError, nearest
 from ..methods import Method, NotFiniteError, OutOfRangeError, TensorSpec, make_method, method_for
 from ..methods.factors import Factors, LowRank, merge_factors, product_bound
