@@ -18,12 +18,12 @@ import torch
 
 from benchmarks.gpu import baselines, environment, rates
 from benchmarks.gpu.__main__ import run_stages
-from benchmarks.gpu.rows import Results, Rows
 from benchmarks.gpu.runner import ROOT, child_environment
 from benchmarks.gpu.schedule import CALL_SECONDS, CALLS, DEVICE, Stage
 from benchmarks.gpu.summary import MAX_LINES, summary
 from benchmarks.gpu.table import BEGIN, END, readings_table, table_of, write_between_marks
 from benchmarks.harness import peers as harness
+from benchmarks.harness.readings import Results, Rows
 from isomerge_fast.bench.ceilings import median_seconds
 
 
@@ -133,7 +133,7 @@ def test_what_runs_ends_with_the_command(tmp_path: Path, number: int) -> None:
 import signal, sys, time
 from benchmarks.gpu import rates
 from benchmarks.gpu.__main__ import leave, run_stages
-from benchmarks.gpu.rows import Results
+from benchmarks.harness.readings import Results
 from benchmarks.gpu.schedule import Stage
 from pathlib import Path
 signal.signal(signal.SIGTERM, leave)

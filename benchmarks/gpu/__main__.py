@@ -17,10 +17,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.gpu.rows import Results, Row
 from benchmarks.gpu.runner import ROOT, run_stage
 from benchmarks.gpu.schedule import CALL_SECONDS, CALLS, DEVICE, Stage
 from benchmarks.gpu.summary import summary
+from benchmarks.harness.readings import Results, Row
 
 # A dry run's sizes are small and its machine slow: its limits only end what hangs.
 SMALL_FACTOR = 10.0

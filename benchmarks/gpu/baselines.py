@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.gpu.clock import result_and_seconds
 from benchmarks.gpu.primitives import BUDGET_SECONDS, svd
-from benchmarks.gpu.rows import Rows
-from benchmarks.gpu.shapes import LLAMA, NAMES, SMALL, TASKS, VIT, Shape, named
+from benchmarks.gpu.shapes import LLAMA, NAMES, SMALL, TASKS, VIT, Shape
 from benchmarks.harness import peers
+from benchmarks.harness.clock import result_and_seconds
+from benchmarks.harness.readings import Rows
+from benchmarks.shapes import dimensions
 from isomerge_fast.bench import published
 from isomerge_fast.bench.problems import deltas_like_fine_tuning, relative_error
 from isomerge_fast.methods import MemoryDeltas, make_method
@@ -79,7 +80,7 @@ class Comparison:
 
     def svd(self, shape: Shape, driver: str | None) -> None:
         """One SVD of the sum of the deltas; of one Δ where that is all that the shape is needed for."""
-        name = f"one SVD {named(shape)}, {driver or 'default'}"
+        name = f"one SVD {dimensions(shape)}, {driver or 'default'}"
         known = [seconds for (_, other), seconds in self._once.items() if other == driver]
         if MOST_SVDS * max(known, default=0.0) > self._rows.seconds_left - MARGIN_SECONDS:
             self._rows.note(name, left_out="no time")
@@ -94,7 +95,7 @@ class Comparison:
 
     def compare(self, baseline: Baseline, method: str, shape: Shape) -> None:
         """A baseline's seconds, and how far our result is from its; or the time of its SVDs."""
-        name, count = baseline.label.format(f"{method} {named(shape)}"), SVDS[method]
+        name, count = baseline.label.format(f"{method} {dimensions(shape)}"), SVDS[method]
         once = self._once.get((shape, baseline.driver))
         if once is None:
             self._rows.note(name, left_out="its SVD was not timed")

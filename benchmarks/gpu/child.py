@@ -9,7 +9,7 @@ import signal
 import threading
 from pathlib import Path
 
-from benchmarks.gpu.rows import Rows
+from benchmarks.harness.readings import Rows
 
 
 def end_with_parent() -> None:

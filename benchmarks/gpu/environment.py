@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 import isomerge_fast
-from benchmarks.gpu.rows import Rows
+from benchmarks.harness.readings import Rows
 from isomerge_fast.bench.ceilings import device_name
 
 # What is asked of nvidia-smi; its "name" is that of the GPU.

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from benchmarks.gpu.rows import Rows
 from benchmarks.gpu.shapes import TASKS
+from benchmarks.harness.readings import Rows
 from isomerge_fast.bench import published
 from isomerge_fast.bench.problems import relative_error
 from isomerge_fast.config import MergeConfig

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.gpu.clock import result_and_seconds
-from benchmarks.gpu.rows import Rows
-from benchmarks.gpu.shapes import LLAMA, NAMES, SMALL, TASKS, VIT, Shape, named
+from benchmarks.gpu.shapes import LLAMA, NAMES, SMALL, TASKS, VIT, Shape
+from benchmarks.harness.clock import result_and_seconds
+from benchmarks.harness.readings import Rows
+from benchmarks.shapes import dimensions
 from isomerge_fast.bench.ceilings import median_seconds, synchronise, timed
 from isomerge_fast.bench.problems import Kind, deltas_like_fine_tuning
 from isomerge_fast.methods import MemoryDeltas, make_method
@@ -40,19 +41,19 @@ def methods(rows: Rows) -> None:
 
     for shape in (*llama, *vit):
         for name in NAMES:
-            rows.attempt(f"{name} {named(shape)}", partial(_merged, name, deltas(shape)))
+            rows.attempt(f"{name} {dimensions(shape)}", partial(_merged, name, deltas(shape)))
     for shape in (square, tall):
         for name in NAMES:
-            rows.attempt(f"{name} {named(shape)}, fast", partial(_merged, name, deltas(shape), "fast"))
-            rows.attempt(f"{name} {named(shape)}, noise", partial(_merged, name, deltas(shape, "noise")))
+            rows.attempt(f"{name} {dimensions(shape)}, fast", partial(_merged, name, deltas(shape), "fast"))
+            rows.attempt(f"{name} {dimensions(shape)}, noise", partial(_merged, name, deltas(shape, "noise")))
     for shape in dict.fromkeys((square, *vit, tall)):
         for name in NAMES:
-            rows.attempt(f"{name} {named(shape)}, profile", partial(_profiled, name, deltas(shape)))
+            rows.attempt(f"{name} {dimensions(shape)}, profile", partial(_profiled, name, deltas(shape)))
     stack = (3 if rows.small else BATCH, *vit[0])
     batch = [torch.randn(stack, device=device) for _ in range(TASKS)]
-    rows.attempt(f"iso-c {named(stack)}", partial(_merged, "iso-c", batch))
+    rows.attempt(f"iso-c {dimensions(stack)}", partial(_merged, "iso-c", batch))
     for elements in BLOCK_ELEMENTS:
-        label = f"iso-cts {named(tall)}, blocks of 2^{elements.bit_length() - 1}"
+        label = f"iso-cts {dimensions(tall)}, blocks of 2^{elements.bit_length() - 1}"
         if rows.seconds_left < BLOCK_SECONDS and not rows.small:
             rows.note(label, left_out="no time")
         else:
@@ -121,6 +122,6 @@ def cpu_threads(rows: Rows) -> None:
                     seconds = median_seconds(call, cpu, budget_seconds=0.5, rounds=5)
                     return {"threads": threads, "seconds": seconds, "speedup": (alone or seconds) / seconds}
 
-                found = rows.attempt(f"{name} {named(shape)}, {threads} threads", measured)
+                found = rows.attempt(f"{name} {dimensions(shape)}, {threads} threads", measured)
                 if threads == 1:
                     alone = found.get("seconds", alone)

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.gpu.clock import result_and_seconds
-from benchmarks.gpu.rows import Rows
-from benchmarks.gpu.shapes import DTYPES, TASKS, named
+from benchmarks.gpu.shapes import DTYPES, TASKS
+from benchmarks.harness.clock import result_and_seconds
+from benchmarks.harness.readings import Rows
+from benchmarks.shapes import dimensions
 from isomerge_fast.bench.ceilings import median_seconds
 from isomerge_fast.bench.problems import relative_error
 from isomerge_fast.linalg import cusolver
@@ -49,7 +50,7 @@ def primitives(rows: Rows) -> None:
     for shape in ((64, 64), (48, 96)) if rows.small else ((1024, 1024), (768, 3072)):
         x = random(*shape, dtype=torch.float32)
         for driver in ("gesvd", "gesvdj", "gesvda") if device.type == "cuda" else (None,):
-            rows.attempt(f"svd {named(shape)} fp32, {driver or 'default'}", partial(svd, x, driver))
+            rows.attempt(f"svd {dimensions(shape)} fp32, {driver or 'default'}", partial(svd, x, driver))
     # What FullSvd is the last resort for: float64, with directions that no Gram matrix resolves.
     side = 64 if rows.small else 1024
     left, right = (torch.linalg.qr(random(side, side))[0] for _ in range(2))
@@ -62,7 +63,7 @@ def primitives(rows: Rows) -> None:
     solvers: tuple[PolarSolver, ...] = (PolarExpress(), GramEigh())
     for shape in (*((side, side) for side in sides), *stacks):
         x = random(*shape)
-        label = str(shape[0]) if len(shape) == 2 else named(shape)
+        label = str(shape[0]) if len(shape) == 2 else dimensions(shape)
         for solver in solvers:
             timed(f"polar {label}, {solver.name}", partial(_polar, solver, x), _not_orthogonal)
 
@@ -121,14 +122,14 @@ def _factorisations(rows: Rows, timed: Callable[..., None], random: Callable[...
         def rebuilt(found: Tensor, gram: Tensor = gram) -> float:
             return relative_error(found @ found.mT, gram)
 
-        label = named((*shape, side))
+        label = dimensions((*shape, side))
         timed(f"cholesky, {label}", partial(torch.linalg.cholesky, gram), rebuilt)
         timed(f"solve {label}, 8 columns, factor", partial(torch.cholesky_solve, b, factor), residual)
         timed(f"solve {label}, 8 columns, inverse", partial(_solved, inverse, b), residual)
     for shape in ((2, 60, 9),) if rows.small else ((TASKS, 14336, 110), (TASKS, 3072, 28)):
         x = random(*shape)
         for name, factorise in QR.items():
-            timed(f"QR {named(shape)}, {name}", partial(factorise, x), lambda found: _not_orthogonal(found[0]))
+            timed(f"QR {dimensions(shape)}, {name}", partial(factorise, x), lambda found: _not_orthogonal(found[0]))
 
 
 def _solved(inverse: Tensor, b: Tensor) -> Tensor:

@@ -12,8 +12,9 @@ import numpy
 import torch
 from torch import Tensor
 
-from benchmarks.gpu.rows import Rows
-from benchmarks.gpu.shapes import DTYPES, TASKS, named
+from benchmarks.gpu.shapes import DTYPES, TASKS
+from benchmarks.harness.readings import Rows
+from benchmarks.shapes import dimensions
 from isomerge_fast.bench.ceilings import copy_rate, float32_matmul, matmul_rate, median_seconds, transfer_rates
 from isomerge_fast.bench.problems import relative_error
 from isomerge_kernels import apply_delta, symmetric_matmul, task_sum
@@ -67,7 +68,7 @@ def bandwidths(rows: Rows) -> None:
         if size not in copies:
             as_large = rows.attempt(f"copy, {size} bytes", lambda: {"seconds": _copy_seconds(size, device)})
             copies[size] = as_large.get("seconds", float("nan"))
-        rows.attempt(f"{form}, {named(shape)}, {'/'.join(map(str, config))}", measured)
+        rows.attempt(f"{form}, {dimensions(shape)}, {'/'.join(map(str, config))}", measured)
 
     for shape in ((32, 64),) if rows.small else BANDWIDTH_SHAPES:
         elements = shape[0] * shape[1]

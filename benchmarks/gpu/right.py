@@ -6,22 +6,22 @@ import os
 import shutil
 import subprocess
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.gpu.rows import Rows, read_rows
 from benchmarks.gpu.runner import child_command
 from benchmarks.gpu.schedule import Stage
-from benchmarks.gpu.shapes import named
+from benchmarks.harness.readings import Rows, read_rows
+from benchmarks.shapes import dimensions
 from isomerge_fast.bench import published
 from isomerge_fast.bench.problems import deltas_like_fine_tuning, relative_error
 from isomerge_fast.linalg.gram_eigh import GramEigh
 from isomerge_fast.linalg.polar_express import PolarExpress
 from isomerge_fast.linalg.polar_gram import GramNewtonSchulz
-from isomerge_fast.linalg.polar_qdwh import Qdwh
 from isomerge_fast.linalg.protocol import PolarSolver
 from isomerge_fast.linalg.svd import FullSvd
 from isomerge_fast.methods import MemoryDeltas, make_method
@@ -46,7 +46,6 @@ SOLVERS: tuple[tuple[PolarSolver, float], ...] = (
     (PolarExpress(torch.float32), 1e-2),
     (GramNewtonSchulz(), 1e-9),
     (GramNewtonSchulz(torch.float32), 1e-2),
-    (Qdwh(), 1e-9),
     (GramEigh(), 1e-5),
     (FullSvd(), 1e-6),
 )
@@ -118,7 +117,7 @@ def solvers_and_methods(rows: Rows) -> None:
         total = torch.stack(deltas_like_fine_tuning(*shape, 4, "decay", device=device)).double().sum(0)
         exact = published.polar(total.cpu()).to(device)
         for solver, bar in SOLVERS:
-            rows.attempt(f"{solver.name} {named(shape)}", lambda s=solver, b=bar, x=total, e=exact: _polar(s, b, x, e))
+            rows.attempt(f"{solver.name} {dimensions(shape)}", partial(_polar, solver, bar, total, exact))
     for name, shapes in (("iso-c", SHAPES), ("iso-cts", HALVES)):
         for shape in SMALL_SHAPES if rows.small else BATCHED_SHAPES:
             members = [deltas_like_fine_tuning(*shape, 4, "decay", device=device, seed=seed) for seed in range(BATCH)]
@@ -149,4 +148,4 @@ def _tiers(rows: Rows, name: str, members: list[list[Tensor]], *, batched: bool)
             assert not stats.missed(), stats.to_dict()
             return {"error": worst, "algorithm": stats.algorithm}
 
-        rows.attempt(f"{name} {tier} {named(deltas[0].shape)}", merged)
+        rows.attempt(f"{name} {tier} {dimensions(deltas[0].shape)}", merged)

@@ -17,8 +17,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from benchmarks.gpu.rows import Row, read_rows
 from benchmarks.gpu.schedule import Stage
+from benchmarks.harness.readings import Row, read_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 POLL_SECONDS = 0.1

@@ -10,7 +10,7 @@ class Stage:
     """Name a function that makes rows, and what it may take.
 
     Attributes:
-        function: ``module:function``, called with a ``rows.Rows``.
+        function: ``module:function``, called with a ``readings.Rows``.
         seconds: after which its processes are killed.
         processes: run at once, of which each takes its share.
     """

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 
-from benchmarks.gpu.rows import Row
 from benchmarks.gpu.schedule import CALLS
+from benchmarks.harness.readings import Row
 
 MAX_LINES, LINE, MAX_FAILURES = 100, 180, 12
 # Of the end of a long output no more may be seen.

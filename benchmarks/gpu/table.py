@@ -11,9 +11,9 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from benchmarks.gpu.rows import Row
 from benchmarks.gpu.schedule import CALLS
 from benchmarks.gpu.summary import BASELINES, Readings, configurations, outlook
+from benchmarks.harness.readings import Row
 
 BEGIN, END = "<!-- readings: made by benchmarks.gpu.table -->", "<!-- end of readings -->"
 RELEASES = ("torch", "triton", "cuda", "cupy", "fusion-bench", "isomerge")

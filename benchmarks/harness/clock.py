@@ -1,4 +1,4 @@
-"""Seconds of what takes microseconds, or half a minute."""
+"""Time what takes microseconds, or half a minute."""
 
 from __future__ import annotations
 
@@ -15,9 +15,7 @@ Result = TypeVar("Result")
 
 
 def result_and_seconds(call: Callable[[], Result], device: torch.device, budget_seconds: float) -> tuple[Result, float]:
-    """Return what a call gives and its seconds: of this very call where it takes all the budget, else of
-    ``median_seconds``.
-    """
+    """Return what a call gives and its seconds: of this very call where it takes all the budget, else the median."""
     result, seconds = timed(call, device)
     if seconds < budget_seconds:
         seconds = median_seconds(call, device, budget_seconds=budget_seconds, rounds=ROUNDS)
