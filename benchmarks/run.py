@@ -13,6 +13,7 @@ spread is what another run on the same machine stays within (``results.Results.r
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import subprocess
 import sys
@@ -48,8 +49,8 @@ def run(
             said is on standard error.
     """
     started = time.monotonic()
-    command = [sys.executable, "-m", "benchmarks.harness.one_pass", "--suites", only or SUITES]
-    command += ["--level", level, "--device", device, *(f"--plugin={name}" for name in plugins)]
+    command = [sys.executable, "-m", "benchmarks.harness.one_pass"]
+    settings = {"level": level, "device": device, "suites": (only or SUITES).split(","), "plugins": plugins}
     with tempfile.TemporaryDirectory(prefix="isomerge-bench-") as folder:
         # Threads that wait give way soon, as under the command line (see ``isomerge_fast.cli.main``).
         environment = {VARIABLE: folder, "GOMP_SPINCOUNT": "10000", **os.environ}
@@ -61,8 +62,8 @@ def run(
                 print(f"{number} of {passes} passes: another would take more than {minutes:g} minutes", flush=True)
                 break
             files.append(Path(folder) / f"pass-{number}.json")
-            more = ["--later-pass"] if number else []
-            outcome = subprocess.run([*command, *more, str(files[-1])], cwd=ROOT, env=environment, capture_output=True)
+            words = [str(files[-1]), json.dumps({**settings, "is_later": number > 0})]
+            outcome = subprocess.run([*command, *words], cwd=ROOT, env=environment, capture_output=True)
             if outcome.returncode:
                 print(outcome.stderr.decode(errors="replace")[-8000:], file=sys.stderr)
                 raise RuntimeError(f"pass {number + 1} failed (exit code {outcome.returncode})")

@@ -1,32 +1,32 @@
 """Measure every contender of every row once, those of a row right after each other: accuracy first, then time.
 
-    python -m benchmarks.harness.one_pass FILE --suites methods,polar --level short --device cpu
+    python -m benchmarks.harness.one_pass FILE SETTINGS
 
-``benchmarks.run`` starts this process and reads FILE, which has a row of readings for each contender.
+``benchmarks.run`` starts this process and reads FILE, which has a row of readings for each contender. SETTINGS is JSON:
+``suites`` (list), ``level``, ``device``, ``is_later`` (to leave out what is measured once), and ``plugins``, modules
+that are imported first.
 """
 
 from __future__ import annotations
 
-import argparse
 import importlib
-import os
-import platform
+import json
 import statistics
 import sys
 import time
 from contextlib import closing
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.harness.counting import count_flops, peak_memory
+from benchmarks.harness.machine import machine
 from benchmarks.harness.readings import Rows, read_rows
 from benchmarks.harness.rows import OURS, Problem, Row, absence, is_wanted
 from benchmarks.harness.scratch import remembered
-from isomerge_fast.bench.ceilings import Ceilings, device_name, measure_ceilings, timed
+from isomerge_fast.bench.ceilings import Ceilings, measure_ceilings, timed
 from isomerge_fast.execution.malloc import return_freed_blocks
 
 # Seconds for the timed calls of one contender in one pass.
@@ -35,53 +35,17 @@ BUDGET = {"tiny": 0.02, "short": 0.15, "full": 1.5}
 # where numpy's SVDs came right before, Iso-C of 256 x 256 took 3.4 times as long.
 SETTLE_SECONDS = 0.03
 LEAST_ROUNDS, MOST_ROUNDS = 3, 50
-PACKAGES = ("isomerge-fast", "torch", "numpy", "triton", "safetensors", "fusion-bench", "mergekit")
-
-
-def machine(device: torch.device) -> dict[str, Any]:
-    """Return what the figures depend on."""
-    return {
-        "device": device_name(device),
-        "threads": torch.get_num_threads(),
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "system": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-        "versions": {name: installed(name) for name in PACKAGES},
-        "numpy_blas": _numpy_blas(),
-    }
-
-
-def installed(*distributions: str) -> str | None:
-    """Return the version of the first distribution that is installed, None where none is."""
-    for name in distributions:
-        try:
-            return version(name)
-        except PackageNotFoundError:
-            continue
-    return None
-
-
-def _numpy_blas() -> str:
-    """Return numpy's BLAS, with the kernel that it chose for this processor where threadpoolctl is there to ask."""
-    import numpy as np
-
-    try:
-        from threadpoolctl import threadpool_info
-    except ImportError:
-        return f"of numpy {np.__version__}, threadpoolctl is not installed"
-    pools = [pool for pool in threadpool_info() if "numpy" in pool["filepath"]]
-    return ", ".join(f"{pool['internal_api']} {pool['version']} ({pool.get('architecture')})" for pool in pools)
 
 
 def measure(
-    row: Row, contender: str, problem: Problem, ceilings: Ceilings, options: argparse.Namespace
+    row: Row, contender: str, problem: Problem, ceilings: Ceilings, *, level: str, device: torch.device
 ) -> dict[str, Any]:
     """Return the readings of one contender of a row.
 
     It is called once before it is timed, which warms up and shows its peak memory and its error. A slow one is timed in
     that very call.
     """
-    call, device = problem.calls[contender], torch.device(options.device)
+    call = problem.calls[contender]
 
     def seconds_once_more() -> float:
         problem.before()
@@ -99,7 +63,7 @@ def measure(
     peak_bytes = problem.peak(result) if problem.peak else peak.bytes
     del result
     if contender not in row.slow:
-        rounds = max(LEAST_ROUNDS, min(MOST_ROUNDS, round(BUDGET[options.level] / max(seconds, 1e-9))))
+        rounds = max(LEAST_ROUNDS, min(MOST_ROUNDS, round(BUDGET[level] / max(seconds, 1e-9))))
         seconds = statistics.median([seconds_once_more() for _ in range(rounds)])
     found = {"contender": contender, "seconds": seconds, "error": error, "bar": bar, "peak_bytes": peak_bytes}
     found |= {"moved_bytes": problem.moved_bytes, "curve": row.curve}
@@ -113,27 +77,20 @@ def measure(
 
 def main() -> int:
     """Measure the rows that the command line asks for; return 1 where one failed."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("file", type=Path)
-    parser.add_argument("--suites", required=True)
-    parser.add_argument("--level", required=True)
-    parser.add_argument("--device", required=True)
-    parser.add_argument("--later-pass", action="store_true", help="leave out what is measured once")
-    parser.add_argument("--plugin", action="append", default=[], help="a module that is imported first")
-    options = parser.parse_args()
+    file, settings = Path(sys.argv[1]), json.loads(sys.argv[2])
+    level, device = settings["level"], torch.device(settings["device"])
     # glibc moves its thresholds as it goes, and with them what a large temporary costs: plain torch's sum of eight bf16
     # experts took 25 or 110 ms, depending on what had been freed before. Fixed where they end up.
     return_freed_blocks(eager=False)
-    for plugin in options.plugin:
+    for plugin in settings["plugins"]:
         importlib.import_module(plugin)
-    device = torch.device(options.device)
-    readings = Rows("machine", options.file, device=options.device, small=False, seconds=float("inf"))
+    readings = Rows("machine", file, device=str(device), small=False, seconds=float("inf"))
     readings.note("machine", **machine(device))
     ceilings = measure_ceilings(device)
-    for suite in options.suites.split(","):
+    for suite in settings["suites"]:
         readings.stage = suite
         for row in importlib.import_module(f"benchmarks.bench_{suite}").ROWS:
-            if not is_wanted(row, options.level, later_pass=options.later_pass, on_gpu=device.type == "cuda"):
+            if not is_wanted(row, level, later_pass=settings["is_later"], on_gpu=device.type == "cuda"):
                 continue
             with closing(row.make(device)) as problem:
                 for contender in row.contenders:
@@ -141,8 +98,9 @@ def main() -> int:
                     if reason:
                         readings.note(row.name, contender=contender, skipped=reason)
                     else:
-                        readings.attempt(row.name, partial(measure, row, contender, problem, ceilings, options))
-    failed = [row for row in read_rows(options.file) if "failed" in row]
+                        measured = partial(measure, row, contender, problem, ceilings, level=level, device=device)
+                        readings.attempt(row.name, measured)
+    failed = [row for row in read_rows(file) if "failed" in row]
     for row in failed:
         print(f"{row['stage']}, {row['name']}: {row['failed']}", file=sys.stderr)
     return 1 if failed else 0

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.harness.one_pass import machine
+from benchmarks.harness.machine import machine
 from benchmarks.harness.readings import Rows, read_rows, short
 
 # Given a folder for checkpoints and outputs, and whether small sizes will do; yields rows: (name, values).
