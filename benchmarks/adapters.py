@@ -29,10 +29,10 @@ from torch import Tensor
 
 from benchmarks.harness import scripts
 from benchmarks.harness.checkpoints import make_adapter, make_checkpoint
-from benchmarks.harness.clock import result_and_seconds
 from benchmarks.harness.markdown import table, write_between
 from benchmarks.harness.processes import merged
 from benchmarks.shapes import MODELS, Shapes, llama
+from isomerge_fast.bench.ceilings import result_and_seconds
 from isomerge_fast.bench.problems import relative_error
 from isomerge_fast.cli.render import brief, size
 from isomerge_fast.methods import IsoC, IsoCTS, Method, as_deltas
@@ -46,7 +46,6 @@ CPU = torch.device("cpu")
 
 
 def shapes_of(small: bool) -> Shapes:
-    """Return the tensors of the base."""
     return SMALL if small else MODELS["llama-3.2-1b"]()
 
 
@@ -154,7 +153,6 @@ STAGES: dict[str, scripts.Stage] = {"solve": solve, "merge": merge, "forward": f
 
 
 def main() -> None:
-    """Run the command line."""
     parser = scripts.parser(__doc__, STAGES, "solve,merge,forward")
     parser.add_argument("--table", type=Path, help="a result file; nothing is measured")
     parser.add_argument("--write", type=Path, help="with --table: a page with marks")

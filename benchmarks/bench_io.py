@@ -105,7 +105,6 @@ def touched(tensor: Tensor) -> float:
 
 
 def writing(level: str, device: torch.device) -> Problem:
-    """Make tensors to write."""
     side = SIDES[level]
     tensors = tensors_of(side)
     outputs = [OutputTensor(name, torch.bfloat16, tuple(tensor.shape)) for name, tensor in tensors.items()]

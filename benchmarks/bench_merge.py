@@ -17,21 +17,24 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import isomerge_fast as imf
-from benchmarks import plain_merge, reference_numpy
+from benchmarks import reference_numpy
 from benchmarks.harness.checkpoints import SMALL, family, weights
 from benchmarks.harness.peers import fusion_bench, mergekit, task_arithmetic_recipe
 from benchmarks.harness.processes import merged
 from benchmarks.harness.rows import OURS, Problem, Row
 from benchmarks.harness.scratch import kept, scratch
 from benchmarks.shapes import Shapes, llama
+from isomerge_fast.bench import published
 from isomerge_fast.linalg.auto import TOLERANCES
 
 TORCH, FUSION_BENCH, MERGEKIT, MERGEKIT_32 = "torch", "fusion-bench", "mergekit", "mergekit-fp32"
 SCALING = 0.3
 CEILING = "600MiB"
+State = dict[str, Tensor]
 EXACT: dict[str, Callable[..., np.ndarray]] = {
     "iso-c": reference_numpy.iso_c,
     "iso-cts": reference_numpy.iso_cts,
@@ -40,8 +43,32 @@ EXACT: dict[str, Callable[..., np.ndarray]] = {
 }
 
 
+def load(folder: Path) -> State:
+    return {name: tensor.float() for file in weights(folder) for name, tensor in load_file(file).items()}
+
+
+def plain_merge(models: Sequence[Path], out: Path, combine: Callable[[list[State]], State]) -> Path:
+    """Write θ₀ + α Δ of a base and its experts into one float32 file, as one writes it with torch and safetensors."""
+    base, *experts = (load(model) for model in models)
+    delta = combine([{name: expert[name] - base[name] for name in base} for expert in experts])
+    out.mkdir(parents=True, exist_ok=True)
+    merged = {name: weight + SCALING * delta[name] for name, weight in base.items()}
+    save_file(merged, out / "model.safetensors", metadata={"format": "pt"})
+    return out
+
+
+def mean(deltas: Sequence[Tensor]) -> Tensor:
+    return torch.stack(list(deltas)).mean(0)
+
+
+def combine(method: str, deltas: list[State]) -> State:
+    """Return Δ: of matrices by the published method, of everything else by the mean."""
+    stacks = {name: [delta[name] for delta in deltas] for name in deltas[0]}
+    of_matrices = {"iso-c": published.iso_c, "iso-cts": published.iso_cts, "mean": mean}[method]
+    return {name: (of_matrices if stack[0].ndim == 2 else mean)(stack) for name, stack in stacks.items()}
+
+
 def tensor(folder: Path, name: str) -> Tensor:
-    """Return a tensor of a checkpoint folder."""
     for file in weights(folder):
         with safe_open(file, "pt") as opened:
             if name in opened.keys():  # noqa: SIM118  # the handle is no dict
@@ -95,14 +122,10 @@ def in_process(method: str, label: str, shapes: Shapes, experts: int, device: to
         imf.merge(config, device=str(device), overwrite=True)
         return outs[OURS]
 
-    def plain(name: str, combine: Callable[[list[dict[str, Tensor]]], dict[str, Tensor]]) -> Path:
-        plain_merge.merge(models, outs[name], combine, SCALING)
-        return outs[name]
-
     calls = {
         OURS: ours,
-        TORCH: lambda: plain(TORCH, partial(plain_merge.combine, method)),
-        FUSION_BENCH: lambda: plain(FUSION_BENCH, partial(fusion_bench, method)),
+        TORCH: partial(plain_merge, models, outs[TORCH], partial(combine, method)),
+        FUSION_BENCH: partial(plain_merge, models, outs[FUSION_BENCH], partial(fusion_bench, method)),
     }
     return Problem(
         calls,
@@ -146,7 +169,6 @@ def processes(label: str, shapes: Shapes, experts: int, device: torch.device) ->
 
 
 def remove(outs: Mapping[str, Path]) -> None:
-    """Remove what was written."""
     for folder in outs.values():
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -38,7 +38,6 @@ SOLVERS: dict[str, tuple[PolarSolver, float]] = {
 
 
 def make(shape: tuple[int, int], kind: Kind, device: torch.device) -> Problem:
-    """Make the problem of a row."""
     total = torch.stack(deltas_like_fine_tuning(*shape, 8, kind, device=device)).double().sum(0)
     single, array = total.float(), total.cpu().numpy()
     name = f"polar {shape[0]}x{shape[1]} {kind} {device.type}"

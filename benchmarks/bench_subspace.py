@@ -36,7 +36,6 @@ def angle_to(exact: Tensor, result: Any) -> float:
 
 
 def left_vectors(x: np.ndarray, count: int) -> np.ndarray:
-    """Return the first left singular vectors."""
     return np.linalg.svd(x, full_matrices=False)[0][:, :count]
 
 

@@ -87,7 +87,6 @@ def changed(before: Ratio, after: Ratio) -> str:
 
 
 def errors(row: ResultRow, other: ResultRow) -> Iterator[Difference]:
-    """Compare how exact ours was."""
     before, after = row.contenders[OURS].error, other.contenders[OURS].error
     if before is None or after is None:
         return
@@ -138,7 +137,6 @@ def print_comparison(old: Results, new: Results, differences: list[Difference], 
 
 
 def main() -> int:
-    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("old", type=Path)
     parser.add_argument("new", type=Path)

@@ -54,7 +54,6 @@ class Target:
 
     @property
     def is_nvidia(self) -> bool:
-        """Return whether it is NVIDIA's, or AMD's."""
         return self.backend == "cuda"
 
 
@@ -133,7 +132,6 @@ def forms() -> Iterator[Form]:
 
 
 def typed(**names_by_type: str) -> dict[str, str]:
-    """Return the types of arguments by name."""
     return {name: kind for kind, names in names_by_type.items() for name in names.split()}
 
 
@@ -237,7 +235,7 @@ VECTOR_STORE = {
 
 
 def matrix_instructions(form: Form, target: Target) -> tuple[str, int]:
-    """Return a pattern of what has to multiply, and how many of it one step along k takes; ("", 0) without matrix units.
+    """Return a pattern of what has to multiply, and how many of it one step along k takes; ("", 0) where nothing does.
 
     That is by design for ieee products on NVIDIA, and for float64 on sm_100, where Triton gives it none.
     """
@@ -281,7 +279,7 @@ def compile_row(form: Form, target: Target) -> Row:
         row.wrong.append(f"{type(error).__name__}: {str(error).splitlines()[0][:200]}")
         return row
     text = compiled.asm["ptx" if target.is_nvidia else "amdgcn"]
-    row.shared_bytes = compiled.metadata.shared
+    row.shared_bytes = shared = int(compiled.metadata.shared)
     if target.is_nvidia:
         row.registers, row.spilled_bytes = nvidia_usage(compiled.asm["cubin"])
     else:
@@ -289,8 +287,8 @@ def compile_row(form: Form, target: Target) -> Row:
         row.spilled_bytes = 4 * int(re.findall(r"\.vgpr_spill_count:\s*(\d+)", text)[0])
     if row.spilled_bytes:
         row.wrong.append(f"{row.spilled_bytes} bytes a thread in local memory")
-    if row.shared_bytes > target.shared_bytes:
-        row.wrong.append(f"{row.shared_bytes} bytes of shared memory, {target.shared_bytes} are there")
+    if shared > target.shared_bytes:
+        row.wrong.append(f"{shared} bytes of shared memory, {target.shared_bytes} are there")
     for name, pattern, expected in (
         ("vector loads", VECTOR_LOAD[target.is_nvidia], form.vector_loads),
         ("vector stores", VECTOR_STORE[target.is_nvidia], form.vector_stores),
@@ -338,7 +336,6 @@ def markdown(rows: list[Row]) -> str:
 
 
 def main() -> int:
-    """Run the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--write", type=Path, help="a Markdown file with the table's two marks")
     parser.add_argument("--json", action="store_true", help="rows as JSON instead of the table")

@@ -86,7 +86,6 @@ def write_tables(path: Path, results: Results) -> None:
 
 
 def main() -> int:
-    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--level", choices=LEVELS, default="short")
     parser.add_argument("--passes", type=int, default=3)

@@ -19,7 +19,7 @@ import oracle
 
 pytest.importorskip("matplotlib")
 
-from benchmarks import adapters, bench_io, plain_merge, reference_numpy, shapes
+from benchmarks import adapters, bench_io, bench_merge, reference_numpy, shapes
 from benchmarks.compare import FASTER, LESS_EXACT, MISSING, MORE_EXACT, NEW, SAME, SLOWER, compare, outside
 from benchmarks.harness.counting import count_flops, peak_memory
 from benchmarks.harness.markdown import write_between
@@ -344,7 +344,7 @@ def test_references_are_the_published_algorithm(shape: tuple[int, int], tasks: i
 def test_plain_merge_treats_tensors_as_a_merge_does() -> None:
     generator = torch.Generator().manual_seed(0)
     deltas = [{"w": torch.randn(12, 20, generator=generator), "b": torch.randn(7, generator=generator)} for _ in "abc"]
-    merged = plain_merge.combine("iso-c", deltas)
+    merged = bench_merge.combine("iso-c", deltas)
     assert oracle.relative_error(merged["w"].numpy(), oracle.iso_c([d["w"].numpy() for d in deltas])) < 1e-5
     torch.testing.assert_close(merged["b"], torch.stack([d["b"] for d in deltas]).mean(0))
 

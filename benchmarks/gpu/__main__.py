@@ -49,7 +49,6 @@ def leave(*_: object) -> None:
 
 
 def main() -> int:
-    """Run the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--call", choices=sorted(CALLS), help="both when left out")
     parser.add_argument("--stage", action="append", choices=STAGES, help="this one alone; may be given again")

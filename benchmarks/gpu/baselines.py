@@ -17,10 +17,10 @@ from torch import Tensor
 from benchmarks.gpu.primitives import BUDGET_SECONDS, svd
 from benchmarks.gpu.shapes import LLAMA, NAMES, SMALL, TASKS, VIT, Shape
 from benchmarks.harness import peers
-from benchmarks.harness.clock import result_and_seconds
 from benchmarks.harness.readings import Rows
 from benchmarks.shapes import dimensions
 from isomerge_fast.bench import published
+from isomerge_fast.bench.ceilings import result_and_seconds
 from isomerge_fast.bench.problems import deltas_like_fine_tuning, relative_error
 from isomerge_fast.methods import MemoryDeltas, make_method
 
@@ -47,7 +47,6 @@ class Baseline:
 
 
 def by_driver(driver: str | None) -> Baseline:
-    """Return the published algorithm."""
 
     def merge(name: str, deltas: Sequence[Tensor]) -> Tensor:
         return getattr(published, name.replace("-", "_"))(deltas, driver=driver)

@@ -1,4 +1,4 @@
-"""Run one process of a stage, started by ``runner``: ``python -m benchmarks.gpu.child MODULE:FUNCTION FILE SETTINGS``."""
+"""Run one process of a stage: ``python -m benchmarks.gpu.child MODULE:FUNCTION FILE SETTINGS``, as ``runner`` does."""
 
 from __future__ import annotations
 

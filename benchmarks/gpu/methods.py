@@ -11,11 +11,10 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.gpu.shapes import LLAMA, NAMES, SMALL, TASKS, VIT, Shape
-from benchmarks.harness.clock import result_and_seconds
 from benchmarks.harness.counting import peak_memory
 from benchmarks.harness.readings import Rows
 from benchmarks.shapes import dimensions
-from isomerge_fast.bench.ceilings import median_seconds, synchronise, timed
+from isomerge_fast.bench.ceilings import median_seconds, result_and_seconds, synchronise, timed
 from isomerge_fast.bench.problems import Kind, deltas_like_fine_tuning
 from isomerge_fast.methods import MemoryDeltas, make_method
 from isomerge_kernels import devices

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.shapes import DTYPES, TASKS
-from benchmarks.harness.clock import result_and_seconds
 from benchmarks.harness.readings import Rows
 from benchmarks.shapes import dimensions
-from isomerge_fast.bench.ceilings import median_seconds
+from isomerge_fast.bench.ceilings import median_seconds, result_and_seconds
 from isomerge_fast.bench.problems import relative_error
 from isomerge_fast.linalg import cusolver
 from isomerge_fast.linalg.gram_eigh import GramEigh

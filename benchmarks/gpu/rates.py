@@ -175,7 +175,6 @@ def _beside_torch(
     factors: Sequence[Tensor],
     **options: Any,
 ) -> None:
-    """Add a row for each configuration."""
     with float32_matmul("ieee"):
         their_seconds = median_seconds(theirs, exact.device, budget_seconds=0.1)
         their_error = _error(theirs(), exact)

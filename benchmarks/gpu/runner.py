@@ -67,7 +67,6 @@ class Process:
 
     @property
     def is_running(self) -> bool:
-        """Return whether the process has not ended."""
         return self._process.poll() is None
 
     def pass_on(self, add: Callable[[Row], None]) -> None:

@@ -30,7 +30,6 @@ class Readings:
         self._rows = rows
 
     def of(self, stage: str) -> list[Row]:
-        """Return the rows of a stage."""
         return [row for row in self._rows if row["stage"] == stage]
 
     def timed(self, stage: str) -> list[Row]:
@@ -208,7 +207,6 @@ SECTIONS = (
 
 
 def summary(rows: Sequence[Row]) -> list[str]:
-    """Return the lines."""
     readings = Readings(rows)
     lines = [line for title, section in SECTIONS for line in (f"== {title}", *section(readings))]
     last = [line[:LINE].replace("\n", " ") for line in (*lines, "== correctness, once more", *_correctness(readings))]

@@ -131,7 +131,6 @@ def table_of(file: Path) -> str:
 
 
 def main() -> int:
-    """Run the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("file", type=Path, help="the JSON of a device")
     parser.add_argument("--write", type=Path, help="a Markdown file with the table's two marks")

@@ -94,5 +94,4 @@ def family(root: Path, name: str, shapes: Shapes, tasks: int) -> list[Path]:
 
 
 def weights(folder: Path) -> list[Path]:
-    """Return the files of a checkpoint folder that hold weights."""
     return sorted(folder.glob("*.safetensors"))

@@ -43,7 +43,6 @@ class Measured:
 
     @property
     def median(self) -> float:
-        """Return the median over the passes."""
         return statistics.median(self.seconds)
 
     @property
@@ -68,8 +67,6 @@ class Ratio:
 
 @dataclass(frozen=True)
 class ResultRow:
-    """Hold the contenders of one row."""
-
     suite: str
     name: str
     moved_bytes: float
@@ -78,12 +75,10 @@ class ResultRow:
 
     @property
     def ours(self) -> Measured | None:
-        """Return what was measured of ours, where it takes part."""
         return self.contenders.get(OURS)
 
     @property
     def baselines(self) -> list[str]:
-        """Return the names of those that ours is compared to."""
         return [name for name in self.contenders if name != OURS] if self.ours else []
 
     def log_ratios(self, baseline: str) -> list[float]:
@@ -128,24 +123,20 @@ class Results:
         return Ratio(math.exp(middle), math.exp(middle - spread), math.exp(middle + spread))
 
     def ratios(self) -> Iterator[tuple[ResultRow, str, Ratio]]:
-        """Yield (row, baseline, ratio) of all."""
         for row in self.rows:
             for baseline in row.baselines:
                 yield row, baseline, self.ratio(row, baseline)
 
     def row(self, name: str) -> ResultRow | None:
-        """Return the row of that name, if there is one."""
         return next((row for row in self.rows if row.name == name), None)
 
     def suites(self) -> dict[str, list[ResultRow]]:
-        """Return the rows by suite."""
         found: dict[str, list[ResultRow]] = {}
         for row in self.rows:
             found.setdefault(row.suite, []).append(row)
         return found
 
     def save(self, path: Path) -> None:
-        """Write the result file."""
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n")
 

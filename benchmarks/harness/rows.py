@@ -14,12 +14,8 @@ import torch
 OURS = "ours"
 # Smallest first: ``tiny`` is for tests of the benchmarks themselves, ``full`` adds to ``short``.
 LEVELS = ("tiny", "short", "full")
-# Contenders that come from a package of their own: (module, extra).
-PEERS = {
-    "fusion-bench": ("fusion_bench", "fusion-bench"),
-    "mergekit": ("mergekit", "mergekit"),
-    "mergekit-fp32": ("mergekit", "mergekit"),
-}
+# Contenders that come from a package of their own, an extra of that name: its module.
+PEERS = {"fusion-bench": "fusion_bench", "mergekit": "mergekit"}
 
 
 @dataclass
@@ -83,7 +79,8 @@ def is_wanted(row: Row, level: str, *, later_pass: bool, on_gpu: bool) -> bool:
 @cache
 def absence(contender: str) -> str | None:
     """Return why a contender cannot take part, or None."""
-    module, extra = PEERS.get(contender, ("torch", ""))
+    extra = contender.removesuffix("-fp32")
+    module = PEERS.get(extra, "torch")
     # Of what is imported already there may be no specification: FusionBench takes its own away.
     if module not in sys.modules and find_spec(module) is None:
         return f"{contender} is not installed: pip install 'isomerge-fast[{extra}]'"

@@ -4,25 +4,18 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 VARIABLE = "ISOMERGE_BENCH_SCRATCH"
-_ours: list[tempfile.TemporaryDirectory[str]] = []
 
 
-@cache
 def scratch() -> Path:
-    """Return the folder named by ``ISOMERGE_BENCH_SCRATCH``, or one that goes with this process."""
-    if given := os.environ.get(VARIABLE):
-        return Path(given)
-    _ours.append(tempfile.TemporaryDirectory(prefix="isomerge-bench-"))
-    return Path(_ours[0].name)
+    """Return the folder that ``benchmarks.run`` makes for all passes."""
+    return Path(os.environ[VARIABLE])
 
 
 def remembered(name: str, make: Callable[[], Any]) -> Any:

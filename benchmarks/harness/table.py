@@ -17,7 +17,6 @@ SUMMARISED = {"torch": "torch SVD", "fusion-bench": "FusionBench", "numpy-fp32":
 
 
 def error(value: float | None) -> str:
-    """Return an error in two digits."""
     return "" if value is None else "0" if value == 0 else f"{value:.1e}"
 
 
