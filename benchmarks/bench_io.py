@@ -41,18 +41,12 @@ def tensors_of(side: int) -> dict[str, Tensor]:
     return {f"layers.{index}.weight": pool.roll(index, 0) for index in range(TENSORS)}
 
 
-def input_file(side: int) -> Path:
-    """Return the file that is read, which is made where it is missing."""
-    path = scratch() / f"io-{side}.safetensors"
-    if not path.exists():
-        save_file(tensors_of(side), path)
-    return path
-
-
 def reading(level: str, cold: bool, device: torch.device) -> Problem:
     """Make a file to read, from the page cache or past it."""
     side = SIDES[level]
-    file = input_file(side)
+    file = scratch() / f"io-{side}.safetensors"
+    if not file.exists():
+        save_file(tensors_of(side), file)
 
     def ours() -> dict[str, float]:
         checkpoint = open_checkpoint(file)

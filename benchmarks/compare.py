@@ -130,7 +130,7 @@ def print_comparison(old: Results, new: Results, differences: list[Difference], 
     counts = {verdict: sum(entry.verdict == verdict for entry in differences) for verdict in (SAME, *sorted(BAD))}
     out.print(", ".join(f"{count} {verdict}" for verdict, count in counts.items()))
     strays = outside(old, new)
-    out.print(f"{len(strays)} of {sum(1 for _ in old.ratios())} ratios outside the spread that the old file gives them")
+    out.print(f"{len(strays)} of {len(old.ratios())} ratios outside the spread that the old file gives them")
     if everything:
         for line in strays:
             out.print(f"  {line}")

@@ -1,1 +1,1 @@
-"""What measures: rows and contenders, counting, results, tables and pictures."""
+"""Make, time and show the rows that every benchmark consists of."""

@@ -6,7 +6,7 @@ import json
 import math
 import re
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -122,10 +122,8 @@ class Results:
         middle, spread = statistics.median(found), SPREAD * math.sqrt(variance)
         return Ratio(math.exp(middle), math.exp(middle - spread), math.exp(middle + spread))
 
-    def ratios(self) -> Iterator[tuple[ResultRow, str, Ratio]]:
-        for row in self.rows:
-            for baseline in row.baselines:
-                yield row, baseline, self.ratio(row, baseline)
+    def ratios(self) -> list[tuple[ResultRow, str, Ratio]]:
+        return [(row, baseline, self.ratio(row, baseline)) for row in self.rows for baseline in row.baselines]
 
     def row(self, name: str) -> ResultRow | None:
         return next((row for row in self.rows if row.name == name), None)
