@@ -1,1 +1,1 @@
-"""Make, time and show the rows that every benchmark consists of."""
+"""Time the rows of contenders that every benchmark consists of, and show what was found."""
