@@ -2,7 +2,7 @@
 
     python -m benchmarks.run [--level short] [--passes 3] [--device cpu] [--only methods,polar] [--out FILE]
 
-Each pass is a process of its own (``benchmarks.harness.one_pass``) that measures every contender of every row, those of
+Each pass is a process of its own (``pytest benchmarks``) that measures every contender of every row, those of
 a row right after each other. A ratio is the median over the passes of (seconds of the baseline / seconds of ours); its
 spread is what another run on the same machine stays within (``results.Results.ratio``).
 
@@ -13,7 +13,6 @@ spread is what another run on the same machine stays within (``results.Results.r
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -26,13 +25,12 @@ from benchmarks.harness.markdown import write_between
 from benchmarks.harness.pictures import draw
 from benchmarks.harness.readings import read_rows
 from benchmarks.harness.results import Results, gather, machine_label
-from benchmarks.harness.rows import LEVELS
+from benchmarks.harness.rows import LEVELS, SUITES
 from benchmarks.harness.scratch import VARIABLE
 from benchmarks.harness.table import markdown, print_results, summary
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-SUITES = "kernels,polar,subspace,methods,merge,io"
 MARKS = {
     ("<!-- benchmark tables -->", "<!-- end of benchmark tables -->"): markdown,
     ("<!-- benchmark summary -->", "<!-- end of benchmark summary -->"): summary,
@@ -49,11 +47,13 @@ def run(
             said is on standard error.
     """
     started = time.monotonic()
-    command = [sys.executable, "-m", "benchmarks.harness.one_pass"]
-    settings = {"level": level, "device": device, "suites": (only or SUITES).split(","), "plugins": plugins}
+    # The script and not ``python -m pytest``, which would put the checkout on sys.path, and with it a namespace package
+    # named ``kernels``.
+    command = [str(Path(sys.executable).parent / "pytest"), str(ROOT / "benchmarks"), "--rootdir", str(ROOT), "-q"]
+    command += ["--benchmark-quiet", "--level", level, "--device", device, "--suites", only or SUITES]
+    command += [word for plugin in plugins for word in ("-p", plugin)]
     with tempfile.TemporaryDirectory(prefix="isomerge-bench-") as folder:
-        # Threads that wait give way soon, as under the command line (see ``isomerge_fast.cli.main``).
-        environment = {VARIABLE: folder, "GOMP_SPINCOUNT": "10000", **os.environ}
+        environment = {VARIABLE: folder, **os.environ}
         files, took = [], 0.0
         for number in range(passes):
             elapsed = time.monotonic() - started
@@ -62,10 +62,10 @@ def run(
                 print(f"{number} of {passes} passes: another would take more than {minutes:g} minutes", flush=True)
                 break
             files.append(Path(folder) / f"pass-{number}.json")
-            words = [str(files[-1]), json.dumps({**settings, "is_later": number > 0})]
-            outcome = subprocess.run([*command, *words], cwd=ROOT, env=environment, capture_output=True)
+            words = ["--readings", str(files[-1]), *(["--later-pass"] if number else [])]
+            outcome = subprocess.run([*command, *words], cwd=ROOT, env=environment, capture_output=True, text=True)
             if outcome.returncode:
-                print(outcome.stderr.decode(errors="replace")[-8000:], file=sys.stderr)
+                print(outcome.stdout[-6000:], outcome.stderr[-2000:], sep="\n", file=sys.stderr)
                 raise RuntimeError(f"pass {number + 1} failed (exit code {outcome.returncode})")
             took = time.monotonic() - started - elapsed
             count = sum("seconds" in row for row in read_rows(files[-1]))

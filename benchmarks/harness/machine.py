@@ -11,7 +11,7 @@ import torch
 
 from isomerge_fast.bench.ceilings import device_name
 
-PACKAGES = ("isomerge-fast", "torch", "numpy", "triton", "safetensors", "fusion-bench", "mergekit")
+PACKAGES = ("isomerge-fast", "torch", "numpy", "triton", "safetensors", "fusion-bench", "mergekit", "pytest-benchmark")
 
 
 def machine(device: torch.device) -> dict[str, Any]:

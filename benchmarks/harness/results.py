@@ -161,7 +161,7 @@ def _with_tuples(value: Any) -> Any:
 
 
 def gather(files: Sequence[Path], *, level: str, seconds: float) -> Results:
-    """Return what ``one_pass`` wrote in each pass, put together."""
+    """Return the readings of each pass, put together."""
     passes = [read_rows(file) for file in files]
     machine = {key: value for key, value in passes[0][0].items() if key not in ("stage", "name")}
     found: dict[str, dict[str, list[dict[str, Any]]]] = {}

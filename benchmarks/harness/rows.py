@@ -14,6 +14,7 @@ import torch
 OURS = "ours"
 # Smallest first: ``tiny`` is for tests of the benchmarks themselves, ``full`` adds to ``short``.
 LEVELS = ("tiny", "short", "full")
+SUITES = "kernels,polar,subspace,methods,merge,io"
 # Contenders that come from a package of their own, an extra of that name: its module.
 PEERS = {"fusion-bench": "fusion_bench", "mergekit": "mergekit"}
 

@@ -1,0 +1,43 @@
+"""Give the options of a pass, and a case for each contender of each row that it asks for."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.harness.rows import LEVELS, SUITES, is_wanted
+from isomerge_fast.execution.malloc import return_freed_blocks
+
+# Threads that wait give way soon, as under the command line (see ``isomerge_fast.cli.application.main``).
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("isomerge")
+    group.addoption("--suites", default=SUITES, help=f"by comma, of {SUITES}")
+    group.addoption("--level", choices=LEVELS, default="short", help="how many rows, and how large")
+    group.addoption("--device", type=torch.device, default=torch.device("cpu"), help="cpu, cuda or cuda:N")
+    group.addoption("--later-pass", action="store_true", help="leave out what is measured once")
+    group.addoption("--readings", type=Path, help="JSON file for the rows of readings")
+
+
+def pytest_configure() -> None:
+    # glibc moves its thresholds as it goes, and with them what a large temporary costs: plain torch's sum of eight bf16
+    # experts took 25 or 110 ms, depending on what had been freed before. Fixed where they end up.
+    return_freed_blocks(eager=False)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    options = metafunc.config.option
+    cases = [
+        pytest.param(suite, row, contender, id=f"{row.name} {contender}")
+        for suite in options.suites.split(",")
+        for row in importlib.import_module(f"benchmarks.bench_{suite}").ROWS
+        if is_wanted(row, options.level, later_pass=options.later_pass, on_gpu=options.device.type == "cuda")
+        for contender in row.contenders
+    ]
+    metafunc.parametrize(("suite", "row", "contender"), cases)
