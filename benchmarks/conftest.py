@@ -22,7 +22,7 @@ from benchmarks.harness.counting import count_flops, peak_memory
 from benchmarks.harness.rows import LEVELS, OURS, Problem, Row, absence, is_wanted
 from benchmarks.harness.scratch import remembered
 from isomerge_fast.bench.ceilings import Ceilings, device_name, measure_ceilings, synchronise
-from isomerge_fast.execution.malloc import return_freed_blocks
+from isomerge_fast.execution.malloc import set_heap_thresholds
 
 # Waiting threads give way soon, as under the command line (see ``isomerge_fast.cli.main``).
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
@@ -77,7 +77,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_configure() -> None:
     # glibc moves its thresholds as it goes, and with them what a large temporary costs: plain torch's sum of eight bf16
     # experts took 25 or 110 ms, depending on what had been freed before. Fixed where they end up.
-    return_freed_blocks(eager=False)
+    set_heap_thresholds(eager=False)
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:

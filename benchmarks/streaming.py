@@ -33,7 +33,7 @@ from benchmarks.harness.checkpoints import family, llama_shapes, weights
 from benchmarks.harness.processes import merged, shares
 from isomerge_fast import ops
 from isomerge_fast.bench.ceilings import device_name, forget, read_all, write_all
-from isomerge_fast.execution.threads import Workers
+from isomerge_fast.execution.threads import ComputeThreads
 from isomerge_fast.methods import RowBlock
 
 MIB = 1 << 20
@@ -53,7 +53,7 @@ def arithmetic(elements: int, tasks: int) -> float:
         total = part.sum(torch.float32).total
         out[part.rows] = ops.apply_delta(part.base, total.div_(tasks), scalings=[1.0], dtype=torch.bfloat16)[0]
 
-    with Workers() as workers:
+    with ComputeThreads() as workers:
         parts = workers.parts(RowBlock(slice(0, block), experts, base))
         workers.map(merge, parts)
         started = time.perf_counter()

@@ -1,4 +1,4 @@
-"""The Python API of merges from files to files: thin functions over plan and engine. ``in_memory`` has the others."""
+"""Merge files to files from Python: thin functions over plan and engine. ``functional`` merges what is in memory."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ def merge(
     observer: Observer | None = None,
     ray: bool | str | None = False,
 ) -> Report:
-    """Merges checkpoints on disk into a new one, as ``isomerge run`` does.
+    """Merge checkpoints on disk into a new one, as ``isomerge run`` does.
 
     Args:
         config: path of a YAML file, a dict with the same keys, or a MergeConfig.
-        device, max_ram, max_vram, threads, resume, overwrite, io, observer: see ``engine.run``; ceilings in bytes, or
+        device, max_ram, max_vram, threads, resume, overwrite, io, observer: see ``Execution``; ceilings in bytes, or
             as ``"8GiB"``.
         ray: share the work out among the workers of a Ray cluster: ``host:port`` of it; ``"local"``: one that is
             started on this machine; True: that which this process is connected to, that of ``RAY_ADDRESS``, or that
@@ -63,7 +63,7 @@ def merge(
     if ray is False:
         plan = make_plan(checked, resolve_device(device), **options)
         return run(plan, device=device, threads=threads, **options, **running)
-    from .integrations.ray.executor import ray_executor
+    from .integrations.ray import ray_executor
 
     with ray_executor(None if ray is True else ray, device=device, threads=threads) as executor:
         plan = executor.plan(checked, **options)
@@ -85,9 +85,9 @@ def apply(
     io: str = "auto",
     observer: Observer | None = None,
 ) -> Report:
-    """θ = θ₀ + α·Δ for another α, from the Δ that a merge with ``save_delta`` kept: nothing is decomposed again.
+    """Apply the Δ that a merge with ``save_delta`` kept with another α: θ = θ₀ + α·Δ.
 
-    The same bytes as that merge gives with this α.
+    Nothing is decomposed again, and the bytes are those that the merge gives with this α.
 
     Args:
         merged: output of that merge.
@@ -121,26 +121,13 @@ def apply(
             "out": out,
         }
     )
-    plan = make_plan(config, resolve_device(device), **ceilings)
-    _check_headers(plan, folder, manifest)
-    experts = manifest["description"]["inputs"][1:]
-    return run(
-        replace(
-            plan,
-            tensors=tuple(_with_checksums(tensor, folder, manifest) for tensor in plan.tensors),
-            origin=Origin(then, any(ADAPTER_CONFIG_FILE in expert["files"] for expert in experts)),
-        ),
-        device=device,
-        **ceilings,
-        resume=resume,
-        overwrite=overwrite,
-        io=io,
-        observer=observer,
-    )
+    plan = _with_origin(make_plan(config, resolve_device(device), **ceilings), then, folder, manifest)
+    running = {"resume": resume, "overwrite": overwrite, "io": io, "observer": observer}
+    return run(plan, device=device, **ceilings, **running)
 
 
 def _ceilings(max_ram: int | str | None, max_vram: int | str | None) -> dict[str, Any]:
-    """The ceilings in bytes, by name."""
+    """Return the ceilings in bytes, by name."""
     given = {"max_ram": max_ram, "max_vram": max_vram}
     return {name: None if value is None else size(value, name) for name, value in given.items()}
 
@@ -153,6 +140,21 @@ def _recorded_config(folder: Path, manifest: Manifest) -> MergeConfig:
         return config
     except ConfigError as error:
         raise VerificationError(f"{folder / MANIFEST_FILE}: not the manifest of a merge ({error})") from error
+
+
+def _with_origin(plan: Plan, then: MergeConfig, folder: Path, manifest: Manifest) -> Plan:
+    """Return the plan of applying a kept Δ, with what is known of it from the merge that kept it.
+
+    Raises:
+        InputError, VerificationError: see ``apply``.
+    """
+    _check_headers(plan, folder, manifest)
+    experts = manifest["description"]["inputs"][1:]
+    return replace(
+        plan,
+        tensors=tuple(_with_checksums(tensor, folder, manifest) for tensor in plan.tensors),
+        origin=Origin(then, any(ADAPTER_CONFIG_FILE in expert["files"] for expert in experts)),
+    )
 
 
 def _check_headers(plan: Plan, folder: Path, manifest: Manifest) -> None:

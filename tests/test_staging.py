@@ -23,10 +23,10 @@ from isomerge_fast.checkpoint.output.journal import Entries
 from isomerge_fast.checkpoint.output.staging import Staging, run_folders, staging_folder
 from isomerge_fast.config import load_config
 from isomerge_fast.execution import engine
-from isomerge_fast.execution.engine import OneProcess
+from isomerge_fast.execution.engine import LocalExecutor
 from isomerge_fast.execution.report import Observer
 from isomerge_fast.execution.verify import verify
-from isomerge_fast.execution.worker import Job, WorkResult
+from isomerge_fast.execution.work_item import MergeSettings, WorkResult
 from isomerge_fast.planning.plan import Plan
 from isomerge_fast.planning.planner import make_plan
 
@@ -117,16 +117,18 @@ def test_that_locks_hold_is_no_note(tmp_path: Path) -> None:
         assert staging.notes == []
 
 
-class Between(OneProcess):
+class Between(LocalExecutor):
     """Does something before, or after, all tensors are merged."""
 
     def __init__(self, action: Callable[[], None], *, after: bool) -> None:
         self._action, self._after = action, after
 
-    def merge(self, plan: Plan, job: Job, journal_entries: Entries, observer: Observer | None) -> list[WorkResult]:
+    def merge(
+        self, plan: Plan, settings: MergeSettings, journal_entries: Entries, observer: Observer | None
+    ) -> list[WorkResult]:
         if not self._after:
             self._action()
-        results = super().merge(plan, job, journal_entries, observer)
+        results = super().merge(plan, settings, journal_entries, observer)
         if self._after:
             self._action()
         return results

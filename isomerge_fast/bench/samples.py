@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ..checkpoint.io.write_behind import ROOM_SHARE
 from ..errors import ConfigError
-from ..execution.sinks import TensorOutput
-from ..execution.threads import Workers
+from ..execution.sinks import FileSink
+from ..execution.threads import ComputeThreads
 from ..methods import MemoryDeltas, Method, RowBlock, TensorSpec
 from ..methods.source import Factors, MemoryFactors
 from ..planning.plan import Plan, TensorPlan
@@ -139,7 +139,7 @@ def _solver(tensor: TensorPlan, shape: tuple[int, ...], device: torch.device) ->
 class Sample:
     """Make a tensor like a planned one, of a given size, and merge it."""
 
-    def __init__(self, tensor: TensorPlan, size: Size, plan: Plan, device: torch.device, workers: Workers) -> None:
+    def __init__(self, tensor: TensorPlan, size: Size, plan: Plan, device: torch.device, workers: ComputeThreads) -> None:
         self._tensor, self._workers = tensor, workers
         self._method = method_at(tensor, size.shape)
         whole = tensor.route
@@ -196,7 +196,7 @@ class Sample:
 
     def merge(self) -> tuple[str, int]:
         """Merge by the engine's own code, without files; return the algorithm and the bytes of all passes."""
-        output = TensorOutput(
+        output = FileSink(
             replace(self._tensor, route=self._route),
             {folder: _NoFile() for folder in self._tensor.scalings},
             self._writes,

@@ -1,4 +1,4 @@
-"""All of an output beside its weights: their index, the manifest, the report, and what belongs to a checkpoint."""
+"""Write all of an output but its weights: index, manifest, report, and the other files of a checkpoint."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def write_metadata(
     shards: dict[str, ShardEntry],
     report: Report,
 ) -> None:
-    """Completes the output in ``folder``, durably.
+    """Complete the output in ``folder``, durably.
 
     Args:
         description: all that decides the output's bytes.
@@ -125,7 +125,7 @@ def _add_index(name: str, path: Path, weights: Mapping[str, Iterable[OutputTenso
 
 
 def _add_companions(plan: Plan, path: Path, scaling: float) -> dict[str, Checksum]:
-    """Write what belongs to a checkpoint, or an adapter, beside weights and index; return the files' checksums."""
+    """Write the other files of a checkpoint, or of an adapter; return their checksums."""
     written = copy_companions(plan.base.path, path, plan.companions) if plan.base.is_folder else {}
     if plan.adapter_settings is not None:
         written[ADAPTER_CONFIG_FILE] = write_durably(
@@ -139,7 +139,7 @@ def _add_companions(plan: Plan, path: Path, scaling: float) -> dict[str, Checksu
 
 
 def _card(plan: Plan, scaling: float) -> str:
-    """Of what was merged: where a kept Δ is applied, of the merge that kept it."""
+    """Return the model card of the merge; where a kept Δ is applied, of the merge that kept it."""
     origin = plan.origin or Origin(plan.config, plan.has_adapters)
     experts = [expert.path for expert in plan.experts] if plan.origin is None else origin.config.experts
     config = replace(origin.config, dtype=plan.config.dtype)

@@ -1,4 +1,4 @@
-"""Experts of a FusionBench pool read from their files, where that gives what the pool would load.
+"""Read experts of a FusionBench pool from their files, where that gives what the pool would load.
 
 Whether it does is not guessed: one loaded model of every kind is compared with its files, tensor by tensor. Renamed,
 converted, adapted and quantized weights show there, and such experts are loaded by the pool, with a line in the log.
@@ -38,12 +38,12 @@ HARMLESS_KEYS = frozenset({"_recursive_", "_convert_", "attn_implementation", "l
 
 
 class MustLoad(Exception):
-    """Why an expert is left to the pool."""
+    """Tell why an expert is left to the pool."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One model of a pool that ``from_pretrained`` loads from safetensors files.
+    """Hold one model of a pool that ``from_pretrained`` loads from safetensors files.
 
     Attributes:
         kind: what decides how files become tensors; entries that agree in it are loaded alike.
@@ -56,7 +56,7 @@ class Entry:
 
 
 class StoredExpert(Mapping[str, Tensor]):
-    """An expert's tensors, read when asked for, under the names and in the dtype of the model that would be loaded.
+    """Read an expert's tensors when they are asked for, with the names and dtype of the model that would be loaded.
 
     Args:
         names: {name in the model: name in the files}.
@@ -78,7 +78,7 @@ class StoredExpert(Mapping[str, Tensor]):
         return name in self._names
 
     def meta(self) -> dict[str, Tensor]:
-        """Every tensor's shape and dtype; nothing is read."""
+        """Return every tensor on the meta device; nothing is read."""
         stored = self._files.meta()
         return {name: self._cast(stored[file_name]) for name, file_name in self._names.items()}
 
@@ -87,7 +87,7 @@ class StoredExpert(Mapping[str, Tensor]):
 
 
 class Experts:
-    """The experts of a pool, one after the other, from their files where that is proven to be the same.
+    """Open the experts of a pool one after the other, from their files where that is proven to be the same.
 
     Args:
         pretrained: the loaded pretrained model, whose names and shapes they must have.
@@ -107,7 +107,7 @@ class Experts:
             log.debug("the pretrained model proves nothing about files: %s", reason)
 
     def open(self, name: str) -> Mapping[str, Tensor]:
-        """The state dict of one expert."""
+        """Return the state dict of one expert."""
         loaded = None
         try:
             entry = entry_of(self._pool, name)
@@ -133,7 +133,7 @@ class Experts:
 
 
 def entry_of(pool: Any, name: str) -> Entry:
-    """What the pool would load for ``name``, from the configuration and the files' headers.
+    """Return what the pool would load for ``name``, from the configuration and the files' headers.
 
     Raises:
         MustLoad: it is not known that ``from_pretrained`` would load plain safetensors files.
@@ -169,7 +169,9 @@ def entry_of(pool: Any, name: str) -> Entry:
 
 
 def stored_names(state: Mapping[str, Tensor], checkpoint: Checkpoint) -> dict[str, str]:
-    """{name in the model: name in the files}: the same, or with one prefix before all; tied weights are stored once.
+    """Return {name in the model: name in the files}: the same, or with one prefix before all.
+
+    Tied weights are stored once.
 
     Raises:
         MustLoad: a tensor is missing or has another shape, or the files hold tied weights twice.
@@ -198,7 +200,7 @@ def stored_names(state: Mapping[str, Tensor], checkpoint: Checkpoint) -> dict[st
 
 
 def difference(stored: Mapping[str, Tensor], loaded: Mapping[str, Tensor]) -> str | None:
-    """The first tensor that is not loaded as the files hold it, in words; None where all are. One is read at a time."""
+    """Return the first tensor that is not loaded as the files hold it, in words; None where all are."""
     for name in stored:
         if name not in loaded:
             return f"tensor {name!r} is not in the model that was loaded"
@@ -213,7 +215,7 @@ def _plain(config: Any) -> Any:
 
 
 def _folder(path: str, platform: str) -> Path:
-    """A local folder, or the snapshot of a hub id that transformers would load from."""
+    """Return a local folder, or the snapshot of a hub id that transformers would load from."""
     if os.path.isdir(path):
         return Path(path)
     if platform not in ("hf", "huggingface"):
@@ -245,7 +247,7 @@ def _checkpoint(folder: Path) -> Checkpoint:
 
 
 def _loaded_dtype(options: Mapping[str, Any], checkpoint: Checkpoint) -> torch.dtype:
-    """What the entry says; else config.json; else the files, where all their float tensors agree."""
+    """Return the dtype that the entry names; else config.json; else the files, where all their float tensors agree."""
     said = [options[key] for key in DTYPE_KEYS if options.get(key) not in (None, "auto")]
     config = checkpoint.config or {}
     if not said:
