@@ -67,7 +67,9 @@ def merge(
 
     with ray_executor(None if ray is True else ray, device=device, threads=threads) as executor:
         plan = executor.plan(checked, **options)
-        return run(plan, device=executor.device, threads=executor.threads, executor=executor, **options, **running)
+        return run(
+            plan, device=executor.device, threads=executor.threads, executor=executor.merge, **options, **running
+        )
 
 
 def apply(

@@ -53,7 +53,7 @@ def config_of(family: tuple[Path, list[Path]], out: Path, **changes: Any) -> dic
 
 
 def merge_in(config: dict[str, Any], count: int, **options: Any) -> imf.Report:
-    return run(make_plan(load_config(config)), device="cpu", executor=InTurn(count), **options)
+    return run(make_plan(load_config(config)), device="cpu", executor=InTurn(count).merge, **options)
 
 
 @pytest.mark.parametrize("shards", [1, 3])
@@ -131,7 +131,7 @@ def test_what_units_have_done_is_gone_on_with(tmp_path: Path, again: int, inside
     config = config_of(family, tmp_path / "out", method="iso-c")
     plan = make_plan(load_config(config))
     with pytest.raises(Stopped):
-        run(plan, device="cpu", executor=StopsAfter(3, 2, inside=inside))
+        run(plan, device="cpu", executor=StopsAfter(3, 2, inside=inside).merge)
     done = {tensor.name for run_ in runs_of(plan, 3)[:2] for tensor in run_}
     if inside:
         done.add(runs_of(plan, 3)[2][0].name)
@@ -170,7 +170,7 @@ def test_a_second_attempt_at_a_unit_merges_what_is_left(tmp_path: Path) -> None:
             attempts.append([line.decode() for line in after.splitlines() if line not in before.splitlines()])
             return [result]
 
-    run(make_plan(load_config(config)), device="cpu", executor=Twice())
+    run(make_plan(load_config(config)), device="cpu", executor=Twice().merge)
     assert len(attempts[0]) == len(make_base()) - 4
     imf.merge(config_of(family, tmp_path / "whole", method="iso-c"))
     assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "whole")
@@ -200,9 +200,9 @@ def test_a_unit_of_a_merge_that_was_given_up_writes_nothing(tmp_path: Path) -> N
         plan = make_plan(load_config(config))
         if not overwrite:
             with pytest.raises(Stopped):
-                run(plan, device="cpu", executor=executor)
+                run(plan, device="cpu", executor=executor.merge)
         else:
-            run(plan, device="cpu", executor=executor, overwrite=True)
+            run(plan, device="cpu", executor=executor.merge, overwrite=True)
     imf.merge(config_of(family, tmp_path / "whole", method="iso-c", scaling=1.0))
     assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "whole")
     with pytest.raises(imf.ResourceError, match="cannot be written"):  # and after its commit

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import suppress
 from types import TracebackType
 
 import torch
@@ -68,7 +68,7 @@ class Uploads:
     def _upload(self) -> list[Tensor]:
         bundle = self._ahead.upcoming
         assert bundle is not None
-        with _in_stream(self._stream):
+        with torch.cuda.stream(self._stream):
             # Before anything is taken: where there is no room, it is still to come.
             tensors = [
                 torch.empty(piece.shape, dtype=piece.stored.dtype, device=self._device) for piece in bundle.pieces
@@ -109,7 +109,3 @@ class Download:
             on_host.copy_(self._tensor, non_blocking=True)
         stream.synchronize()
         return on_host
-
-
-def _in_stream(stream: torch.cuda.Stream | None) -> AbstractContextManager[object]:
-    return nullcontext() if stream is None else torch.cuda.stream(stream)

@@ -7,11 +7,11 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -67,28 +67,13 @@ def resolve_device(device: str | torch.device) -> torch.device:
     return indexed(resolved)
 
 
-class Executor(Protocol):
-    """Share a merge out among processes."""
-
-    def merge(
-        self, plan: Plan, settings: MergeSettings, journal_entries: Entries, observer: Observer | None
-    ) -> list[WorkResult]:
-        """Merge all tensors of the plan, as work items of ``merge_item``.
-
-        Args:
-            journal_entries: those of earlier runs, by tensor.
-            observer: called as it goes on.
-        """
-        ...
+# Merges all tensors of a plan, as work items of ``merge_item``; given the journal entries of earlier runs, by tensor.
+Executor = Callable[[Plan, MergeSettings, Entries, Observer | None], list[WorkResult]]
 
 
-class LocalExecutor:
-    """Merge all tensors in this process, as one work item."""
-
-    def merge(
-        self, plan: Plan, settings: MergeSettings, journal_entries: Entries, observer: Observer | None
-    ) -> list[WorkResult]:
-        return [merge_item(settings, WorkItem.of(plan, 1, plan.tensors, journal_entries), observer)]
+def merge_here(plan: Plan, settings: MergeSettings, entries: Entries, observer: Observer | None) -> list[WorkResult]:
+    """Merge all tensors of a plan in this process, as one work item: the ``Executor`` where none is given."""
+    return [merge_item(settings, WorkItem.of(plan, 1, plan.tensors, entries), observer)]
 
 
 def run(plan: Plan, **options: Any) -> Report:
@@ -117,7 +102,7 @@ class Execution:
         overwrite: replace a finished output (at the commit, not before) or discard an unfinished one.
         io: ``auto``: files past the page cache where that is faster and the file system can; ``buffered``: never.
         observer: called at every change of phase.
-        executor: the processes; this one when None.
+        executor: shares the work out among processes; all is done in this one when None.
     """
 
     plan: Plan
@@ -219,7 +204,7 @@ class Execution:
         given = {"device": str(target), "threads": journal.threads, "max_vram": self.max_vram}
         settings = MergeSettings.of(plan, staging.folder, key, direct=self.io == "auto", **given)
         prepared = time.perf_counter() - started
-        results = (self.executor or LocalExecutor()).merge(plan, settings, journal.finished, self.observer)
+        results = (self.executor or merge_here)(plan, settings, journal.finished, self.observer)
         entries = Entries()
         for result in results:
             entries.update(result.entries)

@@ -19,7 +19,7 @@ from ..checkpoint.lora.adapter import LoraPair
 from ..checkpoint.output.manifest import Manifest
 from ..config import MergeConfig
 from ..errors import ConfigError, InputError, ResourceError
-from ..methods import MemoryDeltas, NotFiniteError, RowBlock
+from ..methods import MemoryDeltas, RowBlock
 from ..planning.plan import Output, Plan, TensorPlan
 from ..planning.planner import make_plan
 
@@ -28,6 +28,8 @@ DELTA_TOLERANCE = 1e-4
 # Splits with a smaller gap at the cut are not determined by the data to that tolerance; they are reported, not judged.
 SMALLEST_GAP = 1e-6
 MAX_SAMPLE_ELEMENTS = 1 << 26
+# A norm of the error, what it may be, the norm that both are relative to, and the gap at the cut.
+Judgement = tuple[float, float, float, float]
 
 
 @dataclass(frozen=True)
@@ -126,18 +128,20 @@ def _recompute_tensor(
             yield f"{where}: tensor {tensor.name!r} is not of the shape and dtype that its inputs give"
             continue
         try:
-            entry = compare(tensor, output, reader, [reader.read(whole(each)) for each in found])
-        except (InputError, ResourceError, NotFiniteError) as error:
-            yield f"{where}: tensor {tensor.name!r} cannot be recomputed ({error})"
+            error, allowed, scale, gap = compare(tensor, output, reader, [reader.read(whole(each)) for each in found])
+        except (InputError, ResourceError) as failure:
+            yield f"{where}: tensor {tensor.name!r} cannot be recomputed ({failure})"
             continue
-        if entry["error"] is None:
-            result.remarks.append(f"tensor {tensor.name!r}: not judged, the gap at its cut is {entry['gap']:.1e}")
+        if not gap >= SMALLEST_GAP:
+            result.remarks.append(f"tensor {tensor.name!r}: not judged, the gap at its cut is {gap:.1e}")
             continue
-        result.recomputed.append(entry)
-        if not entry["error"] <= entry["allowed"]:
+        error, allowed = error / scale, allowed / scale
+        about = {"name": tensor.name, "scaling": output.scaling}
+        result.recomputed.append({**about, "error": error, "allowed": allowed, "gap": gap})
+        if not error <= allowed:
             yield (
                 f"{where}: tensor {tensor.name!r} differs from its float64 recomputation by "
-                f"{entry['error']:.1e}, allowed {entry['allowed']:.1e}"
+                f"{error:.1e}, allowed {allowed:.1e}"
             )
 
 
@@ -179,7 +183,7 @@ def _product(plan: TensorPlan, pair: LoraPair | None, reader: Reader) -> Tensor:
     return pair.scale * (b @ a if not pair.transposed else (b @ a).mT)
 
 
-def _compare(plan: TensorPlan, output: Output, reader: Reader, found: list[Tensor]) -> dict[str, Any]:
+def _compare(plan: TensorPlan, output: Output, reader: Reader, found: list[Tensor]) -> Judgement:
     """Judge ‖stored − round(expected)‖_F / ‖expected − θ₀‖_F, expected = θ₀ + α·Δ in float64 by the reference solver.
 
     An error e_i before rounding moves entry i to the next number with probability |e_i| / ulp_i, which costs ulp_i. So
@@ -201,10 +205,10 @@ def _compare(plan: TensorPlan, output: Output, reader: Reader, found: list[Tenso
     before_rounding = DELTA_TOLERANCE * moved + torch.finfo(plan.spec.dtype).eps * norm
     ulp = torch.finfo(dtype).eps * norm
     allowed = (before_rounding**2 + 2.0 * before_rounding * ulp) ** 0.5
-    return _result(plan, output, error, allowed, moved or norm or 1.0, gap)
+    return error, allowed, moved or norm or 1.0, gap
 
 
-def _compare_factors(plan: TensorPlan, output: Output, reader: Reader, found: list[Tensor]) -> dict[str, Any]:
+def _compare_factors(plan: TensorPlan, output: Output, reader: Reader, found: list[Tensor]) -> Judgement:
     """Judge ‖α·Δ − B A‖_F / ‖α·Δ‖_F of an adapter.
 
     Allowed is what the best approximation of its rank leaves (Eckart-Young), the default precision's tolerance and the
@@ -220,15 +224,4 @@ def _compare_factors(plan: TensorPlan, output: Output, reader: Reader, found: li
     rounding = 2.0 * torch.finfo(found[0].dtype).eps * norm
     error = torch.linalg.vector_norm(expected - product).item()
     allowed = left_out * (1.0 + DELTA_TOLERANCE) + DELTA_TOLERANCE * norm + rounding
-    return _result(plan, output, error, allowed, norm or 1.0, 1.0)
-
-
-def _result(plan: TensorPlan, output: Output, error: float, allowed: float, scale: float, gap: float) -> dict[str, Any]:
-    """Return what the verification says of a tensor; no error where its gap leaves it undetermined."""
-    return {
-        "name": plan.name,
-        "scaling": output.scaling,
-        "error": error / scale if gap >= SMALLEST_GAP else None,
-        "allowed": allowed / scale,
-        "gap": gap,
-    }
+    return error, allowed, norm or 1.0, 1.0

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from math import prod
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -13,33 +12,14 @@ from torch import Tensor
 from .. import ops
 from ..checkpoint.io.direct_io import PAGE
 from ..checkpoint.io.ring import aligned
+from ..checkpoint.io.write_behind import WriteBehind
+from ..checkpoint.io.writer import ShardWriter
 from ..methods import OutOfRangeError, RowBlock
 from ..methods.factors import product_bound
 from ..methods.source import Threads
 from ..planning.plan import TensorPlan
 from ..planning.routes import ROW_STEP
 from .device_copies import Download
-
-
-class PartWriter(Protocol):
-    """Write parts of tensors into one file, as ``ShardWriter`` does."""
-
-    def position(self, name: str, first: int) -> int: ...
-
-    def write_part(self, name: str, value: Tensor, first: int) -> None: ...
-
-    def finish(self, name: str) -> str: ...
-
-
-class WriteQueue(Protocol):
-    """Give memory for outputs, and have them written, as ``WriteBehind`` does."""
-
-    @property
-    def room_bytes(self) -> int: ...
-
-    def room(self, size: int) -> Tensor | None: ...
-
-    def put(self, action: Callable[[], None], *, size: int = 0, in_room: bool = False) -> None: ...
 
 
 class FileSink:
@@ -54,8 +34,8 @@ class FileSink:
     def __init__(
         self,
         plan: TensorPlan,
-        writers: Mapping[str, PartWriter],
-        writes: WriteQueue,
+        writers: Mapping[str, ShardWriter],
+        writes: WriteBehind,
         threads: Threads,
         phase: Callable[[str], AbstractContextManager[None]],
     ) -> None:
@@ -149,7 +129,7 @@ class FileSink:
                 self._not_finite[folder].append(ops.count_nonfinite(made))
                 download, writer = Download(made), self._writers[folder]
 
-                def write(name: str = output.name, download: Download = download, writer: PartWriter = writer) -> None:
+                def write(name: str = output.name, download: Download = download, writer: ShardWriter = writer) -> None:
                     writer.write_part(name, download(), 0)
 
                 with self._phase("write"):

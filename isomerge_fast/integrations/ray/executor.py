@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 import time
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from ray import exceptions
 
 from ... import __version__
 from ...checkpoint.io.reader import Reader, files_of
-from ...checkpoint.output.journal import Entries
+from ...checkpoint.output.journal import Entries, ItemProgress
 from ...config import MergeConfig
 from ...errors import (
     ConfigError,
@@ -27,14 +28,13 @@ from ...errors import (
     UnreadableError,
 )
 from ...execution.engine import resolve_device
-from ...execution.report import Observer
+from ...execution.report import Observer, Progress
 from ...execution.work_item import MergeSettings, WorkItem, WorkResult
 from ...planning.cost import assumed_rates, divide
 from ...planning.plan import Plan
 from ...planning.planner import make_plan
 from . import cluster, worker
-from .cluster import RETRIES
-from .progress import ClusterProgress
+from .cluster import POLL_SECONDS, RETRIES
 
 # How long there may be no machine on which a work item could run.
 PATIENCE_SECONDS = 60.0
@@ -136,7 +136,7 @@ class RayExecutor:
         task: Any = ray.remote(**self._request(plan, threads), **again)(worker.merge_there)
         shared = ray.put(settings)
         waiting = {task.remote(shared, item, __version__, os.getcwd()): item for item in items}
-        progress = ClusterProgress(plan, settings, items, journal_entries, observer)
+        progress = _ClusterProgress(plan, settings, items, journal_entries, observer)
         results: list[WorkResult] = []
         last_hope = time.monotonic()  # when there was last a machine that is large enough, or something was done
         head = cluster.HeadWatch(lambda: self.workers(plan, threads), workers)
@@ -213,6 +213,57 @@ class RayExecutor:
             f"no machine of the Ray cluster has {request['num_cpus']:g} CPU(s){gpu} and {request['memory']:.0f} bytes "
             f"of memory for one worker ({machines or 'it has none'}); a lower --threads or --max-ram takes less"
         )
+
+
+class _ClusterProgress:
+    """Tell an observer how far all work items are together.
+
+    Attributes:
+        pause_seconds: until the next look at the journals.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        settings: MergeSettings,
+        items: Sequence[WorkItem],
+        journal_entries: Entries,
+        observer: Observer | None,
+    ) -> None:
+        self._observer = observer
+        self._bytes = {tensor.name: tensor.moved_bytes for tensor in plan.tensors}
+        self._progress = Progress(len(plan.tensors), sum(self._bytes.values()))
+        self._running = {item.number: ItemProgress(settings.folder, item.number) for item in items}
+        self._items = len(items)
+        self._done = set(journal_entries) & self._bytes.keys()
+        self._started = time.perf_counter()
+        self.pause_seconds = POLL_SECONDS
+
+    def finish(self, result: WorkResult) -> None:
+        """Count a work item as done."""
+        del self._running[result.number]
+        self._done |= result.entries.keys()
+
+    def update(self) -> None:
+        """Read the journals and tell the observer."""
+        if self._observer is None:
+            return
+        started = time.perf_counter()
+        at_work = 0
+        for journal in self._running.values():
+            journal.update()
+            at_work += bool(journal.about)
+            for name in journal.finished.keys() - self._done:
+                self._done.add(name)
+                self._progress.tensor = name
+        progress = self._progress
+        progress.done_tensors = len(self._done)
+        progress.done_bytes = sum(self._bytes[name] for name in self._done)
+        progress.seconds["compute"] = started - self._started
+        progress.phase = f"{at_work} worker(s), unit {self._items - len(self._running)}/{self._items}"
+        self._observer(progress)
+        # Thousands of journals on a slow file system: no more than a twentieth of the time.
+        self.pause_seconds = max(POLL_SECONDS, 20 * (time.perf_counter() - started))
 
 
 def _cause(error: exceptions.RayTaskError) -> BaseException:
