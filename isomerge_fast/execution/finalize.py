@@ -31,9 +31,9 @@ from ..checkpoint.output.manifest import (
 )
 from ..checkpoint.output.model_card import model_card
 from ..checkpoint.output.sealed import read_sealed, write_sealed
-from ..config import MergeConfig
-from ..errors import VerificationError
-from ..methods import method_class
+from ..config import MergeConfig, recorded_config
+from ..errors import ConfigError, VerificationError
+from ..methods import make_method, method_class
 from ..planning.plan import Origin, Plan, scaling_folders
 from .report import Report
 
@@ -97,6 +97,22 @@ def read_report(folder: Path) -> tuple[Report, str]:
         return Report.from_dict(value), str(value.get("manifest"))
     except ValueError as error:
         raise VerificationError(f"{path}: not a report ({error})") from error
+
+
+def config_of(manifest: Manifest) -> MergeConfig:
+    """Return the config of the merge that wrote a manifest.
+
+    Raises:
+        ConfigError: no merge has such a config, or it is of other outputs than those that are listed.
+    """
+    config = recorded_config(manifest["description"])
+    for chosen in (config, *config.overrides):
+        make_method(chosen.method, chosen.options)
+    expected = scaling_folders(config)
+    found = {name: output["scaling"] for name, output in manifest["outputs"].items()}
+    if found != expected:
+        raise ConfigError(f"its outputs are of scalings {found}, its config of {expected}")
+    return config
 
 
 def _recorded(plan: Plan, folder: str, entries: Mapping[str, Mapping[str, Any]]) -> Made:

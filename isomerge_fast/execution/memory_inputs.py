@@ -185,7 +185,7 @@ def check_fit(
 
 
 def _prefix_of(longer: Iterable[str], shorter: Iterable[str]) -> str:
-    """Return the prefix by which all names differ, as a wrapped module's do (DataParallel, torch.compile), or ``""``."""
+    """Return the prefix by which all names differ, as a wrapped module's do (DataParallel, torch.compile); or none."""
     there, here = set(longer), set(shorter)
     if not here or len(there) != len(here):
         return ""

@@ -24,12 +24,10 @@ from ..checkpoint.output.manifest import (
     list_output,
 )
 from ..checkpoint.output.sealed import open_on_disk
-from ..config import MergeConfig, recorded_config
 from ..errors import ConfigError, InputChangedError, InputError, UnreadableError, VerificationError, first_of, shown
-from ..methods import make_method, origins_of
+from ..methods import origins_of
 from ..parsing.values import path_text, whole_number
-from ..planning.plan import scaling_folders
-from .finalize import read_report
+from .finalize import config_of, read_report
 from .recompute import Verification, recompute
 
 # Checksums are made of parts of so many elements, and this many bytes are read ahead.
@@ -60,7 +58,7 @@ def verify(folder: str | os.PathLike[str], *, samples: int = 4, seed: int = 0) -
     problems += [f"{root / name}: was added" for name in unknown]
     config = None
     try:
-        config = _config(manifest)
+        config = config_of(manifest)
     except ConfigError as error:
         problems.append(f"{root / MANIFEST_FILE}: not the manifest of a merge ({error})")
     problems += _report_problems(root, None if flaw else manifest.get("digest"))
@@ -89,22 +87,6 @@ def verify(folder: str | os.PathLike[str], *, samples: int = 4, seed: int = 0) -
     if problems:
         raise VerificationError(f"{root}: {len(problems)} problem(s)", first_of(problems))
     return result
-
-
-def _config(manifest: Manifest) -> MergeConfig:
-    """Return the config of the merge.
-
-    Raises:
-        ConfigError: one that no merge has, or of other outputs than those that are listed.
-    """
-    config = recorded_config(manifest["description"])
-    for chosen in (config, *config.overrides):
-        make_method(chosen.method, chosen.options)
-    expected = scaling_folders(config)
-    found = {name: output["scaling"] for name, output in manifest["outputs"].items()}
-    if found != expected:
-        raise ConfigError(f"its outputs are of scalings {found}, its config of {expected}")
-    return config
 
 
 def _report_problems(root: Path, digest: str | None) -> Iterator[str]:

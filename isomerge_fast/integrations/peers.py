@@ -14,26 +14,17 @@ MERGEKIT, FUSION_BENCH = "0.1.5", "0.2.33"
 RAY = "2.49"
 
 
-def require(package: str, version: str, extra: str) -> None:
-    """Raise MissingPackageError where ``package`` is absent or of another version."""
-    install = f"pip install 'isomerge-fast[{extra}]'"
-    if (found := _installed(package, install)) != version:
-        raise MissingPackageError(f"{package} {found} is installed; this works with {version} only: {install}")
-
-
-def require_at_least(package: str, version: str, extra: str) -> None:
-    """Raise MissingPackageError where ``package`` is absent or older."""
-    install = f"pip install -U 'isomerge-fast[{extra}]'"
-    found = _installed(package, install)
-    if _numbers(found) < _numbers(version):
-        raise MissingPackageError(f"{package} {found} is installed; this needs {version} or newer: {install}")
-
-
-def _installed(package: str, install: str) -> str:
+def require(package: str, version: str, extra: str, *, or_newer: bool = False) -> None:
+    """Raise MissingPackageError where ``package`` is absent or of another version, or older than ``version``."""
+    install = f"pip install {'-U ' if or_newer else ''}'isomerge-fast[{extra}]'"
     try:
-        return metadata.version(package)
+        found = metadata.version(package)
     except metadata.PackageNotFoundError:
         raise MissingPackageError(f"{package} is not installed: {install}") from None
+    if or_newer and _numbers(found) < _numbers(version):
+        raise MissingPackageError(f"{package} {found} is installed; this needs {version} or newer: {install}")
+    if not or_newer and found != version:
+        raise MissingPackageError(f"{package} {found} is installed; this works with {version} only: {install}")
 
 
 def _numbers(version: str) -> list[int]:

@@ -24,11 +24,11 @@ from ..execution.in_memory import merge_to_factors
 from ..methods import Method, NotFiniteError, OutOfRangeError, TensorSpec, given_method, method_for
 from ..methods.factors import Factors, product_bound
 from ..ops import FLOAT_DTYPES, compute_dtype, count_nonfinite
-from .peers import require_at_least
+from .peers import require
 
 # The first release with adapters of bare parameters (ParamWrapper), which are to be told from others here.
 PEFT = "0.17"
-require_at_least("peft", PEFT, "peft")
+require("peft", PEFT, "peft", or_newer=True)
 
 # isort: split
 from peft import LoraConfig, PeftModel  # noqa: E402  # an extra, after the line that says it is one

@@ -47,8 +47,26 @@ class EveryMatrixCTS(IsoCTS):
     default_exclude: ClassVar[tuple[str, ...]] = ()
 
 
+class _Fast(BaseAlgorithm, LightningFabricMixin):
+    """Run ``merge_pool`` as an algorithm."""
+
+    _method: Method
+    scaling_factor: float
+    exclude_keys: Sequence[str] | None
+
+    def __init__(self, **about: Any) -> None:
+        for key in about:  # FusionBench itself would only log an unknown key
+            if not (key.startswith("_") and key.endswith("_")):
+                raise ConfigError(f"key {key!r} is unknown{nearest(key, KEYS)}")
+        super().__init__(**about)
+
+    def run(self, modelpool: BaseModelPool) -> Any:
+        """Return the pretrained model with merged weights; see ``merge_pool``."""
+        return merge_pool(modelpool, self._method, self.scaling_factor, self.exclude_keys, self.fabric.device)
+
+
 @auto_register_config
-class IsoCFast(BaseAlgorithm, LightningFabricMixin):
+class IsoCFast(_Fast):
     """Merge matrices by Iso-C and other tensors by the mean, θ = θ₀ + α·Δ, like ``ISO_C_Merge`` of FusionBench.
 
     Args:
@@ -71,15 +89,11 @@ class IsoCFast(BaseAlgorithm, LightningFabricMixin):
     ) -> None:
         self._method = EveryMatrix(rank_policy=rank_policy, precision=precision)
         self.scaling_factor, self.exclude_keys = scaling_factor, exclude_keys
-        super().__init__(**_checked(about))
-
-    def run(self, modelpool: BaseModelPool) -> Any:
-        """Return the pretrained model with merged weights; see ``merge_pool``."""
-        return merge_pool(modelpool, self._method, self.scaling_factor, self.exclude_keys, self.fabric.device)
+        super().__init__(**about)
 
 
 @auto_register_config
-class IsoCTSFast(BaseAlgorithm, LightningFabricMixin):
+class IsoCTSFast(_Fast):
     """Merge matrices by Iso-CTS and other tensors by the mean, θ = θ₀ + α·Δ, like ``ISO_CTS_Merge`` of FusionBench.
 
     Args:
@@ -101,19 +115,7 @@ class IsoCTSFast(BaseAlgorithm, LightningFabricMixin):
         self._method = EveryMatrixCTS(common_space_fraction, rank_policy=rank_policy, precision=precision)
         self.scaling_factor, self.exclude_keys = scaling_factor, exclude_keys
         self.common_space_fraction = common_space_fraction
-        super().__init__(**_checked(about))
-
-    def run(self, modelpool: BaseModelPool) -> Any:
-        """Return the pretrained model with merged weights; see ``merge_pool``."""
-        return merge_pool(modelpool, self._method, self.scaling_factor, self.exclude_keys, self.fabric.device)
-
-
-def _checked(about: dict[str, Any]) -> dict[str, Any]:
-    """Return ``about``; refuse keys that FusionBench itself would only log as unknown."""
-    for key in about:
-        if not (key.startswith("_") and key.endswith("_")):
-            raise ConfigError(f"key {key!r} is unknown{nearest(key, KEYS)}")
-    return about
+        super().__init__(**about)
 
 
 def _known_keys(keys: Sequence[str], names: Collection[str]) -> list[str]:

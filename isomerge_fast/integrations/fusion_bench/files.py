@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,7 @@ class Entry:
     dtype: torch.dtype
 
 
-class StoredExpert(Mapping[str, Tensor]):
+class StoredExpert(StoredStateDict):
     """Read an expert's tensors when they are asked for, with the names and dtype of the model that would be loaded.
 
     Args:
@@ -63,24 +63,15 @@ class StoredExpert(Mapping[str, Tensor]):
     """
 
     def __init__(self, checkpoint: Checkpoint, names: Mapping[str, str], dtype: torch.dtype) -> None:
-        self._files, self._names, self._dtype = StoredStateDict(checkpoint), names, dtype
+        tensors = {name: checkpoint.tensors[stored] for name, stored in names.items()}
+        super().__init__(replace(checkpoint, tensors=tensors))
+        self._dtype = dtype
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._cast(self._files[self._names[name]])
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._names
+        return self._cast(super().__getitem__(name))
 
     def meta(self) -> dict[str, Tensor]:
-        """Return every tensor on the meta device; nothing is read."""
-        stored = self._files.meta()
-        return {name: self._cast(stored[file_name]) for name, file_name in self._names.items()}
+        return {name: self._cast(tensor) for name, tensor in super().meta().items()}
 
     def _cast(self, tensor: Tensor) -> Tensor:
         return tensor.to(self._dtype) if tensor.is_floating_point() else tensor

@@ -156,7 +156,7 @@ class IsotropicMergeMethod(MergeMethod):
         given = zip(groups, values[WEIGHT].tolist(), strict=True)
         weights = [checked_weights(each, compute, f"{_name(group)}: ") for group, each in given]
         full_spec = TensorSpec(", ".join(group.metadata.name or "" for group in groups), tuple(base.shape), compute)
-        source = _Batch(experts, base, weights, compute, full_spec)
+        source = _Batch(experts, base, weights, dtype=compute, full_spec=full_spec)
         if by_method and len(base) == 1:  # as the matrix itself: products of one are not made by routines for batches
             base, full_spec = base[0], replace(full_spec, shape=tuple(base.shape[1:]))
             experts = [expert[0] for expert in experts]
@@ -180,32 +180,27 @@ class _Batch(MemoryDeltas):
     """Give the deltas of a batch [B, ...] whose members have weights of their own.
 
     Args:
-        weights: w_t of every member; None where all are 1.
+        member_weights: w_t of every member; None where all are 1.
     """
 
     def __init__(
-        self,
-        experts: Sequence[Tensor],
-        base: Tensor,
-        weights: list[tuple[float, ...] | None],
-        compute: torch.dtype,
-        full_spec: TensorSpec | None = None,
+        self, experts: Sequence[Tensor], base: Tensor, member_weights: list[tuple[float, ...] | None], **more: Any
     ) -> None:
-        super().__init__(experts, base, dtype=compute, full_spec=full_spec)
-        self._weights = weights
+        super().__init__(experts, base, **more)
+        self._member_weights = member_weights
 
     def blocks(self, tasks: Sequence[int] | None = None) -> Iterator[RowBlock]:
         """Yield neighbouring members whose weights are equal as one block."""
         (whole,) = super().blocks(tasks)
-        for weights, run in groupby(range(self.shape[0]), key=self._weights.__getitem__):
+        for weights, run in groupby(range(self.shape[0]), key=self._member_weights.__getitem__):
             first, *rest = run
             chosen = weights if weights is None or tasks is None else [weights[task] for task in tasks]
             yield replace(whole.part(slice(first, 1 + (rest or [first])[-1])), weights=chosen)
 
     def members(self, chosen: Tensor) -> _Batch:
         assert self.base is not None
-        weights = [weights for weights, keep in zip(self._weights, chosen.tolist(), strict=True) if keep]
-        return _Batch([expert[chosen] for expert in self.experts], self.base[chosen], weights, self.dtype)
+        weights = [weights for weights, keep in zip(self._member_weights, chosen.tolist(), strict=True) if keep]
+        return _Batch([expert[chosen] for expert in self.experts], self.base[chosen], weights, dtype=self.dtype)
 
 
 def _name(group: TensorGroup) -> str:

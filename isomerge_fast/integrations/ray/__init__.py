@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from ..peers import RAY, require_at_least
+from ..peers import RAY, require
 
 if TYPE_CHECKING:
     from .executor import RayExecutor
@@ -32,7 +32,7 @@ def ray_executor(address: str | None, *, device: str, threads: int | None) -> It
         ConfigError: an address where nothing answers; workers with another version of this package or of torch.
         ResourceError: Ray did not start, or a machine does not answer.
     """
-    require_at_least("ray", RAY, "ray")
+    require("ray", RAY, "ray", or_newer=True)
     from .cluster import connected
     from .executor import RayExecutor
 

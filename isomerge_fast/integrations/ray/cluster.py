@@ -179,13 +179,10 @@ class HeadWatch:
 
     def __init__(self, ask: Callable[[], int], workers: int) -> None:
         self._ask, self.workers = ask, workers
-        self._address = ray.get_runtime_context().gcs_address
+        self.address = ray.get_runtime_context().gcs_address
         self._answered = time.monotonic()
         self._stopped = threading.Event()
         threading.Thread(target=self._watch, name="isomerge-ray-head", daemon=True).start()
-
-    def __str__(self) -> str:
-        return f"the head of the Ray cluster ({self._address})"
 
     @property
     def silent_seconds(self) -> float:

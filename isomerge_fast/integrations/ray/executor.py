@@ -149,7 +149,10 @@ class RayExecutor:
                     progress.finish(result)
                 progress.update()
                 if head.silent_seconds > HEAD_SECONDS:
-                    raise ResourceError(f"{head} has not answered for {HEAD_SECONDS:.0f} s; --resume continues")
+                    raise ResourceError(
+                        f"the head of the Ray cluster ({head.address}) has not answered for {HEAD_SECONDS:.0f} s; "
+                        "--resume continues"
+                    )
                 if done or head.workers:
                     last_hope = time.monotonic()
                 elif time.monotonic() - last_hope > PATIENCE_SECONDS:
