@@ -54,11 +54,9 @@ def add_merged_adapter(
 ) -> dict[str, float]:
     """Add a new adapter with Δ = α · merge of the Δ_t = w_t · scale_t · B_t A_t in every module of a model in memory.
 
-    PEFT's ``add_weighted_adapter`` does the same by its own combinations.
-
-    The deltas are never formed: factors are merged as factors (``methods.factors``). The new adapter has the modules of
-    all that it is made of and one rank in all of them, with zeros where a module takes less, and scale 1. It is not
-    active; the adapters that were active stay so.
+    PEFT's ``add_weighted_adapter`` does so by combinations of its own. Here the deltas are never formed: factors are
+    merged as factors (``methods.factors``). The new adapter has scale 1, the modules of all merged adapters, and one
+    rank in all of them, with zeros where a module takes less. The adapters that were active stay so; it is not.
 
     Args:
         model: a PeftModel with LoRA adapters, or its LoraModel.

@@ -1,4 +1,4 @@
-"""Crews without Ray: the units of a merge done one after the other."""
+"""Executors without Ray: the work items of a merge done one after the other."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def runs_of(plan: Plan, count: int) -> list[tuple[TensorPlan, ...]]:
 
 
 class InTurn:
-    """The ``engine.Executor`` that does so, with every file in ``count`` units."""
+    """Merges so, with every file in ``count`` work items; ``merge`` is an ``engine.Executor``."""
 
     def __init__(self, count: int) -> None:
         self._count = count
