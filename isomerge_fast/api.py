@@ -39,8 +39,8 @@ def merge(
 
     Args:
         config: path of a YAML file, a dict with the same keys, or a MergeConfig.
-        device, max_ram, max_vram, threads, resume, overwrite, io, observer: see ``engine.Execution``; ceilings in bytes, or
-            as ``"8GiB"``.
+        device, max_ram, max_vram, threads, resume, overwrite, io, observer: see ``engine.Execution``; ceilings in bytes,
+            or as ``"8GiB"``.
         ray: share the work out among the workers of a Ray cluster: ``host:port`` of it; ``"local"``: one that is
             started on this machine; True: that which this process is connected to, that of ``RAY_ADDRESS``, or that
             which this machine belongs to, else as ``"local"``. Ceilings and threads are each worker's.
