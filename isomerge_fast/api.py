@@ -39,8 +39,8 @@ def merge(
 
     Args:
         config: path of a YAML file, a dict with the same keys, or a MergeConfig.
-        device, max_ram, max_vram, threads, resume, overwrite, io, observer: see ``engine.Execution``; ceilings in bytes,
-            or as ``"8GiB"``.
+        device, max_ram, max_vram, threads, resume, overwrite, io, observer: see ``engine.Execution``; ceilings in
+            bytes, or as ``"8GiB"``.
         ray: share the work out among the workers of a Ray cluster: ``host:port`` of it; ``"local"``: one that is
             started on this machine; True: that which this process is connected to, that of ``RAY_ADDRESS``, or that
             which this machine belongs to, else as ``"local"``. Ceilings and threads are each worker's.
@@ -63,7 +63,7 @@ def merge(
     if ray is False:
         plan = make_plan(checked, resolve_device(device), **options)
         return run(plan, device=device, threads=threads, **options, **running)
-    from .integrations.ray import ray_executor
+    from .integrations.ray.session import ray_executor
 
     with ray_executor(None if ray is True else ray, device=device, threads=threads) as executor:
         plan = executor.plan(checked, **options)

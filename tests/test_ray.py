@@ -37,8 +37,7 @@ from isomerge_fast.cli.commands import app
 from isomerge_fast.errors import InputChangedError, MissingPackageError, UnreadableError
 from isomerge_fast.execution.report import Progress, Report
 from isomerge_fast.execution.work_item import WorkResult
-from isomerge_fast.integrations import ray as ours
-from isomerge_fast.integrations.ray import cluster, executor, worker
+from isomerge_fast.integrations.ray import cluster, executor, session, worker
 from isomerge_fast.planning.plan import Plan
 from ray_faults import Given, Machine, journals
 
@@ -790,13 +789,13 @@ def test_ray_on_the_command_line(
 ) -> None:
     """With an address, and without one at the end, before another option, and before the file."""
     addresses: list[str | None] = []
-    real = ours.ray_executor
+    real = session.ray_executor
 
     def recorded(address: str | None, **options: Any) -> Any:
         addresses.append(address)
         return real(address, **options)
 
-    monkeypatch.setattr(ours, "ray_executor", recorded)
+    monkeypatch.setattr(session, "ray_executor", recorded)
     more = ["--device", "cpu", "--threads", "1", "--format", "json"]
     lines: list[tuple[Callable[[Path], list[object]], str | None]] = [
         (lambda file: [file, *more, "--ray"], None),
@@ -969,7 +968,7 @@ def test_a_machine_that_does_not_answer(
 ) -> None:
     site.connect()
     merge = Merge(tmp_path, families["one-file"])
-    with ours.ray_executor(None, device="cpu", threads=1):
+    with session.ray_executor(None, device="cpu", threads=1):
         pass  # has processes there
     second.give("stat", str(merge.folder), "hold")
     monkeypatch.setattr(cluster, "ANSWER_SECONDS", 1.0)
