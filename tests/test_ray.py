@@ -1097,7 +1097,7 @@ def test_a_driver_killed_with_a_cluster_of_its_own(
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert len(given.obeyed) == 1
-    assert "Task _work failed" in done.stderr
+    assert "Task merge_there failed" in done.stderr
     report = json.loads(done.stdout)
     assert sum(worker["tensors"] for worker in report["workers"] if not worker["units"]) >= 2 * held
     merge.expect_done()
