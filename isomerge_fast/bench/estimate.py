@@ -56,7 +56,9 @@ class _Timing:
     spent_seconds: float
 
 
-def _time(tensor: TensorPlan, plan: Plan, device: torch.device, workers: ComputeThreads, allowance_seconds: float) -> _Timing:
+def _time(
+    tensor: TensorPlan, plan: Plan, device: torch.device, workers: ComputeThreads, allowance_seconds: float
+) -> _Timing:
     """Time the smallest size, then again and again the largest one that is expected to fit into the time left."""
     room = memory_for_samples(device)
     sizes = sizes_of(tensor, device)
