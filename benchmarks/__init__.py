@@ -1,1 +1,1 @@
-"""Measurements: ratios to peers in one run, with the error beside every time."""
+"""Measure the package beside its peers; docs/benchmarks.md says how."""

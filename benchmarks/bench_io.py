@@ -1,4 +1,4 @@
-"""Reading and writing safetensors files: ours, the safetensors library, and the disk alone.
+"""Time reading and writing of safetensors files: ours, the safetensors library, and the disk alone.
 
 ``cold`` files are put out of the page cache before every call. Written files are on the disk (fsync) when a call ends.
 The disk alone is the better of reading or writing the same bytes in blocks of 4 MiB past the page cache or through it.
@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from benchmarks.harness.rows import OURS, Problem, Row, contests
+from benchmarks.harness.rows import OURS, Problem, Row
 from benchmarks.harness.scratch import scratch
 from isomerge_fast.bench.ceilings import forget, read_blocks, write_blocks
 from isomerge_fast.checkpoint.io.direct_io import open_direct
@@ -35,22 +36,17 @@ TENSORS = 16  # of bf16, [side, side] each
 
 
 def tensors_of(side: int) -> dict[str, Tensor]:
-    """Tensors of a file: random, so that no file system can compress them, and alike but for a roll."""
+    """Return the tensors of a file: random, so that no file system can compress them, and alike but for a roll."""
     pool = torch.randn(side, side, generator=torch.Generator().manual_seed(0)).bfloat16()
     return {f"layers.{index}.weight": pool.roll(index, 0) for index in range(TENSORS)}
 
 
-def input_file(side: int) -> Path:
-    path = scratch() / f"io-{side}.safetensors"
-    if not path.exists():
-        save_file(tensors_of(side), path)
-    return path
-
-
 def reading(level: str, cold: bool, device: torch.device) -> Problem:
+    """Make a file to read, from the page cache or past it."""
     side = SIDES[level]
-    file = input_file(side)
-    size = file.stat().st_size
+    file = scratch() / f"io-{side}.safetensors"
+    if not file.exists():
+        save_file(tensors_of(side), file)
 
     def ours() -> dict[str, float]:
         checkpoint = open_checkpoint(file)
@@ -74,34 +70,22 @@ def reading(level: str, cold: bool, device: torch.device) -> Problem:
         return {name: touched(tensor) for name, tensor in load_file(file).items()}
 
     expected = by_tensor()
-    calls: dict[str, Callable[[], dict[str, float] | None]] = {
-        OURS: ours,
-        SAFETENSORS: by_tensor,
-        LOAD_FILE: at_once,
-    }
+    calls: dict[str, Callable[[], Any]] = {OURS: ours, SAFETENSORS: by_tensor, LOAD_FILE: at_once}
     for name, direct in DISK.items():
-        calls[name] = partial(bytes_alone, file, direct)
-    absent = without_direct_io(file)
-    before = partial(forget, [file]) if cold else partial(bytes_alone, file, False)
-    bars = {OURS: 0.0, SAFETENSORS: 0.0, LOAD_FILE: 0.0}
+        calls[name] = partial(read_blocks, [file], direct=direct)
     return Problem(
         calls,
-        lambda found: None if found is None else float(found != expected),
-        bars,
-        size,
+        lambda found: float(found != expected) if isinstance(found, dict) else None,
+        {OURS: 0.0, SAFETENSORS: 0.0, LOAD_FILE: 0.0},
+        file.stat().st_size,
         is_counted=False,
-        before=before,
-        absent=absent,
+        before=partial(forget, [file]) if cold else calls["disk-buffered"],
+        absent=without_direct_io(file),
     )
 
 
-def bytes_alone(file: Path, direct: bool) -> None:
-    """What nobody looks at."""
-    read_blocks([file], direct=direct)
-
-
 def without_direct_io(file: Path) -> dict[str, str]:
-    """Who cannot take part where the file system, such as a tmpfs, has no direct I/O."""
+    """Return who cannot take part where the file system, such as a tmpfs, has no direct I/O."""
     descriptor = open_direct(file, os.O_RDONLY)
     if descriptor is None:
         return {"disk-direct": "disk-direct: no direct I/O in the temporary folder; TMPDIR names another"}
@@ -110,7 +94,7 @@ def without_direct_io(file: Path) -> dict[str, str]:
 
 
 def touched(tensor: Tensor) -> float:
-    """Something that depends on every page: what a mapping puts off is done now. One number in 32 bytes."""
+    """Return a sum that depends on every page, by one number in 32 bytes: what a mapping puts off is done now."""
     return tensor.view(-1)[::16].double().sum().item()
 
 
@@ -140,42 +124,32 @@ def writing(level: str, device: torch.device) -> Problem:
 
     expected = library().read_bytes()
 
-    def error(path: Path | None) -> float | None:
-        return None if path is None else float(path.read_bytes() != expected)
+    def error(found: Any) -> float | None:
+        return float(found.read_bytes() != expected) if isinstance(found, Path) else None
 
     def clear() -> None:
         for path in folder.iterdir():
             path.unlink()
 
     size = len(expected)
-    calls: dict[str, Callable[[], Path | None]] = {OURS: ours, SAFETENSORS: library}
+    calls: dict[str, Callable[[], Any]] = {OURS: ours, SAFETENSORS: library}
     for name, direct in DISK.items():
-        calls[name] = partial(written_alone, folder, size, direct)
+        calls[name] = partial(write_blocks, folder, [size], direct=direct)
     bars = {OURS: 0.0, SAFETENSORS: 0.0}
     absent = without_direct_io(folder / "library.safetensors")
     close = partial(shutil.rmtree, folder, True)
     return Problem(calls, error, bars, size, is_counted=False, before=clear, absent=absent, close=close)
 
 
-def written_alone(folder: Path, size: int, direct: bool) -> None:
-    write_blocks(folder, [size], direct=direct)
-
-
-def rows() -> list[Row]:
-    found = []
+def rows() -> Iterator[Row]:
+    """Yield reading of cached and of cold files, and writing."""
     for level, side in SIDES.items():
         size = f"{TENSORS * 2 * side**2 / 1e9:.2g} GB"
         for cold in (False, True):
             name = f"read {'cold' if cold else 'cached'} {size}"
             contenders = (OURS, SAFETENSORS, LOAD_FILE, *(DISK if cold else ["disk-buffered"]))
-            found.append(Row(name, contenders, partial(reading, level, cold), level))
-        found.append(Row(f"write {size}", (OURS, SAFETENSORS, *DISK), partial(writing, level), level))
-    return found
+            yield Row(name, contenders, partial(reading, level, cold), level)
+        yield Row(f"write {size}", (OURS, SAFETENSORS, *DISK), partial(writing, level), level)
 
 
-ROWS = rows()
-
-
-@contests(ROWS)
-def test_io(row: Row, contender: str, measure: Callable[[Row, str], None]) -> None:
-    measure(row, contender)
+ROWS = [*rows()]

@@ -1,21 +1,21 @@
-"""The passes over the bytes and the symmetric products, by ``ops``: Triton kernels on a GPU, plain forms on a CPU.
+"""Time the passes over the bytes and the symmetric products of ``ops``: Triton on a GPU, plain forms on a CPU.
 
-Beside them what one writes in numpy and in torch; numpy has no bf16 and is given the same numbers in float32. Inputs
-come in several sets, taken in turn, so that no cache holds what is read.
+Beside them stands what one writes in numpy and in torch; numpy has no bf16 and is given the same numbers in float32.
+Inputs come in several sets, taken in turn, so that no cache holds what is read.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks import shapes
-from benchmarks.harness.rows import OURS, Problem, Row, contests
+from benchmarks.harness.rows import OURS, Problem, Row
+from benchmarks.shapes import shape_of
 from isomerge_fast import ops
 from isomerge_fast.bench.problems import relative_error
 
@@ -26,32 +26,23 @@ SETS_BYTES, MOST_SETS = 1 << 29, 64
 
 
 def in_turn(function: Callable[..., Any], sets: list[tuple[Any, ...]]) -> Callable[[], Any]:
-    """Calls on one set after the other; the first call is on the first set, which the error is judged on."""
+    """Return calls on one set after the other, from the first on, which the error is judged on."""
     turns = itertools.cycle(sets)
     return lambda: function(*next(turns))
 
 
-def first_only(error: Callable[[Any], float]) -> Callable[[Any], float]:
-    """Errors are known for the first set: what is found on the first call is said of all."""
-    found: dict[str, float] = {}
-
-    def once(result: Any) -> float:
-        return found.setdefault("error", error(result))
-
-    return once
-
-
 def sets_of(size_bytes: float, make: Callable[[int], tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+    """Return as many sets of so many bytes as no cache holds."""
     return [make(seed) for seed in range(max(1, min(MOST_SETS, round(SETS_BYTES / size_bytes))))]
 
 
 def draw(seed: int, device: torch.device) -> Callable[..., Tensor]:
-    generator = torch.Generator(device=device).manual_seed(seed)
-    return lambda *shape: torch.randn(*shape, generator=generator, device=device)
+    """Return what draws normal numbers of a shape."""
+    return partial(torch.randn, generator=torch.Generator(device=device).manual_seed(seed), device=device)
 
 
 def sum_problem(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Problem:
-    """S = Σ_t (θ_t − θ₀): every expert and the base read once, S written."""
+    """Make S = Σ_t (θ_t − θ₀): every expert and the base are read once, S is written."""
     size = shape[0] * shape[1] * ((TASKS + 1) * dtype.itemsize + 4.0)
 
     def inputs(seed: int) -> tuple[list[Tensor], Tensor]:
@@ -69,24 +60,23 @@ def sum_problem(shape: tuple[int, int], dtype: torch.dtype, device: torch.device
             total += expert.float() - base.float()
         return total
 
-    arrays = [([expert.float().cpu().numpy() for expert in es], b.float().cpu().numpy()) for es, b in sets]
-
     def by_numpy(experts: list[Any], base: Any) -> Any:
         total = experts[0] - base
         for expert in experts[1:]:
             total += expert - base
         return total
 
+    arrays = [([expert.float().cpu().numpy() for expert in es], b.float().cpu().numpy()) for es, b in sets]
     calls = {
         OURS: in_turn(lambda experts, base: ops.task_sum(experts, base).total, sets),
         TORCH: in_turn(by_torch, sets),
         NUMPY: in_turn(by_numpy, arrays),
     }
-    return Problem(calls, error_against(exact), {OURS: 1e-6}, size)
+    return Problem(calls, partial(error_against, exact.cpu()), {OURS: 1e-6}, size)
 
 
 def apply_problem(shape: tuple[int, int], scalings: tuple[float, ...], device: torch.device) -> Problem:
-    """θ_i = θ₀ + α_i Δ in bf16: θ₀ and Δ read once, every output written once."""
+    """Make θ_i = θ₀ + α_i Δ in bf16: θ₀ and Δ are read once, every output is written once."""
     size = shape[0] * shape[1] * (2.0 + 4.0 + 2.0 * len(scalings))
 
     def inputs(seed: int) -> tuple[Tensor, Tensor]:
@@ -103,11 +93,11 @@ def apply_problem(shape: tuple[int, int], scalings: tuple[float, ...], device: t
     ours = partial(ops.apply_delta, scalings=list(scalings), dtype=torch.bfloat16)
     calls = {OURS: in_turn(ours, sets), TORCH: in_turn(by_torch, sets)}
     # Rounding to bf16, 2^-9 at most, is the error.
-    return Problem(calls, error_against(exact), {OURS: 2.0**-9}, size)
+    return Problem(calls, partial(error_against, exact.cpu()), {OURS: 2.0**-9}, size)
 
 
 def product_problem(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Problem:
-    """A Aᵀ, [M, K] -> [M, M]: of which half is enough."""
+    """Make A Aᵀ, [M, K] -> [M, M], of which half is enough."""
     rows, columns = shape
     size = float(dtype.itemsize * (rows * columns + rows**2))
     sets = sets_of(size, lambda seed: (draw(seed, device)(*shape).to(dtype),))
@@ -118,44 +108,31 @@ def product_problem(shape: tuple[int, int], dtype: torch.dtype, device: torch.de
         NUMPY: in_turn(lambda a: a @ a.T, [(a.cpu().numpy(),) for (a,) in sets]),
     }
     bar = 1e-5 if dtype == torch.float32 else 1e-13
-    return Problem(calls, error_against(a @ a.mT), {OURS: bar}, size)
+    return Problem(calls, partial(error_against, (a @ a.mT).cpu()), {OURS: bar}, size)
 
 
-def error_against(exact: Tensor) -> Callable[[Any], float]:
-    exact = exact.cpu()
-
-    def error(result: Any) -> float:
-        value = torch.stack(result) if isinstance(result, list) else torch.as_tensor(result)
-        return relative_error(value.cpu(), exact)
-
-    return first_only(error)
+def error_against(exact: Tensor, result: Any) -> float:
+    """Return the error of a contender's first result."""
+    value = torch.stack(result) if isinstance(result, list) else torch.as_tensor(result)
+    return relative_error(value.cpu(), exact)
 
 
-def rows() -> list[Row]:
-    found = []
-    named = (
-        ("tiny", (64, 96), "tiny"),
-        ("ViT-L/14 fc1", shapes.VIT_L_14.shape("fc1"), "short"),
-        ("Llama-3.2-1B gate_proj", shapes.LLAMA_1B.shape("gate_proj"), "full"),
-    )
-    for of, shape, level in named:
+def rows() -> Iterator[Row]:
+    """Yield the sums, the applications and the products of a shape for each level."""
+    levels = {"tiny": "tiny", "short": "ViT-L/14 fc1", "full": "Llama-3.2-1B gate_proj"}
+    for level, label in levels.items():
+        shape = (64, 96) if level == "tiny" else shape_of(label)
         size = f"{shape[0]}x{shape[1]}"
         for dtype, name in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
             make = partial(sum_problem, shape, dtype)
-            found.append(Row(f"task_sum {of} {size} T={TASKS} {name}", (OURS, TORCH, NUMPY), make, level))
+            yield Row(f"task_sum {label} {size} T={TASKS} {name}", (OURS, TORCH, NUMPY), make, level)
         for scalings in ((1.0,), (0.8, 1.0, 1.3)):
             make = partial(apply_problem, shape, scalings)
-            found.append(Row(f"apply_delta {of} {size} {len(scalings)} outputs", (OURS, TORCH), make, level))
+            yield Row(f"apply_delta {label} {size} {len(scalings)} outputs", (OURS, TORCH), make, level)
         for dtype, name in ((torch.float32, "fp32"), (torch.float64, "fp64")):
             wide = (min(shape), max(shape))
             make = partial(product_problem, wide, dtype)
-            found.append(Row(f"sym_mm {of} {wide[0]}x{wide[1]} {name}", (OURS, TORCH, NUMPY), make, level))
-    return found
+            yield Row(f"sym_mm {label} {wide[0]}x{wide[1]} {name}", (OURS, TORCH, NUMPY), make, level)
 
 
-ROWS = rows()
-
-
-@contests(ROWS)
-def test_kernels(row: Row, contender: str, measure: Callable[[Row, str], None]) -> None:
-    measure(row, contender)
+ROWS = [*rows()]

@@ -1,14 +1,13 @@
-"""The subspaces of Iso-CTS: the top s directions of what a projection leaves of a tall Δ_t, and the top k of a sum.
+"""Time the subspaces of Iso-CTS: the top s directions that a projection leaves of a tall Δ_t, and the top k of a sum.
 
-The searched and certified task part beside the exact ones, ours by an eigensolver, torch's and numpy's full SVDs, and
-beside torch's randomized ``svd_lowrank``. Errors are ‖sin θ‖_F/√s between the left subspace found and that of numpy's
-float64 SVD.
+The searched and certified task part stands beside the exact ones, by our eigensolver, torch's and numpy's full SVDs,
+and beside torch's randomized ``svd_lowrank``. Errors are ‖sin θ‖_F/√s between the left subspace found and that of
+numpy's float64 SVD.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -16,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks import shapes
-from benchmarks.harness.rows import OURS, Problem, Row, contests
+from benchmarks.harness.rows import OURS, Problem, Row
 from benchmarks.harness.scratch import kept
+from benchmarks.shapes import shape_of
 from isomerge_fast.bench.problems import Kind, deltas_like_fine_tuning
 from isomerge_fast.linalg.auto import subspace_candidates
 from isomerge_fast.linalg.gram_eigh import GramEigh
@@ -30,18 +29,18 @@ TASKS = 8
 ANGLE = 1e-5  # what the default tier certifies a searched subspace to
 
 
-def angle_to(exact: Tensor) -> Callable[[Any], float]:
-    """‖U − U* U*ᵀ U‖_F / √s of orthonormal U [M, s], U* ``exact``."""
+def angle_to(exact: Tensor, result: Any) -> float:
+    """Return ‖U − U* U*ᵀ U‖_F / √s of orthonormal U [M, s], U* ``exact``."""
+    u = torch.as_tensor(result).cpu().double()
+    return ((u - exact @ (exact.mT @ u)).norm() / math.sqrt(u.shape[1])).item()
 
-    def error(result: Any) -> float:
-        u = torch.as_tensor(result).cpu().double()
-        return ((u - exact @ (exact.mT @ u)).norm() / math.sqrt(u.shape[1])).item()
 
-    return error
+def left_vectors(x: np.ndarray, count: int) -> np.ndarray:
+    return np.linalg.svd(x, full_matrices=False)[0][:, :count]
 
 
 def task_part(shape: tuple[int, int], kind: Kind, device: torch.device) -> Problem:
-    """Top s of R = Δ − U_k U_kᵀ Δ, tall; everybody is given U_k, and forms R or does without."""
+    """Make the top s of R = Δ − U_k U_kᵀ Δ, tall; everybody is given U_k, and forms R or does without."""
     deltas = deltas_like_fine_tuning(*shape, TASKS, kind, device=device)
     delta, total = deltas[0], torch.stack(deltas).double().sum(0)
     k, s = split_rank(min(shape), TASKS, 0.8)
@@ -49,15 +48,11 @@ def task_part(shape: tuple[int, int], kind: Kind, device: torch.device) -> Probl
     norm = torch.linalg.vector_norm(delta.double())
     factors = solver.factorize(total)
     common = factors.complete(factors.top(k), torch.float32)
-    u_k = common.u
-    exact_u_k = common.u.double()
+    u_k, array, array_u_k = common.u, delta.double().cpu().numpy(), common.u.double().cpu().numpy()
 
     def exactly() -> np.ndarray:
-        u = np.linalg.svd(total.cpu().numpy(), full_matrices=False)[0][:, :k]
-        d = delta.cpu().numpy().astype(np.float64)
-        return np.linalg.svd(d - u @ (u.T @ d), full_matrices=False)[0][:, :s]
-
-    exact = torch.from_numpy(kept(f"part {shape[0]}x{shape[1]} {kind} {device.type}", exactly))
+        u = left_vectors(total.cpu().numpy(), k)
+        return left_vectors(array - u @ (u.T @ array), s)
 
     def residual() -> Tensor:
         return delta - u_k @ (u_k.mT @ delta)
@@ -66,60 +61,46 @@ def task_part(shape: tuple[int, int], kind: Kind, device: torch.device) -> Probl
         options = {"norm": norm, "tolerance": default_tolerance(delta)}
         return solver.factorize(total).residual(delta, common, s, **options).u
 
-    array, array_u_k = delta.double().cpu().numpy(), exact_u_k.cpu().numpy()
+    exact = torch.from_numpy(kept(f"part {shape[0]}x{shape[1]} {kind} {device.type}", exactly))
     calls = {
         OURS: lambda: by_solver(solver),
         EIGH: lambda: by_solver(GramEigh()),
         TORCH: lambda: torch.linalg.svd(residual(), full_matrices=False)[0][:, :s],
         TORCH_LOWRANK: lambda: torch.svd_lowrank(residual(), q=s + 9, niter=8)[0][:, :s],
-        NUMPY: lambda: np.linalg.svd(array - array_u_k @ (array_u_k.T @ array), full_matrices=False)[0][:, :s],
+        NUMPY: lambda: left_vectors(array - array_u_k @ (array_u_k.T @ array), s),
     }
-    return Problem(calls, angle_to(exact), {OURS: ANGLE, EIGH: ANGLE}, 4.0 * shape[0] * (shape[1] + s))
+    return Problem(calls, partial(angle_to, exact), {OURS: ANGLE, EIGH: ANGLE}, 4.0 * shape[0] * (shape[1] + s))
 
 
 def common_part(shape: tuple[int, int], kind: Kind, device: torch.device) -> Problem:
-    """Top k = 0.8 r of S, both sides."""
+    """Make the top k = 0.8 r of S, both sides."""
     total = torch.stack(deltas_like_fine_tuning(*shape, TASKS, kind, device=device)).double().sum(0)
     k, _ = split_rank(min(shape), TASKS, 0.8)
-    array = total.cpu().numpy()
-
-    def exactly() -> np.ndarray:
-        return np.linalg.svd(array, full_matrices=False)[0][:, :k]
-
-    exact = torch.from_numpy(kept(f"common {shape[0]}x{shape[1]} {kind} {device.type}", exactly))
+    single, exactly = total.float(), partial(left_vectors, total.cpu().numpy(), k)
 
     def ours() -> Tensor:
-        solver = subspace_candidates("default", torch.float32)[0].solver
-        factors = solver.factorize(total)
+        factors = subspace_candidates("default", torch.float32)[0].solver.factorize(total)
         return factors.complete(factors.top(k), torch.float32).u
 
-    single = total.float()
-    calls = {
-        OURS: ours,
-        TORCH: lambda: torch.linalg.svd(single, full_matrices=False)[0][:, :k],
-        NUMPY: lambda: exactly(),
-    }
-    return Problem(calls, angle_to(exact), {OURS: ANGLE}, 4.0 * shape[0] * (shape[1] + k))
+    exact = torch.from_numpy(kept(f"common {shape[0]}x{shape[1]} {kind} {device.type}", exactly))
+    calls = {OURS: ours, TORCH: lambda: torch.linalg.svd(single, full_matrices=False)[0][:, :k], NUMPY: exactly}
+    return Problem(calls, partial(angle_to, exact), {OURS: ANGLE}, 4.0 * shape[0] * (shape[1] + k))
 
 
-CASES: tuple[tuple[str, tuple[int, int], Kind, str], ...] = (
-    ("tiny", (96, 48), "noise", "tiny"),
-    ("ViT-B/32 fc1", shapes.VIT_B_32.shape("fc1"), "noise", "short"),
-    ("ViT-B/32 fc1", shapes.VIT_B_32.shape("fc1"), "decay", "full"),
-    ("ViT-L/14 fc1", shapes.VIT_L_14.shape("fc1"), "noise", "full"),
-    ("ViT-L/14 fc1", shapes.VIT_L_14.shape("fc1"), "decay", "full"),
-    ("Llama-3.2-1B gate_proj", shapes.LLAMA_1B.shape("gate_proj"), "noise", "full"),
+CASES: tuple[tuple[str, Kind, str], ...] = (
+    ("tiny", "noise", "tiny"),
+    ("ViT-B/32 fc1", "noise", "short"),
+    ("ViT-B/32 fc1", "decay", "full"),
+    ("ViT-L/14 fc1", "noise", "full"),
+    ("ViT-L/14 fc1", "decay", "full"),
+    ("Llama-3.2-1B gate_proj", "noise", "full"),
 )
 ROWS = [
-    Row(f"{name} {of} {shape[0]}x{shape[1]} {kind}", contenders, partial(make, shape, kind), level)
-    for of, shape, kind, level in CASES
+    Row(f"{name} {label} {m}x{n} {kind}", contenders, partial(make, (m, n), kind), level)
+    for label, kind, level in CASES
+    for m, n in [(96, 48) if label == "tiny" else shape_of(label)]
     for name, make, contenders in (
         ("task-part", task_part, (OURS, EIGH, TORCH, TORCH_LOWRANK, NUMPY)),
         ("common-part", common_part, (OURS, TORCH, NUMPY)),
     )
 ]
-
-
-@contests(ROWS)
-def test_subspace(row: Row, contender: str, measure: Callable[[Row, str], None]) -> None:
-    measure(row, contender)

@@ -1,4 +1,4 @@
-"""Two result files side by side: what became slower, faster, less or more exact, and what is missing.
+"""Compare two result files: what became slower, faster, less or more exact, and what is missing.
 
     python -m benchmarks.compare OLD NEW [--all]
 
@@ -29,21 +29,14 @@ LEAST_LOSS = 3.0
 # Below this an error is float64's own rounding.
 NO_ERROR = 1e-13
 
-SAME, SLOWER, FASTER, LESS_EXACT, MORE_EXACT, MISSING, NEW = (
-    "same",
-    "slower",
-    "faster",
-    "less exact",
-    "more exact",
-    "missing",
-    "new",
-)
+SAME, SLOWER, FASTER = "same", "slower", "faster"
+LESS_EXACT, MORE_EXACT, MISSING, NEW = "less exact", "more exact", "missing", "new"
 BAD = {SLOWER, LESS_EXACT, MISSING}
 
 
 @dataclass(frozen=True)
 class Difference:
-    """One figure of both files; ``verdict`` is about ours."""
+    """Set one figure of both files side by side; ``verdict`` is about ours."""
 
     row: str
     figure: str
@@ -53,7 +46,7 @@ class Difference:
 
 
 def compare(old: Results, new: Results) -> list[Difference]:
-    """Every figure of ours in ``old`` beside that in ``new``; rows that only ``new`` has at the end."""
+    """Return every figure of ours in ``old`` beside that in ``new``; rows that only ``new`` has at the end."""
     found: list[Difference] = []
     for row in old.rows:
         if row.ours is None:
@@ -70,7 +63,7 @@ def compare(old: Results, new: Results) -> list[Difference]:
 
 
 def times(old: Results, row: ResultRow, new: Results, other: ResultRow) -> Iterator[Difference]:
-    """Against every baseline that both have; where there is none, against the roofline."""
+    """Compare times over every baseline that both have; where there is none, over the roofline."""
     shared = [name for name in row.baselines if name in other.baselines]
     for name in shared:
         before, after = old.ratio(row, name), new.ratio(other, name)
@@ -78,17 +71,14 @@ def times(old: Results, row: ResultRow, new: Results, other: ResultRow) -> Itera
     if shared or not (row.ours and other.ours and row.ours.roofline and other.ours.roofline):
         return
     before, after = (
-        Ratio(share, share * math.exp(-spread), share * math.exp(spread))
-        for share, spread in (
-            (row.ours.roofline, SPREAD * old.common_deviation),
-            (other.ours.roofline, SPREAD * new.common_deviation),
-        )
+        Ratio(share, share * math.exp(-SPREAD * deviation), share * math.exp(SPREAD * deviation))
+        for share, deviation in ((row.ours.roofline, old.common_deviation), (other.ours.roofline, new.common_deviation))
     )
     yield Difference(row.name, "of roofline", str(before), str(after), changed(before, after))
 
 
 def changed(before: Ratio, after: Ratio) -> str:
-    """Ratios are times of others over ours: larger is faster."""
+    """Return the verdict on two ratios of others' times over ours: larger is faster."""
     change = math.log(after.value / before.value)
     spread = math.hypot(math.log(before.high / before.value), math.log(after.high / after.value))
     if abs(change) <= max(spread, math.log(LEAST_CHANGE)):
@@ -106,7 +96,7 @@ def errors(row: ResultRow, other: ResultRow) -> Iterator[Difference]:
 
 
 def outside(old: Results, new: Results) -> list[str]:
-    """Ratios of ``new`` that lie outside the spread that ``old`` gives them."""
+    """Return the ratios of ``new`` that lie outside the spread that ``old`` gives them."""
     found = []
     for row, baseline, before in old.ratios():
         other = new.row(row.name)
@@ -118,6 +108,7 @@ def outside(old: Results, new: Results) -> list[str]:
 
 
 def print_comparison(old: Results, new: Results, differences: list[Difference], *, everything: bool) -> None:
+    """Print the machines, the differences, and how many there are."""
     out = Console(width=160, soft_wrap=True, highlight=False)
     for label, results in (("old", old), ("new", new)):
         versions = results.machine["versions"]
@@ -139,7 +130,7 @@ def print_comparison(old: Results, new: Results, differences: list[Difference], 
     counts = {verdict: sum(entry.verdict == verdict for entry in differences) for verdict in (SAME, *sorted(BAD))}
     out.print(", ".join(f"{count} {verdict}" for verdict, count in counts.items()))
     strays = outside(old, new)
-    out.print(f"{len(strays)} of {sum(1 for _ in old.ratios())} ratios outside the spread that the old file gives them")
+    out.print(f"{len(strays)} of {len(old.ratios())} ratios outside the spread that the old file gives them")
     if everything:
         for line in strays:
             out.print(f"  {line}")

@@ -1,4 +1,4 @@
-"""Every form of every kernel compiled ahead of time for the GPUs it is meant for, and what came of it.
+"""Compile every form of every kernel ahead of time for the GPUs it is meant for, and show what came of it.
 
     python -m benchmarks.compile_table                          the table; exit code 1 where a row is not as it must be
     python -m benchmarks.compile_table --write docs/kernels.md  into that file too
@@ -34,16 +34,17 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from benchmarks.harness.markdown import table, write_between
 from isomerge_kernels import apply_delta, symmetric_matmul, task_sum
 from isomerge_kernels._launch import OPTIONS, Config
 
-BEGIN, END = "<!-- compile table -->", "<!-- end of compile table -->"
+MARKS = ("<!-- compile table -->", "<!-- end of compile table -->")
 KIB = 1024
 
 
 @dataclass(frozen=True)
 class Target:
-    """A GPU to compile for; ``shared_bytes`` is the most that one block may have."""
+    """Name a GPU to compile for; ``shared_bytes`` is the most that one block may have."""
 
     name: str
     backend: str
@@ -66,7 +67,14 @@ TARGETS = (
 
 @dataclass(frozen=True)
 class Form:
-    """One compiled form of a kernel: its arguments' types, its constants and its options."""
+    """Hold one compiled form of a kernel: its arguments' types, its constants and its options.
+
+    Attributes:
+        aligned: the 32-bit integers and pointers that the launcher makes multiples of 16.
+        vector_loads, vector_stores: how many there must be at least.
+        dots: what is multiplied ("half", "tf32x3", …), or "".
+        but_not_on: targets whose launcher never takes it.
+    """
 
     kernel: str
     label: str
@@ -74,17 +82,16 @@ class Form:
     signature: dict[str, str]
     constants: dict[str, Any]
     options: dict[str, int | None]
-    # Of the 32-bit integers and pointers that the launcher makes multiples of 16.
     aligned: tuple[str, ...]
     vector_loads: int
     vector_stores: int
-    dots: str = ""  # "", or what is multiplied: "half", "tf32x3", …
-    but_not_on: tuple[str, ...] = ()  # targets whose launcher never takes it
+    dots: str = ""
+    but_not_on: tuple[str, ...] = ()
 
 
 @dataclass
 class Row:
-    """What the compiler made of one form for one target; ``wrong`` lists what must not be."""
+    """Hold what the compiler made of one form for one target; ``wrong`` lists what must not be."""
 
     kernel: str
     label: str
@@ -93,25 +100,17 @@ class Row:
     registers: int | None = None
     spilled_bytes: int | None = None
     shared_bytes: int | None = None
-    vector_loads: int = 0
-    vector_stores: int = 0
-    matrix_instructions: int = 0
     wrong: list[str] = field(default_factory=list)
 
 
 TL = {"fp64": tl.float64, "fp32": tl.float32, "bf16": tl.bfloat16, "fp16": tl.float16}
+SUMS = "bf16 fp32, bf16 fp64, fp16 fp32, fp32 fp32, fp32 fp64, fp64 fp64"
+UPDATES = "bf16 fp32 bf16, bf16 fp64 bf16, fp16 fp32 fp16, fp32 fp32 fp32, fp32 fp32 bf16, fp64 fp64 fp64"
 
 
 def forms() -> Iterator[Form]:
-    """Every configuration, by the dtypes that merges bring; the rarer turns of a kernel in its first configuration."""
-    for expert, total in (
-        ("bf16", "fp32"),
-        ("bf16", "fp64"),
-        ("fp16", "fp32"),
-        ("fp32", "fp32"),
-        ("fp32", "fp64"),
-        ("fp64", "fp64"),
-    ):
+    """Yield every configuration, by the dtypes that merges bring; the rarer turns of a kernel in its first one."""
+    for expert, total in map(str.split, SUMS.split(",")):
         configs = task_sum.CONFIGS[torch.float64 if expert == "fp64" else torch.float32]
         for config in configs:
             yield sum_form(expert, total, config)
@@ -120,14 +119,7 @@ def forms() -> Iterator[Form]:
     yield sum_form("bf16", "fp32", first, "added to S", ADD=True)
     yield sum_form("bf16", "fp32", first, "not aligned", ALIGNMENT=1)
     yield added_form()
-    for base, delta, out in (
-        ("bf16", "fp32", "bf16"),
-        ("bf16", "fp64", "bf16"),
-        ("fp16", "fp32", "fp16"),
-        ("fp32", "fp32", "fp32"),
-        ("fp32", "fp32", "bf16"),
-        ("fp64", "fp64", "fp64"),
-    ):
+    for base, delta, out in map(str.split, UPDATES.split(",")):
         for config in apply_delta.CONFIGS:
             yield apply_form(base, delta, out, config)
     for config in apply_delta.CONFIGS:
@@ -139,26 +131,24 @@ def forms() -> Iterator[Form]:
             yield product_form(key, config, False, has_c=False)
 
 
+def typed(**names_by_type: str) -> dict[str, str]:
+    return {name: kind for kind, names in names_by_type.items() for name in names.split()}
+
+
 def sum_form(expert: str, total: str, config: task_sum.SumConfig, note: str = "", **changes: Any) -> Form:
-    """``task_sum`` of experts and a base of one dtype; ``changes`` to its constants, which ``note`` names."""
+    """Return ``task_sum`` of experts and a base of one dtype; ``changes`` to its constants, which ``note`` names."""
     constants: dict[str, Any] = {"EXPERT": TL[expert], "COMPUTE": TL["fp64" if expert == "fp64" else "fp32"]}
     constants |= {"BLOCK": config.block, "STAGES": config.num_stages}
     constants |= {"HAS_BASE": True, "ADD": False, "ALIGNMENT": 16} | changes
+    pointers = {"table": "*i64", "base": f"*{expert}", "out": f"*{total}", "of_blocks": "*fp64"}
     return Form(
         "task_sum",
         f"{expert} → {total}" + (f", {note}" if note else ""),
         f"{config.block}, {config.num_warps} warp{'s' if config.num_warps > 1 else ''}, {config.num_stages} stages",
-        {
-            "table": "*i64",
-            "base": f"*{expert}",
-            "out": f"*{total}",
-            "of_blocks": "*fp64",
-            **dict.fromkeys(("n_tasks", "n_blocks"), "i32"),
-            **dict.fromkeys(("elements", "base_stride", "out_stride", "kind_stride", "task_stride"), "i64"),
-        },
+        pointers | typed(i32="n_tasks n_blocks", i64="elements base_stride out_stride kind_stride task_stride"),
         constants,
         {"num_warps": config.num_warps},
-        ("table", "base", "out", "of_blocks", "elements", "base_stride", "out_stride"),
+        (*pointers, "elements", "base_stride", "out_stride"),
         # Of the base and of the experts, which are read in vectors only where their addresses allow it.
         vector_loads=int(constants["HAS_BASE"]) + int(constants["ALIGNMENT"] == 16),
         vector_stores=1,
@@ -166,68 +156,53 @@ def sum_form(expert: str, total: str, config: task_sum.SumConfig, note: str = ""
 
 
 def added_form() -> Form:
-    """The second kernel of ``task_sum``, which adds up what the first saw."""
+    """Return the second kernel of ``task_sum``, which adds up what the first saw."""
+    pointers = {**dict.fromkeys(("of_blocks", "squares", "largest"), "*fp64"), "nonfinite": "*i64"}
     return Form(
         "add_up",
         "statistics of blocks",
         f"{task_sum.ADDED_BLOCK}, {task_sum.ADDED_WARPS} warps",
-        {
-            **dict.fromkeys(("of_blocks", "squares", "largest"), "*fp64"),
-            "nonfinite": "*i64",
-            "n_blocks": "i32",
-            "kind_stride": "i64",
-        },
+        pointers | typed(i32="n_blocks", i64="kind_stride"),
         {"BLOCK": task_sum.ADDED_BLOCK},
         {"num_warps": task_sum.ADDED_WARPS},
-        ("of_blocks", "squares", "largest", "nonfinite"),
+        tuple(pointers),
         vector_loads=0,  # a member's blocks begin anywhere
         vector_stores=0,
     )
 
 
 def apply_form(base: str, delta: str, out: str, config: Config, note: str = "", **changes: Any) -> Form:
-    """``apply_delta``; ``changes`` to its constants, which ``note`` names."""
-    strides = ("base_stride", "delta_stride", "out_stride", "output_stride")
+    """Return ``apply_delta``; ``changes`` to its constants, which ``note`` names."""
+    pointers = {"base": f"*{base}", "delta": f"*{delta}", "out": f"*{out}"}
+    strides = "base_stride delta_stride out_stride output_stride"
     return Form(
         "apply_delta",
         f"{base} + {delta} → {out}" + (f", {note}" if note else ""),
         f"{config.block}, {config.num_warps} warps",
-        {
-            "base": f"*{base}",
-            "delta": f"*{delta}",
-            "out": f"*{out}",
-            "scalings": "*fp64",
-            **dict.fromkeys(("n_outputs", "n_blocks"), "i32"),
-            **dict.fromkeys(("seed", "first", "elements", *strides), "i64"),
-        },
+        {**pointers, "scalings": "*fp64"} | typed(i32="n_outputs n_blocks", i64=f"seed first elements {strides}"),
         {"STOCHASTIC": False, "BLOCK": config.block} | changes,
         {"num_warps": config.num_warps},
-        ("base", "delta", "out", "elements", *strides),
+        (*pointers, "elements", *strides.split()),
         vector_loads=2,
         vector_stores=1,
     )
 
 
 def product_form(key: str, config: symmetric_matmul.TileConfig, transposed: bool, *, has_c: bool = True) -> Form:
-    """A Aᵀ of a matrix with its rows side by side, or Aᵀ A of it."""
+    """Return A Aᵀ of a matrix with its rows side by side, or Aᵀ A of it."""
     element = {"fp64": "fp64", "half": "bf16"}.get(key, "fp32")
     on_sm_80 = symmetric_matmul.default_config(key, (8, 0), symmetric_matmul.LARGE_TILES)
     shape = f"{config.block} × {config.block} × {config.block_k}"
-    ones, strides = ("a_row", "b_column"), ("a_column", "b_row")
-    if not transposed:
-        ones, strides = strides, ones
+    ones, strides = ("a_row b_column", "a_column b_row") if transposed else ("a_column b_row", "a_row b_column")
+    pointers, sizes = dict.fromkeys("abc", f"*{element}") | {"out": f"*{element}"}, "n k"
+    strides = f"a_batch b_batch c_batch c_row out_batch out_row {strides}"
     return Form(
         "symmetric_matmul",
         {"half": "bf16"}.get(key, key) + (", Aᵀ A" if transposed else ", A Aᵀ") + ("" if has_c else ", no C"),
         f"{shape}, {config.num_warps} warps, {config.num_stages} stages",
+        pointers | typed(i32=f"{sizes} tiles", i64=strides, fp64="alpha beta gamma"),
         {
-            **dict.fromkeys(("a", "b", "c", "out"), f"*{element}"),
-            **dict.fromkeys(("n", "k", "tiles"), "i32"),
-            **dict.fromkeys(("a_batch", "b_batch", "c_batch", "c_row", "out_batch", "out_row", *strides), "i64"),
-            **dict.fromkeys(("alpha", "beta", "gamma"), "fp64"),
-        },
-        {
-            **dict.fromkeys(ones, 1),
+            **dict.fromkeys(ones.split(), 1),
             "HAS_C": has_c,
             "PRECISION": key if element == "fp32" else "ieee",
             "BLOCK": config.block,
@@ -235,7 +210,7 @@ def product_form(key: str, config: symmetric_matmul.TileConfig, transposed: bool
             "GROUP": symmetric_matmul.GROUP,
         },
         {"num_warps": config.num_warps, "num_stages": config.num_stages, "maxnreg": config.max_registers},
-        ("a", "b", "c", "out", "n", "k", "a_batch", "b_batch", "c_batch", "c_row", "out_batch", "out_row", *strides),
+        (*pointers, *sizes.split(), *strides.split()),
         vector_loads=2,
         vector_stores=2,  # the tile and its mirror
         dots=key,
@@ -260,7 +235,7 @@ VECTOR_STORE = {
 
 
 def matrix_instructions(form: Form, target: Target) -> tuple[str, int]:
-    """What has to multiply (a pattern), and how many of it one step along k takes; ("", 0) where no matrix unit does.
+    """Return a pattern of what has to multiply, and how many of it one step along k takes; ("", 0) where nothing does.
 
     That is by design for ieee products on NVIDIA, and for float64 on sm_100, where Triton gives it none.
     """
@@ -284,12 +259,12 @@ def matrix_instructions(form: Form, target: Target) -> tuple[str, int]:
 
 
 def is_supported(form: Form, target: Target) -> bool:
-    """gfx942 has no tf32; everything else exists everywhere."""
+    """Return whether a target has a form: gfx942 has no tf32; everything else exists everywhere."""
     return (target.is_nvidia or not form.dots.startswith("tf32")) and target.name not in form.but_not_on
 
 
 def compile_row(form: Form, target: Target) -> Row:
-    """One form for one target. The compiler's own failure is a wrong row too."""
+    """Compile one form for one target; the compiler's own failure is a wrong row too."""
     row = Row(form.kernel, form.label, form.config, target.name)
     kernel = KERNELS[form.kernel]
     names = kernel.arg_names
@@ -304,36 +279,29 @@ def compile_row(form: Form, target: Target) -> Row:
         row.wrong.append(f"{type(error).__name__}: {str(error).splitlines()[0][:200]}")
         return row
     text = compiled.asm["ptx" if target.is_nvidia else "amdgcn"]
-    row.shared_bytes = compiled.metadata.shared
+    row.shared_bytes = shared = int(compiled.metadata.shared)
     if target.is_nvidia:
         row.registers, row.spilled_bytes = nvidia_usage(compiled.asm["cubin"])
     else:
         row.registers = int(re.findall(r"\.vgpr_count:\s*(\d+)", text)[0])
         row.spilled_bytes = 4 * int(re.findall(r"\.vgpr_spill_count:\s*(\d+)", text)[0])
-    row.vector_loads = len(re.findall(VECTOR_LOAD[target.is_nvidia], text))
-    row.vector_stores = len(re.findall(VECTOR_STORE[target.is_nvidia], text))
-    pattern, expected = matrix_instructions(form, target)
-    row.matrix_instructions = len(re.findall(pattern, text)) if pattern else 0
-    row.wrong += faults(row, form, target, expected)
+    if row.spilled_bytes:
+        row.wrong.append(f"{row.spilled_bytes} bytes a thread in local memory")
+    if shared > target.shared_bytes:
+        row.wrong.append(f"{shared} bytes of shared memory, {target.shared_bytes} are there")
+    for name, pattern, expected in (
+        ("vector loads", VECTOR_LOAD[target.is_nvidia], form.vector_loads),
+        ("vector stores", VECTOR_STORE[target.is_nvidia], form.vector_stores),
+        ("matrix instructions", *matrix_instructions(form, target)),
+    ):
+        count = len(re.findall(pattern, text)) if expected else 0
+        if count < expected:
+            row.wrong.append(f"{count} {name}, expected {expected} or more")
     return row
 
 
-def faults(row: Row, form: Form, target: Target, matrix_expected: int) -> Iterator[str]:
-    """What a row must not be."""
-    if row.spilled_bytes:
-        yield f"{row.spilled_bytes} bytes a thread in local memory"
-    if row.shared_bytes is None or row.shared_bytes > target.shared_bytes:
-        yield f"{row.shared_bytes} bytes of shared memory, {target.shared_bytes} are there"
-    if row.vector_loads < form.vector_loads:
-        yield f"{row.vector_loads} vector loads, expected {form.vector_loads} or more"
-    if row.vector_stores < form.vector_stores:
-        yield f"{row.vector_stores} vector stores, expected {form.vector_stores} or more"
-    if row.matrix_instructions < matrix_expected:
-        yield f"{row.matrix_instructions} matrix instructions, expected {matrix_expected} or more"
-
-
 def nvidia_usage(cubin: bytes) -> tuple[int, int]:
-    """(registers a thread, bytes of local memory a thread) as the assembler recorded them."""
+    """Return (registers a thread, bytes of local memory a thread) as the assembler recorded them."""
     tool = knobs.nvidia.cuobjdump.path
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -345,30 +313,26 @@ def nvidia_usage(cubin: bytes) -> tuple[int, int]:
     return found["REG"], found["STACK"] + found["LOCAL"]
 
 
-def _compile(job: tuple[Form, Target]) -> Row:
-    return compile_row(*job)
-
-
 def all_rows() -> list[Row]:
-    """Every form for every target that has it, one process a core; Triton's cache makes a second time fast."""
+    """Compile every form for every target that has it, on all cores; Triton's cache makes a second time fast."""
     jobs = [(form, target) for form in forms() for target in TARGETS if is_supported(form, target)]
     with ProcessPoolExecutor(max_workers=os.cpu_count(), mp_context=get_context("spawn")) as pool:
-        return list(pool.map(_compile, jobs, chunksize=8))
+        return list(pool.map(compile_row, *zip(*jobs, strict=True), chunksize=8))
 
 
 def markdown(rows: list[Row]) -> str:
-    """One line a form, one column a target: registers a thread / KiB of shared memory / bytes spilled."""
+    """Return one line for each form, one column for each target: registers / KiB of shared memory / bytes spilled."""
     cells: dict[tuple[str, str, str], dict[str, str]] = {}
     for row in rows:
         shared = "?" if row.shared_bytes is None else f"{row.shared_bytes / KIB:.0f}"
         cell = f"{row.registers} / {shared} / {row.spilled_bytes}" if not row.wrong else "; ".join(row.wrong)
         cells.setdefault((row.kernel, row.label, row.config), {})[row.target] = cell
     names = [target.name for target in TARGETS]
-    lines = ["| kernel | form | configuration | " + " | ".join(names) + " |", "|---" * (3 + len(names)) + "|"]
-    for (kernel, label, config), columns in cells.items():
-        values = " | ".join(columns.get(name, "–") for name in names)
-        lines.append(f"| `{kernel}` | {label} | {config} | {values} |")
-    return "\n".join(lines)
+    lines = [
+        (f"`{kernel}`", *rest, *(columns.get(name, "–") for name in names))
+        for (kernel, *rest), columns in cells.items()
+    ]
+    return table(("kernel", "form", "configuration", *names), lines)
 
 
 def main() -> int:
@@ -378,17 +342,14 @@ def main() -> int:
     arguments = parser.parse_args()
     rows = all_rows()
     caption = f"Triton {version('triton')}: registers a thread / KiB of shared memory / bytes spilled a thread."
-    table = f"{caption}\n\n{markdown(rows)}"
+    text = f"{caption}\n\n{markdown(rows)}"
     wrong = [row for row in rows if row.wrong]
-    print(json.dumps([asdict(row) for row in rows]) if arguments.json else table)
+    print(json.dumps([asdict(row) for row in rows]) if arguments.json else text)
     print(f"{len(rows)} compiled, {len(wrong)} not as they must be", file=sys.stderr)
     for row in wrong:
         print(f"  {row.kernel} {row.label} {row.config} {row.target}: {'; '.join(row.wrong)}", file=sys.stderr)
     if arguments.write is not None:
-        text = arguments.write.read_text(encoding="utf-8")
-        head, rest = text.split(BEGIN, 1)
-        tail = rest.split(END, 1)[1]
-        arguments.write.write_text(f"{head}{BEGIN}\n{table}\n{END}{tail}", encoding="utf-8")
+        write_between(arguments.write, MARKS, text)
     return 1 if wrong else 0
 
 

@@ -1,8 +1,7 @@
-"""Iso-C and Iso-CTS as published (arXiv 2502.04959), in plain numpy.
+"""Merge by Iso-C and Iso-CTS as published (arXiv 2502.04959), in plain numpy.
 
-One full SVD of a matrix for Iso-C, T + 3 for Iso-CTS: what a reader of the paper would write without a framework, in
-the dtype of the deltas. In float32 it is a baseline of the benchmarks, in float64 another one, and what all errors are
-relative to.
+Iso-C takes one full SVD of a matrix, Iso-CTS T + 3, in the dtype of the deltas: what a reader of the paper would write
+without a framework. In float32 and in float64 it is a baseline of the benchmarks; all errors are relative to float64.
 """
 
 from __future__ import annotations
@@ -13,22 +12,22 @@ import numpy as np
 
 
 def polar(x: np.ndarray) -> np.ndarray:
-    """U Vᵀ of the thin SVD X = U Σ Vᵀ, [M, N] -> [M, N]."""
+    """Return U Vᵀ of the thin SVD X = U Σ Vᵀ, [M, N] -> [M, N]."""
     u, _, vt = np.linalg.svd(x, full_matrices=False)
     return u @ vt
 
 
 def iso_c(deltas: Sequence[np.ndarray]) -> np.ndarray:
-    """σ̄ U Vᵀ of S = Σ_t Δ_t, σ̄ the mean of its singular values; T deltas [M, N] -> [M, N]."""
+    """Return σ̄ U Vᵀ of S = Σ_t Δ_t, σ̄ the mean of its singular values; T deltas [M, N] -> [M, N]."""
     u, sigma, vt = np.linalg.svd(np.sum(deltas, axis=0), full_matrices=False)
     return sigma.mean() * (u @ vt)
 
 
-def iso_cts(deltas: Sequence[np.ndarray], common_fraction: float = 0.8) -> np.ndarray:
-    """σ̄ U° V°ᵀ: the top k directions of S and the top s of every Δ_t − U_k U_kᵀ Δ_t, orthogonalised; [M, N]."""
+def iso_cts(deltas: Sequence[np.ndarray]) -> np.ndarray:
+    """Return σ̄ U° V°ᵀ: the top k directions of S and s of every Δ_t − U_k U_kᵀ Δ_t, orthogonalised; [M, N]."""
     total = np.sum(deltas, axis=0)
     short, tasks = min(total.shape), len(deltas)
-    s = round((short - int(short * common_fraction)) / tasks)
+    s = round((short - int(short * 0.8)) / tasks)
     k = short - s * tasks
     u, sigma, vt = np.linalg.svd(total, full_matrices=False)
     u_k, v_k = u[:, :k], vt[:k].T

@@ -1,10 +1,10 @@
-"""All benchmarks in one command: several passes, a table, a result file, pictures.
+"""Run all benchmarks: several passes, a table, a result file, pictures.
 
     python -m benchmarks.run [--level short] [--passes 3] [--device cpu] [--only methods,polar] [--out FILE]
 
-Each pass is a process of its own (``pytest benchmarks --benchmark-json``) that measures every contender of every row,
-those of a row right after each other. A ratio is the median over the passes of (seconds of the baseline / seconds of
-ours); its spread is what another run on the same machine stays within (``results.Results.ratio``).
+Each pass is a process of its own (``benchmarks.harness.one_pass``) that measures every contender of every row, those of
+a row right after each other. A ratio is the median over the passes of (seconds of the baseline / seconds of ours); its
+spread is what another run on the same machine stays within (``results.Results.ratio``).
 
     python -m benchmarks.run --table FILE                         the tables of a result file once more
     python -m benchmarks.run --table FILE --write README.md …     into these files, between their marks; and pictures
@@ -15,14 +15,16 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.harness.markdown import write_between
 from benchmarks.harness.pictures import draw
+from benchmarks.harness.readings import read_rows
 from benchmarks.harness.results import Results, gather, machine_label
 from benchmarks.harness.rows import LEVELS
 from benchmarks.harness.scratch import VARIABLE
@@ -30,79 +32,57 @@ from benchmarks.harness.table import markdown, print_results, summary
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+SUITES = "kernels,polar,subspace,methods,merge,io"
 MARKS = {
     ("<!-- benchmark tables -->", "<!-- end of benchmark tables -->"): markdown,
     ("<!-- benchmark summary -->", "<!-- end of benchmark summary -->"): summary,
 }
 
 
-def one_pass(
-    number: int, file: Path, *, level: str, device: str, only: str | None, plugins: list[str]
-) -> tuple[int, list[str]]:
-    """(exit code, reasons why something was skipped) of one process over all rows; ``file``'s folder is shared by all
-    passes.
-    """
-    names = only.split(",") if only else ["kernels", "polar", "subspace", "methods", "merge", "io"]
-    files = [str(ROOT / "benchmarks" / f"bench_{name}.py") for name in names]
-    command = [str(Path(sys.executable).parent / "pytest"), *files, "--rootdir", str(ROOT), "-q", "-rs"]
-    command += ["--level", level, "--device", device, f"--benchmark-json={file}", "--benchmark-quiet"]
-    command += ["--later-pass"] if number else []
-    for plugin in plugins:
-        command += ["-p", plugin]
-    environment = {VARIABLE: str(file.parent), **os.environ}
-    outcome = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    if outcome.returncode:
-        print(outcome.stdout[-6000:], outcome.stderr[-2000:], sep="\n", file=sys.stderr)
-    reasons = re.findall(r"^SKIPPED \[\d+\] \S+: (.*)$", outcome.stdout, flags=re.MULTILINE)
-    return outcome.returncode, sorted(set(reasons))
-
-
 def run(
-    *, level: str, passes: int, device: str, minutes: float, only: str | None = None, plugins: list[str] | None = None
+    *, level: str, passes: int, device: str, minutes: float, only: str | None = None, plugins: Sequence[str] = ()
 ) -> Results:
-    """All passes that fit into ``minutes``, the first in any case.
+    """Return the results of all passes that fit into ``minutes``, the first in any case.
 
     Raises:
-        RuntimeError: a pass failed, because a result was not as exact as it must be, or for another reason; what pytest
+        RuntimeError: a pass failed, because a result was not as exact as it must be, or for another reason; what it
             said is on standard error.
     """
     started = time.monotonic()
+    command = [sys.executable, "-m", "benchmarks.harness.one_pass"]
+    settings = {"level": level, "device": device, "suites": (only or SUITES).split(","), "plugins": plugins}
     with tempfile.TemporaryDirectory(prefix="isomerge-bench-") as folder:
-        files, skipped = [], []
-        took = 0.0
+        # Threads that wait give way soon, as under the command line (see ``isomerge_fast.cli.main``).
+        environment = {VARIABLE: folder, "GOMP_SPINCOUNT": "10000", **os.environ}
+        files, took = [], 0.0
         for number in range(passes):
             elapsed = time.monotonic() - started
             # The first pass also makes the inputs, judges, and has the rows that are measured once.
             if elapsed + (0.6 if number == 1 else 1.0) * took > 60 * minutes:
                 print(f"{number} of {passes} passes: another would take more than {minutes:g} minutes", flush=True)
                 break
-            file = Path(folder) / f"pass-{number}.json"
-            options = {"level": level, "device": device, "only": only, "plugins": plugins or []}
-            code, reasons = one_pass(number, file, **options)
-            if code:
-                raise RuntimeError(f"pass {number + 1} failed (pytest exited with {code})")
-            files.append(file)
-            skipped = skipped or reasons
-            count = len(json.loads(file.read_text())["benchmarks"])
+            files.append(Path(folder) / f"pass-{number}.json")
+            words = [str(files[-1]), json.dumps({**settings, "is_later": number > 0})]
+            outcome = subprocess.run([*command, *words], cwd=ROOT, env=environment, capture_output=True)
+            if outcome.returncode:
+                print(outcome.stderr.decode(errors="replace")[-8000:], file=sys.stderr)
+                raise RuntimeError(f"pass {number + 1} failed (exit code {outcome.returncode})")
             took = time.monotonic() - started - elapsed
+            count = sum("seconds" in row for row in read_rows(files[-1]))
             print(f"pass {number + 1} of {passes}: {count} measured, {took:.0f} s", flush=True)
-        return gather(files, level=level, seconds=time.monotonic() - started, skipped=skipped)
+        return gather(files, level=level, seconds=time.monotonic() - started)
 
 
 def write_tables(path: Path, results: Results) -> None:
-    """All tables, and the summary, into a Markdown file, each between its marks where it has them.
+    """Write all tables, and the summary, into a Markdown file, each between its marks where it has them.
 
     Raises:
         ValueError: it has neither.
     """
-    text, found = path.read_text(), False
-    for (begin, end), make in MARKS.items():
-        if begin in text:
-            start = text.index(begin) + len(begin)
-            text, found = f"{text[:start]}\n{make(results)}\n{text[text.index(end) :]}", True
-    if not found:
-        raise ValueError(f"{path}: has no marks such as {next(iter(MARKS))[0]}")
-    path.write_text(text)
+    text = path.read_text(encoding="utf-8")
+    found = [marks for marks in MARKS if marks[0] in text] or list(MARKS)[:1]
+    for marks in found:
+        write_between(path, marks, MARKS[marks](results))
 
 
 def main() -> int:
@@ -111,7 +91,7 @@ def main() -> int:
     parser.add_argument("--passes", type=int, default=3)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--minutes", type=float, default=9.8, help="no pass is begun that would not end by then")
-    parser.add_argument("--only", help="suites, by comma: kernels, polar, subspace, methods, merge, io")
+    parser.add_argument("--only", help=f"suites, by comma: {SUITES.replace(',', ', ')}")
     parser.add_argument("--out", type=Path, help="benchmarks/results/<machine>.json when left out")
     parser.add_argument("--table", type=Path, help="print a result file; nothing is measured")
     parser.add_argument(
@@ -126,14 +106,9 @@ def main() -> int:
         if options.write:
             draw(results, options.table.parent, options.table.stem)
         return 0
+    settings = {key: getattr(options, key) for key in ("level", "passes", "device", "minutes", "only")}
     try:
-        results = run(
-            level=options.level,
-            passes=options.passes,
-            device=options.device,
-            minutes=options.minutes,
-            only=options.only,
-        )
+        results = run(**settings)
     except RuntimeError as error:
         print(error, file=sys.stderr)
         return 1

@@ -1,77 +1,124 @@
-"""The matrices of real models, from the numbers in their configs: what benchmarks take their shapes from."""
+"""List the tensors of published models as Hugging Face stores them, from the numbers in their configs.
+
+Every benchmark takes its shapes from here. Nothing is imported: the processes that start others stay small.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from functools import partial
+
+Shapes = dict[str, tuple[int, ...]]
 
 
-@dataclass(frozen=True)
-class Matrix:
-    """A weight of ``rows`` x ``columns``, ``count`` times in the model."""
-
-    name: str
-    rows: int
-    columns: int
-    count: int
-
-
-@dataclass(frozen=True)
-class Model:
-    name: str
-    matrices: tuple[Matrix, ...]
-
-    @property
-    def parameters(self) -> int:
-        """Of the matrices."""
-        return sum(matrix.rows * matrix.columns * matrix.count for matrix in self.matrices)
-
-    def shape(self, name: str) -> tuple[int, int]:
-        """(rows, columns) of a matrix."""
-        matrix = next(matrix for matrix in self.matrices if matrix.name == name)
-        return matrix.rows, matrix.columns
+def clip_vision_tower(width: int, layers: int) -> Shapes:
+    """Return the matrices of CLIP's vision tower: four projections of attention and two of the MLP in each layer."""
+    shapes: Shapes = {}
+    for layer in range(layers):
+        prefix = f"vision_model.encoder.layers.{layer}."
+        shapes |= {f"{prefix}self_attn.{name}_proj.weight": (width, width) for name in ("q", "k", "v", "out")}
+        shapes |= {f"{prefix}mlp.fc1.weight": (4 * width, width), f"{prefix}mlp.fc2.weight": (width, 4 * width)}
+    return shapes
 
 
-def clip_vision_tower(name: str, *, width: int, layers: int) -> Model:
-    """Of CLIP as Hugging Face stores it: four projections of attention, two matrices of the MLP."""
-    return Model(
-        name,
-        (
-            Matrix("q_proj", width, width, 4 * layers),
-            Matrix("fc1", 4 * width, width, layers),
-            Matrix("fc2", width, 4 * width, layers),
-        ),
-    )
+def llama(
+    width: int, inner: int, layers: int, vocabulary: int = 128_256, *, kv: int | None = None, tied: bool = False
+) -> Shapes:
+    """Return the tensors of a Llama; ``kv`` is the width of keys and values, ``width`` by default."""
+    shapes = _tables(width, vocabulary, tied)
+    for layer in range(layers):
+        shapes |= _attention(layer, width, width, kv or width)
+        shapes |= _mlp(f"model.layers.{layer}.mlp.", width, inner)
+        shapes |= _norms(layer, width)
+    return shapes
 
 
-def llama(name: str, *, width: int, inner: int, layers: int, kv: int, vocabulary: int, tied: bool) -> Model:
-    """Of a Llama with grouped queries; ``kv`` columns of keys and of values."""
-    return Model(
-        name,
-        (
-            Matrix("q_proj", width, width, 2 * layers),
-            Matrix("k_proj", kv, width, 2 * layers),
-            Matrix("gate_proj", inner, width, 2 * layers),
-            Matrix("down_proj", width, inner, layers),
-            Matrix("embed_tokens", vocabulary, width, 1 if tied else 2),
-        ),
-    )
+def qwen3_moe(layers: int = 48, experts: int = 128) -> Shapes:
+    """Return the tensors of Qwen3-30B-A3B."""
+    width, inner, heads, kv_heads, head = 2048, 768, 32, 4, 128
+    shapes = _tables(width, 151_936)
+    for layer in range(layers):
+        mlp = f"model.layers.{layer}.mlp."
+        shapes |= _attention(layer, width, heads * head, kv_heads * head, head_norm=head)
+        shapes[f"{mlp}gate.weight"] = (experts, width)
+        for expert in range(experts):
+            shapes |= _mlp(f"{mlp}experts.{expert}.", width, inner)
+        shapes |= _norms(layer, width)
+    return shapes
 
 
-VIT_B_32 = clip_vision_tower("ViT-B/32", width=768, layers=12)
-VIT_L_14 = clip_vision_tower("ViT-L/14", width=1024, layers=24)
-LLAMA_1B = llama("Llama-3.2-1B", width=2048, inner=8192, layers=16, kv=512, vocabulary=128_256, tied=True)
-LLAMA_8B = llama("Llama-3-8B", width=4096, inner=14_336, layers=32, kv=1024, vocabulary=128_256, tied=False)
-LLAMA_70B = llama("Llama-3-70B", width=8192, inner=28_672, layers=80, kv=1024, vocabulary=128_256, tied=False)
-QWEN_MOE = Model(
-    "Qwen3-30B-A3B",
-    (
-        Matrix("q_proj", 4096, 2048, 48),
-        Matrix("o_proj", 2048, 4096, 48),
-        Matrix("k_proj", 512, 2048, 2 * 48),
-        Matrix("gate", 128, 2048, 48),
-        Matrix("experts.gate_proj", 768, 2048, 2 * 128 * 48),
-        Matrix("experts.down_proj", 2048, 768, 128 * 48),
-        Matrix("embed_tokens", 151_936, 2048, 2),
-    ),
-)
-MODELS = (VIT_B_32, VIT_L_14, LLAMA_1B, LLAMA_8B, LLAMA_70B, QWEN_MOE)
+def glm4_moe() -> Shapes:
+    """Return the tensors of GLM-4.5 (zai-org/GLM-4.5): 358,337,791,296 parameters, 160 experts in each layer.
+
+    Layer 92 is for multi-token prediction and has token tables of its own. The published 355 billion count neither
+    these nor the model's. (One float32 vector a layer, ``e_score_correction_bias``, is bf16 here.)
+    """
+    width, inner, expert_inner, experts = 5120, 12_288, 1536, 160
+    heads, kv_heads, head, vocabulary = 96, 8, 128, 151_552
+    dense_layers, layers = 3, 92
+    shapes = _tables(width, vocabulary)
+    for layer in range(layers + 1):
+        prefix = f"model.layers.{layer}."
+        shapes |= _attention(layer, width, heads * head, kv_heads * head, head_norm=head)
+        shapes[f"{prefix}self_attn.q_proj.bias"] = (heads * head,)
+        shapes |= {f"{prefix}self_attn.{name}_proj.bias": (kv_heads * head,) for name in "kv"}
+        if layer < dense_layers:
+            shapes |= _mlp(f"{prefix}mlp.", width, inner)
+        else:
+            shapes[f"{prefix}mlp.gate.weight"] = (experts, width)
+            shapes[f"{prefix}mlp.gate.e_score_correction_bias"] = (experts,)
+            for expert in range(experts):
+                shapes |= _mlp(f"{prefix}mlp.experts.{expert}.", width, expert_inner)
+            shapes |= _mlp(f"{prefix}mlp.shared_experts.", width, expert_inner)
+        shapes |= _norms(layer, width)
+    prefix = f"model.layers.{layers}."
+    shapes[f"{prefix}eh_proj.weight"] = (width, 2 * width)
+    shapes |= {f"{prefix}{name}.weight": (width,) for name in ("enorm", "hnorm", "shared_head.norm")}
+    return shapes | {f"{prefix}{name}.weight": (vocabulary, width) for name in ("embed_tokens", "shared_head.head")}
+
+
+def _tables(width: int, vocabulary: int, tied: bool = False) -> Shapes:
+    """Return the token tables and the last norm."""
+    names = ("model.embed_tokens.weight",) if tied else ("model.embed_tokens.weight", "lm_head.weight")
+    return {**dict.fromkeys(names, (vocabulary, width)), "model.norm.weight": (width,)}
+
+
+def _attention(layer: int, width: int, queries: int, keys: int, *, head_norm: int | None = None) -> Shapes:
+    """Return the projections of grouped queries, and the norms of queries and keys where there are some."""
+    prefix = f"model.layers.{layer}.self_attn."
+    shapes: Shapes = {f"{prefix}q_proj.weight": (queries, width), f"{prefix}o_proj.weight": (width, queries)}
+    shapes |= {f"{prefix}{name}_proj.weight": (keys, width) for name in "kv"}
+    return shapes | ({f"{prefix}{name}_norm.weight": (head_norm,) for name in "qk"} if head_norm else {})
+
+
+def _mlp(prefix: str, width: int, inner: int) -> Shapes:
+    shapes: Shapes = {f"{prefix}{name}_proj.weight": (inner, width) for name in ("gate", "up")}
+    return shapes | {f"{prefix}down_proj.weight": (width, inner)}
+
+
+def _norms(layer: int, width: int) -> Shapes:
+    return {f"model.layers.{layer}.{name}.weight": (width,) for name in ("input_layernorm", "post_attention_layernorm")}
+
+
+MODELS: dict[str, Callable[[], Shapes]] = {
+    "vit-b/32": partial(clip_vision_tower, 768, 12),
+    "vit-l/14": partial(clip_vision_tower, 1024, 24),
+    "llama-3.2-1b": partial(llama, 2048, 8192, 16, kv=512, tied=True),
+    "llama-3-8b": partial(llama, 4096, 14_336, 32, kv=1024),
+    "llama-3-70b": partial(llama, 8192, 28_672, 80, kv=1024),
+    "qwen3-30b-a3b": qwen3_moe,
+    "glm-4.5": glm4_moe,
+}
+
+
+def shape_of(label: str) -> tuple[int, int]:
+    """Return the (rows, columns) of a matrix, as in ``shape_of("Llama-3.2-1B k_proj")``."""
+    model, _, matrix = label.lower().rpartition(" ")
+    end = f".{matrix.rpartition('.')[2]}.weight"
+    rows, columns = next(shape for name, shape in MODELS[model]().items() if name.endswith(end))
+    return rows, columns
+
+
+def dimensions(shape: tuple[int, ...]) -> str:
+    """Return a shape in words, as in ``48 x 768 x 768``."""
+    return " x ".join(map(str, shape))

@@ -15,7 +15,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.headers import MODELS, config_of
+from benchmarks.headers import config_of
+from benchmarks.shapes import MODELS
 from isomerge_fast.planning.cost import Rates, TensorCost, cost_of
 from isomerge_fast.planning.forecast import Forecast, forecast, item_costs
 from isomerge_fast.planning.plan import Plan

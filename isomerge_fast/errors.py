@@ -1,5 +1,6 @@
-"""What may go wrong, by the exit code it ends with. Every message names the file, tensor and shapes it is about, and
-whatever stands in these is shown, not obeyed.
+"""Define the errors that a user can mend, by their exit code, and what their messages are made of.
+
+Every message names the file, tensor and shapes it is about; control characters in these are shown, not obeyed.
 """
 
 from __future__ import annotations
@@ -8,17 +9,18 @@ import difflib
 import reprlib
 from collections.abc import Iterable, Iterator, Sequence
 
-# So many problems are told of in one message.
+# Problems in one message.
 MAX_PROBLEMS = 20
-# So many names stand in one sentence, beside how many more there are.
+# Names in one sentence, beside the number of the others.
 MAX_LISTED = 6
-# Of what is worth knowing and no error, whatever the files are: some notes there are for each expert.
+# Notes, and characters of a note: some notes are made for every expert.
 MAX_REMARKS, MAX_CHARACTERS = 500, 12_000
 
 
 def visible(text: str, keep: str = "") -> str:
-    """Return ``text`` with all that a terminal would obey or hide (escapes, line ends, controls, changes of direction,
-    halves of surrogate pairs) written as ``repr`` writes it, but for the characters of ``keep``.
+    """Return ``text`` with all that a terminal would obey or hide escaped as by ``repr``, but not those of ``keep``.
+
+    These are escapes, line ends, controls, changes of direction and halves of surrogate pairs.
     """
     if text.isprintable():
         return text
@@ -26,9 +28,9 @@ def visible(text: str, keep: str = "") -> str:
 
 
 class IsomergeError(Exception):
-    """Base of the errors a user can mend; ``exit_code`` is what the command line returns.
+    """Report an error that a user can mend; ``exit_code`` is what the command line returns.
 
-    The message is one line, and one more for each of ``problems``: names from files cannot begin another.
+    The message is one line, and one more for each of ``problems``: names from files cannot begin another line.
     """
 
     exit_code = 1
@@ -43,76 +45,82 @@ class IsomergeError(Exception):
 
 
 class ConfigError(IsomergeError, ValueError):
-    """An option, a YAML key or a combination of them that cannot be honoured."""
+    """Report an option, a YAML key or a combination of them that cannot be honoured."""
 
     exit_code = 2
     kind = "config"
 
 
 class InputError(IsomergeError, ValueError):
-    """A checkpoint that cannot be read, or checkpoints that do not fit each other; ``problems`` lists all of it."""
+    """Report checkpoints that cannot be read, or that do not fit each other; ``problems`` lists them all."""
 
     exit_code = 3
     kind = "input"
 
 
 class InputChangedError(InputError):
-    """A file that is not what it was when the merge was planned: gone, changed, or shorter."""
+    """Report a file that is gone, changed or shorter since the merge was planned."""
 
 
 class ResourceError(IsomergeError):
-    """Out of disk or memory, or a ceiling that is too low for this merge."""
+    """Report a lack of disk or memory, or a ceiling that is too low for this merge."""
 
     exit_code = 4
     kind = "resource"
 
 
 class LostWritesError(ResourceError):
-    """Writing back to the disk failed after the writes themselves had succeeded: nothing that was written to the output
-    under construction is to be believed, in memory or on the disk.
+    """Report that writing back to the disk failed after the writes themselves had succeeded.
+
+    Nothing that was written to the output under construction can be trusted, in memory or on the disk.
     """
 
 
 class UnreadableError(ResourceError):
-    """A file that cannot be read at this moment, or by this machine."""
+    """Report a file that cannot be read at this moment, or by this machine."""
 
 
 class MissingPackageError(IsomergeError, ImportError):
-    """A package that this machine needs is not installed; the message says what to install."""
+    """Report a package that is not installed and needed on this machine; the message says what to install."""
 
     exit_code = 4
     kind = "resource"
 
 
 class VerificationError(IsomergeError):
-    """A finished output whose bytes or values are not what its manifest says."""
+    """Report a finished output whose bytes or values are not what its manifest says."""
 
     exit_code = 5
     kind = "verification"
 
 
 def first_of(problems: Sequence[str]) -> list[str]:
-    """Return as many problems as one message tells of, and how many there are beside them."""
+    """Return as many problems as one message holds, and a line with the number of the others."""
     more = len(problems) - MAX_PROBLEMS
     return [*problems[:MAX_PROBLEMS], *([f"… and {more} more"] if more > 0 else [])]
 
 
 def listed(names: Sequence[str]) -> str:
-    """Return names one after the other, as many as one sentence has room for, and how many there are beside them."""
+    """Return names as a list in a sentence: as many as it has room for, and the number of the others."""
     more = len(names) - MAX_LISTED
     return ", ".join(names[:MAX_LISTED]) + (f" and {more} more" if more > 0 else "")
 
 
+def joined(words: Sequence[str], last: str) -> str:
+    """Return words as a list in a sentence, with ``last``, which is "and" or "or", before the last word."""
+    return f" {last} ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+
+
 def bounded(remarks: Iterable[str]) -> Iterator[str]:
-    """Yield remarks, which hold what strangers' files say, as many and as long as somebody reads."""
+    """Yield remarks, which quote strangers' files, but no more and no longer ones than somebody reads."""
     remarks = list(remarks)
     for remark in remarks[:MAX_REMARKS]:
-        yield remark if len(remark) <= MAX_CHARACTERS else f"{remark[: MAX_CHARACTERS - 1]}…"
+        yield shortened(remark, MAX_CHARACTERS)
     if len(remarks) > MAX_REMARKS:
         yield f"… and {len(remarks) - MAX_REMARKS} more"
 
 
-# What others call it.
+# Our words, by other tools' names for them.
 _OTHER_NAMES = {
     **dict.fromkeys(("alpha", "coefficient", "lambda", "scalingcoef", "scalingfactor"), "scaling"),
     **dict.fromkeys(("checkpoints", "finetuned", "models"), "experts"),
@@ -125,7 +133,7 @@ _OTHER_NAMES = {
 
 
 def nearest(word: object, known: Iterable[str]) -> str:
-    """`` (did you mean 'x'?)``, or the list of what is known. ``Iso_CTS`` is near to ``iso-cts``."""
+    """Return `` (did you mean 'x'?)``, or the list of known words. ``Iso_CTS`` is near to ``iso-cts``."""
     known = sorted(known)
     folded = {_folded(name): name for name in known}
     start = _folded(word[:SHOWN_CHARACTERS]) if isinstance(word, str) else ""
@@ -135,14 +143,14 @@ def nearest(word: object, known: Iterable[str]) -> str:
 
 
 def _folded(word: str) -> str:
-    """Return a word without what people mix up in names: upper case, hyphens and underscores."""
+    """Return a word without upper case, hyphens and underscores, which people mix up in names."""
     return word.casefold().replace("-", "").replace("_", "")
 
 
-# Of a value that a file holds, in a message: such a value may be a megabyte long, or a short text that unfolds to it.
+# A value in a message is cut to so many: a file may hold one of a megabyte, or a short text that unfolds to it.
 SHOWN_CHARACTERS = 80
 _SHORT = reprlib.Repr()
-# It cuts out the middle, and what is left is cut at its end: a list of cut texts is long as well.
+# Repr cuts out the middle; ``shown`` cuts off the end too, since a list of cut texts is long as well.
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 3 * SHOWN_CHARACTERS
 
 
@@ -152,4 +160,9 @@ def shown(value: object) -> str:
         text = _SHORT.repr(value)
     except ValueError:  # of a number with thousands of digits, which Python does not write out
         text = "a number of thousands of digits"
-    return text if len(text) <= SHOWN_CHARACTERS else text[: SHOWN_CHARACTERS - 1] + "…"
+    return shortened(text, SHOWN_CHARACTERS)
+
+
+def shortened(text: str, most: int) -> str:
+    """Return a text with its end cut off where it has more than ``most`` characters."""
+    return text if len(text) <= most else text[: most - 1] + "…"

@@ -23,12 +23,12 @@ from isomerge_fast.checkpoint.layout import Checkpoint, open_checkpoint
 from isomerge_fast.checkpoint.lora.adapter import (
     Adapter,
     LoraPair,
-    _Patterns,
     base_name,
     incompatibilities,
     is_adapter,
     open_adapter,
 )
+from isomerge_fast.checkpoint.lora.settings import ModulePatterns
 from isomerge_fast.errors import InputError
 from isomerge_fast.parsing.linear_regex import NamePattern, PatternError, is_plain_name
 
@@ -371,7 +371,7 @@ def test_a_pattern_for_every_module(tmp_path: Path) -> None:
     """4,000 of each: tried one after the other these would be 16 million matches."""
     names = [f"m.{layer}.e.{expert}.w" for layer in range(40) for expert in range(100)]
     file = tmp_path / "adapter_config.json"
-    patterns = _Patterns(file, "alpha_pattern", {"alpha_pattern": {name: at for at, name in enumerate(names)}})
+    patterns = ModulePatterns(file, "alpha_pattern", {"alpha_pattern": {name: at for at, name in enumerate(names)}})
     started = time.perf_counter()
     assert [patterns.find(name, -1.0) for name in names] == list(range(len(names)))
     assert patterns.find("m.0.e.0.v", -1.0) == -1.0

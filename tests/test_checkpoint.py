@@ -27,8 +27,8 @@ from isomerge_fast.checkpoint.io.writer import OutputTensor, ShardWriter, create
 from isomerge_fast.checkpoint.layout import DTYPES, FileIdentity, open_checkpoint, read_header
 from isomerge_fast.checkpoint.lora.adapter import open_adapter
 from isomerge_fast.checkpoint.output.companions import copy_companions, sort_folder
-from isomerge_fast.checkpoint.output.json_text import Made, json_blocks
-from isomerge_fast.checkpoint.output.manifest import describe_inputs, to_json
+from isomerge_fast.checkpoint.output.json_files import LazyMapping, json_blocks, to_json
+from isomerge_fast.checkpoint.output.manifest import describe_inputs
 from isomerge_fast.checkpoint.output.model_config import config_with_dtype
 from isomerge_fast.errors import InputChangedError, InputError, ResourceError
 from isomerge_fast.parsing.regular_files import IrregularFileError, open_regular
@@ -513,7 +513,10 @@ def test_json_made_part_by_part_is_the_json_made_at_once() -> None:
         "many": {str(number): {"n": number} for number in range(300)},
     }
     tensors = plain["outputs"][""]["tensors"]
-    made = {**plain, "outputs": {"": {"tensors": Made(tensors, tensors.__getitem__)}, "x": {"tensors": Made((), str)}}}
+    made = {
+        **plain,
+        "outputs": {"": {"tensors": LazyMapping(tensors, tensors.__getitem__)}, "x": {"tensors": LazyMapping((), str)}},
+    }
     for indent in (1, 2):
         blocks = list(json_blocks(made, indent))
         assert b"".join(blocks) == to_json(plain, indent)

@@ -379,7 +379,7 @@ def test_lists_of_modules_that_name_none(tmp_path: Path, modules: str) -> None:
     fill(tmp_path, ["2_Dense/", "3/config.json"])
     (tmp_path / "modules.json").write_text(modules)
     found = sort_folder(tmp_path)
-    assert (found.parts, found.companions) == ((), ("3/config.json", "modules.json"))
+    assert (found.submodules, found.companions) == ((), ("3/config.json", "modules.json"))
     assert left_of(tmp_path) == {"2_Dense/": "other weights"}
 
 

@@ -22,7 +22,7 @@ import fuzz_doors
 import isomerge_fast as imf
 from checkpoints import listing, make_base, make_expert, make_family
 from isomerge_fast import functional
-from isomerge_fast.checkpoint.output.sealed import write_sealed
+from isomerge_fast.checkpoint.output.json_files import write_with_digest
 from isomerge_fast.config import load_config
 from isomerge_fast.errors import nearest
 from isomerge_fast.execution.finalize import read_report
@@ -200,7 +200,7 @@ def test_a_report_that_only_an_enemy_writes_is_no_traceback(name: str, tmp_path:
     sound = json.loads((tmp_path / "out" / name).read_text())
     del sound["digest"]
     for change in ({"tensors": 5}, {"seconds": {"read": "x"}}, {"method": 3}, {"scaling": None}, {"outputs": [[]]}):
-        write_sealed(tmp_path / "out" / name, [(json.dumps({**sound, **change}, indent=1) + "\n").encode()])
+        write_with_digest(tmp_path / "out" / name, [(json.dumps({**sound, **change}, indent=1) + "\n").encode()])
         for verb in ("report", "verify"):
             code, _, stderr = invoke(verb, tmp_path / "out")
             assert code in (0, 5), stderr

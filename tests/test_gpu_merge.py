@@ -12,7 +12,7 @@ import torch
 
 import isomerge_fast as imf
 from checkpoints import listing, make_family, save_folder
-from isomerge_fast.checkpoint.io.ring import Ring
+from isomerge_fast.checkpoint.io.ring_buffer import RingBuffer
 from isomerge_fast.checkpoint.io.writer import ShardWriter
 from isomerge_fast.execution.engine import resolve_device, run
 from isomerge_fast.execution.verify import verify
@@ -61,8 +61,8 @@ def test_matrices_larger_than_what_is_page_locked_are_read_once(
     base, *experts = [save_folder(tmp_path / str(index), model) for index, model in enumerate(models)]
     family = base, experts
     sizes: list[int] = []
-    allocate = Ring._allocate
-    monkeypatch.setattr(Ring, "_allocate", lambda ring: sizes.append(ring.size) or allocate(ring))
+    allocate = RingBuffer._allocate
+    monkeypatch.setattr(RingBuffer, "_allocate", lambda ring: sizes.append(ring.size) or allocate(ring))
     with pretend_gpu():
         whole = merge(family, tmp_path / "whole", method=method)
         for constant in ("READ_AHEAD_BYTES", "LEAST_READ_AHEAD_BYTES", "PINNED_BYTES"):

@@ -18,12 +18,14 @@ import torch
 
 from benchmarks.gpu import baselines, environment, rates
 from benchmarks.gpu.__main__ import run_stages
-from benchmarks.gpu.rows import Results, Rows
 from benchmarks.gpu.runner import ROOT, child_environment
 from benchmarks.gpu.schedule import CALL_SECONDS, CALLS, DEVICE, Stage
 from benchmarks.gpu.summary import MAX_LINES, summary
-from benchmarks.gpu.table import BEGIN, END, readings_table, table_of, write_between_marks
+from benchmarks.gpu.table import MARKS, readings_table, table_of
 from benchmarks.harness import peers as harness
+from benchmarks.harness.machine import installed
+from benchmarks.harness.markdown import write_between
+from benchmarks.harness.readings import Results, Rows
 from isomerge_fast.bench.ceilings import median_seconds
 
 
@@ -122,8 +124,9 @@ def test_the_environment_of_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert found["nvidia-smi"]["gpu"] == "An H200"
     assert found["nvidia-smi"]["driver_version"] == "1 of it"
     assert found["versions"]["torch"].startswith(torch.__version__.split("+")[0])
-    assert environment._version("no-such-distribution", "torch") == found["versions"]["torch"]
-    assert environment._version("no-such-distribution") == "absent"
+    assert installed("no-such-distribution", "torch") == found["versions"]["torch"]
+    assert installed("no-such-distribution") is None
+    assert found["versions"]["fusion-bench"] == (installed("fusion-bench") or "absent")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
@@ -133,7 +136,7 @@ def test_what_runs_ends_with_the_command(tmp_path: Path, number: int) -> None:
 import signal, sys, time
 from benchmarks.gpu import rates
 from benchmarks.gpu.__main__ import leave, run_stages
-from benchmarks.gpu.rows import Results
+from benchmarks.harness.readings import Results
 from benchmarks.gpu.schedule import Stage
 from pathlib import Path
 signal.signal(signal.SIGTERM, leave)
@@ -389,9 +392,10 @@ def test_the_docs_have_the_tables_marks(tmp_path: Path) -> None:
     text = (ROOT / "docs" / "gpu.md").read_text(encoding="utf-8")
     document.write_text(text)
     for _ in range(2):
-        write_between_marks(document, table_of(file))
-    head, tail = text.split(BEGIN)[0], text.split(END)[1]
-    assert document.read_text() == f"{head}{BEGIN}\n{table_of(file)}\n{END}{tail}"
+        write_between(document, MARKS, table_of(file))
+    begin, end = MARKS
+    head, tail = text.split(begin)[0], text.split(end)[1]
+    assert document.read_text() == f"{head}{begin}\n{table_of(file)}\n{end}{tail}"
 
 
 @pytest.mark.parametrize("late", [False, True], ids=["ahead", "late"])

@@ -14,7 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.headers import MODELS, Shapes, config_of, save_headers
+from benchmarks.headers import config_of, save_headers
+from benchmarks.shapes import MODELS, Shapes
 from isomerge_fast.config import MergeConfig
 from isomerge_fast.planning.cost import LEAST_SECONDS, UNITS_A_WORKER, Rates, TensorCost, cost_of, divide
 from isomerge_fast.planning.forecast import forecast, item_costs

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 import isomerge_fast as imf
 import oracle
 from checkpoints import listing, load_folder, make_base, make_expert, make_family, save_folder
-from isomerge_fast.checkpoint.output.manifest import to_json
+from isomerge_fast.checkpoint.output.json_files import to_json
 from isomerge_fast.checkpoint.output.staging import run_folders
 from isomerge_fast.errors import ConfigError, InputChangedError
 from isomerge_fast.execution import engine

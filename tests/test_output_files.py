@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import isomerge_fast as imf
 from checkpoints import load_folder, make_base, make_expert, make_family, save_folder
-from isomerge_fast.checkpoint.output import kept_metadata
+from isomerge_fast.checkpoint import header_metadata
 from isomerge_fast.checkpoint.output.model_card import MAX_NOTES, model_card
 from isomerge_fast.config import load_config
 from isomerge_fast.execution.finalize import read_report
@@ -278,7 +278,7 @@ def test_headers_of_ordinary_files_are_as_safetensors_writes_them(tmp_path: Path
 
 
 def test_metadata_of_shards_goes_with_them_and_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kept_metadata, "MAX_METADATA_BYTES", 100)
+    monkeypatch.setattr(header_metadata, "MAX_METADATA_BYTES", 100)
     family = make_family(tmp_path, shards=2)
     first, second = sorted(family[0].glob("*.safetensors"))
     save_file(load_file(first), first, metadata={"format": "pt", "thumbnail": "x" * 99, "note": "first"})

@@ -16,7 +16,7 @@ import isomerge_fast as imf
 import peers
 from isomerge_fast.checkpoint.io.reader import Reader, files_of, whole
 from isomerge_fast.checkpoint.layout import open_checkpoint
-from isomerge_fast.checkpoint.lora import adapter as adapter_module
+from isomerge_fast.checkpoint.lora import settings
 from isomerge_fast.checkpoint.lora.adapter import Adapter, incompatibilities, open_adapter
 from isomerge_fast.errors import ConfigError, InputError
 from isomerge_fast.methods import METHODS, as_deltas
@@ -227,7 +227,7 @@ def test_an_embedding_is_read_whether_its_base_lies_beside_it_or_not(tmp_path: P
 
 def test_every_setting_of_this_release_is_known() -> None:
     """A setting that a new PEFT brings is judged here first: what it does, and whether it may be read over."""
-    known = {*adapter_module._USED, *adapter_module._HARMLESS, *adapter_module._REFUSED}
+    known = {*settings.USED, *settings.HARMLESS, *settings.REFUSED}
     assert {setting.name for setting in fields(LoraConfig)} <= known
 
 

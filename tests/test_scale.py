@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import headers
-from benchmarks.headers import config_of, qwen3_moe, save_headers
+from benchmarks import shapes as model_shapes
+from benchmarks.headers import config_of, save_headers
+from benchmarks.shapes import qwen3_moe
 from isomerge_fast.config import MergeConfig
 from isomerge_fast.errors import ResourceError
 from isomerge_fast.planning.cost import estimate_seconds
@@ -33,7 +34,7 @@ MODELS: dict[str, tuple[int, float]] = {
 
 @pytest.mark.parametrize("model", MODELS)
 def test_a_plan_of_headers_alone_has_the_right_totals(tmp_path: Path, model: str) -> None:
-    shapes, (tasks, billions) = headers.MODELS[model](), MODELS[model]
+    shapes, (tasks, billions) = model_shapes.MODELS[model](), MODELS[model]
     elements = {name: torch.Size(shape).numel() for name, shape in shapes.items()}
     assert sum(elements.values()) / 1e9 == pytest.approx(billions, abs=0.005)
     config = config_of(tmp_path, shapes, tasks, method="iso-c", out=None)
@@ -89,7 +90,7 @@ def test_a_ceiling_that_is_too_low_is_refused_with_one_that_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, ceiling: str
 ) -> None:
     monkeypatch.setitem(devices.KNOWN, torch.device("cuda"), H100)  # which decides between solvers
-    config = config_of(tmp_path, headers.MODELS["llama-3-8b"](), 2, method=method)
+    config = config_of(tmp_path, model_shapes.MODELS["llama-3-8b"](), 2, method=method)
     device = torch.device("cuda" if ceiling == "max_vram" else "cpu")
     limits: dict[str, Any] = {"max_ram": None, "max_vram": None, ceiling: 5_000_000}
     with pytest.raises(ResourceError, match="the smallest that would do is") as refused:
@@ -108,7 +109,7 @@ def test_a_ceiling_that_is_too_low_is_refused_with_one_that_does(
 
 def test_what_is_held_of_many_tensors_counts_under_a_ceiling(tmp_path: Path) -> None:
     """4,000 of two experts, 14 MB in all: nothing to the weights, which are 64 kB a checkpoint."""
-    shapes: headers.Shapes = {f"experts.{index}.weight": (8,) for index in range(4_000)}
+    shapes: model_shapes.Shapes = {f"experts.{index}.weight": (8,) for index in range(4_000)}
     config = config_of(tmp_path, shapes, 2, method="mean")
     plan = make_plan(config)
     assert 3_000 * len(shapes) < plan.metadata_bytes + METADATA_IN_BASELINE_BYTES < 4_000 * len(shapes)
@@ -124,7 +125,7 @@ def test_what_is_held_of_many_tensors_counts_under_a_ceiling(tmp_path: Path) -> 
 
 
 def test_the_command_line_plans_without_a_weight(tmp_path: Path) -> None:
-    base, expert = (save_headers(tmp_path / name, headers.MODELS["llama-3-8b"]()) for name in ("base", "expert"))
+    base, expert = (save_headers(tmp_path / name, model_shapes.MODELS["llama-3-8b"]()) for name in ("base", "expert"))
     command = [sys.executable, "-m", "isomerge_fast.cli", "plan", "--base", str(base), "--expert", str(expert)]
     human = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert "model.layers.{0..31}.mlp.down_proj.weight" in human

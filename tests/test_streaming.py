@@ -21,10 +21,10 @@ import isomerge_fast as imf
 from checkpoints import save_folder
 from isomerge_fast.checkpoint.io import reader as reader_module
 from isomerge_fast.checkpoint.io.checksum import Checksum
-from isomerge_fast.checkpoint.io.direct_io import copy_bytes
+from isomerge_fast.checkpoint.io.direct_io import copy_bytes, page_ceiling
 from isomerge_fast.checkpoint.io.read_ahead import Bundle, ReadAhead
 from isomerge_fast.checkpoint.io.reader import Piece, Reader, files_of, whole
-from isomerge_fast.checkpoint.io.ring import Ring, aligned
+from isomerge_fast.checkpoint.io.ring_buffer import RingBuffer
 from isomerge_fast.checkpoint.io.write_behind import WriteBehind
 from isomerge_fast.checkpoint.io.writer import OutputTensor, ShardWriter, create_shard, tensor_bytes
 from isomerge_fast.checkpoint.layout import Checkpoint, StoredTensor, open_checkpoint
@@ -151,7 +151,7 @@ def test_no_more_is_read_ahead_than_the_budget_allows(checkpoint: Checkpoint, mo
 
     monkeypatch.setattr(Reader, "read_into", counted)
     large = whole(checkpoint.tensors["large"])
-    with reading_ahead(checkpoint, [Bundle((large,))] * 12, 3 * aligned(Bundle((large,)).bytes)) as ahead:
+    with reading_ahead(checkpoint, [Bundle((large,))] * 12, 3 * page_ceiling(Bundle((large,)).bytes)) as ahead:
         for taken in range(12):
             time.sleep(0.02)
             assert len(started) <= taken + 3
@@ -162,7 +162,7 @@ def test_no_more_is_read_ahead_than_the_budget_allows(checkpoint: Checkpoint, mo
 def test_a_ring_gives_every_byte_to_one_only() -> None:
     """Against a model that knows nothing of rings: places in use never overlap, and what fits is given."""
     generator = torch.Generator().manual_seed(0)
-    ring = Ring(4096 * 100)
+    ring = RingBuffer(4096 * 100)
     taken: list[Tensor] = []
     given = 0
     for _ in range(3000):
@@ -184,7 +184,7 @@ def test_a_ring_gives_every_byte_to_one_only() -> None:
         found.fill_(7)
         taken.append(found)
         given += 1
-        assert sum(aligned(max(1, each.numel())) for each in taken) <= 4096 * 100
+        assert sum(page_ceiling(max(1, each.numel())) for each in taken) <= 4096 * 100
     assert given > 1000
     assert ring.take(4096 * 100 + 1) is None
 
@@ -240,7 +240,7 @@ def test_parts_of_a_bundle_are_all_of_it_in_order(checkpoint: Checkpoint, limit:
     parts = list(bundle.parts(limit))
     assert list(bundle.parts(None)) == [bundle]
     for part in parts:
-        assert aligned(part.bytes) <= limit or sum(piece.bytes for piece in part.pieces) == 2
+        assert page_ceiling(part.bytes) <= limit or sum(piece.bytes for piece in part.pieces) == 2
     found = [(piece.stored, piece.start, piece.start + piece.bytes) for part in parts for piece in part.pieces]
     joined: list[tuple[StoredTensor, int, int]] = []
     for stored, start, end in found:
@@ -466,7 +466,7 @@ def test_what_lies_like_the_file_is_written_without_a_copy(tmp_path: Path, monke
         create_shard(tmp_path / f"at-{shift}", outputs, resume=False)
         writer = ShardWriter(tmp_path / f"at-{shift}", outputs)
         place = writer.position("w", 0) % 4096 + shift
-        memory = Ring(16 * MIB).take(16 * MIB)
+        memory = RingBuffer(16 * MIB).take(16 * MIB)
         assert memory is not None
         placed = memory[place : place + value.nbytes].view(torch.bfloat16)
         placed.copy_(value)

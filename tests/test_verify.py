@@ -20,8 +20,8 @@ from typer.testing import CliRunner
 import isomerge_fast as imf
 from checkpoints import listing, save_folder
 from isomerge_fast.checkpoint.layout import read_header
-from isomerge_fast.checkpoint.output.manifest import FORMAT, MANIFEST_FILE, REPORT_FILE, to_json
-from isomerge_fast.checkpoint.output.sealed import read_sealed, write_sealed
+from isomerge_fast.checkpoint.output.json_files import read_with_digest, to_json, write_with_digest
+from isomerge_fast.checkpoint.output.manifest import FORMAT, MANIFEST_FILE, REPORT_FILE
 from isomerge_fast.cli.commands import app
 from isomerge_fast.execution.report import Progress
 from isomerge_fast.execution.verify import verify
@@ -100,7 +100,7 @@ def edit(file: Path, change: Callable[[dict[str, Any]], object], *, sealed: bool
     change(value)
     if sealed:
         value.pop("digest", None)
-        write_sealed(file, [to_json(value)])
+        write_with_digest(file, [to_json(value)])
     else:
         file.write_text(json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
 
@@ -662,7 +662,7 @@ def test_what_resumes_keeps_the_checksums_of_the_base(own: Merged) -> None:
 def test_a_report_of_tens_of_thousands_of_tensors_is_read(tmp_path: Path) -> None:
     """More values than a stranger's settings may have."""
     count = 1_000_100
-    write_sealed(tmp_path / REPORT_FILE, [b'{\n "numbers": [', b"0, " * (count - 1), b"0]\n}\n"])
-    value, flaw = read_sealed(tmp_path / REPORT_FILE)
+    write_with_digest(tmp_path / REPORT_FILE, [b'{\n "numbers": [', b"0, " * (count - 1), b"0]\n}\n"])
+    value, flaw = read_with_digest(tmp_path / REPORT_FILE)
     assert flaw is None
     assert len(value["numbers"]) == count

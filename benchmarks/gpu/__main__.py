@@ -17,10 +17,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.gpu.rows import Results, Row
 from benchmarks.gpu.runner import ROOT, run_stage
-from benchmarks.gpu.schedule import CALL_SECONDS, CALLS, DEVICE, Stage
+from benchmarks.gpu.schedule import CALL_SECONDS, CALLS, DEVICE, STAGES, Stage
 from benchmarks.gpu.summary import summary
+from benchmarks.harness.readings import Results, Row
 
 # A dry run's sizes are small and its machine slow: its limits only end what hangs.
 SMALL_FACTOR = 10.0
@@ -49,10 +49,9 @@ def leave(*_: object) -> None:
 
 
 def main() -> int:
-    known = [stage.name for stages in CALLS.values() for stage in stages]
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--call", choices=sorted(CALLS), help="both when left out")
-    parser.add_argument("--stage", action="append", choices=known, help="this one alone; may be given again")
+    parser.add_argument("--stage", action="append", choices=STAGES, help="this one alone; may be given again")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", metavar="DIR")
     parser.add_argument("--device", default="cuda:0")
     parser.add_argument("--small", action="store_true", help="small sizes, to see that everything runs")

@@ -1,4 +1,4 @@
-"""What our methods are compared with on the same device, in float32: FusionBench's functions, the published algorithm.
+"""Compare our methods with others on the same device, in float32: FusionBench's functions, the published algorithm.
 
 FusionBench's are the published algorithm with torch's default SVD. Both are run in full where there is time for it; the
 other rows are one SVD's time multiplied, and say so (``estimated``).
@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.gpu.clock import result_and_seconds
 from benchmarks.gpu.primitives import BUDGET_SECONDS, svd
-from benchmarks.gpu.rows import Rows
-from benchmarks.gpu.shapes import LLAMA, NAMES, SMALL, TASKS, VIT, Shape, named
+from benchmarks.gpu.shapes import LLAMA, NAMES, SMALL, TASKS, VIT, Shape
 from benchmarks.harness import peers
+from benchmarks.harness.readings import Rows
+from benchmarks.shapes import dimensions
 from isomerge_fast.bench import published
+from isomerge_fast.bench.ceilings import result_and_seconds
 from isomerge_fast.bench.problems import deltas_like_fine_tuning, relative_error
 from isomerge_fast.methods import MemoryDeltas, make_method
 
@@ -32,7 +33,7 @@ MOST_SVDS = 3.0
 
 @dataclass(frozen=True)
 class Baseline:
-    """An implementation that runs on torch.
+    """Name an implementation that runs on torch.
 
     Attributes:
         label: of its rows, with the method and the shape in it.
@@ -46,7 +47,6 @@ class Baseline:
 
 
 def by_driver(driver: str | None) -> Baseline:
-    """The published algorithm."""
 
     def merge(name: str, deltas: Sequence[Tensor]) -> Tensor:
         return getattr(published, name.replace("-", "_"))(deltas, driver=driver)
@@ -55,7 +55,7 @@ def by_driver(driver: str | None) -> Baseline:
 
 
 def fusion_bench(rows: Rows) -> Baseline | None:
-    """FusionBench's functions, with a row that says how they were loaded; None where they are not there."""
+    """Return FusionBench's functions, with a row that says how they were loaded; None where they are not there."""
     try:
         _, how = peers.iso_utils()
     except ImportError as error:
@@ -70,7 +70,7 @@ def fusion_bench(rows: Rows) -> Baseline | None:
 
 
 class Comparison:
-    """Rows of baselines, as far as the stage's time allows."""
+    """Make rows of baselines, as far as the stage's time allows."""
 
     def __init__(self, rows: Rows, estimated: Sequence[Shape]) -> None:
         self._rows, self._estimated, self._device = rows, estimated, torch.device(rows.device)
@@ -78,23 +78,20 @@ class Comparison:
         self._once: dict[tuple[Shape, str | None], float] = {}
 
     def svd(self, shape: Shape, driver: str | None) -> None:
-        """One SVD of the sum of the deltas; of one Δ where that is all that the shape is needed for."""
-        name = f"one SVD {named(shape)}, {driver or 'default'}"
+        """Time one SVD of the sum of the deltas; of one Δ where that is all that the shape is needed for."""
+        name = f"one SVD {dimensions(shape)}, {driver or 'default'}"
         known = [seconds for (_, other), seconds in self._once.items() if other == driver]
         if MOST_SVDS * max(known, default=0.0) > self._rows.seconds_left - MARGIN_SECONDS:
             self._rows.note(name, left_out="no time")
             return
-        if shape in self._estimated:
-            (x,) = deltas_like_fine_tuning(*shape, 1, "decay", device=self._device)
-        else:
-            x = torch.stack(self._of(shape)).sum(0)
+        x = torch.stack(self._of(shape, 1 if shape in self._estimated else TASKS)).sum(0)
         found = self._rows.attempt(name, partial(svd, x, driver))
         if "seconds" in found:
             self._once[shape, driver] = found["seconds"]
 
     def compare(self, baseline: Baseline, method: str, shape: Shape) -> None:
-        """A baseline's seconds, and how far our result is from its; or the time of its SVDs."""
-        name, count = baseline.label.format(f"{method} {named(shape)}"), SVDS[method]
+        """Add a baseline's seconds, and how far our result is from its; or the time of its SVDs."""
+        name, count = baseline.label.format(f"{method} {dimensions(shape)}"), SVDS[method]
         once = self._once.get((shape, baseline.driver))
         if once is None:
             self._rows.note(name, left_out="its SVD was not timed")
@@ -104,19 +101,19 @@ class Comparison:
             self._rows.attempt(name, partial(self._compared, baseline, method, shape))
 
     def _compared(self, baseline: Baseline, method: str, shape: Shape) -> dict[str, Any]:
-        deltas = self._of(shape)
+        deltas = self._of(shape, TASKS)
         theirs, seconds = result_and_seconds(partial(baseline.merge, method, deltas), self._device, BUDGET_SECONDS)
         ours = make_method(method).merge(MemoryDeltas(deltas))[0]
         return {"seconds": seconds, "distance": relative_error(theirs.double(), ours.double())}
 
-    def _of(self, shape: Shape) -> list[Tensor]:
+    def _of(self, shape: Shape, tasks: int) -> list[Tensor]:
         if shape not in self._deltas:
-            self._deltas[shape] = deltas_like_fine_tuning(*shape, TASKS, "decay", device=self._device)
+            self._deltas[shape] = deltas_like_fine_tuning(*shape, tasks, "decay", device=self._device)
         return self._deltas[shape]
 
 
 def drivers(device: str) -> tuple[str | None, ...]:
-    """Those of torch.linalg.svd, its default first. A CPU has one.
+    """Return those of torch.linalg.svd, its default first. A CPU has one.
 
     gesvda is nobody's default: an SVD by the Gram matrix, whose small singular vectors are not orthogonal.
     """
@@ -124,7 +121,7 @@ def drivers(device: str) -> tuple[str | None, ...]:
 
 
 def baselines(rows: Rows) -> None:
-    """What matters most first: square matrices, then what is short, then what is long."""
+    """Compare what matters most first: square matrices, then what is short, then what is long."""
     square, *short = (SMALL[0], SMALL[1]) if rows.small else (LLAMA[0], LLAMA[1], *VIT)
     long = [(shape[1], shape[0]) for shape in short] if rows.small else LLAMA[2:]
     known = drivers(rows.device)

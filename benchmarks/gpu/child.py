@@ -1,15 +1,16 @@
-"""One process of a stage: ``python -m benchmarks.gpu.child NAME MODULE:FUNCTION …``, started by ``runner``."""
+"""Run one process of a stage: ``python -m benchmarks.gpu.child MODULE:FUNCTION FILE SETTINGS``, as ``runner`` does."""
 
 from __future__ import annotations
 
-import argparse
 import importlib
+import json
 import os
 import signal
+import sys
 import threading
 from pathlib import Path
 
-from benchmarks.gpu.rows import Rows
+from benchmarks.harness.readings import Rows
 
 
 def end_with_parent() -> None:
@@ -20,21 +21,12 @@ def end_with_parent() -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("name")
-    parser.add_argument("function")
-    parser.add_argument("--file", type=Path, required=True)
-    parser.add_argument("--device", required=True)
-    parser.add_argument("--seconds", type=float, required=True)
-    parser.add_argument("--share", type=int, default=0)
-    parser.add_argument("--shares", type=int, default=1)
-    parser.add_argument("--small", action="store_true")
-    options = parser.parse_args()
+    """Run the function that the command line names, with what JSON says of its ``Rows``."""
+    function, file, settings = sys.argv[1:]
     threading.Thread(target=end_with_parent, daemon=True).start()
-    module, _, function = options.function.partition(":")
-    circumstances = {key: getattr(options, key) for key in ("device", "small", "seconds", "share", "shares")}
-    rows = Rows(options.name, options.file, **circumstances)  # first: its seconds are the process's, imports included
-    getattr(importlib.import_module(module), function)(rows)
+    rows = Rows(file=Path(file), **json.loads(settings))  # first: its seconds are the process's, imports included
+    module, _, name = function.partition(":")
+    getattr(importlib.import_module(module), name)(rows)
 
 
 if __name__ == "__main__":

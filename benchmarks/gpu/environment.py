@@ -1,4 +1,4 @@
-"""What a machine is: its GPU, its releases, its memory."""
+"""Describe a machine: its GPU, its releases, its memory."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import platform
 import shutil
 import subprocess
 import time
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 
 import isomerge_fast
-from benchmarks.gpu.rows import Rows
+from benchmarks.harness.machine import installed
+from benchmarks.harness.readings import Rows
 from isomerge_fast.bench.ceilings import device_name
 
 # What is asked of nvidia-smi; its "name" is that of the GPU.
@@ -22,11 +22,8 @@ QUERY = (
     "mig.mode.current,persistence_mode,clocks_event_reasons.active"
 )
 PINNED_BYTES = 4 << 30
-# A package, and the distributions that it may come from.
-PACKAGES: dict[str, tuple[str, ...]] = {
-    **{name: (name,) for name in ("torch", "triton", "numpy", "safetensors", "xxhash", "fusion-bench")},
-    "cupy": ("cupy-cuda13x", "cupy-cuda12x", "cupy"),
-}
+PACKAGES = ("torch", "triton", "numpy", "safetensors", "xxhash", "fusion-bench")
+CUPY = ("cupy-cuda13x", "cupy-cuda12x", "cupy")
 
 
 def device(rows: Rows) -> None:
@@ -36,16 +33,15 @@ def device(rows: Rows) -> None:
 
 
 def environment(rows: Rows) -> None:
-    """Releases, the GPU and its clocks, what /dev/shm holds, how long pinned memory takes."""
+    """Note releases, the GPU and its clocks, what /dev/shm holds, how long pinned memory takes."""
     own = {"isomerge": isomerge_fast.__version__, "python": platform.python_version(), "cuda": torch.version.cuda}
-    rows.note("versions", **own, **{package: _version(*names) for package, names in PACKAGES.items()})
-    processors = len(os.sched_getaffinity(0))
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    releases = {**{name: installed(name) for name in PACKAGES}, "cupy": installed(*CUPY)}
+    rows.note("versions", **own, **{name: release or "absent" for name, release in releases.items()})
     shared = shutil.disk_usage("/dev/shm") if os.path.isdir("/dev/shm") else None
     rows.note(
         "machine",
-        processors=processors,
-        memory_bytes=memory,
+        processors=len(os.sched_getaffinity(0)),
+        memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         dev_shm_bytes=shared and shared.total,
         dev_shm_free_bytes=shared and shared.free,
         temporary_free_bytes=shutil.disk_usage("/tmp").free,
@@ -63,16 +59,6 @@ def environment(rows: Rows) -> None:
     if torch.version.hip is None:
         rows.attempt("nvidia-smi", _queried)
     rows.attempt("pinned memory", _pinned)
-
-
-def _version(*distributions: str) -> str:
-    """The version of the first that is installed."""
-    for name in distributions:
-        try:
-            return version(name)
-        except PackageNotFoundError:
-            continue
-    return "absent"
 
 
 def _queried() -> dict[str, Any]:

@@ -1,9 +1,12 @@
-"""A whole merge of files in memory, under a ceiling for the memory of the GPU."""
+"""Merge whole files in memory, under a ceiling for the memory of the GPU."""
 
 from __future__ import annotations
 
 import shutil
 import tempfile
+from functools import partial
+from math import prod
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from benchmarks.gpu.rows import Rows
 from benchmarks.gpu.shapes import TASKS
+from benchmarks.harness.readings import Rows
+from benchmarks.shapes import Shapes, llama
 from isomerge_fast.bench import published
 from isomerge_fast.bench.problems import relative_error
 from isomerge_fast.config import MergeConfig
@@ -26,21 +30,14 @@ BAR = 2.0**-8
 
 
 def streamed_merge(rows: Rows) -> None:
-    """Two layers of Llama-3-8B without its embedding, 8 experts: the method without arithmetic, then Iso-C, Iso-CTS.
+    """Merge two layers of Llama-3-8B, 8 experts: by the method without arithmetic, then by Iso-C and Iso-CTS.
 
     Each twice: the second time nothing has to be loaded, compiled or page-locked any more, as in most of a large merge.
     """
     device = torch.device(rows.device)
-    width, inner = (64, 160) if rows.small else (4096, 14336)
-    shapes: dict[str, tuple[int, ...]] = {}
-    for layer in range(1 if rows.small else LAYERS):
-        prefix = f"model.layers.{layer}."
-        for name, height in (("q", width), ("k", width // 4), ("v", width // 4), ("o", width)):
-            shapes[f"{prefix}self_attn.{name}_proj.weight"] = (height, width)
-        shapes[f"{prefix}mlp.gate_proj.weight"] = shapes[f"{prefix}mlp.up_proj.weight"] = (inner, width)
-        shapes[f"{prefix}mlp.down_proj.weight"] = (width, inner)
-        shapes[f"{prefix}input_layernorm.weight"] = (width,)
-    parameters = sum(torch.Size(shape).numel() for shape in shapes.values())
+    model = llama(64, 160, 1, kv=16) if rows.small else llama(4096, 14_336, LAYERS, kv=1024)
+    shapes = {name: shape for name, shape in model.items() if "layers" in name}
+    parameters = sum(map(prod, shapes.values()))
     memory = Path("/dev/shm")
     needed = 2 * parameters * (TASKS + 2)
     place = memory if memory.is_dir() and shutil.disk_usage(memory).free > 1.2 * needed else None
@@ -54,12 +51,12 @@ def streamed_merge(rows: Rows) -> None:
         if rows.attempt("checkpoints", made):
             for method in ("task-arithmetic", "iso-c", "iso-cts"):
                 for name in (method, f"{method}, again"):
-                    rows.attempt(name, lambda method=method: _merged(folder, method, device))
+                    rows.attempt(name, partial(_merged, folder, method, device))
                 if method == "iso-c":
-                    rows.attempt(f"{method}, error", lambda: _judged(folder))
+                    rows.attempt(f"{method}, error", partial(_judged, folder))
 
 
-def _write_checkpoints(folder: Path, shapes: dict[str, tuple[int, ...]], device: torch.device) -> None:
+def _write_checkpoints(folder: Path, shapes: Shapes, device: torch.device) -> None:
     base: dict[str, Tensor] = {}
     for index in range(TASKS + 1):
         generator = torch.Generator(device=device).manual_seed(index)
@@ -75,16 +72,10 @@ def _write_checkpoints(folder: Path, shapes: dict[str, tuple[int, ...]], device:
 
 
 def _merged(folder: Path, method: str, device: torch.device) -> dict[str, Any]:
-    on_gpu, out = device.type == "cuda", folder / "merged"
-    config = MergeConfig(
-        base=str(folder / "0.safetensors"),
-        experts=[str(folder / f"{index}.safetensors") for index in range(1, TASKS + 1)],
-        method=method,
-        scaling=SCALING,
-        out=str(out),
-    )
-    ceiling = MAX_VRAM if on_gpu else None
-    if on_gpu:
+    base, *experts = (str(folder / f"{index}.safetensors") for index in range(TASKS + 1))
+    config = MergeConfig(base=base, experts=experts, method=method, scaling=SCALING, out=str(folder / "merged"))
+    ceiling = MAX_VRAM if device.type == "cuda" else None
+    if ceiling:
         torch.cuda.reset_peak_memory_stats(device)
     report = run(make_plan(config, device, max_vram=ceiling), device=str(device), max_vram=ceiling, overwrite=True)
     seconds = report.seconds["total"]
@@ -94,28 +85,23 @@ def _merged(folder: Path, method: str, device: torch.device) -> dict[str, Any]:
         "read_gb_per_s": sum(row["read_bytes"] for row in report.tensors) / seconds / 1e9,
         "phases": {key: round(value, 3) for key, value in report.seconds.items()},
         "threads": {key: round(report.io[key], 3) for key in ("reading_seconds", "writing_seconds")},
-        "slowest": {row["name"]: row["seconds"] for row in sorted(report.tensors, key=_seconds)[-3:]},
+        "slowest": {row["name"]: row["seconds"] for row in sorted(report.tensors, key=itemgetter("seconds"))[-3:]},
     }
-    if on_gpu:
+    if ceiling:
         found["peak_vram_bytes"] = torch.cuda.max_memory_reserved(device)
         assert found["peak_vram_bytes"] <= MAX_VRAM, found
     return found
 
 
-def _seconds(tensor: dict[str, Any]) -> float:
-    return tensor["seconds"]
-
-
 def _judged(folder: Path) -> dict[str, Any]:
-    """Of one tensor, against the published algorithm in float64 by LAPACK."""
-    name = "model.layers.0.self_attn.k_proj.weight"
+    """Return the error of one tensor, against the published algorithm in float64 by LAPACK."""
 
     def stored(file: Path) -> Tensor:
-        return load_file(str(file))[name].double()
+        return load_file(str(file))["model.layers.0.self_attn.k_proj.weight"].double()
 
-    base = stored(folder / "0.safetensors")
-    deltas = [stored(folder / f"{index}.safetensors") - base for index in range(1, TASKS + 1)]
+    base, *experts = (stored(folder / f"{index}.safetensors") for index in range(TASKS + 1))
     (merged,) = (folder / "merged").glob("*.safetensors")
-    error = relative_error(stored(merged), base + SCALING * published.iso_c(deltas))
+    exact = base + SCALING * published.iso_c([expert - base for expert in experts])
+    error = relative_error(stored(merged), exact)
     assert error <= BAR, error
     return {"error": error}

@@ -1,4 +1,4 @@
-"""Iso-C and Iso-CTS on real shapes: on the GPU, and on the CPU beside it."""
+"""Time Iso-C and Iso-CTS on real shapes: on the GPU, and on the CPU beside it."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.gpu.clock import result_and_seconds
-from benchmarks.gpu.rows import Rows
-from benchmarks.gpu.shapes import LLAMA, NAMES, SMALL, TASKS, VIT, Shape, named
-from isomerge_fast.bench.ceilings import median_seconds, synchronise, timed
+from benchmarks.gpu.shapes import LLAMA, NAMES, SMALL, TASKS, VIT, Shape
+from benchmarks.harness.counting import peak_memory
+from benchmarks.harness.readings import Rows
+from benchmarks.shapes import dimensions
+from isomerge_fast.bench.ceilings import median_seconds, result_and_seconds, synchronise, timed
 from isomerge_fast.bench.problems import Kind, deltas_like_fine_tuning
 from isomerge_fast.methods import MemoryDeltas, make_method
 from isomerge_kernels import devices
@@ -27,7 +28,7 @@ BLOCK_SECONDS = 12.0
 
 
 def methods(rows: Rows) -> None:
-    """Our methods: Llama's shapes first, then a vision transformer's, one by one and as a batch."""
+    """Time our methods: Llama's shapes first, then a vision transformer's, one by one and as a batch."""
     device = torch.device(rows.device)
     llama, vit = (SMALL[:1], SMALL[1:]) if rows.small else (LLAMA, VIT)
     square, tall = (SMALL[0], SMALL[1]) if rows.small else (LLAMA[0], LLAMA[2])
@@ -40,19 +41,19 @@ def methods(rows: Rows) -> None:
 
     for shape in (*llama, *vit):
         for name in NAMES:
-            rows.attempt(f"{name} {named(shape)}", partial(_merged, name, deltas(shape)))
+            rows.attempt(f"{name} {dimensions(shape)}", partial(_merged, name, deltas(shape)))
     for shape in (square, tall):
         for name in NAMES:
-            rows.attempt(f"{name} {named(shape)}, fast", partial(_merged, name, deltas(shape), "fast"))
-            rows.attempt(f"{name} {named(shape)}, noise", partial(_merged, name, deltas(shape, "noise")))
+            rows.attempt(f"{name} {dimensions(shape)}, fast", partial(_merged, name, deltas(shape), "fast"))
+            rows.attempt(f"{name} {dimensions(shape)}, noise", partial(_merged, name, deltas(shape, "noise")))
     for shape in dict.fromkeys((square, *vit, tall)):
         for name in NAMES:
-            rows.attempt(f"{name} {named(shape)}, profile", partial(_profiled, name, deltas(shape)))
+            rows.attempt(f"{name} {dimensions(shape)}, profile", partial(_profiled, name, deltas(shape)))
     stack = (3 if rows.small else BATCH, *vit[0])
     batch = [torch.randn(stack, device=device) for _ in range(TASKS)]
-    rows.attempt(f"iso-c {named(stack)}", partial(_merged, "iso-c", batch))
+    rows.attempt(f"iso-c {dimensions(stack)}", partial(_merged, "iso-c", batch))
     for elements in BLOCK_ELEMENTS:
-        label = f"iso-cts {named(tall)}, blocks of 2^{elements.bit_length() - 1}"
+        label = f"iso-cts {dimensions(tall)}, blocks of 2^{elements.bit_length() - 1}"
         if rows.seconds_left < BLOCK_SECONDS and not rows.small:
             rows.note(label, left_out="no time")
         else:
@@ -60,21 +61,19 @@ def methods(rows: Rows) -> None:
 
 
 def _merged(name: str, deltas: list[Tensor], tier: str = "default") -> dict[str, Any]:
-    device, source = deltas[0].device, MemoryDeltas(deltas)
-    call = partial(make_method(name, {"precision": tier}).merge, source)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
-    stats = call()[1]
-    peak = torch.cuda.max_memory_allocated(device) - before if device.type == "cuda" else 0
+    device, call = deltas[0].device, partial(make_method(name, {"precision": tier}).merge, MemoryDeltas(deltas))
+    with peak_memory(device) as peak:
+        stats = call()[1]
     _, seconds = result_and_seconds(call, device, budget_seconds=1.0)
-    found = {"seconds": seconds, "certified": not stats.missed()}
-    return found | {"algorithm": stats.algorithm, "escalations": len(stats.escalations), "peak_bytes": peak}
+    found = {"seconds": seconds, "certified": not stats.missed(), "algorithm": stats.algorithm}
+    return found | {"escalations": len(stats.escalations), "peak_bytes": peak.bytes}
 
 
 def _profiled(name: str, deltas: list[Tensor]) -> dict[str, Any]:
-    """The operations that take longest: (name, calls, milliseconds on the device); all of them, and as a share of a
-    call's time without the profiler (``busy``: the rest of it the device waits for the host).
+    """Return the operations that take longest: (name, calls, milliseconds on the device).
+
+    ``device_ms`` is all of them, ``busy`` that as a share of a call's time without the profiler; in the rest of it the
+    device waits for the host.
     """
     device, method, source = deltas[0].device, make_method(name), MemoryDeltas(deltas)
     method.merge(source)
@@ -97,7 +96,7 @@ def _profiled(name: str, deltas: list[Tensor]) -> dict[str, Any]:
 
 
 def _in_blocks(elements: int, deltas: list[Tensor]) -> dict[str, Any]:
-    """Iso-CTS with other blocks than those of ``devices``, for that constant's sake."""
+    """Time Iso-CTS with other blocks than those of ``devices``, for that constant's sake."""
     before, devices.GPU_BLOCK_ELEMENTS = devices.GPU_BLOCK_ELEMENTS, elements
     try:
         return _merged("iso-cts", deltas)
@@ -105,22 +104,21 @@ def _in_blocks(elements: int, deltas: list[Tensor]) -> dict[str, Any]:
         devices.GPU_BLOCK_ELEMENTS = before
 
 
+def _by_threads(threads: int, name: str, deltas: list[Tensor], alone: float | None) -> dict[str, Any]:
+    torch.set_num_threads(threads)
+    merge = partial(make_method(name).merge, MemoryDeltas(deltas))
+    seconds = median_seconds(merge, deltas[0].device, budget_seconds=0.5, rounds=5)
+    return {"threads": threads, "seconds": seconds, "speedup": (alone or seconds) / seconds}
+
+
 def cpu_threads(rows: Rows) -> None:
-    """The same methods on this machine's CPU, by one thread and by more."""
-    cpu = torch.device("cpu")
+    """Time the methods on this machine's CPU, by one thread and by more."""
     available = len(os.sched_getaffinity(0))
     for shape in SMALL if rows.small else VIT:
         deltas = deltas_like_fine_tuning(*shape, TASKS, "decay")
         for name in NAMES:
             alone: float | None = None
             for threads in sorted({1, *(count for count in (4, 16) if count <= available)}):
-                torch.set_num_threads(threads)
-                call = partial(make_method(name).merge, MemoryDeltas(deltas))
-
-                def measured(threads: int = threads, call: Any = call, alone: float | None = alone) -> dict[str, Any]:
-                    seconds = median_seconds(call, cpu, budget_seconds=0.5, rounds=5)
-                    return {"threads": threads, "seconds": seconds, "speedup": (alone or seconds) / seconds}
-
-                found = rows.attempt(f"{name} {named(shape)}, {threads} threads", measured)
-                if threads == 1:
-                    alone = found.get("seconds", alone)
+                timed_merge = partial(_by_threads, threads, name, deltas, alone)
+                found = rows.attempt(f"{name} {dimensions(shape)}, {threads} threads", timed_merge)
+                alone = alone or found.get("seconds")

@@ -1,4 +1,4 @@
-"""What solvers are made of: eigenvalues, factorisations, and the iterations that do without."""
+"""Time what solvers are made of: eigenvalues, factorisations, and the iterations that do without."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.gpu.clock import result_and_seconds
-from benchmarks.gpu.rows import Rows
-from benchmarks.gpu.shapes import DTYPES, TASKS, named
-from isomerge_fast.bench.ceilings import median_seconds
+from benchmarks.gpu.shapes import DTYPES, TASKS
+from benchmarks.harness.readings import Rows
+from benchmarks.shapes import dimensions
+from isomerge_fast.bench.ceilings import median_seconds, result_and_seconds
 from isomerge_fast.bench.problems import relative_error
 from isomerge_fast.linalg import cusolver
 from isomerge_fast.linalg.gram_eigh import GramEigh
@@ -30,7 +30,7 @@ BUDGET_SECONDS = 0.3
 
 
 def primitives(rows: Rows) -> None:
-    """What the iterations of Iso-CTS meet at Llama's and a vision transformer's sides first."""
+    """Time what Iso-CTS meets at the sides of Llama and of a vision transformer first."""
     device = torch.device(rows.device)
     generator = torch.Generator(device=device).manual_seed(0)
 
@@ -46,30 +46,31 @@ def primitives(rows: Rows) -> None:
 
     _eigenproblems(rows, timed, random)
     _factorisations(rows, timed, random)
+    drivers = ("gesvd", "gesvdj", "gesvda") if device.type == "cuda" else (None,)
     for shape in ((64, 64), (48, 96)) if rows.small else ((1024, 1024), (768, 3072)):
         x = random(*shape, dtype=torch.float32)
-        for driver in ("gesvd", "gesvdj", "gesvda") if device.type == "cuda" else (None,):
-            rows.attempt(f"svd {named(shape)} fp32, {driver or 'default'}", partial(svd, x, driver))
+        for driver in drivers:
+            rows.attempt(f"svd {dimensions(shape)} fp32, {driver or 'default'}", partial(svd, x, driver))
     # What FullSvd is the last resort for: float64, with directions that no Gram matrix resolves.
     side = 64 if rows.small else 1024
     left, right = (torch.linalg.qr(random(side, side))[0] for _ in range(2))
     x = left * torch.logspace(0, -10, side, dtype=torch.float64, device=device) @ right
-    for driver in ("gesvd", "gesvdj", "gesvda") if device.type == "cuda" else (None,):
-        name = f"svd {side} fp64 to 1e-10, {driver or 'default'}"
-        rows.attempt(name, partial(svd, x, driver, polar=left @ right))
+    for driver in drivers:
+        call = partial(svd, x, driver, polar=left @ right)
+        rows.attempt(f"svd {side} fp64 to 1e-10, {driver or 'default'}", call)
     sides = (64,) if rows.small else (64, 128, 256, 512, 768, 1024, 2048, 4096)
     stacks = ((3, 48, 48),) if rows.small else ((TASKS, 816, 816), (48, 768, 768))
     solvers: tuple[PolarSolver, ...] = (PolarExpress(), GramEigh())
     for shape in (*((side, side) for side in sides), *stacks):
         x = random(*shape)
-        label = str(shape[0]) if len(shape) == 2 else named(shape)
+        label = str(shape[0]) if len(shape) == 2 else dimensions(shape)
         for solver in solvers:
-            timed(f"polar {label}, {solver.name}", partial(_polar, solver, x), _not_orthogonal)
+            timed(f"polar {label}, {solver.name}", partial(solver.polar, x), lambda found: _not_orthogonal(found[0]))
 
 
 def svd(x: Tensor, driver: str | None, *, polar: Tensor | None = None) -> dict[str, Any]:
-    """The thin SVD of one matrix: its error, or that of its ``polar`` factor where that is known, and the loss of
-    orthogonality of its singular vectors.
+    """Time the thin SVD of one matrix; return its error, or that of its ``polar`` factor where that is known, and the
+    loss of orthogonality of its singular vectors.
     """
     call = partial(torch.linalg.svd, x, full_matrices=False, driver=driver)
     try:
@@ -83,7 +84,7 @@ def svd(x: Tensor, driver: str | None, *, polar: Tensor | None = None) -> dict[s
 
 
 def _eigenproblems(rows: Rows, timed: Callable[..., None], random: Callable[..., Tensor]) -> None:
-    """One after the other, and stacks by every solver that takes them in one call."""
+    """Time eigenproblems one after the other, and stacks by every solver that takes them in one call."""
 
     def symmetric(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
         x = random(*shape, dtype=dtype)
@@ -108,44 +109,35 @@ def _eigenproblems(rows: Rows, timed: Callable[..., None], random: Callable[...,
 
 
 def _factorisations(rows: Rows, timed: Callable[..., None], random: Callable[..., Tensor]) -> None:
-    """Cholesky, solves with few columns, and orthonormal bases of tall matrices."""
+    """Time Cholesky, solves with few columns, and orthonormal bases of tall matrices."""
     for shape in ((48,),) if rows.small else ((4096,), (TASKS, 816)):
         side, x = shape[-1], random(*shape, shape[-1])
         gram = x @ x.mT + torch.eye(shape[-1], dtype=torch.float64, device=x.device)
         factor, b = torch.linalg.cholesky(gram), random(*shape, 8)
         inverse = torch.linalg.inv(factor)
-
-        def residual(found: Tensor, gram: Tensor = gram, b: Tensor = b) -> float:
-            return relative_error(gram @ found, b)
-
-        def rebuilt(found: Tensor, gram: Tensor = gram) -> float:
-            return relative_error(found @ found.mT, gram)
-
-        label = named((*shape, side))
+        label, residual = dimensions((*shape, side)), partial(_residual, gram, b)
+        rebuilt = partial(lambda gram, found: relative_error(found @ found.mT, gram), gram)
         timed(f"cholesky, {label}", partial(torch.linalg.cholesky, gram), rebuilt)
         timed(f"solve {label}, 8 columns, factor", partial(torch.cholesky_solve, b, factor), residual)
-        timed(f"solve {label}, 8 columns, inverse", partial(_solved, inverse, b), residual)
+        solved = partial(lambda inverse, b: inverse.mT @ (inverse @ b), inverse, b)
+        timed(f"solve {label}, 8 columns, inverse", solved, residual)
     for shape in ((2, 60, 9),) if rows.small else ((TASKS, 14336, 110), (TASKS, 3072, 28)):
         x = random(*shape)
         for name, factorise in QR.items():
-            timed(f"QR {named(shape)}, {name}", partial(factorise, x), lambda found: _not_orthogonal(found[0]))
+            timed(f"QR {dimensions(shape)}, {name}", partial(factorise, x), lambda found: _not_orthogonal(found[0]))
 
 
-def _solved(inverse: Tensor, b: Tensor) -> Tensor:
-    return inverse.mT @ (inverse @ b)
-
-
-def _polar(solver: PolarSolver, x: Tensor) -> Tensor:
-    return solver.polar(x)[0]
+def _residual(gram: Tensor, b: Tensor, found: Tensor) -> float:
+    return relative_error(gram @ found, b)
 
 
 def _not_eigen(x: Tensor, found: tuple[Tensor, Tensor]) -> float:
-    """‖V diag(λ) Vᵀ − X‖_F / ‖X‖_F, or the loss of orthogonality where that is larger."""
+    """Return ‖V diag(λ) Vᵀ − X‖_F / ‖X‖_F, or the loss of orthogonality where that is larger."""
     values, vectors = (part.double() for part in found)
     return max(relative_error((vectors * values[..., None, :]) @ vectors.mT, x.double()), _not_orthogonal(vectors))
 
 
 def _not_orthogonal(q: Tensor) -> float:
-    """‖QᵀQ − I‖_F / ‖I‖_F."""
+    """Return ‖QᵀQ − I‖_F / ‖I‖_F."""
     gram = q.double().mT @ q.double()
     return relative_error(gram, torch.eye(gram.shape[-1], dtype=torch.float64, device=q.device).expand_as(gram))

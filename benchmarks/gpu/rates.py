@@ -1,4 +1,4 @@
-"""What the device can do at most, and which share of that the kernels reach in every configuration."""
+"""Measure what the device can do at most, and which share of that the kernels reach in every configuration."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ import numpy
 import torch
 from torch import Tensor
 
-from benchmarks.gpu.rows import Rows
-from benchmarks.gpu.shapes import DTYPES, TASKS, named
+from benchmarks.gpu.shapes import DTYPES, TASKS
+from benchmarks.harness.readings import Rows
+from benchmarks.shapes import dimensions
 from isomerge_fast.bench.ceilings import copy_rate, float32_matmul, matmul_rate, median_seconds, transfer_rates
 from isomerge_fast.bench.problems import relative_error
 from isomerge_kernels import apply_delta, symmetric_matmul, task_sum
@@ -30,30 +31,29 @@ JUDGED_ROWS = 64
 
 
 def ceilings(rows: Rows) -> None:
-    """The copy, the transfers, and products by the vendor's library."""
+    """Measure the copy, the transfers, and products by the vendor's library."""
     device = torch.device(rows.device)
-    rows.attempt("copy", lambda: {"gb_per_s": copy_rate(device, 1 << 22 if rows.small else 1 << 30) / 1e9})
+    _copy(rows)
     if device.type == "cuda":
         rows.attempt("transfers", lambda: {key: rate / 1e9 for key, rate in transfer_rates(device).items()})
     for side in (128,) if rows.small else (4096, 8192):
-        for name, dtype, precision in (
-            ("fp64", torch.float64, "ieee"),
-            ("fp32", torch.float32, "ieee"),
-            ("tf32", torch.float32, "tf32"),
-            ("bf16", torch.bfloat16, "ieee"),
-        ):
+        dtypes = {"fp64": torch.float64, "fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
+        for name, dtype in dtypes.items():
+            rate = partial(matmul_rate, device, side, dtype, "tf32" if name == "tf32" else "ieee")
+            rows.attempt(f"matmul {side} {name}", lambda rate=rate: {"tflop_per_s": rate() / 1e12})
 
-            def rate(side: int = side, dtype: torch.dtype = dtype, precision: str = precision) -> dict[str, Any]:
-                return {"tflop_per_s": matmul_rate(device, side, dtype, precision) / 1e12}
 
-            rows.attempt(f"matmul {side} {name}", rate)
+def _copy(rows: Rows) -> float:
+    """Add the row of the copy; return its GB/s."""
+    size = 1 << 22 if rows.small else 1 << 30
+    found = rows.attempt("copy", lambda: {"gb_per_s": copy_rate(torch.device(rows.device), size) / 1e9})
+    return found.get("gb_per_s", float("nan"))
 
 
 def bandwidths(rows: Rows) -> None:
-    """task_sum and apply_delta as shares of the copy."""
+    """Measure task_sum and apply_delta as shares of the copy."""
     device = torch.device(rows.device)
-    copy = rows.attempt("copy", lambda: {"gb_per_s": copy_rate(device, 1 << 22 if rows.small else 1 << 30) / 1e9})
-    ceiling = copy.get("gb_per_s", float("nan"))
+    ceiling = _copy(rows)
     copies: dict[int, float] = {}  # seconds, by bytes: what begins and ends cost a small matrix, they cost its copy
 
     def rated(form: str, shape: tuple[int, int], size: int, calls: list[Any], config: Any) -> None:
@@ -67,7 +67,7 @@ def bandwidths(rows: Rows) -> None:
         if size not in copies:
             as_large = rows.attempt(f"copy, {size} bytes", lambda: {"seconds": _copy_seconds(size, device)})
             copies[size] = as_large.get("seconds", float("nan"))
-        rows.attempt(f"{form}, {named(shape)}, {'/'.join(map(str, config))}", measured)
+        rows.attempt(f"{form}, {dimensions(shape)}, {'/'.join(map(str, config))}", measured)
 
     for shape in ((32, 64),) if rows.small else BANDWIDTH_SHAPES:
         elements = shape[0] * shape[1]
@@ -145,7 +145,7 @@ def _copy_seconds(size: int, device: torch.device) -> float:
 
 
 def products(rows: Rows) -> None:
-    """symmetric_matmul in every configuration, that in use first, beside torch.matmul of the same, with both errors."""
+    """Time symmetric_matmul in every configuration, that in use first, beside torch.matmul, with both errors."""
     device = torch.device(rows.device)
     for side in (128,) if rows.small else (4096, 1280, 2048, 1024, 3072, 8192):
         for key, configs in symmetric_matmul.CONFIGS.items():
@@ -178,31 +178,29 @@ def _beside_torch(
     with float32_matmul("ieee"):
         their_seconds = median_seconds(theirs, exact.device, budget_seconds=0.1)
         their_error = _error(theirs(), exact)
+
+    def measured(call: Callable[[], Tensor]) -> dict[str, Any]:
+        value = call()
+        error, side = _error(value, exact), len(value)
+        seconds = median_seconds(call, exact.device, budget_seconds=0.1)
+        return {
+            "seconds": seconds,
+            "torch_seconds": their_seconds,
+            "ratio": their_seconds / seconds,
+            "tflop_per_s": 2 * side**3 / seconds / 1e12,  # of the whole product, as torch's
+            "error": error,
+            "torch_error": their_error,
+        }
+
     for config in configs:
         call = partial(symmetric_matmul.symmetric_matmul, *factors, config=config, **options)
         tile = f"{config.block}x{config.block_k}/{config.num_warps}/{config.num_stages}"
         name = f"{key}, {len(factors[0])}, {tile}"
-        rows.attempt(name, partial(_product, call, exact, exact.device, their_seconds, their_error))
-
-
-def _product(
-    call: Callable[[], Tensor], exact: Tensor, device: torch.device, torch_seconds: float, torch_error: float
-) -> dict[str, Any]:
-    value = call()
-    error, side = _error(value, exact), len(value)
-    seconds = median_seconds(call, device, budget_seconds=0.1)
-    return {
-        "seconds": seconds,
-        "torch_seconds": torch_seconds,
-        "ratio": torch_seconds / seconds,
-        "tflop_per_s": 2 * side**3 / seconds / 1e12,  # of the whole product, as torch's
-        "error": error,
-        "torch_error": torch_error,
-    }
+        rows.attempt(name, partial(measured, call))
 
 
 def _judged_product(a: Tensor, b: Tensor) -> Tensor:
-    """Some rows and columns of A B, spread over it: float64 in long double, as no product of torch's is."""
+    """Return some rows and columns of A B, spread over it: float64 in long double, as no product of torch's is."""
     left, right = a[:: _step(a)].double(), b[:, :: _step(a)].double()
     if a.dtype != torch.float64:
         return left @ right

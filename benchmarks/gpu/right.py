@@ -1,4 +1,4 @@
-"""Whether kernels, solvers and methods are right on this device."""
+"""Check kernels, solvers and methods on this device."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ import os
 import shutil
 import subprocess
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.gpu.rows import Rows, read_rows
 from benchmarks.gpu.runner import child_command
 from benchmarks.gpu.schedule import Stage
-from benchmarks.gpu.shapes import named
+from benchmarks.harness.readings import Rows, read_rows
+from benchmarks.shapes import dimensions
 from isomerge_fast.bench import published
 from isomerge_fast.bench.problems import deltas_like_fine_tuning, relative_error
 from isomerge_fast.linalg.gram_eigh import GramEigh
 from isomerge_fast.linalg.polar_express import PolarExpress
 from isomerge_fast.linalg.polar_gram import GramNewtonSchulz
-from isomerge_fast.linalg.polar_qdwh import Qdwh
 from isomerge_fast.linalg.protocol import PolarSolver
 from isomerge_fast.linalg.svd import FullSvd
 from isomerge_fast.methods import MemoryDeltas, make_method
@@ -46,7 +46,6 @@ SOLVERS: tuple[tuple[PolarSolver, float], ...] = (
     (PolarExpress(torch.float32), 1e-2),
     (GramNewtonSchulz(), 1e-9),
     (GramNewtonSchulz(torch.float32), 1e-2),
-    (Qdwh(), 1e-9),
     (GramEigh(), 1e-5),
     (FullSvd(), 1e-6),
 )
@@ -60,28 +59,24 @@ SMALL_SHAPES = ((96, 96), (64, 160), (160, 64))
 
 
 def kernels(rows: Rows) -> None:
-    """This process's share of the checks that every kernel has to pass; the far-apart ones are the last's alone."""
+    """Run this process's share of the kernel checks; the far-apart ones are the last process's alone."""
     names = list(CHECKS)
     far = [name for name in names if "far-apart" in name]
     near = [name for name in names if name not in far][:: SMALL_STEP if rows.small else 1]
     last = rows.shares - 1
     mine = [*near, *far] if last == 0 else far if rows.share == last else near[rows.share :: last]
     for name in mine:
-        rows.attempt(name, lambda name=name: CHECKS[name](torch.device(rows.device)))
+        rows.attempt(name, partial(CHECKS[name], torch.device(rows.device)))
 
 
 def smoke(rows: Rows) -> None:
-    """One form of everything."""
-    for name in _smoked(rows):
-        rows.attempt(name, lambda name=name: CHECKS[name](torch.device(rows.device)))
-
-
-def _smoked(rows: Rows) -> tuple[str, ...]:
-    return SMOKE[:2] if rows.small else SMOKE
+    """Check one form of everything."""
+    for name in SMOKE[: 2 if rows.small else None]:
+        rows.attempt(name, partial(CHECKS[name], torch.device(rows.device)))
 
 
 def memcheck(rows: Rows) -> None:
-    """The smoke test under compute-sanitizer, where that is installed."""
+    """Run the smoke test under compute-sanitizer, where that is installed."""
     tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
     watched = [tool, "--tool", "memcheck", "--report-api-errors", "no", "--error-exitcode", "9"] if tool else []
 
@@ -89,8 +84,8 @@ def memcheck(rows: Rows) -> None:
         with tempfile.TemporaryDirectory() as folder:
             file, output = Path(folder) / "rows.json", Path(folder) / "output"
             stage = Stage("smoke", f"{__name__}:smoke", rows.seconds_left)
-            more = ("--small",) if rows.small else ()
-            command = [*watched, *child_command(stage, file, rows.device, rows.seconds_left, *more)]
+            settings = {"device": rows.device, "small": rows.small, "seconds": rows.seconds_left}
+            command = [*watched, *child_command(stage, file, **settings)]
             environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
             with output.open("wb") as written:
                 code = subprocess.run(command, stdout=written, stderr=subprocess.STDOUT, env=environment).returncode
@@ -98,7 +93,7 @@ def memcheck(rows: Rows) -> None:
         failed = [row for row in found if "failed" in row]
         assert code == 0, text[-400:]
         assert not failed, failed[0]
-        assert len(found) == len(_smoked(rows))
+        assert len(found) == (2 if rows.small else len(SMOKE))
         summary = [line.strip("= ") for line in text.splitlines() if "ERROR SUMMARY" in line]
         return {"watched": bool(watched), "checks": len(found), "summary": summary[-1] if summary else ""}
 
@@ -109,7 +104,7 @@ def memcheck(rows: Rows) -> None:
 
 
 def solvers_and_methods(rows: Rows) -> None:
-    """Polar solvers, and methods in all tiers, one matrix at a time and batched.
+    """Check polar solvers, and methods in all tiers, one matrix at a time and batched.
 
     The judge is the published algorithm in float64 by LAPACK on the CPU: no code that is judged is part of it.
     """
@@ -118,7 +113,7 @@ def solvers_and_methods(rows: Rows) -> None:
         total = torch.stack(deltas_like_fine_tuning(*shape, 4, "decay", device=device)).double().sum(0)
         exact = published.polar(total.cpu()).to(device)
         for solver, bar in SOLVERS:
-            rows.attempt(f"{solver.name} {named(shape)}", lambda s=solver, b=bar, x=total, e=exact: _polar(s, b, x, e))
+            rows.attempt(f"{solver.name} {dimensions(shape)}", partial(_polar, solver, bar, total, exact))
     for name, shapes in (("iso-c", SHAPES), ("iso-cts", HALVES)):
         for shape in SMALL_SHAPES if rows.small else BATCHED_SHAPES:
             members = [deltas_like_fine_tuning(*shape, 4, "decay", device=device, seed=seed) for seed in range(BATCH)]
@@ -135,7 +130,7 @@ def _polar(solver: PolarSolver, bar: float, x: Tensor, exact: Tensor) -> dict[st
 
 
 def _tiers(rows: Rows, name: str, members: list[list[Tensor]], *, batched: bool) -> None:
-    """Rows of one method in all tiers; ``members`` are T deltas each."""
+    """Add rows of one method in all tiers; ``members`` are T deltas each."""
     algorithm = getattr(published, name.replace("-", "_"))
     exact = [algorithm([delta.cpu().double() for delta in deltas]).to(rows.device) for deltas in members]
     deltas = [torch.stack(task) if batched else task[0] for task in zip(*members, strict=True)]
@@ -149,4 +144,4 @@ def _tiers(rows: Rows, name: str, members: list[list[Tensor]], *, batched: bool)
             assert not stats.missed(), stats.to_dict()
             return {"error": worst, "algorithm": stats.algorithm}
 
-        rows.attempt(f"{name} {tier} {named(deltas[0].shape)}", merged)
+        rows.attempt(f"{name} {tier} {dimensions(deltas[0].shape)}", merged)

@@ -1,4 +1,4 @@
-"""One stage in processes of its own, which are killed with all that they started when their time is up.
+"""Run a stage in processes of its own, which are killed with all that they started when their time is up.
 
 A stage may abort, hang, or leave processes behind that hold its output: it writes to a file and not into a pipe, each
 of its processes leads a session, and that session is killed when the stage ends, however it ends. Where this process
@@ -7,6 +7,7 @@ is killed itself, the pipe to the stage's standard input ends, upon which the st
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -16,9 +17,10 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
-from benchmarks.gpu.rows import Row, read_rows
 from benchmarks.gpu.schedule import Stage
+from benchmarks.harness.readings import Row, read_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 POLL_SECONDS = 0.1
@@ -41,14 +43,14 @@ def child_environment(device: str, shares: int) -> dict[str, str]:
     return found
 
 
-def child_command(stage: Stage, file: Path, device: str, seconds: float, *more: str) -> list[str]:
-    """Return the command of one process of a stage, whose rows go to ``file``."""
-    known = ("--file", str(file), "--device", device, "--seconds", f"{seconds:.1f}")
-    return [sys.executable, "-m", "benchmarks.gpu.child", stage.name, stage.function, *known, *more]
+def child_command(stage: Stage, file: Path, **settings: Any) -> list[str]:
+    """Return the command of one process of a stage; its ``Rows`` have these settings and go to ``file``."""
+    words = json.dumps({"stage": stage.name, **settings})
+    return [sys.executable, "-m", "benchmarks.gpu.child", stage.function, str(file), words]
 
 
 class Process:
-    """One process of a stage."""
+    """Watch one process of a stage."""
 
     def __init__(self, command: list[str], file: Path, environment: dict[str, str]) -> None:
         self._file, self._output, self._passed_on = file, file.with_suffix(".out"), 0
@@ -68,7 +70,7 @@ class Process:
         return self._process.poll() is None
 
     def pass_on(self, add: Callable[[Row], None]) -> None:
-        """``add`` the rows that are new since the last time."""
+        """Pass the rows that are new since the last time to ``add``."""
         rows = read_rows(self._file)
         for row in rows[self._passed_on :]:
             add(row)
@@ -102,8 +104,8 @@ def run_stage(stage: Stage, add: Callable[[Row], None], *, device: str, small: b
         try:
             for share in range(shares):
                 file = Path(folder) / f"{share}.json"
-                more = ("--share", str(share), "--shares", str(shares), *(("--small",) if small else ()))
-                command = child_command(stage, file, device, seconds, *more)
+                settings = {"device": device, "small": small, "seconds": seconds, "share": share, "shares": shares}
+                command = child_command(stage, file, **settings)
                 processes.append(Process(command, file, child_environment(device, shares)))
             while any(process.is_running for process in processes) and time.monotonic() < end:
                 time.sleep(POLL_SECONDS)

@@ -1,4 +1,4 @@
-"""What is measured, in which order, and how long each part of it may take at most."""
+"""List what is measured, in which order, and how long each part of it may take at most."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ class Stage:
     """Name a function that makes rows, and what it may take.
 
     Attributes:
-        function: ``module:function``, called with a ``rows.Rows``.
+        function: ``module:function``, called with a ``readings.Rows``.
         seconds: after which its processes are killed.
         processes: run at once, of which each takes its share.
     """
@@ -43,3 +43,4 @@ CALLS: dict[str, tuple[Stage, ...]] = {
         Stage("memcheck", "benchmarks.gpu.right:memcheck", 85),
     ),
 }
+STAGES = tuple(stage.name for stages in CALLS.values() for stage in stages)

@@ -1,1 +1,1 @@
-"""What measures: rows and contenders, counting, results, tables and pictures."""
+"""Time the rows of contenders that every benchmark consists of, and show what was found."""

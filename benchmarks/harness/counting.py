@@ -1,4 +1,4 @@
-"""What a call computes and holds: floating-point operations by dtype, peak memory."""
+"""Count what a call computes and holds: floating-point operations by dtype, peak memory."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _product(a: Tensor, b: Tensor, *_: Any) -> float:
 
 
 def _of_matrix(formula: Callable[[int, int], float]) -> Callable[..., float]:
-    """A count for one [..., M, N] of the long and the short side."""
+    """Return a count for [..., M, N] from one of the long and the short side."""
 
     def count(x: Tensor, *_: Any) -> float:
         rows, columns = x.shape[-2:]
@@ -58,7 +58,7 @@ COUNTS: dict[Any, Callable[..., float]] = {
 
 
 class CountFlops(TorchDispatchMode):
-    """Adds up, by dtype, what torch is asked for while this is entered."""
+    """Add up the operations that torch is asked for while this is entered, by dtype."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ class CountFlops(TorchDispatchMode):
 
 
 def count_flops(function: Callable[[], Any]) -> dict[str, float]:
-    """By the name of the dtype. The kernels' products are counted as the plain ones that they stand for."""
+    """Return the operations of a call by dtype; the kernels' products count as the plain ones that they stand for."""
     with CountFlops() as counted, mock.patch.object(ops, "_has_kernels", return_value=False):
         function()
     return {str(dtype).removeprefix("torch."): count for dtype, count in counted.by_dtype.items()}
@@ -80,14 +80,14 @@ def count_flops(function: Callable[[], Any]) -> dict[str, float]:
 
 @dataclass
 class Peak:
-    """Of memory beyond what was in use before; None where the system does not tell."""
+    """Hold the peak of memory beyond what was in use before; None where the system does not tell."""
 
     bytes: int | None = None
 
 
 @contextlib.contextmanager
 def peak_memory(device: torch.device) -> Iterator[Peak]:
-    """Allocated GPU memory, or the resident memory of this process with everything that libraries take for themselves.
+    """Measure allocated GPU memory, or the resident memory of this process with all that libraries take for themselves.
 
     The resident memory's high-water mark can be reset on Linux only.
     """

@@ -1,4 +1,4 @@
-"""Other people's implementations, called as their own programs call them."""
+"""Call other people's implementations as their own programs call them."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def executed_by_itself(file: Path) -> SimpleNamespace:
 
 
 def fusion_bench(method: str, deltas: Sequence[dict[str, Tensor]], device: str = "cpu") -> dict[str, Tensor]:
-    """The merged Δ of FusionBench's ``iso_c`` or ``iso_cts``; what it prints is swallowed."""
+    """Return the merged Δ of FusionBench's ``iso_c`` or ``iso_cts``, and swallow what it prints."""
     module, _ = iso_utils()
     function, more = {"iso-c": (module.iso_c, ()), "iso-cts": (module.iso_cts, (0.8,))}[method]
     with contextlib.redirect_stdout(io.StringIO()):
@@ -68,14 +68,14 @@ def fusion_bench(method: str, deltas: Sequence[dict[str, Tensor]], device: str =
 
 
 def mergekit(recipe: dict[str, Any], out: Path) -> dict[str, Any]:
-    """``mergekit-yaml`` as a user starts it; see ``measured``. The recipe lies beside ``out``."""
+    """Run ``mergekit-yaml`` as a user starts it; see ``measured``. The recipe lies beside ``out``."""
     file = out.with_suffix(".yml")
     file.write_text(json.dumps(recipe))
     return measured([Path(sys.executable).parent / "mergekit-yaml", file, out, "--no-copy-tokenizer"])
 
 
 def task_arithmetic_recipe(models: Sequence[Path], scaling: float, dtype: str) -> dict[str, Any]:
-    """θ₀ + α Σ Δ_t, computed in ``dtype`` and written in bf16."""
+    """Return mergekit's recipe for θ₀ + α Σ Δ_t, computed in ``dtype`` and written in bf16."""
     return {
         "merge_method": "task_arithmetic",
         "base_model": str(models[0]),

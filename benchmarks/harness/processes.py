@@ -1,4 +1,4 @@
-"""Merges as a user starts them, measured from outside: wall time with start-up, peak resident memory."""
+"""Run merges as a user starts them, measured from outside: wall time with start-up, peak resident memory."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,11 @@ sys.exit(outcome.returncode)
 
 
 def measured(command: Sequence[str | Path]) -> dict[str, Any]:
-    """Wall time and peak memory of a process, from outside."""
+    """Return the wall time, the peak memory and the output of a process.
+
+    Raises:
+        RuntimeError: it failed.
+    """
     words = [sys.executable, "-c", MEASURED, *map(str, command)]
     outcome = subprocess.run(words, capture_output=True, text=True)
     if outcome.returncode:
@@ -32,16 +36,10 @@ def measured(command: Sequence[str | Path]) -> dict[str, Any]:
 
 
 def merged(models: Sequence[Path], out: Path, *options: str) -> dict[str, Any]:
-    """``isomerge run`` as a user starts it, with its report."""
+    """Run ``isomerge run`` as a user starts it; return what was ``measured``, and its report."""
     shutil.rmtree(out, ignore_errors=True)
     command: list[str | Path] = [sys.executable, "-m", "isomerge_fast.cli", "run", "--base", models[0], "--out", out]
     for expert in models[1:]:
         command += ["--expert", expert]
     found = measured([*command, *options, "--format", "json"])
     return {**found, "report": json.loads(found.pop("output"))}
-
-
-def shares(report: Mapping[str, Any]) -> dict[str, float]:
-    """Of the merge's time, by what its main thread did."""
-    seconds = report["seconds"]
-    return {key: seconds[key] / seconds["total"] for key in ("read", "compute", "write")}

@@ -1,4 +1,4 @@
-"""What several passes of the benchmarks found, as one file: times, ratios with their spread, errors, growth."""
+"""Put together what several passes of the benchmarks found: times, ratios with their spread, errors, growth."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import json
 import math
 import re
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarks.harness.readings import read_rows
 from benchmarks.harness.rows import OURS
 
 FORMAT = 1
@@ -23,7 +24,7 @@ SPREAD = 3.0
 
 @dataclass(frozen=True)
 class Measured:
-    """One contender of a row.
+    """Hold what was measured of one contender of a row.
 
     Attributes:
         seconds: median of every pass.
@@ -46,7 +47,7 @@ class Measured:
 
     @property
     def roofline(self) -> float | None:
-        """Share of what the measured ceilings allow."""
+        """Return the share of what the measured ceilings allow."""
         if not self.floor_seconds:
             return None
         return statistics.median(f / s for f, s in zip(self.floor_seconds, self.seconds, strict=True))
@@ -54,7 +55,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Ratio:
-    """``value`` times as long as ours; another run on the same machine finds it between ``low`` and ``high``."""
+    """Say how many times as long as ours; another run on the same machine lies between ``low`` and ``high``."""
 
     value: float
     low: float
@@ -76,19 +77,19 @@ class ResultRow:
     def ours(self) -> Measured | None:
         return self.contenders.get(OURS)
 
-    def log_ratios(self, baseline: str) -> list[float]:
-        """Of every pass: log of (seconds of the baseline / seconds of ours)."""
-        ours, theirs = self.contenders[OURS].seconds, self.contenders[baseline].seconds
-        return [math.log(their / our) for our, their in zip(ours, theirs, strict=False)]
-
     @property
     def baselines(self) -> list[str]:
         return [name for name in self.contenders if name != OURS] if self.ours else []
 
+    def log_ratios(self, baseline: str) -> list[float]:
+        """Return the log of (seconds of the baseline / seconds of ours) of every pass."""
+        ours, theirs = self.contenders[OURS].seconds, self.contenders[baseline].seconds
+        return [math.log(their / our) for our, their in zip(ours, theirs, strict=False)]
+
 
 @dataclass(frozen=True)
 class Results:
-    """A whole run. ``skipped`` says of contenders why they took no part."""
+    """Hold a whole run; ``skipped`` says why contenders took no part."""
 
     machine: dict[str, Any]
     level: str
@@ -99,9 +100,9 @@ class Results:
 
     @property
     def common_deviation(self) -> float:
-        """Standard deviation of a log ratio from pass to pass, that of the middle one of all ratios; 5 % of one pass.
+        """Return the standard deviation of a log ratio from pass to pass, the middle one of all; 5 % of one pass.
 
-        From the median of their variances, which a few that a disturbance fell on do not move: s² of n passes is
+        It comes from the median of their variances, which a few disturbed ones do not move: s² of n passes is
         distributed as σ² χ²/(n − 1), whose median is near σ² (1 − 2/(9 (n − 1)))³.
         """
         found = [row.log_ratios(baseline) for row in self.rows for baseline in row.baselines]
@@ -111,7 +112,7 @@ class Results:
         return math.sqrt(statistics.median(variances)) if variances else 0.05
 
     def ratio(self, row: ResultRow, baseline: str) -> Ratio:
-        """Median over the passes, within ``SPREAD`` standard deviations.
+        """Return the median over the passes, within ``SPREAD`` standard deviations.
 
         Three passes alone say little about a deviation: a row's own is drawn towards that of all.
         """
@@ -121,10 +122,8 @@ class Results:
         middle, spread = statistics.median(found), SPREAD * math.sqrt(variance)
         return Ratio(math.exp(middle), math.exp(middle - spread), math.exp(middle + spread))
 
-    def ratios(self) -> Iterator[tuple[ResultRow, str, Ratio]]:
-        for row in self.rows:
-            for baseline in row.baselines:
-                yield row, baseline, self.ratio(row, baseline)
+    def ratios(self) -> list[tuple[ResultRow, str, Ratio]]:
+        return [(row, baseline, self.ratio(row, baseline)) for row in self.rows for baseline in row.baselines]
 
     def row(self, name: str) -> ResultRow | None:
         return next((row for row in self.rows if row.name == name), None)
@@ -141,67 +140,60 @@ class Results:
 
     @classmethod
     def load(cls, path: Path) -> Results:
-        """Raises ValueError for a file of another kind."""
-        data = json.loads(path.read_text())
+        """Read a result file.
+
+        Raises:
+            ValueError: a file of another kind.
+        """
+        data = _with_tuples(json.loads(path.read_text()))
         if not isinstance(data, dict) or data.pop("format", None) != FORMAT:
             raise ValueError(f"{path}: not a result file of these benchmarks (format {FORMAT})")
-        rows = [
-            ResultRow(
-                **{
-                    **row,
-                    "curve": row["curve"] and tuple(row["curve"]),
-                    "contenders": {
-                        name: Measured(
-                            **{
-                                **found,
-                                "seconds": tuple(found["seconds"]),
-                                "floor_seconds": tuple(found["floor_seconds"]),
-                            }
-                        )
-                        for name, found in row["contenders"].items()
-                    },
-                }
-            )
-            for row in data.pop("rows")
-        ]
-        return cls(**{**data, "rows": tuple(rows), "skipped": tuple(data["skipped"])})
+        for row in data["rows"]:
+            row["contenders"] = {name: Measured(**found) for name, found in row["contenders"].items()}
+        return cls(**{**data, "rows": tuple(ResultRow(**row) for row in data["rows"])})
 
 
-def gather(files: Sequence[Path], *, level: str, seconds: float, skipped: Sequence[str] = ()) -> Results:
-    """What pytest-benchmark wrote in each pass, put together."""
-    passes = [json.loads(file.read_text()) for file in files]
+def _with_tuples(value: Any) -> Any:
+    """Return a value of JSON with tuples for its lists."""
+    if isinstance(value, dict):
+        return {key: _with_tuples(part) for key, part in value.items()}
+    return tuple(map(_with_tuples, value)) if isinstance(value, list) else value
+
+
+def gather(files: Sequence[Path], *, level: str, seconds: float) -> Results:
+    """Return what ``one_pass`` wrote in each pass, put together."""
+    passes = [read_rows(file) for file in files]
+    machine = {key: value for key, value in passes[0][0].items() if key not in ("stage", "name")}
     found: dict[str, dict[str, list[dict[str, Any]]]] = {}
-    suites: dict[str, str] = {}
-    for one in passes:
-        for entry in one["benchmarks"]:
-            name = entry["group"]
-            suites[name] = re.sub(r"^.*bench_(\w+)\.py::.*$", r"\1", entry["fullname"])
-            found.setdefault(name, {}).setdefault(entry["extra_info"]["contender"], []).append(entry)
-    rows = tuple(_row(suites[name], name, contenders) for name, contenders in found.items())
-    return Results(passes[0]["machine_info"], level, len(passes), round(seconds, 1), rows, tuple(skipped))
+    for entry in (entry for rows in passes for entry in rows if "seconds" in entry):
+        found.setdefault(entry["name"], {}).setdefault(entry["contender"], []).append(entry)
+    skipped = sorted({entry["skipped"] for entry in passes[0] if "skipped" in entry})
+    rows = tuple(_row(name, contenders) for name, contenders in found.items())
+    return Results(machine, level, len(passes), round(seconds, 1), rows, tuple(skipped))
 
 
-def _row(suite: str, name: str, contenders: Mapping[str, list[dict[str, Any]]]) -> ResultRow:
-    measured = {}
-    for contender, entries in contenders.items():
-        info = [entry["extra_info"] for entry in entries]
-        peaks = [one["peak_bytes"] for one in info if one["peak_bytes"] is not None]
-        errors = [one["error"] for one in info if one["error"] is not None]
-        measured[contender] = Measured(
-            tuple(entry["stats"]["median"] for entry in entries),
-            max(errors, default=None),
-            info[0]["bar"],
-            max(peaks, default=None),
-            info[0].get("flops", {}),
-            tuple(one["floor_seconds"] for one in info if "floor_seconds" in one),
+def _row(name: str, contenders: Mapping[str, list[dict[str, Any]]]) -> ResultRow:
+    def largest(entries: Sequence[dict[str, Any]], key: str) -> Any:
+        return max((entry[key] for entry in entries if entry[key] is not None), default=None)
+
+    measured = {
+        contender: Measured(
+            tuple(entry["seconds"] for entry in entries),
+            largest(entries, "error"),
+            entries[0]["bar"],
+            largest(entries, "peak_bytes"),
+            entries[0].get("flops", {}),
+            tuple(entry["floor_seconds"] for entry in entries if "floor_seconds" in entry),
         )
-    first = next(iter(contenders.values()))[0]["extra_info"]
-    return ResultRow(suite, name, first["moved_bytes"], first["curve"] and tuple(first["curve"]), measured)
+        for contender, entries in contenders.items()
+    }
+    first = next(iter(contenders.values()))[0]
+    return ResultRow(first["stage"], name, first["moved_bytes"], _with_tuples(first["curve"]), measured)
 
 
 @dataclass(frozen=True)
 class Growth:
-    """seconds ∝ x^exponent, least squares in the logarithms over ``points``."""
+    """Fit seconds ∝ x^exponent, by least squares in the logarithms over ``points``."""
 
     curve: str
     variable: str
@@ -211,7 +203,7 @@ class Growth:
 
 
 def growth(results: Results) -> list[Growth]:
-    """Of every contender of every curve that was measured at three points or more."""
+    """Return the fits of every contender of every curve that was measured at three points or more."""
     points: dict[tuple[str, str, str], list[tuple[float, float]]] = {}
     for row in results.rows:
         if row.curve is not None:
@@ -219,15 +211,15 @@ def growth(results: Results) -> list[Growth]:
             for contender, measured in row.contenders.items():
                 points.setdefault((curve, variable, contender), []).append((x, measured.median))
     found = []
-    for (curve, variable, contender), pairs in points.items():
+    for key, pairs in points.items():
         if len(pairs) >= 3:
             logs = [(math.log(x), math.log(seconds)) for x, seconds in sorted(pairs)]
             slope = statistics.linear_regression(*zip(*logs, strict=True)).slope
-            found.append(Growth(curve, variable, contender, tuple(sorted(pairs)), slope))
+            found.append(Growth(*key, tuple(sorted(pairs)), slope))
     return found
 
 
 def machine_label(machine: Mapping[str, Any]) -> str:
-    """As file names have it: ``intel-xeon-processor-2-threads``."""
+    """Return a machine as file names have it: ``intel-xeon-processor-2-threads``."""
     name = re.sub(r"\((r|tm)\)", "", str(machine["device"]), flags=re.IGNORECASE)
     return re.sub(r"[^a-z0-9]+", "-", f"{name} {machine['threads']} threads".lower()).strip("-")

@@ -1,36 +1,31 @@
-"""What is measured: rows of contenders, each at one problem."""
+"""Describe what is measured: rows of contenders, each at one problem."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
-import pytest
 import torch
 
 OURS = "ours"
 # Smallest first: ``tiny`` is for tests of the benchmarks themselves, ``full`` adds to ``short``.
 LEVELS = ("tiny", "short", "full")
-# Contenders that come from a package of their own: (module, extra).
-PEERS = {
-    "fusion-bench": ("fusion_bench", "fusion-bench"),
-    "mergekit": ("mergekit", "mergekit"),
-    "mergekit-fp32": ("mergekit", "mergekit"),
-}
+# Contenders that come from a package of their own, an extra of that name: its module.
+PEERS = {"fusion-bench": "fusion_bench", "mergekit": "mergekit"}
 
 
 @dataclass
 class Problem:
-    """Inputs made, ready to be timed.
+    """Hold inputs and contenders, ready to be timed.
 
     Attributes:
         calls: what each contender does.
         error: of a result, relative to float64; None, or gives None, where there is nothing to be off by.
-        bars: the most that a contender's error may be; those are checked before they are timed, and fail.
+        bars: the largest error allowed to a contender, checked before it is timed.
         moved_bytes: what has to be read and written at least.
         is_counted: whether the operations that this process asks torch for tell how much is computed.
         before: done before every timed call, untimed.
@@ -52,10 +47,9 @@ class Problem:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the tables.
+    """Describe one line of the tables.
 
     Attributes:
-        name: also the group under pytest-benchmark.
         contenders: by name; where ``OURS`` is among them, the others are what it is compared to.
         make: its problem, on a device.
         level: see ``LEVELS``.
@@ -75,16 +69,8 @@ class Row:
     curve: tuple[str, str, float] | None = None
 
 
-def contests(rows: Sequence[Row]) -> pytest.MarkDecorator:
-    """A test for every contender of every row; those of a row follow each other, so that they are compared at once."""
-    cases = [(row, contender) for row in rows for contender in row.contenders]
-    return pytest.mark.parametrize(
-        ("row", "contender"), [pytest.param(*case, id=f"{case[0].name}-{case[1]}") for case in cases]
-    )
-
-
 def is_wanted(row: Row, level: str, *, later_pass: bool, on_gpu: bool) -> bool:
-    """``tiny`` alone, ``short`` alone, or ``short`` and ``full``."""
+    """Return whether a row belongs to a level (``full`` has the ``short`` ones too), a pass and a device."""
     if (row.once and later_pass) or (row.gpu_only and not on_gpu):
         return False
     return row.level == level or (level == "full" and row.level == "short")
@@ -92,8 +78,9 @@ def is_wanted(row: Row, level: str, *, later_pass: bool, on_gpu: bool) -> bool:
 
 @cache
 def absence(contender: str) -> str | None:
-    """Why a contender cannot take part, or None."""
-    module, extra = PEERS.get(contender, ("torch", ""))
+    """Return why a contender cannot take part, or None."""
+    extra = contender.removesuffix("-fp32")
+    module = PEERS.get(extra, "torch")
     # Of what is imported already there may be no specification: FusionBench takes its own away.
     if module not in sys.modules and find_spec(module) is None:
         return f"{contender} is not installed: pip install 'isomerge-fast[{extra}]'"

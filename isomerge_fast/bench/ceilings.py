@@ -86,6 +86,14 @@ def median_seconds(
     return statistics.median(times)
 
 
+def result_and_seconds(call: Callable[[], Result], device: torch.device, budget_seconds: float) -> tuple[Result, float]:
+    """Return what a call gives and its seconds: of this very call where it takes all the budget, else the median."""
+    result, seconds = timed(call, device)
+    if seconds < budget_seconds:
+        seconds = median_seconds(call, device, budget_seconds=budget_seconds, rounds=10)
+    return result, seconds
+
+
 def _seconds_by_events(function: Callable[[], Any], device: torch.device, calls: int) -> float:
     """Return the seconds a call by the GPU's own clock, with one wait for all."""
     with torch.cuda.device(device):

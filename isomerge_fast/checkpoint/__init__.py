@@ -1,2 +1,5 @@
-"""Checkpoints on disk: what is in them (``layout``), their bytes (``reader``, ``writer``), what was done
-(``manifest``), and the files beside the weights (``companions``)."""
+"""Read and write checkpoints on disk.
+
+Headers (``layout``), bytes (``io``), adapters (``lora``), what keeps inputs from being merged (``checks``), and the
+output's folder (``output``).
+"""

@@ -1,29 +1,32 @@
-"""A checkpoint's folder: what is in it, and the files that have to lie in it."""
+"""List a checkpoint's folder, and open the files that have to lie in it."""
 
 from __future__ import annotations
 
 import os
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from itertools import islice
 from pathlib import Path
 
 from ..errors import InputError
-from ..parsing.regular_files import open_regular, read_whole
+from ..parsing.regular_files import open_regular, read_opened
 
-# Opened for what is inside it, which needs no right to list it.
+# Opening files inside a folder needs no right to list it.
 _FOLDER_FLAGS = os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC | getattr(os, "O_PATH", os.O_RDONLY)
 
 
-def list_folder(folder: Path, most: int | None = None) -> list[str]:
-    """Return the names of everything in a folder, sorted.
-
-    Args:
-        most: no more names than so many are read.
-
-    Raises:
-        InputError: it cannot be listed. (``glob`` takes such a folder for an empty one.)
-    """
+@contextmanager
+def unreadable_refused(path: Path) -> Iterator[None]:
+    """Turn an OSError of reading a file into an InputError that names it."""
     try:
+        yield
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def list_folder(folder: Path, most: int | None = None) -> list[str]:
+    """Return the sorted names of everything in a folder, but read at most ``most``; refuse what cannot be listed."""
+    try:  # ``glob`` takes such a folder for an empty one
         with os.scandir(folder) as entries:
             return sorted(entry.name for entry in islice(entries, most))
     except OSError as error:
@@ -53,21 +56,13 @@ def open_own(folder: Path, name: str) -> tuple[int, os.stat_result]:
 
 
 def read_own(folder: Path, name: str, most_bytes: int) -> tuple[bytes, os.stat_result]:
-    """Return the bytes of a small file, and its status.
-
-    Raises:
-        InputError: as ``open_own``; it cannot be read, or is larger than ``most_bytes``.
-    """
-    try:
-        descriptor, status = open_own(folder, name)
-        with open(descriptor, "rb") as file:
-            return read_whole(file.fileno(), status, most_bytes), status
-    except OSError as error:
-        raise InputError(f"{folder / name}: cannot be read ({error.strerror})") from error
+    """Return the bytes and the status of a small file whose contents become part of the output, as ``open_own``."""
+    with unreadable_refused(folder / name):
+        return read_opened(open_own(folder, name), most_bytes)
 
 
 def _blobs(home: Path) -> list[Path]:
-    """Where the files of a snapshot lie, or of a folder inside one."""
+    """Return the folder of the files of a snapshot, or of a folder inside a snapshot; nothing for other folders."""
     for revision in (home, *home.parents):
         if revision.parent.name == "snapshots":
             return [revision.parent.parent / "blobs"]

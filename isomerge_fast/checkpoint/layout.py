@@ -1,4 +1,4 @@
-"""Where every tensor of a checkpoint lies: safetensors headers, shard indexes and Hugging Face folders.
+"""Read where every tensor of a checkpoint lies: safetensors headers, shard indexes and Hugging Face folders.
 
 Headers are checked here more strictly than the format's own parser does (duplicate keys, control characters, absurd
 sizes), and then once more by safetensors itself. Weights are never read, and pickles never opened.
@@ -23,11 +23,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..errors import InputError, shown
-from ..parsing.pointers import HEAD_BYTES, other_format
+from ..parsing.file_formats import HEAD_BYTES, other_format
 from ..parsing.regular_files import open_regular, read_regular
 from ..parsing.strict_json import MAX_INDEXED, parse_json, parse_settings
-from .folder import list_folder, read_own
-from .wrong_paths import of_nothing, of_other_file, of_several, of_unread
+from .folder import list_folder, read_own, unreadable_refused
+from .wrong_paths import explain_missing, explain_no_weights, explain_other_file, explain_several
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -48,25 +48,13 @@ HASHED_BYTES = 1 << 20  # at once
 MAX_DIMS = 64  # torch's and numpy's own limit
 LARGE_HEADER_BYTES = 16_000_000  # above this a header may be a tenth of its file at most
 
-# What headers, manifests and messages call them.
+# By the names in headers, manifests and messages.
 DTYPES: dict[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-    "U64": torch.uint64,
-    "U32": torch.uint32,
-    "U16": torch.uint16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "C64": torch.complex64,
-}
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "C64": torch.complex64, "BOOL": torch.bool,
+}  # fmt: skip
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # Integers and booleans.
 COPIED_DTYPES = frozenset(dtype for dtype in DTYPES.values() if not dtype.is_floating_point and not dtype.is_complex)
@@ -74,9 +62,9 @@ COPIED_DTYPES = frozenset(dtype for dtype in DTYPES.values() if not dtype.is_flo
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """One tensor in one file: ``bytes`` at absolute offset ``start``, up to ``end``.
+    """Locate a tensor in a file: ``bytes`` at absolute offset ``start``, up to ``end``.
 
-    A merge holds one for every tensor of every checkpoint: what can be shared among them is (``_parse_entry``).
+    A merge holds one for every tensor of every checkpoint, so that names and shapes are shared (``_parse_entry``).
     """
 
     name: str
@@ -100,14 +88,13 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class FileIdentity:
-    """What tells that an input is the file it was: size, modification time and the hash of its header.
+    """Identify a file by its size, its modification time and the hash of its header.
 
     Attributes:
-        stamp: what the kernel alone sets, so that a file of the same size and time can be told too. It is of this
-            machine and of this process's plan: copying a file or changing its mode does not make another input of it,
-            and a network file system may say something else on every machine. So it is never written down, and does not
-            travel: None in other processes.
-        metadata: what else the header says, which its hash is of. It does not travel either.
+        stamp: what the kernel alone sets, so that another file of the same size and time is recognised too. It holds
+            for this process only: copying a file or changing its mode does not make another input of it, and a network
+            file system may give other stamps on every machine. So it is never recorded or pickled.
+        metadata: of the header, which the hash covers. It is not pickled either.
     """
 
     size: int
@@ -125,31 +112,31 @@ class FileIdentity:
 
     @property
     def recorded(self) -> dict[str, Any]:
-        """What a later process may compare with."""
+        """Return what a later process may compare with."""
         return {"size": self.size, "mtime_ns": self.mtime_ns, "header_sha256": self.header_sha256}
 
     def is_of(self, status: os.stat_result) -> bool:
-        """Whether a file has this size, modification time and stamp; its header is another question."""
+        """Return whether a file has this size, modification time and stamp; the header is not read."""
         same = (status.st_size, status.st_mtime_ns) == (self.size, self.mtime_ns)
         return same and self.stamp in (None, _stamp(status))
 
 
 def _stamp(status: os.stat_result) -> tuple[int, ...]:
-    """ctime; inode and device where these are of a disk. (FUSE numbers files anew when it has forgotten them.)"""
+    """Return ctime, and inode and device of files on a disk. (FUSE renumbers files that it has forgotten.)"""
     place = (status.st_ino, status.st_dev) if os.major(status.st_dev) else ()
     return (status.st_ctime_ns, *place)
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint's tensors by name, its files with their identities, and its ``config.json`` when it is a folder."""
+    """Hold a checkpoint's tensors by name, its files with their identities, and the ``config.json`` of a folder."""
 
     path: Path
     tensors: dict[str, StoredTensor]
     files: dict[Path, FileIdentity]
     config: dict[str, Any] | None = field(default=None, compare=False)
     index_name: str | None = None  # of the index file, when the folder has one
-    names: tuple[str, ...] = field(default=(), compare=False, repr=False)  # of all that lies in the folder
+    names: tuple[str, ...] = field(default=(), compare=False, repr=False)  # of everything in the folder
 
     @property
     def bytes(self) -> int:
@@ -157,7 +144,7 @@ class Checkpoint:
 
     @property
     def stored_tensors(self) -> int:
-        """How many there are in its files."""
+        """Return the number of tensors in its files."""
         return len(self.tensors)
 
     @property
@@ -166,12 +153,12 @@ class Checkpoint:
 
 
 def read_header(path: Path) -> tuple[dict[str, StoredTensor], FileIdentity]:
-    """The tensors of one safetensors file, strictly checked: every byte after the header belongs to exactly one tensor.
+    """Read the header of a safetensors file strictly: every byte after it has to belong to exactly one tensor.
 
     Raises:
         InputError: naming the file, and the tensor where there is one.
     """
-    try:
+    with unreadable_refused(path):
         descriptor, status = open_regular(path)
         with open(descriptor, "rb") as file:
             prefix = file.read(8) if status.st_size >= 8 else b""  # files of /proc, which have no size, may wait
@@ -187,9 +174,6 @@ def read_header(path: Path) -> tuple[dict[str, StoredTensor], FileIdentity]:
             if header_bytes > LARGE_HEADER_BYTES and header_bytes * 10 > status.st_size:
                 raise InputError(f"{path}: the header is {header_bytes} of {status.st_size} bytes; refused")
             raw = file.read(header_bytes)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
-
     header_sha256 = hashlib.sha256(prefix + raw).hexdigest()
     header = parse_json(raw, f"{path}: header", most_values=MAX_VALUES)
     del raw
@@ -202,16 +186,7 @@ def read_header(path: Path) -> tuple[dict[str, StoredTensor], FileIdentity]:
     shapes: dict[tuple[int, ...], tuple[int, ...]] = {}
     entries = (_parse_entry(path, name, entry, data_start, shapes) for name, entry in header.items())
     tensors = {tensor.name: tensor for tensor in entries}
-
-    position = data_start
-    for start, end, name in sorted((tensor.start, tensor.end, name) for name, tensor in tensors.items()):
-        if start != position:
-            flaw = "overlaps the tensor before it" if start < position else "leaves a hole before it"
-            raise InputError(f"{path}: tensor {name!r} {flaw} (offset {start}, expected {position})")
-        position = end
-    if position != status.st_size:
-        flaw = "truncated" if position > status.st_size else "has trailing bytes"
-        raise InputError(f"{path}: {flaw}: the header describes {position} bytes, the file has {status.st_size}")
+    _check_places(path, tensors, data_start, status.st_size)
     try:
         descriptor, _ = open_regular(path)  # safetensors itself would wait for a FIFO that is there by now
         with open(descriptor, "rb"), safe_open(f"/dev/fd/{descriptor}", framework="np"):
@@ -221,8 +196,21 @@ def read_header(path: Path) -> tuple[dict[str, StoredTensor], FileIdentity]:
     return tensors, FileIdentity.of(status, header_sha256, metadata)  # texts alone, as safetensors has checked
 
 
+def _check_places(path: Path, tensors: Mapping[str, StoredTensor], data_start: int, file_bytes: int) -> None:
+    """Refuse tensors that overlap, and bytes that belong to none."""
+    position = data_start
+    for start, end, name in sorted((tensor.start, tensor.end, name) for name, tensor in tensors.items()):
+        if start != position:
+            flaw = "overlaps the tensor before it" if start < position else "leaves a hole before it"
+            raise InputError(f"{path}: tensor {name!r} {flaw} (offset {start}, expected {position})")
+        position = end
+    if position != file_bytes:
+        flaw = "truncated" if position > file_bytes else "has trailing bytes"
+        raise InputError(f"{path}: {flaw}: the header describes {position} bytes, the file has {file_bytes}")
+
+
 def hash_header(descriptor: int) -> str:
-    """Return the SHA-256 of an open safetensors file's length field and header, which is read in blocks."""
+    """Return the SHA-256 of the length field and header of an open safetensors file, read in blocks."""
     running = hashlib.sha256(prefix := os.pread(descriptor, 8, 0))
     position, end = len(prefix), len(prefix) + int.from_bytes(prefix, "little")
     while position < end and (block := os.pread(descriptor, min(HASHED_BYTES, end - position), position)):
@@ -234,7 +222,7 @@ def hash_header(descriptor: int) -> str:
 def _parse_entry(
     path: Path, name: str, entry: Any, data_start: int, shapes: dict[tuple[int, ...], tuple[int, ...]]
 ) -> StoredTensor:
-    """Return the tensor of one header entry. Equal strings, of all checkpoints, and equal ``shapes`` are one object."""
+    """Return the tensor of a header entry. Equal names, of all checkpoints, and equal ``shapes`` are one object."""
     if len(name) > MAX_NAME_CHARACTERS:
         raise InputError(
             f"{path}: tensor {shown(name)} has a name of {len(name)} characters; refused above {MAX_NAME_CHARACTERS}"
@@ -265,16 +253,12 @@ def _parse_entry(
 
 
 def _are_whole(values: list[Any], bound: int) -> bool:
-    """Whether all are integers from 0 to below ``bound``."""
+    """Return whether all are integers from 0 to below ``bound``."""
     return {*map(type, values)} <= {int} and (not values or (min(values) >= 0 and max(values) < bound))
 
 
 def find_index(folder: Path, names: Collection[str]) -> Path | None:
-    """``model.safetensors.index.json``, or the one index of another name (diffusers has its own), or None.
-
-    Args:
-        names: of what is in the folder.
-    """
+    """Return ``model.safetensors.index.json``, or the one index of another name (diffusers has its own), or None."""
     if INDEX_FILE in names:
         return folder / INDEX_FILE
     others = [name for name in names if name.endswith(".safetensors.index.json")]
@@ -284,12 +268,10 @@ def find_index(folder: Path, names: Collection[str]) -> Path | None:
 
 
 def weight_files(folder: Path, names: Sequence[str]) -> tuple[list[Path], Path | None, dict[str, str]]:
-    """The safetensors files of a folder; its index and that index's ``weight_map`` when it has one.
+    """Return the safetensors files of a folder with these ``names``, its index, and the ``weight_map`` of the index.
 
-    Shards are looked up by name (hub caches are links into ``blobs/``), so names must be plain.
-
-    Args:
-        names: of what is in the folder. What is listed and cannot be opened is an error: nothing takes its place.
+    Shards are looked up by name (hub caches are links into ``blobs/``), so names must be plain. A file that is listed
+    and cannot be opened is an error: nothing takes its place.
     """
     index = find_index(folder, names)
     if index is not None:
@@ -308,15 +290,13 @@ def weight_files(folder: Path, names: Sequence[str]) -> tuple[list[Path], Path |
     if len(others) == 1:
         check_shard_names(folder, others)
         return [folder / others[0]], None, {}
-    raise InputError(of_several(folder, names, others) if others else of_unread(folder, names))
+    raise InputError(explain_several(folder, names, others) if others else explain_no_weights(folder, names))
 
 
 def _read_index(index: Path) -> dict[str, str]:
-    """The ``weight_map`` of an index."""
-    try:
+    """Return the ``weight_map`` of an index."""
+    with unreadable_refused(index):
         data, _ = read_regular(index, MAX_INDEX_BYTES)
-    except OSError as error:
-        raise InputError(f"{index}: cannot be read ({error.strerror})") from error
     parsed = parse_json(data, str(index), most_values=MAX_INDEXED)
     weight_map = parsed.get("weight_map") if isinstance(parsed, dict) else None
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
@@ -325,10 +305,10 @@ def _read_index(index: Path) -> dict[str, str]:
 
 
 def check_shard_names(where: Path, shards: Iterable[str]) -> None:
-    """Raise InputError where a shard's name leaves its folder, or cannot be one of the output's.
+    """Raise InputError where a shard's name leaves its folder, or cannot be a shard's name in the output.
 
-    The output's shards are called like the base's. They end in .safetensors, as nothing else of an output does; and
-    they differ in more than case or Unicode's form, which some file systems do not tell apart.
+    The output's shards have the names of the base's. They end in .safetensors, as no other file of an output does, and
+    differ in more than case or Unicode's form, which some file systems ignore.
     """
     known: dict[str, str] = {}
     for shard in shards:
@@ -344,7 +324,7 @@ def check_shard_names(where: Path, shards: Iterable[str]) -> None:
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
-    """What is in a Hugging Face folder (one file or sharded) or a bare ``.safetensors`` file; headers only.
+    """Open a Hugging Face folder (one file or sharded) or a bare ``.safetensors`` file; read headers only.
 
     Raises:
         InputError: the path, a shard, an index or a header is missing or malformed; the message names it.
@@ -353,7 +333,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     try:
         is_folder = stat.S_ISDIR(os.stat(root).st_mode)
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise InputError(of_nothing(root)) from error
+        raise InputError(explain_missing(root)) from error
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not a name that a file can have"
         raise InputError(f"{shown(str(root))}: cannot be opened ({reason})") from error
@@ -363,25 +343,22 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     elif root.suffix == ".safetensors":
         files, index, weight_map = [root], None, {}
     else:
-        raise InputError(of_other_file(root))
+        raise InputError(explain_other_file(root))
 
     tensors: dict[str, StoredTensor] = {}
     identities: dict[Path, FileIdentity] = {}
     for file in files:
         found, identities[file] = read_header(file)
-        for name, tensor in found.items():
+        for name in found:
             if name in tensors:
                 raise InputError(f"{root}: tensor {name!r} is in both {tensors[name].file.name} and {file.name}")
-            tensors[name] = tensor
+        tensors |= found
     if index is not None:
         for name, shard in weight_map.items():
             if name not in tensors or tensors[name].file.name != shard:
                 raise InputError(f"{root}: the index puts tensor {shown(name)} into {shard}, where it is not")
-        unlisted = sorted(set(tensors) - set(weight_map))
-        if unlisted:
-            raise InputError(
-                f"{root}: the index does not list tensor {unlisted[0]!r} of {tensors[unlisted[0]].file.name}"
-            )
+        for name in sorted(tensors.keys() - weight_map.keys()):
+            raise InputError(f"{root}: the index does not list tensor {name!r} of {tensors[name].file.name}")
     config = None
     if "config.json" in names:
         data, _ = read_own(root, "config.json", MAX_SETTINGS_BYTES)

@@ -1,11 +1,10 @@
-"""A checkpoint as a state dict whose tensors are read when they are asked for, and not kept."""
+"""Offer a checkpoint as a state dict whose tensors are read when they are asked for, and not kept."""
 
 from __future__ import annotations
 
 import os
 import weakref
 from collections.abc import Iterator, Mapping
-from types import TracebackType
 
 import torch
 from torch import Tensor
@@ -17,27 +16,25 @@ from .layout import Checkpoint, open_checkpoint
 
 
 class StoredStateDict(Mapping[str, Tensor]):
-    """The tensors of a checkpoint by name; a context manager that closes its files, as its end does.
+    """Map names to the tensors of a checkpoint, as a context manager that closes its files.
 
-    ``len``, ``in``, iteration and ``meta`` read nothing. Every ``[name]`` reads the tensor again, into fresh CPU memory
-    that belongs to the caller, in the dtype of the file.
+    The files are closed too when the mapping is deleted. ``len``, ``in``, iteration and ``meta`` read nothing. Every
+    ``[name]`` reads the tensor again, into new CPU memory that belongs to the caller, in the dtype of the file.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
         self._reader = Reader(files_of(checkpoint))
-        self._close = weakref.finalize(self, self._reader.__exit__, None, None, None)
+        self._close = weakref.finalize(self, self._reader.__exit__)
 
     def __enter__(self) -> StoredStateDict:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self._close()
 
     def __getitem__(self, name: str) -> Tensor:
-        """The tensor, read now.
+        """Read a tensor.
 
         Raises:
             KeyError: the checkpoint has no tensor of this name.
@@ -62,7 +59,7 @@ class StoredStateDict(Mapping[str, Tensor]):
         return f"{type(self).__name__}({str(self.checkpoint.path)!r}, {len(self)} tensors)"
 
     def meta(self) -> dict[str, Tensor]:
-        """Every tensor's shape and dtype as a meta tensor; nothing is read."""
+        """Return every tensor's shape and dtype as a meta tensor; read nothing."""
         return {
             name: torch.empty(stored.shape, dtype=stored.dtype, device="meta")
             for name, stored in self.checkpoint.tensors.items()
@@ -70,13 +67,13 @@ class StoredStateDict(Mapping[str, Tensor]):
 
 
 def open_state_dict(path: str | os.PathLike[str]) -> StoredStateDict:
-    """A checkpoint as a mapping of names to tensors, of which the headers are read now and the tensors one at a time.
+    """Open a checkpoint as a mapping of names to tensors: read the headers now, and the tensors one at a time.
 
     Args:
         path: a Hugging Face folder (one file or sharded) or one ``.safetensors`` file.
 
     Returns:
-        The mapping. Use it in a ``with`` statement, or leave the closing of its files to its end.
+        The mapping. Use it in a ``with`` statement, or have its files closed when it is deleted.
 
     Raises:
         InputError: the path, a shard, an index or a header is missing or malformed; the message names it.

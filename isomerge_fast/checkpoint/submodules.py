@@ -1,7 +1,7 @@
-"""Weights in sub-folders that belong to the model: modules of sentence-transformers, adapters beside a base.
+"""Find weights in sub-folders that belong to the model: modules of sentence-transformers, adapters beside a base.
 
-They are not merged: their tensors have names of their own. Where all checkpoints hold the same file it is copied, and
-where they do not the merge is refused, with how to merge them apart.
+They are not merged, since their tensors have names of their own. Where all checkpoints hold the same file it is copied,
+and where they do not the merge is refused, with the commands that merge them apart.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ MAX_COMPARED_BYTES = 2_000_000_000
 _MAX_LIST_BYTES, _MAX_LIST_VALUES = 1_000_000, 10_000
 _BLOCK_BYTES = 1 << 20
 _MODULES = "modules.json"
-# What is loaded where it is there, and what is loaded else.
+# A folder's weights are loaded from the first of these formats that it has.
 _FORMATS = (r"\.safetensors(\.index\.json)?$", r"\.(bin|pt|pth)(\.index\.json)?$")
 
 
 @dataclass(frozen=True)
-class Part:
-    """A sub-folder with weights, by its relative name, and the names of their files in it."""
+class Submodule:
+    """Name a sub-folder with weights, by its relative path, and their files in it."""
 
     folder: str
     files: tuple[str, ...]
@@ -42,18 +42,15 @@ class Part:
         return [f"{self.folder}/{file}" for file in self.files]
 
 
-def own_weights(names: Iterable[str]) -> list[str]:
-    """Return the files of weights that are loaded from a folder with these names, indexes and settings with them."""
+def loaded_weights(names: Iterable[str]) -> list[str]:
+    """Return the files of weights that are loaded from a folder with these names, with indexes and settings."""
     found = ([name for name in names if re.search(pattern, name)] for pattern in _FORMATS)
     weights = next((files for files in found if files), [])
     return [*weights, ADAPTER_CONFIG_FILE] if weights and ADAPTER_CONFIG_FILE in names else weights
 
 
-def part_folders(folder: Path, names: Collection[str]) -> frozenset[str]:
-    """Return the sub-folders that ``modules.json`` says are modules; of a router, those that it leads to as well.
-
-    Files that are no such lists name none.
-    """
+def listed_modules(folder: Path, names: Collection[str]) -> frozenset[str]:
+    """Return the sub-folders that ``modules.json`` lists as modules, and those that a router's settings lead to."""
     if _MODULES not in names:
         return frozenset()
     listed = _read(folder, _MODULES)
@@ -74,70 +71,73 @@ def _read(folder: Path, name: str) -> Any:
         return None  # what cannot be copied is refused where it is sorted
 
 
-def parts_of(folder: Path) -> Iterator[Part]:
-    """Yield the modules with weights of a folder, from its ``modules.json``."""
-    for path in sorted(part_folders(folder, list_folder(folder))):
+def submodules_of(folder: Path) -> Iterator[Submodule]:
+    """Yield the modules with weights that a folder's ``modules.json`` lists."""
+    for path in sorted(listed_modules(folder, list_folder(folder))):
         if weights := _weights_in(folder / path):
-            yield Part(path, tuple(weights), is_adapter=False)
+            yield Submodule(path, tuple(weights), is_adapter=False)
 
 
-def owners_of(part: Part, experts: Iterable[Path]) -> list[Path]:
+def experts_with(module: Submodule, experts: Iterable[Path]) -> list[Path]:
     """Return the experts that hold weights in this sub-folder."""
-    return [expert for expert in experts if _weights_in(expert / part.folder)]
+    return [expert for expert in experts if _weights_in(expert / module.folder)]
 
 
-def check_equal(base: Path, parts: Sequence[Part], experts: Sequence[Path], method: str) -> None:
+def check_same_weights(base: Path, modules: Iterable[Submodule], experts: Sequence[Path], method: str) -> None:
     """Raise InputError where an expert holds other weights than the base in a sub-folder that belongs to the model.
 
-    Args:
-        experts: all of them; those that hold none there leave the base's as they are.
+    Experts that hold none there leave the base's as they are.
     """
-    flaws = [(part, flaw) for part in parts if (flaw := _flaw(base, part, experts)) is not None]
+    flaws = [(module, flaw) for module in modules if (flaw := _flaw(base, module, experts)) is not None]
     if flaws:
         raise InputError(
             f"{'; '.join(flaw for _, flaw in flaws)}. Sub-folders are not merged with the rest; merge them apart, and "
             "the rest with a base without their weights (verify each before the last step):",
-            _commands(base, [part for part, _ in flaws], experts, method),
+            _commands(base, [module for module, _ in flaws], experts, method),
         )
 
 
-def _flaw(base: Path, part: Part, experts: Sequence[Path]) -> str | None:
-    """Return how an expert's weights differ from the base's, in words."""
-    said = "the adapter_config.json in it" if part.is_adapter else _MODULES
-    for expert in owners_of(part, experts):
-        flaw = _difference(base / part.folder, expert / part.folder, part.files)
-        if flaw is not None:
-            return f"{base / part.folder}: belongs to the model ({said}), and {flaw}"
+def _flaw(base: Path, module: Submodule, experts: Sequence[Path]) -> str | None:
+    """Return how an expert's weights differ from the base's, in words, or None."""
+    said, own = "the adapter_config.json in it" if module.is_adapter else _MODULES, base / module.folder
+    for expert in experts_with(module, experts):
+        if flaw := _difference(own, expert / module.folder, module.files):
+            return f"{own}: belongs to the model ({said}), and {flaw}"
     return None
 
 
 def _difference(mine: Path, other: Path, files: Sequence[str]) -> str | None:
-    """Return how another folder's weights differ from these, in words."""
+    """Return how another folder's weights differ from these, in words, or None."""
     theirs = _weights_in(other)
     if theirs != list(files):
         return f"holds {', '.join(files)}, {other} {', '.join(theirs)}"
     for file in files:
         try:
-            first, status = open_regular(mine / file)
-            with open(first, "rb") as ours:
-                second, other_status = open_regular(other / file)
-                with open(second, "rb") as others:
-                    if os.path.samestat(status, other_status):
-                        continue
-                    if status.st_size == other_status.st_size > MAX_COMPARED_BYTES:
-                        return f"{file} has {status.st_size} bytes, too many to see that {other / file} is the same"
-                    is_same = status.st_size == other_status.st_size
-                    while is_same and (block := ours.read(_BLOCK_BYTES)):
-                        is_same = block == others.read(_BLOCK_BYTES)
+            flaw = _file_difference(mine / file, other / file)
         except OSError as error:
             raise InputError(f"{error.filename or mine / file}: cannot be read ({error.strerror})") from error
-        if not is_same:
-            return f"{file} is not the same in {other}"
+        if flaw is not None:
+            return f"{file} {flaw}"
     return None
 
 
-def _commands(base: Path, parts: Sequence[Part], experts: Sequence[Path], method: str) -> Iterator[str]:
-    """Yield what merges parts apart, or of adapters takes one expert's, line by line."""
+def _file_difference(mine: Path, other: Path) -> str | None:
+    first, status = open_regular(mine)
+    with open(first, "rb") as ours:
+        second, other_status = open_regular(other)
+        with open(second, "rb") as others:
+            if os.path.samestat(status, other_status):
+                return None
+            is_same = status.st_size == other_status.st_size
+            if is_same and status.st_size > MAX_COMPARED_BYTES:
+                return f"has {status.st_size} bytes, too many to see that {other} is the same"
+            while is_same and (block := ours.read(_BLOCK_BYTES)):
+                is_same = block == others.read(_BLOCK_BYTES)
+    return None if is_same else f"is not the same in {other.parent}"
+
+
+def _commands(base: Path, modules: Sequence[Submodule], experts: Sequence[Path], method: str) -> Iterator[str]:
+    """Yield the commands that merge modules apart, and that take an adapter from one expert, line by line."""
     rest = f"{base.name or 'base'}-rest"
 
     def run(first: Path | str, others: Iterable[Path], out: str) -> str:
@@ -145,22 +145,23 @@ def _commands(base: Path, parts: Sequence[Part], experts: Sequence[Path], method
         return shlex.join(["isomerge", "run", "--base", str(first), *given, "--method", method, "--out", out])
 
     yield shlex.join(["cp", "-rL", str(base), rest])
-    yield shlex.join(["rm", *(f"{rest}/{name}" for part in parts for name in part.names)])
+    yield shlex.join(["rm", *(f"{rest}/{name}" for module in modules for name in module.names)])
     yield run(rest, experts, "merged")
-    owners = {part.folder: [expert / part.folder for expert in owners_of(part, experts)] for part in parts}
-    aparts = {part.folder: f"merged-{part.folder.replace('/', '-')}" for part in parts if not part.is_adapter}
-    for folder, apart in aparts.items():
-        for place in (base / folder, *owners[folder]):
+    last_steps = []
+    for module in modules:
+        folder, owners = module.folder, [expert / module.folder for expert in experts_with(module, experts)]
+        if module.is_adapter:
+            last_steps.append(shlex.join(["cp", "-rL", str(owners[0]), "merged/"]) + " (or another expert's)")
+            continue
+        for place in (base / folder, *owners):
             if pickles := [name for name in _weights_in(place) if name.endswith(PICKLES)]:
                 yield f"(cd {shlex.quote(str(place))} && {conversion(pickles)})"
-        yield run(base / folder, owners[folder], apart)
-    for part in parts:
-        if part.is_adapter:
-            yield shlex.join(["cp", "-rL", str(owners[part.folder][0]), "merged/"]) + " (or another expert's)"
-        else:
-            yield f"cp {shlex.quote(aparts[part.folder])}/*.safetensors* {shlex.quote(f'merged/{part.folder}')}/"
+        apart = f"merged-{folder.replace('/', '-')}"
+        yield run(base / folder, owners, apart)
+        last_steps.append(f"cp {shlex.quote(apart)}/*.safetensors* {shlex.quote(f'merged/{folder}')}/")
+    yield from last_steps
 
 
 def _weights_in(folder: Path) -> list[str]:
     """Return the files of weights in a folder that may not be there."""
-    return own_weights(list_folder(folder)) if os.path.isdir(folder) else []
+    return loaded_weights(list_folder(folder)) if os.path.isdir(folder) else []

@@ -1,4 +1,4 @@
-"""Says of a path that holds no checkpoint what it is instead, and which path would do.
+"""Say of a path that holds no checkpoint what it is instead, and which path to give.
 
 Only names are looked at, some hundred of a folder at most, and the hub cache's own note of a model's revision.
 """
@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 
-from ..errors import InputError
+from ..errors import InputError, joined
 from ..parsing.regular_files import read_regular
 from .folder import list_folder
 
@@ -31,33 +31,29 @@ _REVISION = re.compile(r"[0-9A-Za-z][0-9A-Za-z_.-]*")
 _TRAINER_CHECKPOINT = re.compile(r"checkpoint-(\d{1,18})")
 _SHARD = re.compile(r".*-\d+-of-\d+\.safetensors")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-# Pickles that the Trainer writes, and that hold no weights.
+# The Trainer writes them; they hold no weights.
 _NO_WEIGHTS = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state\w*)\.\w+")
 _PLAIN_NAME = re.compile(r"[\w.-]+")
 
 
-def of_nothing(path: Path) -> str:
+def explain_missing(path: Path) -> str:
     """Return the message about a path that is not there."""
     if path.is_symlink():
         return f"{path}: a link to {os.readlink(path)}, which is not there"
     return f"{path}: no such checkpoint folder or .safetensors file{_what_is_meant(str(path))}"
 
 
-def of_other_file(path: Path) -> str:
+def explain_other_file(path: Path) -> str:
     """Return the message about a file that is no .safetensors file."""
     if path.name.endswith(PICKLES):
-        return f"{path}: pickled weights, which are never opened. {_conversion([path.name])}"
+        return f"{path}: pickled weights, which are never opened. Convert in its folder: {conversion([path.name])}"
     if path.name.endswith(".gguf"):
         return f"{path}: GGUF is not read; give the model's .safetensors files"
     return f"{path}: neither a folder nor a .safetensors file"
 
 
-def of_several(folder: Path, names: Sequence[str], weights: Sequence[str]) -> str:
-    """Return the message about a folder with several .safetensors files and no index of them.
-
-    Args:
-        names: of what is in the folder; weights: of these files.
-    """
+def explain_several(folder: Path, names: Sequence[str], weights: Sequence[str]) -> str:
+    """Return the message about a folder with several .safetensors files, ``weights``, and no index of them."""
     if "model_index.json" in names:
         return f"{_pipeline(folder, names)}; or give one of its own files ({_some(weights)}) by its path"
     if all(_SHARD.fullmatch(name) for name in weights):
@@ -75,43 +71,39 @@ def of_several(folder: Path, names: Sequence[str], weights: Sequence[str]) -> st
     )
 
 
-def of_unread(folder: Path, names: Sequence[str]) -> str:
-    """Return the message about a folder in which no .safetensors file is.
-
-    Args:
-        names: of what is in the folder.
-    """
+def explain_no_weights(folder: Path, names: Sequence[str]) -> str:
+    """Return the message about a folder without a .safetensors file."""
     nothing = f"{folder}: no .safetensors file in it"
     if "snapshots" in names and (found := _snapshots(folder)):
         return f"{nothing}: it is the hub cache's folder of a model; give its snapshot, {_any(found)}"
     if "model_index.json" in names:
         return _pipeline(folder, names)
-    inner = [name for name in names[:MOST_NAMES] if _has_weights(folder / name)]
+    inner = _with_weights(folder, names)
     steps = {name: int(match[1]) for name in inner if (match := _TRAINER_CHECKPOINT.fullmatch(name))}
     if steps:
         return f"{nothing}; the newest checkpoint in it is {folder / max(steps, key=lambda name: steps[name])}"
     pickles = [name for name in names if name.endswith(PICKLES) and not _NO_WEIGHTS.fullmatch(name)]
     if pickles:
-        return f"{folder}: only pickled weights ({pickles[0]}), which are never opened. {_conversion(pickles)}"
+        said = f"only pickled weights ({pickles[0]}), which are never opened"
+        return f"{folder}: {said}. Convert in its folder: {conversion(pickles)}"
     if inner:
         return f"{nothing}; {_any([str(folder / name) for name in inner])} has some"
     other = next((name for name in names if name.endswith((".gguf", ".h5", ".msgpack", ".onnx"))), None)
     return nothing if other is None else f"{nothing}, and {other} is not read; save the model as safetensors"
 
 
-def _conversion(pickles: Sequence[str]) -> str:
-    return f"Convert in its folder: {conversion(pickles)}"
-
-
 def conversion(pickles: Sequence[str]) -> str:
-    """Return the command by which pickles of the folder that it is run in become one file with the same tensors by the
-    same names, which loading them into a class of transformers may change. File names are somebody else's, and what is
-    shown is to be run: only plain ones stand in it.
+    """Return the command that turns the pickles of its working folder into one file with the same tensors and names.
+
+    (Loading them into a class of transformers may change names.) File names are somebody else's, and the command is to
+    be run: only plain ones stand in it.
     """
     first = pickles[0]
-    name = first if _PLAIN_NAME.fullmatch(first) else "*" + Path(first).suffix
-    if len(pickles) > 1:  # shards: pytorch_model-00001-of-00002.bin
-        name = "pytorch_model*.bin" if first.startswith("pytorch_model") else "*" + Path(first).suffix
+    name = "*" + Path(first).suffix
+    if len(pickles) > 1 and first.startswith("pytorch_model"):  # shards: pytorch_model-00001-of-00002.bin
+        name = "pytorch_model*.bin"
+    elif len(pickles) == 1 and _PLAIN_NAME.fullmatch(first):
+        name = first
     return (
         'python -c "import glob, torch; from safetensors.torch import save_file; t = {}; '
         f"[t.update(torch.load(f, map_location='cpu', weights_only=True)) for f in sorted(glob.glob('{name}'))]; "
@@ -120,7 +112,7 @@ def conversion(pickles: Sequence[str]) -> str:
 
 
 def _pipeline(folder: Path, names: Sequence[str]) -> str:
-    components = [name for name in names[:MOST_NAMES] if _has_weights(folder / name)]
+    components = _with_weights(folder, names)
     if not components:
         return f"{folder}: a pipeline, of whose components none has .safetensors files"
     return (
@@ -130,7 +122,7 @@ def _pipeline(folder: Path, names: Sequence[str]) -> str:
 
 
 def _what_is_meant(text: str) -> str:
-    """Return what is to be added about a path that is not there, or nothing."""
+    """Return a hint about a path that is not there, or nothing."""
     listed = [part.strip() for part in re.split("[,;]", text) if part.strip()]
     spaced = text.split()
     if (len(listed) > 1 and any(map(os.path.exists, listed))) or (len(spaced) > 1 and all(map(os.path.exists, spaced))):
@@ -148,7 +140,7 @@ def _what_is_meant(text: str) -> str:
 
 
 def _found_elsewhere(text: str) -> str:
-    """Return where a model of this name is: in the hub's cache, beside, on the Hub; or nothing."""
+    """Return where a model of this name is (in the hub's cache, beside, on the Hub), or nothing."""
     hub_id = _HUB_ID.fullmatch(text)
     repository = hub_id[1] if hub_id else text
     revision = (hub_id[2] or hub_id[3] or "main") if hub_id else "main"
@@ -172,20 +164,16 @@ def _found_elsewhere(text: str) -> str:
 
 
 def _hub_caches(environment: Mapping[str, str]) -> Iterator[Path]:
-    """Yield where the hub's client keeps what it downloads."""
-    for variable, below in (
-        ("HF_HUB_CACHE", ""),
-        ("HUGGINGFACE_HUB_CACHE", ""),
-        ("HF_HOME", "hub"),
-        ("XDG_CACHE_HOME", "huggingface/hub"),
-    ):
+    """Yield the folders in which the hub's client keeps its downloads."""
+    given = {"HF_HUB_CACHE": "", "HUGGINGFACE_HUB_CACHE": "", "HF_HOME": "hub", "XDG_CACHE_HOME": "huggingface/hub"}
+    for variable, below in given.items():
         if environment.get(variable):
             yield Path(os.path.expanduser(environment[variable])) / below
     yield Path(os.path.expanduser("~/.cache/huggingface/hub"))  # pathlib's raises where there is no home
 
 
 def _snapshots(repository: Path, revision: str = "main") -> list[str]:
-    """Return the snapshots with weights in a model's folder of the hub's cache: that of a revision, or all of them."""
+    """Return the snapshots with weights in a model's folder of the hub's cache: that of a revision, or else all."""
     try:
         commit = read_regular(repository / "refs" / revision, 200)[0].decode("ascii").strip()
     except (OSError, ValueError):
@@ -193,12 +181,12 @@ def _snapshots(repository: Path, revision: str = "main") -> list[str]:
     snapshot = repository / "snapshots" / commit
     if _REVISION.fullmatch(commit) and _has_weights(snapshot):
         return [str(snapshot)]
-    names = _names(repository / "snapshots")
-    return [str(repository / "snapshots" / name) for name in names if _has_weights(repository / "snapshots" / name)]
+    snapshots = repository / "snapshots"
+    return [str(snapshots / name) for name in _names(snapshots) if _has_weights(snapshots / name)]
 
 
 def _nearest(path: Path) -> str | None:
-    """Return the path that may be meant: in POSIX's spelling, or of a neighbour with almost the same name."""
+    """Return the path that may be meant: the POSIX spelling, or a neighbour with almost the same name."""
     posix = str(path).replace("\\", "/")
     if posix != str(path) and os.path.exists(posix):
         return posix
@@ -206,6 +194,11 @@ def _nearest(path: Path) -> str | None:
         return None
     close = difflib.get_close_matches(path.name[:100], _names(path.parent), n=1, cutoff=0.8)
     return str(path.parent / close[0]) if close else None
+
+
+def _with_weights(folder: Path, names: Sequence[str]) -> list[str]:
+    """Return the sub-folders that hold .safetensors files."""
+    return [name for name in names[:MOST_NAMES] if _has_weights(folder / name)]
 
 
 def _has_weights(folder: Path) -> bool:
@@ -231,4 +224,4 @@ def _some(names: Sequence[str]) -> str:
 def _any(names: Sequence[str]) -> str:
     if len(names) > MOST_SHOWN:
         return f"{_some(names)} or another"
-    return " or ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+    return joined(names, "or")

@@ -17,7 +17,8 @@ import torch
 
 from .. import __version__
 from ..checkpoint.io.writer import create_shard
-from ..checkpoint.output.journal import Entries, Journal, forget
+from ..checkpoint.output.journal import Entries, Journal, delete_journals
+from ..checkpoint.output.json_files import to_json
 from ..checkpoint.output.manifest import (
     MANIFEST_FILE,
     ShardEntry,
@@ -25,7 +26,6 @@ from ..checkpoint.output.manifest import (
     file_name,
     fingerprint,
     read_manifest,
-    to_json,
 )
 from ..checkpoint.output.staging import Staging, check_replaceable
 from ..errors import ConfigError, InputError, LostWritesError, ResourceError, VerificationError, nearest, shown, visible
@@ -135,7 +135,7 @@ class Execution:
                 staging.check_mine()  # what is gone may have gone with the folder
                 if isinstance(error, LostWritesError):
                     with suppress(OSError):  # a disk that takes nothing at all is mounted anew, without its cache
-                        forget(staging.folder)
+                        delete_journals(staging.folder)
                 if isinstance(error, OSError):
                     raise ResourceError(
                         f"{error.filename or staging.out}: {error.strerror}; --resume continues"

@@ -14,7 +14,7 @@ from ..checkpoint.io.checksum import ALGORITHM, Checksum
 from ..checkpoint.io.writer import OutputTensor, write_blocks_durably, write_durably
 from ..checkpoint.layout import ADAPTER_CONFIG_FILE, DTYPE_NAMES
 from ..checkpoint.output.companions import copy_companions
-from ..checkpoint.output.json_text import Made, json_blocks
+from ..checkpoint.output.json_files import LazyMapping, json_blocks, read_with_digest, to_json, write_with_digest
 from ..checkpoint.output.manifest import (
     FORMAT,
     MANIFEST_FILE,
@@ -27,10 +27,8 @@ from ..checkpoint.output.manifest import (
     entry_of,
     file_name,
     no_output,
-    to_json,
 )
 from ..checkpoint.output.model_card import model_card
-from ..checkpoint.output.sealed import read_sealed, write_sealed
 from ..config import MergeConfig, recorded_config
 from ..errors import ConfigError, VerificationError
 from ..methods import make_method, method_class
@@ -75,10 +73,10 @@ def write_metadata(
         "shards": shards,
     }
     if plan.config.save_delta:
-        checksums = Made(entries.keys(), lambda name: entries[name]["base_checksum"])
+        checksums = LazyMapping(entries.keys(), lambda name: entries[name]["base_checksum"])
         manifest["base"] = cast(dict[str, str], checksums)
-    digest = write_sealed(folder / MANIFEST_FILE, json_blocks(manifest))
-    write_sealed(folder / REPORT_FILE, json_blocks({**report.to_dict(), "manifest": digest}))
+    digest = write_with_digest(folder / MANIFEST_FILE, json_blocks(manifest))
+    write_with_digest(folder / REPORT_FILE, json_blocks({**report.to_dict(), "manifest": digest}))
 
 
 def read_report(folder: Path) -> tuple[Report, str]:
@@ -90,7 +88,7 @@ def read_report(folder: Path) -> tuple[Report, str]:
     path = folder / REPORT_FILE
     if not os.path.isfile(path):  # of a name that is too long, too
         raise no_output(folder, REPORT_FILE)
-    value, flaw = read_sealed(path)
+    value, flaw = read_with_digest(path)
     if flaw is not None:
         raise VerificationError(flaw)
     try:
@@ -115,7 +113,7 @@ def config_of(manifest: Manifest) -> MergeConfig:
     return config
 
 
-def _recorded(plan: Plan, folder: str, entries: Mapping[str, Mapping[str, Any]]) -> Made:
+def _recorded(plan: Plan, folder: str, entries: Mapping[str, Mapping[str, Any]]) -> LazyMapping:
     """Return what the manifest says of a sub-folder's tensors, by their names there."""
     written = {made.name: (tensor, made) for tensor in plan.tensors for made in tensor.tensors_in(folder)}
 
@@ -129,7 +127,7 @@ def _recorded(plan: Plan, folder: str, entries: Mapping[str, Mapping[str, Any]])
             "checksum": entries[tensor.name]["checksum"][folder][name],
         }
 
-    return Made(written, record)
+    return LazyMapping(written, record)
 
 
 def _add_index(name: str, path: Path, weights: Mapping[str, Iterable[OutputTensor]]) -> Checksum:

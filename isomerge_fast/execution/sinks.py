@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..checkpoint.io.direct_io import PAGE
-from ..checkpoint.io.ring import aligned
+from ..checkpoint.io.direct_io import PAGE, page_ceiling
 from ..checkpoint.io.write_behind import WriteBehind
 from ..checkpoint.io.writer import ShardWriter
 from ..methods import OutOfRangeError, RowBlock
@@ -172,7 +171,7 @@ class FileSink:
 
     def _bytes_of(self, rows: int) -> int:
         """Return the bytes of ``rows`` rows in all outputs, each with a page more for its place within a page."""
-        return sum(PAGE + aligned(rows * self._row_elements * dtype.itemsize) for dtype in self._dtypes.values())
+        return sum(PAGE + page_ceiling(rows * self._row_elements * dtype.itemsize) for dtype in self._dtypes.values())
 
     def _room(self, rows: slice, device: torch.device) -> dict[str, Tensor]:
         """Return memory for these rows by folder, on the device that computes."""

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from ..checkpoint.io.checksum import Checksum
+from ..checkpoint.io.direct_io import open_on_disk
 from ..checkpoint.io.read_ahead import THREADS, Bundle, ReadAhead
 from ..checkpoint.io.reader import Piece, Reader, files_of
 from ..checkpoint.io.writer import tensor_bytes
@@ -23,7 +24,6 @@ from ..checkpoint.output.manifest import (
     file_name,
     list_output,
 )
-from ..checkpoint.output.sealed import open_on_disk
 from ..errors import ConfigError, InputChangedError, InputError, UnreadableError, VerificationError, first_of, shown
 from ..methods import origins_of
 from ..parsing.values import path_text, whole_number

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint.lora.adapter import check_settings
+from ..checkpoint.lora.settings import check_settings
 from ..errors import ConfigError, InputError, nearest
 from ..execution.in_memory import merge_to_factors
 from ..methods import Method, NotFiniteError, OutOfRangeError, TensorSpec, given_method, method_for

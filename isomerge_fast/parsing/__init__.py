@@ -1,1 +1,1 @@
-"""Reads strictly what people and strangers wrote: settings, YAML, JSON, patterns of names, files of any kind."""
+"""Read strictly what people and strangers wrote: settings, YAML, JSON, patterns of names, files of any kind."""

@@ -1,4 +1,4 @@
-"""Checks what was parsed from JSON against Python's own types: one schema for the checker, the code and the reader."""
+"""Check what was parsed from JSON against Python's own types: one schema for the checker, the code and the reader."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from functools import cache
 from types import NoneType, UnionType
 from typing import Annotated, Any, NotRequired, get_args, get_origin, is_typeddict
 
-# JSON has no bounds; what is counted and compared has.
+# JSON has no bounds; numbers that are counted and compared do.
 _BOUNDS = {int: 2**63, float: sys.float_info.max}
 
 
@@ -18,10 +18,10 @@ def check(value: Any, kind: Any, what: str) -> None:
     """Raise ValueError, naming the place, where a value is not of a type.
 
     Args:
-        kind: a TypedDict (other keys than its own are not looked at), a dataclass (which has no other keys), list[…],
-            dict[str, …], a union, Any or a scalar; or one of these, Annotated with functions (value, what) that raise
-            ValueError too. A bool is no number, and a float may be written as an int.
-        what: what the value is, for the message.
+        kind: a TypedDict (its other keys are ignored), a dataclass (other keys are refused), list[…], dict[str, …], a
+            union, Any or a scalar; or one of these, Annotated with functions (value, what) that raise ValueError too. A
+            bool is no number, and a float may be written as an int.
+        what: the name of the value in messages.
     """
     if kind is Any:
         return
@@ -56,7 +56,7 @@ def _check_union(value: Any, kinds: tuple[Any, ...], what: str) -> None:
             return
         except ValueError as error:
             complaints.append(str(error))
-    # What is said of a place inside the value is of the alternative that it was meant for.
+    # A complaint about a place inside the value is from the alternative that was meant.
     raise ValueError(next((text for text in complaints if not text.startswith(f"{what} is")), complaints[0]))
 
 
@@ -68,14 +68,14 @@ def _check_keys(value: Any, kind: Any, what: str) -> None:
             check(value[key], inner, f"{what}.{key}")
         elif is_required:
             raise ValueError(f"{what} has no {key!r}")
-    unknown = [] if is_typeddict(kind) else [key for key in value if key not in known]
-    if unknown:
-        raise ValueError(f"{what} has an unknown key {unknown[0]!r}")
+    for key in () if is_typeddict(kind) else value:
+        if key not in known:
+            raise ValueError(f"{what} has an unknown key {key!r}")
 
 
 @cache
 def _keys(kind: Any) -> dict[str, tuple[Any, bool]]:
-    """By key: the type of its value, and whether it has to be there."""
+    """Return the type of each key's value, and whether the key is required."""
     hints = typing.get_type_hints(kind, include_extras=True)
     if is_typeddict(kind):
         return {
@@ -90,7 +90,7 @@ def _keys(kind: Any) -> dict[str, tuple[Any, bool]]:
 
 
 def _expect(holds: bool, value: Any, wanted: Any, what: str) -> None:
-    """``wanted``: a type, or words."""
+    """Raise ValueError unless ``holds``. ``wanted`` is a type, or words."""
     if not holds:
         shown = json.dumps(value) if isinstance(value, str | int | float | NoneType) else _name(type(value))
         raise ValueError(f"{what} is {shown[:60]}, not {wanted if isinstance(wanted, str) else _name(wanted)}")

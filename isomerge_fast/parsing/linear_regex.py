@@ -1,8 +1,8 @@
-"""Regular expressions that a file brings along, matched against names in time linear in both.
+"""Match names with regular expressions from a file, in time linear in both.
 
 Python's own matcher tries one way after the other: ``(a+)+b`` takes it hours for a name of forty letters. Whether a
-name matches at all, which is the whole question here, follows from the set of places that the expression may be at
-after each character (K. Thompson, "Regular expression search algorithm", CACM 11, 1968).
+name matches at all, the only question here, follows from the set of places in the expression that are reached after
+each character (K. Thompson, "Regular expression search algorithm", CACM 11, 1968).
 """
 
 from __future__ import annotations
@@ -21,18 +21,19 @@ _ESCAPE = re.compile(r"\\(?:[dDwWsS]|[^\w])")
 
 
 class PatternError(ValueError):
-    """An expression that is not matched; the message goes on after its name."""
+    """Refuse an expression; the message continues a sentence that begins with it."""
 
 
 def is_plain_name(pattern: str) -> bool:
-    """Return whether a pattern is a name: its dots are dots, and nothing else in it means anything."""
+    """Return whether a pattern is a name: its dots are dots, and it has no other special characters."""
     return _PLAIN.fullmatch(pattern) is not None
 
 
 class NamePattern:
-    """An expression that matches names from the start or from behind a dot, up to the end: ``(.*\\.)?(pattern)$``.
+    """Match names from the start or from behind a dot, up to the end: ``(.*\\.)?(pattern)$``.
 
-    Characters, classes, groups, alternatives, repetitions, ``^`` and ``$``; nothing that looks around or back.
+    An expression may have characters, classes, groups, alternatives, repetitions, ``^`` and ``$``, but nothing that
+    looks around or back.
 
     Raises:
         PatternError: no regular expression, one that has more than that, or an absurdly large one.
@@ -45,13 +46,14 @@ class NamePattern:
         tree = parser.alternatives(0)
         if parser.position < len(pattern):
             raise PatternError("is no regular expression (a closing parenthesis too many)")
-        # {place: (what its character must match, the next place)}, and {place: places it is at as well, and when}.
+        # By place: the test of its character and the next place, or the places that it reaches without a character,
+        # each with the anchor that has to hold.
         self._characters: dict[int, tuple[re.Pattern[str], int]] = {}
         self._free: dict[int, list[tuple[int, str]]] = {}
         self._places = 1  # 0 is the end
         begin = self._build(tree, 0)
         self._behind_a_dot = self._spread([begin], "")
-        # Sets of places that were met, numbered, and where each character leads from there.
+        # Sets of places that were reached, numbered, and the number that each character leads to from each.
         self._numbers: dict[frozenset[int], int] = {}
         self._sets: list[frozenset[int]] = []
         self._steps: list[dict[str, int]] = []
@@ -68,13 +70,8 @@ class NamePattern:
         return 0 in self._spread(self._sets[number], "$" if name else "^$")
 
     def _step(self, number: int, character: str) -> int:
-        reached = [
-            after
-            for place in self._sets[number]
-            if place in self._characters
-            for test, after in [self._characters[place]]
-            if test.fullmatch(character)
-        ]
+        tests = (self._characters[place] for place in self._sets[number] if place in self._characters)
+        reached = [after for test, after in tests if test.fullmatch(character)]
         return self._number(self._spread(reached, "") | (self._behind_a_dot if character == "." else frozenset()))
 
     def _number(self, places: frozenset[int]) -> int:
@@ -85,7 +82,7 @@ class NamePattern:
         return self._numbers[places]
 
     def _spread(self, places: Iterable[int], passable: str) -> frozenset[int]:
-        """All places that these are at as well, where the anchors in ``passable`` hold."""
+        """Return these places and all that they reach without a character, where the anchors in ``passable`` hold."""
         found, waiting = set(places), list(places)
         while waiting:
             for place, anchor in self._free.get(waiting.pop(), ()):
@@ -101,7 +98,7 @@ class NamePattern:
         return self._places - 1
 
     def _build(self, node: tuple[Any, ...], after: int) -> int:
-        """The place at which ``node`` begins, when ``after`` follows it."""
+        """Return the place at which ``node`` begins, when ``after`` follows it."""
         kind, *content = node
         if kind == "sequence":
             for child in reversed(content):
@@ -133,8 +130,10 @@ class NamePattern:
 
 
 class _Parser:
-    """From an expression to a tree: ("alternatives", …), ("sequence", …), ("repeat", child, least, most or None),
-    ("character", test) and ("anchor", sign).
+    """Parse an expression into a tree.
+
+    Its nodes are ("alternatives", …), ("sequence", …), ("repeat", child, least, most or None), ("character", test) and
+    ("anchor", sign).
     """
 
     def __init__(self, pattern: str) -> None:
@@ -201,7 +200,7 @@ class _Parser:
         return ("repeat", node, least, most)
 
     def _take(self, text: str) -> bool:
-        """Whether ``text`` comes next; then it is passed."""
+        """Return whether ``text`` comes next, and pass it if so."""
         found = self._pattern.startswith(text, self.position)
         self.position += len(text) if found else 0
         return found

@@ -1,4 +1,4 @@
-"""Files that somebody gave us: regular ones alone are opened, and no open waits for anybody."""
+"""Open files that somebody gave us: only regular ones, and without waiting."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _KINDS = {
 
 
 class IrregularFileError(OSError):
-    """Something that has a name in a folder and is no regular file."""
+    """Report that a name in a folder is of no regular file."""
 
 
 def open_regular(
@@ -25,15 +25,15 @@ def open_regular(
 ) -> tuple[int, os.stat_result]:
     """Open a regular file; return a descriptor for reading and the file's status.
 
-    Opening a FIFO waits for a writer, and opening a device may do something, so that these are refused before. What
-    takes the file's place after that is opened without waiting, and refused then.
+    Opening a FIFO waits for a writer, and opening a device may do something, so these are refused before. What takes
+    the file's place after that is opened without waiting, and refused then.
 
     Args:
         dir_fd: of the folder that a relative path begins at.
         follow: whether the path itself may be a link.
 
     Raises:
-        IrregularFileError: no regular file. OSError: as ``os.open``. Both say in ``strerror`` what is wrong.
+        IrregularFileError: no regular file. OSError: as ``os.open``. Both have the reason in ``strerror``.
     """
     try:
         _require_regular(os.stat(path, dir_fd=dir_fd, follow_symlinks=follow), path)
@@ -52,32 +52,27 @@ def open_regular(
 
 
 def read_regular(path: str | os.PathLike[str], most_bytes: int) -> tuple[bytes, os.stat_result]:
-    """Return a small file's bytes, as many as it had when it was opened, and its status then.
-
-    Raises:
-        OSError: as ``open_regular``; it is larger than ``most_bytes``.
-    """
-    descriptor, status = open_regular(path)
-    with open(descriptor, "rb") as file:
-        return read_whole(file.fileno(), status, most_bytes), status
+    """Return a small file's bytes, as many as it had when it was opened, and its status then."""
+    return read_opened(open_regular(path), most_bytes)
 
 
-def read_whole(descriptor: int, status: os.stat_result, most_bytes: int) -> bytes:
-    """Return all bytes of a file that ``open_regular`` opened.
+def read_opened(opened: tuple[int, os.stat_result], most_bytes: int) -> tuple[bytes, os.stat_result]:
+    """Read and close what ``open_regular`` opened; raise OSError where it has more than ``most_bytes``.
 
     Files of /proc have no size, and some of them wait when they are read: nothing is read beyond the size.
-
-    Raises:
-        OSError: it is larger than ``most_bytes``, or cannot be read.
     """
-    if status.st_size > most_bytes:
-        raise OSError(errno.EFBIG, f"{status.st_size} bytes; refused above {most_bytes}")
-    blocks = []
-    missing = status.st_size
-    while missing and (block := os.read(descriptor, missing)):
-        blocks.append(block)
-        missing -= len(block)
-    return blocks[0] if len(blocks) == 1 else b"".join(blocks)
+    descriptor, status = opened
+    try:
+        if status.st_size > most_bytes:
+            raise OSError(errno.EFBIG, f"{status.st_size} bytes; refused above {most_bytes}")
+        blocks = []
+        missing = status.st_size
+        while missing and (block := os.read(descriptor, missing)):
+            blocks.append(block)
+            missing -= len(block)
+    finally:
+        os.close(descriptor)
+    return blocks[0] if len(blocks) == 1 else b"".join(blocks), status
 
 
 def _require_regular(status: os.stat_result, path: str | os.PathLike[str]) -> None:

@@ -1,4 +1,4 @@
-"""Shell patterns of tensor names, as ``fnmatch.fnmatchcase`` has them: many patterns are tried on many names."""
+"""Match shell patterns of tensor names as ``fnmatch.fnmatchcase`` does, many patterns on many names."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from collections.abc import Callable, Collection
 from functools import lru_cache
 
 _WILDCARD = re.compile(r"[*?\[]")
-# Lists of patterns that are kept compiled: a merge has one for each expert, and two more.
+# Lists of patterns that stay compiled: a merge has one for each expert, and two more.
 MAX_LISTS = 4_096
 
 
 class Globs:
-    """Patterns in the order in which they are tried."""
+    """Try patterns in their order."""
 
     def __init__(self, patterns: Collection[str]) -> None:
         self._names: dict[str, int] = {}
@@ -25,7 +25,7 @@ class Globs:
                 self._names.setdefault(pattern, index)
 
     def first(self, name: str) -> int | None:
-        """Return the place of the first pattern that matches a name."""
+        """Return the index of the first pattern that matches a name."""
         place = self._names.get(name)
         for index, matches in self._others:
             if place is not None and place < index:
@@ -35,10 +35,8 @@ class Globs:
         return place
 
 
-@lru_cache(MAX_LISTS)
-def globs_of(patterns: tuple[str, ...]) -> Globs:
-    """Return the patterns, compiled when they are first asked for."""
-    return Globs(patterns)
+# Patterns are compiled when they are first asked for.
+globs_of = lru_cache(MAX_LISTS)(Globs)
 
 
 def first_match(pattern: str, names: Collection[str]) -> str | None:

@@ -1,27 +1,26 @@
-"""Reads JSON that strangers wrote, strictly: headers, indexes, settings, manifests."""
+"""Read JSON that strangers wrote, strictly: headers, indexes, settings, manifests."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from typing import Any
 
 from ..errors import InputError, shown
-from .pointers import PULL, is_pointer
+from .file_formats import PULL, is_pointer
 
 MAX_INDEXED = 1_000_000  # names in an index
-MAX_CONFIG_DEPTH = 100  # what is copied and written again by recursion
+MAX_CONFIG_DEPTH = 100  # settings are copied and written by recursion
 
 
-def parse_json(data: bytes, what: str, *, most_values: int | None = None, as_python: bool = False) -> Any:
-    """Return what JSON says that has no duplicate keys, NaN literals or broken escapes.
+def parse_json(data: bytes, what: str, *, most_values: int, as_python: bool = False) -> Any:
+    """Return the value of a JSON text; refuse duplicate keys, NaN literals and broken escapes.
 
     Args:
         most_values: more are refused before they are parsed. (Parsed, ``[[],[],…`` takes 25 times its own bytes.)
-        as_python: read the literals NaN, Infinity and -Infinity too, which Python's json writes and reads.
+        as_python: read the literals NaN, Infinity and -Infinity too, as Python's json does.
     """
     # Every value but a container's first follows a comma. Those in texts count too, and texts have few.
-    if most_values is not None and data.count(b",") + data.count(b"[") + data.count(b"{") > most_values:
+    if data.count(b",") + data.count(b"[") + data.count(b"{") > most_values:
         raise InputError(f"{what}: more than {most_values} values; refused")
 
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -49,9 +48,9 @@ def parse_json(data: bytes, what: str, *, most_values: int | None = None, as_pyt
         raise InputError(f"{what}: not UTF-8 ({error.reason} at byte {error.start})") from error
     except RecursionError as error:
         raise InputError(f"{what}: nested too deeply") from error
+    except InputError:
+        raise
     except ValueError as error:
-        if isinstance(error, InputError):
-            raise
         if is_pointer(data):
             raise InputError(f"{what}: a Git LFS pointer, not the file itself; {PULL}") from error
         raise InputError(f"{what}: not JSON ({error})") from error
@@ -60,17 +59,14 @@ def parse_json(data: bytes, what: str, *, most_values: int | None = None, as_pyt
 def parse_settings(
     data: bytes, what: str, *, most_values: int = MAX_INDEXED, as_python: bool = False
 ) -> dict[str, Any]:
-    """Return a JSON object that can be copied and written again; arguments as for ``parse_json``."""
+    """Return a JSON object that can be copied and written again. The arguments are those of ``parse_json``."""
     settings = parse_json(data, what, most_values=most_values, as_python=as_python)
     if not isinstance(settings, dict):
         raise InputError(f"{what}: not a JSON object")
     level: list[Any] = [settings]
     for _ in range(MAX_CONFIG_DEPTH):
-        level = [child for node in level for child in _children(node)]
+        containers = (node for node in level if isinstance(node, dict | list))
+        level = [child for node in containers for child in (node.values() if isinstance(node, dict) else node)]
     if level:
         raise InputError(f"{what}: nested too deeply")
     return settings
-
-
-def _children(node: Any) -> Iterable[Any]:
-    return node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()

@@ -1,4 +1,4 @@
-"""YAML of strangers: plain values only, and no short text that unfolds into a long one."""
+"""Read YAML that strangers wrote: plain values only, and no short text that unfolds into a long one."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from typing import Any
 
 import yaml
 
-from ..errors import ConfigError, shown
+from ..errors import ConfigError, shortened, shown
 
-# A rule for every tensor of a model and every expert fits in.
+# Room for a rule for every tensor of a model and every expert.
 MAX_CHARACTERS, MAX_VALUES = 2_000_000, 100_000
 MAX_DEPTH, MAX_KEYS, MAX_DIGITS = 20, 1_000, 100
 
@@ -17,7 +17,7 @@ _TAGS = {_PREFIX + name for name in ("bool", "float", "int", "map", "merge", "nu
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads dates as the text that they are, and stops at absurdly many values or keys of one mapping."""
+    """Read dates as text, and stop at absurdly many values or keys of one mapping."""
 
     yaml_implicit_resolvers = {  # noqa: RUF012 - as PyYAML declares it
         first: [(tag, expression) for tag, expression in resolvers if tag in _TAGS]
@@ -41,14 +41,14 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Refused(Exception):
-    """What is refused, and where."""
+    """Say what is refused, and where."""
 
     def __init__(self, reason: str, node: Any) -> None:
         super().__init__(f"line {node.start_mark.line + 1}: {reason}")
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """Return what one YAML document says: texts, numbers, true, false, null, lists, and mappings from texts.
+    """Return the value of one YAML document: texts, numbers, true, false, null, lists, and mappings from texts.
 
     Args:
         where: begins every message, such as the file's name.
@@ -84,10 +84,10 @@ def parse_yaml(text: str, where: str) -> Any:
 
 
 def _measure(node: Any, known: dict[int, tuple[int, int]]) -> tuple[int, int]:
-    """(values, levels) below a node, every alias counted as often as it is used.
+    """Return the values and levels below a node, with every alias counted as often as it is used.
 
     Args:
-        known: those of nodes by their ``id``; of one that is being measured, itself.
+        known: the result by the ``id`` of a node; (0, 0) while it is being measured.
     """
     if id(node) in known:
         if known[id(node)] == (0, 0):
@@ -98,8 +98,7 @@ def _measure(node: Any, known: dict[int, tuple[int, int]]) -> tuple[int, int]:
     if isinstance(node, yaml.ScalarNode):
         if node.tag in (_PREFIX + "int", _PREFIX + "float") and len(node.value) > MAX_DIGITS:
             raise _Refused(f"a number of {len(node.value)} characters", node)
-        known[id(node)] = 1, 0
-        return known[id(node)]
+        return known.setdefault(id(node), (1, 0))
     known[id(node)] = 0, 0
     children = node.value
     if isinstance(node, yaml.MappingNode):
@@ -112,11 +111,11 @@ def _measure(node: Any, known: dict[int, tuple[int, int]]) -> tuple[int, int]:
     if values > MAX_VALUES:
         raise _Refused(f"more than {MAX_VALUES} values, aliases written out", node)
     known[id(node)] = values, levels
-    return known[id(node)]
+    return values, levels
 
 
 def _check_keys(node: Any) -> None:
-    """Refuse keys that are no text, and one that is given twice, of which PyYAML takes the last."""
+    """Refuse keys that are no text, and keys that are given twice, of which PyYAML takes the last."""
     seen: set[str] = set()
     for key, _ in node.value:
         if not isinstance(key, yaml.ScalarNode) or key.tag not in (_PREFIX + "str", _PREFIX + "merge"):
@@ -127,5 +126,4 @@ def _check_keys(node: Any) -> None:
 
 
 def _cut(reason: object) -> str:
-    text = " ".join(str(reason).split())
-    return text if len(text) <= 200 else text[:199] + "…"
+    return shortened(" ".join(str(reason).split()), 200)

@@ -1,7 +1,7 @@
-"""Reads what people give for a setting, in YAML, on a command line and in Python alike.
+"""Read the values that people give for settings, in YAML, on a command line and in Python alike.
 
-A reader takes a value and what the message calls it (``m.yml: scaling``), and returns the value that is meant: texts
-that YAML or a shell makes of numbers (``8e-1``) and numpy's scalars are numbers too. What is not meant is a ConfigError
+A reader takes a value and its name in messages (``m.yml: scaling``), and returns the value that is meant: texts that
+YAML or a shell makes of numbers (``8e-1``) and numpy's scalars are numbers too. Any other value raises a ConfigError
 with the key, the value and what is expected.
 """
 
@@ -16,11 +16,13 @@ from typing import Any, NoReturn
 
 from ..errors import ConfigError, nearest, shown
 
+_YES = ("true", "yes", "on")
+_NO_FLAG = ", not true or false"
 Reader = Callable[[Any, str], Any]
 
 LARGEST_WHOLE = 2**63 - 1
 DTYPES = ("float64", "float32", "float16", "bfloat16")
-# By what else they are called.
+# By their other names.
 _DTYPES_MEANT = {
     **dict.fromkeys(("bf16", "bfloat"), "bfloat16"),
     **dict.fromkeys(("fp16", "f16", "half", "float-16"), "float16"),
@@ -36,12 +38,11 @@ def refuse(value: Any, what: str, expected: str) -> NoReturn:
     raise ConfigError(f"{what} is {shown(value)}; expected {expected}")
 
 
-def number(value: Any, what: str, least: float = -math.inf) -> float:
-    """Return a finite number, ``least`` or more. Texts too: YAML takes 1e-3 for one."""
+def number(value: Any, what: str) -> float:
+    """Return a finite number; a text may hold it, as YAML reads 1e-3 as one."""
     plain = _plain_number(value)
     if plain is None:
-        no_flag = ", not true or false" if isinstance(value, bool) else ""
-        refuse(value, what, f"a number{no_flag}")
+        refuse(value, what, "a number" + _NO_FLAG * isinstance(value, bool))
     try:
         found = float(plain)
     except ValueError:
@@ -50,8 +51,6 @@ def number(value: Any, what: str, least: float = -math.inf) -> float:
         found = math.inf
     if not math.isfinite(found):
         refuse(value, what, "a finite number")
-    if found < least:
-        refuse(value, what, f"a number, {least:g} or more")
     return found
 
 
@@ -64,7 +63,7 @@ def whole_number(value: Any, what: str, least: int = -LARGEST_WHOLE, most: int =
     if found is None or not least <= found <= most:
         low = f", {least} or more" if least >= 0 else ""
         high = f", {most} at most" if found is not None and found > most else ""
-        refuse(value, what, f"a whole number{low}{high}" + (", not true or false" if isinstance(value, bool) else ""))
+        refuse(value, what, f"a whole number{low}{high}" + _NO_FLAG * isinstance(value, bool))
     return found
 
 
@@ -80,13 +79,13 @@ def _whole(plain: int | float | str | None) -> int | None:
 
 
 def _plain_number(value: Any) -> int | float | str | None:
-    """Return what Python makes a number of; numpy's scalars, and tensors of one number, as it stands in them."""
+    """Return a value that Python may read as a number, and None for others; numpy's scalars and tensors give theirs."""
     value = _plain_scalar(value)
     return value if isinstance(value, str | int | float) and not isinstance(value, bool) else None
 
 
 def _plain_scalar(value: Any) -> Any:
-    """Return what a numpy scalar, or a tensor of one number, holds; anything else as it is, and None for several."""
+    """Return the number in a numpy scalar or a tensor, None where that holds several, and other values as they are."""
     if isinstance(value, str | int | float) or not callable(item := getattr(value, "item", None)):
         return value
     try:
@@ -100,8 +99,9 @@ def flag(value: Any, what: str) -> bool:
     plain = _plain_scalar(value)
     if isinstance(plain, int) and plain in (0, 1):
         return bool(plain)
-    if isinstance(plain, str) and plain.lower() in ("true", "yes", "on", "false", "no", "off"):
-        return plain.lower() in ("true", "yes", "on")
+    word = plain.lower() if isinstance(plain, str) else ""
+    if word in (*_YES, "false", "no", "off"):
+        return word in _YES
     refuse(value, what, "true or false")
 
 
@@ -128,7 +128,7 @@ def path_text(value: Any, what: str, kind: str = "a path") -> str:
 
 
 def size(value: Any, what: str) -> int:
-    """Return ``8GiB``, ``600 MB`` or a plain number as bytes."""
+    """Return the bytes of ``8GiB``, ``600 MB`` or a plain number."""
     plain = _plain_number(value)
     text = str(int(plain)) if isinstance(plain, int | float) and 0 <= plain <= 2**63 else plain
     match = re.fullmatch(r"\s*(\d{1,20}(?:\.\d{1,20})?)\s*([A-Za-z]*)\s*", text) if isinstance(text, str) else None
@@ -138,7 +138,7 @@ def size(value: Any, what: str) -> int:
 
 
 def dtype_name(value: Any, what: str) -> str:
-    """Return the name of a dtype that outputs may have; ``torch.bfloat16`` is it with and without quotes."""
+    """Return the name of a dtype that outputs may have; ``torch.bfloat16`` is read with and without quotes."""
     name = str(value) if "dtype" in type(value).__name__.lower() else value  # torch's and numpy's
     name = name.removeprefix("torch.") if isinstance(name, str) else name
     if not isinstance(name, str) or name not in DTYPES:
@@ -156,7 +156,7 @@ def list_of(read: Reader, expected: str) -> Reader:
 
 
 def listed(value: Any, what: str, expected: str) -> Iterable[Any]:
-    """Return what lists other values."""
+    """Return the values of a list, whatever kind of list it is."""
     if not is_list(value):
         refuse(value, what, expected)
     with suppress(Exception):  # no array, or one without numbers
@@ -165,7 +165,7 @@ def listed(value: Any, what: str, expected: str) -> Iterable[Any]:
 
 
 def is_list(value: Any) -> bool:
-    """Whether a value lists others: a list, a tuple, an iterator, an array; no text or mapping."""
+    """Return whether a value lists others: a list, a tuple, an iterator or an array, but no text or mapping."""
     if isinstance(value, str | bytes | bytearray | memoryview):
         return False
     shape = getattr(value, "shape", None)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from ..checkpoint.header_metadata import kept_metadata
 from ..checkpoint.lora.adapter import Adapter
-from ..checkpoint.lora.output import lost_heads
-from ..checkpoint.output.companions import OTHER_WEIGHTS, other_weights, weights_among
-from ..checkpoint.output.kept_metadata import kept_metadata
-from ..checkpoint.submodules import parts_of
+from ..checkpoint.lora.merged_settings import lost_heads
+from ..checkpoint.output.file_kinds import OTHER_WEIGHTS, other_weights, weights_among
+from ..checkpoint.submodules import submodules_of
 from ..errors import listed, shown
 from .plan import Plan
 
@@ -60,6 +60,6 @@ def _parts_of_experts(plan: Plan) -> Iterable[str]:
     for expert in plan.experts:
         if isinstance(expert, Adapter) or not expert.is_folder:
             continue
-        missing = [name for part in parts_of(expert.path) for name in part.names if name not in plan.companions]
+        missing = [name for part in submodules_of(expert.path) for name in part.names if name not in plan.companions]
         if missing:
             yield f"{expert.path}: left out, as the base has none there: {listed(missing)}"

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..checkpoint.checks.bare_lora import bare_lora
-from ..checkpoint.checks.buffers import Buffers, settle_buffers, without
-from ..checkpoint.checks.fit import in_turn, problems_of
+from ..checkpoint.checks.buffers import Buffers, set_aside_buffers, without_tensors
+from ..checkpoint.checks.compatibility import interleaved, problems_of
 from ..checkpoint.checks.quantized import quantized
 from ..checkpoint.layout import COPIED_DTYPES, DTYPE_NAMES, Checkpoint, StoredTensor, open_checkpoint
 from ..checkpoint.lora.adapter import Adapter, base_name, is_adapter, open_adapter
-from ..checkpoint.lora.output import unwritable
+from ..checkpoint.lora.merged_settings import lost_biases
 from ..checkpoint.output.staging import staging_folder
 from ..config import MergeConfig
 from ..errors import ConfigError, InputError, first_of
@@ -54,12 +54,12 @@ def open_inputs(config: MergeConfig) -> Inputs:
     experts, buffers, extras = opened, Buffers(), {}
     if str(base.path) not in unmergeable:
         mergeable = [expert for expert in opened if str(expert.path) not in unmergeable]
-        experts, buffers = settle_buffers(base, mergeable, extras_are_copied=config.on_extra == "copy")
+        experts, buffers = set_aside_buffers(base, mergeable, extras_are_copied=config.on_extra == "copy")
         extras, conflicts = _extras(base, experts) if config.on_extra == "copy" else ({}, [])
         adapters = [expert for expert in experts if isinstance(expert, Adapter)]
-        weights = without(base, buffers.from_base)
+        weights = without_tensors(base, buffers.from_base)
         groups += [*problems_of(weights, experts, config.on_extra), [*_disagreements(adapters, config), *conflicts]]
-    problems = in_turn(groups)
+    problems = interleaved(groups)
     if problems:
         raise InputError(f"{len(problems)} problem(s) found before any output was written:", first_of(problems))
     return Inputs(base, experts, extras, buffers)
@@ -139,7 +139,7 @@ def _disagreements(adapters: Sequence[Adapter], config: MergeConfig) -> Iterable
                 "(on_missing: zero takes their delta as zero)"
             )
     if config.adapter_rank is not None:
-        yield from unwritable(adapters)
+        yield from lost_biases(adapters)
     both = sorted(
         name for name in touched if len({name in adapter.pairs for adapter in adapters if adapts(adapter, name)}) > 1
     )

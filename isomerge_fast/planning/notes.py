@@ -13,7 +13,7 @@ from ..checkpoint.checks.bare_lora import factors_among
 from ..checkpoint.checks.buffers import Buffers
 from ..checkpoint.layout import DTYPE_NAMES, Checkpoint, StoredTensor
 from ..checkpoint.lora.adapter import Adapter, base_name
-from ..checkpoint.output.companions import code_files
+from ..checkpoint.output.file_kinds import code_files
 from ..errors import MAX_LISTED, listed, shown
 from ..methods import make_method
 from ..ops import FLOAT_DTYPES

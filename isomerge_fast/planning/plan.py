@@ -13,14 +13,14 @@ from typing import Any
 import torch
 
 from ..checkpoint.checks.buffers import Buffers
+from ..checkpoint.header_metadata import PLAIN
 from ..checkpoint.io.direct_io import READ_BYTES
 from ..checkpoint.io.read_ahead import THREADS as READ_THREADS
 from ..checkpoint.io.writer import OutputTensor
 from ..checkpoint.layout import DTYPE_NAMES, Checkpoint, StoredTensor
 from ..checkpoint.lora.adapter import Adapter, LoraPair
-from ..checkpoint.lora.output import merged_settings
+from ..checkpoint.lora.merged_settings import merged_settings
 from ..checkpoint.output.companions import FolderContents, LeftBehind
-from ..checkpoint.output.kept_metadata import PLAIN
 from ..checkpoint.output.model_config import output_config
 from ..checkpoint.output.staging import staged_bytes
 from ..config import MergeConfig

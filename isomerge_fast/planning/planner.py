@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
+from ..checkpoint.header_metadata import kept_metadata
 from ..checkpoint.layout import SINGLE_FILE, Checkpoint, StoredTensor
 from ..checkpoint.lora.adapter import Adapter
 from ..checkpoint.output.companions import FolderContents, contents_of
-from ..checkpoint.output.kept_metadata import kept_metadata
 from ..config import MergeConfig
 from ..errors import ConfigError, bounded, visible
 from ..linalg.arithmetic import describe_arithmetic

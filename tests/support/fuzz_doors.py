@@ -35,7 +35,7 @@ import adapters
 import fault_fuzz
 import isomerge_fast as imf
 from checkpoints import save_folder
-from isomerge_fast.checkpoint.output.sealed import write_sealed
+from isomerge_fast.checkpoint.output.json_files import write_with_digest
 from isomerge_fast.cli import application
 from isomerge_fast.config import load_config
 from isomerge_fast.errors import IsomergeError
@@ -453,7 +453,7 @@ def damaged_output(doors: Doors, chance: random.Random) -> None:
             text = json.dumps(value, indent=1, ensure_ascii=True) if isinstance(value, dict) and value else None
             if text is not None:
                 doors.damage(name, text.encode())
-                write_sealed(doors.root / name, [f"{text}\n".encode()])
+                write_with_digest(doors.root / name, [f"{text}\n".encode()])
                 doors._damaged[name] = (doors.root / name).read_bytes()
     else:
         _damage(doors, chance, name)

@@ -1,1 +1,1 @@
-"""Says what keeps checkpoints from being merged, by their headers and settings."""
+"""Say what keeps checkpoints from being merged, by their headers and settings."""

@@ -1,4 +1,4 @@
-"""Buffers that a model's code computes for itself: older releases of transformers saved them, newer ones do not.
+"""Recognise buffers that a model's code computes: older releases of transformers saved them, newer ones do not.
 
 Where checkpoints disagree about one, nothing that was trained is at stake: the base's is taken.
 """
@@ -35,12 +35,12 @@ _COMPUTING = frozenset(
 
 @dataclass(frozen=True)
 class Buffers:
-    """Where base and experts disagree about buffers, and nothing is lost by that.
+    """List the buffers about which base and experts disagree.
 
     Attributes:
         from_base: floats of the base that are copied: an expert lacks them, or has them in another shape or kind.
-        left_out: that experts have and the base lacks.
-        others: where the base has integers, which are copied anyway, what an expert has in another shape or kind.
+        left_out: what experts have and the base lacks.
+        others: what experts have in another shape or kind than the base's integers, which are copied anyway.
     """
 
     from_base: tuple[StoredTensor, ...] = ()
@@ -49,9 +49,7 @@ class Buffers:
 
 
 def is_computed(name: str, shape: Sequence[int], model_type: object = None) -> bool:
-    """Return whether a tensor is a buffer that the model's code computes: by its name, and by its shape where that is
-    of a mask.
-    """
+    """Return whether a tensor is a buffer that the model's code computes: by its name, and for a mask by its shape."""
     if _NAMES.fullmatch(name) or _SCHEDULE.fullmatch(name):
         return True
     if _MASKS.fullmatch(name):
@@ -59,13 +57,13 @@ def is_computed(name: str, shape: Sequence[int], model_type: object = None) -> b
     return model_type in _COMPUTING and _TABLES.fullmatch(name) is not None
 
 
-def settle_buffers(
+def set_aside_buffers(
     base: Checkpoint, experts: Sequence[Checkpoint], *, extras_are_copied: bool
 ) -> tuple[tuple[Checkpoint, ...], Buffers]:
-    """Return the experts without the buffers that are not merged, and which these are.
+    """Return the experts without the buffers that are not merged, and these buffers.
 
     Args:
-        extras_are_copied: what one expert alone has is to be copied, buffers too.
+        extras_are_copied: whether what one expert alone has is copied, buffers too.
     """
     whole = [expert for expert in experts if not isinstance(expert, Adapter)]
     model_type = (base.config or {}).get("model_type")
@@ -88,11 +86,11 @@ def settle_buffers(
                 from_base.setdefault(name, own)
     found = Buffers(tuple(from_base.values()), tuple(left_out.values()), tuple(others.values()))
     aside = (*found.from_base, *found.left_out, *found.others)
-    return tuple(expert if isinstance(expert, Adapter) else without(expert, aside) for expert in experts), found
+    return tuple(expert if isinstance(expert, Adapter) else without_tensors(expert, aside) for expert in experts), found
 
 
-def without(checkpoint: Checkpoint, tensors: Iterable[StoredTensor]) -> Checkpoint:
-    """Return the checkpoint without what it has by the names of ``tensors``."""
+def without_tensors(checkpoint: Checkpoint, tensors: Iterable[StoredTensor]) -> Checkpoint:
+    """Return the checkpoint without its tensors that have the names of ``tensors``."""
     names = {stored.name for stored in tensors}
     if names.isdisjoint(checkpoint.tensors):
         return checkpoint

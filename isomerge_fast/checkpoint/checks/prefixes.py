@@ -1,4 +1,4 @@
-"""Finds the prefix by which one model's names differ from another's: ``model.``, ``vit.``, ``_orig_mod.``, …"""
+"""Find the prefix by which one model's names differ from another's: ``model.``, ``vit.``, ``_orig_mod.``, …"""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import chain, zip_longest
 
-# Names that are compared with all others to find candidates, and candidates that are then tried on all names.
+# Names that are compared with all others to find candidates, and candidates that are tried on all names.
 SAMPLES, MOST_CANDIDATES = 8, 16
-# Models differ by one, or by one for each kind of module. Names that have each a prefix of their own are other names.
+# Models differ by one prefix, or by one for each kind of module. With more prefixes the names are just other names.
 MOST_PREFIXES = 6
-# What wrappers put into the middle of names too: activation checkpointing, FSDP, torch.compile.
+# Activation checkpointing, FSDP and torch.compile put these into the middle of names too.
 INNER_WRAPPERS = ("_checkpoint_wrapped_module.", "_fsdp_wrapped_module.", "_orig_mod.")
-# Tensors of the same names and shapes behind two prefixes that have nothing in common.
+# So many tensors of the same names and shapes show that two prefixes without anything in common belong together.
 MANY = 8
 
 Shape = tuple[int, ...]
@@ -22,11 +22,11 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Prefix:
-    """``added + name.removeprefix(removed)`` is what another model calls ``name``.
+    """Map a model's names to another model's: ``added + name.removeprefix(removed)``.
 
     Attributes:
         removed, added: with ``#`` for numbers that both have, such as those of layers.
-        names: to those of the other model.
+        names: of the one model, each with the name in the other.
     """
 
     removed: str
@@ -35,10 +35,9 @@ class Prefix:
 
 
 def find_prefixes(missing: Mapping[str, Shape], extra: Mapping[str, Shape]) -> list[Prefix]:
-    """Return the prefixes by which names of one model become names of another, that of most names first.
+    """Return the prefixes by which names that one model alone has become names that the other alone has.
 
-    Args:
-        missing: shapes by the names that the one model alone has; extra: by those that the other alone has.
+    That of most names comes first.
     """
     left, other = dict(missing), dict(extra)
     found: list[Prefix] = []
@@ -67,7 +66,7 @@ def _most_common(missing: Mapping[str, Shape], extra: Mapping[str, Shape]) -> Pr
 
 
 def _is_likely(prefix: Prefix, missing: Mapping[str, Shape], extra: Mapping[str, Shape]) -> bool:
-    """Return whether names that fit are those of the same tensors. One layer's or one head's are like another's."""
+    """Return whether fitting names are those of the same tensors, since one layer's are like another's."""
     alike = sum(missing[name] == extra[other] for name, other in prefix.names.items())
     if 2 * alike <= len(prefix.names):
         return False
@@ -86,7 +85,7 @@ _NUMBER = re.compile(r"\d+")
 
 
 def _difference(name: str, other: str) -> tuple[str, str]:
-    """Return what stands before the last parts that two names have in common."""
+    """Return the beginnings of two names before the last parts that they share."""
     parts, others = name.split("."), other.split(".")
     same = 0
     while same < min(len(parts), len(others)) and parts[-1 - same] == others[-1 - same]:
@@ -99,7 +98,7 @@ def _difference(name: str, other: str) -> tuple[str, str]:
 
 
 def _renamed(names: Iterable[str], removed: str, added: str) -> dict[str, str]:
-    """Return those that begin with ``removed``, with what they become."""
+    """Return the names that begin with ``removed``, each with what it becomes."""
     begins = re.compile(re.escape(removed).replace(r"\#", r"(\d+)")).match
     pieces = added.split("#")
     return {
@@ -110,7 +109,7 @@ def _renamed(names: Iterable[str], removed: str, added: str) -> dict[str, str]:
 
 
 def _unwrapped(name: str) -> str:
-    """Return a name without what wrappers put into it."""
+    """Return a name without the parts that wrappers add."""
     for part in INNER_WRAPPERS:
         name = name.replace(part, "")
     return name

@@ -1,7 +1,7 @@
-"""Recognises quantized weights, on whose packed numbers no arithmetic means anything.
+"""Recognise quantized weights, on whose packed numbers no arithmetic means anything.
 
-The tensors tell by themselves: packed integers or float8 beside their scales. So do ``config.json``, and the files that
-quantizers put beside it.
+The tensors tell: packed integers or float8 beside their scales. So do ``config.json`` and the files that quantizers put
+beside it.
 """
 
 from __future__ import annotations
@@ -22,28 +22,24 @@ from ..lora.adapter import Adapter
 _CONFIG_KEYS = ("quantization_config", "compression_config")
 SIDE_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
 
-# By the last part of a packed tensor's name: what lies beside it in its module, and who writes that.
-_LAYOUTS: dict[str, tuple[tuple[str, str], ...]] = {
-    "qweight": tuple((beside, "GPTQ or AWQ") for beside in ("qzeros", "g_idx", "scales")),
-    "weight": (
-        ("weight_scale_2", "NVFP4"),
-        ("weight_scale_inv", "FP8 in blocks"),
-        ("SCB", "bitsandbytes int8"),
-        ("weight_format", "bitsandbytes int8"),
-        ("weight.SCB", "bitsandbytes int8"),
-        ("biases", "MLX"),
-    ),
-    "weight_packed": tuple(
-        (beside, "compressed-tensors") for beside in ("weight_scale", "weight_shape", "weight_zero_point")
-    ),
-    "W_q": tuple((beside, "HQQ") for beside in ("scale", "zero", "meta")),
-    "_data": (("_scale", "quanto"),),
-    "_weight_qdata": (("_weight_scale", "torchao"),),
-    "codes": (("codebooks", "AQLM"),),
-    "Qidxs": (("SU", "QuIP#"),),
-    "indices": (("centroids.weight", "VPTQ"),),
+# By the last part of a packed tensor's name: what lies beside it in its module, and which tool writes that.
+_LAYOUTS: dict[str, dict[str, str]] = {
+    "qweight": dict.fromkeys(("qzeros", "g_idx", "scales"), "GPTQ or AWQ"),
+    "weight": {
+        "weight_scale_2": "NVFP4",
+        "weight_scale_inv": "FP8 in blocks",
+        **dict.fromkeys(("SCB", "weight_format", "weight.SCB"), "bitsandbytes int8"),
+        "biases": "MLX",
+    },
+    "weight_packed": dict.fromkeys(("weight_scale", "weight_shape", "weight_zero_point"), "compressed-tensors"),
+    "W_q": dict.fromkeys(("scale", "zero", "meta"), "HQQ"),
+    "_data": {"_scale": "quanto"},
+    "_weight_qdata": {"_weight_scale": "torchao"},
+    "codes": {"codebooks": "AQLM"},
+    "Qidxs": {"SU": "QuIP#"},
+    "indices": {"centroids.weight": "VPTQ"},
 }
-# By the end of a packed tensor's whole name: what stands in its place in that of another.
+# The end of a packed tensor's name, the end in its place of the tensor beside it, and the tool.
 _ENDINGS = (
     ("", ".quant_map", "bitsandbytes 4-bit"),
     ("", ".absmax", "bitsandbytes 4-bit"),
@@ -53,10 +49,10 @@ _ENDINGS = (
     ("_blocks", "_scales", "MXFP4"),
     (":qdata", ":scale", "torchao"),
 )
-# Scales of the same stem, in the module or behind the tensor's own name.
+# Names of scales in the module, and endings of scales that follow the tensor's own name.
 _MODULE_SCALES = ("scale", "scales", "weight_scale", "weight_scales", "scale_weight", "w_scale", "wscales", "qscale")
 _OWN_SCALES = ("_scale", "_scales", ".scale", ".scales", ".weight_scale")
-# bitsandbytes may pack its four bits into floats, and HQQ too.
+# bitsandbytes and HQQ may pack four bits into floats.
 _PACKED_AS_FLOATS = (".quant_map", ".W_q")
 # Integers that are no weights though a scale may lie beside them.
 _INDICES = re.compile(
@@ -64,16 +60,16 @@ _INDICES = re.compile(
     r"tokens?|positions?|lengths?|shape)"
 )
 _FLOAT8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
+_SCALE_DTYPES = (*FLOAT_DTYPES, *_FLOAT8_DTYPES)
 _GENERIC = _INTEGERS, _FLOAT8 = "integers", "float8"
 _WAY_OUT = "dequantize them and save in float first, or take the float weights that they were made of"
 
 
-def quantized(checkpoint: Checkpoint) -> str | None:
-    """Return what shows that a checkpoint's weights are quantized, and what to do; None where nothing does.
+_Evidence = tuple[StoredTensor, str, str]  # the packed tensor, the tool, the name of what shows it
 
-    Raises:
-        InputError: a quantizer's file that cannot be read.
-    """
+
+def quantized(checkpoint: Checkpoint) -> str | None:
+    """Return what shows that a checkpoint's weights are quantized, and what to do, or None."""
     if isinstance(checkpoint, Adapter):
         return None
     found = _packed(checkpoint.tensors)
@@ -83,16 +79,14 @@ def quantized(checkpoint: Checkpoint) -> str | None:
         shows = f"{kind}: {tensor}" + (f" beside {beside!r}" if beside else "")
         return f"{stored.file}: quantized weights ({shows}) cannot be merged; {_WAY_OUT}"
     for place, value in _settings(checkpoint):
-        return (
-            f"{place}: quantized weights ({_name_of(value)}) cannot be merged; {_WAY_OUT} "
-            "(where they are float already, take this out)"
-        )
+        shows = f"{place}: quantized weights ({_name_of(value)}) cannot be merged"
+        return f"{shows}; {_WAY_OUT} (where they are float already, take this out)"
     return None
 
 
-def _packed(tensors: Mapping[str, StoredTensor]) -> tuple[StoredTensor, str, str] | None:
-    """Return (a packed tensor, who packs so, the name of what shows it), the plainest case there is; None without."""
-    plainest: tuple[StoredTensor, str, str] | None = None
+def _packed(tensors: Mapping[str, StoredTensor]) -> _Evidence | None:
+    """Return a packed tensor, the tool, and the name of what shows it: the plainest case of all, or None."""
+    plainest: _Evidence | None = None
     for stored in tensors.values():
         found = _evidence(stored, tensors)
         if found is not None and found[1] not in _GENERIC:
@@ -102,8 +96,8 @@ def _packed(tensors: Mapping[str, StoredTensor]) -> tuple[StoredTensor, str, str
     return plainest
 
 
-def _evidence(stored: StoredTensor, tensors: Mapping[str, StoredTensor]) -> tuple[StoredTensor, str, str] | None:
-    """Return (the packed tensor, who packs so, the name of what shows it) where a tensor is packed, or shows it."""
+def _evidence(stored: StoredTensor, tensors: Mapping[str, StoredTensor]) -> _Evidence | None:
+    """Return a packed tensor, the tool, and the name of what shows it, if a tensor is packed or shows it."""
     name = stored.name
     if stored.dtype in FLOAT_DTYPES:
         return _packed_as_floats(stored, tensors) if name.endswith(_PACKED_AS_FLOATS) else None
@@ -112,13 +106,14 @@ def _evidence(stored: StoredTensor, tensors: Mapping[str, StoredTensor]) -> tupl
         return None
     module, _, last = name.rpartition(".")
     inside = f"{module}." if module else ""
-    for beside, kind in _LAYOUTS.get(last, ()):
+    for beside, kind in _LAYOUTS.get(last, {}).items():
         if inside + beside in tensors:
             return stored, kind, inside + beside
     for ending, other, kind in _ENDINGS:
         if name.endswith(ending) and (beside := name.removesuffix(ending) + other) in tensors:
             return stored, kind, beside
-    scale = next((scale for scale in _scales(name, inside) if _is_scale(tensors.get(scale))), "")
+    scales = (*(name + ending for ending in _OWN_SCALES), *(inside + scale for scale in _MODULE_SCALES))
+    scale = next((each for each in scales if each in tensors and tensors[each].dtype in _SCALE_DTYPES), "")
     if is_float8:
         return stored, _FLOAT8, scale
     if stored.dtype in (torch.int64, torch.uint64):  # a table to look numbers up in: nobody packs weights so wide
@@ -128,10 +123,8 @@ def _evidence(stored: StoredTensor, tensors: Mapping[str, StoredTensor]) -> tupl
     return None
 
 
-def _packed_as_floats(
-    stored: StoredTensor, tensors: Mapping[str, StoredTensor]
-) -> tuple[StoredTensor, str, str] | None:
-    """Return as ``_evidence`` for what lies beside floats that are none."""
+def _packed_as_floats(stored: StoredTensor, tensors: Mapping[str, StoredTensor]) -> _Evidence | None:
+    """Return the evidence that floats are packed numbers."""
     if stored.name.endswith(".quant_map"):
         weight = tensors.get(stored.name.removesuffix(".quant_map"))
         if weight is None or weight.dtype not in FLOAT_DTYPES:
@@ -142,17 +135,8 @@ def _packed_as_floats(
     return (stored, "HQQ", f"{module}scale") if is_packed else None
 
 
-def _scales(name: str, inside: str) -> Iterator[str]:
-    yield from (name + ending for ending in _OWN_SCALES)
-    yield from (inside + scale for scale in _MODULE_SCALES)
-
-
-def _is_scale(stored: StoredTensor | None) -> bool:
-    return stored is not None and stored.dtype in (*FLOAT_DTYPES, *_FLOAT8_DTYPES)
-
-
 def _settings(checkpoint: Checkpoint) -> Iterator[tuple[str, Any]]:
-    """Yield (where it stands, what it says) of every setting that tells of quantized weights."""
+    """Yield the place and the value of every setting that tells of quantized weights."""
     if checkpoint.config is not None:
         for key, value in _nested(checkpoint.config):
             yield f"{checkpoint.path / 'config.json'}, {key}", value
@@ -165,7 +149,7 @@ def _settings(checkpoint: Checkpoint) -> Iterator[tuple[str, Any]]:
 
 
 def _nested(config: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
-    """Yield the path and value of what is set under one of the keys, at any depth."""
+    """Yield the path and value of every setting under one of the keys, at any depth."""
     waiting: list[tuple[str, Any]] = [("", config)]
     while waiting:
         path, node = waiting.pop()
@@ -177,7 +161,7 @@ def _nested(config: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
 
 
 def _name_of(value: Any) -> str:
-    """Return what a setting calls the kind: Hugging Face's ``quant_method``, ModelOpt's ``quant_algo``."""
+    """Return a setting's name of the kind: Hugging Face's ``quant_method``, ModelOpt's ``quant_algo``."""
     for key in ("quant_method", "quant_algo", "quantization"):
         if isinstance(value, dict) and value.get(key):
             return _name_of(value[key])

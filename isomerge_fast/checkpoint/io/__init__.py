@@ -1,1 +1,1 @@
-"""Reads and writes the bytes of tensors: in a bounded number of bytes, past the page cache where that is faster."""
+"""Read and write the bytes of tensors in a bounded number of bytes, past the page cache where that is faster."""

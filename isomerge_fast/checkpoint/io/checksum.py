@@ -1,4 +1,4 @@
-"""The checksum of a tensor's bytes: XXH3, 128 bits (10 GB/s on a core where SHA-256 does 1.4).
+"""Compute the checksum of a tensor's bytes: XXH3, 128 bits (10 GB/s on a core where SHA-256 does 1.4).
 
 It finds what chance does to a file, not what somebody does to it on purpose: that is what SHA-256 of the whole file and
 a signature are for.
@@ -12,7 +12,7 @@ ALGORITHM = "xxh3_128"
 
 
 class Checksum:
-    """A running checksum of ``bytes`` bytes."""
+    """Run a checksum over bytes that come in parts, and count them."""
 
     def __init__(self) -> None:
         try:

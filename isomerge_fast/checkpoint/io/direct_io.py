@@ -1,10 +1,11 @@
-"""Reads and writes past the page cache: whole pages of files, from and to whole pages of memory."""
+"""Read and write past the page cache: whole pages of files, from and to whole pages of memory."""
 
 from __future__ import annotations
 
 import ctypes
 import mmap
 import os
+import stat
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
@@ -20,14 +21,24 @@ _buffers = threading.local()
 
 
 def page_buffer() -> memoryview:
-    """``READ_BYTES`` and two pages more, on whole pages: one buffer a thread, used again and again."""
+    """Return this thread's buffer of ``READ_BYTES`` and two pages, on whole pages; it is used again and again."""
     if not hasattr(_buffers, "pages"):
         _buffers.pages = memoryview(mmap.mmap(-1, READ_BYTES + 2 * PAGE))
     return _buffers.pages
 
 
+def page_floor(position: int) -> int:
+    """Return where the page of a position begins."""
+    return position // PAGE * PAGE
+
+
+def page_ceiling(size: int) -> int:
+    """Return a size rounded up to whole pages."""
+    return -(-size // PAGE) * PAGE
+
+
 def open_direct(path: str | Path, flags: int) -> int | None:
-    """A descriptor past the page cache, or None where the file system, or the system, has no such thing."""
+    """Return a descriptor past the page cache, or None where the file system or the system has no such thing."""
     if not hasattr(os, "O_DIRECT"):
         return None
     try:
@@ -50,17 +61,33 @@ def drop_cache(descriptor: int) -> None:
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def read_pages(descriptor: int, start: int, end: int) -> Iterator[memoryview]:
-    """Yield a file's bytes from ``start`` to ``end``, or to its end, in blocks that are valid until the next one.
+def open_on_disk(path: Path) -> int:
+    """Open a regular file whose next reads are to come from the disk; raise OSError where it is none."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a FIFO without a writer would block
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(0, "not a regular file", str(path))
+    with suppress(OSError):  # what could not be written shows in what is read
+        drop_cache(descriptor)
+    return descriptor
 
-    Args:
-        descriptor: past the page cache, or through it.
-    """
+
+def disk_blocks(path: Path) -> Iterator[memoryview]:
+    """Yield a file's bytes as they are on its disk, in blocks that are valid until the next one."""
+    descriptor = open_on_disk(path)
+    try:
+        yield from read_pages(descriptor, 0, os.fstat(descriptor).st_size)
+    finally:
+        os.close(descriptor)
+
+
+def read_pages(descriptor: int, start: int, end: int) -> Iterator[memoryview]:
+    """Yield a file's bytes from ``start`` to ``end``, or to its end, in blocks that are valid until the next one."""
     position = start
     while position < end:
         pages = page_buffer()
-        first = position // PAGE * PAGE
-        wanted = min(READ_BYTES, -(-end // PAGE) * PAGE - first)
+        first = page_floor(position)
+        wanted = min(READ_BYTES, page_ceiling(end) - first)
         count = min(os.preadv(descriptor, [pages[:wanted]], first), end - first)
         if first + count <= position:
             return
@@ -69,7 +96,7 @@ def read_pages(descriptor: int, start: int, end: int) -> Iterator[memoryview]:
 
 
 def is_cached(descriptor: int, size: int) -> bool:
-    """Whether half of the file or more is in the page cache; yes where the system does not tell."""
+    """Return whether half of the file or more is in the page cache; True where the system does not tell."""
     libc = ctypes.CDLL(None, use_errno=True)
     if not hasattr(libc, "mincore"):
         return True
@@ -89,12 +116,12 @@ def is_cached(descriptor: int, size: int) -> bool:
         libc.munmap(address, size)
 
 
-def lies_like(data: memoryview, position: int) -> bool:
-    """Whether memory and file lie alike within their pages, so that whole pages need no copy between them."""
+def is_aligned_with(data: memoryview, position: int) -> bool:
+    """Return whether memory has the same place within its page as the file, so that whole pages need no copy."""
     return len(data) > 0 and (numpy.frombuffer(data, numpy.uint8).ctypes.data - position) % PAGE == 0
 
 
 def copy_bytes(target: memoryview, source: memoryview) -> None:
-    """As slices are assigned, but without Python's lock: other threads go on computing."""
+    """Copy bytes without holding Python's lock, so that other threads go on computing."""
     if len(target):
         numpy.copyto(numpy.frombuffer(target, numpy.uint8), numpy.frombuffer(source, numpy.uint8))

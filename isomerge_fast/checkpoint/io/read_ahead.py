@@ -1,4 +1,4 @@
-"""Bundles of pieces read by a few threads before they are asked for, in a bounded number of bytes."""
+"""Read bundles of pieces with a few threads before they are asked for, in a bounded number of bytes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from types import TracebackType
 
 import torch
 from torch import Tensor
@@ -16,25 +15,25 @@ from ..layout import StoredTensor
 from .checksum import Checksum
 from .direct_io import PAGE, READ_BYTES
 from .reader import Piece, Reader
-from .ring import Ring
+from .ring_buffer import RingBuffer
 
 # More threads than cores: they wait for the disk, not for each other.
 THREADS = 4
-# For a GPU, which takes more than four threads copy from the page cache: 14.5 GB/s, eight 25 (16 cores beside an H200).
+# A GPU takes more than four threads copy from the page cache, 14.5 GB/s; eight copy 25 (16 cores beside an H200).
 GPU_THREADS = 8
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """What is needed together: some rows of the base and of every expert."""
+    """Name the pieces that are needed together: some rows of the base and of every expert."""
 
     pieces: tuple[Piece, ...]
 
     def places(self) -> list[int]:
-        """Where each piece starts in memory, from a page's first byte on, and where the last one ends.
+        """Return where each piece starts in a buffer on whole pages, and where the last one ends.
 
-        As it lies within a page of its file, so that it can be read without a copy; unless that is no place for its
-        dtype.
+        A piece has the same place within its page as in its file, so that it is read without a copy, unless its dtype
+        cannot stand there.
         """
         starts, end = [], 0
         for piece in self.pieces:
@@ -75,11 +74,7 @@ class Bundle:
 
 
 class InputChecksums:
-    """Running checksums of some tensors, while their parts come in order.
-
-    Args:
-        tensors: those that are wanted; all others are passed over.
-    """
+    """Compute the checksums of the wanted tensors, ``tensors``, while their parts come in order."""
 
     def __init__(self, tensors: Iterable[StoredTensor]) -> None:
         self._wanted = set(tensors)
@@ -111,15 +106,15 @@ class _Reading:
 
 
 class ReadAhead:
-    """Takes bundles in their order, while the next ones are being read; a context manager.
+    """Hand out bundles in their order while the next ones are being read, as a context manager.
 
     Args:
         bundles: in the order in which they will be taken.
-        budget_bytes: of the bundle taken last and of those ahead together. A bundle that is larger has a buffer of its
-            own, beside no other.
+        budget_bytes: of the bundle taken last and of those ahead together. A larger bundle has a buffer of its own, and
+            none is held beside it.
         part_bytes: bundles are cut into parts of at most so many bytes, each taken by itself.
         pinned: whether buffers are page-locked, for asynchronous copies to a GPU.
-        checksums: which are to go on with what is taken.
+        checksums: to which the bundles that are taken are added.
     """
 
     def __init__(
@@ -135,7 +130,7 @@ class ReadAhead:
     ) -> None:
         self._reader, self._threads, self._pinned = reader, threads, pinned
         self._checksums = checksums
-        self._ring = Ring(budget_bytes, pinned=pinned)
+        self._ring = RingBuffer(budget_bytes, pinned=pinned)
         self.part_bytes = part_bytes
         self._bundles = ((bundle, part) for bundle in bundles for part in bundle.parts(part_bytes))
         self._next = next(self._bundles, None)
@@ -147,9 +142,7 @@ class ReadAhead:
         self._top_up()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         for reading in self._ahead:
             for part in reading.parts:
                 part.cancel()
@@ -162,13 +155,13 @@ class ReadAhead:
 
     @property
     def upcoming(self) -> Bundle | None:
-        """Return the bundle that is taken next, or the next part of which is."""
+        """Return the bundle that is taken next, whole or in part."""
         if self._ahead:
             return self._ahead[0].whole
         return None if self._next is None else self._next[0]
 
     def take(self) -> list[Tensor]:
-        """The pieces of the next bundle, or of its next part, valid until the next call.
+        """Return the pieces of the next bundle, or of its next part, valid until the next call.
 
         Raises:
             InputError: a file that changed, is gone or ended early.
@@ -181,7 +174,7 @@ class ReadAhead:
         self._taken = reading = self._ahead.popleft()
         for part in reading.parts:
             self.busy_seconds += part.result()
-        # The disk is not to wait until this bundle is done with.
+        # Read on while this bundle is used.
         self._top_up()
         placed = list(_placed(reading.bundle, reading.buffer))
         if self._checksums is not None:
@@ -217,13 +210,13 @@ def _placed(bundle: Bundle, buffer: Tensor) -> Iterator[tuple[Piece, Tensor]]:
 
 
 def _jobs(bundle: Bundle, buffer: Tensor) -> Iterator[list[tuple[Piece, int, Tensor]]]:
-    """The bundle's bytes in lists for one thread each: large pieces in parts, small ones together."""
+    """Yield the bundle's bytes in lists for one thread each: large pieces in parts, small ones together."""
     job: list[tuple[Piece, int, Tensor]] = []
     size = 0
     for piece, data in _placed(bundle, buffer):
         start = 0
         while start < piece.bytes:
-            # At multiples in the file, so that only a piece's own ends share a page with others.
+            # Cut at multiples in the file, so that only a piece's own ends share a page with others.
             stop = min(start + READ_BYTES - (piece.start + start) % READ_BYTES, piece.bytes)
             job.append((piece, start, data[start:stop]))
             size += stop - start

@@ -1,4 +1,4 @@
-"""Bytes of tensors by positioned reads, from several threads; nothing is mapped or stays resident.
+"""Read the bytes of tensors by positioned reads, from several threads; map nothing and keep nothing in memory.
 
 Files that are not in the page cache are read with direct I/O, which leaves the cache to others and is faster. (4 GB on
 an ext4 disk of a 2-core machine, 4 MiB a read: 0.4 to 1.2 GB/s through the cache on one thread, 1.5 to 2.7 directly;
@@ -13,8 +13,8 @@ import resource
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
-from types import TracebackType
 
 import torch
 from torch import Tensor
@@ -22,15 +22,25 @@ from torch import Tensor
 from ...errors import InputChangedError, UnreadableError
 from ...parsing.regular_files import IrregularFileError, open_regular
 from ..layout import Checkpoint, FileIdentity, StoredTensor, hash_header
-from .direct_io import PAGE, READ_BYTES, copy_bytes, is_cached, lies_like, open_direct, page_buffer
+from .direct_io import (
+    PAGE,
+    READ_BYTES,
+    copy_bytes,
+    is_aligned_with,
+    is_cached,
+    open_direct,
+    page_buffer,
+    page_ceiling,
+    page_floor,
+)
 
-# For what opens files beside us.
+# For files that other code opens.
 SPARE_FILES = 64
 
 
 @dataclass(frozen=True)
 class Piece:
-    """``count`` elements of a stored tensor from element ``first`` on, seen as ``shape``."""
+    """Name the elements of a stored tensor from element ``first`` on that fill ``shape``."""
 
     stored: StoredTensor
     first: int
@@ -38,18 +48,15 @@ class Piece:
 
     @property
     def start(self) -> int:
-        """Offset in the file."""
+        """Return the offset in the file."""
         return self.stored.start + self.first * self.stored.dtype.itemsize
 
     @property
     def bytes(self) -> int:
-        count = self.stored.dtype.itemsize
-        for size in self.shape:
-            count *= size
-        return count
+        return prod(self.shape) * self.stored.dtype.itemsize
 
     def view(self, data: Tensor) -> Tensor:
-        """The bytes ``data`` as what they mean."""
+        """Return bytes in the piece's dtype and shape."""
         return data.view(self.stored.dtype).view(self.shape)
 
 
@@ -58,15 +65,15 @@ def whole(stored: StoredTensor) -> Piece:
 
 
 def files_of(*checkpoints: Checkpoint) -> dict[Path, FileIdentity]:
-    """Every file of theirs."""
+    """Return every file of some checkpoints."""
     return {path: identity for checkpoint in checkpoints for path, identity in checkpoint.files.items()}
 
 
 class Reader:
-    """Open files of one or more checkpoints; a context manager. Files changed since they were planned are refused.
+    """Open files of checkpoints and read from them, as a context manager; refuse files changed since they were planned.
 
     Args:
-        files: what each was then; ``files_of`` checkpoints.
+        files: what each file was when it was planned; ``files_of`` checkpoints.
         direct: read past the page cache what is not in it, where the file system can.
     """
 
@@ -80,9 +87,7 @@ class Reader:
     def __enter__(self) -> Reader:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         for descriptors in self._descriptors.values():
             for descriptor in descriptors:
                 if descriptor is not None:
@@ -91,11 +96,11 @@ class Reader:
 
     @property
     def direct_files(self) -> int:
-        """Of the files opened, those read past the page cache."""
+        """Return how many of the opened files are read past the page cache."""
         return sum(direct is not None for _, direct in self._descriptors.values())
 
     def read(self, piece: Piece) -> Tensor:
-        """The piece in a fresh CPU tensor.
+        """Read a piece into a new CPU tensor.
 
         Raises:
             InputChangedError: the file changed since it was planned, is gone, or ended early.
@@ -106,18 +111,14 @@ class Reader:
         return piece.view(data)
 
     def read_into(self, piece: Piece, offset: int, target: memoryview) -> None:
-        """Fills ``target`` with the piece's bytes from ``offset`` on. Safe to call from several threads at once.
-
-        Raises:
-            InputChangedError, UnreadableError: as ``read``.
-        """
+        """Fill ``target`` with the piece's bytes from ``offset`` on; several threads may call it at once."""
         start, end = piece.start + offset, piece.start + offset + len(target)
         file, name = piece.stored.file, piece.stored.name
         try:
             through_cache, direct = self._open(file)
             position = start
             while position < end:
-                # Up to a multiple of what is read at once, so that direct reads overlap no more than they must.
+                # Read up to a multiple of READ_BYTES, so that direct reads overlap no more than they must.
                 stop = min(end, (position // READ_BYTES + 1) * READ_BYTES)
                 part = target[position - start : stop - start]
                 if direct is None:
@@ -131,7 +132,7 @@ class Reader:
             raise _unreadable(f"{file}: tensor {name!r}", error) from error
 
     def check_unchanged(self) -> None:
-        """Raises InputChangedError when an input is another file than was planned, or was changed."""
+        """Raise InputChangedError where an input is another file than was planned, or was changed."""
         for path, identity in self._identities.items():
             try:
                 status = os.stat(path)
@@ -141,13 +142,16 @@ class Reader:
                 raise InputChangedError(f"{path}: changed during the merge")
 
     def _read_directly(self, descriptor: int, part: memoryview, position: int) -> int:
-        """Whole pages, at once: straight to where they are wanted, if that lies like the file, but for the pages at
-        both ends, which hold other tensors too; else all of them by way of a buffer of this thread's own.
+        """Read whole pages in one call, and return how many of the wanted bytes came.
+
+        They go straight to where they are wanted if that is aligned with the file, but for the pages at both ends,
+        which hold other tensors too. Otherwise all go through this thread's own buffer.
         """
         pages = page_buffer()
         end = position + len(part)
-        first, inside, outside, last = _down(position), _up(position), _down(end), _up(end)
-        if inside < outside and lies_like(part, position):
+        first, inside = page_floor(position), page_ceiling(position)
+        outside, last = page_floor(end), page_ceiling(end)
+        if inside < outside and is_aligned_with(part, position):
             head, tail = pages[: inside - first], pages[PAGE : PAGE + last - outside]
             vectors = [head, part[inside - position : outside - position], tail]
             count = os.preadv(descriptor, [vector for vector in vectors if len(vector)], first) - (position - first)
@@ -160,7 +164,7 @@ class Reader:
         return count
 
     def _open(self, path: Path) -> tuple[int, int | None]:
-        """(a descriptor through the page cache, one past it where that is to be used)."""
+        """Return a descriptor through the page cache, and one past it or None."""
         with self._lock:
             if path not in self._descriptors:
                 descriptor, status = open_regular(path)
@@ -179,7 +183,7 @@ class Reader:
 
 
 def _unreadable(what: str, error: OSError) -> InputChangedError | UnreadableError:
-    """A file that is gone will not come back by itself; a disk or a server may."""
+    """Return the error of a failed read: a file that is gone does not come back by itself, a disk or a server may."""
     if error.errno in (errno.ENOENT, errno.ENOTDIR):
         return InputChangedError(f"{what}: gone during the merge ({error.strerror})")
     if isinstance(error, IrregularFileError):
@@ -188,7 +192,7 @@ def _unreadable(what: str, error: OSError) -> InputChangedError | UnreadableErro
 
 
 def allow_open_files(more: int) -> None:
-    """Raises the soft limit on open files, where ``more`` would not fit, as far as the hard one allows.
+    """Raise the soft limit on open files, where ``more`` do not fit, as far as the hard limit allows.
 
     (The soft one is low, 256 or 1024, for the sake of programs that use ``select``; a 70 B model has 30 shards.)
     """
@@ -197,11 +201,3 @@ def allow_open_files(more: int) -> None:
     if soft != resource.RLIM_INFINITY and soft < needed:
         limit = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
-
-
-def _down(position: int) -> int:
-    return position // PAGE * PAGE
-
-
-def _up(position: int) -> int:
-    return -(-position // PAGE) * PAGE

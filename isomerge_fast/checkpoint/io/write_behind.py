@@ -1,4 +1,4 @@
-"""Writes done by a thread of their own, in order, in a bounded number of bytes."""
+"""Do writes in a thread of their own, in order, in a bounded number of bytes."""
 
 from __future__ import annotations
 
@@ -6,18 +6,19 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from types import TracebackType
 
 from torch import Tensor
 
-from .ring import Ring
+from .ring_buffer import RingBuffer
 
-# A room is at most this share of the memory, so that one can be filled while others are written.
+# A room has at most one part in so many of the memory, so that one is filled while others are written.
 ROOM_SHARE = 3
 
 
 class WriteBehind:
-    """A context manager; what was put is done when ``drain`` returns. The first failure is raised by the next call.
+    """Do writes behind their caller, as a context manager; raise the first failure at the next call.
+
+    All that was put is done when ``drain`` returns.
 
     Args:
         budget_bytes: of what waits to be written; one write is taken whatever its size.
@@ -25,7 +26,7 @@ class WriteBehind:
 
     def __init__(self, budget_bytes: int) -> None:
         self._budget = budget_bytes
-        self._ring = Ring(budget_bytes)
+        self._ring = RingBuffer(budget_bytes)
         self._waiting: deque[tuple[int, bool, Callable[[], None]]] = deque()
         self._bytes = 0  # of what waits and what is being written
         self._changed = threading.Condition()
@@ -38,10 +39,8 @@ class WriteBehind:
         self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Ends the thread. After an error what still waits is not written."""
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        """End the thread. After an error what still waits is not written."""
         with self._changed:
             if kind is not None:
                 self._waiting.clear()
@@ -51,26 +50,25 @@ class WriteBehind:
 
     @property
     def room_bytes(self) -> int:
-        """The most that ``room`` has to give at once."""
+        """Return the most bytes that ``room`` gives at once."""
         return self._budget // ROOM_SHARE
 
     def room(self, size: int) -> Tensor | None:
-        """``size`` bytes for what the next ``put`` writes; waits while others are being written.
+        """Return ``size`` bytes for what the next ``put`` writes, or None where that is more than ``room_bytes``.
 
-        None where that is more than ``room_bytes``.
+        It waits while others are being written.
         """
         if size > self.room_bytes:
             return None
         with self._changed:
-            while True:
-                self._raise()
-                room = self._ring.take(size)
-                if room is not None:
-                    return room
+            self._raise()
+            while (room := self._ring.take(size)) is None:
                 self._changed.wait()
+                self._raise()
+            return room
 
     def put(self, action: Callable[[], None], *, size: int = 0, in_room: bool = False) -> None:
-        """Has ``action`` done.
+        """Have ``action`` done.
 
         Args:
             size: bytes of its own that it holds until then; waits while the budget is used up.
@@ -84,7 +82,7 @@ class WriteBehind:
             self._changed.notify_all()
 
     def drain(self) -> None:
-        """Waits until everything is done."""
+        """Wait until everything is done."""
         with self._changed:
             self._changed.wait_for(lambda: self._failure or not (self._waiting or self._bytes or self._working))
             self._raise()

@@ -1,4 +1,4 @@
-"""Safetensors files written tensor by tensor, in any order, in bounded memory.
+"""Write safetensors files tensor by tensor, in any order, in bounded memory.
 
 No maintained library writes the format incrementally. The header follows from names, dtypes and shapes alone, so it is
 written first, with the file at its final size; every tensor then goes to its own offset. The order is safetensors' own
@@ -15,7 +15,7 @@ import os
 import struct
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -25,10 +25,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ...errors import LostWritesError, ResourceError
+from ..header_metadata import PLAIN
 from ..layout import DTYPE_NAMES, StoredTensor
-from ..output.kept_metadata import PLAIN
 from .checksum import Checksum
-from .direct_io import PAGE, READ_BYTES, copy_bytes, drop_cache, lies_like, open_direct, page_buffer, read_pages
+from .direct_io import PAGE, READ_BYTES, copy_bytes, drop_cache, is_aligned_with, open_direct, page_buffer, read_pages
 
 # Less than this at once goes through the page cache: a direct write waits for the disk.
 DIRECT_BYTES = 1 << 20
@@ -36,7 +36,7 @@ DIRECT_BYTES = 1 << 20
 # A process that was killed on another machine may hold its locks until the file server has noticed: 90 s on NFS.
 LOCK_SECONDS = 100.0
 
-# What file systems answer that rename files only, or nothing.
+# The errors of file systems that rename files only, or nothing.
 _NO_RENAME = (errno.EXDEV, errno.EPERM, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
 
 # safetensors sorts by its own dtype ranking, widest first; equal widths have a fixed order as well.
@@ -48,7 +48,7 @@ _DTYPE_RANK = [
 
 @dataclass(frozen=True, slots=True)
 class OutputTensor:
-    """A tensor to be written."""
+    """Describe a tensor to be written."""
 
     name: str
     dtype: torch.dtype
@@ -62,27 +62,28 @@ class OutputTensor:
 def file_layout(
     path: Path, tensors: Iterable[OutputTensor], metadata: Mapping[str, str] = PLAIN
 ) -> tuple[bytes, dict[str, StoredTensor]]:
-    """The first bytes of the file (length and header), and where each tensor will lie."""
+    """Return the first bytes of the file (length and header), and where each tensor will lie."""
     ordered = sorted(tensors, key=lambda tensor: (_DTYPE_RANK.index(DTYPE_NAMES[tensor.dtype]), tensor.name))
     header: dict[str, object] = {"__metadata__": dict(metadata)}
+    starts: list[int] = []
     position = 0
     for tensor in ordered:
         end = position + tensor.bytes
         dtype, shape = DTYPE_NAMES[tensor.dtype], list(tensor.shape)
         header[tensor.name] = {"dtype": dtype, "shape": shape, "data_offsets": [position, end]}
+        starts.append(position)
         position = end
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    start = 8 + len(text)
-    placed = {}
-    for tensor in ordered:
-        offsets = header[tensor.name]["data_offsets"]  # type: ignore[index]  # built just above
-        placed[tensor.name] = StoredTensor(tensor.name, tensor.dtype, tensor.shape, path, start + offsets[0])
-    return struct.pack("<Q", len(text)) + text, placed
+    prefix = struct.pack("<Q", len(text)) + text
+    return prefix, {
+        tensor.name: StoredTensor(tensor.name, tensor.dtype, tensor.shape, path, len(prefix) + start)
+        for tensor, start in zip(ordered, starts, strict=True)
+    }
 
 
 def tensor_bytes(value: Tensor) -> memoryview:
-    """The tensor's bytes, without a copy when it is contiguous on the CPU."""
+    """Return a tensor's bytes, without a copy when it is contiguous on the CPU."""
     flat = value.contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
@@ -90,15 +91,14 @@ def tensor_bytes(value: Tensor) -> memoryview:
 def create_shard(
     path: Path, tensors: Iterable[OutputTensor], *, resume: bool, metadata: Mapping[str, str] = PLAIN
 ) -> tuple[int, str]:
-    """Make the file with its header, at its final size and on disk; what is in it already stays with ``resume``.
+    """Make a file with its header, at its final size and on disk; return its size and the hash of its header.
 
-    Returns:
-        (its size, the hash of its header), as ``FileIdentity`` has them.
+    With ``resume`` what is in it already stays.
     """
     prefix, placed = file_layout(path, tensors, metadata)
     size = _end(prefix, placed)
     flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | (0 if resume else os.O_TRUNC)
-    try:
+    with _resource_errors(path):
         descriptor = os.open(path, flags, 0o666)
         try:
             os.ftruncate(descriptor, size)
@@ -106,24 +106,21 @@ def create_shard(
             _sync(descriptor, path)
         finally:
             os.close(descriptor)
-    except OSError as error:
-        raise _resource_error(path, error) from error
     return size, hashlib.sha256(prefix).hexdigest()
 
 
 class ShardWriter:
-    """Tensors of one safetensors file that ``create_shard`` made. They are written past the page cache where the file
-    system can.
+    """Write tensors of a file that ``create_shard`` made, past the page cache where the file system can.
 
     (4 GB on an ext4 disk of a 2-core machine, synced: 0.3 to 0.9 GB/s through the cache, 1.6 directly.)
 
-    Several processes may write one file, each its own tensors: every writer locks the bytes of its own. That keeps out
+    Several processes may write one file, each its own tensors: every writer locks the bytes of these. That keeps out
     a process that was given up and lives on, and makes network file systems write no more than was given them: an NFS
     client without a lock writes back whole pages, and with them the neighbours' bytes as it has seen them last.
 
     Args:
-        tensors: all of the file; metadata: of the file, as ``create_shard`` wrote it.
-        names: of those that will be written; all when None.
+        tensors, metadata: of the whole file, as ``create_shard`` wrote it.
+        names: of the tensors that will be written; all when None.
     """
 
     def __init__(
@@ -139,10 +136,8 @@ class ShardWriter:
         prefix, self.tensors = file_layout(path, tensors, metadata)
         self._running: dict[str, Checksum] = {}
         self._direct = self._from_disk = None
-        try:
+        with _resource_errors(path):
             self._descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-        except OSError as error:
-            raise _resource_error(path, error) from error
         try:
             if direct and _end(prefix, self.tensors) >= DIRECT_BYTES:
                 self._direct = open_direct(path, os.O_WRONLY)
@@ -153,23 +148,23 @@ class ShardWriter:
 
     @property
     def is_direct(self) -> bool:
-        """Whether large writes go past the page cache."""
+        """Return whether large writes go past the page cache."""
         return self._direct is not None
 
     def write(self, name: str, value: Tensor) -> str:
-        """Writes one tensor; returns the checksum of its bytes."""
+        """Write one tensor; return the checksum of its bytes."""
         stored = self.tensors[name]
         assert (value.dtype, tuple(value.shape)) == (stored.dtype, stored.shape), name
         self.write_part(name, value, 0)
         return self.finish(name)
 
     def position(self, name: str, first: int) -> int:
-        """Offset in the file of a tensor's element ``first``."""
+        """Return the offset in the file of a tensor's element ``first``."""
         stored = self.tensors[name]
         return stored.start + first * stored.dtype.itemsize
 
     def write_part(self, name: str, value: Tensor, first: int) -> None:
-        """Writes elements of a tensor from element ``first`` on. Parts come in order, each once."""
+        """Write elements of a tensor from element ``first`` on. Parts come in order, each once."""
         stored = self.tensors[name]
         assert value.dtype == stored.dtype, name
         data = tensor_bytes(value)
@@ -178,19 +173,14 @@ class ShardWriter:
             self._running[name] = Checksum()
         assert start == stored.start + self._running[name].bytes, name
         assert start + len(data) <= stored.end, name
-        try:
+        with _resource_errors(self.path):
             self._write_at(data, start)
-        except OSError as error:
-            raise _resource_error(self.path, error) from error
         self._running[name].update(data)
 
     def finish(self, name: str) -> str:
-        """The checksum of a tensor that is written."""
-        running, stored = (
-            self._running.pop(name, None) or Checksum(),
-            self.tensors[name],
-        )  # of an empty one no part came
-        assert running.bytes == stored.bytes, name
+        """Return the checksum of a tensor that is written."""
+        running = self._running.pop(name, None) or Checksum()  # of an empty one no part came
+        assert running.bytes == self.tensors[name].bytes, name
         return running.text
 
     def checksum(self, name: str) -> str:
@@ -198,22 +188,17 @@ class ShardWriter:
         stored, found = self.tensors[name], Checksum()
         if self._from_disk is None:
             self._from_disk = self._open_on_disk()
-        try:
+        with _resource_errors(self.path):
             for block in read_pages(self._from_disk, stored.start, stored.end):
                 found.update(block)
-        except OSError as error:
-            raise _resource_error(self.path, error) from error
         return found.text
 
     def close(self, *, validate: bool) -> None:
-        """Ends the file; with ``validate`` it is on disk and safetensors has opened it, else it is left as it is."""
-        try:
-            with ExitStack() as closing:
-                closing.callback(self._close_descriptors)
-                if validate:
-                    _sync(self._descriptor, self.path)
-        except OSError as error:
-            raise _resource_error(self.path, error) from error
+        """Close the file; with ``validate`` only after it is on disk, and then have safetensors open it."""
+        with _resource_errors(self.path), ExitStack() as closing:
+            closing.callback(self._close_descriptors)
+            if validate:
+                _sync(self._descriptor, self.path)
         if validate:
             try:
                 with safe_open(self.path, framework="np") as opened:
@@ -222,7 +207,7 @@ class ShardWriter:
                 raise ResourceError(f"{self.path}: was written and cannot be read ({error})") from error
 
     def _lock(self, names: Collection[str]) -> None:
-        """Waits a while for whoever holds what this writer is about to write: it may be on its way out.
+        """Lock the tensors of ``names``; wait a while for a process that holds them and may be about to end.
 
         Locks are of the process: closing any other descriptor of the file would give them up, so none is opened and
         closed while they are needed.
@@ -245,16 +230,10 @@ class ShardWriter:
                     time.sleep(0.05)
 
     def _open_on_disk(self) -> int:
-        """A descriptor for reading what is on the disk.
-
-        Raises:
-            LostWritesError: an earlier run's writes could not be written back.
-        """
-        try:
+        """Return a descriptor for reading what is on the disk; refuse a file whose writes could not be written back."""
+        with _resource_errors(self.path, is_lost=True):
             drop_cache(self._descriptor)
             return open_direct(self.path, os.O_RDONLY) or os.dup(self._descriptor)
-        except OSError as error:
-            raise _resource_error(self.path, error, is_lost=True) from error
 
     def _close_descriptors(self) -> None:
         with ExitStack() as closing:
@@ -264,16 +243,17 @@ class ShardWriter:
                     closing.callback(os.close, descriptor)
 
     def _write_at(self, data: memoryview, offset: int) -> None:
-        """Whole pages directly, by way of a buffer where memory does not lie like the file; what shares a page with
-        others through the cache.
+        """Write whole pages directly, by way of a buffer where memory is not aligned with the file.
+
+        What shares a page with other tensors goes through the cache.
         """
         head = -offset % PAGE
         body = (len(data) - head) // PAGE * PAGE
         if self._direct is None or body < DIRECT_BYTES:
-            self._write_cached(data, offset)
+            _write_all(self._descriptor, data, offset)
             return
-        self._write_cached(data[:head], offset)
-        copied = not lies_like(data, offset)
+        _write_all(self._descriptor, data[:head], offset)
+        copied = not is_aligned_with(data, offset)
         position = head
         while position < head + body:
             block = data[position : min(position + READ_BYTES, head + body)]
@@ -285,10 +265,7 @@ class ShardWriter:
             position += count
             if count % PAGE:  # a direct write cut short; the next one could not start there
                 break
-        self._write_cached(data[position:], offset + position)
-
-    def _write_cached(self, data: memoryview, offset: int) -> None:
-        _write_all(self._descriptor, data, offset)
+        _write_all(self._descriptor, data[position:], offset + position)
 
 
 def _write_all(descriptor: int, data: memoryview, offset: int) -> None:
@@ -298,39 +275,40 @@ def _write_all(descriptor: int, data: memoryview, offset: int) -> None:
 
 
 def _end(prefix: bytes, placed: Mapping[str, StoredTensor]) -> int:
-    """Size of the file."""
+    """Return the size of the file."""
     return max([len(prefix), *(stored.end for stored in placed.values())])
 
 
-def _joined(placed: Sequence[StoredTensor]) -> Iterator[tuple[int, int]]:
-    """(start, end) of runs without a gap, of tensors in the order in which they lie; empty ones have no bytes."""
+def _joined(placed: Sequence[StoredTensor]) -> list[list[int]]:
+    """Return the start and end of each run without a gap, of tensors in the order of their places; skip empty ones."""
     runs: list[list[int]] = []
     for stored in placed:
         if runs and runs[-1][1] == stored.start:
             runs[-1][1] = stored.end
         elif stored.bytes:
             runs.append([stored.start, stored.end])
-    return ((start, end) for start, end in runs)
+    return runs
 
 
-def _resource_error(path: Path, error: OSError, *, is_lost: bool = False) -> ResourceError:
-    """``is_lost``: it was told of writes that had seemed to succeed. An I/O error may always be of such."""
-    kind = LostWritesError if is_lost or error.errno == errno.EIO else ResourceError
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return kind(f"{path}: no space left while writing; free some and run again with --resume")
-    return kind(f"{path}: cannot be written ({error.strerror})")
+@contextmanager
+def _resource_errors(path: Path, *, is_lost: bool = False) -> Iterator[None]:
+    """Turn an OSError of writing a file into a ResourceError.
+
+    With ``is_lost`` it tells of writes that had seemed to succeed: a LostWritesError. An I/O error always may.
+    """
+    try:
+        yield
+    except OSError as error:
+        kind = LostWritesError if is_lost or error.errno == errno.EIO else ResourceError
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise kind(f"{path}: no space left while writing; free some and run again with --resume") from error
+        raise kind(f"{path}: cannot be written ({error.strerror})") from error
 
 
 def _sync(descriptor: int, path: Path) -> None:
-    """Has a file, or a folder's entries, written to the disk.
-
-    Raises:
-        LostWritesError: they cannot be.
-    """
-    try:
+    """Write a file, or a folder's entries, to the disk; raise LostWritesError where that fails."""
+    with _resource_errors(path, is_lost=True):
         os.fsync(descriptor)
-    except OSError as error:
-        raise _resource_error(path, error, is_lost=True) from error
 
 
 def write_durably(path: Path, data: bytes) -> Checksum:
@@ -339,22 +317,19 @@ def write_durably(path: Path, data: bytes) -> Checksum:
 
 
 def write_blocks_durably(path: Path, blocks: Iterable[bytes | memoryview]) -> Checksum:
-    """Write a file, block by block, as ``write_durably``."""
+    """Write a file block by block, complete and on disk when this returns; return the checksum of what was written."""
     written = Checksum()
-    try:
-        with open(path, "wb") as file:
-            for block in blocks:
-                written.update(block)
-                file.write(block)
-            file.flush()
-            _sync(file.fileno(), path)
-    except OSError as error:
-        raise _resource_error(path, error) from error
+    with _resource_errors(path), open(path, "wb") as file:
+        for block in blocks:
+            written.update(block)
+            file.write(block)
+        file.flush()
+        _sync(file.fileno(), path)
     return written
 
 
 def sync_folder(path: Path) -> None:
-    """Makes the folder's entries durable."""
+    """Make a folder's entries durable."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         _sync(descriptor, path)
@@ -363,7 +338,7 @@ def sync_folder(path: Path) -> None:
 
 
 def rename(source: Path, target: Path) -> None:
-    """Puts ``source`` in the place of ``target``, at once."""
+    """Put ``source`` in the place of ``target``, at once."""
     try:
         os.rename(source, target)
     except OSError as error:

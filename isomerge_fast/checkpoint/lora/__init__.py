@@ -1,1 +1,1 @@
-"""Reads LoRA adapters, and writes the settings of a merged one."""
+"""Read LoRA adapters, and write the settings of a merged one."""

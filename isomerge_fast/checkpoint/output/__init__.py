@@ -1,1 +1,1 @@
-"""Builds an output: its folder, its journal and manifest, and the files beside the weights."""
+"""Build an output: its folder, its journal and manifest, and the files beside the weights."""

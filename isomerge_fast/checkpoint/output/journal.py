@@ -1,4 +1,4 @@
-"""The journals of an unfinished merge: which tensors are finished, and the checksums of their bytes."""
+"""Keep the journals of an unfinished merge: which tensors are finished, and the checksums of their bytes."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from typing import Any
 from ...errors import ConfigError
 from ..io.checksum import Checksum
 from ..io.writer import rename, sync_folder, write_blocks_durably
-from .manifest import to_json
+from .json_files import to_json
 
 JOURNAL_FILE = "journal.jsonl"
 
 
 class Entries(Mapping[str, dict[str, Any]]):
-    """Journal entries by tensor, each held as its JSON and read anew whenever it is asked for.
+    """Hold journal entries by tensor, each as its JSON, which is parsed whenever the entry is asked for.
 
     (0.4 KB a tensor averaged into one output, where it takes 1.8 KB as objects.)
     """
@@ -30,15 +30,15 @@ class Entries(Mapping[str, dict[str, Any]]):
             self.add(entry)
 
     def add(self, entry: dict[str, Any]) -> None:
-        """Hold an entry, in the place of an older one of the same tensor."""
+        """Add an entry, or replace that of the same tensor."""
         self._texts[sys.intern(entry["name"])] = to_json(entry, indent=None)
 
     def update(self, other: Entries) -> None:
-        """Hold another's entries as well; where both have one, the other's."""
+        """Add entries, or replace those of the same tensors."""
         self._texts |= other._texts
 
     def of(self, names: Iterable[str]) -> Entries:
-        """Return the entries of some tensors, as far as there are any."""
+        """Return the entries of those tensors that have one."""
         found = Entries()
         found._texts = {name: self._texts[name] for name in names if name in self._texts}
         return found
@@ -57,19 +57,18 @@ class Entries(Mapping[str, dict[str, Any]]):
 
 
 class Journal:
-    """What is done already of an unfinished merge: in ``journal.jsonl`` which merge it is and what earlier runs did, in
-    ``journal-<unit>.jsonl`` what each unit of this run has done. One line a tensor; lines are claims: resuming checks
-    the bytes.
+    """Begin or continue the journals of a merge.
 
-    Every line begins with its own checksum. The first tells of what the merge is.
+    ``journal.jsonl`` has what earlier runs finished, ``journal-<number>.jsonl`` what each work item of this run has
+    finished. The first line names the merge, each other line a tensor. Every line begins with its own checksum.
+    Resuming checks the bytes of a tensor that an entry names.
 
     Args:
-        folder: in which they lie.
-        key: ``fingerprint`` of the merge; ``inputs`` of it, to name the one that has changed.
-        threads: with which this run would compute. LAPACK's last digits depend on their number, so a merge goes on with
-            that which it began with: attribute ``threads``.
-        resume: go on with what is there.
-        overwrite: discard what is of another merge, instead of refusing it.
+        key: ``fingerprint`` of the merge.
+        inputs: of the merge, so that a refusal can name the one that has changed.
+        threads: of this run. LAPACK's last digits depend on their number, so a merge continues with the number that it
+            began with: attribute ``threads``.
+        overwrite: discard the journals of another merge instead of refusing them.
     """
 
     def __init__(
@@ -90,35 +89,35 @@ class Journal:
         if first is not None and first.get("fingerprint") == key:
             self.threads = first["threads"]
             self.finished = Entries(lines)
-            for part in sorted(folder.glob(_unit_file("*"))):
-                self.finished.update(_of_merge(part, key, self.threads))
+            for part in sorted(folder.glob(_item_file("*"))):
+                self.finished.update(_entries_of_merge(part, key, self.threads))
         elif first is not None and not overwrite:
-            changed = "".join(f" ({what})" for what in _changed_inputs(first.get("inputs", []), inputs))
             raise ConfigError(
-                f"{folder}: the unfinished merge was of other inputs, options, devices or versions{changed}; "
+                f"{folder}: the unfinished merge was of other inputs, options, devices or versions"
+                f"{_changed_input(first.get('inputs', []), inputs)}; "
                 "run with --overwrite to discard it"
             )
         head = {"fingerprint": key, "inputs": inputs, "threads": self.threads}
         _replace(path, head, self.finished)
-        for part in folder.glob(_unit_file("*")):
+        for part in folder.glob(_item_file("*")):
             part.unlink()
 
 
 class ItemJournal:
-    """The part of one unit, kept by the process that works on it, and read by others while it grows.
+    """Write the journal of one work item, in the process that works on it; others read it while it grows.
 
     Args:
-        about: of the process, beside what the merge is.
+        about: keys of the first line that describe the process.
 
     Raises:
-        ConfigError: the folder is another merge's by now.
+        ConfigError: another merge has the folder by now.
     """
 
-    def __init__(self, folder: Path, key: str, threads: int, unit: int, about: Mapping[str, Any]) -> None:
-        path = item_journal(folder, unit)
+    def __init__(self, folder: Path, key: str, threads: int, item: int, about: Mapping[str, Any]) -> None:
+        path = item_journal(folder, item)
         if not _is_of(next(_read_lines(folder / JOURNAL_FILE), None), key, threads):
             raise ConfigError(f"{folder}: another merge has taken the place of this one")
-        self.finished = _of_merge(path, key, threads)  # by an earlier attempt at the same unit
+        self.finished = _entries_of_merge(path, key, threads)  # by an earlier attempt at the same work item
         _replace(path, {"fingerprint": key, "threads": threads, **about}, self.finished)
         self._file = open(path, "ab")  # noqa: SIM115 - closed by close()
 
@@ -131,16 +130,16 @@ class ItemJournal:
 
 
 class ItemProgress:
-    """Follows a unit's journal from another process."""
+    """Follow the journal of a work item from another process."""
 
-    def __init__(self, folder: Path, unit: int) -> None:
-        self._path = item_journal(folder, unit)
+    def __init__(self, folder: Path, item: int) -> None:
+        self._path = item_journal(folder, item)
         self.about: dict[str, Any] = {}
         self.finished = Entries()
         self._read = (0, 0)  # which file, and how much of it
 
     def update(self) -> None:
-        """Reads on. A file that is not there yet, or not for the moment, changes nothing."""
+        """Read what was added. A file that is not there yet, or not for the moment, changes nothing."""
         try:
             with open(self._path, "rb") as file:
                 number = os.fstat(file.fileno()).st_ino
@@ -152,15 +151,14 @@ class ItemProgress:
         if not whole:
             return
         self._read = number, position + len(whole) + 1
-        entries = [entry for line in whole.splitlines() if (entry := _parse_line(line)) is not None]
-        for entry in entries:
+        for entry in filter(None, map(_parse_line, whole.splitlines())):
             if "name" in entry:
                 self.finished.add(entry)
             else:
                 self.about = entry
 
 
-def forget(folder: Path) -> None:
+def delete_journals(folder: Path) -> None:
     """Delete the journals of a merge that has lost writes, so that a resume begins with new files.
 
     What failed may be in the file system's own records of a file, where reading its bytes from the disk shows nothing
@@ -170,16 +168,16 @@ def forget(folder: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def item_journal(folder: Path, unit: int) -> Path:
-    return folder / _unit_file(str(unit))
+def item_journal(folder: Path, item: int) -> Path:
+    return folder / _item_file(str(item))
 
 
-def _unit_file(unit: str) -> str:
-    return f"journal-{unit}.jsonl"
+def _item_file(item: str) -> str:
+    return f"journal-{item}.jsonl"
 
 
 def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the lines that are whole, if the first is."""
+    """Yield the entries of complete lines; none where the first is not complete."""
     if not path.is_file():
         return
     with open(path, "rb") as file:
@@ -195,14 +193,14 @@ def _is_of(first: dict[str, Any] | None, key: str, threads: int) -> bool:
     return first is not None and (first.get("fingerprint"), first.get("threads")) == (key, threads)
 
 
-def _of_merge(path: Path, key: str, threads: int) -> Entries:
-    """What a unit's journal claims, where it is of this merge."""
+def _entries_of_merge(path: Path, key: str, threads: int) -> Entries:
+    """Return the entries of a work item's journal, or none where it is of another merge."""
     lines = _read_lines(path)
     return Entries(lines) if _is_of(next(lines, None), key, threads) else Entries()
 
 
 def _replace(path: Path, head: dict[str, Any], entries: Entries) -> None:
-    """Written anew, so that a line torn by a kill does not swallow the next one."""
+    """Write a journal anew, so that a line torn by a kill does not swallow the next one."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.new")
     write_blocks_durably(temporary, chain([_line(head)], map(_line, entries.values())))
     rename(temporary, path)
@@ -225,13 +223,13 @@ def _checksum(text: bytes) -> str:
     return running.text
 
 
-def _changed_inputs(before: list[dict[str, Any]], now: list[dict[str, Any]]) -> list[str]:
-    """The first file that is not what it was, in words."""
+def _changed_input(before: list[dict[str, Any]], now: list[dict[str, Any]]) -> str:
+    """Return the first file that is not what it was, in words for the end of a sentence, or nothing."""
     for old, new in zip(before, now, strict=False):
         if old["path"] != new["path"]:
-            return [f"{new['path']} instead of {old['path']}"]
+            return f" ({new['path']} instead of {old['path']})"
         for name in sorted(old["files"].keys() | new["files"].keys()):
             if old["files"].get(name) != new["files"].get(name):
                 path = Path(new["path"])
-                return [f"{path if path.name == name else path / name} has changed"]
-    return []
+                return f" ({path if path.name == name else path / name} has changed)"
+    return ""

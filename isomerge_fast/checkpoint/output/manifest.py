@@ -1,13 +1,12 @@
-"""``manifest.json``: what an output was made of, and the checksum of everything in it.
+"""Define and read ``manifest.json``: what an output was made of, and the checksum of everything in it.
 
 It holds no times or random names, so the same merge gives the same bytes. Its last key is the checksum of its own text;
-the report, which does hold times, is closed in the same way and tells which manifest it belongs to.
+the report, which does hold times, ends in the same way and says which manifest it belongs to.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import typing
 from collections.abc import Iterable, Mapping
@@ -17,15 +16,16 @@ from typing import Any, NotRequired, TypedDict
 from ...errors import InputError, VerificationError
 from ...parsing.json_types import check
 from ..io.checksum import Checksum
+from ..io.direct_io import disk_blocks
 from ..layout import Checkpoint
-from .sealed import disk_blocks, read_sealed
+from .json_files import read_with_digest, to_json
 
 MANIFEST_FILE, REPORT_FILE = "manifest.json", "report.json"
 FORMAT = 3
 
 
 class InputFile(TypedDict):
-    """``FileIdentity`` of a file of an input."""
+    """Record the ``FileIdentity`` of a file of an input."""
 
     size: int
     mtime_ns: int
@@ -33,14 +33,14 @@ class InputFile(TypedDict):
 
 
 class Input(TypedDict):
-    """A checkpoint or adapter that was merged."""
+    """Record a checkpoint or adapter that was merged."""
 
     path: str
     files: dict[str, InputFile]
 
 
 class Description(TypedDict):
-    """All that decides an output's bytes. ``config`` is a ``MergeConfig`` without its paths."""
+    """Record all that decides an output's bytes. ``config`` is a ``MergeConfig`` without its paths."""
 
     tool: str
     version: str
@@ -52,21 +52,21 @@ class Description(TypedDict):
 
 
 class FileEntry(TypedDict):
-    """A file other than weights: its size, and the checksum of all of it."""
+    """Record a file other than weights: its size, and the checksum of all of it."""
 
     bytes: int
     checksum: str
 
 
 class ShardEntry(TypedDict):
-    """A file of weights: its size and the hash of its header. The rest of it are tensors, which have checksums."""
+    """Record a file of weights: its size and the hash of its header. Its tensors have checksums of their own."""
 
     bytes: int
     header_sha256: str
 
 
 class TensorEntry(TypedDict):
-    """A tensor of an output: the file that it lies in, and what it is there."""
+    """Record a tensor of an output, and the file that it lies in."""
 
     file: str
     action: str
@@ -76,15 +76,17 @@ class TensorEntry(TypedDict):
 
 
 class Output(TypedDict):
-    """A sub-folder of the output; ``scaling`` is None for that of the kept Δ."""
+    """Record a sub-folder of the output; ``scaling`` is None for that of the kept Δ."""
 
     scaling: float | None
     tensors: dict[str, TensorEntry]
 
 
 class Manifest(TypedDict):
-    """The whole of it. ``files`` and ``shards`` are all files of the output but this one and the report, by
-    ``file_name``; ``base``, where Δ is kept, has the checksums of the base's tensors, for ``apply``.
+    """Record an output.
+
+    ``files`` and ``shards`` are all files of the output but this one and the report, by ``file_name``. ``base``, where
+    Δ is kept, has the checksums of the base's tensors, for ``apply``.
     """
 
     format: int
@@ -98,7 +100,7 @@ class Manifest(TypedDict):
 
 
 def describe_inputs(checkpoints: Iterable[Checkpoint]) -> list[dict[str, Any]]:
-    """Absolute path and file identities of each checkpoint, the base first."""
+    """Return the absolute path and the file identities of each checkpoint."""
     return [
         {
             "path": str(checkpoint.path.absolute()),
@@ -109,20 +111,15 @@ def describe_inputs(checkpoints: Iterable[Checkpoint]) -> list[dict[str, Any]]:
 
 
 def fingerprint(description: Mapping[str, Any]) -> str:
-    """What must be equal for an unfinished merge to go on: SHA-256 of its canonical JSON, with the format's number."""
+    """Return the SHA-256 of a merge's canonical JSON and of the format's number: an unfinished merge needs the same."""
     return hashlib.sha256(to_json({"format": FORMAT, **description}, indent=None)).hexdigest()
-
-
-def to_json(value: Any, indent: int | None = 1) -> bytes:
-    """``value`` as JSON, the same bytes every time. ValueError where it holds NaN or Infinity, which JSON has not."""
-    return (json.dumps(value, indent=indent, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
 def read_manifest(folder: Path) -> Manifest:
     """Return the manifest of a finished output, as the merge wrote it.
 
     Raises:
-        InputError: no such folder or no manifest in it.
+        InputError: no such folder, or no manifest in it.
         VerificationError: a manifest that this version cannot read, or that was changed.
     """
     manifest, flaw = examine_manifest(folder)
@@ -132,15 +129,11 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def examine_manifest(folder: Path) -> tuple[Manifest, str | None]:
-    """Return a manifest whose structure is sound, and what is wrong with its digest, if anything.
-
-    Raises:
-        InputError, VerificationError: as ``read_manifest``.
-    """
+    """Return a manifest of sound structure, and what is wrong with its digest, if anything."""
     path = folder / MANIFEST_FILE
     if not os.path.isfile(path):  # of a name that is too long, too
         raise no_output(folder, MANIFEST_FILE)
-    value, flaw = read_sealed(path)
+    value, flaw = read_with_digest(path)
     number = value.get("format")
     if type(number) is int and 0 < number < FORMAT:
         raise VerificationError(
@@ -158,7 +151,7 @@ def examine_manifest(folder: Path) -> tuple[Manifest, str | None]:
 
 
 def no_output(folder: Path, missing: str) -> InputError:
-    """Return the error of a folder without a manifest or report; of what lies in an output it names the output."""
+    """Return the error of a folder without manifest or report; it names the output that the folder is a part of."""
     parent = folder.absolute().parent
     if os.path.exists(folder) and os.path.isfile(parent / missing):
         shown = folder.parent if folder.name and folder.parent != folder else parent
@@ -174,19 +167,16 @@ def _check_agreement(manifest: Manifest) -> None:
         raise ValueError("it does not name a base and an expert")
     if any("\0" in recorded["path"] for recorded in manifest["description"]["inputs"]):
         raise ValueError("an input's path holds NUL")
-    used = {
-        file_name(folder, entry["file"])
-        for folder, output in manifest["outputs"].items()
-        for entry in output["tensors"].values()
-    }
+    outputs = manifest["outputs"].items()
+    used = {file_name(folder, each["file"]) for folder, output in outputs for each in output["tensors"].values()}
     for name in sorted(used ^ manifest["shards"].keys()):
         raise ValueError(f"{name!r} is {'no shard' if name in used else 'a shard without tensors'}")
 
 
 def list_output(folder: Path, manifest: Manifest) -> tuple[dict[str, Path], list[str]]:
-    """Return the files that the merge has written and that are there, by ``file_name``, and the names of all else.
+    """Return the files that the merge wrote and that are there, by ``file_name``, and the names of everything else.
 
-    Links to folders are not followed, and of a folder that the merge has not written only its own name is told.
+    Links to folders are not followed. A folder that the merge did not write is named without its contents.
     """
     known = {*manifest["files"], *manifest["shards"], MANIFEST_FILE, REPORT_FILE}
     parents = {parent.as_posix() for name in known for parent in PurePosixPath(name).parents}
@@ -216,11 +206,7 @@ def file_name(folder: str, name: str) -> str:
 
 
 def file_entry(path: Path) -> FileEntry:
-    """Return what the manifest says of a file as it is on its disk.
-
-    Raises:
-        OSError: it cannot be read, or is no regular file.
-    """
+    """Return the manifest's entry of a file as it is on its disk."""
     running = Checksum()
     for block in disk_blocks(path):
         running.update(block)
@@ -228,5 +214,5 @@ def file_entry(path: Path) -> FileEntry:
 
 
 def entry_of(content: Checksum) -> FileEntry:
-    """Return what the manifest says of a file with this content."""
+    """Return the manifest's entry of a file with this content."""
     return {"bytes": content.bytes, "checksum": content.text}

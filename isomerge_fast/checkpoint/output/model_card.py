@@ -1,4 +1,4 @@
-"""README.md of an output: what it was made of, what is to be known about it, and how to make it again."""
+"""Write the README.md of an output: what it was made of, what may surprise, and how to make it again."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ...errors import visible
+from ...errors import shortened, visible
 
 MAX_NOTES, MAX_NOTE_CHARACTERS = 30, 1_000
-# What Markdown and HTML would take for more than text.
+# Characters that mean something in Markdown and HTML.
 _MARKUP = re.compile(r"[\\`*_~<>\[\]#|&]")
 
 
@@ -22,18 +22,13 @@ def _code(text: str) -> str:
 
 
 def _notes(notes: Sequence[str]) -> list[str]:
-    """Return a section of notes, each as text and not as Markdown, or nothing."""
+    """Return the section of notes, their Markdown escaped, or nothing."""
     if not notes:
         return []
-    shown = [visible(note) for note in notes[:MAX_NOTES]]
-    cut = [note if len(note) <= MAX_NOTE_CHARACTERS else f"{note[: MAX_NOTE_CHARACTERS - 1]}…" for note in shown]
-    more = len(notes) - len(cut)
-    lines = [*cut, *([f"… and {more} more, in report.json"] if more > 0 else [])]
-    return ["## Notes", "", *(f"- {_MARKUP.sub(_escaped, line)}" for line in lines), ""]
-
-
-def _escaped(match: re.Match[str]) -> str:
-    return f"\\{match[0]}"
+    lines = [shortened(visible(note), MAX_NOTE_CHARACTERS) for note in notes[:MAX_NOTES]]
+    if len(notes) > MAX_NOTES:
+        lines.append(f"… and {len(notes) - MAX_NOTES} more, in report.json")
+    return ["## Notes", "", *("- " + _MARKUP.sub(r"\\\g<0>", line) for line in lines), ""]
 
 
 def model_card(
@@ -48,15 +43,17 @@ def model_card(
     """Return README.md of a merged checkpoint or adapter.
 
     Args:
-        recipe: the config's keys, those left out that say nothing.
-        kind: what the experts are, in the plural.
-        library: by which the output is loaded, as model hubs name it.
-        notes: what of the merge might surprise.
+        recipe: the keys of the config that differ from their defaults.
+        kind: of the experts, in the plural.
+        library: that loads the output, as model hubs name it.
+        notes: on what may surprise about the merge.
     """
     base, experts, scaling = recipe["base"], recipe["experts"], recipe["scaling"]
-    front = ["---", *([f"library_name: {library}"] if library else []), "tags: [merge, isomerge-fast]", "---"]
     lines = [
-        *front,
+        "---",
+        *([f"library_name: {library}"] if library else []),
+        "tags: [merge, isomerge-fast]",
+        "---",
         "",
         f"# Merge of {len(experts)} {kind} with {recipe['method']}",
         "",

@@ -1,4 +1,4 @@
-"""``config.json`` of an output: the base's, true of the weights that were written."""
+"""Make the ``config.json`` of an output: the base's, changed so that it is true of the weights that were written."""
 
 from __future__ import annotations
 
@@ -7,25 +7,16 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from ...errors import joined
 from ..layout import Checkpoint
 from ..lora.adapter import Adapter
 
 _DTYPE_KEYS = ("dtype", "torch_dtype")
 _TIED = "tie_word_embeddings"
-# What the class of a model with a head, and the shapes of the head, follow from. Left out they have defaults.
+# They decide the class of a model with a head, and the shapes of the head. Left out they have defaults.
 _HEAD_KEYS = (
-    "architectures",
-    "id2label",
-    "label2id",
-    "num_labels",
-    "problem_type",
-    "num_choices",
-    "classifier_dropout",
-    "classifier_proj_size",
-    "use_weighted_layer_sum",
-    "summary_type",
-    "summary_use_proj",
-    "summary_proj_to_labels",
+    *("architectures", "id2label", "label2id", "num_labels", "problem_type", "num_choices", "classifier_dropout"),
+    *("classifier_proj_size", "use_weighted_layer_sum", "summary_type", "summary_use_proj", "summary_proj_to_labels"),
 )
 _LAST_LAYER = re.compile(r"(.*\.)?(classifier|score)(\.out_proj)?\.weight")
 _OUTPUT_EMBEDDINGS = ("lm_head.weight", "embed_out.weight")
@@ -34,10 +25,11 @@ _OUTPUT_EMBEDDINGS = ("lm_head.weight", "embed_out.weight")
 def output_config(
     base: Checkpoint, donors: Sequence[Checkpoint], copied: Collection[str], dtype: str | None
 ) -> tuple[dict[str, Any] | None, list[str]]:
-    """Return the output's ``config.json``, or None where the base has none, and what is to be known about it.
+    """Return the output's ``config.json``, or None where the base has none, and notes about it.
 
     Args:
-        donors: the experts that tensors are copied from which the base does not have; ``copied``: the names of these.
+        donors: the experts from which tensors are copied that the base does not have.
+        copied: the names of these tensors.
         dtype: of the output's floats, where it is not the base's.
     """
     if base.config is None:
@@ -49,21 +41,12 @@ def output_config(
         _untie(config)
     labels = [note for donor in donors if isinstance(donor, Adapter) and (note := _take_labels(config, donor, copied))]
     kept = ["architectures", *([] if labels else ["labels"]), *([] if unties else ["tying"])]
-    notes = (
-        []
-        if not donors
-        else _take_head(config, donors, " and ".join([", ".join(kept[:-1]), kept[-1]] if kept[1:] else kept))
-    )
-    notes += labels
-    return config_with_dtype(config, dtype), notes
+    notes = _take_head(config, donors, joined(kept, "and")) if donors else []
+    return config_with_dtype(config, dtype), [*notes, *labels]
 
 
 def _take_head(config: dict[str, Any], donors: Sequence[Checkpoint], kept: str) -> list[str]:
-    """Put into ``config`` what the donors agree on; return what they do not, in words.
-
-    Args:
-        kept: what stays the base's where their settings cannot be taken.
-    """
+    """Put into ``config`` the settings that the donors agree on; return notes on the others, or on all of ``kept``."""
     where = f"config.json keeps the base's {kept}"
     for donor in donors:
         if donor.config is None:
@@ -73,16 +56,18 @@ def _take_head(config: dict[str, Any], donors: Sequence[Checkpoint], kept: str) 
         if donor.config.get("model_type") != config.get("model_type"):
             return [f"{where}: {donor.path}, of which tensors are copied, is another kind of model"]
     settings = [donor.config for donor in donors if donor.config is not None]
-    disputed = [key for key in (*_HEAD_KEYS, _TIED) if any(each.get(key) != settings[0].get(key) for each in settings)]
+    disputed = []
     for key in (*_HEAD_KEYS, _TIED):
-        if key not in disputed:
+        if any(each.get(key) != settings[0].get(key) for each in settings):
+            disputed.append(key)
+        else:
             _take(config, settings[0], key)
     if _TIED not in disputed:
         _take_tying(config, settings[0])
     padding = settings[0].get("pad_token_id")
-    if config.get("pad_token_id") is None and all(each.get("pad_token_id") == padding for each in settings):
-        # Classifiers of decoders look for the last token before the padding.
-        config |= {"pad_token_id": padding} if padding is not None else {}
+    is_agreed = padding is not None and all(each.get("pad_token_id") == padding for each in settings)
+    if is_agreed and config.get("pad_token_id") is None:
+        config["pad_token_id"] = padding  # classifiers of decoders look for the last token before the padding
     if not disputed:
         return []
     paths = " and ".join(str(donor.path) for donor in donors)
@@ -90,8 +75,8 @@ def _take_head(config: dict[str, Any], donors: Sequence[Checkpoint], kept: str) 
 
 
 def _take_labels(config: dict[str, Any], donor: Adapter, copied: Collection[str]) -> str | None:
-    """Put as many labels into ``config`` as the head of an adapter has rows, which says nothing else of them; return
-    what was done, in words.
+    """Put as many labels into ``config`` as the head of an adapter has rows, and return a note; None where none are
+    needed. (An adapter says nothing else of its labels.)
     """
     if donor.settings.get("task_type") not in ("SEQ_CLS", "TOKEN_CLS"):
         return None
@@ -100,8 +85,8 @@ def _take_labels(config: dict[str, Any], donor: Adapter, copied: Collection[str]
     if len(rows) != 1 or (isinstance(labels, dict) and len(labels) in rows):
         return None
     (count,) = rows
-    config |= {"id2label": {str(row): f"LABEL_{row}" for row in range(count)}}
-    config |= {"label2id": {f"LABEL_{row}": row for row in range(count)}}
+    config["id2label"] = {str(row): f"LABEL_{row}" for row in range(count)}
+    config["label2id"] = {f"LABEL_{row}": row for row in range(count)}
     config.pop("num_labels", None)
     return f"config.json has {count} labels without names, as the head of {donor.path} has {count} rows"
 
@@ -114,7 +99,7 @@ def _take(config: dict[str, Any], donor: Mapping[str, Any], key: str) -> None:
 
 
 def _take_tying(config: dict[str, Any], donor: Mapping[str, Any]) -> None:
-    """Take the tying of sub-configurations that both have."""
+    """Take the tying of sub-configurations that both configs have."""
     for key, value in config.items():
         other = donor.get(key)
         if key.endswith("_config") and isinstance(value, dict) and isinstance(other, dict):
@@ -123,18 +108,20 @@ def _take_tying(config: dict[str, Any], donor: Mapping[str, Any]) -> None:
 
 
 def _untie(node: dict[str, Any]) -> None:
-    for key, value in node.items():
-        if key.endswith("_config") and isinstance(value, dict):
-            if _TIED in value:
-                value[_TIED] = False
-            _untie(value)
+    for value in _sub_configs(node):
+        if _TIED in value:
+            value[_TIED] = False
+        _untie(value)
+
+
+def _sub_configs(node: Mapping[str, Any]) -> list[dict[str, Any]]:
+    return [value for key, value in node.items() if key.endswith("_config") and isinstance(value, dict)]
 
 
 def config_with_dtype(config: Mapping[str, Any], dtype: str | None) -> dict[str, Any]:
-    """``config.json`` with every stated weight dtype replaced by ``dtype`` (e.g. "bfloat16"), in sub-configurations
-    too.
+    """Return a copy of a config with every stated weight dtype, in sub-configurations too, replaced by ``dtype``.
 
-    Left as it is when ``dtype`` is None. A top level that states none gets the key the library in use writes.
+    A top level that states none gets the key the library in use writes. Without a ``dtype`` nothing is replaced.
     """
     result = copy.deepcopy(dict(config))
     if dtype is None:
@@ -146,8 +133,8 @@ def config_with_dtype(config: Mapping[str, Any], dtype: str | None) -> dict[str,
 
 
 def _replace_dtype(node: dict[str, Any], dtype: str) -> None:
-    for key, value in node.items():
-        if key in _DTYPE_KEYS and (value is None or isinstance(value, str)):
+    for key in _DTYPE_KEYS:
+        if key in node and isinstance(node[key], str | None):
             node[key] = dtype
-        elif isinstance(value, dict) and key.endswith("_config"):
-            _replace_dtype(value, dtype)
+    for value in _sub_configs(node):
+        _replace_dtype(value, dtype)

@@ -1,4 +1,4 @@
-"""Where an output is built, and how it becomes the output: one rename, after everything is on disk.
+"""Build an output beside its place, and put it there by one rename, after everything is on disk.
 
 Beside the target ``DIR`` lies ``.DIR.isomerge/`` while a merge runs. In it are ``lock`` and one folder of each run,
 ``run-<random>/``, with ``journal*.jsonl``, ``new/`` (the output under construction) and, for a moment, ``old/`` (what
@@ -19,7 +19,6 @@ import shutil
 from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 
 from ...errors import ConfigError, InputError, ResourceError, VerificationError
 from ..io.writer import rename, sync_folder
@@ -30,15 +29,13 @@ _RUN, _TRASH = "run-", "trash-"
 
 
 def staging_folder(out: Path) -> Path:
-    """Return the folder beside the output in which its runs lie. Where ``out`` is a link, what it leads to is the
-    output, on the disk where that is.
-    """
+    """Return the folder beside the output in which its runs lie; where ``out`` is a link, beside its target."""
     target = Path(os.path.realpath(out))
     return target.parent / f".{target.name}.isomerge"
 
 
 def run_folders(out: Path) -> list[Path]:
-    """Return the folders of runs that are at work on this output or were cut short, the latest first."""
+    """Return the folders of runs that are at work on this output or were interrupted, the latest first."""
     root = staging_folder(out)
     if root.is_symlink() or not root.is_dir():
         return []
@@ -50,7 +47,7 @@ def run_folders(out: Path) -> list[Path]:
 
 
 def staged_bytes(out: Path) -> int:
-    """Return the bytes on disk of unfinished outputs, which the same merge writes over and another one discards."""
+    """Return the bytes on disk of unfinished outputs: the same merge overwrites them, another merge discards them."""
     total = 0
     for run in run_folders(out):
         for folder, _, names in os.walk(run / NEW):
@@ -61,12 +58,12 @@ def staged_bytes(out: Path) -> int:
 
 
 class Staging:
-    """The work folder of one run; a context manager that holds the output's lock.
+    """Hold the work folder of one run and the output's lock, as a context manager.
 
     Attributes:
-        folder: this run's own, where its journals lie.
+        folder: of this run alone, with its journals.
         new: the output under construction, in it.
-        notes: what a user is to know.
+        notes: for the user.
 
     Raises:
         ConfigError: another merge is at work there, or an unfinished one lies there and is neither to be resumed nor
@@ -77,8 +74,7 @@ class Staging:
     def __init__(self, out: Path, *, resume: bool, overwrite: bool) -> None:
         self.out = Path(os.path.realpath(out))
         self.root = staging_folder(out)
-        self._token = secrets.token_hex(8)
-        self.folder = self.root / f"{_RUN}{self._token}"
+        self.folder = self.root / f"{_RUN}{secrets.token_hex(8)}"
         self.new = self.folder / NEW
         self._old = self.folder / OLD
         self.notes: list[str] = []
@@ -100,24 +96,18 @@ class Staging:
             raise
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self._release()
 
     @property
     def is_committed(self) -> bool:
-        """Whether the output is there already and nothing is unfinished."""
+        """Return whether the output is there already and nothing is unfinished."""
         return (self.out / MANIFEST_FILE).is_file() and not self.new.exists()
 
     def start(self, keep: Collection[str]) -> None:
-        """Make the folder in which the output is built.
-
-        Args:
-            keep: files in it that are gone on with; all others are removed.
-        """
+        """Make the folder in which the output is built; remove all files from it but those of ``keep``."""
         if not self.new.exists():
-            # By a rename, so that it is said before the work where folders cannot be renamed.
+            # By a rename: where folders cannot be renamed, the error comes before the work.
             fresh = self.folder / "fresh"
             fresh.mkdir(exist_ok=True)
             rename(fresh, self.new)
@@ -129,8 +119,9 @@ class Staging:
                 path.unlink()
 
     def discard(self) -> None:
-        """Remove what this run staged, and what it replaced. The lock goes last, lest another run come in between, and
-        only where no other run's folder is left.
+        """Remove what this run staged, and what it replaced.
+
+        The lock goes last, so that no other run comes in between, and only where no other run's folder is left.
         """
         with suppress(OSError, ConfigError):
             self._check_replaced(self.folder.name)
@@ -144,8 +135,8 @@ class Staging:
         """Put ``new/`` in the place of the output. Its files are on disk already.
 
         Raises:
-            ConfigError: another run has taken this one's folder, or the output holds by now what no merge has put
-                there. ResourceError: a folder cannot be renamed.
+            ConfigError: another run has taken this one's folder, or the output holds by now what no merge wrote.
+            ResourceError: a folder cannot be renamed.
         """
         for folder, _, _ in os.walk(self.new, topdown=False):
             sync_folder(Path(folder))
@@ -168,16 +159,15 @@ class Staging:
         self.discard()
 
     def check_mine(self) -> None:
-        """Check that no other run has taken this one's folder away, to go on with it or to discard it.
+        """Raise ConfigError where another run has taken this one's folder, to resume it or to discard it."""
+        if not self._is_mine():
+            raise ConfigError(f"{self.out}: another merge into it has taken the place of this one")
 
-        Raises:
-            ConfigError: one has.
-        """
+    def _is_mine(self) -> bool:
         with suppress(OSError):
             held = _identity(os.fstat(self._root_descriptor))
-            if _identity(os.lstat(self.root)) == held and _identity(os.lstat(self.folder)) == self._identity:
-                return
-        raise ConfigError(f"{self.out}: another merge into it has taken the place of this one")
+            return _identity(os.lstat(self.root)) == held and _identity(os.lstat(self.folder)) == self._identity
+        return False
 
     @property
     def _root_descriptor(self) -> int:
@@ -190,34 +180,28 @@ class Staging:
         sync_folder(self.folder)
 
     def _delete(self, inside: str) -> None:
-        """Remove a folder inside the root: under another name, since what is half removed must not be taken for a run
-        or for an output.
-        """
+        """Remove a folder inside the root, under another name: a half removed one must not be taken for a run."""
         trash = f"{_TRASH}{secrets.token_hex(8)}"
         self._rename(inside, trash)
         shutil.rmtree(trash, ignore_errors=True, dir_fd=self._root_descriptor)
 
     def _rename(self, source: str, target: str) -> None:
-        """Rename inside the root, wherever its path leads by now."""
+        """Rename inside the root that is open, wherever its path leads by now."""
         os.rename(source, target, src_dir_fd=self._root_descriptor, dst_dir_fd=self._root_descriptor)
 
     def _check_replaced(self, run: str) -> None:
-        """Check that a run's ``old``, which goes with the run's folder, is a merge's output and nothing else.
-
-        Raises:
-            ConfigError: it holds what no merge has put there.
-        """
+        """Raise ConfigError where a run's ``old``, which is removed with its folder, holds what no merge wrote."""
         if (self.root / run / OLD).exists():
             check_replaceable(self.root / run / OLD)
 
     def _enter_root(self) -> None:
-        """Open the folder of runs, this user's own and no link, make this run's folder in it, and take the lock."""
+        """Open the folder of runs, make this run's folder in it, and take the lock."""
         missing = [folder for folder in (self.out.parent, *self.out.parent.parents) if not folder.exists()]
         self.out.parent.mkdir(parents=True, exist_ok=True)
         for folder in missing:
             sync_folder(folder.parent)
         while True:
-            # Each of these may find that another run has just removed what it ended with.
+            # Another run that ends may remove the folder or the lock between any two of these.
             with suppress(FileNotFoundError):
                 self._open_root()
                 self._make_folder()
@@ -247,11 +231,7 @@ class Staging:
         self._identity = _identity(made)
 
     def _take_lock(self) -> bool:
-        """Return whether it was taken; not where it is that of a folder which another run has removed.
-
-        Raises:
-            ConfigError: another run holds it. ResourceError: there are no locks here.
-        """
+        """Return whether the lock was taken; False where another run has removed its folder."""
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         self._lock = os.open(LOCK_FILE, flags, 0o600, dir_fd=self._root)
         try:
@@ -261,11 +241,7 @@ class Staging:
                 raise ConfigError(f"{self.out}: another merge is writing it at this moment") from error
             raise ResourceError(f"{self.root}: cannot be locked ({error.strerror})") from error
         there = os.stat(LOCK_FILE, dir_fd=self._root, follow_symlinks=False)
-        if _identity(os.fstat(self._lock)) != _identity(there):
-            return False
-        try:
-            self.check_mine()
-        except ConfigError:
+        if _identity(os.fstat(self._lock)) != _identity(there) or not self._is_mine():
             return False
         if not self._locks_hold():
             self.notes.append(
@@ -286,11 +262,11 @@ class Staging:
         return False
 
     def _prepare(self) -> None:
-        """Settle what runs that were cut short have left, and take over the one that is to be resumed."""
+        """Clear away what interrupted runs left, and take over the run that is to be resumed."""
         runs = [path for path in run_folders(self.out) if path != self.folder]
         for run in runs:
             if (run / OLD).exists() and not self.out.exists():
-                os.rename(run / OLD, self.out)  # killed between the two renames of a commit: it is put back
+                os.rename(run / OLD, self.out)  # killed between the two renames of a commit
             self._check_replaced(run.name)
         unfinished = [run for run in runs if (run / NEW).exists()]
         if unfinished and not self._resume and not self._overwrite:
@@ -339,10 +315,9 @@ class Staging:
 
 
 def check_replaceable(folder: Path) -> None:
-    """Check that a folder holds the output of a merge and nothing else, so that it may be deleted.
+    """Raise ConfigError where a folder holds anything but the output of a merge, so that it must not be deleted.
 
-    Raises:
-        ConfigError: it has no manifest of ours that can be read, or a file that the manifest does not list.
+    Its manifest has to be readable, and to list every file.
     """
     if not os.listdir(folder):
         return
@@ -361,7 +336,7 @@ def check_replaceable(folder: Path) -> None:
 
 
 def _entries(folder: Path | int, prefix: str) -> list[os.DirEntry[str]]:
-    """Return the sub-folders, themselves no links, whose names begin so."""
+    """Return the sub-folders, links excluded, whose names begin with ``prefix``."""
     with os.scandir(folder) as found:
         return [entry for entry in found if entry.name.startswith(prefix) and entry.is_dir(follow_symlinks=False)]
 

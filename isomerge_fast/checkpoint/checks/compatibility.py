@@ -1,4 +1,4 @@
-"""Says how checkpoints fit each other: what keeps experts from being merged into a base, one line for each cause."""
+"""Say what keeps experts from being merged into a base: names, shapes and kinds that differ, a line for each cause."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..layout import COPIED_DTYPES, DTYPE_NAMES, TOKEN_TABLES, Checkpoint, Store
 from ..lora.adapter import Adapter, incompatibilities
 from .prefixes import INNER_WRAPPERS, Prefix, find_prefixes
 
-MOST_NAMED = 3  # of tensors that one line is about; of more, one is
+MOST_NAMED = 3  # of the tensors of one line; of more, only the first is named
 MOST_EXPERTS = 4  # named in one line
 
 # Classifiers' last layers, with a row for every class.
@@ -30,11 +30,7 @@ _WRAPPERS = {
 
 
 def problems_of(base: Checkpoint, experts: Sequence[Checkpoint], on_extra: str) -> list[list[str]]:
-    """Return the problems of each expert against the base. What several have in common is said once, with their names.
-
-    Args:
-        on_extra: as in ``MergeConfig``.
-    """
+    """Return the problems of each expert with the base; those of several experts once, with their names."""
     owners: dict[str, list[str]] = {}
     for expert in experts:
         for cause in _causes(base, expert, on_extra):
@@ -48,10 +44,8 @@ def problems_of(base: Checkpoint, experts: Sequence[Checkpoint], on_extra: str) 
     return list(problems.values())
 
 
-def in_turn(groups: Sequence[Sequence[str]]) -> list[str]:
-    """Return all lines, group by group; where one message does not tell of so many, the first of each group and so on,
-    so that it tells something of all.
-    """
+def interleaved(groups: Sequence[Sequence[str]]) -> list[str]:
+    """Return all lines, group by group; if they are too many for a message, the first line of each group, and so on."""
     lines = [line for group in groups for line in group]
     if len(lines) <= MAX_PROBLEMS:
         return lines
@@ -59,7 +53,7 @@ def in_turn(groups: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _causes(base: Checkpoint, expert: Checkpoint, on_extra: str) -> Iterator[str]:
-    """Yield what is wrong with one expert, which is not named."""
+    """Yield the problems of one expert, without its name."""
     missing: dict[str, StoredTensor] = {}
     if isinstance(expert, Adapter):
         yield from incompatibilities(base, expert)
@@ -70,32 +64,32 @@ def _causes(base: Checkpoint, expert: Checkpoint, on_extra: str) -> Iterator[str
             if name not in expert.tensors and stored.dtype not in COPIED_DTYPES
         }
     extra = {name: expert.tensors[name] for name in sorted(expert.tensors.keys() - base.tensors.keys())}
-    # Of tens of thousands of tensors almost all are alike: only the others are kept.
+    # Almost all of tens of thousands of tensors are alike: only the others are kept.
     pairs = [
         (own, other)
         for name, own in base.tensors.items()
         if (other := expert.tensors.get(name)) is not None and (own.shape != other.shape or own.dtype != other.dtype)
     ]
     for prefix in find_prefixes(_shapes(missing), _shapes(extra)) if missing and extra else ():
-        yield _of_a_prefix(base, expert, prefix)
+        yield _prefix_problem(base, expert, prefix)
         pairs += [(missing.pop(name), extra.pop(other)) for name, other in prefix.names.items()]
-    yield from _of_missing(base, expert, missing)
+    yield from _missing_problems(base, expert, missing)
     pairs = [(own, other) for own, other in pairs if own.dtype in FLOAT_DTYPES]  # others are copied from the base
-    yield from _of_shapes(base, [(own, other) for own, other in pairs if own.shape != other.shape])
-    yield from _of_kinds(base, [(own, other) for own, other in pairs if own.shape == other.shape])
-    if extra and on_extra == "error":
-        it = "it" if len(extra) == 1 else "them"
+    yield from _shape_problems(base, [(own, other) for own, other in pairs if own.shape != other.shape])
+    yield from _dtype_problems(base, [(own, other) for own, other in pairs if own.shape == other.shape])
+    if on_extra == "error":
         each = [f"{name!r} {list(stored.shape)}" for name, stored in extra.items()]
-        which = f"tensor {each[0]} is" if len(each) == 1 else f"{len(each)} tensors are"
-        listed = _listed(each) if len(each) > 1 else ""
-        yield f"{which} not in the base {base.path}{listed} (on_extra: ignore leaves {it} out, copy takes {it})"
+        alone = [f"tensor {one} is not in the base {base.path}" for one in each]
+        it = "it" if len(each) == 1 else "them"
+        hint = f" (on_extra: ignore leaves {it} out, copy takes {it})"
+        yield from _one_or_all(alone, f"tensors are not in the base {base.path}", each, hint)
 
 
 def _shapes(tensors: Mapping[str, StoredTensor]) -> dict[str, tuple[int, ...]]:
     return {name: stored.shape for name, stored in tensors.items()}
 
 
-def _of_a_prefix(base: Checkpoint, expert: Checkpoint, prefix: Prefix) -> str:
+def _prefix_problem(base: Checkpoint, expert: Checkpoint, prefix: Prefix) -> str:
     count = f"{len(prefix.names)} names differ" if len(prefix.names) > 1 else "1 name differs"
     if not prefix.removed:
         what = f"the prefix {prefix.added!r}, which the base {base.path} has not"
@@ -104,10 +98,10 @@ def _of_a_prefix(base: Checkpoint, expert: Checkpoint, prefix: Prefix) -> str:
     else:
         what = f"their prefix, {prefix.added!r} instead of {prefix.removed!r} in the base {base.path}"
     own, other = next(iter(prefix.names.items()))
-    return f"{count} only by {what} ({other!r} is {own!r} there); {_mend(base, expert, prefix)}"
+    return f"{count} only by {what} ({other!r} is {own!r} there); {_remedy(base, expert, prefix)}"
 
 
-def _mend(base: Checkpoint, expert: Checkpoint, prefix: Prefix) -> str:
+def _remedy(base: Checkpoint, expert: Checkpoint, prefix: Prefix) -> str:
     for wrapper, mend in _WRAPPERS.items():
         if wrapper in (prefix.added, prefix.removed):
             return mend
@@ -130,57 +124,55 @@ def _class_of(config: Mapping[str, Any] | None) -> str | None:
     return name if isinstance(name, str) and name.isidentifier() and len(name) <= 100 else None
 
 
-def _of_missing(base: Checkpoint, expert: Checkpoint, missing: Mapping[str, StoredTensor]) -> Iterator[str]:
+def _missing_problems(base: Checkpoint, expert: Checkpoint, missing: Mapping[str, StoredTensor]) -> Iterator[str]:
     wanted, own = _class_of(base.config), _class_of(expert.config)
     is_other = bool(wanted and own and wanted != own)
     is_tied = not is_other and bool((expert.config or {}).get("tie_word_embeddings"))
-    heads = [stored for name, stored in missing.items() if is_tied and "lm_head" in name]
-    others = [stored for name, stored in missing.items() if not (is_tied and "lm_head" in name)]
     of_classes = f" (it is a {own}, the base a {wanted}; {_LOAD_AS_ONE})" if is_other else ""
     of_ties = " (the expert ties its word embeddings; save base and experts with the same tying)"
-    for found, hint in ((heads, of_ties), (others, of_classes)):
+    for are_tied, hint in ((True, of_ties), (False, of_classes)):
+        found = [stored for name, stored in missing.items() if (is_tied and "lm_head" in name) == are_tied]
         each = [f"{stored.name!r} {list(stored.shape)}" for stored in found]
-        if len(each) == 1:
-            yield f"tensor {each[0]} of the base {base.path} is missing{hint}"
-        elif each:
-            yield f"{len(each)} tensors of the base {base.path} are missing{_listed(each)}{hint}"
+        alone = [f"tensor {one} of the base {base.path} is missing" for one in each]
+        yield from _one_or_all(alone, f"tensors of the base {base.path} are missing", each, hint)
 
 
-def _of_shapes(base: Checkpoint, pairs: list[tuple[StoredTensor, StoredTensor]]) -> Iterator[str]:
+def _shape_problems(base: Checkpoint, pairs: list[tuple[StoredTensor, StoredTensor]]) -> Iterator[str]:
     tables, heads, others = [], [], []
     for own, other in pairs:
-        is_table, is_head = TOKEN_TABLES.search(own.name), _HEADS.fullmatch(own.name)
-        has_other_rows = own.shape[1:] == other.shape[1:]
-        (tables if is_table and has_other_rows else heads if is_head and has_other_rows else others).append(
-            (own, other)
-        )
+        found = others
+        if own.shape[1:] == other.shape[1:]:  # another number of rows
+            found = tables if TOKEN_TABLES.search(own.name) else heads if _HEADS.fullmatch(own.name) else others
+        found.append((own.name, list(own.shape), list(other.shape)))
     for found, what, hint in (
         (tables, "another number of rows than", " (another vocabulary size?)"),
         (heads, "another number of rows than", f" (a head of other classes? {_LOAD_AS_ONE})"),
         (others, "other shapes than", ""),
     ):
-        if len(found) == 1:
-            ((own, other),) = found
-            yield (
-                f"tensor {own.name!r} has shape {list(other.shape)}, in the base {base.path} {list(own.shape)}{hint}"
-            )
-        elif found:
-            each = [f"{own.name!r} {list(other.shape)}, there {list(own.shape)}" for own, other in found]
-            yield f"{len(found)} tensors have {what} in the base {base.path}{_listed(each)}{hint}"
+        yield from _one_or_all(
+            [f"tensor {name!r} has shape {other}, in the base {base.path} {own}" for name, own, other in found],
+            f"tensors have {what} in the base {base.path}",
+            [f"{name!r} {other}, there {own}" for name, own, other in found],
+            hint,
+        )
 
 
-def _of_kinds(base: Checkpoint, pairs: list[tuple[StoredTensor, StoredTensor]]) -> Iterator[str]:
-    found = [
-        (own.name, DTYPE_NAMES[own.dtype], DTYPE_NAMES[other.dtype])
-        for own, other in pairs
-        if other.dtype not in FLOAT_DTYPES
-    ]
-    if len(found) == 1:
-        ((name, own, other),) = found
-        yield f"tensor {name!r} is {other}, in the base {base.path} {own}"
-    elif found:
-        each = [f"{name!r} {other}, there {own}" for name, own, other in found]
-        yield f"{len(found)} tensors are no floats, and in the base {base.path} they are{_listed(each)}"
+def _dtype_problems(base: Checkpoint, pairs: list[tuple[StoredTensor, StoredTensor]]) -> Iterator[str]:
+    others = [(own, other) for own, other in pairs if other.dtype not in FLOAT_DTYPES]
+    found = [(own.name, DTYPE_NAMES[own.dtype], DTYPE_NAMES[other.dtype]) for own, other in others]
+    yield from _one_or_all(
+        [f"tensor {name!r} is {other}, in the base {base.path} {own}" for name, own, other in found],
+        f"tensors are no floats, and in the base {base.path} they are",
+        [f"{name!r} {other}, there {own}" for name, own, other in found],
+    )
+
+
+def _one_or_all(alone: Sequence[str], together: str, each: Sequence[str], hint: str = "") -> Iterator[str]:
+    """Yield one line for problems of one kind: ``alone`` has the sentences for single ones, ``together`` for all."""
+    if len(alone) == 1:
+        yield alone[0] + hint
+    elif alone:
+        yield f"{len(each)} {together}{_listed(each)}{hint}"
 
 
 def _listed(each: Sequence[str]) -> str:

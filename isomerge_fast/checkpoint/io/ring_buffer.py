@@ -1,4 +1,4 @@
-"""Memory for what streams through: taken in order, given back in order, and never the heap's.
+"""Hold memory for what streams through: taken in order, given back in order, and never from the heap.
 
 Buffers of many sizes that come and go leave holes in the heap: 70 to 100 MB of them in a merge of the 162 M parameter
 test model, on top of 160 MB that were in use; and fresh memory costs a page fault every 4 KiB.
@@ -12,30 +12,25 @@ from collections import deque
 import torch
 from torch import Tensor
 
-from .direct_io import PAGE
+from .direct_io import page_ceiling
 
 
-def aligned(size: int) -> int:
-    """In whole pages, at which every place starts."""
-    return -(-size // PAGE) * PAGE
-
-
-class Ring:
-    """``size`` bytes; what was never used of them takes no memory.
+class RingBuffer:
+    """Lend parts of ``size`` bytes, each on whole pages; bytes that were never used take no memory.
 
     Args:
         pinned: whether they are page-locked, for asynchronous copies to a GPU.
     """
 
     def __init__(self, size: int, *, pinned: bool = False) -> None:
-        self.size = aligned(max(1, size))
+        self.size = page_ceiling(max(1, size))
         self._pinned = pinned
         self._memory: Tensor | None = None
         self._taken: deque[tuple[int, int]] = deque()
 
     def take(self, size: int) -> Tensor | None:
-        """``size`` bytes after those taken last, or None where there is no room for them at this moment."""
-        wanted = aligned(max(1, size))
+        """Return ``size`` bytes after those taken last, or None where there is no room for them at this moment."""
+        wanted = page_ceiling(max(1, size))
         start = self._place(wanted)
         if start is None:
             return None
@@ -45,11 +40,11 @@ class Ring:
         return self._memory[start : start + size]
 
     def give_back(self) -> None:
-        """What was taken first of all that is still taken."""
+        """Give back the oldest part that is still taken."""
         self._taken.popleft()
 
     def release(self) -> None:
-        """Gives the memory back to the system, while nothing is taken; it comes again with the next ``take``."""
+        """Give the memory back to the system, while nothing is taken; the next ``take`` allocates it again."""
         assert not self._taken
         self._memory = None
 

@@ -1,23 +1,21 @@
-"""What lies under the name of a weights file, or of any other, and is something else: Git LFS pointers, web pages, …"""
+"""Recognise by its first bytes what a file is instead of weights: a Git LFS pointer, a web page, pickles, …"""
 
 from __future__ import annotations
 
 _POINTER = b"version https://git-lfs.github.com/spec/"
 MAX_POINTER_BYTES = 1_023  # the format's own limit
-HEAD_BYTES = 64  # of a file, which tell
+HEAD_BYTES = 64  # enough to recognise a format
 
 PULL = "run git lfs pull in its folder"
 
 
 def is_pointer(head: bytes) -> bool:
-    """Return whether a file that begins so is a Git LFS pointer, which stands where the file itself is to be."""
+    """Return whether a file's first bytes are those of a Git LFS pointer, which stands in the place of a file."""
     return head.startswith(_POINTER)
 
 
 def other_format(head: bytes) -> str | None:
-    """Return what a file is, in words, that is no safetensors file by its first bytes, and what to do; None where
-    these do not tell.
-    """
+    """Return what a file is instead of a safetensors file, and what to do; None where its first bytes do not tell."""
     if is_pointer(head):
         return f"a Git LFS pointer to one; {PULL}"
     if head.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04")):

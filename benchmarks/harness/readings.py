@@ -1,4 +1,4 @@
-"""Rows of readings: those of a stage, on disk as they are made, and those of all stages in one file."""
+"""Hold rows of readings: those of one process, on disk as they are made, and those of many in one file."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Row = dict[str, Any]
 
 
 def write_whole(file: Path, text: str) -> None:
-    """Put ``text`` in the place of a file: who reads it finds the old one or the new one, never a part."""
+    """Replace a file at once, so that a reader finds the old text or the new one and never a part."""
     unfinished = file.with_name(f"{file.name}.{os.getpid()}.tmp")
     unfinished.write_text(text, encoding="utf-8")
     os.replace(unfinished, file)
@@ -27,11 +27,12 @@ def read_rows(file: Path) -> list[Row]:
 
 
 class Rows:
-    """What a stage is given: its circumstances, and where its rows go.
+    """Collect the rows of a stage, and tell it how it is to run.
 
     Attributes:
+        stage: which its next rows belong to.
         device: as torch names it.
-        small: sizes that show only that everything runs.
+        small: whether sizes need only show that everything runs.
         share, shares: which part of the stage this process does, of how many.
     """
 
@@ -39,11 +40,12 @@ class Rows:
         self, stage: str, file: Path, *, device: str, small: bool, seconds: float, share: int = 0, shares: int = 1
     ) -> None:
         self.device, self.small, self.share, self.shares = device, small, share, shares
-        self._stage, self._file, self._end = stage, file, time.monotonic() + seconds
+        self.stage, self._file, self._end = stage, file, time.monotonic() + seconds
         self._rows: list[Row] = []
 
     @property
     def seconds_left(self) -> float:
+        """Return the seconds until the stage is killed."""
         return self._end - time.monotonic()
 
     def note(self, name: str, /, **values: Any) -> None:
@@ -53,7 +55,7 @@ class Rows:
             ValueError: values that would take the place of the row's own.
             TypeError: values that JSON does not have.
         """
-        row: Row = {"stage": self._stage, "name": name}
+        row: Row = {"stage": self.stage, "name": name}
         if taken := row.keys() & values.keys():
             raise ValueError(f"a row has a {' and a '.join(sorted(taken))} of its own: these values need other names")
         json.dumps(values)  # or this row, and with it every later one, could not be written
@@ -82,9 +84,9 @@ def _cuda_in_use() -> bool:
 
 
 class Results:
-    """The rows of all stages of one device: ``FOLDER/NAME.json``, written anew whenever there are more.
+    """Keep the rows of all stages of one device in ``FOLDER/NAME.json``, written anew whenever there are more.
 
-    What was printed beside them lies in ``FOLDER/NAME.txt``. Names have letters, digits and ``-`` only.
+    ``FOLDER/NAME.txt`` holds what was printed beside them. Names have letters, digits and ``-`` only.
     """
 
     def __init__(self, folder: Path, device: str) -> None:

@@ -1,4 +1,4 @@
-"""``adapter_config.json`` of a merged LoRA adapter."""
+"""Write the ``adapter_config.json`` of a merged LoRA adapter."""
 
 from __future__ import annotations
 
@@ -6,15 +6,14 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from .adapter import PREFIX, Adapter
+from .adapter import Adapter
+from .factors import PREFIX
 
 _SUFFIX = re.compile(r"\.(lora_[AB]\.weight|lora_embedding_[AB]|weight|bias)$")
-# Keys of one adapter that say nothing of the merged one.
+# Keys of one adapter that are not true of the merged one.
 _CLEARED = ("rank_pattern", "alpha_pattern")
 _EMPTY = ("exclude_modules", "layers_to_transform", "layers_pattern", "revision", "loftq_config", "eva_config")
-
-
-# Of models that PEFT makes for a task: it trains these modules whole, and does not load an adapter without them.
+# By a model's task: PEFT trains these modules whole, and does not load an adapter without them.
 _HEADS = {
     "SEQ_CLS": ("classifier", "score"),
     "TOKEN_CLS": ("classifier", "score"),
@@ -23,7 +22,7 @@ _HEADS = {
 
 
 def lost_heads(adapters: Sequence[Adapter], settings: dict[str, Any]) -> str | None:
-    """Return the heads that the adapters' task needs and the merged adapter does not have, in words, or None."""
+    """Return the heads that the adapters' task needs and the merged adapter lacks, in words, or None."""
     task = adapters[0].settings.get("task_type")
     heads = _HEADS.get(task, ()) if isinstance(task, str) else ()
     saved = [name.rpartition(".")[2] for name in settings["modules_to_save"] or ()]
@@ -31,7 +30,7 @@ def lost_heads(adapters: Sequence[Adapter], settings: dict[str, Any]) -> str | N
 
 
 def merged_settings(adapters: Sequence[Adapter], names: Iterable[str], rank: int) -> dict[str, Any]:
-    """The first adapter's settings, with one rank and scale 1 for the modules that ``names`` (of tensors) belong to."""
+    """Return the first adapter's settings, with one rank and scale 1 for the modules of the tensors in ``names``."""
     settings = dict(adapters[0].settings)
     factored, whole = set(), set()
     for name in names:
@@ -54,8 +53,8 @@ def merged_settings(adapters: Sequence[Adapter], names: Iterable[str], rank: int
     return settings
 
 
-def unwritable(adapters: Sequence[Adapter]) -> Iterable[str]:
-    """What cannot be said in one adapter's settings."""
+def lost_biases(adapters: Sequence[Adapter]) -> Iterable[str]:
+    """Yield problems with adapters whose trained biases a merged adapter cannot hold."""
     for adapter in adapters:
         if adapter.settings.get("bias", "none") != "none":
             yield f"{adapter.path}: bias: {adapter.settings['bias']}, trained biases, which a merged adapter would lose"

@@ -1,0 +1,119 @@
+"""Write and read the JSON files of an output: canonical text, made part by part, that may end in its own checksum.
+
+Of a model's tensors, neither the values nor the text are ever held in whole.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ...errors import InputError, VerificationError
+from ..io.checksum import Checksum
+from ..io.direct_io import disk_blocks
+from ..io.writer import write_blocks_durably
+from ..layout import parse_settings
+
+PARTS_A_BLOCK = 100  # a block has 5 to 50 kB
+_DIGEST = re.compile(rb',\n "digest": "([0-9a-f]{32})"\n}\n\Z')
+_MOST_DIGEST_BYTES = 64
+_END = b"\n}\n"
+MOST_VALUES = 10_000_000  # a report of 45,000 tensors of eight experts has 900,000
+
+
+def to_json(value: Any, indent: int | None = 1) -> bytes:
+    """Return ``value`` as JSON, the same bytes every time; raise ValueError for NaN and Infinity."""
+    return (json.dumps(value, indent=indent, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+class LazyMapping(Mapping[str, Any]):
+    """Make the values of a mapping when they are asked for, and keep none."""
+
+    def __init__(self, keys: Collection[str], make: Callable[[str], Any]) -> None:
+        self._keys, self._make = keys, make
+
+    def __getitem__(self, key: str) -> Any:
+        return self._make(key)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._keys)
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+
+def json_blocks(value: Any, indent: int = 1) -> Iterator[bytes]:
+    """Yield the bytes of ``to_json(value, indent)``, block by block.
+
+    Mappings, lazy ones too, are walked value by value and lists item by item. (Items are plain, and written as a whole,
+    which is twice as fast.)
+    """
+    parts: list[str] = []
+    for part in _parts(value, indent, "\n"):
+        parts.append(part)
+        if len(parts) == PARTS_A_BLOCK:
+            yield "".join(parts).encode()
+            parts.clear()
+    yield ("".join(parts) + "\n").encode()
+
+
+def _parts(value: Any, indent: int, line: str) -> Iterator[str]:
+    """Yield one value as text. ``line`` is a line's end with the indentation of the next line."""
+    inner = line + " " * indent
+    if isinstance(value, Mapping) and value:
+        opening = "{"
+        for key in sorted(value):
+            yield f"{opening}{inner}{json.dumps(key, ensure_ascii=False)}: "
+            yield from _parts(value[key], indent, inner)
+            opening = ","
+        yield line + "}"
+    elif isinstance(value, list | tuple) and value:
+        opening = "["
+        for item in value:
+            # Every line end is part of the layout: within strings they are escaped.
+            text = json.dumps(item, indent=indent, sort_keys=True, ensure_ascii=False, allow_nan=False)
+            yield opening + inner + text.replace("\n", inner)
+            opening = ","
+        yield line + "]"
+    else:
+        yield json.dumps({} if isinstance(value, Mapping) else value, ensure_ascii=False, allow_nan=False)
+
+
+def write_with_digest(path: Path, text: Iterable[bytes]) -> str:
+    """Write an object's indented JSON durably, with its checksum added as the last key, ``digest``; return that."""
+    running = Checksum()
+    write_blocks_durably(path, _with_digest(text, running))
+    return running.text
+
+
+def _with_digest(text: Iterable[bytes], running: Checksum) -> Iterator[bytes]:
+    held = b""
+    for block in text:
+        whole = held + block
+        held = whole[-len(_END) :]
+        running.update(whole[: -len(_END)])
+        yield whole[: -len(_END)]
+    assert held == _END
+    yield f',\n "digest": "{running.text}"\n}}\n'.encode()
+
+
+def read_with_digest(path: Path) -> tuple[dict[str, Any], str | None]:
+    """Return an object as it is on the disk, and what is wrong with its digest, if anything."""
+    try:
+        data = b"".join(map(bytes, disk_blocks(path)))
+        value = parse_settings(data, str(path), most_values=MOST_VALUES)
+    except OSError as error:
+        raise VerificationError(f"{path}: cannot be read ({error.strerror})") from error
+    except InputError as error:
+        raise VerificationError(str(error)) from error
+    digest = _DIGEST.search(data, max(0, len(data) - _MOST_DIGEST_BYTES))
+    if digest is None:
+        return value, f"{path}: was changed after the merge wrote it (it does not end in a digest)"
+    running = Checksum()
+    running.update(memoryview(data)[: digest.start()])
+    if running.text != digest[1].decode():
+        return value, f"{path}: was changed after the merge wrote it (its digest is of another text)"
+    return value, None
