@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks.harness.rows import LEVELS, SUITES, is_wanted
-from isomerge_fast.execution.malloc import return_freed_blocks
+from isomerge_fast.execution.malloc import set_heap_thresholds
 
 # Threads that wait give way soon, as under the command line (see ``isomerge_fast.cli.application.main``).
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
@@ -28,7 +28,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure() -> None:
     # glibc moves its thresholds as it goes, and with them what a large temporary costs: plain torch's sum of eight bf16
     # experts took 25 or 110 ms, depending on what had been freed before. Fixed where they end up.
-    return_freed_blocks(eager=False)
+    set_heap_thresholds(eager=False)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

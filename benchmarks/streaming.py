@@ -29,7 +29,7 @@ from benchmarks.harness.processes import merged
 from benchmarks.shapes import llama
 from isomerge_fast import ops
 from isomerge_fast.bench.ceilings import forget, read_all, write_all
-from isomerge_fast.execution.threads import Workers
+from isomerge_fast.execution.threads import ComputeThreads
 from isomerge_fast.methods import RowBlock
 
 ROUNDS = 3
@@ -46,7 +46,7 @@ def arithmetic(elements: int, tasks: int) -> float:
         total = part.sum(torch.float32).total
         out[part.rows] = ops.apply_delta(part.base, total.div_(tasks), scalings=[1.0], dtype=torch.bfloat16)[0]
 
-    with Workers() as workers:
+    with ComputeThreads() as workers:
         parts = workers.parts(RowBlock(slice(0, block), experts, base))
         workers.map(merge, parts)
         started = time.perf_counter()

@@ -1,4 +1,4 @@
-"""``python -m isomerge_fast``."""
+"""Run the command line as ``python -m isomerge_fast``."""
 
 from .cli import main
 

@@ -1,4 +1,4 @@
-"""The Python API of merges from files to files: thin functions over plan and engine. ``in_memory`` has the others."""
+"""Merge files to files from Python: thin functions over plan and engine. ``functional`` merges what is in memory."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from .checkpoint.layout import ADAPTER_CONFIG_FILE, Checkpoint
+from .checkpoint.layout import ADAPTER_CONFIG_FILE
 from .checkpoint.output.manifest import MANIFEST_FILE, Manifest, file_name, read_manifest
-from .config import MergeConfig, load_config, recorded_config
+from .config import MergeConfig, load_config
 from .errors import ConfigError, InputError, VerificationError
 from .execution.engine import resolve_device, run
+from .execution.finalize import config_of
 from .execution.report import Observer, Report
-from .methods import make_method
 from .parsing.values import path_text, refuse, size
 from .planning.plan import DELTA_FOLDER, Origin, Plan, TensorPlan
 from .planning.planner import make_plan
@@ -35,12 +35,12 @@ def merge(
     observer: Observer | None = None,
     ray: bool | str | None = False,
 ) -> Report:
-    """Merges checkpoints on disk into a new one, as ``isomerge run`` does.
+    """Merge checkpoints on disk into a new one, as ``isomerge run`` does.
 
     Args:
         config: path of a YAML file, a dict with the same keys, or a MergeConfig.
-        device, max_ram, max_vram, threads, resume, overwrite, io, observer: see ``engine.run``; ceilings in bytes, or
-            as ``"8GiB"``.
+        device, max_ram, max_vram, threads, resume, overwrite, io, observer: see ``engine.Execution``; ceilings in
+            bytes, or as ``"8GiB"``.
         ray: share the work out among the workers of a Ray cluster: ``host:port`` of it; ``"local"``: one that is
             started on this machine; True: that which this process is connected to, that of ``RAY_ADDRESS``, or that
             which this machine belongs to, else as ``"local"``. Ceilings and threads are each worker's.
@@ -63,11 +63,13 @@ def merge(
     if ray is False:
         plan = make_plan(checked, resolve_device(device), **options)
         return run(plan, device=device, threads=threads, **options, **running)
-    from .integrations.ray.executor import ray_executor
+    from .integrations.ray.session import ray_executor
 
     with ray_executor(None if ray is True else ray, device=device, threads=threads) as executor:
         plan = executor.plan(checked, **options)
-        return run(plan, device=executor.device, threads=executor.threads, executor=executor, **options, **running)
+        return run(
+            plan, device=executor.device, threads=executor.threads, executor=executor.merge, **options, **running
+        )
 
 
 def apply(
@@ -85,9 +87,9 @@ def apply(
     io: str = "auto",
     observer: Observer | None = None,
 ) -> Report:
-    """θ = θ₀ + α·Δ for another α, from the Δ that a merge with ``save_delta`` kept: nothing is decomposed again.
+    """Apply the Δ that a merge with ``save_delta`` kept with another α: θ = θ₀ + α·Δ.
 
-    The same bytes as that merge gives with this α.
+    Nothing is decomposed again, and the bytes are those that the merge gives with this α.
 
     Args:
         merged: output of that merge.
@@ -106,7 +108,10 @@ def apply(
     folder = Path(path_text(merged, "merged", "the output of a merge"))
     ceilings = _ceilings(max_ram, max_vram)
     manifest = read_manifest(folder)
-    then = _recorded_config(folder, manifest)
+    try:
+        then = config_of(manifest)
+    except ConfigError as error:
+        raise VerificationError(f"{folder / MANIFEST_FILE}: not the manifest of a merge ({error})") from error
     if not then.save_delta:
         raise InputError(f"{folder}: holds no merged Δ; merge again with save_delta")
     config = load_config(
@@ -121,58 +126,41 @@ def apply(
             "out": out,
         }
     )
-    plan = make_plan(config, resolve_device(device), **ceilings)
-    _check_headers(plan, folder, manifest)
-    experts = manifest["description"]["inputs"][1:]
-    return run(
-        replace(
-            plan,
-            tensors=tuple(_with_checksums(tensor, folder, manifest) for tensor in plan.tensors),
-            origin=Origin(then, any(ADAPTER_CONFIG_FILE in expert["files"] for expert in experts)),
-        ),
-        device=device,
-        **ceilings,
-        resume=resume,
-        overwrite=overwrite,
-        io=io,
-        observer=observer,
-    )
+    plan = _with_origin(make_plan(config, resolve_device(device), **ceilings), then, folder, manifest)
+    running = {"resume": resume, "overwrite": overwrite, "io": io, "observer": observer}
+    return run(plan, device=device, **ceilings, **running)
 
 
 def _ceilings(max_ram: int | str | None, max_vram: int | str | None) -> dict[str, Any]:
-    """The ceilings in bytes, by name."""
+    """Return the ceilings in bytes, by name."""
     given = {"max_ram": max_ram, "max_vram": max_vram}
     return {name: None if value is None else size(value, name) for name, value in given.items()}
 
 
-def _recorded_config(folder: Path, manifest: Manifest) -> MergeConfig:
-    """Return the config of the merge that made the output in ``folder``."""
-    try:
-        config = recorded_config(manifest["description"])
-        make_method(config.method, config.options)
-        return config
-    except ConfigError as error:
-        raise VerificationError(f"{folder / MANIFEST_FILE}: not the manifest of a merge ({error})") from error
+def _with_origin(plan: Plan, then: MergeConfig, folder: Path, manifest: Manifest) -> Plan:
+    """Return the plan of applying a kept Δ, with the origin of Δ and the checksums that base and Δ had then.
 
-
-def _check_headers(plan: Plan, folder: Path, manifest: Manifest) -> None:
-    """Raise InputError where files of the base or of Δ are not those of the merge that kept Δ."""
-    recorded = manifest["description"]["inputs"][0]["files"]
-    base = {name: (entry["size"], entry["header_sha256"]) for name, entry in recorded.items()}
+    Raises:
+        InputError: files of the base or of Δ are not those of the merge that kept Δ.
+        VerificationError: a checksum is missing.
+    """
+    base, *experts = (recorded["files"] for recorded in manifest["description"]["inputs"])
+    then_base = {name: (entry["size"], entry["header_sha256"]) for name, entry in base.items()}
     kept = {name: (entry["bytes"], entry["header_sha256"]) for name, entry in manifest["shards"].items()}
-    for path, found in _headers(plan.base).items():
-        if base.pop(path.name, None) != found:
-            raise InputError(f"{path}: not the base that the delta in {folder} was made for")
-    if base:
-        raise InputError(f"{plan.base.path}: not the base that the delta in {folder} was made for: no {min(base)}")
-    (delta,) = plan.experts
-    for path, found in _headers(delta).items():
-        if kept.get(file_name(DELTA_FOLDER, path.name)) != found:
+    another = f"not the base that the delta in {folder} was made for"
+    for path, identity in plan.base.files.items():
+        if then_base.pop(path.name, None) != (identity.size, identity.header_sha256):
+            raise InputError(f"{path}: {another}")
+    if then_base:
+        raise InputError(f"{plan.base.path}: {another}: no {min(then_base)}")
+    for path, identity in plan.experts[0].files.items():
+        if kept.get(file_name(DELTA_FOLDER, path.name)) != (identity.size, identity.header_sha256):
             raise InputError(f"{path}: not the delta that the merge kept (its size or header differs)")
-
-
-def _headers(checkpoint: Checkpoint) -> dict[Path, tuple[int, str]]:
-    return {path: (identity.size, identity.header_sha256) for path, identity in checkpoint.files.items()}
+    return replace(
+        plan,
+        tensors=tuple(_with_checksums(tensor, folder, manifest) for tensor in plan.tensors),
+        origin=Origin(then, any(ADAPTER_CONFIG_FILE in files for files in experts)),
+    )
 
 
 def _with_checksums(tensor: TensorPlan, folder: Path, manifest: Manifest) -> TensorPlan:

@@ -14,7 +14,7 @@ from adapters import make_adapters
 from checkpoints import make_base, make_expert, make_family, save_folder
 from isomerge_fast.config import MergeConfig, load_config
 from isomerge_fast.errors import ConfigError
-from isomerge_fast.execution.worker import Job
+from isomerge_fast.execution.work_item import MergeSettings
 from isomerge_fast.methods import make_method
 from isomerge_fast.methods.source import checked_weights
 from isomerge_fast.planning.drafts import Draft, Drafter
@@ -117,8 +117,8 @@ def test_drafts_are_values(family: Family) -> None:
 def test_the_bases_checksums_are_recorded_where_the_delta_is_kept(family: Family, tmp_path: Path) -> None:
     for keeps in (False, True):
         plan = make_plan(config_of(family, save_delta=keeps))
-        job = Job.of(plan, tmp_path, "key", device="cpu", threads=1, direct=False, max_vram=None)
-        assert job.records_base == keeps
+        settings = MergeSettings.of(plan, tmp_path, "key", device="cpu", threads=1, direct=False, max_vram=None)
+        assert settings.records_base == keeps
         assert list(plan.folders) == ([""] if not keeps else ["", "delta"])
 
 

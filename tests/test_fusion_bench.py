@@ -404,7 +404,7 @@ def test_command_line(clip: Any, tmp_path: Path) -> None:
 
 def test_another_release_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metadata, "version", lambda package: "0.3.0")
-    spec = importlib.util.spec_from_file_location("isomerge_fast.integrations.again", integration.__file__)
+    spec = importlib.util.spec_from_file_location("isomerge_fast.integrations.fusion_bench.again", integration.__file__)
     assert spec is not None
     assert spec.loader is not None
     with pytest.raises(imf.errors.MissingPackageError, match=r"fusion-bench 0.3.0 is installed; .* 0.2.33 only"):

@@ -101,11 +101,11 @@ def test_peak_memory(family: list[Path], tmp_path: Path, method: str) -> None:
 
 FREED = """
 import sys, psutil, torch
-from isomerge_fast.heap import return_freed_blocks, trim_heap
+from isomerge_fast.execution.malloc import set_heap_thresholds, trim_heap
 process = psutil.Process()
 torch.ones(1)
 for eager in (True, False):
-    return_freed_blocks(eager)
+    set_heap_thresholds(eager=eager)
     before = process.memory_info().rss
     # 2 MiB each, and between them something that stays: the heap cannot simply shrink.
     blocks, keep = zip(*[(torch.ones(1 << 19), torch.ones(1 << 14)) for _ in range(50)])

@@ -23,10 +23,10 @@ from isomerge_fast.checkpoint.output.journal import Entries
 from isomerge_fast.checkpoint.output.staging import Staging, run_folders, staging_folder
 from isomerge_fast.config import load_config
 from isomerge_fast.execution import engine
-from isomerge_fast.execution.engine import OneProcess
+from isomerge_fast.execution.engine import merge_here
 from isomerge_fast.execution.report import Observer
 from isomerge_fast.execution.verify import verify
-from isomerge_fast.execution.worker import Job, WorkResult
+from isomerge_fast.execution.work_item import MergeSettings, WorkResult
 from isomerge_fast.planning.plan import Plan
 from isomerge_fast.planning.planner import make_plan
 
@@ -117,16 +117,18 @@ def test_that_locks_hold_is_no_note(tmp_path: Path) -> None:
         assert staging.notes == []
 
 
-class Between(OneProcess):
+class Between:
     """Does something before, or after, all tensors are merged."""
 
     def __init__(self, action: Callable[[], None], *, after: bool) -> None:
         self._action, self._after = action, after
 
-    def merge(self, plan: Plan, job: Job, journal_entries: Entries, observer: Observer | None) -> list[WorkResult]:
+    def merge(
+        self, plan: Plan, settings: MergeSettings, journal_entries: Entries, observer: Observer | None
+    ) -> list[WorkResult]:
         if not self._after:
             self._action()
-        results = super().merge(plan, job, journal_entries, observer)
+        results = merge_here(plan, settings, journal_entries, observer)
         if self._after:
             self._action()
         return results
@@ -146,7 +148,7 @@ def test_a_run_whose_folder_was_taken_ends_with_an_error(
     other = config_of(family, tmp_path / "out", scaling=scaling)
     executor = Between(lambda: imf.merge(other, **options) and None, after=after)
     with pytest.raises(imf.ConfigError, match="another merge into it has taken the place of this one"):
-        engine.run(make_plan(load_config(config_of(family, tmp_path / "out"))), device="cpu", executor=executor)
+        engine.run(make_plan(load_config(config_of(family, tmp_path / "out"))), device="cpu", executor=executor.merge)
     assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "whole")
     assert not staging_folder(tmp_path / "out").exists()
 
@@ -160,7 +162,7 @@ def test_a_second_run_is_refused_where_locks_do_nothing(tmp_path: Path, no_locks
         with pytest.raises(imf.ConfigError, match="an unfinished merge lies in"):
             imf.merge(config)
 
-    engine.run(make_plan(load_config(config)), device="cpu", executor=Between(again, after=True))
+    engine.run(make_plan(load_config(config)), device="cpu", executor=Between(again, after=True).merge)
     assert verify(tmp_path / "out").tensors == len(make_base())
 
 

@@ -32,7 +32,7 @@ from isomerge_fast.checkpoint.output.manifest import MANIFEST_FILE
 from isomerge_fast.execution.device_copies import Download, Uploads
 from isomerge_fast.execution.engine import run
 from isomerge_fast.execution.sources import FileSource, bundle_of, first_pass
-from isomerge_fast.execution.threads import Workers
+from isomerge_fast.execution.threads import ComputeThreads
 from isomerge_fast.methods import IsoC, Mean, Method, RowBlock, TensorSpec
 from isomerge_fast.planning.budget import Budget, budgets
 from isomerge_fast.planning.plan import Plan, TensorPlan
@@ -338,7 +338,7 @@ def test_a_download_on_the_host_is_the_tensor_itself() -> None:
 
 def test_workers_compute_on_one_core_each_and_answer_in_order() -> None:
     before = torch.get_num_threads()
-    with Workers() as workers:
+    with ComputeThreads() as workers:
         rows = [RowBlock(slice(item, item + 1), (), torch.zeros(1)) for item in range(64)]
         seen = workers.map(lambda part: (part.rows.start, torch.get_num_threads(), threading.get_ident()), rows)
         assert [item for item, _, _ in seen] == list(range(64))
@@ -354,7 +354,7 @@ def test_workers_compute_on_one_core_each_and_answer_in_order() -> None:
 @pytest.mark.parametrize("lines", [(1_000_003,), (3000, 500), (7, 1 << 20), (5, 0)])
 def test_parts_cover_the_rows_once(lines: tuple[int, ...]) -> None:
     whole = RowBlock(slice(16, 16 + lines[0]), (), torch.empty(lines))
-    with Workers(1) as workers:
+    with ComputeThreads(1) as workers:
         parts = workers.parts(whole)
     assert [row for part in parts for row in range(part.rows.start, part.rows.stop)] == [*range(16, 16 + lines[0])]
     assert all(part.rows.start % 8 == 0 for part in parts)
@@ -582,7 +582,7 @@ def source_of(plan: Plan, tensor: TensorPlan, device: torch.device = CPU) -> Ite
         ThreadPoolExecutor(2) as threads,
         ReadAhead(reader, threads, [*first_pass(tensor), after], budget_bytes=1 << 20) as ahead,
         Uploads(ahead, CPU, copied=True) as uploads,
-        Workers() as workers,
+        ComputeThreads() as workers,
     ):
         source = FileSource(
             tensor, uploads, reader, threads, workers, Budget(1 << 20, None), device, lambda _: nullcontext()

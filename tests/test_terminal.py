@@ -25,7 +25,7 @@ from isomerge_fast.cli.terminal import stoppable
 from isomerge_fast.errors import InputError, IsomergeError, ResourceError, VerificationError, visible
 from isomerge_fast.execution import engine
 from isomerge_fast.execution.report import Report
-from isomerge_fast.integrations.ray import executor
+from isomerge_fast.integrations.ray import cluster
 
 FORGED = "every checksum is right"
 # Clears the screen, begins a line of ours, runs from right to left, hides; and markup of rich's and of Markdown.
@@ -310,7 +310,7 @@ class TestSignals:
     def test_ray_has_no_way_of_its_own(self, isomerge: Isomerge) -> None:
         """At a SIGTERM, as it would by ``ray.init``."""
         before = signal.getsignal(signal.SIGTERM)
-        with executor._own_signals():
+        with cluster.kept_sigterm():
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
         assert signal.getsignal(signal.SIGTERM) == before
 

@@ -30,7 +30,8 @@ from isomerge_fast.checkpoint.output.staging import run_folders
 from isomerge_fast.config import load_config
 from isomerge_fast.execution.engine import run
 from isomerge_fast.execution.report import Observer
-from isomerge_fast.execution.worker import Job, WorkItem, WorkResult, merge_item
+from isomerge_fast.execution.work_item import MergeSettings, WorkItem, WorkResult
+from isomerge_fast.execution.worker import merge_item
 from isomerge_fast.planning.plan import Plan
 from isomerge_fast.planning.planner import make_plan
 
@@ -52,7 +53,7 @@ def config_of(family: tuple[Path, list[Path]], out: Path, **changes: Any) -> dic
 
 
 def merge_in(config: dict[str, Any], count: int, **options: Any) -> imf.Report:
-    return run(make_plan(load_config(config)), device="cpu", executor=InTurn(count), **options)
+    return run(make_plan(load_config(config)), device="cpu", executor=InTurn(count).merge, **options)
 
 
 @pytest.mark.parametrize("shards", [1, 3])
@@ -109,14 +110,16 @@ class StopsAfter:
     def __init__(self, count: int, units: int, *, inside: bool) -> None:
         self._count, self._units, self._inside = count, units, inside
 
-    def merge(self, plan: Plan, job: Job, journal_entries: Entries, observer: Observer | None) -> list[WorkResult]:
+    def merge(
+        self, plan: Plan, settings: MergeSettings, journal_entries: Entries, observer: Observer | None
+    ) -> list[WorkResult]:
         for number, tensors in enumerate(runs_of(plan, self._count), 1):
             unit = WorkItem.of(plan, number, tensors, journal_entries)
             if number > self._units:
                 if self._inside:  # a part of it is done, as its journal tells
-                    merge_item(job, replace(unit, tensors=unit.tensors[:1]), observer)
+                    merge_item(settings, replace(unit, tensors=unit.tensors[:1]), observer)
                 raise Stopped
-            merge_item(job, unit, observer)
+            merge_item(settings, unit, observer)
         raise AssertionError("not that many units")
 
 
@@ -128,7 +131,7 @@ def test_what_units_have_done_is_gone_on_with(tmp_path: Path, again: int, inside
     config = config_of(family, tmp_path / "out", method="iso-c")
     plan = make_plan(load_config(config))
     with pytest.raises(Stopped):
-        run(plan, device="cpu", executor=StopsAfter(3, 2, inside=inside))
+        run(plan, device="cpu", executor=StopsAfter(3, 2, inside=inside).merge)
     done = {tensor.name for run_ in runs_of(plan, 3)[:2] for tensor in run_}
     if inside:
         done.add(runs_of(plan, 3)[2][0].name)
@@ -156,16 +159,18 @@ def test_a_second_attempt_at_a_unit_merges_what_is_left(tmp_path: Path) -> None:
     attempts: list[list[str]] = []
 
     class Twice:
-        def merge(self, plan: Plan, job: Job, journal_entries: Entries, observer: Observer | None) -> list[WorkResult]:
+        def merge(
+            self, plan: Plan, settings: MergeSettings, journal_entries: Entries, observer: Observer | None
+        ) -> list[WorkResult]:
             unit = WorkItem.of(plan, 1, plan.tensors, journal_entries)
-            merge_item(job, replace(unit, tensors=unit.tensors[:4]))
-            before = item_journal(job.folder, 1).read_bytes()
-            result = merge_item(job, unit)
-            after = item_journal(job.folder, 1).read_bytes()
+            merge_item(settings, replace(unit, tensors=unit.tensors[:4]))
+            before = item_journal(settings.folder, 1).read_bytes()
+            result = merge_item(settings, unit)
+            after = item_journal(settings.folder, 1).read_bytes()
             attempts.append([line.decode() for line in after.splitlines() if line not in before.splitlines()])
             return [result]
 
-    run(make_plan(load_config(config)), device="cpu", executor=Twice())
+    run(make_plan(load_config(config)), device="cpu", executor=Twice().merge)
     assert len(attempts[0]) == len(make_base()) - 4
     imf.merge(config_of(family, tmp_path / "whole", method="iso-c"))
     assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "whole")
@@ -174,18 +179,20 @@ def test_a_second_attempt_at_a_unit_merges_what_is_left(tmp_path: Path) -> None:
 def test_a_unit_of_a_merge_that_was_given_up_writes_nothing(tmp_path: Path) -> None:
     """Its process comes late, and another merge is under construction in the same place."""
     family = make_family(tmp_path)
-    late: list[tuple[Job, WorkItem]] = []
+    late: list[tuple[MergeSettings, WorkItem]] = []
 
     class Late(InTurn):
-        def merge(self, plan: Plan, job: Job, journal_entries: Entries, observer: Observer | None) -> list[WorkResult]:
+        def merge(
+            self, plan: Plan, settings: MergeSettings, journal_entries: Entries, observer: Observer | None
+        ) -> list[WorkResult]:
             if not late:
-                late.append((job, WorkItem.of(plan, 1, plan.tensors, journal_entries)))
+                late.append((settings, WorkItem.of(plan, 1, plan.tensors, journal_entries)))
                 raise Stopped
-            staged = listing(job.folder / "new")
+            staged = listing(settings.folder / "new")
             with pytest.raises(imf.ResourceError, match="cannot be written"):
                 merge_item(*late[0])
-            assert listing(job.folder / "new") == staged
-            return super().merge(plan, job, journal_entries, observer)
+            assert listing(settings.folder / "new") == staged
+            return super().merge(plan, settings, journal_entries, observer)
 
     executor = Late(2)
     for scaling, overwrite in ((0.5, False), (1.0, True)):
@@ -193,9 +200,9 @@ def test_a_unit_of_a_merge_that_was_given_up_writes_nothing(tmp_path: Path) -> N
         plan = make_plan(load_config(config))
         if not overwrite:
             with pytest.raises(Stopped):
-                run(plan, device="cpu", executor=executor)
+                run(plan, device="cpu", executor=executor.merge)
         else:
-            run(plan, device="cpu", executor=executor, overwrite=True)
+            run(plan, device="cpu", executor=executor.merge, overwrite=True)
     imf.merge(config_of(family, tmp_path / "whole", method="iso-c", scaling=1.0))
     assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "whole")
     with pytest.raises(imf.ResourceError, match="cannot be written"):  # and after its commit

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from ..checkpoint.layout import DTYPE_NAMES
-from ..execution.threads import Workers
+from ..execution.threads import ComputeThreads
 from ..planning.plan import Plan, TensorPlan
 from ..planning.routes import Resident, Streamed
 from .ceilings import machine, measure_disk, timed
@@ -56,7 +56,9 @@ class _Timing:
     spent_seconds: float
 
 
-def _time(tensor: TensorPlan, plan: Plan, device: torch.device, workers: Workers, allowance_seconds: float) -> _Timing:
+def _time(
+    tensor: TensorPlan, plan: Plan, device: torch.device, workers: ComputeThreads, allowance_seconds: float
+) -> _Timing:
     """Time the smallest size, then again and again the largest one that is expected to fit into the time left."""
     room = memory_for_samples(device)
     sizes = sizes_of(tensor, device)
@@ -136,7 +138,7 @@ def estimate_merge(
     disk = measure_disk(folder)
     spent, groups = 0.0, []
     pending = sorted(group_plans(plan), key=lambda members: (members[0].flops, members[0].base.bytes))
-    with Workers() as workers, torch.no_grad():
+    with ComputeThreads() as workers, torch.no_grad():
         for index, members in enumerate(pending):
             say(f"{members[0].action} of {list(members[0].base.shape)}")
             allowance = max(0.0, budget_seconds - spent) / (len(pending) - index)

@@ -7,14 +7,15 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..checkpoint.io.write_behind import ROOM_SHARE
 from ..errors import ConfigError
-from ..execution.sinks import TensorOutput
-from ..execution.threads import Workers
+from ..execution.sinks import FileSink
+from ..execution.threads import ComputeThreads
 from ..methods import MemoryDeltas, Method, RowBlock, TensorSpec
 from ..methods.source import Factors, MemoryFactors
 from ..planning.plan import Plan, TensorPlan
@@ -139,7 +140,9 @@ def _solver(tensor: TensorPlan, shape: tuple[int, ...], device: torch.device) ->
 class Sample:
     """Make a tensor like a planned one, of a given size, and merge it."""
 
-    def __init__(self, tensor: TensorPlan, size: Size, plan: Plan, device: torch.device, workers: Workers) -> None:
+    def __init__(
+        self, tensor: TensorPlan, size: Size, plan: Plan, device: torch.device, workers: ComputeThreads
+    ) -> None:
         self._tensor, self._workers = tensor, workers
         self._method = method_at(tensor, size.shape)
         whole = tensor.route
@@ -149,7 +152,7 @@ class Sample:
         rows = min(max(1, int(whole.part_rows * longer)), max(1, view_shape[0]))
         self._route = replace(whole, view_shape=view_shape, part_rows=rows, method=self._method)
         self._source = self._source_of([copy.reshape(view_shape) for copy in self._make(size.shape, device)], device)
-        self._writes = _Unwritten(plan.budget.write_behind)
+        self._writes: Any = _Unwritten(plan.budget.write_behind)
 
     def _source_of(self, copies: list[Tensor], device: torch.device) -> _Factors | _Held:
         tensor, rows = self._tensor, self._route.part_rows
@@ -196,9 +199,10 @@ class Sample:
 
     def merge(self) -> tuple[str, int]:
         """Merge by the engine's own code, without files; return the algorithm and the bytes of all passes."""
-        output = TensorOutput(
+        writers: Any = {folder: _NoFile() for folder in self._tensor.scalings}
+        output = FileSink(
             replace(self._tensor, route=self._route),
-            {folder: _NoFile() for folder in self._tensor.scalings},
+            writers,
             self._writes,
             self._workers,
             lambda _: nullcontext(),

@@ -87,7 +87,7 @@ def plan(
         import torch
 
         from ..bench.outlook import WORKERS, measure_rates, predict
-        from ..integrations.ray.executor import ray_executor
+        from ..integrations.ray.session import ray_executor
 
         counts = {*(outlook.workers or WORKERS)}
         if outlook.ray:

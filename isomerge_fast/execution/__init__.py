@@ -1,1 +1,1 @@
-"""Runs plans and checks outputs: work items, sources and sinks of files, the report, verification."""
+"""Run plans and check outputs: work items, sources and sinks, the report, verification."""

@@ -1,4 +1,4 @@
-"""Copies between the host and a GPU, beside the arithmetic: each direction in a thread and a stream of its own.
+"""Copy between the host and a GPU beside the arithmetic: each direction in a thread and a stream of its own.
 
 On a CPU there is nothing to copy. The thread that copies waits for its stream, so that buffers are free again when it
 goes on, and what it returns is there for every other stream.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import suppress
 from types import TracebackType
 
 import torch
@@ -19,11 +19,10 @@ from ..checkpoint.io.read_ahead import ReadAhead
 
 
 class Uploads:
-    """The bundles of a ``ReadAhead`` on the device that computes, the next one on its way while one is used; a context
-    manager.
+    """Copy the bundles of a ``ReadAhead`` to the device that computes, the next one while one is used.
 
     Two bundles at most are on the device: a third is not begun before the first is given up. There they are put
-    together of the parts that they are read in.
+    together of the parts that they are read in. A context manager.
     """
 
     def __init__(self, ahead: ReadAhead, device: torch.device, *, copied: bool | None = None) -> None:
@@ -43,7 +42,7 @@ class Uploads:
         self._next = None
 
     def take(self) -> list[Tensor]:
-        """The next bundle, valid until the next call.
+        """Return the next bundle, valid until the next call.
 
         Raises:
             InputError, ResourceError: as ``ReadAhead.take``.
@@ -69,7 +68,7 @@ class Uploads:
     def _upload(self) -> list[Tensor]:
         bundle = self._ahead.upcoming
         assert bundle is not None
-        with _in_stream(self._stream):
+        with torch.cuda.stream(self._stream):
             # Before anything is taken: where there is no room, it is still to come.
             tensors = [
                 torch.empty(piece.shape, dtype=piece.stored.dtype, device=self._device) for piece in bundle.pieces
@@ -87,7 +86,7 @@ class Uploads:
 
 
 class Download:
-    """A tensor that the host will want: called in the thread that wants it, which alone waits for the device.
+    """Copy a tensor to the host when it is called, in the thread that wants it, which alone waits for the device.
 
     Args:
         position: of its bytes in a file. The copy lies like them within its page, so that it can be written as it is.
@@ -110,7 +109,3 @@ class Download:
             on_host.copy_(self._tensor, non_blocking=True)
         stream.synchronize()
         return on_host
-
-
-def _in_stream(stream: torch.cuda.Stream | None) -> AbstractContextManager[object]:
-    return nullcontext() if stream is None else torch.cuda.stream(stream)

@@ -1,4 +1,4 @@
-"""Runs a plan: units of work, done by one process or by many, into a staged folder that one rename makes the output."""
+"""Execute a plan: its work items, by one process or by many, into a staged folder that one rename makes the output."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -33,8 +34,9 @@ from ..ops import indexed
 from ..parsing.values import flag, refuse, whole_number
 from ..planning.plan import Plan, check_resources
 from .finalize import read_report, write_metadata
-from .report import PHASES, PREPARE, Observer, Report
-from .worker import Job, WorkItem, WorkResult, merge_item
+from .report import PHASES, Observer, Report
+from .work_item import MergeSettings, WorkItem, WorkResult
+from .worker import merge_item
 
 IO = ("auto", "buffered")
 # What cannot wait for the report. Without a handler of the caller's, Python prints it on standard error.
@@ -65,42 +67,32 @@ def resolve_device(device: str | torch.device) -> torch.device:
     return indexed(resolved)
 
 
-class Executor(Protocol):
-    """Processes that a merge is shared out among."""
-
-    def merge(self, plan: Plan, job: Job, journal_entries: Entries, observer: Observer | None) -> list[WorkResult]:
-        """Merges all tensors of the plan, as units of ``merge_item``.
-
-        Args:
-            journal_entries: those of earlier runs, by tensor.
-            observer: called as it goes on.
-        """
-        ...
+# Merges all tensors of a plan, as work items of ``merge_item``; given the journal entries of earlier runs, by tensor.
+Executor = Callable[[Plan, MergeSettings, Entries, Observer | None], list[WorkResult]]
 
 
-class OneProcess:
-    """The ``Executor`` of one: this process, and all tensors as one unit."""
-
-    def merge(self, plan: Plan, job: Job, journal_entries: Entries, observer: Observer | None) -> list[WorkResult]:
-        return [merge_item(job, WorkItem.of(plan, 1, plan.tensors, journal_entries), observer)]
+def merge_here(plan: Plan, settings: MergeSettings, entries: Entries, observer: Observer | None) -> list[WorkResult]:
+    """Merge all tensors of a plan in this process, as one work item: the ``Executor`` where none is given."""
+    return [merge_item(settings, WorkItem.of(plan, 1, plan.tensors, entries), observer)]
 
 
-def run(
-    plan: Plan,
-    *,
-    device: str = "auto",
-    max_ram: int | None = None,
-    max_vram: int | None = None,
-    threads: int | None = None,
-    resume: bool = False,
-    overwrite: bool = False,
-    io: str = "auto",
-    observer: Observer | None = None,
-    executor: Executor | None = None,
-) -> Report:
-    """Executes ``plan`` and returns the report that is also in the output.
+def run(plan: Plan, **options: Any) -> Report:
+    """Execute ``plan``; return the report that is also in the output.
 
     Args:
+        options: fields of ``Execution``.
+
+    Raises:
+        ConfigError, InputError, ResourceError: see ``errors``; the output is then absent or as it was before.
+    """
+    return Execution(plan, **options).run()
+
+
+@dataclass
+class Execution:
+    """Hold a plan, and how it is executed.
+
+    Attributes:
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         max_ram, max_vram: ceilings in bytes for each process; a plan that needs more is refused before anything is
             written.
@@ -110,85 +102,135 @@ def run(
         overwrite: replace a finished output (at the commit, not before) or discard an unfinished one.
         io: ``auto``: files past the page cache where that is faster and the file system can; ``buffered``: never.
         observer: called at every change of phase.
-        executor: the processes; this one when None.
-
-    Raises:
-        ConfigError, InputError, ResourceError: see ``errors``; the output is then absent or as it was before.
+        executor: shares the work out among processes; all is done in this one when None.
     """
-    if plan.config.out is None:
-        raise ConfigError("out is not given: the folder that the merge is written into (a plan alone needs none)")
-    if io not in IO:
-        raise ConfigError(f"io {shown(io)} is unknown{nearest(io, IO)}")
-    threads = None if threads is None else whole_number(threads, "threads", 1, MOST_THREADS)
-    resume, overwrite = flag(resume, "resume"), flag(overwrite, "overwrite")
-    if observer is not None and not callable(observer):
-        refuse(observer, "observer", "a function of the progress, or None")
-    target = torch.device(device) if executor is not None else resolve_device(device)
-    check_resources(plan, max_ram=max_ram, max_vram=max_vram, device=target)
-    _check_names(plan, plan.config.out)
-    with Staging(Path(plan.config.out), resume=resume, overwrite=overwrite) as staging:
-        description = _describe(plan, target)
+
+    plan: Plan
+    _: KW_ONLY
+    device: str = "auto"
+    max_ram: int | None = None
+    max_vram: int | None = None
+    threads: int | None = None
+    resume: bool = False
+    overwrite: bool = False
+    io: str = "auto"
+    observer: Observer | None = None
+    executor: Executor | None = None
+
+    def run(self) -> Report:
+        """Execute the plan (see ``run``)."""
+        out, target = self._check()
+        with Staging(Path(out), resume=self.resume, overwrite=self.overwrite) as staging:
+            description = _describe(self.plan, target)
+            try:
+                if self.resume and staging.is_committed:
+                    finished = self._finished(staging, description)
+                    if finished is not None:
+                        return finished
+                return self._merge(staging, description, target)
+            except InputError:
+                staging.discard()  # the same inputs cannot succeed later
+                raise
+            except (OSError, ResourceError) as error:
+                staging.check_mine()  # what is gone may have gone with the folder
+                if isinstance(error, LostWritesError):
+                    with suppress(OSError):  # a disk that takes nothing at all is mounted anew, without its cache
+                        delete_journals(staging.folder)
+                if isinstance(error, OSError):
+                    raise ResourceError(
+                        f"{error.filename or staging.out}: {error.strerror}; --resume continues"
+                    ) from error
+                raise
+
+    def _check(self) -> tuple[str, torch.device]:
+        """Read the options; return the output's path and the device.
+
+        Raises:
+            ConfigError, ResourceError: what cannot be honoured.
+        """
+        plan, out = self.plan, self.plan.config.out
+        if out is None:
+            raise ConfigError("out is not given: the folder that the merge is written into (a plan alone needs none)")
+        if self.io not in IO:
+            raise ConfigError(f"io {shown(self.io)} is unknown{nearest(self.io, IO)}")
+        self.threads = None if self.threads is None else whole_number(self.threads, "threads", 1, MOST_THREADS)
+        self.resume, self.overwrite = flag(self.resume, "resume"), flag(self.overwrite, "overwrite")
+        if self.observer is not None and not callable(self.observer):
+            refuse(self.observer, "observer", "a function of the progress, or None")
+        target = torch.device(self.device) if self.executor is not None else resolve_device(self.device)
+        check_resources(plan, max_ram=self.max_ram, max_vram=self.max_vram, device=target)
+        _check_names(plan, out)
+        return out, target
+
+    def _finished(self, staging: Staging, description: Mapping[str, Any]) -> Report | None:
+        """Return the report of the finished merge in the output's place; None where that is to be replaced.
+
+        Raises:
+            ConfigError, VerificationError: it is another merge's, or damaged, and not to be replaced.
+        """
+        finished = None
         try:
-            if resume and staging.is_committed:
-                finished = _finished_report(staging.out, description, overwrite)
-                if finished is not None or not overwrite:
-                    staging.discard()
-                if finished is not None:
-                    return finished
-                if not overwrite:
-                    raise ConfigError(f"{staging.out}: holds another merge; --overwrite replaces it")
-                check_replaceable(staging.out)
-            started = time.perf_counter()
-            key = fingerprint(description)
-            journal = Journal(
-                staging.folder,
-                key,
-                description["inputs"],
-                threads=threads or torch.get_num_threads(),
-                resume=resume,
-                overwrite=overwrite,
+            if read_manifest(staging.out)["description"] == json.loads(to_json(description)):
+                finished = read_report(staging.out)[0]
+        except (InputError, VerificationError) as error:
+            if not self.overwrite:
+                raise VerificationError(str(error)) from error
+        if finished is not None or not self.overwrite:
+            staging.discard()
+        if finished is None:
+            if not self.overwrite:
+                raise ConfigError(f"{staging.out}: holds another merge; --overwrite replaces it")
+            check_replaceable(staging.out)
+        return finished
+
+    def _merge(self, staging: Staging, description: dict[str, Any], target: torch.device) -> Report:
+        started = time.perf_counter()
+        plan, key, notes = self.plan, fingerprint(description), []
+        journal = Journal(
+            staging.folder,
+            key,
+            description["inputs"],
+            threads=self.threads or torch.get_num_threads(),
+            resume=self.resume,
+            overwrite=self.overwrite,
+        )
+        if self.threads is not None and self.threads != journal.threads:
+            notes.append(
+                f"computed with {journal.threads} thread(s), with which the merge began, and not with {self.threads}: "
+                "the last digits of spectral methods depend on it (--overwrite instead of --resume begins anew)"
             )
-            notes = []
-            if threads is not None and threads != journal.threads:
-                notes.append(
-                    f"computed with {journal.threads} thread(s), with which the merge began, and not with {threads}: "
-                    "the last digits of spectral methods depend on it (--overwrite instead of --resume begins anew)"
-                )
-                LOG.warning("%s: %s", visible(str(staging.out)), notes[-1])
-            shards = _create_files(plan, staging, journal, resume)
-            job = Job.of(
-                plan,
-                staging.folder,
-                key,
-                device=str(target),
-                threads=journal.threads,
-                direct=io == "auto",
-                max_vram=max_vram,
-            )
-            prepared = time.perf_counter() - started
-            results = (executor or OneProcess()).merge(plan, job, journal.finished, observer)
-            entries = Entries()
-            for result in results:
-                entries.update(result.entries)
-            report = _report(plan, staging, str(target), results, entries, started, prepared, notes)
-            write_metadata(plan, staging.new, description, entries, shards, report)
-            staging.commit()
-            return report
-        except InputError:
-            staging.discard()  # the same inputs cannot succeed later
-            raise
-        except (OSError, ResourceError) as error:
-            staging.check_mine()  # what is gone may have gone with the folder
-            if isinstance(error, LostWritesError):
-                with suppress(OSError):  # a disk that takes nothing at all is mounted anew, without its cache
-                    delete_journals(staging.folder)
-            if isinstance(error, OSError):
-                raise ResourceError(f"{error.filename or staging.out}: {error.strerror}; --resume continues") from error
-            raise
+            LOG.warning("%s: %s", visible(str(staging.out)), notes[-1])
+        shards = _create_files(plan, staging, journal, self.resume)
+        given = {"device": str(target), "threads": journal.threads, "max_vram": self.max_vram}
+        settings = MergeSettings.of(plan, staging.folder, key, direct=self.io == "auto", **given)
+        prepared = time.perf_counter() - started
+        results = (self.executor or merge_here)(plan, settings, journal.finished, self.observer)
+        entries = Entries()
+        for result in results:
+            entries.update(result.entries)
+        seconds = {phase: sum(result.seconds[phase] for result in results) for phase in PHASES}
+        seconds |= {"prepare": seconds["prepare"] + prepared, "total": time.perf_counter() - started}
+        report = Report(
+            version=__version__,
+            method=plan.config.method,
+            scaling=list(plan.config.scalings),
+            outputs=[str(staging.out / folder) for folder in plan.folders],
+            device=settings.device,
+            tensors=[_interned(entries[tensor.name]["report"]) for tensor in plan.tensors],
+            seconds=seconds,
+            io=_io(results),
+            notes=[*plan.notes, *staging.notes, *notes],
+            left_out=[each.to_dict() for each in plan.left_out],
+            left_behind=[left.to_dict() for left in plan.left_behind],
+            workers=_workers(results, entries),
+        )
+        write_metadata(plan, staging.new, description, entries, shards, report)
+        staging.commit()
+        return report
 
 
 def _check_names(plan: Plan, out: str) -> None:
-    """Raises ConfigError where a path is bytes that are no text, as all that is written about it is JSON."""
+    """Raise ConfigError where a path is bytes that are no text, as all that is written about it is JSON."""
     checkpoints = (plan.base, *plan.experts)
     inputs = [str(path.absolute()) for found in checkpoints for path in (found.path, *found.files)]
     for name in (os.path.realpath(out), *inputs, *plan.companions):
@@ -202,7 +244,7 @@ def _check_names(plan: Plan, out: str) -> None:
 
 
 def _create_files(plan: Plan, staging: Staging, journal: Journal, resume: bool) -> dict[str, ShardEntry]:
-    """Make all that units write into; return what the manifest says of it."""
+    """Create all files that work items write into; return what the manifest says of them."""
     shards: dict[str, ShardEntry] = {}
     folders = plan.folders.items()
     # Shards are worth nothing without a journal that tells what is in them.
@@ -218,49 +260,25 @@ def _create_files(plan: Plan, staging: Staging, journal: Journal, resume: bool) 
     return shards
 
 
-def _report(
-    plan: Plan,
-    staging: Staging,
-    device: str,
-    results: Sequence[WorkResult],
-    entries: Entries,
-    started: float,
-    prepared: float,
-    notes: Sequence[str],
-) -> Report:
-    seconds = {phase: sum(result.seconds[phase] for result in results) for phase in PHASES}
-    seconds[PREPARE] += prepared
-    ways = ("read", "write")
-    busy = ("reading_seconds", "writing_seconds")
-    io = {
-        way: next((found for found in (r.io[way] for r in results) if found == "direct"), "page-cache") for way in ways
+def _io(results: Sequence[WorkResult]) -> dict[str, Any]:
+    """Return how all processes together read and wrote."""
+    found = [result.io for result in results]
+    io: dict[str, Any] = {
+        way: "direct" if any(each[way] == "direct" for each in found) else "page-cache" for way in ("read", "write")
     }
-    io |= {key: sum(result.io[key] for result in results) for key in busy}
-    if any("peak_vram_bytes" in result.io for result in results):
-        io["peak_vram_bytes"] = max(result.io.get("peak_vram_bytes", 0) for result in results)
-    return Report(
-        version=__version__,
-        method=plan.config.method,
-        scaling=list(plan.config.scalings),
-        outputs=[str(staging.out / folder) for folder in plan.folders],
-        device=device,
-        tensors=[_shared(entries[tensor.name]["report"]) for tensor in plan.tensors],
-        seconds={**seconds, "total": time.perf_counter() - started},
-        io=io,
-        notes=[*plan.notes, *staging.notes, *notes],
-        left_out=[each.to_dict() for each in plan.left_out],
-        left_behind=[left.to_dict() for left in plan.left_behind],
-        workers=_workers(results, entries),
-    )
+    io |= {key: sum(each[key] for each in found) for key in ("reading_seconds", "writing_seconds")}
+    if peaks := [each["peak_vram_bytes"] for each in found if "peak_vram_bytes" in each]:
+        io["peak_vram_bytes"] = max(peaks)
+    return io
 
 
-def _shared(report: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a tensor's part of the report. Equal strings, of all tensors, are one object."""
+def _interned(report: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a tensor's part of the report, where equal strings of all tensors are one object."""
     return {sys.intern(key): sys.intern(value) if isinstance(value, str) else value for key, value in report.items()}
 
 
 def _workers(results: Sequence[WorkResult], entries: Entries) -> list[dict[str, Any]]:
-    """What each process did, those of earlier runs among them; that which was busy longest first."""
+    """Return what each process did, also in earlier runs; the one that was busy longest comes first."""
     nothing = {"units": 0, "tensors": 0, "read_bytes": 0, "write_bytes": 0, "seconds": 0.0}
     found: dict[tuple[str, int], dict[str, Any]] = {}
 
@@ -278,7 +296,7 @@ def _workers(results: Sequence[WorkResult], entries: Entries) -> list[dict[str, 
 
 
 def _describe(plan: Plan, device: torch.device) -> dict[str, Any]:
-    """All that decides the output's bytes."""
+    """Return all that decides the output's bytes."""
     config = {key: value for key, value in plan.config.described.items() if key not in ("out", "base", "experts")}
     outside = origins_of(plan.config.methods)
     return {
@@ -295,15 +313,3 @@ def _describe(plan: Plan, device: torch.device) -> dict[str, Any]:
         "solvers": sorted({tensor.reason for tensor in plan.tensors if tensor.method is not None}),
         "inputs": describe_inputs([plan.base, *plan.experts]),
     }
-
-
-def _finished_report(out: Path, description: dict[str, Any], overwrite: bool) -> Report | None:
-    """Of the finished merge in ``out``; None where that is of another description, or damaged and to be replaced."""
-    try:
-        if read_manifest(out)["description"] != json.loads(to_json(description)):
-            return None
-        return read_report(out)[0]
-    except (InputError, VerificationError) as error:
-        if overwrite:
-            return None
-        raise VerificationError(str(error)) from error

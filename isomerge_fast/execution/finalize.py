@@ -1,4 +1,4 @@
-"""All of an output beside its weights: their index, the manifest, the report, and what belongs to a checkpoint."""
+"""Write all of an output but its weights: index, manifest, report, and the other files of a checkpoint."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ from ..checkpoint.output.manifest import (
     no_output,
 )
 from ..checkpoint.output.model_card import model_card
-from ..config import MergeConfig
-from ..errors import VerificationError
-from ..methods import method_class
+from ..config import MergeConfig, recorded_config
+from ..errors import ConfigError, VerificationError
+from ..methods import make_method, method_class
 from ..planning.plan import Origin, Plan, scaling_folders
 from .report import Report
 
@@ -44,7 +44,7 @@ def write_metadata(
     shards: dict[str, ShardEntry],
     report: Report,
 ) -> None:
-    """Completes the output in ``folder``, durably.
+    """Complete the output in ``folder``, durably.
 
     Args:
         description: all that decides the output's bytes.
@@ -97,6 +97,22 @@ def read_report(folder: Path) -> tuple[Report, str]:
         raise VerificationError(f"{path}: not a report ({error})") from error
 
 
+def config_of(manifest: Manifest) -> MergeConfig:
+    """Return the config of the merge that wrote a manifest.
+
+    Raises:
+        ConfigError: no merge has such a config, or it is of other outputs than those that are listed.
+    """
+    config = recorded_config(manifest["description"])
+    for chosen in (config, *config.overrides):
+        make_method(chosen.method, chosen.options)
+    expected = scaling_folders(config)
+    found = {name: output["scaling"] for name, output in manifest["outputs"].items()}
+    if found != expected:
+        raise ConfigError(f"its outputs are of scalings {found}, its config of {expected}")
+    return config
+
+
 def _recorded(plan: Plan, folder: str, entries: Mapping[str, Mapping[str, Any]]) -> LazyMapping:
     """Return what the manifest says of a sub-folder's tensors, by their names there."""
     written = {made.name: (tensor, made) for tensor in plan.tensors for made in tensor.tensors_in(folder)}
@@ -123,7 +139,7 @@ def _add_index(name: str, path: Path, weights: Mapping[str, Iterable[OutputTenso
 
 
 def _add_companions(plan: Plan, path: Path, scaling: float) -> dict[str, Checksum]:
-    """Write what belongs to a checkpoint, or an adapter, beside weights and index; return the files' checksums."""
+    """Write the other files of a checkpoint, or of an adapter; return their checksums."""
     written = copy_companions(plan.base.path, path, plan.companions) if plan.base.is_folder else {}
     if plan.adapter_settings is not None:
         written[ADAPTER_CONFIG_FILE] = write_durably(
@@ -137,7 +153,7 @@ def _add_companions(plan: Plan, path: Path, scaling: float) -> dict[str, Checksu
 
 
 def _card(plan: Plan, scaling: float) -> str:
-    """Of what was merged: where a kept Δ is applied, of the merge that kept it."""
+    """Return the model card of the merge; where a kept Δ is applied, of the merge that kept it."""
     origin = plan.origin or Origin(plan.config, plan.has_adapters)
     experts = [expert.path for expert in plan.experts] if plan.origin is None else origin.config.experts
     config = replace(origin.config, dtype=plan.config.dtype)

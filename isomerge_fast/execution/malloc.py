@@ -1,4 +1,4 @@
-"""The C heap's residue: what freed blocks leave behind, which a ceiling on resident memory must not depend on.
+"""Set what the C heap keeps of freed blocks, for a ceiling on resident memory must not depend on it.
 
 Only glibc has these settings; with another C library nothing is done. A merge of the 162 M parameter test model under a
 ceiling of 800 MB peaked at 763 to 812 MB by glibc's own moving threshold (up to 32 MiB), from one run to the next; at
@@ -17,19 +17,19 @@ _EAGER_BYTES, _LAZY_BYTES = 1 << 20, 32 << 20
 
 @cache
 def _c_library() -> ctypes.CDLL:
-    """Asked for at every tensor; making it anew costs a tenth of a millisecond."""
+    # Asked for at every tensor; making it anew costs a tenth of a millisecond.
     return ctypes.CDLL(None)
 
 
 def trim_heap() -> None:
-    """Returns to the system what freed blocks have left in the heap."""
+    """Return to the system what freed blocks have left in the heap."""
     trim = getattr(_c_library(), "malloc_trim", None)
     if trim is not None:
         trim(0)
 
 
-def return_freed_blocks(eager: bool) -> None:
-    """From now on freed blocks above 1 MiB go back to the system at once; else those below 32 MiB stay for reuse."""
+def set_heap_thresholds(*, eager: bool) -> None:
+    """Have freed blocks above 1 MiB return to the system at once; not eager: keep those below 32 MiB for reuse."""
     library = _c_library()
     setting = getattr(library, "mallopt", None)
     if setting is None or getattr(library, "malloc_trim", None) is None:  # musl and macOS

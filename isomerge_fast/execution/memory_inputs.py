@@ -1,4 +1,4 @@
-"""Reads what callers give to a merge in memory: deltas, state dicts and weights, checked and as tensors."""
+"""Read what callers give to a merge in memory: check deltas, state dicts and weights, and return them as tensors."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ Array = Tensor | np.ndarray
 
 @runtime_checkable
 class Described(Protocol):
-    """A state dict that tells shapes and dtypes without reading: see ``open_state_dict``."""
+    """Give a state dict that tells shapes and dtypes without reading: see ``open_state_dict``."""
 
     def meta(self) -> Mapping[str, Tensor]:
-        """Every tensor on the meta device."""
+        """Return every tensor on the meta device."""
         ...
 
 
 def read_deltas(deltas: Array | Sequence[Array]) -> list[Tensor]:
-    """T matrices [M, N] or batches [B, M, N].
+    """Return T matrices [M, N] or batches [B, M, N].
 
     Raises:
-        InputError: anything else; a convolution's kernels have no one reading as matrices, so the caller chooses it.
+        InputError: anything else. Kernels of convolutions can be read as matrices in several ways: the caller chooses.
     """
     expected = "a list of T tensors [M, N] or [B, M, N], or one stack of them [T, M, N] or [T, B, M, N]"
     if isinstance(deltas, Tensor | np.ndarray):
@@ -59,7 +59,7 @@ def read_deltas(deltas: Array | Sequence[Array]) -> list[Tensor]:
 
 
 def read_experts(experts: Iterable[Mapping[str, Array]]) -> list[Mapping[str, Array]]:
-    """The state dicts, one an expert; an iterator of them is listed."""
+    """Return the state dicts as a list, one an expert."""
     if isinstance(experts, Mapping) and experts and all(isinstance(each, Mapping) for each in experts.values()):
         raise ConfigError("experts maps names to state dicts; expected a list of them: list(experts.values())")
     if isinstance(experts, Mapping):
@@ -76,7 +76,7 @@ def read_experts(experts: Iterable[Mapping[str, Array]]) -> list[Mapping[str, Ar
 
 
 def shapes_of(state: Mapping[str, Array], what: str) -> dict[str, Tensor]:
-    """The tensors themselves, or on the meta device where they would have to be read."""
+    """Return the tensors themselves, or on the meta device where they would have to be read."""
     if isinstance(state, Described):
         return dict(state.meta())
     _check_state(state, what)
@@ -118,7 +118,7 @@ def _check_value(name: str, value: object, what: str) -> None:
 
 
 def _called(value: object) -> str:
-    """What a value is, for a message."""
+    """Return what a value is, for a message."""
     if value is None or isinstance(value, str | int | float | os.PathLike):
         return shown(value)
     return f"a {type(value).__name__}"
@@ -127,11 +127,13 @@ def _called(value: object) -> str:
 def check_fit(
     base: Mapping[str, Tensor], is_stored: bool, experts: Sequence[Mapping[str, Array]]
 ) -> dict[str, list[torch.dtype]]:
-    """The dtypes that every tensor that is merged has in the base and the experts. What is not in it is the base's:
-    integers, and buffers that a model computes for itself where an expert lacks one or has another shape.
+    """Return the dtypes that every merged tensor has in the base and the experts, by name.
+
+    Others are the base's: integers, and buffers that a model computes for itself where an expert lacks one or has
+    another shape.
 
     Raises:
-        InputError: with everything that keeps these state dicts from being merged.
+        InputError: lists all that keeps these state dicts from being merged.
     """
     dtypes = {name: [tensor.dtype] for name, tensor in base.items() if tensor.is_floating_point()}
     computed = {name for name in dtypes if is_computed(name, base[name].shape)}
@@ -183,7 +185,7 @@ def check_fit(
 
 
 def _prefix_of(longer: Iterable[str], shorter: Iterable[str]) -> str:
-    """The prefix by which all names differ, as those of a wrapped module do (DataParallel, torch.compile); or none."""
+    """Return the prefix by which all names differ, as a wrapped module's do (DataParallel, torch.compile); or none."""
     there, here = set(longer), set(shorter)
     if not here or len(there) != len(here):
         return ""
@@ -214,7 +216,7 @@ def read_weights(weights: Sequence[float] | None, tasks: int) -> Sequence[float]
 
 
 def as_tensor(value: object, what: str) -> Tensor:
-    """A tensor as it is, an array as a tensor in the same memory: a copy only where torch has no such strides or bytes.
+    """Return a tensor as it is, an array as a tensor in its memory; copy only strides and bytes that torch has not.
 
     Raises:
         InputError: neither of the two, or of a kind that holds no plain numbers; ``what`` begins the message.

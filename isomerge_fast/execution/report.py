@@ -1,8 +1,9 @@
-"""What a merge did: per tensor the algorithm, its certificate, seconds and bytes; totals; and where it was written."""
+"""Report a merge: what was done with every tensor, seconds, bytes, and where the output was written."""
 
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -10,12 +11,11 @@ from typing import Any, NotRequired, TypedDict
 
 from ..parsing.json_types import check
 
-PREPARE = "prepare"
-PHASES = (PREPARE, "read", "compute", "write")
+PHASES = ("prepare", "read", "compute", "write")
 
 
 class TensorReport(TypedDict):
-    """What is always said of a tensor, and of the rest what is looked at by name; there is more."""
+    """Hold what every tensor's report has, and of what some have, all that is looked at by name."""
 
     name: str
     action: str
@@ -30,8 +30,6 @@ class TensorReport(TypedDict):
 
 
 class WorkerReport(TypedDict):
-    """What a process did."""
-
     host: str
     pid: int
     units: int
@@ -42,8 +40,6 @@ class WorkerReport(TypedDict):
 
 
 class LeftBehindReport(TypedDict):
-    """A file or folder of the base that is not in the output."""
-
     name: str
     why: str
     files: int
@@ -51,22 +47,18 @@ class LeftBehindReport(TypedDict):
 
 
 class LeftOutReport(TypedDict):
-    """Tensors of an expert that the output has not."""
-
     expert: str
     tensors: dict[str, list[int]]
 
 
 class IoReport(TypedDict):
-    """How files were read and written."""
-
     read: str
     write: str
 
 
 @dataclass(frozen=True)
 class Report:
-    """Result of a merge, also written as ``report.json``.
+    """Hold the result of a merge, which is also written as ``report.json``.
 
     Attributes:
         outputs: the folders written, one a scaling.
@@ -98,7 +90,7 @@ class Report:
 
     @property
     def balance(self) -> float:
-        """How evenly the workers were busy: their mean seconds over the most; 1 is even."""
+        """Return how evenly the workers were busy: their mean seconds over the most; 1 is even."""
         most = max((worker["seconds"] for worker in self.workers), default=0.0)
         return sum(worker["seconds"] for worker in self.workers) / (len(self.workers) * most) if most else 1.0
 
@@ -111,20 +103,17 @@ class Report:
         return sum(tensor["write_bytes"] for tensor in self.tensors)
 
     def counts(self) -> dict[str, int]:
-        """Number of tensors by action."""
-        result: dict[str, int] = {}
-        for tensor in self.tensors:
-            result[tensor["action"]] = result.get(tensor["action"], 0) + 1
-        return result
+        """Return the number of tensors by action."""
+        return dict(Counter(tensor["action"] for tensor in self.tensors))
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what JSON can hold of it; lists and dicts are its own."""
+        """Return the report as JSON holds it; lists and dicts are the report's own."""
         own = {name: getattr(self, name) for name in self.__dataclass_fields__}
         return {**own, "read_bytes": self.read_bytes, "write_bytes": self.write_bytes}
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> Report:
-        """Return the inverse of ``to_dict``.
+        """Return the report that ``to_dict`` gave as ``raw``.
 
         Raises:
             ValueError: naming what is not as it is in a report.
@@ -144,7 +133,7 @@ class Report:
 
 @dataclass
 class Progress:
-    """How far a merge is; one object, updated in place and handed to the observer at every change of phase."""
+    """Tell how far a merge is: one object, updated in place and handed to the observer at every change of phase."""
 
     total_tensors: int
     total_bytes: int
@@ -158,8 +147,8 @@ class Progress:
 Observer = Callable[[Progress], None]
 
 
-class Stopwatch:
-    """Seconds by phase; phases nest, and time is counted for the innermost."""
+class PhaseTimer:
+    """Measure seconds by phase. Phases nest, and time is counted for the innermost."""
 
     def __init__(self, progress: Progress, observer: Observer | None) -> None:
         self._progress, self._observer = progress, observer

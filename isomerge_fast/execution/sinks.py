@@ -1,17 +1,18 @@
-"""Where the parts of one merged tensor go: rounded once for every α, to the shards, through the thread that writes."""
+"""Take the parts of one merged tensor: round them once for every α and hand them to the thread that writes shards."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from math import prod
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from .. import ops
 from ..checkpoint.io.direct_io import PAGE, page_ceiling
+from ..checkpoint.io.write_behind import WriteBehind
+from ..checkpoint.io.writer import ShardWriter
 from ..methods import OutOfRangeError, RowBlock
 from ..methods.factors import product_bound
 from ..methods.source import Threads
@@ -20,41 +21,20 @@ from ..planning.routes import ROW_STEP
 from .device_copies import Download
 
 
-class PartWriter(Protocol):
-    """What the rows of a tensor are written by: a ``ShardWriter``."""
-
-    def position(self, name: str, first: int) -> int: ...
-
-    def write_part(self, name: str, value: Tensor, first: int) -> None: ...
-
-    def finish(self, name: str) -> str: ...
-
-
-class Writes(Protocol):
-    """What memory for outputs is taken from, and what has them written: a ``WriteBehind``."""
-
-    @property
-    def room_bytes(self) -> int: ...
-
-    def room(self, size: int) -> Tensor | None: ...
-
-    def put(self, action: Callable[[], None], *, size: int = 0, in_room: bool = False) -> None: ...
-
-
-class TensorOutput:
-    """One tensor in all its outputs: the ``Sink`` of a merge of files.
+class FileSink:
+    """Write one tensor into all its outputs: the ``Sink`` of a merge of files.
 
     Args:
         writers: by sub-folder of the output.
-        threads: share out what is made.
-        phase: ``Stopwatch.phase``.
+        threads: make parts of a block at once.
+        phase: ``PhaseTimer.phase``.
     """
 
     def __init__(
         self,
         plan: TensorPlan,
-        writers: Mapping[str, PartWriter],
-        writes: Writes,
+        writers: Mapping[str, ShardWriter],
+        writes: WriteBehind,
         threads: Threads,
         phase: Callable[[str], AbstractContextManager[None]],
     ) -> None:
@@ -67,12 +47,10 @@ class TensorOutput:
         self._kept = next((folder for folder, scaling in plan.scalings.items() if scaling is None), None)  # Δ itself
         self._in_room = False
         self._row_elements = prod(plan.route.view_shape[1:])
-        # By folder, of all that was made: how much of it is NaN or infinite, on the device that computes.
+        # By folder, of everything made: how many entries are NaN or infinite, on the device that computes.
         self._not_finite: dict[str, list[Tensor]] = {folder: [] for folder in writers}
 
     def add(self, block: RowBlock, value: Callable[[RowBlock], Tensor], *, shared: bool) -> None:
-        """See ``Sink``."""
-
         def apply(part: RowBlock, outputs: Mapping[str, Tensor]) -> None:
             assert part.base is not None
             delta = value(part)
@@ -92,8 +70,6 @@ class TensorOutput:
         self._make(block, apply, shared=shared)
 
     def copy(self, block: RowBlock) -> None:
-        """See ``Sink``."""
-
         def convert(part: RowBlock, outputs: Mapping[str, Tensor]) -> None:
             assert part.base is not None
             for folder, out in outputs.items():
@@ -105,7 +81,7 @@ class TensorOutput:
         self._make(block, convert, shared=True)
 
     def _make(self, block: RowBlock, action: Callable[[RowBlock, Mapping[str, Tensor]], None], *, shared: bool) -> None:
-        """Have ``action`` fill the outputs' places for every part of a block; write them and count what is not finite.
+        """Fill the outputs of every part of a block by ``action``; write them and count what is not finite.
 
         Args:
             shared: among threads; else the parts are as large as there is room for, one after the other.
@@ -130,7 +106,7 @@ class TensorOutput:
             self._write(rows, outputs)
 
     def add_factors(self, left: Tensor, right: Tensor) -> None:
-        """See ``Sink``. α goes into B.
+        """Take α·left right as the pair of an adapter; α goes into B.
 
         Args:
             left: [M, rank]; right: [rank, N]. Either is A or B, as the adapters have it.
@@ -152,14 +128,14 @@ class TensorOutput:
                 self._not_finite[folder].append(ops.count_nonfinite(made))
                 download, writer = Download(made), self._writers[folder]
 
-                def write(name: str = output.name, download: Download = download, writer: PartWriter = writer) -> None:
+                def write(name: str = output.name, download: Download = download, writer: ShardWriter = writer) -> None:
                     writer.write_part(name, download(), 0)
 
                 with self._phase("write"):
                     self._writes.put(write, size=made.nbytes, in_room=False)
 
     def overflows(self) -> str | None:
-        """Return in words what of all that was made of finite weights is NaN or infinite. One read of the device."""
+        """Return in words how many merged weights are NaN or infinite, or None. One read of the device."""
         for folder, seen in self._not_finite.items():
             count = int(torch.stack(seen).sum()) if seen else 0
             if count:
@@ -194,7 +170,7 @@ class TensorOutput:
             yield block.part(slice(start, min(start + step, count)))
 
     def _bytes_of(self, rows: int) -> int:
-        """Return the bytes of so many rows in all outputs, each with a page more, for its place in it."""
+        """Return the bytes of ``rows`` rows in all outputs, each with a page more for its place within a page."""
         return sum(PAGE + page_ceiling(rows * self._row_elements * dtype.itemsize) for dtype in self._dtypes.values())
 
     def _room(self, rows: slice, device: torch.device) -> dict[str, Tensor]:
@@ -222,7 +198,7 @@ class TensorOutput:
         return 0 if position % self._dtypes[folder].itemsize else position
 
     def _write(self, rows: slice, outputs: dict[str, Tensor]) -> None:
-        """Have rows of ``Route.view_shape`` fetched and written, in the thread that does so."""
+        """Have rows of ``Route.view_shape`` fetched and written by the thread that writes."""
         downloads = {folder: Download(out, self._position(folder, rows)) for folder, out in outputs.items()}
         size = 0 if self._in_room else sum(out.nbytes for out in outputs.values())
 

@@ -1,4 +1,4 @@
-"""The deltas of one planned tensor, made of what is read ahead."""
+"""Make the deltas of one planned tensor from what is read ahead."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def bundle_of(plan: TensorPlan, rows: slice, experts: Sequence[int]) -> Bundle:
 
 
 def first_pass(plan: TensorPlan) -> Iterator[Bundle]:
-    """Yield what is read of a tensor in any case, and therefore ahead: the factors of an adapter before the base."""
+    """Yield what is read ahead of a tensor, since every route reads it: the factors of an adapter, then the base."""
     if plan.factors:
         yield Bundle(tuple(whole(stored) for stored in plan.factors))
     for rows in plan.route.readings():
@@ -39,12 +39,12 @@ def first_pass(plan: TensorPlan) -> Iterator[Bundle]:
 
 
 class PlannedSource(DeltaSource):
-    """One planned tensor, whose first pass is taken from ``ahead``: the bundles of ``first_pass`` come next there.
+    """Read one planned tensor, its first pass from ``ahead``, where the bundles of ``first_pass`` come next.
 
     Args:
         reader, readers: read later passes, in parts of ``budget``.
         threads: share out what is computed.
-        phase: ``Stopwatch.phase``.
+        phase: ``PhaseTimer.phase``.
     """
 
     def __init__(
@@ -78,10 +78,10 @@ class PlannedSource(DeltaSource):
 
 
 class FactorSource(PlannedSource):
-    """A tensor whose deltas are given as factors: these are read first, then the base part by part, each once."""
+    """Read a tensor whose deltas are given as factors: these first, then the base part by part, each once."""
 
     def factors(self) -> list[Factors | None]:
-        """Return those of every task, valid until the first of ``blocks``; None where it leaves the tensor alone."""
+        """Return the factors of every task, valid until the first of ``blocks``; None where a task has none."""
         read = iter(self._take(self._ahead))
         weights = self._plan.weights or (1.0,) * self._plan.tasks
         found: list[Factors | None] = []
@@ -95,7 +95,6 @@ class FactorSource(PlannedSource):
         return found
 
     def blocks(self, tasks: Sequence[int] | None = None) -> Iterator[RowBlock]:
-        """See ``DeltaSource``: rows of the base alone, once."""
         assert tasks is not None
         assert not tasks
         for rows in self._plan.route.parts():
@@ -104,10 +103,9 @@ class FactorSource(PlannedSource):
 
 
 class FileSource(PlannedSource):
-    """A tensor whose copies are in files. What is read after the first pass has buffers of its own."""
+    """Read a tensor whose copies are in files; passes after the first have buffers of their own."""
 
     def blocks(self, tasks: Sequence[int] | None = None) -> Iterator[RowBlock]:
-        """See ``DeltaSource``."""
         chosen = range(self.n_tasks) if tasks is None else tasks
         if self._plan.route.holds_copies:
             held = self._hold()
@@ -136,7 +134,7 @@ class FileSource(PlannedSource):
                     yield self._block(rows, experts, base, chosen)
 
     def start_over(self) -> None:
-        """See ``DeltaSource``. What is held is held no more."""
+        """Let go of what is held, and pass over what is still to come of the first pass."""
         self._held = None
         if not self._plan.route.holds_copies:
             while self._to_take:

@@ -1,4 +1,4 @@
-"""Threads that compute on one core each: for passes over memory, which need no more than to share out their parts.
+"""Compute with threads of one core each: for passes over memory, which need no more than to share out their parts.
 
 torch's own threads meet at a barrier after every operation, and wait there for whoever was not given a core. Beside the
 threads that read and write, and beside other processes, that costs a multiple: parts of 4 M elements of a base and two
@@ -26,14 +26,17 @@ PART_ELEMENTS = 1 << 18
 Result = TypeVar("Result")
 
 
-class Workers:
-    """``count`` threads, as many as torch computes with when None: the ``Threads`` of a merge; a context manager."""
+class ComputeThreads:
+    """Share blocks out among ``count`` threads, or as many as torch computes with: the ``Threads`` of a merge.
+
+    A context manager.
+    """
 
     def __init__(self, count: int | None = None) -> None:
         self._count = torch.get_num_threads() if count is None else count
         self._pool = ThreadPoolExecutor(self._count, "isomerge-compute")
 
-    def __enter__(self) -> Workers:
+    def __enter__(self) -> ComputeThreads:
         before, together = torch.get_num_threads(), Barrier(self._count)
 
         def start() -> None:
@@ -53,7 +56,7 @@ class Workers:
         self._pool.shutdown(cancel_futures=True)
 
     def parts(self, block: RowBlock) -> list[RowBlock]:
-        """See ``Threads``. On a GPU a block stays one."""
+        """Return the block in parts for one thread each; on a GPU a block stays one."""
         if block.like.device.type != "cpu":
             return [block]
         count, *row_shape = block.like.shape
@@ -61,7 +64,6 @@ class Workers:
         return [block.part(slice(start, min(start + step, count))) for start in range(0, count, step)]
 
     def map(self, action: Callable[[RowBlock], Result], parts: Sequence[RowBlock]) -> list[Result]:
-        """See ``Threads``."""
         if len(parts) == 1:
             return [action(parts[0])]
         return list(self._pool.map(torch.no_grad()(action), parts))

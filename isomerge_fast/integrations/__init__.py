@@ -1,1 +1,1 @@
-"""What plugs into other tools: mergekit, FusionBench, PEFT. Nothing else in the package imports these."""
+"""Plug into other tools: mergekit, FusionBench, PEFT and Ray."""

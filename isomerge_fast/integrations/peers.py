@@ -1,4 +1,4 @@
-"""Which releases of the peers these modules were written for; another one is refused before anything is done."""
+"""Refuse releases of other packages that these modules were not written for, before anything is done."""
 
 from __future__ import annotations
 
@@ -14,39 +14,25 @@ MERGEKIT, FUSION_BENCH = "0.1.5", "0.2.33"
 RAY = "2.49"
 
 
-def require(package: str, version: str, extra: str) -> None:
-    """Raises MissingPackageError where ``package`` is absent or of another version."""
-    install = f"pip install 'isomerge-fast[{extra}]'"
+def require(package: str, version: str, extra: str, *, or_newer: bool = False) -> None:
+    """Raise MissingPackageError where ``package`` is absent or of another version, or older than ``version``."""
+    install = f"pip install {'-U ' if or_newer else ''}'isomerge-fast[{extra}]'"
     try:
         found = metadata.version(package)
     except metadata.PackageNotFoundError:
         raise MissingPackageError(f"{package} is not installed: {install}") from None
-    if found != version:
+    if or_newer and _numbers(found) < _numbers(version):
+        raise MissingPackageError(f"{package} {found} is installed; this needs {version} or newer: {install}")
+    if not or_newer and found != version:
         raise MissingPackageError(f"{package} {found} is installed; this works with {version} only: {install}")
 
 
-def require_at_least(package: str, version: str, extra: str) -> None:
-    """Raises MissingPackageError where ``package`` is absent or older."""
-    install = f"pip install -U 'isomerge-fast[{extra}]'"
-    try:
-        found = metadata.version(package)
-    except metadata.PackageNotFoundError:
-        raise MissingPackageError(f"{package} is not installed: {install}") from None
-    if _numbers(found) < _numbers(version):
-        raise MissingPackageError(f"{package} {found} is installed; this needs {version} or newer: {install}")
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    """The leading numbers of each part: 0.21.2 -> (0, 21, 2)."""
-    parts = []
-    for part in version.split("."):
-        digits = part[: len(part) - len(part.lstrip("0123456789"))]
-        if not digits:
-            break
-        parts.append(int(digits))
-    return tuple(parts)
+def _numbers(version: str) -> list[int]:
+    """Return the numbers that a version begins with: 0.21.2rc1 -> [0, 21, 2]."""
+    match = re.match(r"\d+(\.\d+)*", version)
+    return [int(part) for part in match[0].split(".")] if match else []
 
 
 def is_ray_address(text: str) -> bool:
-    """``host:port`` of a cluster's head, ``auto``, or ``local``."""
+    """Return whether a text is ``host:port`` of a cluster's head, ``auto``, or ``local``."""
     return re.fullmatch(r"auto|local|(\[[0-9a-fA-F:]+\]|[^\s:/\[\]]+):\d{1,5}", text) is not None

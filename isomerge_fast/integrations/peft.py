@@ -1,4 +1,4 @@
-"""Merges the LoRA adapters of a PEFT model into a new adapter of it, from their factors.
+"""Merge the LoRA adapters of a PEFT model into a new adapter of it, from their factors.
 
 from isomerge_fast.integrations.peft import add_merged_adapter
 
@@ -11,8 +11,8 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,14 +20,15 @@ from torch import Tensor, nn
 
 from ..checkpoint.lora.settings import check_settings
 from ..errors import ConfigError, InputError, nearest
-from ..methods import Method, NotFiniteError, OutOfRangeError, TensorSpec, make_method, method_for
-from ..methods.factors import Factors, LowRank, merge_factors, product_bound
+from ..execution.in_memory import merge_to_factors
+from ..methods import Method, NotFiniteError, OutOfRangeError, TensorSpec, given_method, method_for
+from ..methods.factors import Factors, product_bound
 from ..ops import FLOAT_DTYPES, compute_dtype, count_nonfinite
-from .peers import require_at_least
+from .peers import require
 
 # The first release with adapters of bare parameters (ParamWrapper), which are to be told from others here.
 PEFT = "0.17"
-require_at_least("peft", PEFT, "peft")
+require("peft", PEFT, "peft", or_newer=True)
 
 # isort: split
 from peft import LoraConfig, PeftModel  # noqa: E402  # an extra, after the line that says it is one
@@ -51,17 +52,15 @@ def add_merged_adapter(
     on_missing: str = "error",
     **options: Any,
 ) -> dict[str, float]:
-    """A new adapter with Δ = α · merge of the Δ_t = w_t · scale_t · B_t A_t in every module of a model in memory.
+    """Add a new adapter with Δ = α · merge of the Δ_t = w_t · scale_t · B_t A_t in every module of a model in memory.
 
-    What PEFT's ``add_weighted_adapter`` does by its own combinations.
-
-    The deltas are never formed: factors are merged as factors (``methods.factors``). The new adapter has the modules of
-    all that it is made of and one rank in all of them, with zeros where a module takes less, and scale 1. It is not
-    active; what was stays so.
+    PEFT's ``add_weighted_adapter`` does so by combinations of its own. Here the deltas are never formed: factors are
+    merged as factors (``methods.factors``). The new adapter has scale 1, the modules of all merged adapters, and one
+    rank in all of them, with zeros where a module takes less. The adapters that were active stay so; it is not.
 
     Args:
         model: a PeftModel with LoRA adapters, or its LoraModel.
-        adapters: names of what is merged; adapter_name: of what is added.
+        adapters: names of the adapters that are merged; adapter_name: of the new one.
         weights: w_t, by which the deltas are multiplied before they are merged; 1 when None.
         method: a name or a method object. Modules whose names it excludes are averaged, as in merges of files.
         scaling: α.
@@ -80,25 +79,26 @@ def add_merged_adapter(
     Reference: arXiv 2502.04959 (Iso-C, Iso-CTS).
     """
     tuner = _tuner(model)
-    chosen = _method(method, options)
+    chosen = given_method(method, options)
     amounts = _check_arguments(tuner, adapters, adapter_name, weights, scaling, rank, on_missing)
     for name in dict.fromkeys(adapters):
         _check_adapter(tuner, name)
     layers = _layers(tuner, adapters)
     _check_targets(layers, adapters, on_missing)
 
-    merged: dict[str, LowRank] = {}
+    factors = {module: _factors(layer, adapters, amounts) for module, layer in layers.items()}
+    size = max(1, *map(_full_rank, factors.values())) if rank is None else rank
+    root = math.sqrt(abs(scaling))
+    values: dict[str, tuple[Tensor, Tensor]] = {}
+    errors: dict[str, float] = {}
     with torch.no_grad():
-        for module, layer in layers.items():
-            merged[module] = _merge(chosen, module, layer, adapters, amounts)
-        size = max(1, *(min(low_rank.core.shape) for low_rank in merged.values())) if rank is None else rank
-        root = math.sqrt(abs(scaling))
-        values: dict[str, tuple[Tensor, Tensor]] = {}
-        errors: dict[str, float] = {}
-        for module, low_rank in merged.items():
-            left, right, errors[module] = low_rank.truncated(size)
+        for module, given in factors.items():
+            left, right, errors[module] = _merge(chosen, module, given, adapters, size)
             values[module] = (left * math.copysign(root, scaling), right * root)
-        _add(tuner, adapters, adapter_name, size, layers, values)
+        config = _config(tuner, adapters, size, layers)
+        with _added(tuner, adapter_name, config, layers.keys()):
+            for module, (left, right) in values.items():
+                _write(module, layers[module], adapters, adapter_name, left, right)
     return errors
 
 
@@ -110,14 +110,6 @@ def _tuner(model: nn.Module) -> LoraModel:
     return tuner
 
 
-def _method(method: str | Method, options: Mapping[str, Any]) -> Method:
-    if isinstance(method, str):
-        return make_method(method, options)
-    if options:
-        raise ConfigError("options belong to a method given by name")
-    return method
-
-
 def _check_arguments(
     tuner: LoraModel,
     adapters: Sequence[str],
@@ -127,7 +119,7 @@ def _check_arguments(
     rank: int | None,
     on_missing: str,
 ) -> list[float]:
-    """The weights, when everything can be honoured."""
+    """Return the weights; refuse what cannot be honoured."""
     if isinstance(adapters, str) or not adapters:
         raise ConfigError(f"adapters is {adapters!r}; expected a list of names, one at least")
     for name in adapters:
@@ -158,7 +150,7 @@ def _check_arguments(
 
 
 def _check_adapter(tuner: LoraModel, name: str) -> None:
-    """Refuses an adapter that changes the model by more than its factors."""
+    """Refuse an adapter that changes the model by more than its factors."""
     where = f"adapter {name!r}"
     settings = tuner.peft_config[name].to_dict()
     check_settings(where, settings)
@@ -179,11 +171,9 @@ def _check_adapter(tuner: LoraModel, name: str) -> None:
 
 
 def _layers(tuner: LoraModel, adapters: Sequence[str]) -> dict[str, LoraLayer]:
-    """The layers that one of the adapters changes, by their names in the model."""
+    """Return the layers that one of the adapters changes, by their names in the model."""
     layers = {}
-    for module, layer in tuner.model.named_modules():
-        if not isinstance(layer, LoraLayer):
-            continue
+    for module, layer in _lora_layers(tuner).items():
         if layer.merged_adapters:
             raise ConfigError(
                 f"module {module!r}: adapter {layer.merged_adapters[0]!r} is merged into its weight; "
@@ -235,19 +225,19 @@ def _check_targets(layers: Mapping[str, LoraLayer], adapters: Sequence[str], on_
 
 
 def _weights(layer: LoraLayer, adapter: str) -> tuple[Tensor, Tensor]:
-    """(A [r, in], B [out, r]), the model's own."""
+    """Return (A [r, in], B [out, r]), the model's own."""
     if adapter in layer.lora_embedding_A:
         return layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
     return layer.lora_A[adapter].weight, layer.lora_B[adapter].weight  # type: ignore[return-value]  # nn.Linear's
 
 
 def _is_transposed(layer: LoraLayer) -> bool:
-    """Whether the weight is stored [in, out]: of embeddings, and of GPT-2's Conv1D."""
+    """Return whether the weight is stored [in, out], as in embeddings and GPT-2's Conv1D."""
     return bool(layer.lora_embedding_A) or bool(getattr(layer, "fan_in_fan_out", False))
 
 
-def _merge(method: Method, module: str, layer: LoraLayer, adapters: Sequence[str], amounts: Sequence[float]) -> LowRank:
-    """The merged Δ of one module, as its weight is stored."""
+def _factors(layer: LoraLayer, adapters: Sequence[str], amounts: Sequence[float]) -> list[Factors | None]:
+    """Return the factors of every adapter's w_t Δ_t, as the weight is stored; None where an adapter has none."""
     factors: list[Factors | None] = []
     for name, amount in zip(adapters, amounts, strict=True):
         if not _has(layer, name):
@@ -256,6 +246,19 @@ def _merge(method: Method, module: str, layer: LoraLayer, adapters: Sequence[str
         a, b = _weights(layer, name)
         left, right = (a.mT, b.mT) if _is_transposed(layer) else (b, a)
         factors.append(Factors(left.detach(), right.detach(), amount * layer.scaling[name]))
+    return factors
+
+
+def _full_rank(factors: Sequence[Factors | None]) -> int:
+    """Return the rank that loses nothing of a merge of these factors."""
+    present = [factor for factor in factors if factor is not None]
+    return min(len(present[0].left), present[0].right.shape[1], sum(factor.rank for factor in present))
+
+
+def _merge(
+    method: Method, module: str, factors: Sequence[Factors | None], adapters: Sequence[str], rank: int
+) -> tuple[Tensor, Tensor, float]:
+    """Return the merged Δ of one module as ``merge_to_factors`` does."""
     present = [factor for factor in factors if factor is not None]
     shape = (present[0].left.shape[0], present[0].right.shape[1])
     dtype = compute_dtype(*(tensor.dtype for factor in present for tensor in (factor.left, factor.right)))
@@ -263,7 +266,7 @@ def _merge(method: Method, module: str, layer: LoraLayer, adapters: Sequence[str
     try:
         used = method_for(method, spec)
         used.check(spec, len(factors))
-        return merge_factors(used, factors, shape, dtype)[0]
+        return merge_to_factors(used, factors, spec, rank)
     except ConfigError as error:
         raise ConfigError(f"module {module!r} {list(shape)}: {error}") from error
     except NotFiniteError as error:
@@ -273,48 +276,53 @@ def _merge(method: Method, module: str, layer: LoraLayer, adapters: Sequence[str
         raise InputError(f"module {module!r}: adapters {', '.join(map(repr, adapters))}: {error}") from error
 
 
-def _add(
-    tuner: LoraModel,
-    adapters: Sequence[str],
-    adapter_name: str,
-    rank: int,
-    layers: Mapping[str, LoraLayer],
-    values: Mapping[str, tuple[Tensor, Tensor]],
-) -> None:
-    """Adds the adapter to the model; on any failure, what was added is taken away again."""
-    config = _config(tuner, adapters, rank, layers)
-    before = _State.of(tuner)
+@contextmanager
+def _added(tuner: LoraModel, adapter_name: str, config: LoraConfig, modules: Set[str]) -> Iterator[None]:
+    """Add an adapter to the model; take it away again where that, or what is done with it inside, fails.
+
+    Afterwards all that PEFT changes beside the adapter is as it was: what is active, targeted and trained.
+    """
+    active, targeted = tuner.active_adapter, list(tuner.targeted_module_names)
+    trainable = [(parameter, parameter.requires_grad) for parameter in tuner.parameters()]
+    wrapped = _lora_layers(tuner)
     try:
         tuner.peft_config[adapter_name] = config
         # New layers are drawn at random before they are overwritten; nobody else's random numbers are to change by it.
         with torch.random.fork_rng(devices=[]):
             tuner.inject_adapter(tuner.model, adapter_name)
-        added = {
-            module
-            for module, layer in tuner.model.named_modules()
-            if isinstance(layer, LoraLayer) and _has(layer, adapter_name)
-        }
-        if added != layers.keys():
-            difference = sorted(added ^ layers.keys())
+        added = {module for module, layer in _lora_layers(tuner).items() if _has(layer, adapter_name)}
+        if added != modules:
+            difference = sorted(added ^ modules)
             raise InputError(f"PEFT did not put the adapter on the modules that it is for: {', '.join(difference[:5])}")
-        for module, (left, right) in values.items():
-            _write(module, layers[module], adapters, adapter_name, left, right)
+        yield
     except BaseException:
         if adapter_name in tuner.peft_config:
             tuner.delete_adapter(adapter_name)
-        before.unwrap(tuner)
+        for module, layer in _lora_layers(tuner).items():
+            if module not in wrapped:  # only the failed adapter had wrapped it
+                parent, _, child = module.rpartition(".")
+                setattr(tuner.model.get_submodule(parent), child, layer.get_base_layer())
         raise
     finally:
-        before.restore(tuner)
+        tuner.active_adapter = active
+        tuner.targeted_module_names = targeted
+        for parameter, flag in trainable:
+            parameter.requires_grad_(flag)
+
+
+def _lora_layers(tuner: LoraModel) -> dict[str, LoraLayer]:
+    return {name: layer for name, layer in tuner.model.named_modules() if isinstance(layer, LoraLayer)}
 
 
 def _write(
     module: str, layer: LoraLayer, adapters: Sequence[str], adapter_name: str, left: Tensor, right: Tensor
 ) -> None:
-    """Δ = left right, as the weight is stored, into A and B. InputError where their dtype cannot hold it.
+    """Write Δ = left right, as the weight is stored, into A and B, in the dtype of the adapters that are merged.
 
-    In the dtype of the adapters that it is made of: PEFT keeps those in float32 over a base of 16 bits, but makes this
-    one in the base's dtype.
+    PEFT keeps those in float32 over a base of 16 bits, but makes new ones in the base's dtype.
+
+    Raises:
+        InputError: the dtype cannot hold it.
     """
     if not (bound := product_bound(left, right)) <= torch.finfo(torch.float32).max:
         raise InputError(f"module {module!r}: weights up to {bound:.3g} of the merged delta overflow float32")
@@ -330,7 +338,7 @@ def _write(
 
 
 def _config(tuner: LoraModel, adapters: Sequence[str], rank: int, layers: Mapping[str, LoraLayer]) -> LoraConfig:
-    """Of a plain LoRA adapter with scale 1 on exactly these layers; what it is for is taken from the first adapter."""
+    """Return the config of a plain LoRA adapter with scale 1 on these layers; its task is the first adapter's."""
     configs: list[Any] = [tuner.peft_config[name] for name in adapters]
     first = configs[0]
     kept = sorted({module for config in configs for module in config.modules_to_save or ()})
@@ -349,8 +357,8 @@ def _config(tuner: LoraModel, adapters: Sequence[str], rank: int, layers: Mappin
 
 
 def _targets(tuner: LoraModel, given: Sequence[Any], modules: set[str]) -> list[str] | str:
-    """``target_modules`` that select these modules and no others: the union of the adapters' own where that does."""
-    inside = tuple(f"{name}." for name, layer in tuner.model.named_modules() if isinstance(layer, LoraLayer))
+    """Return ``target_modules`` that select these modules alone: the union of the adapters' own where that does."""
+    inside = tuple(f"{name}." for name in _lora_layers(tuner))
     names = [name for name, _ in tuner.model.named_modules() if not name.startswith(inside)]
     choices = [sorted(modules)]
     if all(isinstance(targets, set | list) for targets in given):
@@ -360,32 +368,3 @@ def _targets(tuner: LoraModel, given: Sequence[Any], modules: set[str]) -> list[
             return targets
     # A full name may be the end of another one: `head` and `other.head`.
     return "|".join(re.escape(module) for module in sorted(modules))
-
-
-@dataclass(frozen=True)
-class _State:
-    """What PEFT changes when it adds or deletes an adapter, beside the adapter."""
-
-    active: Any
-    targeted: list[str]
-    trainable: list[tuple[nn.Parameter, bool]]
-    layers: set[str]
-
-    @classmethod
-    def of(cls, tuner: LoraModel) -> _State:
-        trainable = [(parameter, parameter.requires_grad) for parameter in tuner.parameters()]
-        layers = {module for module, layer in tuner.model.named_modules() if isinstance(layer, LoraLayer)}
-        return cls(tuner.active_adapter, list(tuner.targeted_module_names), trainable, layers)
-
-    def unwrap(self, tuner: LoraModel) -> None:
-        """Puts back the layers that only the failed adapter had wrapped."""
-        for module, layer in list(tuner.model.named_modules()):
-            if isinstance(layer, LoraLayer) and module not in self.layers:
-                parent, _, child = module.rpartition(".")
-                setattr(tuner.model.get_submodule(parent), child, layer.get_base_layer())
-
-    def restore(self, tuner: LoraModel) -> None:
-        tuner.active_adapter = self.active
-        tuner.targeted_module_names = self.targeted
-        for parameter, flag in self.trainable:
-            parameter.requires_grad_(flag)

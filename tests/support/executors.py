@@ -1,4 +1,4 @@
-"""Crews without Ray: the units of a merge done one after the other."""
+"""Executors without Ray: the work items of a merge done one after the other."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from itertools import pairwise
 
 from isomerge_fast.checkpoint.output.journal import Entries
 from isomerge_fast.execution.report import Observer
-from isomerge_fast.execution.worker import Job, WorkItem, WorkResult, merge_item
+from isomerge_fast.execution.work_item import MergeSettings, WorkItem, WorkResult
+from isomerge_fast.execution.worker import merge_item
 from isomerge_fast.planning.plan import Plan, TensorPlan
 
 
@@ -23,13 +24,16 @@ def runs_of(plan: Plan, count: int) -> list[tuple[TensorPlan, ...]]:
 
 
 class InTurn:
-    """The ``engine.Executor`` that does so, with every file in ``count`` units."""
+    """Merges so, with every file in ``count`` work items; ``merge`` is an ``engine.Executor``."""
 
     def __init__(self, count: int) -> None:
         self._count = count
 
-    def merge(self, plan: Plan, job: Job, journal_entries: Entries, observer: Observer | None) -> list[WorkResult]:
+    def merge(
+        self, plan: Plan, settings: MergeSettings, journal_entries: Entries, observer: Observer | None
+    ) -> list[WorkResult]:
         runs = enumerate(runs_of(plan, self._count), 1)
         return [
-            merge_item(job, WorkItem.of(plan, number, tensors, journal_entries), observer) for number, tensors in runs
+            merge_item(settings, WorkItem.of(plan, number, tensors, journal_entries), observer)
+            for number, tensors in runs
         ]

@@ -152,7 +152,7 @@ def merged(config: dict[str, Any], *, units: int = 0, **options: Any) -> Outcome
 
     try:
         if units:
-            run(make_plan(load_config(config)), device="cpu", executor=InTurn(units), **options)
+            run(make_plan(load_config(config)), device="cpu", executor=InTurn(units).merge, **options)
         else:
             imf.merge(config, device="cpu", **options)
     except LostWritesError as error:

@@ -1,4 +1,4 @@
-"""Iso-C and Iso-CTS as FusionBench algorithms: ``_target_: isomerge_fast.integrations.fusion_bench.IsoCFast``."""
+"""Offer Iso-C and Iso-CTS as FusionBench algorithms: ``_target_: isomerge_fast.integrations.fusion_bench.IsoCFast``."""
 
 from .algorithms import IsoCFast, IsoCTSFast, merge_pool
 

@@ -1,4 +1,4 @@
-"""Iso-C and Iso-CTS as FusionBench algorithms: in place of its own classes, with the same arguments and results.
+"""Define Iso-C and Iso-CTS as FusionBench algorithms, with the arguments and results of its own classes.
 
 In a method's YAML: ``_target_: isomerge_fast.integrations.fusion_bench.IsoCFast``.
 """
@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ...errors import ConfigError, nearest
-from ...functional import merge_tensors
+from ...execution.in_memory import StateDictMerge
 from ...methods import IsoC, IsoCTS, Method
 from ...planning.patterns import require_matches
 from ..peers import FUSION_BENCH, require
@@ -36,20 +36,38 @@ KEYS = ("scaling_factor", "common_space_fraction", "exclude_keys", "precision", 
 
 
 class EveryMatrix(IsoC):
-    """Iso-C that excludes no names by itself, as FusionBench."""
+    """Merge by Iso-C, and like FusionBench exclude no names that the caller has not excluded."""
 
     default_exclude: ClassVar[tuple[str, ...]] = ()
 
 
 class EveryMatrixCTS(IsoCTS):
-    """Iso-CTS that excludes no names by itself, as FusionBench."""
+    """Merge by Iso-CTS, and like FusionBench exclude no names that the caller has not excluded."""
 
     default_exclude: ClassVar[tuple[str, ...]] = ()
 
 
+class _Fast(BaseAlgorithm, LightningFabricMixin):
+    """Run ``merge_pool`` as an algorithm."""
+
+    _method: Method
+    scaling_factor: float
+    exclude_keys: Sequence[str] | None
+
+    def __init__(self, **about: Any) -> None:
+        for key in about:  # FusionBench itself would only log an unknown key
+            if not (key.startswith("_") and key.endswith("_")):
+                raise ConfigError(f"key {key!r} is unknown{nearest(key, KEYS)}")
+        super().__init__(**about)
+
+    def run(self, modelpool: BaseModelPool) -> Any:
+        """Return the pretrained model with merged weights; see ``merge_pool``."""
+        return merge_pool(modelpool, self._method, self.scaling_factor, self.exclude_keys, self.fabric.device)
+
+
 @auto_register_config
-class IsoCFast(BaseAlgorithm, LightningFabricMixin):
-    """θ = θ₀ + α·Δ with Iso-C for every matrix and the mean for every other tensor: ``ISO_C_Merge`` of FusionBench.
+class IsoCFast(_Fast):
+    """Merge matrices by Iso-C and other tensors by the mean, θ = θ₀ + α·Δ, like ``ISO_C_Merge`` of FusionBench.
 
     Args:
         scaling_factor: α.
@@ -71,16 +89,12 @@ class IsoCFast(BaseAlgorithm, LightningFabricMixin):
     ) -> None:
         self._method = EveryMatrix(rank_policy=rank_policy, precision=precision)
         self.scaling_factor, self.exclude_keys = scaling_factor, exclude_keys
-        super().__init__(**_checked(about))
-
-    def run(self, modelpool: BaseModelPool) -> Any:
-        """The pretrained model with merged weights; see ``merge_pool``."""
-        return merge_pool(modelpool, self._method, self.scaling_factor, self.exclude_keys, self.fabric.device)
+        super().__init__(**about)
 
 
 @auto_register_config
-class IsoCTSFast(BaseAlgorithm, LightningFabricMixin):
-    """θ = θ₀ + α·Δ with Iso-CTS for every matrix and the mean for every other tensor: ``ISO_CTS_Merge`` of FusionBench.
+class IsoCTSFast(_Fast):
+    """Merge matrices by Iso-CTS and other tensors by the mean, θ = θ₀ + α·Δ, like ``ISO_CTS_Merge`` of FusionBench.
 
     Args:
         common_space_fraction: ``common_fraction`` of ``IsoCTS``.
@@ -101,23 +115,11 @@ class IsoCTSFast(BaseAlgorithm, LightningFabricMixin):
         self._method = EveryMatrixCTS(common_space_fraction, rank_policy=rank_policy, precision=precision)
         self.scaling_factor, self.exclude_keys = scaling_factor, exclude_keys
         self.common_space_fraction = common_space_fraction
-        super().__init__(**_checked(about))
-
-    def run(self, modelpool: BaseModelPool) -> Any:
-        """The pretrained model with merged weights; see ``merge_pool``."""
-        return merge_pool(modelpool, self._method, self.scaling_factor, self.exclude_keys, self.fabric.device)
-
-
-def _checked(about: dict[str, Any]) -> dict[str, Any]:
-    """``about``, of which FusionBench itself would only log what it does not know."""
-    for key in about:
-        if not (key.startswith("_") and key.endswith("_")):
-            raise ConfigError(f"key {key!r} is unknown{nearest(key, KEYS)}")
-    return about
+        super().__init__(**about)
 
 
 def _known_keys(keys: Sequence[str], names: Collection[str]) -> list[str]:
-    """Return the keys that are names. FusionBench's own classes pass over others in silence; here it is said."""
+    """Return the keys that are names; warn of others, which FusionBench's own classes pass over in silence."""
     try:
         require_matches([("exclude_keys", map(glob.escape, keys))], names)
     except ConfigError as error:
@@ -129,7 +131,7 @@ def _known_keys(keys: Sequence[str], names: Collection[str]) -> list[str]:
 def merge_pool(
     pool: Any, method: Method, scaling: float, exclude_keys: Sequence[str] | None, device: torch.device
 ) -> Any:
-    """The pool's pretrained model, with θ₀ + α·Δ in place of its weights θ₀.
+    """Return the pool's pretrained model, with θ₀ + α·Δ in place of its weights θ₀.
 
     Experts are read from their files tensor by tensor where that gives what the pool would load (``Experts``), else
     loaded by the pool. A model that the pool holds in memory is written to as FusionBench does, but only when every
@@ -151,7 +153,7 @@ def merge_pool(
         base, experts, at_once = pretrained, map(pool.load_model, pool.model_names), False
     exclude = [glob.escape(key) for key in _known_keys(exclude_keys or (), base)]
     # Integers and booleans stay those of the pretrained model: FusionBench's own classes stop at them.
-    merged = merge_tensors(base, list(experts), method, scaling=scaling, exclude=exclude, device=device)
+    merged = StateDictMerge(method, scaling, exclude, device=device).merge(base, list(experts))
     if not at_once:
         pretrained.load_state_dict(dict(merged))
         return pretrained

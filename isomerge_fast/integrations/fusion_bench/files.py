@@ -1,4 +1,4 @@
-"""Experts of a FusionBench pool read from their files, where that gives what the pool would load.
+"""Read experts of a FusionBench pool from their files, where that gives what the pool would load.
 
 Whether it does is not guessed: one loaded model of every kind is compared with its files, tensor by tensor. Renamed,
 converted, adapted and quantized weights show there, and such experts are loaded by the pool, with a line in the log.
@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +38,12 @@ HARMLESS_KEYS = frozenset({"_recursive_", "_convert_", "attn_implementation", "l
 
 
 class MustLoad(Exception):
-    """Why an expert is left to the pool."""
+    """Tell why an expert is left to the pool."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One model of a pool that ``from_pretrained`` loads from safetensors files.
+    """Hold one model of a pool that ``from_pretrained`` loads from safetensors files.
 
     Attributes:
         kind: what decides how files become tensors; entries that agree in it are loaded alike.
@@ -55,39 +55,30 @@ class Entry:
     dtype: torch.dtype
 
 
-class StoredExpert(Mapping[str, Tensor]):
-    """An expert's tensors, read when asked for, under the names and in the dtype of the model that would be loaded.
+class StoredExpert(StoredStateDict):
+    """Read an expert's tensors when they are asked for, with the names and dtype of the model that would be loaded.
 
     Args:
         names: {name in the model: name in the files}.
     """
 
     def __init__(self, checkpoint: Checkpoint, names: Mapping[str, str], dtype: torch.dtype) -> None:
-        self._files, self._names, self._dtype = StoredStateDict(checkpoint), names, dtype
+        tensors = {name: checkpoint.tensors[stored] for name, stored in names.items()}
+        super().__init__(replace(checkpoint, tensors=tensors))
+        self._dtype = dtype
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._cast(self._files[self._names[name]])
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._names
+        return self._cast(super().__getitem__(name))
 
     def meta(self) -> dict[str, Tensor]:
-        """Every tensor's shape and dtype; nothing is read."""
-        stored = self._files.meta()
-        return {name: self._cast(stored[file_name]) for name, file_name in self._names.items()}
+        return {name: self._cast(tensor) for name, tensor in super().meta().items()}
 
     def _cast(self, tensor: Tensor) -> Tensor:
         return tensor.to(self._dtype) if tensor.is_floating_point() else tensor
 
 
 class Experts:
-    """The experts of a pool, one after the other, from their files where that is proven to be the same.
+    """Open the experts of a pool one after the other, from their files where that is proven to be the same.
 
     Args:
         pretrained: the loaded pretrained model, whose names and shapes they must have.
@@ -107,7 +98,7 @@ class Experts:
             log.debug("the pretrained model proves nothing about files: %s", reason)
 
     def open(self, name: str) -> Mapping[str, Tensor]:
-        """The state dict of one expert."""
+        """Return the state dict of one expert."""
         loaded = None
         try:
             entry = entry_of(self._pool, name)
@@ -133,7 +124,7 @@ class Experts:
 
 
 def entry_of(pool: Any, name: str) -> Entry:
-    """What the pool would load for ``name``, from the configuration and the files' headers.
+    """Return what the pool would load for ``name``, from the configuration and the files' headers.
 
     Raises:
         MustLoad: it is not known that ``from_pretrained`` would load plain safetensors files.
@@ -169,7 +160,9 @@ def entry_of(pool: Any, name: str) -> Entry:
 
 
 def stored_names(state: Mapping[str, Tensor], checkpoint: Checkpoint) -> dict[str, str]:
-    """{name in the model: name in the files}: the same, or with one prefix before all; tied weights are stored once.
+    """Return {name in the model: name in the files}: the same, or with one prefix before all.
+
+    Tied weights are stored once.
 
     Raises:
         MustLoad: a tensor is missing or has another shape, or the files hold tied weights twice.
@@ -198,7 +191,7 @@ def stored_names(state: Mapping[str, Tensor], checkpoint: Checkpoint) -> dict[st
 
 
 def difference(stored: Mapping[str, Tensor], loaded: Mapping[str, Tensor]) -> str | None:
-    """The first tensor that is not loaded as the files hold it, in words; None where all are. One is read at a time."""
+    """Return the first tensor that is not loaded as the files hold it, in words; None where all are."""
     for name in stored:
         if name not in loaded:
             return f"tensor {name!r} is not in the model that was loaded"
@@ -213,7 +206,7 @@ def _plain(config: Any) -> Any:
 
 
 def _folder(path: str, platform: str) -> Path:
-    """A local folder, or the snapshot of a hub id that transformers would load from."""
+    """Return a local folder, or the snapshot of a hub id that transformers would load from."""
     if os.path.isdir(path):
         return Path(path)
     if platform not in ("hf", "huggingface"):
@@ -245,7 +238,7 @@ def _checkpoint(folder: Path) -> Checkpoint:
 
 
 def _loaded_dtype(options: Mapping[str, Any], checkpoint: Checkpoint) -> torch.dtype:
-    """What the entry says; else config.json; else the files, where all their float tensors agree."""
+    """Return the dtype that the entry names; else config.json; else the files, where all their float tensors agree."""
     said = [options[key] for key in DTYPE_KEYS if options.get(key) not in (None, "auto")]
     config = checkpoint.config or {}
     if not said:

@@ -1,4 +1,4 @@
-"""Iso-C and Iso-CTS inside mergekit: its registry, and its own command line with them registered."""
+"""Register Iso-C and Iso-CTS in mergekit, and run its own command line with them registered."""
 
 from .registration import main, register_all
 

@@ -1,4 +1,4 @@
-"""``python -m isomerge_fast.integrations.mergekit``: what ``isomerge-mergekit-yaml`` runs."""
+"""Run ``isomerge-mergekit-yaml`` as ``python -m isomerge_fast.integrations.mergekit``."""
 
 from . import main
 

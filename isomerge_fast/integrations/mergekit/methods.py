@@ -1,4 +1,4 @@
-"""What mergekit's registry is given: Iso-C and Iso-CTS with mergekit's words for their parameters."""
+"""Define Iso-C and Iso-CTS for mergekit's registry, with mergekit's words for their parameters."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ... import ops
 from ...errors import ConfigError, InputError
-from ...functional import merge_source
+from ...execution.in_memory import merge_source
 from ...methods import (
     Mean,
     MemoryDeltas,
@@ -43,7 +43,7 @@ LAMBDA, WEIGHT = "lambda", "weight"
 
 
 class Parameter(ParameterSpec):
-    """A parameter of a recipe, whose bad values are refused by its name."""
+    """Define a parameter of a recipe; refuse bad values by its name."""
 
     def validate(self, value: Any) -> Any:
         try:
@@ -65,7 +65,7 @@ _COMMON_FRACTION = Parameter(
 
 
 class IsotropicMergeMethod(MergeMethod):
-    """θ = θ₀ + λ · Δ, with Δ of ``method`` on w_t Δ_t for matrices, and their mean for every other tensor.
+    """Merge θ = θ₀ + λ · Δ, with Δ of ``method`` on w_t Δ_t for matrices, and their mean for every other tensor.
 
     mergekit's batch kernels do not see names, and its group kernels see one tensor at a time; here names decide
     (``text_projection`` is averaged), and matrices of one shape are merged as one batch. So this stands beside both, on
@@ -97,7 +97,7 @@ class IsotropicMergeMethod(MergeMethod):
         input_dtypes: Sequence[torch.dtype | None],
         out_dtype: torch.dtype | None = None,
     ) -> tuple[Tensor, ...]:
-        """Called by mergekit with checked groups and bound parameters.
+        """Merge what mergekit has checked and bound to parameters.
 
         Returns:
             One tensor a group, in the order of ``groups``, rounded once to ``out_dtype``, or to the dtype in which
@@ -125,7 +125,7 @@ class IsotropicMergeMethod(MergeMethod):
         return tuple(results[index] for index in range(len(groups)))
 
     def _takes(self, group: TensorGroup) -> bool:
-        """Whether the method merges this tensor; others are averaged."""
+        """Return whether the method merges this tensor; others are averaged."""
         method = make_method(self.method)
         name, tensor = group.metadata.name or "", group.tensors[0]
         return method_for(method, TensorSpec(name, tuple(tensor.shape), torch.float32)) is method
@@ -138,7 +138,7 @@ class IsotropicMergeMethod(MergeMethod):
         by_method: bool,
         out_dtype: torch.dtype | None,
     ) -> Tensor:
-        """The merged tensors [B, ...] of one batch, base first."""
+        """Return the merged tensors [B, ...] of one batch, base first."""
         options = {key: value for key, value in values.items() if key not in (LAMBDA, WEIGHT)}
         method: Method = make_method(self.method, options) if by_method else Mean()
         base, *experts = batch.tensors
@@ -156,7 +156,7 @@ class IsotropicMergeMethod(MergeMethod):
         given = zip(groups, values[WEIGHT].tolist(), strict=True)
         weights = [checked_weights(each, compute, f"{_name(group)}: ") for group, each in given]
         full_spec = TensorSpec(", ".join(group.metadata.name or "" for group in groups), tuple(base.shape), compute)
-        source = _Batch(experts, base, weights, compute, full_spec)
+        source = _Batch(experts, base, weights, dtype=compute, full_spec=full_spec)
         if by_method and len(base) == 1:  # as the matrix itself: products of one are not made by routines for batches
             base, full_spec = base[0], replace(full_spec, shape=tuple(base.shape[1:]))
             experts = [expert[0] for expert in experts]
@@ -177,36 +177,30 @@ class IsotropicMergeMethod(MergeMethod):
 
 
 class _Batch(MemoryDeltas):
-    """Deltas of a batch [B, ...] whose members have weights of their own.
+    """Give the deltas of a batch [B, ...] whose members have weights of their own.
 
     Args:
-        weights: w_t of every member; None where all are 1.
+        member_weights: w_t of every member; None where all are 1.
     """
 
     def __init__(
-        self,
-        experts: Sequence[Tensor],
-        base: Tensor,
-        weights: list[tuple[float, ...] | None],
-        compute: torch.dtype,
-        full_spec: TensorSpec | None = None,
+        self, experts: Sequence[Tensor], base: Tensor, member_weights: list[tuple[float, ...] | None], **more: Any
     ) -> None:
-        super().__init__(experts, base, dtype=compute, full_spec=full_spec)
-        self._weights = weights
+        super().__init__(experts, base, **more)
+        self._member_weights = member_weights
 
     def blocks(self, tasks: Sequence[int] | None = None) -> Iterator[RowBlock]:
-        """See ``DeltaSource``: members whose weights are equal are one block."""
+        """Yield neighbouring members whose weights are equal as one block."""
         (whole,) = super().blocks(tasks)
-        for weights, run in groupby(range(self.shape[0]), key=self._weights.__getitem__):
+        for weights, run in groupby(range(self.shape[0]), key=self._member_weights.__getitem__):
             first, *rest = run
             chosen = weights if weights is None or tasks is None else [weights[task] for task in tasks]
             yield replace(whole.part(slice(first, 1 + (rest or [first])[-1])), weights=chosen)
 
     def members(self, chosen: Tensor) -> _Batch:
-        """See ``DeltaSource``."""
         assert self.base is not None
-        weights = [weights for weights, keep in zip(self._weights, chosen.tolist(), strict=True) if keep]
-        return _Batch([expert[chosen] for expert in self.experts], self.base[chosen], weights, self.dtype)
+        weights = [weights for weights, keep in zip(self._member_weights, chosen.tolist(), strict=True) if keep]
+        return _Batch([expert[chosen] for expert in self.experts], self.base[chosen], weights, dtype=self.dtype)
 
 
 def _name(group: TensorGroup) -> str:
@@ -214,7 +208,7 @@ def _name(group: TensorGroup) -> str:
 
 
 def _not_finite(batch: TensorBatch, groups: Sequence[TensorGroup]) -> str:
-    """Which tensors of which models hold NaN or Inf."""
+    """Return which tensors of which models hold NaN or Inf."""
     found = []
     for member, group in enumerate(groups):
         entries = [group.base, *group.non_base]

@@ -1,7 +1,7 @@
-"""Iso-C and Iso-CTS inside mergekit: ``register_all``, and mergekit's own command line with them registered.
+"""Register Iso-C and Iso-CTS in mergekit, and run mergekit's own command line with them registered.
 
 mergekit is imported inside functions here, so that its absence or another release is a message and not a traceback.
-What is built on its classes is in ``mergekit_methods``.
+What is built on its classes is in ``methods``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from ..peers import MERGEKIT, require
 
 
 def register_all() -> None:
-    """Gives mergekit's registry ``iso_c`` and ``iso_cts``; a second call changes nothing.
+    """Add ``iso_c`` and ``iso_cts`` to mergekit's registry; a second call changes nothing.
 
     Raises:
         MissingPackageError: mergekit is absent, or another release than the one this was written for.
@@ -31,7 +31,7 @@ def register_all() -> None:
 
 
 def main() -> None:
-    """Entry point of ``isomerge-mergekit-yaml``: ``mergekit-yaml`` with the same arguments and two more methods."""
+    """Run ``isomerge-mergekit-yaml``: ``mergekit-yaml`` with the same arguments and two more methods."""
     # Before torch is loaded, as under ``isomerge``: see ``cli.main``.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")

@@ -1,1 +1,1 @@
-"""Merges over Ray, on many GPUs and machines."""
+"""Merge over Ray: worker processes on many GPUs or machines take the work items of a merge one by one."""

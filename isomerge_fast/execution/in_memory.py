@@ -1,0 +1,239 @@
+"""Merge state dicts tensor by tensor in memory, by the routes of a merge of files."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..errors import ConfigError, InputError
+from ..methods import (
+    DeltaSource,
+    MemoryDeltas,
+    Method,
+    NotFiniteError,
+    OutOfRangeError,
+    RowBlock,
+    TensorSpec,
+    method_for,
+)
+from ..methods.source import Factors, MemoryFactors, check_finite, checked_weights
+from ..parsing.values import dtype_name, list_of, number, pattern, whole_number
+from ..planning.drafts import tensor_seed
+from ..planning.patterns import require_matches
+from ..planning.routes import ROW_STEP, ToAdapter, memory_route
+from .memory_inputs import Array, Described, as_tensor, check_fit, read_experts, read_weights, shapes_of
+
+# So much of a tensor is rounded at once.
+PART_ELEMENTS = 1 << 22
+
+
+@dataclass
+class StateDictMerge:
+    """Hold the options of a merge of state dicts (see ``merge_state_dicts``).
+
+    Attributes:
+        device: where to compute; the device of the base's tensor when None.
+    """
+
+    method: Method
+    scaling: float = 1.0
+    exclude: Sequence[str] = ()
+    dtype: torch.dtype | str | None = None
+    stochastic_rounding: int | None = None
+    weights: Sequence[float] | None = None
+    device: torch.device | None = None
+
+    def merge(self, base: Mapping[str, Array], experts: Iterable[Mapping[str, Array]]) -> Iterator[tuple[str, Tensor]]:
+        """Return an iterator of (name, merged tensor) in the order of ``base``, each made when it is asked for.
+
+        All checks come before that.
+
+        Raises:
+            ConfigError, InputError: as ``merge_state_dicts``.
+        """
+        self.scaling = number(self.scaling, "scaling")
+        self.exclude = list_of(pattern, "a list of patterns: ['*lm_head*', '*norm*']")(self.exclude, "exclude")
+        wanted = self.dtype = None if self.dtype is None else getattr(torch, dtype_name(self.dtype, "dtype"))
+        seed = self.stochastic_rounding
+        seed = None if seed is None else whole_number(seed, "stochastic_rounding", 0)
+        known = shapes_of(base, "base")
+        states = read_experts(experts)
+        given = read_weights(self.weights, len(states))
+        dtypes = check_fit(known, isinstance(base, Described), states)
+        weights: dict[torch.dtype, Sequence[float] | None] = {}
+        for name, found in dtypes.items():
+            compute, where = ops.compute_dtype(*found), f"tensor {name!r}: "
+            check_finite(f"{where}scaling", [self.scaling], compute)
+            if compute not in weights:
+                weights[compute] = checked_weights(given, compute, where)
+        require_matches([("exclude", self.exclude)], known)
+        if seed is not None:
+            outputs = [wanted or tensor.dtype for tensor in known.values() if tensor.is_floating_point()]
+            if torch.bfloat16 not in outputs:
+                raise ConfigError(
+                    "stochastic_rounding: no merged tensor becomes bfloat16 (dtype=torch.bfloat16 does that)"
+                )
+
+        def make(name: str, tensor: Tensor) -> Tensor:
+            origin = as_tensor(base[name], f"base: tensor {name!r}") if isinstance(base, Described) else tensor
+            if name not in dtypes:
+                return origin.detach().clone()
+            bits = tensor_seed(seed, name) if (wanted or tensor.dtype) == torch.bfloat16 else None
+            spec = TensorSpec(name, tuple(tensor.shape), ops.compute_dtype(*dtypes[name]))
+            return self._merge_tensor(spec, origin, states, weights[spec.dtype], bits)
+
+        return _once_for_tied(known, make)
+
+    @torch.no_grad()
+    def _merge_tensor(
+        self,
+        spec: TensorSpec,
+        base: Tensor,
+        experts: Sequence[Mapping[str, Array]],
+        weights: Sequence[float] | None,
+        seed: int | None,
+    ) -> Tensor:
+        out_dtype = self.dtype if isinstance(self.dtype, torch.dtype) else base.dtype
+        if base.numel() == 0:
+            return base.to(out_dtype, copy=True)
+        name, scaling = spec.name, self.scaling
+        chosen = method_for(self.method, spec, self.exclude)
+        try:
+            if base.is_meta:
+                chosen.check(spec, len(experts))
+                return torch.empty(base.shape, dtype=out_dtype, device="meta")
+            origin = base.to(self.device or base.device)
+            tensors = [
+                as_tensor(expert[name], f"experts[{index}]: tensor {name!r}").to(origin.device)
+                for index, expert in enumerate(experts)
+            ]
+            if base.ndim == 0:  # tensors are walked by rows, of which it has none
+                origin, tensors = origin[None], [tensor[None] for tensor in tensors]
+            source = MemoryDeltas(tensors, origin, weights=weights, dtype=spec.dtype, full_spec=spec)
+            merged = merge_source(chosen, source, origin, scaling=scaling, dtype=out_dtype, seed=seed)
+        except NotFiniteError as error:
+            inputs = [base, *(as_tensor(expert[name], f"tensor {name!r}") for expert in experts)]
+            held = any(bool(ops.count_nonfinite(tensor)) for tensor in inputs)
+            what = "hold NaN or Inf" if held else f"are too far apart for {_name_of(spec.dtype)}"
+            raise InputError(f"tensor {name!r}: base or experts{error.tasks} {what}") from error
+        except OutOfRangeError as error:
+            raise InputError(f"tensor {name!r}: {error}") from error
+        except ConfigError as error:
+            raise ConfigError(f"tensor {name!r} {list(base.shape)}: {error}") from error
+        if count := int(ops.count_nonfinite(merged)):
+            raise InputError(
+                f"tensor {name!r}: {count} merged weights overflow {_name_of(out_dtype)} at scaling {scaling:g}"
+            )
+        return merged.view(base.shape).to(base.device)
+
+
+def _once_for_tied(
+    tensors: Mapping[str, Tensor], make: Callable[[str, Tensor], Tensor]
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield (name, made tensor); names of the same memory (tied weights) share what is made for the first of them."""
+    names = Counter(map(_place, tensors.values()))
+    tied: dict[tuple[Any, ...], Tensor] = {}
+    for name, tensor in tensors.items():
+        place = _place(tensor)
+        made = tied[place] if place in tied else make(name, tensor)
+        if names[place] > 1:
+            tied[place] = made
+        yield name, made
+
+
+def _place(tensor: Tensor) -> tuple[Any, ...]:
+    """Return what tensors of the same memory have in common; empty tensors have nothing in common."""
+    memory = tensor.untyped_storage()._cdata if tensor.is_meta else tensor.data_ptr()
+    alone = None if tensor.numel() else id(tensor)
+    return (tensor.device, memory, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype, alone)
+
+
+def _name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def merge_source(
+    method: Method, source: DeltaSource, base: Tensor, *, scaling: float, dtype: torch.dtype, seed: int | None = None
+) -> Tensor:
+    """Return θ₀ + α·Δ of one tensor, or of a batch of matrices [B, M, N], rounded once to ``dtype``.
+
+    Args:
+        source: of the deltas, with all copies in memory as they are stored: no T deltas are made of them.
+        base: θ₀, as the source has it.
+        seed: of stochastic rounding.
+
+    Raises:
+        NotFiniteError, OutOfRangeError, ConfigError: see ``methods``.
+    """
+    sink = MemorySink(base, scaling, dtype, seed)
+    memory_route(method, base.shape).run(source, sink)
+    return sink.merged
+
+
+def merge_to_factors(
+    method: Method, factors: Sequence[Factors | None], spec: TensorSpec, rank: int
+) -> tuple[Tensor, Tensor, float]:
+    """Return the merged Δ of deltas given as factors, as (left [M, rank], right [rank, N], what the rank cut off).
+
+    The last is ‖Δ − left right‖_F / ‖Δ‖_F. No matrix of the tensor's size is made.
+
+    Raises:
+        NotFiniteError, OutOfRangeError, ConfigError: see ``methods``.
+    """
+    base = torch.empty(spec.shape, dtype=spec.dtype, device="meta")  # adapters leave it alone
+    source = MemoryFactors(factors, base, dtype=spec.dtype, block_rows=spec.shape[0])
+    sink = MemorySink(base, 1.0, spec.dtype)
+    stats = ToAdapter(spec.shape, spec.shape[0], method, 0, rank, rank).run(source, sink)
+    return *sink.factors, float(stats.values["truncation"])
+
+
+class MemorySink:
+    """Take the rows, or the factors, of one tensor in memory: the ``Sink`` of a merge of state dicts.
+
+    Attributes:
+        factors: left [M, r] and right [r, N], where the route gives these.
+    """
+
+    factors: tuple[Tensor, Tensor]
+
+    def __init__(self, base: Tensor, scaling: float, dtype: torch.dtype, seed: int | None = None) -> None:
+        self._base, self._scaling, self._dtype, self._seed = base, scaling, dtype, seed
+        self._row_elements = prod(base.shape[1:])
+
+    @cached_property
+    def merged(self) -> Tensor:
+        """Return the tensor, made when its first rows come: after what the method takes to make them."""
+        return torch.empty(self._base.shape, dtype=self._dtype, device=self._base.device)
+
+    def add(self, block: RowBlock, value: Callable[[RowBlock], Tensor], *, shared: bool) -> None:
+        for part in self._parts(block) if shared else (block,):
+            assert part.base is not None
+            (self.merged[part.rows],) = ops.apply_delta(
+                part.base,
+                value(part),
+                scalings=[self._scaling],
+                dtype=self._dtype,
+                seed=self._seed,
+                first=part.rows.start * self._row_elements,
+            )
+
+    def _parts(self, block: RowBlock) -> Iterator[RowBlock]:
+        """Yield the block in parts, so that what is made of one is small beside the whole."""
+        elements = ops.traits_of(block.like.device).block_elements(PART_ELEMENTS)
+        count, step = len(block.like), ROW_STEP * max(1, elements // max(1, ROW_STEP * self._row_elements))
+        return (block.part(slice(start, min(start + step, count))) for start in range(0, count, step))
+
+    def copy(self, block: RowBlock) -> None:
+        assert block.base is not None
+        self.merged[block.rows] = block.base
+
+    def add_factors(self, left: Tensor, right: Tensor) -> None:
+        self.factors = left, right
