@@ -21,7 +21,6 @@ from isomerge_fast.linalg.auto import TOLERANCES, polar_candidates
 from isomerge_fast.linalg.gram_eigh import GramEigh
 from isomerge_fast.linalg.polar_express import PolarExpress
 from isomerge_fast.linalg.polar_gram import GramNewtonSchulz
-from isomerge_fast.linalg.polar_qdwh import Qdwh
 from isomerge_fast.linalg.protocol import PolarSolver
 from isomerge_fast.linalg.svd import FullSvd
 
@@ -33,7 +32,6 @@ SOLVERS: dict[str, tuple[PolarSolver, float]] = {
     "polar-express-fp64": (PolarExpress(), 1e-6),
     "polar-express-fp32": (PolarExpress(torch.float32), 1e-2),
     "gram-newton-schulz-fp64": (GramNewtonSchulz(), 1e-6),
-    "qdwh-fp64": (Qdwh(), 1e-6),
     "svd-fp64": (FullSvd(), 1e-6),
 }
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .errors import ConfigError, InputError, IsomergeError, ResourceError, VerificationError
     from .execution.report import Report
     from .functional import iso_c, iso_cts, merge_state_dicts
-    from .linalg import ChebyshevSubspace, FullSvd, GramEigh, GramNewtonSchulz, PolarExpress, Qdwh
+    from .linalg import ChebyshevSubspace, FullSvd, GramEigh, GramNewtonSchulz, PolarExpress
     from .methods import IsoC, IsoCTS, Mean, TaskArithmetic, register_method
 
 # Loaded when first used: `isomerge --help` and shells that only look at the version need no torch.
@@ -36,7 +36,6 @@ _HOMES = {
     "GramEigh": "linalg",
     "GramNewtonSchulz": "linalg",
     "PolarExpress": "linalg",
-    "Qdwh": "linalg",
     "IsoC": "methods",
     "IsoCTS": "methods",
     "Mean": "methods",
@@ -59,7 +58,6 @@ __all__ = [
     "MergeConfig",
     "Override",
     "PolarExpress",
-    "Qdwh",
     "Report",
     "ResourceError",
     "TaskArithmetic",

@@ -21,7 +21,6 @@ from isomerge_fast.bench.problems import deltas_like_fine_tuning, relative_error
 from isomerge_fast.linalg.gram_eigh import GramEigh
 from isomerge_fast.linalg.polar_express import PolarExpress
 from isomerge_fast.linalg.polar_gram import GramNewtonSchulz
-from isomerge_fast.linalg.polar_qdwh import Qdwh
 from isomerge_fast.linalg.protocol import PolarSolver
 from isomerge_fast.linalg.svd import FullSvd
 from isomerge_fast.methods import MemoryDeltas, make_method
@@ -46,7 +45,6 @@ SOLVERS: tuple[tuple[PolarSolver, float], ...] = (
     (PolarExpress(torch.float32), 1e-2),
     (GramNewtonSchulz(), 1e-9),
     (GramNewtonSchulz(torch.float32), 1e-2),
-    (Qdwh(), 1e-9),
     (GramEigh(), 1e-5),
     (FullSvd(), 1e-6),
 )
