@@ -12,9 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import oracle
 from allocation import peak_bytes
 from isomerge_fast.linalg.certificate import symmetry
-from isomerge_fast.linalg.polar_express import PolarExpress, Quintic, minimax_quintic, quintics
+from isomerge_fast.linalg.polar_express import PolarExpress, Quintic, quintics
 from isomerge_fast.linalg.polar_gram import GramNewtonSchulz, split
-from isomerge_fast.linalg.polar_iteration import start
+from isomerge_fast.linalg.polar_iteration import bounds_and_gram
 from isomerge_fast.linalg.polar_traced import TracedPolar
 from isomerge_fast.linalg.protocol import polar_growth
 from isomerge_fast.linalg.spectrum import RESOLUTION, singular_range
@@ -160,7 +160,7 @@ def test_mixed_batch(solver, shape: tuple[int, int]) -> None:
     assert stats.orthogonality.isinf().tolist() == [False, False, False, True, False]
     assert not q[1].any()
     assert stats.orthogonality[1] == 0
-    assert start(x, None)[0].lower == start(x[:1], None)[0].lower
+    assert bounds_and_gram(x, None)[0].lower == bounds_and_gram(x[:1], None)[0].lower
 
 
 @each_solver

@@ -1,4 +1,4 @@
-"""Dense linear algebra, standing on tensors alone: the solvers that ``solver=`` takes, and what others build on."""
+"""Export the solvers that ``solver=`` takes and the protocols of a solver; both stand on tensors alone."""
 
 from .gram_eigh import GramEigh
 from .polar_express import PolarExpress

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..linalg.auto import Choice
+from ..linalg.auto import Candidate
 from ..linalg.protocol import PolarSolver
 from .source import DeltaSource
 from .stats import MergeStats, require_kept
@@ -24,9 +24,9 @@ class UnsolvedError(InputError):
 
 
 def merge_certified(
-    attempt: Callable[[DeltaSource, Choice[S]], tuple[Tensor, MergeStats]],
+    attempt: Callable[[DeltaSource, Candidate[S]], tuple[Tensor, MergeStats]],
     deltas: DeltaSource,
-    candidates: Sequence[Choice[S]],
+    candidates: Sequence[Candidate[S]],
 ) -> tuple[Tensor, MergeStats]:
     """``attempt`` with the first solver of ``candidates``, again with the next where a check misses its limit.
 
@@ -76,20 +76,20 @@ def exact_products(device: torch.device) -> Iterator[None]:
 
 
 def run_with_fallback(
-    attempt: Callable[[DeltaSource, Choice[S]], tuple[Tensor, MergeStats]],
+    attempt: Callable[[DeltaSource, Candidate[S]], tuple[Tensor, MergeStats]],
     deltas: DeltaSource,
-    candidates: Sequence[Choice[S]],
+    candidates: Sequence[Candidate[S]],
 ) -> tuple[Tensor, MergeStats]:
     done: tuple[Tensor, MergeStats] | None = None
     failures: list[str] = []  # of solvers before the first that gave a result
-    for choice in candidates:
+    for candidate in candidates:
         missed = {} if done is None else done[1].missed()
         if done is not None and not missed:
             break
         try:
-            done = _next(attempt, deltas, choice, done, missed)
+            done = _next(attempt, deltas, candidate, done, missed)
         except torch.linalg.LinAlgError as error:
-            failure = f"{choice.solver.name}: {_first_line(error)}"
+            failure = f"{candidate.solver.name}: {_first_line(error)}"
             if done is None:
                 failures.append(failure)
             else:
@@ -101,25 +101,25 @@ def run_with_fallback(
 
 
 def _next(
-    attempt: Callable[[DeltaSource, Choice[S]], tuple[Tensor, MergeStats]],
+    attempt: Callable[[DeltaSource, Candidate[S]], tuple[Tensor, MergeStats]],
     deltas: DeltaSource,
-    choice: Choice[S],
+    candidate: Candidate[S],
     before: tuple[Tensor, MergeStats] | None,
     missed: dict[str, Tensor],
 ) -> tuple[Tensor, MergeStats]:
     """The result of one more solver, put in where the one before it missed a check."""
     if before is None:
-        value, stats = attempt(deltas, choice)
+        value, stats = attempt(deltas, candidate)
         return value, stats.read()
     value, stats = before
     rows = torch.stack(list(missed.values())).any(0)
     remark = f"{stats.algorithm}: {stats.describe(missed)}"
     if rows.ndim == 0 or bool(rows.all()):
-        value, again = attempt(deltas, choice)
+        value, again = attempt(deltas, candidate)
         return value, again.read().after(stats, remark)
     # Matrices of a batch, with the batch's dimensions made one.
     rows = rows.to(deltas.device)
-    part, again = attempt(deltas.members(rows), choice)
+    part, again = attempt(deltas.members(rows), candidate)
     value[rows] = part.to(value.dtype)
     return value, stats.replaced(rows, again.read()).after(stats, remark)
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..linalg.thin import thin_qr
+from ..linalg.thin import thin_qrs
 from .base import Method
 from .certified import exact_products
 from .source import Factors, MemoryDeltas, TensorSpec
@@ -70,7 +70,7 @@ def orthonormal(stack: Tensor) -> Basis:
         if not bool(failed) and bool(diagonal.amin() > SMALLEST_DIAGONAL_RATIO * diagonal.amax()):
             unit = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
             return Basis(stack, torch.linalg.solve_triangular(lower.mT, unit, upper=True), lower.mT)
-    q, r = thin_qr(stack)
+    ((q, r),) = thin_qrs(stack)
     return Basis(q, None, r)
 
 

@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..linalg.auto import Choice, polar_candidates
+from ..linalg.auto import Candidate, polar_candidates
 from ..linalg.certificate import symmetry
 from ..linalg.protocol import PolarSolver
 from .base import RowwiseMerge
@@ -36,16 +36,18 @@ class IsoC(Spectral):
     citation: ClassVar[str] = "arXiv 2502.04959"
     row_map_passes: ClassVar[int] = 1
 
-    def solvers(self, spec: TensorSpec, tasks: int, device: torch.device) -> Sequence[Choice[PolarSolver]]:
+    def solvers(self, spec: TensorSpec, tasks: int, device: torch.device) -> Sequence[Candidate[PolarSolver]]:
         """See ``Spectral``."""
         return polar_candidates(self.precision, spec.shape, spec.dtype, device)
 
-    def solving_bytes(self, choice: Choice[PolarSolver], spec: TensorSpec, tasks: int, device: torch.device) -> int:
+    def solving_bytes(
+        self, candidate: Candidate[PolarSolver], spec: TensorSpec, tasks: int, device: torch.device
+    ) -> int:
         """See ``Spectral``."""
         rows, columns = spec.shape[-2:]
         members = spec.elements // max(1, rows * columns)
-        sum_dtype = torch.promote_types(choice.sum_dtype, spec.dtype)
-        solving = choice.solver.workspace_bytes(rows, columns, self.result_dtype(spec.dtype), device)
+        sum_dtype = torch.promote_types(candidate.sum_dtype, spec.dtype)
+        solving = candidate.solver.workspace_bytes(rows, columns, self.result_dtype(spec.dtype), device)
         return members * (sum_dtype.itemsize * rows * columns + solving)
 
     def rowwise(self, source: DeltaSource) -> RowwiseMerge:
@@ -58,15 +60,15 @@ class IsoC(Spectral):
             return None
         return rowwise_polar_bytes(spec, block_elements, device)
 
-    def attempt(self, deltas: DeltaSource, choice: Choice[PolarSolver]) -> tuple[Tensor, MergeStats]:
+    def attempt(self, deltas: DeltaSource, candidate: Candidate[PolarSolver]) -> tuple[Tensor, MergeStats]:
         """See ``Spectral``."""
-        sum_dtype = torch.promote_types(choice.sum_dtype, deltas.dtype)
+        sum_dtype = torch.promote_types(candidate.sum_dtype, deltas.dtype)
         total, squares, tolerance, of_deltas = spectral_sum(deltas, sum_dtype)
         dtype = self.result_dtype(deltas.dtype)
         if 0 in total.shape:
             return total.to(dtype), MergeStats(self.name, of_deltas)
         min_dim = min(deltas.full_spec.shape[-2:])
-        q, stats = choice.solver.polar(total, tolerance=tolerance, dtype=dtype)
+        q, stats = candidate.solver.polar(total, tolerance=tolerance, dtype=dtype)
         asymmetry, negative = symmetry(total, q)
         del total
         sigma_mean = self.mean(stats.nuclear_norm, stats.rank, min_dim)

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..linalg.auto import Choice, subspace_candidates
+from ..linalg.auto import Candidate, subspace_candidates
+from ..linalg.blockwise import short_side_gram, to_long_side, to_short_side
 from ..linalg.certificate import orthogonality as polar_orthogonality
 from ..linalg.protocol import Factorization, Solver, Subspace, reciprocal
-from ..linalg.sides import long_product, short_gram, short_product
 from ..ops import traits_of
 from .base import RowwiseMerge
 from .iso_c import IsoC
@@ -91,7 +91,7 @@ class IsoCTS(Spectral):
         """See ``Method``."""
         split_rank(min(spec.shape), tasks, self.common_fraction)
 
-    def solvers(self, spec: TensorSpec, tasks: int, device: torch.device) -> Sequence[Choice[Solver]]:
+    def solvers(self, spec: TensorSpec, tasks: int, device: torch.device) -> Sequence[Candidate[Solver]]:
         """See ``Spectral``."""
         rows, columns = spec.shape[-2:]
         solvers = subspace_candidates(self.precision, spec.dtype, tall=rows > columns)
@@ -113,9 +113,9 @@ class IsoCTS(Spectral):
             memory_bytes=self.memory_bytes,
         )
 
-    def solving_bytes(self, choice: Choice[Solver], spec: TensorSpec, tasks: int, device: torch.device) -> int:
+    def solving_bytes(self, candidate: Candidate[Solver], spec: TensorSpec, tasks: int, device: torch.device) -> int:
         """See ``Spectral``."""
-        solver = choice.solver
+        solver = candidate.solver
         k, s = split_rank(min(spec.shape[-2:]), tasks, self.common_fraction)
         return self._bytes_with(
             solver, spec, tasks, k, s, self._tasks_at_once(solver, spec, tasks, k, s, device), device
@@ -219,9 +219,9 @@ class IsoCTS(Spectral):
             return value, replace(stats, algorithm=f"{self.name}/{stats.algorithm}", values=values)
         return super().merge(deltas)
 
-    def attempt(self, deltas: DeltaSource, choice: Choice[Solver]) -> tuple[Tensor, MergeStats]:
+    def attempt(self, deltas: DeltaSource, candidate: Candidate[Solver]) -> tuple[Tensor, MergeStats]:
         """See ``Spectral``."""
-        solver = choice.solver
+        solver = candidate.solver
         full_spec, tasks = deltas.full_spec, deltas.n_tasks
         min_dim = min(full_spec.shape[-2:])
         rows, columns = deltas.shape[-2:]
@@ -335,10 +335,10 @@ def _task_part(
 def share_at_cut(delta: Tensor, total: Tensor, common: Subspace) -> Tensor:
     """max ‖u_iᵀ Δ‖ over the last few of U_k, [...]: what is off at the cut turns these into what is beyond it."""
     if common.wide:
-        share = long_product(delta, common.short[..., -CUT_COLUMNS:], torch.float64)
+        share = to_long_side(delta, common.short[..., -CUT_COLUMNS:], torch.float64)
     else:
-        u = long_product(total, common.whitened[..., -CUT_COLUMNS:], torch.float64)
-        share = short_product(delta, u)
+        u = to_long_side(total, common.whitened[..., -CUT_COLUMNS:], torch.float64)
+        share = to_short_side(delta, u)
     return torch.linalg.vector_norm(share, dim=-2).amax(-1)
 
 
@@ -349,9 +349,9 @@ def residual_noise(delta: Tensor, total: Tensor, common: Subspace) -> Tensor:
     nothing else in R, and it would be taken for directions of their own.
     """
     if common.wide:
-        squares = (short_gram(delta) @ common.whitened * common.whitened).sum((-2, -1))
+        squares = (short_side_gram(delta) @ common.whitened * common.whitened).sum((-2, -1))
         noise = squares.clamp_min(0).sqrt()
     else:
-        y = common.whitened.mT @ short_gram(total, delta)
+        y = common.whitened.mT @ short_side_gram(total, delta)
         noise = torch.linalg.vector_norm(y * reciprocal(common.sigma)[..., None], dim=(-2, -1))
     return noise * (common.sigma <= 0).any(-1)

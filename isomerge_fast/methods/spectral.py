@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, InputError, nearest
-from ..linalg.auto import TOLERANCES, Choice, check_precision, fitting, spectrum_candidates
+from ..linalg.auto import TOLERANCES, Candidate, check_precision, fitting, spectrum_candidates
+from ..linalg.blockwise import multiply_short_side, to_long_side, to_short_side
 from ..linalg.certificate import probes, symmetry
 from ..linalg.protocol import PolarSolver, Solver, reciprocal
-from ..linalg.sides import long_product, short_multiply, short_product
 from .base import Method
 from .certified import merge_certified
 from .source import DeltaSource, TensorSpec
@@ -74,31 +74,31 @@ class Spectral(Method):
         return TOLERANCES[self.precision]
 
     @abstractmethod
-    def solvers(self, spec: TensorSpec, tasks: int, device: torch.device) -> Sequence[Choice[Any]]:
+    def solvers(self, spec: TensorSpec, tasks: int, device: torch.device) -> Sequence[Candidate[Any]]:
         """Return the solvers to be tried, in order, whatever memory they take."""
         ...
 
     @abstractmethod
-    def solving_bytes(self, choice: Choice[Any], spec: TensorSpec, tasks: int, device: torch.device) -> int:
+    def solving_bytes(self, candidate: Candidate[Any], spec: TensorSpec, tasks: int, device: torch.device) -> int:
         """Return ``workspace_bytes`` with that solver."""
         ...
 
     @abstractmethod
-    def attempt(self, deltas: DeltaSource, choice: Choice[Any]) -> tuple[Tensor, MergeStats]:
+    def attempt(self, deltas: DeltaSource, candidate: Candidate[Any]) -> tuple[Tensor, MergeStats]:
         """Return what ``merge`` does with one solver, and how well, of deltas [..., M, N]."""
         ...
 
-    def candidates(self, spec: TensorSpec, tasks: int, device: torch.device) -> Sequence[Choice[Any]]:
+    def candidates(self, spec: TensorSpec, tasks: int, device: torch.device) -> Sequence[Candidate[Any]]:
         """Return the solvers to be tried, in order: the one that is given, or those that keep to the ceiling."""
         if self.solver is not None:
-            return (Choice(self.solver, "given"),)
+            return (Candidate(self.solver, "given"),)
         solvers = self.solvers(spec, tasks, device)
-        return fitting(solvers, lambda choice: self.solving_bytes(choice, spec, tasks, device), self.memory_bytes)
+        return fitting(solvers, lambda candidate: self.solving_bytes(candidate, spec, tasks, device), self.memory_bytes)
 
     def explain(self, spec: TensorSpec, tasks: int, device: torch.device) -> str:
         """See ``Method``."""
-        choice = self.candidates(spec, tasks, device)[0]
-        return f"{choice.solver.name}: {choice.reason}"
+        candidate = self.candidates(spec, tasks, device)[0]
+        return f"{candidate.solver.name}: {candidate.reason}"
 
     def workspace_bytes(self, spec: TensorSpec, tasks: int, device: torch.device) -> int:
         """See ``Method``; of the solver that is expected to be taken. Without a ceiling, the next may need more."""
@@ -135,31 +135,31 @@ class SingularValues(Spectral):
         """Return f of the singular values [..., r], float64 and descending. Those that are 0 stay 0."""
         ...
 
-    def solvers(self, spec: TensorSpec, tasks: int, device: torch.device) -> Sequence[Choice[Solver]]:
+    def solvers(self, spec: TensorSpec, tasks: int, device: torch.device) -> Sequence[Candidate[Solver]]:
         """See ``Spectral``."""
         return spectrum_candidates(self.precision, spec.dtype)
 
-    def solving_bytes(self, choice: Choice[Solver], spec: TensorSpec, tasks: int, device: torch.device) -> int:
+    def solving_bytes(self, candidate: Candidate[Solver], spec: TensorSpec, tasks: int, device: torch.device) -> int:
         """See ``Spectral``."""
         rows, columns = spec.shape[-2:]
-        solving = choice.solver.workspace_bytes(rows, columns, torch.float64, device)
+        solving = candidate.solver.workspace_bytes(rows, columns, torch.float64, device)
         return spec.elements // max(1, rows * columns) * (8 * rows * columns + solving)
 
-    def attempt(self, deltas: DeltaSource, choice: Choice[Solver]) -> tuple[Tensor, MergeStats]:
+    def attempt(self, deltas: DeltaSource, candidate: Candidate[Solver]) -> tuple[Tensor, MergeStats]:
         """See ``Spectral``. With W the vectors of the short side, U f(Σ) Vᵀ is W f(Σ) Σ⁻¹ Wᵀ times S, on that side."""
         total, _, tolerance, of_deltas = spectral_sum(deltas, torch.float64)
         dtype = self.result_dtype(deltas.dtype)
         if 0 in total.shape:
             return total.to(dtype), MergeStats(self.name, of_deltas)
-        top = choice.solver.factorize(total, tolerance=tolerance).top(min(total.shape[-2:]))
+        top = candidate.solver.factorize(total, tolerance=tolerance).top(min(total.shape[-2:]))
         sigma = top.sigma
         wanted = torch.where(sigma > 0, self.new_values(sigma), 0.0)
         weights = (top.short * (wanted * reciprocal(sigma))[..., None, :]) @ top.short.mT
-        value = short_multiply(weights, total, torch.empty(total.shape, dtype=dtype, device=total.device))
+        value = multiply_short_side(weights, total, torch.empty(total.shape, dtype=dtype, device=total.device))
         del weights
         # ΔΔᵀ = W f(Σ)² Wᵀ, and SΔᵀ is symmetric: with both, Δ is right.
         omega = probes(sigma.shape[-1], torch.float64, total.device)
-        defect = short_product(value, long_product(value, omega, torch.float64))
+        defect = to_short_side(value, to_long_side(value, omega, torch.float64))
         defect -= top.short @ (wanted.square()[..., None] * (top.short.mT @ omega))
         size, largest = torch.linalg.vector_norm(wanted.square(), dim=-1), wanted.abs().amax(-1)
         checks = {
@@ -168,7 +168,7 @@ class SingularValues(Spectral):
             "unresolved": Check(top.unresolved, 0),
         }
         values = {"rank": (sigma > 0).sum(-1), "min_dim": min(deltas.full_spec.shape[-2:]), **of_deltas}
-        return value, MergeStats(f"{self.name}/{choice.solver.name}", values, checks)
+        return value, MergeStats(f"{self.name}/{candidate.solver.name}", values, checks)
 
 
 def spectral_sum(deltas: DeltaSource, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
