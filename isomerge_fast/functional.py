@@ -261,7 +261,7 @@ def _merge_one(
     except NotFiniteError as error:
         inputs = [base, *(as_tensor(expert[name], f"tensor {name!r}") for expert in experts)]
         held = any(bool(ops.count_nonfinite(tensor)) for tensor in inputs)
-        what = "hold NaN or Inf" if held else f"are too far apart for {_dtype_name(spec.dtype)}"
+        what = "hold NaN or Inf" if held else f"are too far apart for {ops.dtype_name(spec.dtype)}"
         raise InputError(f"tensor {name!r}: base or experts{error.tasks} {what}") from error
     except OutOfRangeError as error:
         raise InputError(f"tensor {name!r}: {error}") from error
@@ -269,7 +269,7 @@ def _merge_one(
         raise ConfigError(f"tensor {name!r} {list(base.shape)}: {error}") from error
     if count := int(ops.count_nonfinite(merged)):
         raise InputError(
-            f"tensor {name!r}: {count} merged weights overflow {_dtype_name(out_dtype)} at scaling {scaling:g}"
+            f"tensor {name!r}: {count} merged weights overflow {ops.dtype_name(out_dtype)} at scaling {scaling:g}"
         )
     return merged.to(base.device)
 
@@ -320,8 +320,7 @@ class _MergedTensor:
     def _parts(self, block: RowBlock) -> Iterator[RowBlock]:
         """Yield the block in parts, for what is made of one to be small beside the whole."""
         elements = ops.traits_of(block.like.device).block_elements(PART_ELEMENTS)
-        count, step = len(block.like), ROW_STEP * max(1, elements // max(1, ROW_STEP * self._row_elements))
-        return (block.part(slice(start, min(start + step, count))) for start in range(0, count, step))
+        return block.parts(ROW_STEP * max(1, elements // max(1, ROW_STEP * self._row_elements)))
 
     def copy(self, block: RowBlock) -> None:
         """See ``Sink``."""
@@ -331,7 +330,3 @@ class _MergedTensor:
     def add_factors(self, left: Tensor, right: Tensor) -> None:
         """See ``Sink``."""
         raise AssertionError("a tensor in memory is no adapter")
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

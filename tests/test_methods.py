@@ -538,7 +538,8 @@ def test_a_source_is_of_tensors_that_fit_each_other(
 @pytest.mark.parametrize("weights", [None, [0.3, -1.7]])
 def test_a_source_gives_the_same_whatever_its_blocks(block_rows: int | None, weights: list[float] | None) -> None:
     base, *experts = [torch.randn(13, 5, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
-    source = MemoryDeltas(experts, base, weights=weights, block_rows=block_rows, wants_largest=True)
+    source = MemoryDeltas(experts, base, weights=weights, block_rows=block_rows)
+    source.wants_largest = True
     deltas = [(w * (e - base)) for w, e in zip(weights or [1.0, 1.0], experts, strict=True)]
     found = source.sum(torch.float64)
     torch.testing.assert_close(found.total, sum(delta.double() for delta in deltas))

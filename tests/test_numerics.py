@@ -25,7 +25,7 @@ from isomerge_fast.linalg.protocol import Solver, Subspace, polar_growth
 from isomerge_fast.linalg.subspace_chebyshev import ChebyshevSubspace, filtered_block
 from isomerge_fast.linalg.svd import FullSvd
 from isomerge_fast.methods import MemoryDeltas, MergeStats, TensorSpec, as_deltas, make_method
-from isomerge_fast.methods.rowwise.polar import chunk_rows
+from isomerge_fast.methods.rowwise.passes import chunk_rows
 from isomerge_kernels import devices, reference
 from isomerge_kernels.devices import DeviceTraits
 from pretend_gpu import CUDA, H100, RTX5090, PretendTensor, pretend_gpu

@@ -352,7 +352,7 @@ class _ItemRun:
                 evidence = stats.to_dict()
                 _require_finite(evidence)
             except NotFiniteError as error:
-                dtype = str(plan.spec.dtype).removeprefix("torch.")
+                dtype = ops.dtype_name(plan.spec.dtype)
                 raise _out_of_range(plan, reader, f"the deltas overflow {dtype}") from error
             except OutOfRangeError as error:
                 raise _out_of_range(plan, reader, str(error)) from error
