@@ -26,6 +26,7 @@ class RowwiseMerge(Protocol):
 
         Methods for ``any_shape`` are called from several threads at once.
         """
+        ...
 
     def stats(self) -> MergeStats:
         """Return the evidence, after every row was asked for.
@@ -33,6 +34,7 @@ class RowwiseMerge(Protocol):
         Raises:
             NotFiniteError: naming the tasks that hold NaN or Inf.
         """
+        ...
 
 
 @dataclass(frozen=True)

@@ -125,9 +125,11 @@ class Threads(Protocol):
 
     def parts(self, block: RowBlock) -> list[RowBlock]:
         """Return the block in parts for one thread each, in order."""
+        ...
 
     def map(self, action: Callable[[RowBlock], Result], parts: Sequence[RowBlock]) -> list[Result]:
         """Return ``action`` of every part, in order."""
+        ...
 
 
 class OneThread:
