@@ -73,7 +73,7 @@ def test_long_noise_equals_oracle(name: str) -> None:
 @pytest.mark.parametrize("name", SPECTRAL)
 def test_blocks_change_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        "isomerge_fast.methods.rowwise.polar.CHUNK_ELEMENTS", 3000
+        "isomerge_fast.methods.rowwise.passes.CHUNK_ELEMENTS", 3000
     )  # several chunks, none of whole blocks
     deltas = Case(0, 700, 40, 1e3, 3).deltas()
     values = [merged(name, deltas, block_rows) for block_rows in (1, 64, 97, 700)]

@@ -100,17 +100,15 @@ def _next(
     missed: dict[str, Tensor],
 ) -> Result:
     """Return the result of one more solver, put in where the one before it missed a check."""
-    if before is None:
+    rows = torch.stack(list(missed.values())).any(0) if missed else None
+    if before is None or rows is None or rows.ndim == 0 or bool(rows.all()):
         value, stats = attempt(deltas, candidate)
-        return value, stats.read()
-    value, stats = before
-    rows = torch.stack(list(missed.values())).any(0)
-    remark = f"{stats.algorithm}: {stats.describe(missed)}"
-    if rows.ndim == 0 or bool(rows.all()):
-        value, again = attempt(deltas, candidate)
-        return value, again.read().after(stats, remark)
-    # Matrices of a batch, with the batch's dimensions made one.
-    rows = rows.to(deltas.device)
-    part, again = attempt(deltas.members(rows), candidate)
-    value[rows] = part.to(value.dtype)
-    return value, stats.replaced(rows, again.read()).after(stats, remark)
+        stats = stats.read()
+    else:  # matrices of a batch, with the batch's dimensions made one
+        rows, value = rows.to(deltas.device), before[0]
+        part, again = attempt(deltas.members(rows), candidate)
+        value[rows] = part.to(value.dtype)
+        stats = before[1].replaced(rows, again.read())
+    if before is None:
+        return value, stats
+    return value, stats.after(before[1], f"{before[1].algorithm}: {before[1].describe(missed)}")
