@@ -115,7 +115,7 @@ class Method(ABC):
 
     def rowwise(self, source: DeltaSource) -> RowwiseMerge:
         """Return the merged Δ as a function of rows, for tensors whose ``rowwise_bytes`` is a number."""
-        raise NotImplementedError(f"method {self.name!r} has no row map")
+        raise NotImplementedError(f"method {self.name!r} has no rowwise form")
 
     def rowwise_bytes(self, spec: TensorSpec, tasks: int, block_elements: int, device: torch.device) -> int | None:
         """Return the peak bytes of ``rowwise`` and of ``RowwiseMerge.rows`` beyond the raw tensors of a block.
