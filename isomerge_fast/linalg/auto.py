@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
@@ -143,14 +142,3 @@ def spectrum_candidates(precision: str, dtype: torch.dtype) -> tuple[Candidate[S
     """Return the solvers for all singular values and the vectors of the short side, as ``polar_candidates``."""
     svd, only = _svd(precision, dtype)
     return (svd,) if only else (Candidate(GramEigh(), "float64 Gram matrix: resolves float32 input"), svd)
-
-
-def fitting(
-    candidates: Sequence[Candidate[S]], workspace_bytes: Callable[[Candidate[S]], int], memory_bytes: int | None
-) -> tuple[Candidate[S], ...]:
-    """Return the candidates that keep to a ceiling; where none does, the one that needs least."""
-    if memory_bytes is None:
-        return tuple(candidates)
-    return tuple(each for each in candidates if workspace_bytes(each) <= memory_bytes) or (
-        min(candidates, key=workspace_bytes),
-    )

@@ -161,7 +161,9 @@ class IsoCTS(Spectral):
         k, s = split_rank(columns, tasks, self.common_fraction)
         options: dict[str, Any] = {"rank_policy": self.rank_policy, "tolerance": self.tolerance}
         if s == 0:
-            return RowwiseIsoC(source, f"{self.name}/{IsoC.name}/by-rows", k=columns, s=0, **options)
+            iso_c = RowwiseIsoC(source, f"{self.name}/{IsoC.name}/by-rows", **options)
+            iso_c.values |= {"k": columns, "s": 0}
+            return iso_c
         at_once = self._tasks_in_a_pass(TensorSpec("", tuple(source.shape), source.dtype), tasks, s, source.device)
         return RowwiseIsoCTS(source, f"{self.name}/by-rows", k, s, at_once=at_once, **options)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, InputError, nearest
-from ..linalg.auto import TOLERANCES, Candidate, check_precision, fitting, spectrum_candidates
+from ..linalg.auto import TOLERANCES, Candidate, check_precision, spectrum_candidates
 from ..linalg.blockwise import multiply_short_side, to_long_side, to_short_side
 from ..linalg.certificate import probes, symmetry
 from ..linalg.protocol import PolarSolver, Solver, reciprocal
@@ -87,7 +87,14 @@ class Spectral(Method):
         if self.solver is not None:
             return (Candidate(self.solver, "given"),)
         solvers = self.solvers(spec, tasks, device)
-        return fitting(solvers, lambda candidate: self.solving_bytes(candidate, spec, tasks, device), self.memory_bytes)
+        if self.memory_bytes is None:
+            return solvers
+
+        def needed(candidate: Candidate[Any]) -> int:
+            return self.solving_bytes(candidate, spec, tasks, device)
+
+        # Where none keeps to the ceiling, the one that needs least.
+        return [each for each in solvers if needed(each) <= self.memory_bytes] or [min(solvers, key=needed)]
 
     def explain(self, spec: TensorSpec, tasks: int, device: torch.device) -> str:
         candidate = self.candidates(spec, tasks, device)[0]

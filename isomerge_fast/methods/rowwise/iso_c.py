@@ -10,40 +10,26 @@ from torch import Tensor
 
 from ...linalg.certificate import PROBES
 from ...linalg.gram_spectrum import eigh_workspace_bytes
-from ..certified import exact_products
 from ..source import DeltaSource, RowBlock, TensorSpec
 from ..spectral import polar_checks, spectral_mean
 from ..stats import MergeStats
 from .passes import (
     ROUNDING,
     ResidualEstimator,
+    RowwiseSpectral,
     chunk_bytes,
     newton_schulz,
     part_bytes,
-    parts_of,
     product_gram,
     product_rounding,
     sum_spectrum,
 )
 
 
-class RowwiseIsoC:
-    """Make σ̄ · polar(S) by rows. Two passes, or three where S is ill-conditioned; then ``rows``.
+class RowwiseIsoC(RowwiseSpectral):
+    """Make σ̄ · polar(S) by rows, after two passes, or three where S is ill-conditioned."""
 
-    Args:
-        tolerance: limit of the checks.
-        values: more of ``MergeStats.values``.
-    """
-
-    def __init__(
-        self, source: DeltaSource, algorithm: str, *, rank_policy: str, tolerance: float, **values: int
-    ) -> None:
-        self._algorithm, self._tolerance, self._dtype = algorithm, tolerance, source.dtype
-        with exact_products(source.device):
-            self._learn(source, rank_policy)
-        self._values |= values
-
-    def _learn(self, source: DeltaSource, rank_policy: str) -> None:
+    def learn(self, source: DeltaSource, rank_policy: str) -> None:
         columns = source.shape[1]
         spectrum, self._norm, _, of_deltas = sum_spectrum(source, columns, ROUNDING)
         self._unresolved, self._error = spectrum.unresolved.sum(), spectrum.skew_error()
@@ -52,8 +38,8 @@ class RowwiseIsoC:
         self._expected = vectors @ (vectors.mT @ self._evidence.omega)
         del vectors
         rank = torch.tensor(spectrum.rank, device=source.device)
-        self._sigma_mean = spectral_mean(sigma.sum(), rank, columns, rank_policy)
-        self._values = {"sigma_mean": self._sigma_mean, "rank": rank, "min_dim": columns, **of_deltas}
+        self.sigma_mean = spectral_mean(sigma.sum(), rank, columns, rank_policy)
+        self.values = {"sigma_mean": self.sigma_mean, "rank": rank, "min_dim": columns, **of_deltas}
         refine = bool(spectrum.polar_noise() > ROUNDING)
         a = spectrum.inverse_root()
         del spectrum
@@ -61,24 +47,19 @@ class RowwiseIsoC:
             a = newton_schulz(a, product_gram(source, a)[0])
         self._a = a.float() if product_rounding(columns, (self._norm, a)) <= ROUNDING else a
 
-    def rows(self, block: RowBlock) -> Tensor:
-        out = torch.empty(block.like.shape, dtype=self._dtype, device=block.like.device)
-        with exact_products(block.like.device):
-            for part, q in parts_of(block, out):
-                total = part.sum(torch.float64).total
-                if self._a.dtype == out.dtype:
-                    torch.mm(total.to(out.dtype), self._a, out=q)
-                else:
-                    q.copy_(total @ self._a)
-                self._evidence.add(q, total)
-                del total  # before the next one is made
-        return out.mul_(self._sigma_mean.to(out.dtype))
+    def fill(self, q: Tensor, part: RowBlock) -> None:
+        total = part.sum(torch.float64).total
+        if self._a.dtype == q.dtype:
+            torch.mm(total.to(q.dtype), self._a, out=q)
+        else:
+            q.copy_(total @ self._a)
+        self._evidence.add(q, total)
 
     def stats(self) -> MergeStats:
         orthogonality = self._evidence.orthogonality(self._expected)
         symmetric = self._evidence.symmetry(self._norm)
-        checks = polar_checks(self._tolerance, orthogonality, symmetric, self._unresolved, self._error)
-        return MergeStats(self._algorithm, self._values, checks)
+        checks = polar_checks(self.tolerance, orthogonality, symmetric, self._unresolved, self._error)
+        return MergeStats(self.algorithm, self.values, checks)
 
 
 def rowwise_iso_c_bytes(spec: TensorSpec, block_elements: int, device: torch.device) -> int:

@@ -30,7 +30,6 @@ from ...linalg.gram_eigh import GramEigh
 from ...linalg.gram_spectrum import GramSpectrum, eigh_workspace_bytes, gram_noise, spectrum_in_place
 from ...linalg.protocol import polar_growth, rounding_tolerance
 from ...ops import sym_mm_add
-from ..certified import exact_products
 from ..recombine import SAME_DIRECTION, over_columns, projection_angle, small_problem
 from ..source import DeltaSource, RowBlock, TensorSpec
 from ..spectral import spectral_mean
@@ -38,12 +37,12 @@ from ..stats import Check, MergeStats
 from .passes import (
     ROUNDING,
     ResidualEstimator,
+    RowwiseSpectral,
     chunk_bytes,
     chunk_rows,
     chunks,
     newton_schulz,
     part_bytes,
-    parts_of,
     product_rounding,
     sum_spectrum,
 )
@@ -72,23 +71,22 @@ class _Part:
         return len(self.scale)
 
 
-class RowwiseIsoCTS:
+class RowwiseIsoCTS(RowwiseSpectral):
     """Make the Iso-CTS merge by rows.
 
     Args:
         k, s: directions of the sum and of every task, s > 0.
-        tolerance: limit of the checks.
         at_once: tasks whose Gram matrices are added up in one pass.
     """
 
     def __init__(
         self, source: DeltaSource, algorithm: str, k: int, s: int, *, rank_policy: str, tolerance: float, at_once: int
     ) -> None:
-        self._algorithm, self._tolerance, self._dtype = algorithm, tolerance, source.dtype
-        with exact_products(source.device):
-            self._learn(source, k, s, rank_policy, at_once)
+        self._k, self._s, self._at_once = k, s, at_once
+        super().__init__(source, algorithm, rank_policy=rank_policy, tolerance=tolerance)
 
-    def _learn(self, source: DeltaSource, k: int, s: int, rank_policy: str, at_once: int) -> None:
+    def learn(self, source: DeltaSource, rank_policy: str) -> None:
+        k, s, at_once = self._k, self._s, self._at_once
         columns = source.shape[1]
         # What U_k is not orthonormal by, X is not orthogonal to it by: times ‖U_kᵀΔ_t E_t‖ / σ_t.
         common, norm, squares, of_deltas = sum_spectrum(source, k, 1e-2 * ROUNDING)
@@ -99,9 +97,9 @@ class RowwiseIsoCTS:
 
         sigma = torch.cat([common.kept_sigma(k), *(part.sigma for part in parts)])
         rank = (sigma > 0).sum()
-        self._sigma_mean = spectral_mean(sigma.sum(), rank, columns, rank_policy) * (norm > 0)
+        self.sigma_mean = spectral_mean(sigma.sum(), rank, columns, rank_policy) * (norm > 0)
         self._values = {
-            "sigma_mean": self._sigma_mean,
+            "sigma_mean": self.sigma_mean,
             "rank": rank,
             "min_dim": columns,
             "k": k,
@@ -116,7 +114,7 @@ class RowwiseIsoCTS:
         of_tasks = s * sum(part.angle.square() for part in parts)
         growths = self._compose(source, common, k, parts, norm, squares, is_full)
         self._checks = {
-            "angle": Check(((angles + growths * of_tasks) / columns).sqrt(), self._tolerance),
+            "angle": Check(((angles + growths * of_tasks) / columns).sqrt(), self.tolerance),
             "unresolved": Check(unresolved, 0),
         }
 
@@ -181,23 +179,18 @@ class RowwiseIsoCTS:
         self._tasks = [(e.to(self._a.dtype), b_t.to(self._a.dtype)) for e, b_t in self._tasks]
         return growths
 
-    def rows(self, block: RowBlock) -> Tensor:
-        out = torch.empty(block.like.shape, dtype=self._dtype, device=block.like.device)
+    def fill(self, q: Tensor, part: RowBlock) -> None:
         dtype = self._a.dtype
-        with exact_products(block.like.device):
-            for part, target in parts_of(block, out):
-                value = part.sum(torch.float64).total.to(dtype) @ self._a
-                for task, (e, b) in enumerate(self._tasks):
-                    value.addmm_(part.delta(task, self._dtype).to(dtype) @ e, b)
-                self._evidence.add(value)
-                target.copy_(value)
-                del value  # before the next one is made
-        return out.mul_(self._sigma_mean.to(out.dtype))
+        value = part.sum(torch.float64).total.to(dtype) @ self._a
+        for task, (e, b) in enumerate(self._tasks):
+            value.addmm_(part.delta(task, self.dtype).to(dtype) @ e, b)
+        self._evidence.add(value)
+        q.copy_(value)
 
     def stats(self) -> MergeStats:
         orthogonality = torch.maximum(self._evidence.orthogonality(self._expected), self._defect)
-        checks = {"orthogonality": Check(orthogonality, self._tolerance), **self._checks}
-        return MergeStats(self._algorithm, self._values, checks)
+        checks = {"orthogonality": Check(orthogonality, self.tolerance), **self._checks}
+        return MergeStats(self.algorithm, self._values, checks)
 
 
 def _parts(

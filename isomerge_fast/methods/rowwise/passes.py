@@ -6,6 +6,7 @@ N x N numbers are kept of a pass: Gram matrices, products, and estimates of resi
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from ...linalg.gram_eigh import PRODUCT, GramEigh
 from ...linalg.gram_spectrum import GramSpectrum, gram_noise, spectrum_in_place
 from ...linalg.protocol import rounding_tolerance
 from ...ops import BLOCK_ELEMENTS, TaskSum, sym_mm_add, traits_of
+from ..certified import exact_products
 from ..source import DeltaSource, RowBlock, TensorSpec
 from ..sums import delta_sizes, require_comparable
 
@@ -166,11 +168,36 @@ def product_rounding(columns: int, *products: tuple[Tensor, Tensor]) -> float:
     return PRODUCT / columns * float(sum(norm * torch.linalg.vector_norm(a) for norm, a in products))
 
 
-def parts_of(block: RowBlock, out: Tensor) -> Iterator[tuple[RowBlock, Tensor]]:
-    """Yield a block and its result in parts that there is memory for in float64."""
-    rows, columns = block.like.shape
-    step = chunk_rows(rows, columns, block.like.device)
-    return zip(block.parts(step), out.split(step), strict=True)
+class RowwiseSpectral(ABC):
+    """Make σ̄ Q by rows, with Q the polar factor that a method has learnt. A subclass states ``learn`` and ``fill``.
+
+    Args:
+        tolerance: limit of the checks.
+    """
+
+    sigma_mean: Tensor
+
+    def __init__(self, source: DeltaSource, algorithm: str, *, rank_policy: str, tolerance: float) -> None:
+        self.algorithm, self.tolerance, self.dtype = algorithm, tolerance, source.dtype
+        with exact_products(source.device):
+            self.learn(source, rank_policy)
+
+    @abstractmethod
+    def learn(self, source: DeltaSource, rank_policy: str) -> None:
+        """Pass over all rows, and keep σ̄ as ``sigma_mean`` and what ``fill`` needs."""
+
+    @abstractmethod
+    def fill(self, q: Tensor, part: RowBlock) -> None:
+        """Write the rows of Q, and add them to the evidence."""
+
+    def rows(self, block: RowBlock) -> Tensor:
+        out = torch.empty(block.like.shape, dtype=self.dtype, device=block.like.device)
+        # So many rows at a time as there is memory for in float64.
+        step = chunk_rows(len(out), out.shape[1], out.device)
+        with exact_products(out.device):
+            for part, q in zip(block.parts(step), out.split(step), strict=True):
+                self.fill(q, part)
+        return out.mul_(self.sigma_mean.to(out.dtype))
 
 
 def chunk_bytes(rows: int, columns: int, matrices: int, products: int, device: torch.device) -> int:
