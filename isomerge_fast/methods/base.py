@@ -22,7 +22,7 @@ class RowwiseMerge(Protocol):
     """
 
     def rows(self, block: RowBlock) -> Tensor:
-        """Return the merged Δ of these rows, float32 or float64, fresh. Every row is to be asked for once.
+        """Return the merged Δ of these rows, float32 or float64, fresh. Ask for every row once.
 
         Methods for ``any_shape`` are called from several threads at once.
         """

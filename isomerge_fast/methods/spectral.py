@@ -26,7 +26,7 @@ RANK_POLICIES = ("range", "min-dim")
 
 @dataclass(frozen=True, kw_only=True)
 class Spectral(Method):
-    """Merges matrices by their singular values, with solvers that are tried in turn until a certificate holds.
+    """Merge matrices by their singular values, with solvers that are tried in turn until a certificate holds.
 
     A method states ``solvers``, ``attempt`` and ``solving_bytes``.
 
