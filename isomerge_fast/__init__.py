@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from .methods import register_method as register_method
 
 # Names that were public, for one release more, and what takes their place.
-_DEPRECATED = {"Qdwh": "GramNewtonSchulz"}
+_DEPRECATED = {"Qdwh": "PolarExpress"}
 
 
 def _homes() -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""The one door to the kernels: everything above calls these, nothing above imports ``isomerge_kernels``.
+"""Call the kernels: everything above calls these functions, and nothing above imports ``isomerge_kernels``.
 
 Tensors on a GPU go to the Triton kernels, all others to their plain form in torch; each function says by what rule a
 product is left to the vendor's library. Nothing falls back in silence: a GPU without Triton is an error.
@@ -16,7 +16,7 @@ from torch import Tensor
 from isomerge_kernels import bf16x3, reference
 from isomerge_kernels.devices import DeviceTraits, indexed, traits_of
 from isomerge_kernels.protocol import FLOAT_DTYPES, TaskSum, compute_dtype
-from isomerge_kernels.reference import BLOCK_ELEMENTS, count_nonfinite, row_blocks, subtract
+from isomerge_kernels.reference import BLOCK_ELEMENTS, count_nonfinite, subtract
 
 from .errors import MissingPackageError
 
@@ -28,10 +28,10 @@ __all__ = [
     "apply_delta",
     "compute_dtype",
     "count_nonfinite",
+    "dtype_name",
     "indexed",
     "mm",
     "mm_add",
-    "row_blocks",
     "subtract",
     "sym_mm",
     "sym_mm_add",
@@ -48,7 +48,7 @@ SYMMETRIC_SIDE, SYMMETRIC_ENTRIES = 768, 1280 * 1280
 
 @cache
 def gpu_kernels() -> ModuleType:
-    """The launchers.
+    """Return the launchers.
 
     Raises:
         MissingPackageError: Triton is not installed, or does not load.
@@ -60,6 +60,11 @@ def gpu_kernels() -> ModuleType:
             f"tensors on a GPU need Triton, which cannot be imported ({error}): pip install 'isomerge-fast[cuda]'"
         ) from error
     return launchers
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return the name of a dtype without ``torch.``: ``float32``."""
+    return str(dtype).removeprefix("torch.")
 
 
 def _has_kernels(tensor: Tensor) -> bool:
@@ -76,7 +81,23 @@ def task_sum(
     batch_dims: int = 0,
     largest: bool = True,
 ) -> TaskSum:
-    """S = Σ_t w_t (θ_t − θ₀) and ‖Δ_t‖², max |Δ_t| and the count of NaN and Inf; see ``reference.task_sum``."""
+    """Return S = Σ_t w_t (θ_t − θ₀), or Σ_t w_t θ_t without ``base``, with what is seen of every Δ_t.
+
+    Each byte is read once. Δ_t is computed in float64 where an input is that, else in float32, and added up in
+    ``dtype``.
+
+    Args:
+        experts: T tensors [..., M, N] of one shape (or of any other: 0-d, vectors), any float dtypes and strides.
+        base: θ₀, of that shape.
+        weights: w_t, T numbers; 1 when left out.
+        dtype: of S, float32 or float64, when ``out`` is left out.
+        out: S is written here: a contiguous float32 or float64 tensor of that shape.
+        batch_dims: first dimensions that are a batch; what is seen of Δ_t is kept apart for each of its members.
+        largest: whether max |Δ_t| is wanted, a third of the time on a CPU.
+
+    Raises:
+        ValueError: shapes, devices or dtypes that do not fit each other.
+    """
     backend = gpu_kernels() if _has_kernels(experts[0]) else reference
     return backend.task_sum(
         experts, base, weights=weights, dtype=dtype, out=out, batch_dims=batch_dims, largest=largest
@@ -92,18 +113,30 @@ def apply_delta(
     seed: int | None = None,
     first: int = 0,
 ) -> list[Tensor]:
-    """[θ₀ + α Δ for α in ``scalings``], rounded once; see ``reference.apply_delta``."""
+    """Return [θ₀ + α Δ for α in ``scalings``], computed in the dtype of ``delta`` and rounded once to ``dtype``.
+
+    Args:
+        base: [..., M, N] (or any other shape), any float dtype.
+        delta: of that shape, float32 or float64.
+        seed: of stochastic rounding to bfloat16 by ``reference.random_bits``: up with the probability by which the
+            value lies nearer to the neighbour above. Rounded to the nearest when left out.
+        first: place of the first element in the tensor that these are some rows of, a multiple of 8: what is made in
+            pieces has the random bits of the whole.
+
+    Raises:
+        ValueError: shapes, devices or dtypes that do not fit each other; a seed with another dtype than bfloat16.
+    """
     backend = gpu_kernels() if _has_kernels(base) else reference
     return backend.apply_delta(base, delta, scalings=scalings, dtype=dtype, seed=seed, first=first)
 
 
 def mm(a: Tensor, b: Tensor, *, precision: str | None = None) -> Tensor:
-    """A B of [..., m, k] and [..., k, n].
+    """Return A B of [..., m, k] and [..., k, n].
 
     Args:
         precision: of float32 products, ``"bf16x3"``; by default what the vendor's library has for float32.
     """
-    return bf16x3.mm(a, b) if precision == "bf16x3" else reference.mm(a, b)
+    return bf16x3.mm(a, b) if precision == "bf16x3" else a @ b
 
 
 def mm_add(
@@ -116,7 +149,7 @@ def mm_add(
     out: Tensor | None = None,
     precision: str | None = None,
 ) -> Tensor:
-    """β C + α A B; ``out`` may be C itself, ``precision`` is as in ``mm``."""
+    """Return β C + α A B; ``out`` may be C itself, ``precision`` is as in ``mm``."""
     if precision == "bf16x3":
         result = bf16x3.mm(a, b).mul_(alpha).add_(c, alpha=beta)
         return result if out is None else out.copy_(result)
@@ -124,25 +157,18 @@ def mm_add(
 
 
 def sym_mm(a: Tensor, b: Tensor | None = None, *, out: Tensor | None = None, precision: str | None = None) -> Tensor:
-    """A B where that is symmetric (polynomials of one symmetric matrix), A Aᵀ without ``b``: about half the work.
+    """Return A B where that is symmetric (polynomials of one symmetric matrix), A Aᵀ without ``b``: half the work.
 
     Args:
         a, b: [..., n, k] and [..., k, n].
         out: overwritten with the result where given.
         precision: of float32 products, ``"bf16x3"``; by default what ``product_precision`` says.
     """
-    if is_for_kernel(a):
-        precision = precision or product_precision(a.device)
-        return gpu_kernels().symmetric_matmul(a, b, out=out, precision=precision)
-    b = a.mT if b is None else b
-    if precision == "bf16x3":
-        product = bf16x3.mm(a, b)
-        return product if out is None else out.copy_(product)
-    return torch.matmul(a, b, out=out) if _has_kernels(a) else reference.sym_mm(a, b, out=out)
+    return sym_mm_add(None, a, b, out=out, precision=precision)
 
 
 def sym_mm_add(
-    c: Tensor,
+    c: Tensor | None,
     a: Tensor,
     b: Tensor | None = None,
     *,
@@ -152,7 +178,7 @@ def sym_mm_add(
     out: Tensor | None = None,
     precision: str | None = None,
 ) -> Tensor:
-    """β C + α A B + γ I for symmetric C and A B (see ``sym_mm``); ``out`` may be C itself.
+    """Return β C + α A B + γ I for symmetric C and A B (see ``sym_mm``); ``out`` may be C itself.
 
     One pass of one kernel where ``is_for_kernel`` holds: the polynomial a I + b G + c G² of a polar iteration's step.
     """
@@ -162,19 +188,25 @@ def sym_mm_add(
             a, b, c=c, alpha=alpha, beta=beta, gamma=gamma, out=out, precision=precision
         )
     if not _has_kernels(a) and precision is None:
-        return reference.sym_mm_add(c, a, b, alpha=alpha, beta=beta, gamma=gamma, out=out)
-    result = mm_add(c, a, a.mT if b is None else b, alpha=alpha, beta=beta, out=out, precision=precision)
+        return reference.symmetric_matmul(a, b, c=c, alpha=alpha, beta=beta, gamma=gamma, out=out)
+    b = a.mT if b is None else b
+    if c is None:
+        if precision != "bf16x3":
+            return torch.matmul(a, b, out=out)
+        product = bf16x3.mm(a, b)
+        return product if out is None else out.copy_(product)
+    result = mm_add(c, a, b, alpha=alpha, beta=beta, out=out, precision=precision)
     if gamma:
         result.diagonal(dim1=-2, dim2=-1).add_(gamma)
     return result
 
 
 def is_for_kernel(a: Tensor) -> bool:
-    """The rule by which a symmetric product goes to the kernel instead of the vendor's library.
+    """Return whether a symmetric product goes to the kernel instead of the vendor's library.
 
-    On a GPU, where the result has ``SYMMETRIC_SIDE`` rows and ``SYMMETRIC_ENTRIES`` entries or more: of float32, and of
-    float64 where tensor cores multiply it (A100, H100). Of 16 bits the vendor's product is about as fast at 4096 rows,
-    and faster below.
+    It does on a GPU, where the result has ``SYMMETRIC_SIDE`` rows and ``SYMMETRIC_ENTRIES`` entries or more: of
+    float32, and of float64 where tensor cores multiply it (A100, H100). In 16 bits the vendor's product is about as
+    fast at 4096 rows, and faster below.
     """
     n = a.shape[-2]
     if not _has_kernels(a) or n < SYMMETRIC_SIDE or a.shape[:-2].numel() * n * n < SYMMETRIC_ENTRIES:
@@ -183,5 +215,5 @@ def is_for_kernel(a: Tensor) -> bool:
 
 
 def product_precision(device: torch.device) -> str:
-    """Of float32 products: tf32x3 on NVIDIA, about as exact as float32 and on its tensor cores; else ieee."""
+    """Return the precision of float32 products: tf32x3 on NVIDIA, on tensor cores and about as exact; else ieee."""
     return "ieee" if traits_of(device).capability is None else "tf32x3"

@@ -17,15 +17,15 @@ import oracle
 from allocation import peak_bytes
 from cases import CASES, Case
 from isomerge_fast.linalg.auto import TOLERANCES, polar_candidates
+from isomerge_fast.linalg.blockwise import long_side_blocks
 from isomerge_fast.linalg.certificate import PROBES, fixed_draw, orthogonality, probes, symmetry
 from isomerge_fast.linalg.gram_eigh import GramEigh
 from isomerge_fast.linalg.polar_traced import TracedPolar
 from isomerge_fast.linalg.protocol import Solver, Subspace, polar_growth
-from isomerge_fast.linalg.sides import long_blocks
 from isomerge_fast.linalg.subspace_chebyshev import ChebyshevSubspace, filtered_block
 from isomerge_fast.linalg.svd import FullSvd
 from isomerge_fast.methods import MemoryDeltas, MergeStats, TensorSpec, as_deltas, make_method
-from isomerge_fast.methods.rowwise.polar import chunk_rows
+from isomerge_fast.methods.rowwise.passes import chunk_rows
 from isomerge_kernels import devices, reference
 from isomerge_kernels.devices import DeviceTraits
 from pretend_gpu import CUDA, H100, RTX5090, PretendTensor, pretend_gpu
@@ -659,7 +659,7 @@ def test_blocks_fill_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     base = torch.empty(4096, 14336, device=meta, dtype=torch.bfloat16)
 
     def counts() -> list[int]:
-        blocks = len(list(long_blocks(stack, torch.float64)))
+        blocks = len(list(long_side_blocks(stack, torch.float64)))
         with Calls() as of_subtract:
             reference.subtract(base, base, dtype=torch.float32)
         with Calls() as of_count:

@@ -106,7 +106,7 @@ def test_a_method_of_single_elements_keeps_to_its_memory(
     rowwise = method.rowwise(MemoryDeltas(experts, base))
     (block,) = MemoryDeltas(experts, base).blocks()
     peak, _ = peak_bytes(lambda: rowwise.rows(block))
-    promised = method.row_map_bytes(spec, 5, spec.elements, CPU)
+    promised = method.rowwise_bytes(spec, 5, spec.elements, CPU)
     assert promised is not None
     assert peak <= promised <= 2.5 * peak
 
@@ -122,7 +122,7 @@ def test_the_defaults_of_a_method() -> None:
         assert method.flops(spec, 2) > 0
         assert method.workspace_bytes(spec, 2, CPU) > spec.bytes
         method.check(spec, 2)
-    assert First().row_map_bytes(spec, 2, 100, CPU) is None
+    assert First().rowwise_bytes(spec, 2, 100, CPU) is None
     assert First(threshold="0.25").threshold == 0.25  # type: ignore[arg-type]  # of a text its number
     with pytest.raises(ConfigError, match="'threshold' of method 'first' is 'low'; expected a number"):
         First(threshold="low")  # type: ignore[arg-type]

@@ -18,11 +18,11 @@ from isomerge_fast.linalg import cusolver
 from isomerge_fast.linalg.gram_eigh import GramEigh
 from isomerge_fast.linalg.polar_express import PolarExpress
 from isomerge_fast.linalg.protocol import PolarSolver
-from isomerge_fast.linalg.thin import flagged_qr, thin_qr
+from isomerge_fast.linalg.thin import flagged_qr, thin_qrs
 
 QR: dict[str, Callable[[Tensor], tuple[Tensor, ...]]] = {
     "Householder": torch.linalg.qr,
-    "CholeskyQR2": thin_qr,
+    "CholeskyQR2": lambda x: thin_qrs(x)[0],
     "CholeskyQR3": flagged_qr,
 }
 # What one matrix, or one stack of them, may take.

@@ -18,6 +18,7 @@ import torch
 
 from ..checkpoint.layout import DTYPE_NAMES
 from ..execution.threads import ComputeThreads
+from ..ops import dtype_name
 from ..planning.plan import Plan, TensorPlan
 from ..planning.routes import Resident, Streamed
 from .ceilings import machine, measure_disk, timed
@@ -106,7 +107,7 @@ def _group(members: Sequence[TensorPlan], timing: _Timing) -> dict[str, Any]:
         "route": tensor.route.name,
         "shape": list(tensor.base.shape),
         "dtype": DTYPE_NAMES[tensor.base.dtype],
-        "compute_dtype": str(tensor.spec.dtype).removeprefix("torch."),
+        "compute_dtype": dtype_name(tensor.spec.dtype),
         "algorithm": timing.algorithm,
         "timed": size.timed,
         "count": len(members),

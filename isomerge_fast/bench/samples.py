@@ -47,7 +47,7 @@ class _Unwritten:
 class _Held(MemoryDeltas):
     """Give copies that a route holds: they are read once."""
 
-    passed_bytes = 0
+    passed_bytes, wants_largest = 0, True
 
 
 class _Walked(_Held):
@@ -160,16 +160,16 @@ class Sample:
         if not experts:
             factors = list(self._make_factors(device))
             return _Factors(factors, base, dtype=tensor.spec.dtype, block_rows=rows)
-        return (_Held if self._route.holds_copies else _Walked)(
+        source = (_Held if self._route.holds_copies else _Walked)(
             experts,
             base,
             are_deltas=tensor.experts_are_deltas,
             weights=tensor.weights,
             dtype=tensor.spec.dtype,
             block_rows=None if self._route.holds_copies else rows,
-            threads=self._workers,
-            wants_largest=True,
         )
+        source.threads = self._workers
+        return source
 
     def _make(self, shape: tuple[int, ...], device: torch.device) -> list[Tensor]:
         """Return the base and the experts as they would be stored."""

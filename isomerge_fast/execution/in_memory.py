@@ -122,7 +122,7 @@ class StateDictMerge:
         except NotFiniteError as error:
             inputs = [base, *(as_tensor(expert[name], f"tensor {name!r}") for expert in experts)]
             held = any(bool(ops.count_nonfinite(tensor)) for tensor in inputs)
-            what = "hold NaN or Inf" if held else f"are too far apart for {_name_of(spec.dtype)}"
+            what = "hold NaN or Inf" if held else f"are too far apart for {ops.dtype_name(spec.dtype)}"
             raise InputError(f"tensor {name!r}: base or experts{error.tasks} {what}") from error
         except OutOfRangeError as error:
             raise InputError(f"tensor {name!r}: {error}") from error
@@ -130,7 +130,7 @@ class StateDictMerge:
             raise ConfigError(f"tensor {name!r} {list(base.shape)}: {error}") from error
         if count := int(ops.count_nonfinite(merged)):
             raise InputError(
-                f"tensor {name!r}: {count} merged weights overflow {_name_of(out_dtype)} at scaling {scaling:g}"
+                f"tensor {name!r}: {count} merged weights overflow {ops.dtype_name(out_dtype)} at scaling {scaling:g}"
             )
         return merged.view(base.shape).to(base.device)
 
@@ -154,10 +154,6 @@ def _place(tensor: Tensor) -> tuple[Any, ...]:
     memory = tensor.untyped_storage()._cdata if tensor.is_meta else tensor.data_ptr()
     alone = None if tensor.numel() else id(tensor)
     return (tensor.device, memory, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype, alone)
-
-
-def _name_of(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def merge_source(
@@ -228,8 +224,7 @@ class MemorySink:
     def _parts(self, block: RowBlock) -> Iterator[RowBlock]:
         """Yield the block in parts, so that what is made of one is small beside the whole."""
         elements = ops.traits_of(block.like.device).block_elements(PART_ELEMENTS)
-        count, step = len(block.like), ROW_STEP * max(1, elements // max(1, ROW_STEP * self._row_elements))
-        return (block.part(slice(start, min(start + step, count))) for start in range(0, count, step))
+        return block.parts(ROW_STEP * max(1, elements // max(1, ROW_STEP * self._row_elements)))
 
     def copy(self, block: RowBlock) -> None:
         assert block.base is not None

@@ -139,7 +139,7 @@ class FileSink:
         for folder, seen in self._not_finite.items():
             count = int(torch.stack(seen).sum()) if seen else 0
             if count:
-                dtype = str(self._dtypes[folder]).removeprefix("torch.")
+                dtype = ops.dtype_name(self._dtypes[folder])
                 kept = folder == self._kept
                 what = "in the merged Δ that is kept" if kept else f"at scaling {self._scalings[folder]:g}"
                 return f"{count} merged weights overflow {dtype} {what}"

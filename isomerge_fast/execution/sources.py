@@ -47,6 +47,8 @@ class PlannedSource(DeltaSource):
         phase: ``PhaseTimer.phase``.
     """
 
+    wants_largest = True
+
     def __init__(
         self,
         plan: TensorPlan,
@@ -59,7 +61,8 @@ class PlannedSource(DeltaSource):
         phase: Phase,
     ) -> None:
         spec, shape = plan.spec, plan.route.view_shape
-        super().__init__(plan.tasks, shape, spec.dtype, device, full_spec=spec, threads=threads, wants_largest=True)
+        super().__init__(plan.tasks, shape, spec.dtype, device, spec)
+        self.threads = threads
         self._plan, self._ahead, self._phase = plan, ahead, phase
         self._reader, self._readers, self._budget = reader, readers, budget
         self._to_take = sum(1 for _ in first_pass(plan))

@@ -59,9 +59,7 @@ class ComputeThreads:
         """Return the block in parts for one thread each; on a GPU a block stays one."""
         if block.like.device.type != "cpu":
             return [block]
-        count, *row_shape = block.like.shape
-        step = max(1, PART_ELEMENTS // max(1, prod(row_shape)) // ROW_STEP) * ROW_STEP
-        return [block.part(slice(start, min(start + step, count))) for start in range(0, count, step)]
+        return list(block.parts(max(1, PART_ELEMENTS // max(1, prod(block.like.shape[1:])) // ROW_STEP) * ROW_STEP))
 
     def map(self, action: Callable[[RowBlock], Result], parts: Sequence[RowBlock]) -> list[Result]:
         if len(parts) == 1:

@@ -251,7 +251,7 @@ class _ItemRun:
         try:
             yield
         except NotFiniteError as error:
-            dtype = str(plan.spec.dtype).removeprefix("torch.")
+            dtype = ops.dtype_name(plan.spec.dtype)
             raise out_of_range(plan, reader, f"the deltas overflow {dtype}") from error
         except OutOfRangeError as error:
             raise out_of_range(plan, reader, str(error)) from error

@@ -1,9 +1,8 @@
-"""Dense linear algebra, standing on tensors alone: the solvers that ``solver=`` takes, and what others build on."""
+"""Export the solvers that ``solver=`` takes and the protocols of a solver; both stand on tensors alone."""
 
 from .gram_eigh import GramEigh
 from .polar_express import PolarExpress
 from .polar_gram import GramNewtonSchulz
-from .polar_qdwh import Qdwh
 from .protocol import Factorization, PolarSolver, PolarStats, Solver, Subspace
 from .subspace_chebyshev import ChebyshevSubspace
 from .svd import FullSvd
@@ -17,7 +16,6 @@ __all__ = [
     "PolarExpress",
     "PolarSolver",
     "PolarStats",
-    "Qdwh",
     "Solver",
     "Subspace",
 ]

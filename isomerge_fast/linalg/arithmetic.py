@@ -1,4 +1,4 @@
-"""What decides the last digits of a merge beside its inputs and options: the GPU, and what is installed for it."""
+"""Describe what decides the last digits of a merge beside its inputs and options: the GPU and its libraries."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from .cusolver import describe_eigensolvers
 def describe_arithmetic(device: torch.device) -> str:
     """Return in words what a merge on ``device`` is computed with; resumed with anything else, its bytes would differ.
 
-    Of a GPU the model (libraries choose by the count of its multiprocessors), all of its memory (from which batches
-    follow), and the versions of what launches on it. torch's own version is known to every merge.
+    Of a GPU: the model (libraries choose by its multiprocessors), all of its memory (batches follow from it), and the
+    versions of what launches on it. torch's own version is recorded elsewhere.
     """
     traits = traits_of(device)
     if not traits.is_gpu:

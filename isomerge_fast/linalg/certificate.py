@@ -1,4 +1,4 @@
-"""Cheap evidence that a result is what it claims to be: products with a few random vectors, never a factorisation.
+"""Check a result by products with a few random vectors, never by a factorisation.
 
 For a fixed draw Ω [r, c] with E ΩΩᵀ = I, ‖A Ω‖_F² estimates ‖A‖_F² without bias: a defect of the whole matrix costs two
 thin products instead of one square one. Nothing here reads the device.
@@ -12,7 +12,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .sides import long_product, short_product
+from .blockwise import to_long_side, to_short_side
 
 PROBES = 8
 
@@ -34,28 +34,32 @@ def fixed_draw(rows: int, columns: int, dtype: torch.dtype, device: torch.device
 
 
 def symmetry(x: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
-    """How far H is from symmetric positive semidefinite, which makes an orthonormal Q the polar factor of X.
+    """Estimate how far H is from symmetric positive semidefinite, which makes an orthonormal Q the polar factor of X.
 
     H = X Qᵀ (wide) or Qᵀ X (tall). The asymmetry is the backward error: some X' with ‖X' − X‖ ≤ ‖H − Hᵀ‖ has Q for its
     polar factor. The error of Q itself is (H − Hᵀ)_ij / (σ_i + σ_j) in the basis of singular vectors.
 
     Returns:
-        (‖H − Hᵀ‖_F / ‖X‖_F, max(0, −min_i ω_iᵀHω_i / ω_iᵀω_i) √r / ‖X‖_F), estimated from the probes, shape [...].
+        (‖H − Hᵀ‖_F / ‖X‖_F, max(0, −min_i ω_iᵀHω_i / ω_iᵀω_i) √r / ‖X‖_F), shape [...] each.
     """
     short = min(x.shape[-2:])
     omega = probes(short, q.dtype, q.device)
-    scale = torch.linalg.vector_norm(x, dim=(-2, -1)).double()
-    scale = torch.where(scale > 0, scale, 1.0)
-    image = short_product(x, long_product(q, omega, q.dtype).to(x.dtype))
-    mirrored = short_product(q, long_product(x, omega.to(x.dtype), x.dtype).to(q.dtype)).to(x.dtype)
+    image = to_short_side(x, to_long_side(q, omega, q.dtype).to(x.dtype))
+    mirrored = to_short_side(q, to_long_side(x, omega.to(x.dtype), x.dtype).to(q.dtype)).to(x.dtype)
+    return asymmetry_of(omega.to(x.dtype), image, mirrored, torch.linalg.vector_norm(x, dim=(-2, -1)).double())
+
+
+def asymmetry_of(omega: Tensor, image: Tensor, mirrored: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what ``symmetry`` does, from H Ω, Hᵀ Ω and ‖X‖_F."""
+    scale = torch.where(norm > 0, norm, 1.0)
     asymmetry = torch.linalg.matrix_norm(image - mirrored) / scale
-    quotients = (omega.to(x.dtype) * image).sum(-2) / omega.to(x.dtype).square().sum(-2)
-    return asymmetry, (-quotients.amin(-1)).clamp_min(0.0) * math.sqrt(max(1, short)) / scale
+    quotients = (omega * image).sum(-2) / omega.square().sum(-2)
+    return asymmetry, (-quotients.amin(-1)).clamp_min(0.0) * math.sqrt(max(1, omega.shape[-2])) / scale
 
 
 def orthogonality(q: Tensor) -> Tensor:
-    """‖QQᵀ − I‖_F / √r (wide) or ‖QᵀQ − I‖_F / √r (tall), estimated from the probes, shape [...]."""
+    """Estimate ‖QQᵀ − I‖_F / √r (wide) or ‖QᵀQ − I‖_F / √r (tall), shape [...]."""
     short = min(q.shape[-2:])
     omega = probes(short, q.dtype, q.device)
-    defect = short_product(q, long_product(q, omega, q.dtype)) - omega
+    defect = to_short_side(q, to_long_side(q, omega, q.dtype)) - omega
     return torch.linalg.matrix_norm(defect) / math.sqrt(max(1, short))

@@ -1,12 +1,12 @@
-"""Stacks of symmetric eigenproblems on CUDA in one call of cuSOLVER; the only file that knows cuSOLVER and cupy.
+"""Solve stacks of symmetric eigenproblems on CUDA in one call; the only file that knows cuSOLVER and cupy.
 
-torch sends a stack of symmetric matrices with more than 32 rows to one solver call a matrix, also where its cuSOLVER
-has a batched one (pytorch issues 174674, 175585 and 183806). Which solver takes a stack depends on its shape and on
-what is installed, nothing else:
+torch sends a stack of symmetric matrices with more than 32 rows to one solver call a matrix, even where its cuSOLVER
+has a batched one (pytorch issues 174674, 175585 and 183806). The shape of a stack and the installed libraries alone
+decide who solves it:
 
 1. ``cusolverDnXsyevBatched`` (tridiagonalisation; cuSOLVER 11.7.1 and newer), from the library that torch itself
    brings: sides of ``SMALLEST`` to ``LARGEST``;
-2. where that is not there, ``syevjBatched`` (Jacobi) through cupy, if it is installed: up to ``LARGEST_JACOBI``;
+2. without that, ``syevjBatched`` (Jacobi) through cupy, if it is installed: up to ``LARGEST_JACOBI``;
 3. ``torch.linalg.eigh``: everything else, single matrices, and whatever is not on CUDA.
 """
 
@@ -51,7 +51,7 @@ _idle: defaultdict[tuple[int, int], list[tuple[c_void_p, c_void_p]]] = defaultdi
 
 @cache
 def cupy() -> Any | None:
-    """The package, or None where it is not installed."""
+    """Return the package, or None where it is not installed."""
     try:
         return importlib.import_module("cupy")
     except ImportError:
@@ -60,7 +60,7 @@ def cupy() -> Any | None:
 
 @cache
 def xsyev() -> Any | None:
-    """torch's cuSOLVER with the prototypes above, or None where there is none or it has no batched solver."""
+    """Return torch's cuSOLVER with ``PROTOTYPES``, or None where there is none or it has no batched solver."""
     name = LIBRARIES.get((torch.version.cuda or "").split(".")[0])
     if name is None:
         return None
@@ -79,7 +79,7 @@ def xsyev() -> Any | None:
 
 
 def describe_eigensolvers(device: torch.device) -> str:
-    """What ``eigh`` chooses from on ``device``, with versions: results of different solvers differ in their bits."""
+    """Return the solvers that ``eigh`` chooses from on ``device``, with versions: their results differ in bits."""
     if device.type == "cuda" and (library := xsyev()) is not None:
         return f"xsyev-batched {_version(library)} | torch"
     if device.type == "cuda" and (package := cupy()) is not None:
@@ -88,7 +88,7 @@ def describe_eigensolvers(device: torch.device) -> str:
 
 
 def eigh(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(λ ascending, V) with X = V diag(λ) Vᵀ, of symmetric [..., n, n]; only the lower triangle is read.
+    """Return (λ ascending, V) with X = V diag(λ) Vᵀ, of symmetric [..., n, n]; only the lower triangle is read.
 
     On CUDA torch and cupy read one flag from the device, whether the solver converged. ``batched_syev`` reads none: the
     λ of members that it could not solve are NaN, which no certificate takes for a result.
@@ -104,7 +104,7 @@ def eigh(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def batched_syev(x: Tensor) -> tuple[Tensor, Tensor]:
-    """``eigh`` of float32 or float64 [..., n, n] by ``cusolverDnXsyevBatched``, on torch's stream and in its memory.
+    """Return ``eigh`` of float32 or float64 by ``cusolverDnXsyevBatched``, on torch's stream and in its memory.
 
     Raises:
         torch.linalg.LinAlgError: cuSOLVER refused the call.
@@ -141,7 +141,7 @@ def _solve(handle: c_void_p, params: c_void_p, columns: Tensor, values: Tensor, 
 
 
 def _take(device: int, stream: int) -> tuple[c_void_p, c_void_p]:
-    """An idle handle of this stream and its parameters, or new ones, made on the current device."""
+    """Return an idle handle of this stream and its parameters, or new ones, made on the current device."""
     try:
         return _idle[device, stream].pop()
     except IndexError:
@@ -166,7 +166,7 @@ def _version(library: Any) -> str:
 
 
 def batched_jacobi(x: Tensor) -> tuple[Tensor, Tensor]:
-    """``eigh`` by ``cupyx.cusolver.syevj``, which copies X; shared over DLPack, on torch's stream and device."""
+    """Return ``eigh`` by ``cupyx.cusolver.syevj``, which copies X; shared over DLPack, on torch's stream and device."""
     package = cupy()
     assert package is not None
     solver = importlib.import_module("cupyx.cusolver")

@@ -1,13 +1,13 @@
-"""The default tier: eigenvectors of the short side's Gram matrix, in float64.
+"""Solve by the eigenvectors of the short side's Gram matrix, in float64: the default tier.
 
 For X [M, N] with M ≤ N (the tall case is the transpose):
 
     G = X Xᵀ = U Σ² Uᵀ,    polar(X) = G^(-1/2) X = U Σ⁻¹ Uᵀ X,    V = Xᵀ U Σ⁻¹.
 
-Forming G squares the condition number, which is why it is formed in float64 from entries that are float32 or sums of a
-few of them: singular values down to about 1e-7 σ₁ are resolved. One Newton-Schulz step Q ← (3/2 I − 1/2 Q Qᵀ) Q then
-squares what error is left. Nothing larger than the short side is ever factored, and the long side is walked in blocks,
-so a 128256 x 4096 embedding needs X, Q and a few 4096 x 4096 matrices.
+G squares the condition number, so it is formed in float64 from float32 entries or sums of a few of them: singular
+values down to about 1e-7 σ₁ are resolved. One Newton-Schulz step Q ← (3/2 I − 1/2 Q Qᵀ) Q then squares the remaining
+error. Nothing larger than the short side is ever factored, and the long side is walked in blocks: a 128256 x 4096
+embedding needs X, Q and a few 4096 x 4096 matrices.
 """
 
 from __future__ import annotations
@@ -20,6 +20,14 @@ import torch
 from torch import Tensor
 
 from ..ops import sym_mm, sym_mm_add, traits_of
+from .blockwise import (
+    block_elements,
+    multiply_short_side,
+    project_short_side,
+    short_side_gram,
+    to_long_side,
+    to_short_side,
+)
 from .certificate import probes
 from .cusolver import eigh
 from .polar_traced import TracedPolar
@@ -35,7 +43,6 @@ from .protocol import (
     relative_gap,
     rounding_angle,
 )
-from .sides import block_elements, long_product, short_gram, short_multiply, short_product, short_project
 from .spectrum import Product, largest_beyond
 
 EPS = torch.finfo(torch.float32).eps
@@ -45,7 +52,7 @@ PRODUCT = 4.0 * EPS
 
 @dataclass(frozen=True)
 class GramEigh(Solver):
-    """Polar factor and top triplets by ``eigh`` of the Gram matrix.
+    """Find polar factors and top triplets by ``eigh`` of the Gram matrix.
 
     Args:
         dtype: of the Gram matrix and its eigenvectors. float32 is for the ``fast`` tier: it resolves singular values
@@ -66,37 +73,36 @@ class GramEigh(Solver):
 
     @property
     def noise(self) -> float:
-        """Eigenvalues are off by about this times λ₁: a few ε."""
+        """Return the error of eigenvalues relative to λ₁: a few ε."""
         return 8.0 * torch.finfo(self.dtype).eps
 
     @property
     def resolution(self) -> float:
-        """Singular values below this times σ₁ are in the noise, and truncated: √(2 · noise)."""
+        """Return √(2 · noise): singular values below this times σ₁ are in the noise, and truncated."""
         return math.sqrt(2.0 * self.noise)
 
     def factorize(self, x: Tensor, *, tolerance: Tensor | None = None) -> GramFactorization:
-        """See ``Solver``."""
         return GramFactorization(x, default_tolerance(x) if tolerance is None else tolerance, self)
 
     def long_dtypes(
         self, wide: bool, dtype: torch.dtype, device: torch.device
     ) -> tuple[torch.dtype | None, torch.dtype]:
-        """See ``Solver``: S stays the only large thing beside Δ_t.
+        """Return the dtypes that keep S the only large thing beside Δ_t.
 
         V enters the recombination's small factors, whose conditioning float32 would not survive; U only products.
         """
         return None, torch.float64 if wide else dtype
 
     def small_polar(self, device: torch.device) -> PolarSolver:
-        """See ``Solver``.
+        """Return products alone where tensor cores multiply float64, else this solver.
 
-        Products alone where tensor cores multiply float64: of side n some 50 n³ operations, with the traces, where an
-        eigensolver has 9 n³ and n columns one after the other. Elsewhere float64 products take longer than that.
+        Of side n the products are some 50 n³ operations, with the traces; an eigensolver has 9 n³ and n columns one by
+        one. Without such tensor cores float64 products take longer than that.
         """
         return TracedPolar(self) if traits_of(device).has_float64_tensor_cores else self
 
     def workspace_bytes(self, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> int:
-        """Peak bytes beyond the input: the result, a few r x r (eigh's copy, vectors and 2 r² of work), blocks."""
+        """Return the peak bytes beyond X: the result, a few r x r (eigh's copy, vectors and 2 r² of work), blocks."""
         short = min(rows, columns)
         blocks = 3 * min(rows * columns, max(block_elements(device), short))
         return dtype.itemsize * rows * columns + self.dtype.itemsize * (7 * short**2 + blocks) + 8 * short**2
@@ -104,7 +110,7 @@ class GramEigh(Solver):
     def part_bytes(
         self, rows: int, columns: int, k: int, s: int, at_once: int, dtype: torch.dtype, device: torch.device
     ) -> int:
-        """See ``Solver``: no copies of Δ or S, only blocks of them."""
+        """Return the peak bytes of ``residual``: no copies of Δ or S, only blocks of them."""
         short = min(rows, columns)
         if not traits_of(device).is_gpu or rows > columns:
             return at_once * 8 * 10 * short**2
@@ -114,7 +120,7 @@ class GramEigh(Solver):
         return at_once * 8 * (c * columns + 7 * c**2 + 3 * columns * s) + 8 * (short**2 + blocks)
 
     def eigh(self, gram: Tensor, tolerance: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Eigenvectors in ``dtype``, singular values, and these with the truncated ones set to zero; all descending."""
+        """Return (eigenvectors in ``dtype``, σ, σ with the truncated ones set to zero), all descending."""
         eigenvalues, vectors = eigh(gram)
         sigma = eigenvalues.flip(-1).double().clamp_min(0.0).sqrt()
         limit = torch.maximum(tolerance.double(), (2.0 * self.blur(sigma)).sqrt())
@@ -122,7 +128,7 @@ class GramEigh(Solver):
         return vectors.flip(-1), sigma, torch.where(sigma <= limit[..., None], 0.0, sigma)
 
     def narrow_gram(self, x: Tensor) -> Tensor | None:
-        """The Gram matrix multiplied in float32 and converted, or None where its rounding would show in Q.
+        """Return the Gram matrix multiplied in float32 and converted, or None where its rounding would show in Q.
 
         It leaves at most 2.5 ε₃₂ (rms(σ) rms(1/σ))² in Q (160 x 64 … 4096 x 256, noise, spikes, decay). Both means come
         without an eigensolver: tr G, and tr G⁻¹ = E ‖L⁻¹ω‖² with the Cholesky factor L. Long matrices pass, square ones
@@ -132,7 +138,7 @@ class GramEigh(Solver):
         short = min(rows, columns)
         if short == 0 or max(rows, columns) < 2 * short or traits_of(x.device).has_float64_tensor_cores:
             return None
-        gram = short_gram(x, dtype=torch.float32)
+        gram = short_side_gram(x, dtype=torch.float32)
         lower, failed = torch.linalg.cholesky_ex(gram)
         solved = torch.linalg.solve_triangular(lower, probes(short, torch.float32, x.device), upper=False)
         spread = gram.diagonal(dim1=-2, dim2=-1).sum(-1) * solved.square().sum((-2, -1)) / short**2  # squared
@@ -140,16 +146,18 @@ class GramEigh(Solver):
         return gram.double() if bool(passed.all()) else None
 
     def blur(self, sigma: Tensor) -> Tensor:
-        """What σ² is off by, [..., r] -> [...]; products below the smallest number over ε have lost digits."""
+        """Return the error of σ², [..., r] -> [...]; products below the smallest number over ε have lost digits."""
         info = torch.finfo(self.dtype)
         return self.noise * sigma[..., :1].square().sum(-1) + info.tiny / info.eps
 
     def unresolved(self, sigma: Tensor, tolerance: Tensor) -> Tensor:
+        """Count the directions that the noise may hide (see ``_hidden``)."""
         return _hidden(sigma, self.blur(sigma), tolerance)
 
     def seen(self, unresolved: Tensor, products: tuple[Product, Product], kept: Tensor, tolerance: Tensor) -> Tensor:
-        """``unresolved``, and 0 where products with X itself, whose rounding is not squared, show that nothing beyond
-        the kept directions is above the tolerance. That is what sums of low rank come to.
+        """Return ``unresolved``, set to 0 where nothing beyond the kept directions is above the tolerance.
+
+        Products with X itself show that: their rounding is not squared. Sums of low rank come to this.
         """
         if self.dtype != torch.float64:
             return unresolved
@@ -158,21 +166,20 @@ class GramEigh(Solver):
 
 @dataclass(frozen=True, eq=False)
 class GramFactorization(Factorization):
-    """X as the eigenvectors of its short side's Gram matrix tell of it."""
+    """Describe X by the eigenvectors of its short side's Gram matrix."""
 
     solver: GramEigh
 
     def polar(self, dtype: torch.dtype) -> tuple[Tensor, PolarStats]:
-        """See ``Factorization``.
+        """Return polar(X) in ``dtype`` and its evidence; read one flag from the device.
 
         G^(-1/2) X is multiplied in the result's dtype where its rounding leaves an error below ``rounding``, else in
-        float64; the Newton-Schulz step is left out where the eigenvalues' noise leaves less than that. Reads one flag
-        from the device for both.
+        float64. The Newton-Schulz step is left out where the eigenvalues' noise leaves less than that.
         """
         solver, x, limit = self.solver, self.x, self.tolerance
         gram = solver.narrow_gram(x) if x.dtype == torch.float32 and solver.dtype == torch.float64 else None
         narrow_gram = gram is not None
-        vectors, sigma, kept_sigma = solver.eigh(gram if narrow_gram else short_gram(x, dtype=solver.dtype), limit)
+        vectors, sigma, kept_sigma = solver.eigh(gram if narrow_gram else short_side_gram(x, dtype=solver.dtype), limit)
         del gram
         keep = kept_sigma > 0
         rank = keep.sum(-1)
@@ -200,30 +207,30 @@ class GramFactorization(Factorization):
         )
         # G^(-1/2), as a product that is symmetric and half the work.
         root = sym_mm((vectors * inverse.sqrt()[..., None, :]).to(dtype if narrow else vectors.dtype))
-        q = short_multiply(root, x, torch.empty(x.shape, dtype=dtype, device=x.device))
+        q = multiply_short_side(root, x, torch.empty(x.shape, dtype=dtype, device=x.device))
         del root
         scale = math.sqrt(max(1, sigma.shape[-1]))
         if clean:
             probe = probes(sigma.shape[-1], dtype, x.device)
-            defect = short_product(q, long_product(q, probe, dtype))
+            defect = to_short_side(q, to_long_side(q, probe, dtype))
             defect -= (vectors @ (keep[..., :, None] * (vectors.mT @ probe.to(vectors)))).to(dtype)
             return q, replace(stats, orthogonality=torch.linalg.matrix_norm(defect) / scale)
-        step = short_gram(q, dtype=dtype)
+        step = short_side_gram(q, dtype=dtype)
         defect = step - sym_mm((vectors * keep[..., None, :]).to(dtype))
         orthogonality = torch.linalg.matrix_norm(defect) / scale
         del vectors, defect
         step.mul_(-0.5).diagonal(dim1=-2, dim2=-1).add_(1.5)
-        short_multiply(step, q, q)
+        multiply_short_side(step, q, q)
         return q, replace(stats, orthogonality=orthogonality)
 
     @cached_property
     def vectors(self) -> tuple[Tensor, Tensor, Tensor]:
-        """What ``GramEigh.eigh`` returns, the vectors in float64."""
-        vectors, sigma, kept_sigma = self.solver.eigh(short_gram(self.x, dtype=self.solver.dtype), self.tolerance)
+        """Return ``GramEigh.eigh``, the vectors in float64."""
+        vectors, sigma, kept_sigma = self.solver.eigh(short_side_gram(self.x, dtype=self.solver.dtype), self.tolerance)
         return vectors.double(), sigma, kept_sigma
 
     def top(self, k: int) -> Subspace:
-        """See ``Factorization``. Reads two flags from the device at once."""
+        """Return the top ``k`` triplets without their long side; read two flags from the device at once."""
         solver, limit = self.solver, self.tolerance
         vectors, sigma, kept_sigma = self.vectors
         kept_sigma = kept_sigma[..., :k]
@@ -245,23 +252,23 @@ class GramFactorization(Factorization):
         )
 
     def complement(self, top: Subspace) -> Tensor:
-        """See ``Factorization``."""
         return complement_basis(self.vectors[0][..., :, top.sigma.shape[-1] :], top)
 
     def complete(self, top: Subspace, dtype: torch.dtype) -> Subspace:
-        """See ``Factorization``: X maps the short side's vectors to the long side's, times σ. As in ``polar``, a
-        float32 result is computed in float32 where that leaves an error below ``rounding``, which is a flag to be read;
-        not where float64 is as fast.
+        """Return ``top`` with its long side: X times the short side's vectors, over σ.
+
+        As in ``polar``, a float32 result is computed in float32 where that leaves an error below ``rounding`` (one
+        flag is read) and float64 is slower.
         """
         inverse = reciprocal(top.sigma)
         scaled = top.short * inverse[..., None, :]
         is_slow = dtype == torch.float32 and not traits_of(self.x.device).has_float64_tensor_cores
         if is_slow and bool((PRODUCT * _spread(top.sigma, inverse) <= self.solver.rounding).all()):
             scaled = scaled.to(dtype)
-        return replace(top, long=long_product(self.x, scaled, dtype))
+        return replace(top, long=to_long_side(self.x, scaled, dtype))
 
     def residual(self, delta: Tensor, common: Subspace, s: int, *, norm: Tensor, tolerance: Tensor) -> Subspace:
-        """See ``Factorization``. R itself is never formed; all that is N x N or smaller is float64.
+        """Return the top ``s`` triplets of R; R itself is never formed, and all that is N x N or smaller is float64.
 
         Wide: with Q_c = ``common.complement``, C = Q_cᵀ Δ has few rows and R = Q_c C.
         Tall: U_kᵀ Δ = Y = Σ_k⁻¹ V_kᵀ (SᵀΔ), RᵀR = ΔᵀΔ − YᵀY, and R E = Δ E − S V_k Σ_k⁻¹ Y E for the s directions E
@@ -270,7 +277,7 @@ class GramFactorization(Factorization):
         solver, total = self.solver, self.x
         if common.wide:
             assert common.complement is not None
-            projected = short_project(common.complement.to(solver.parts_dtype), delta)
+            projected = project_short_side(common.complement.to(solver.parts_dtype), delta)
             # The projection's own rounding: what it hides, and what it turns at the cut.
             rounding = torch.finfo(solver.parts_dtype).eps * norm
             noise = torch.maximum(tolerance, 4.0 * rounding)
@@ -284,8 +291,8 @@ class GramFactorization(Factorization):
                 angle=part.angle + rounding * reciprocal(part.sigma[..., -1] * part.gap) / math.sqrt(max(1, s)),
                 unresolved=part.unresolved + (~visible & (noise > tolerance)[..., None]).sum(-1),
             )
-        y = common.whitened.mT @ short_gram(total, delta)
-        vectors, sigma, kept_sigma = solver.eigh(sym_mm_add(short_gram(delta), y.mT, alpha=-1.0), tolerance)
+        y = common.whitened.mT @ short_side_gram(total, delta)
+        vectors, sigma, kept_sigma = solver.eigh(sym_mm_add(short_side_gram(delta), y.mT, alpha=-1.0), tolerance)
         # What cancels in ΔᵀΔ − YᵀY leaves rounding of the size of ‖Δ‖².
         noise = solver.noise * norm.square()
         hidden = sigma[..., :s].square() <= 2.0 * noise[..., None]
@@ -295,14 +302,14 @@ class GramFactorization(Factorization):
         if bool((unresolved > 0).any()):
 
             def residual(v: Tensor) -> Tensor:
-                return long_product(delta, v, torch.float64) - long_product(
+                return to_long_side(delta, v, torch.float64) - to_long_side(
                     total, common.whitened @ (y @ v), torch.float64
                 )
 
-            unresolved = solver.seen(unresolved, (residual, partial(short_product, delta)), top, tolerance)
+            unresolved = solver.seen(unresolved, (residual, partial(to_short_side, delta)), top, tolerance)
         scaled = top * reciprocal(kept_sigma)[..., None, :]
-        u_t = long_product(delta, scaled, torch.float64)
-        u_t -= long_product(total, common.whitened @ (y @ scaled), torch.float64)
+        u_t = to_long_side(delta, scaled, torch.float64)
+        u_t -= to_long_side(total, common.whitened @ (y @ scaled), torch.float64)
         return Subspace(
             short=top,
             long=u_t,
@@ -321,22 +328,24 @@ class GramFactorization(Factorization):
 
 
 def skew_error(relative: Tensor) -> Tensor:
-    """What errors of G = X Xᵀ leave in G^(-1/2) X that is no matter of orthogonality, over √rank: no Newton-Schulz step
-    mends it. From the error of every σ², relative to it and 0 where it is not kept: [..., r] -> [...].
+    """Estimate the skew error that errors of G = X Xᵀ leave in G^(-1/2) X, over √rank: no Newton-Schulz step mends it.
 
     An error e of the entries of G turns a pair of directions by e |σ_i − σ_j| / (2 σ_i σ_j (σ_i + σ_j)).
+
+    Args:
+        relative: the error of every σ², relative to it and 0 where it is not kept, [..., r].
     """
     pairs = (relative.sum(-1).square() - relative.square().sum(-1)).clamp_min(0.0)
     return (pairs / (relative > 0).sum(-1).clamp_min(1)).sqrt() / (4.0 * math.sqrt(max(1, relative.shape[-1])))
 
 
 def _products(x: Tensor) -> tuple[Product, Product]:
-    """With X on its short side, and back."""
-    return partial(long_product, x, dtype=torch.float64), partial(short_product, x)
+    """Return the products with X from its short side, and back."""
+    return partial(to_long_side, x, dtype=torch.float64), partial(to_short_side, x)
 
 
 def _hidden(sigma: Tensor, noise: Tensor, tolerance: Tensor) -> Tensor:
-    """How many σ² within twice the noise may be those of directions above the tolerance, [..., c] -> [...].
+    """Count the σ² within twice the noise that may be those of directions above the tolerance, [..., c] -> [...].
 
     A σ² that came out as zero, or below, is no less hidden than its neighbours: it is anything up to the noise.
     """
@@ -346,7 +355,5 @@ def _hidden(sigma: Tensor, noise: Tensor, tolerance: Tensor) -> Tensor:
 
 
 def _spread(sigma: Tensor, inverse: Tensor) -> Tensor:
-    """rms(σ) rms(1/σ) over the kept directions: what rounding X to ε makes of Q is ε times this, relative to ‖Q‖ and as
-    for random directions.
-    """
+    """Return rms(σ) rms(1/σ) over the kept directions: rounding X to ε moves random directions of Q by ε times this."""
     return (sigma.square().sum(-1) * inverse.square().sum(-1)).sqrt() / (sigma > 0).sum(-1).clamp_min(1)

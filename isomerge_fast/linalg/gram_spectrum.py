@@ -1,4 +1,4 @@
-"""Singular values and short-side vectors of a matrix that is never held, from its Gram matrix, which is overwritten."""
+"""Find σ and the short-side vectors of a matrix that is never held, from its Gram matrix, which is overwritten."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ SMALL = 1e-2
 
 
 def gram_noise(blocks: int) -> float:
-    """Eigenvalues of a float64 Gram matrix added up in so many blocks are off by about this times λ₁."""
+    """Return the error of the eigenvalues of a float64 Gram matrix added up in so many blocks, relative to λ₁."""
     return GramEigh().noise * max(1.0, math.sqrt(blocks / NOISE_BLOCKS))
 
 
 def eigh_workspace_bytes(columns: int) -> int:
-    """Peak bytes of ``spectrum_in_place`` beyond the matrix itself."""
+    """Return the peak bytes of ``spectrum_in_place`` beyond the matrix itself."""
     return int(8 * EIGH_MATRICES * columns**2) + 64 * columns
 
 
 @dataclass(frozen=True)
 class GramSpectrum:
-    """XᵀX = V Σ² Vᵀ.
+    """Hold XᵀX = V Σ² Vᵀ.
 
     Attributes:
         vectors: V [N, N] float64, its columns in order of *ascending* σ: turning them round would be a copy.
         sigma: [N] float64, descending; so are the next two.
         unresolved: [N] bool, those left out that the rounding of the Gram matrix may hide above the tolerance.
-        noise: [N], what σ² is off by.
-        rank: how many lie above both.
+        noise: [N], the error of σ².
+        rank: how many lie above both the tolerance and the noise.
         tolerance: σ up to this counts as zero.
     """
 
@@ -53,46 +53,47 @@ class GramSpectrum:
     tolerance: Tensor
 
     def top(self, count: int) -> tuple[Tensor, Tensor]:
-        """(V, σ) of the largest ``count``, or of those that are kept where these are fewer; σ ascending."""
+        """Return (V, σ) of the largest ``count``, or of those that are kept where these are fewer; σ ascending."""
         count = min(count, self.rank)
         first = len(self.sigma) - count
         return self.vectors[:, first:], self.sigma[:count].flip(0)
 
     def kept_sigma(self, count: int) -> Tensor:
-        """The largest ``count``, descending, zero where not kept."""
+        """Return the largest ``count`` σ, descending, zero where not kept."""
         kept = self.sigma[:count].clone()
         kept[self.rank :] = 0.0
         return kept
 
     def gap(self, count: int) -> Tensor:
-        """See ``Subspace.gap``."""
+        """Return ``Subspace.gap`` at a cut after ``count``."""
         return relative_gap(self.sigma, count)
 
     def angle(self, count: int) -> Tensor:
-        """See ``Subspace.angle``."""
+        """Return ``Subspace.angle`` at a cut after ``count``."""
         return rounding_angle(self.sigma, count, self.tolerance, self.noise[max(0, count - 1)])
 
     def inverse_root(self) -> Tensor:
-        """V Σ⁻¹ Vᵀ over what is kept; ``vectors`` is overwritten."""
+        """Return V Σ⁻¹ Vᵀ over the kept directions; ``vectors`` is overwritten."""
         vectors, sigma = self.top(self.rank)
         vectors *= sigma.rsqrt()
         return sym_mm(vectors)
 
     def polar_noise(self) -> Tensor:
-        """‖QᵀQ − I‖_F / √rank that the noise leaves in Q = X V Σ⁻¹ Vᵀ."""
+        """Return ‖QᵀQ − I‖_F / √rank that the noise leaves in Q = X V Σ⁻¹ Vᵀ."""
         # As if every eigenvalue were off by all of it, in quadrature.
         return (self._relative_noise().square().sum() / max(1, self.rank)).sqrt()
 
     def skew_error(self) -> Tensor:
-        """What it leaves there besides, and a Newton-Schulz step does not mend, [] (see ``gram_eigh``)."""
+        """Return the error that the noise leaves there beside ``polar_noise``, [] (see ``gram_eigh.skew_error``)."""
         return skew_error(self._relative_noise())
 
     def _relative_noise(self) -> Tensor:
         return self.noise * reciprocal(self.kept_sigma(len(self.sigma))).square()
 
     def is_blurred(self, count: int, limit: float) -> bool:
-        """Whether, of the largest ``count``, the noise hides a direction, or is more than ``limit`` of a kept σ² or of
-        the angle.
+        """Return whether the noise blurs the largest ``count`` directions.
+
+        It hides one of them, or is more than ``limit`` of a kept σ² or of the angle.
         """
         blurred = self.unresolved[:count].any() | (self.angle(count) > limit)
         last = min(count, self.rank) - 1
@@ -101,8 +102,9 @@ class GramSpectrum:
         return bool(blurred)
 
     def sharpened(self, gram_of: Callable[[Tensor], tuple[Tensor, float]]) -> GramSpectrum:
-        """With the directions below ``SMALL`` σ₁ solved again among themselves: their own Gram matrix has no large
-        entries whose rounding would hide them. ``vectors`` is overwritten.
+        """Return this with the directions below ``SMALL`` σ₁ solved again among themselves; ``vectors`` is overwritten.
+
+        Their own Gram matrix has no large entries whose rounding would hide them.
 
         Args:
             gram_of: (W [N, m]) -> ((X W)ᵀ X W, its ``gram_noise``).
@@ -128,11 +130,11 @@ class GramSpectrum:
 
 
 def spectrum_in_place(gram: Tensor, tolerance: Tensor, noise: float, *, scale: Tensor | None = None) -> GramSpectrum:
-    """Of the symmetric ``gram`` [N, N] float64, whose memory becomes that of the vectors. Reads one number.
+    """Return the spectrum of a symmetric ``gram`` [N, N] float64, in whose memory the vectors come. Reads one number.
 
     Args:
         tolerance: σ up to this counts as zero, [].
-        noise: relative to λ₁, or to ``scale``² where that is given, for what is a difference of larger matrices.
+        noise: relative to λ₁, or to ``scale``² where that is given, for a difference of larger matrices.
     """
     eigenvalues = torch.empty(len(gram), dtype=gram.dtype, device=gram.device)
     # Column by column, as LAPACK has it: anything else is copied first.

@@ -1,4 +1,4 @@
-"""What single singular values are wanted for where there are none: sums over pairs of them, by products alone.
+"""Sum over pairs of singular values that nobody knows, by products alone.
 
 For the symmetric positive definite H = QᵀX of a polar factor, whose eigenvalues are the singular values of X,
 

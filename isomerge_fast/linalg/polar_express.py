@@ -1,11 +1,11 @@
-"""Polar factor by minimax-optimal odd quintics: products only, nothing is factored but one Cholesky for the bounds.
+"""Find polar factors by minimax-optimal odd quintics: products only, and one Cholesky factor for the bounds.
 
 For X [M, N] with M ≤ N (the tall case is the transpose), X₀ = X/σ₁ with singular values in [ℓ, 1]:
 
     G = X Xᵀ,    X ← a X + (b G + c G²) X,
 
-with (a, b, c) the odd quintic that is nearest to 1 on the interval where the singular values lie by then. But for the
-little room left to rounding, no other sequence of quintics gets the worst of them nearer to 1.
+with (a, b, c) the odd quintic that is nearest to 1 on the interval where the singular values lie by then. Apart from
+the little room left to rounding, no other sequence of quintics gets the worst of them nearer to 1.
 """
 
 from __future__ import annotations
@@ -22,20 +22,15 @@ from torch import Tensor
 from isomerge_fast import ops
 
 from .polar_iteration import (
-    Start,
-    check_fields,
-    default_target,
+    PRODUCT_EPS,
+    Bounds,
+    PolarIteration,
     dtype_suffix,
-    empty_result,
-    evidence,
     inverse_size,
     largest_block,
-    scaled,
     short_polynomial,
-    start,
-    workspace_bytes,
 )
-from .protocol import PolarSolver, PolarStats
+from .protocol import PolarStats
 
 SMALLEST_LOWER = 1e-8
 STEPS_PER_DECADE = 20  # ℓ is rounded down to this grid, by 12 % at most: a few dozen sequences serve all matrices
@@ -58,7 +53,7 @@ TYPICAL_EPS = {"bf16x3": 2.0**-19}
 
 
 class Quintic(NamedTuple):
-    """p(x) = a x + b x³ + c x⁵, with |p − 1| ≤ error on [lower, upper]."""
+    """Hold p(x) = a x + b x³ + c x⁵, with |p − 1| ≤ error on [lower, upper]."""
 
     a: float
     b: float
@@ -69,10 +64,10 @@ class Quintic(NamedTuple):
 
 
 def minimax_quintic(lower: float, upper: float) -> Quintic:
-    """The odd quintic with the smallest max |p(x) − 1| on [lower, upper], by Remez exchange.
+    """Return the odd quintic with the smallest max |p(x) − 1| on [lower, upper], by Remez exchange.
 
-    p − 1 takes ±error in turn at four points: both ends and the two extremes of p. Solved for as p = x (α + β t + γ t²)
-    in t = (x² − m)/w, which covers [−1, 1], the linear system is well-conditioned however narrow the interval is.
+    p − 1 takes ±error in turn at four points: both ends and the two extremes of p. With p = x (α + β t + γ t²) and
+    t = (x² − m)/w, which covers [−1, 1], the linear system is well-conditioned however narrow the interval is.
 
     Reference: Amsel, Persson, Musco, Gower, "The Polar Express", 2025 (arXiv 2505.16932), §3.
     """
@@ -102,7 +97,7 @@ def minimax_quintic(lower: float, upper: float) -> Quintic:
 
 
 def quintics(lower: float, target: float) -> tuple[Quintic, ...]:
-    """The steps that take singular values from [lower, 1] to within ``target`` of 1; ``lower`` is rounded down."""
+    """Return the steps that take singular values in [lower, 1] to within ``target`` of 1; ``lower`` is rounded down."""
     exponent = math.floor(STEPS_PER_DECADE * math.log10(min(1.0, max(lower, SMALLEST_LOWER))) + 1e-9)
     return _quintics(exponent, target)
 
@@ -121,64 +116,56 @@ def _quintics(exponent: int, target: float) -> tuple[Quintic, ...]:
 
 
 @dataclass(frozen=True)
-class PolarExpress(PolarSolver):
-    """Polar factor by ``quintics``, iterated in ``dtype``; does not truncate (see ``polar_iteration``).
+class PolarExpress(PolarIteration):
+    """Find polar(X) by ``quintics``; does not truncate (see ``polar_iteration``).
 
     Attributes:
-        dtype: to iterate in, float64 or float32. Small directions are lost to its rounding: the error grows with κ.
-        target: how far from 1 the singular values of Q may end by the iteration itself; by default the rounding of
-            ``dtype`` or of its products or of the result, whichever is coarsest.
         products: precision of float32 products (``ops.mm``): ``"bf16x3"`` where 2⁻¹⁶ is enough.
-        largest_error: of Q by rounding, relative to its norm. Where more is predicted of every matrix of a batch, its
-            iteration is not begun: most of the time lies there, and the next solver would have to do all again.
+        largest_error: the largest error of Q by rounding, relative to its norm. Where more is predicted for every
+            matrix of a batch, the iteration is not begun: it takes most of the time, and its result would be discarded.
     """
 
-    dtype: torch.dtype = torch.float64
-    target: float | None = None
     products: str | None = None
     largest_error: float | None = None
 
     def __post_init__(self) -> None:
-        check_fields(self.dtype, self.target, self.products)
+        super().__post_init__()
+        if self.products is not None and (self.products not in PRODUCT_EPS or self.dtype != torch.float32):
+            known = ", ".join(PRODUCT_EPS)
+            raise ValueError(f"products: float32 ones have {known}, got {self.products!r} for {self.dtype}")
 
     @property
     def name(self) -> str:
         return f"polar-express-{self.products or dtype_suffix(self.dtype)}"
 
-    def polar(
-        self, x: Tensor, *, tolerance: Tensor | None = None, dtype: torch.dtype | None = None
-    ) -> tuple[Tensor, PolarStats]:
-        """See ``PolarSolver``. Reads one number from the device, from which the number of steps follows, and a flag
-        where there is a ``largest_error``.
+    def iterate(self, x: Tensor, bounds: Bounds, grams: list[Tensor], dtype: torch.dtype) -> tuple[Tensor, PolarStats]:
+        """Iterate on X itself; read a flag from the device where there is a ``largest_error``.
 
         Raises:
             torch.linalg.LinAlgError: more than ``largest_error`` is predicted.
         """
-        dtype = dtype or x.dtype
-        if 0 in x.shape:
-            return empty_result(self.name, x, dtype)
-        begun, gram = start(x, tolerance)
-        grams = [gram]
-        del gram
-        return self.iterate(x, begun, grams, dtype)
-
-    def iterate(self, x: Tensor, begun: Start, grams: list[Tensor], dtype: torch.dtype) -> tuple[Tensor, PolarStats]:
-        """Return what ``polar`` does, after ``start``; ``grams``, its Gram matrix, is emptied to be freed early."""
-        error = self._rounding(begun, grams[0], x)
+        error = self._rounding(bounds, grams[0], x)
         if self.largest_error is not None and bool((error > self.largest_error).all()):
             raise torch.linalg.LinAlgError(
                 f"rounding would leave an error of {float(error.amin()):.0e}, {self.largest_error:.0e} is allowed"
             )
-        y = scaled(x, begun.scale, self.dtype)
+        # Not by mul(out=…), which makes a copy of X in its own dtype where ``self.dtype`` is another.
+        scale = bounds.scale.to(self.dtype)[..., None, None]
+        y = torch.empty(x.shape, dtype=self.dtype, device=x.device).copy_(x).mul_(scale)
         grams.append(grams.pop().to(self.dtype))
-        for step in quintics(begun.lower, self.target or default_target(self.dtype, dtype, products=self.products)):
-            self._step(y, grams.pop() if grams else self._gram(y), step)
+        wide = x.shape[-2] <= x.shape[-1]
+        for step in quintics(bounds.lower, self.target_for(dtype, self.products)):
+            gram = grams.pop() if grams else ops.sym_mm(y if wide else y.mT, precision=self.products)
+            polynomial = ops.sym_mm_add(gram, gram, alpha=step.c, beta=step.b, precision=self.products)
+            del gram
+            short_polynomial(polynomial, y, y, beta=step.a, precision=self.products)
+            del polynomial
         q = y.to(dtype)
         del y
-        return q, replace(evidence(self.name, q, x, begun), error=error)
+        return q, replace(self.evidence(q, x, bounds), error=error)
 
-    def workspace_bytes(self, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> int:
-        """Peak bytes beyond the input: the iterate with G and its polynomial, or with the result.
+    def iterating_bytes(self, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> int:
+        """Return the bytes of the iterate with G and its polynomial, or with the result.
 
         The parts of products in bf16x3 are twelve bytes of every element, and eight while they are made.
         """
@@ -186,24 +173,14 @@ class PolarExpress(PolarSolver):
         step = size * (elements + short**2 + max(short**2, largest_block(rows, columns, device)))
         if self.products:
             step += 20 * (elements + short**2)
-        converted = (size + dtype.itemsize) * elements
-        return workspace_bytes(rows, columns, max(step, converted), dtype, device)
+        return max(step, (size + dtype.itemsize) * elements)
 
-    def _rounding(self, begun: Start, gram: Tensor, x: Tensor) -> Tensor:
-        """See ``PolarStats.error``."""
+    def _rounding(self, bounds: Bounds, gram: Tensor, x: Tensor) -> Tensor:
+        """Estimate ``PolarStats.error``."""
         if self.dtype == torch.float64:
-            error = WORST_ROUNDING * torch.finfo(self.dtype).eps / (begun.smallest * begun.scale)
+            error = WORST_ROUNDING * torch.finfo(self.dtype).eps / (bounds.smallest * bounds.scale)
         else:
             eps = TYPICAL_EPS.get(self.products or "", torch.finfo(self.dtype).eps)
             short, long = sorted(x.shape[-2:])
             error = math.hypot(PAIRS_ROUNDING, BEYOND_ROUNDING * math.sqrt(1 - short / long)) * eps * inverse_size(gram)
-        return torch.where(begun.solved, error, 0.0)
-
-    def _gram(self, y: Tensor) -> Tensor:
-        return ops.sym_mm(y if y.shape[-2] <= y.shape[-1] else y.mT, precision=self.products)
-
-    def _step(self, y: Tensor, gram: Tensor, step: Quintic) -> None:
-        """In place."""
-        polynomial = ops.sym_mm_add(gram, gram, alpha=step.c, beta=step.b, precision=self.products)
-        del gram
-        short_polynomial(polynomial, y, y, beta=step.a, precision=self.products)
+        return torch.where(bounds.solved, error, 0.0)

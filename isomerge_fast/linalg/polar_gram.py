@@ -1,12 +1,12 @@
-"""Polar factor by Newton-Schulz on the Gram matrix alone: X itself is touched once per restart.
+"""Find polar factors by Newton-Schulz on the Gram matrix alone: X itself is touched once per restart.
 
 For X [M, N] with M ≤ N (the tall case is the transpose), G = X Xᵀ and the quintics p_k(x) = x h_k(x²) of
 ``polar_express``:
 
     H = a I + b G + c G²,    P ← P H,    G ← H G H,    and in the end    Q = P X.
 
-All of that is r x r: at aspect 4 a step takes a third of the operations that it takes on X, on a square X as many. What
-is paid for it: G holds the squares of the singular values, each with an error of ε times the largest. A restart,
+All of that is r x r: at aspect 4 a step takes a third of the operations that it takes on X, on a square X as many. The
+price is precision: G holds the squares of the singular values, each with an error of ε times the largest. A restart,
 X ← P X and G = X Xᵀ anew, comes before that tells.
 """
 
@@ -21,40 +21,26 @@ from torch import Tensor
 
 from isomerge_fast import ops
 
+from .blockwise import short_side_gram
 from .polar_express import Quintic, quintics
-from .polar_iteration import (
-    check_fields,
-    default_target,
-    dtype_suffix,
-    empty_result,
-    evidence,
-    largest_block,
-    short_polynomial,
-    start,
-    workspace_bytes,
-)
-from .protocol import PolarSolver, PolarStats
-from .sides import short_gram
+from .polar_iteration import Bounds, PolarIteration, dtype_suffix, largest_block, short_polynomial
+from .protocol import PolarStats
 
 
 @dataclass(frozen=True)
-class GramNewtonSchulz(PolarSolver):
-    """Polar factor from polynomials of the Gram matrix, in ``dtype``; does not truncate (see ``polar_iteration``).
+class GramNewtonSchulz(PolarIteration):
+    """Find polar(X) by polynomials of the Gram matrix; does not truncate (see ``polar_iteration``).
 
     Attributes:
-        dtype: to iterate in, float64 or float32.
-        target: as in ``PolarExpress``.
         restarts: how often, at most, the Gram matrix is formed anew.
 
     Reference: Dao-AILab/gram-newton-schulz, 2025 (the iteration and its restarts).
     """
 
-    dtype: torch.dtype = torch.float64
-    target: float | None = None
     restarts: int = 3
 
     def __post_init__(self) -> None:
-        check_fields(self.dtype, self.target)
+        super().__post_init__()
         if self.restarts < 0:
             raise ValueError(f"restarts: expected 0 or more, got {self.restarts}")
 
@@ -62,22 +48,11 @@ class GramNewtonSchulz(PolarSolver):
     def name(self) -> str:
         return f"gram-newton-schulz-{dtype_suffix(self.dtype)}"
 
-    def polar(
-        self, x: Tensor, *, tolerance: Tensor | None = None, dtype: torch.dtype | None = None
-    ) -> tuple[Tensor, PolarStats]:
-        """See ``PolarSolver``. Reads one number from the device, from which steps and restarts follow.
-
-        Without a restart the only tensor of the size of X is the result.
-        """
-        dtype = dtype or x.dtype
-        if 0 in x.shape:
-            return empty_result(self.name, x, dtype)
-        begun, gram = start(x, tolerance)
-        steps = quintics(begun.lower, self.target or default_target(self.dtype, dtype))
-        *early, last = split(steps, self.restarts, self.dtype)
-        grams = [gram.to(self.dtype)]  # given away by pop: it is overwritten
-        del gram
-        y, scale = x, begun.scale.to(self.dtype)[..., None, None]
+    def iterate(self, x: Tensor, bounds: Bounds, grams: list[Tensor], dtype: torch.dtype) -> tuple[Tensor, PolarStats]:
+        """Iterate on G; without a restart the only tensor of the size of X is the result."""
+        *early, last = split(quintics(bounds.lower, self.target_for(dtype)), self.restarts, self.dtype)
+        grams.append(grams.pop().to(self.dtype))
+        y, scale = x, bounds.scale.to(self.dtype)[..., None, None]
         for segment in early:
             polynomial = _accumulate(grams.pop(), segment)
             if y is x:
@@ -85,26 +60,25 @@ class GramNewtonSchulz(PolarSolver):
             else:
                 short_polynomial(polynomial, y, y)
             del polynomial
-            grams.append(short_gram(y, dtype=self.dtype))
+            grams.append(short_side_gram(y, dtype=self.dtype))
         polynomial = _accumulate(grams.pop(), last)
         if y is x:
             polynomial.mul_(scale)
         q = short_polynomial(polynomial, y, torch.empty(x.shape, dtype=dtype, device=x.device))
         del y, polynomial
-        return q, evidence(self.name, q, x, begun)
+        return q, self.evidence(q, x, bounds)
 
-    def workspace_bytes(self, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> int:
-        """Peak bytes beyond the input: with a restart, the iterate and four r x r, or the iterate and the result."""
+    def iterating_bytes(self, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> int:
+        """Return the bytes of the iterate, where there is a restart, with four r x r or with the result."""
         short, elements, size = min(rows, columns), rows * columns, self.dtype.itemsize
         block = largest_block(rows, columns, device)
         iterate = size * elements if self.restarts else 0
-        accumulating = iterate + 4 * size * short**2
-        applying = iterate + dtype.itemsize * elements + size * (short**2 + (1 if self.restarts else 2) * block)
-        return workspace_bytes(rows, columns, max(accumulating, applying), dtype, device)
+        applying = dtype.itemsize * elements + size * (short**2 + (1 if self.restarts else 2) * block)
+        return iterate + max(4 * size * short**2, applying)
 
 
 def split(steps: Sequence[Quintic], restarts: int, dtype: torch.dtype) -> list[Sequence[Quintic]]:
-    """``steps`` cut into segments between which the Gram matrix is formed anew, by equal shares of the growth of ℓ.
+    """Cut ``steps`` into segments between which the Gram matrix is formed anew, by equal shares of the growth of ℓ.
 
     A Gram matrix with values in [ℓ², 1] gives the smallest a relative error of ε/ℓ². Every segment begins at an ℓ of
     ε^(1/6) or more (2e-3 in float64, 7e-2 in float32), as far as ``restarts`` allows.
@@ -121,7 +95,7 @@ def split(steps: Sequence[Quintic], restarts: int, dtype: torch.dtype) -> list[S
 
 
 def _accumulate(gram: Tensor, steps: Sequence[Quintic]) -> Tensor:
-    """P = Π h_k, the polynomial of G by which ``steps`` multiply X; overwrites G.
+    """Return P = Π h_k, the polynomial of G by which ``steps`` multiply X; overwrites G.
 
     Second factors are given as their transposes, which they equal: tiles of both then lie along rows (H200: 1.47 ms
     instead of 1.70 at 4096).

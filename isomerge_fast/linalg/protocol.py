@@ -1,4 +1,4 @@
-"""What a solver is, what it answers, and when a singular value counts as zero.
+"""Define a solver, its answers, and when a singular value counts as zero.
 
 All solvers work on ``[..., M, N]`` with any number of batch dimensions, on any device, and never modify their input.
 Singular values at or below the tolerance are *truncated*: their directions are zero columns, so that every result lives
@@ -26,7 +26,7 @@ GROWTH_ROWS = 64
 
 @dataclass(frozen=True)
 class HeatTraces:
-    """tr e^(−tH) of H = QᵀX, whose eigenvalues are the σ of X, from which sums over the σ follow (``heat_traces``).
+    """Hold tr e^(−tH) of H = QᵀX, whose eigenvalues are the σ of X: sums over the σ follow from it (``heat_traces``).
 
     Attributes:
         times: t, [..., nodes] float64.
@@ -51,21 +51,20 @@ class HeatTraces:
 
 @dataclass(frozen=True)
 class PolarStats:
-    """Evidence of one (batched) polar solve; tensors stay on the device until they are read, so no solve synchronises.
+    """Hold the evidence of one (batched) polar solve, on the device until it is read: no solve synchronises for it.
 
     Attributes:
-        solver: name of the solver.
         nuclear_norm: ‖X‖_* = Σσ over the kept directions, shape [...].
         rank: number of kept directions, shape [...].
         orthogonality: ‖QᵀQ − P‖_F / √r on the short side, P the projector on the kept directions, shape [...].
         unresolved: number of directions left out that may lie above the tolerance, hidden by the solver's own rounding,
             shape [...].
-        error: ‖dQ‖_F / √rank that the solver's own rounding leaves, estimated from σ, shape [...]. What is skew of it,
-            ``orthogonality`` does not see, and ``asymmetry`` hardly where σ is small.
+        error: ‖dQ‖_F / √rank that the solver's own rounding leaves, estimated from σ, shape [...]. ``orthogonality``
+            does not see its skew part, and ``asymmetry`` hardly where σ is small.
         sigma: kept singular values, zero where truncated, shape [..., r]; None where the solver does not see σ.
-        traces: what sums over pairs of σ follow from instead; None where ``sigma`` is there, or nobody asks for them.
         spread: rms(σ) · rms(1/σ) over the kept directions, shape [...]: rounding X to ε moves Q by about ε times this,
             relative to ‖Q‖. None where the solver does not see σ.
+        traces: give the sums over pairs of σ in place of ``sigma``; None where nobody asks for them.
     """
 
     solver: str
@@ -79,7 +78,7 @@ class PolarStats:
     traces: HeatTraces | None = None
 
     def growth(self, short: int, long: int, *, ones: int = 0) -> Tensor:
-        """Return ``polar_growth`` of a solver that sees σ, or the sums over them: [...]."""
+        """Return ``polar_growth`` from σ, or from the traces: [...]."""
         if self.sigma is not None:
             return polar_growth(self.sigma, short, long, ones=ones)
         assert self.traces is not None
@@ -89,7 +88,7 @@ class PolarStats:
 
 @dataclass(frozen=True)
 class Subspace:
-    """Top ``k`` singular triplets of X [..., M, N], by side.
+    """Hold the top ``k`` singular triplets of X [..., M, N], by side.
 
     Attributes:
         short: [..., r, k] float64, the singular vectors of the short side (left when wide); zero where truncated.
@@ -118,11 +117,11 @@ class Subspace:
 
     @cached_property
     def whitened(self) -> Tensor:
-        """The short side's vectors over σ, [..., r, k]: X maps them to the long side's."""
+        """Return the short side's vectors over σ, [..., r, k]: X maps them to the long side's."""
         return self.short * reciprocal(self.sigma)[..., None, :]
 
     def unbind(self) -> list[Subspace]:
-        """The members along the first batch dimension."""
+        """Return the members along the first batch dimension."""
         assert self.long is not None
         return [
             Subspace(short, long, sigma, None, gap, angle, unresolved, self.wide)
@@ -133,32 +132,30 @@ class Subspace:
 
     @property
     def u(self) -> Tensor:
-        """Left singular vectors [..., M, k] in the dtype of the long side."""
+        """Return the left singular vectors [..., M, k] in the dtype of the long side."""
         assert self.long is not None
         return self.short.to(self.long.dtype) if self.wide else self.long
 
     @property
     def v(self) -> Tensor:
-        """Right singular vectors [..., N, k] in the dtype of the long side."""
+        """Return the right singular vectors [..., N, k] in the dtype of the long side."""
         assert self.long is not None
         return self.long if self.wide else self.short.to(self.long.dtype)
 
 
 class PolarSolver(ABC):
-    """polar(X) = U Vᵀ of the thin SVD X = U Σ Vᵀ. A solver is a frozen dataclass that states ``name`` and ``polar``."""
+    """Find polar(X) = U Vᵀ, with X = U Σ Vᵀ. A solver is a frozen dataclass that states ``name`` and ``polar``."""
 
     @property
     @abstractmethod
     def name(self) -> str:
-        """What reports call the solver."""
-        ...
+        """Return the name of the solver in reports."""
 
     @abstractmethod
     def polar(
         self, x: Tensor, *, tolerance: Tensor | None = None, dtype: torch.dtype | None = None
     ) -> tuple[Tensor, PolarStats]:
         """Return (Q, evidence); Q in ``dtype``, by default that of ``x``."""
-        ...
 
     def workspace_bytes(self, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> int:
         """Return the peak bytes of one solve of a float64 ``x`` beyond ``x`` itself, the result in ``dtype`` included.
@@ -170,12 +167,11 @@ class PolarSolver(ABC):
 
 @dataclass(frozen=True, eq=False)
 class Factorization(ABC):
-    """X as its singular values and vectors tell of it: computed when they are asked for, and kept until ``release``.
+    """Give the singular values and vectors of X: computed when they are asked for, and kept until ``release``.
 
     A subclass keeps them as a ``cached_property`` of the name ``vectors``.
 
     Attributes:
-        x: X [..., M, N].
         tolerance: σ up to this counts as zero, [...].
     """
 
@@ -185,22 +181,18 @@ class Factorization(ABC):
     @abstractmethod
     def polar(self, dtype: torch.dtype) -> tuple[Tensor, PolarStats]:
         """Return (polar(X) in ``dtype``, evidence)."""
-        ...
 
     @abstractmethod
     def top(self, k: int) -> Subspace:
-        """Return the top ``k`` triplets, without what is long (``complete``)."""
-        ...
+        """Return the top ``k`` triplets without their long side (see ``complete``)."""
 
     @abstractmethod
     def complement(self, top: Subspace) -> Tensor:
         """Return a basis of the short side's directions beyond ``top`` (see ``Subspace.complement``)."""
-        ...
 
     @abstractmethod
     def complete(self, top: Subspace, dtype: torch.dtype) -> Subspace:
         """Return ``top`` with its long side, in ``dtype``."""
-        ...
 
     @abstractmethod
     def residual(self, delta: Tensor, common: Subspace, s: int, *, norm: Tensor, tolerance: Tensor) -> Subspace:
@@ -212,47 +204,47 @@ class Factorization(ABC):
             norm: ‖Δ‖_F, which the caller has.
             tolerance: σ up to this counts as zero.
         """
-        ...
 
     def release(self) -> None:
-        """Let go of the vectors, which are as large as a Gram matrix or as X. Whoever asks again computes them anew."""
+        """Drop the vectors, which are as large as a Gram matrix or as X; the next request computes them anew."""
         vars(self).pop("vectors", None)
 
 
 class Solver(PolarSolver):
-    """Also dominant singular triplets of a matrix, and of what a projection leaves of another: for Iso-CTS.
+    """Find dominant singular triplets too, of a matrix and of what a projection leaves of another: for Iso-CTS.
 
     A solver states ``name`` and ``factorize``; one that has an SVD of its own is a ``FullSvd`` with another ``svd``.
     """
 
     @abstractmethod
     def factorize(self, x: Tensor, *, tolerance: Tensor | None = None) -> Factorization:
-        """Return X, to be asked for what is wanted of it.
+        """Return X as a ``Factorization``.
 
         Args:
             tolerance: σ up to this counts as zero, [...]; by default ``default_tolerance``.
         """
-        ...
 
     def polar(
         self, x: Tensor, *, tolerance: Tensor | None = None, dtype: torch.dtype | None = None
     ) -> tuple[Tensor, PolarStats]:
-        """See ``PolarSolver``."""
         return self.factorize(x, tolerance=tolerance).polar(dtype or x.dtype)
 
     def long_dtypes(
         self, wide: bool, dtype: torch.dtype, device: torch.device
     ) -> tuple[torch.dtype | None, torch.dtype]:
-        """Return what the long side of S is wanted in for ``Factorization.residual`` (None: not at all), and what it is
-        kept in for the result, which is in ``dtype``.
+        """Return the dtypes of S's long side: for ``Factorization.residual`` (None: not wanted), and for the result.
+
+        Args:
+            dtype: of the result.
         """
         return torch.float64, torch.float64
 
     def part_bytes(
         self, rows: int, columns: int, k: int, s: int, at_once: int, dtype: torch.dtype, device: torch.device
     ) -> int:
-        """Return the peak bytes of ``Factorization.residual`` of a batch of so many Δ in ``dtype``, beyond S, Δ and
-        what it returns; with the long side of S that it wants.
+        """Return the peak bytes of ``Factorization.residual`` of ``at_once`` Δ in ``dtype``.
+
+        The long side of S that it wants is counted; S, Δ and the result are not.
         """
         return at_once * self.workspace_bytes(rows, columns, dtype, device)
 
@@ -262,7 +254,7 @@ class Solver(PolarSolver):
 
 
 def rounding_tolerance(norm: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    """Singular values up to this are the input's own rounding to ``dtype``: 2 ε · ‖X‖_F/√(MN) · (√M + √N).
+    """Return the σ up to which the input's own rounding to ``dtype`` reaches: 2 ε · ‖X‖_F/√(MN) · (√M + √N).
 
     Rounding every entry to relative precision ε/2 adds a nearly random matrix, whose largest singular value is
     (ε/2)·rms(X)·(√M + √N) (the Marchenko-Pastur edge); the bound is four times that. It is far below the customary
@@ -274,12 +266,12 @@ def rounding_tolerance(norm: Tensor, rows: int, columns: int, dtype: torch.dtype
 
 
 def default_tolerance(x: Tensor) -> Tensor:
-    """``rounding_tolerance`` of X in its own dtype, shape [...]."""
+    """Return ``rounding_tolerance`` of X in its own dtype, shape [...]."""
     return rounding_tolerance(torch.linalg.vector_norm(x, dim=(-2, -1)), x.shape[-2], x.shape[-1], x.dtype)
 
 
 def relative_gap(sigma: Tensor, k: int) -> Tensor:
-    """(σ_k − σ_{k+1}) / σ_k from all singular values in descending order, [..., r] -> [...]."""
+    """Return (σ_k − σ_{k+1}) / σ_k from all singular values in descending order, [..., r] -> [...]."""
     if k <= 0 or k >= sigma.shape[-1]:
         return torch.ones(sigma.shape[:-1], dtype=torch.float64, device=sigma.device)
     upper, lower = sigma[..., k - 1], sigma[..., k]
@@ -287,10 +279,10 @@ def relative_gap(sigma: Tensor, k: int) -> Tensor:
 
 
 def rounding_angle(sigma: Tensor, k: int, tolerance: Tensor, noise: Tensor) -> Tensor:
-    """‖sin θ‖_F / √k that ``noise`` in σ² leaves at the cut: noise / (√k (σ_k² − σ_{k+1}²)), [..., r] -> [...].
+    """Return ‖sin θ‖_F / √k that ``noise`` in σ² leaves at the cut: noise / (√k (σ_k² − σ_{k+1}²)), [..., r] -> [...].
 
-    0 where nothing lies beyond the cut, and where the two differ by less than the tolerance: there the split is not
-    determined by the data, whatever the solver, which is for the gap to say.
+    0 where nothing lies beyond the cut, and where the two differ by less than the tolerance: there the data does not
+    determine the split, whatever the solver, and the gap says so.
     """
     if k <= 0 or k >= sigma.shape[-1]:
         return torch.zeros_like(noise)
@@ -301,11 +293,11 @@ def rounding_angle(sigma: Tensor, k: int, tolerance: Tensor, noise: Tensor) -> T
 
 
 def polar_growth(sigma: Tensor, short: int, long: int, *, ones: int = 0) -> Tensor:
-    """‖dQ‖_F / e, where Q + dQ is the polar factor of X + E and the entries of E [..., long, short] are random and of
-    size e, to first order: [..., r] -> [...].
+    """Return ‖dQ‖_F / e, with Q + dQ the polar factor of X + E, to first order: [..., r] -> [...].
 
-    In the basis of the singular vectors dQ_ij = (E_ij − E_ji) / (σ_i + σ_j), and E_ij / σ_j for the directions i beyond
-    those kept. That there is no i = j is what matters: one small σ alone does little in a square X.
+    The entries of E [..., long, short] are random and of size e. In the basis of the singular vectors
+    dQ_ij = (E_ij − E_ji) / (σ_i + σ_j), and E_ij / σ_j for the directions i beyond those kept. There is no i = j: one
+    small σ alone does little in a square X.
 
     Args:
         sigma: zero where a direction is not kept.
@@ -328,13 +320,13 @@ def polar_growth(sigma: Tensor, short: int, long: int, *, ones: int = 0) -> Tens
 
 
 def _growth(pairs: Tensor, squares: Tensor, kept: Tensor, short: int, long: int, ones: int) -> Tensor:
-    """``polar_growth`` from Σ_{i≠j} 2/(σ_i + σ_j)² over all that are kept, the ones among them, and Σ 1/σ² without."""
+    """Return ``polar_growth`` from Σ_{i≠j} 2/(σ_i + σ_j)² over the kept σ and the ones, and Σ 1/σ² over the kept."""
     beyond = long + short - 2 * (kept + ones)
     return (pairs.clamp_min(0.0) + beyond * (squares + ones)).sqrt()
 
 
 def reciprocal(sigma: Tensor) -> Tensor:
-    """1/σ, and 0 where σ is 0."""
+    """Return 1/σ, and 0 where σ is 0."""
     return torch.where(sigma > 0, 1.0 / sigma.clamp_min(torch.finfo(sigma.dtype).tiny), 0.0)
 
 

@@ -1,4 +1,4 @@
-"""Where the singular values of X lie, from its float64 Gram matrix: what every polar iteration has to know first.
+"""Bound the singular values of X from its float64 Gram matrix, which every polar iteration has to know first.
 
 Both ends are estimated by a block power iteration, with G for the largest and with G⁻¹ (through its Cholesky factor)
 for the smallest, and moved outwards by the residual: θ + ‖G v − θ v‖ for a unit vector v and θ = vᵀ G v.
@@ -28,18 +28,15 @@ RESOLUTION = 4.0 * math.sqrt(torch.finfo(torch.float64).eps)
 
 
 def singular_range(gram: Tensor, *, tolerance: Tensor) -> tuple[Tensor, Tensor]:
-    """(σ₁ from above, σ_r from below) of X from G = X Xᵀ, the Gram matrix of its short side.
+    """Return (σ₁ from above, σ_r from below) of X, [...] float64 each, from G = X Xᵀ of its short side.
 
-    Both are estimates with a margin, not proofs, but for the bound σ₁² ≤ min(trace G, ‖G‖_∞), which always holds. No
-    value is read from the device.
+    Both are estimates with a margin, not proofs, except for the bound σ₁² ≤ min(trace G, ‖G‖_∞). No value is read from
+    the device. σ_r is 0 where X is rank-deficient or cannot be told from it: G has no Cholesky factor, or σ_r is at or
+    below ``tolerance`` or ``RESOLUTION`` · σ₁.
 
     Args:
         gram: G [..., r, r] float64, r ≥ 1, not modified.
         tolerance: [...], the singular values at or below which a direction counts as zero.
-
-    Returns:
-        (largest, smallest), both [...] float64; smallest is 0 where G has no Cholesky factor, or where it is at or
-        below ``tolerance`` or ``RESOLUTION`` · largest: there X is rank-deficient, or cannot be told from it.
 
     Reference: Zhou, Saad, "Bounding the spectrum of large Hermitian matrices", 2011 (the residual as a margin).
     """
@@ -86,18 +83,18 @@ def largest_beyond(forward: Product, backward: Product, vectors: Tensor) -> Tens
 
 
 def _without(v: Tensor, vectors: Tensor) -> Tensor:
-    """(I − V Vᵀ) v."""
+    """Return (I − V Vᵀ) v."""
     return v - vectors @ (vectors.mT @ v)
 
 
 def _start_block(rows: int, device: torch.device) -> Tensor:
-    """[rows, BLOCK_COLUMNS] float64, the same on every device and every call: cos(φ i²), whose spectrum is flat."""
+    """Return [rows, BLOCK_COLUMNS] float64, the same on every device and call: cos(φ i²), whose spectrum is flat."""
     index = torch.arange(rows * BLOCK_COLUMNS, dtype=torch.float64, device=device)
     return index.square_().mul_(0.6180339887498949).cos_().view(rows, BLOCK_COLUMNS)
 
 
 def _largest_eigenvalue(apply: Product, start: Tensor, steps: int) -> Tensor:
-    """max of θ + ‖A v − θ v‖ over the block's columns v, after ``steps`` products with a symmetric A ≥ 0: [...]."""
+    """Return max of θ + ‖A v − θ v‖ over the block's columns v, after ``steps`` products with symmetric A ≥ 0."""
     tiny = torch.finfo(torch.float64).tiny
     v, product = start, start
     for _ in range(steps):

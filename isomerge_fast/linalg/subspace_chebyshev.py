@@ -1,4 +1,4 @@
-"""Batched randomized SVD for task parts: a Chebyshev-filtered block Krylov space, certified.
+"""Search for the top directions of task parts in a Chebyshev-filtered block Krylov space, and certify them.
 
 A task of a tall matrix [M, N], M > N, gives s ≈ 0.025 N directions (T = 8): factoring its N x N Gram matrix to the last
 eigenvector is wasted. A random block of s + p columns is pushed through polynomials of G = RᵀR that damp the unwanted
@@ -10,9 +10,9 @@ s = 19, gap at the cut 0.2 %, the worst there is) 14 blocks of 38 columns took 3
 The search runs in float32, on a Gram matrix whose cancellations and rounding leave an angle of 1e-5 to 1e-3; where
 tensor cores multiply float64 as fast, in float64, which leaves 1e-9. (Directions that tasks share cancel in the Gram
 matrix of what is left of one. At 14336 x 4096 a float32 search may find nothing: on an H200 a merge then took 2.1 s.)
-The last Rayleigh-Ritz step and the residual are float64 products of the few columns with the data itself, which rotates
-those near the cut right and says honestly how far the rest are off. Where that is not good enough, the exact solver
-takes over.
+The last Rayleigh-Ritz step and the residual are float64 products of the few columns with the data itself. They rotate
+the columns near the cut right and bound the error of the others. Where that is not good enough, the exact solver takes
+over.
 
 Of a wide matrix a task's part is that of (r − k) x N numbers, whose Gram matrix has no cancellations and a fifth of the
 tall one's side: there an eigensolver has little to do, unless a GPU goes through its columns one by one.
@@ -28,11 +28,11 @@ import torch
 from torch import Tensor
 
 from ..ops import mm, mm_add, sym_mm_add, traits_of
+from .blockwise import block_elements, short_side_gram, to_long_side, to_short_side
 from .certificate import fixed_draw
 from .cusolver import eigh
 from .gram_eigh import GramEigh, GramFactorization
 from .protocol import Subspace, default_tolerance, reciprocal, relative_gap, rounding_angle
-from .sides import block_elements, long_product, short_gram, short_product
 from .thin import flagged_qr
 
 # Below these the whole spectrum is as cheap.
@@ -56,7 +56,7 @@ CONVERTED_ELEMENTS = 1 << 22
 
 @dataclass(frozen=True)
 class Ritz:
-    """Orthonormal Ritz vectors X [..., n, b] of G, values descending, and the norms of the columns of G X − X Λ."""
+    """Hold orthonormal Ritz vectors X [..., n, b] of G, values descending, and the column norms of G X − X Λ."""
 
     vectors: Tensor
     values: Tensor
@@ -66,7 +66,7 @@ class Ritz:
 def filtered_block(
     gram: Tensor, s: int, *, noise: Tensor, angle: float, oversampling: int = 9, max_degree: int = 400
 ) -> Ritz | None:
-    """The top ``s`` eigenvectors of G [..., n, n] ≥ −noise and ``oversampling`` more, in G's dtype.
+    """Return the top ``s`` eigenvectors of G [..., n, n] ≥ −noise and ``oversampling`` more, in G's dtype.
 
     X ← T_d((G − m I)/w) X, where m ± w are the smallest Ritz value of the block and −noise, between Rayleigh-Ritz
     steps: what lies in between does not grow. The degree d is such that the block's own columns do not grow apart by
@@ -74,7 +74,7 @@ def filtered_block(
     One read of the device at every step.
 
     Args:
-        noise: what rounding may have done to the eigenvalues of G, shape [...].
+        noise: the rounding error of the eigenvalues of G, shape [...].
         angle: stops where ``angle_bound`` is below this, or the residual at the rounding of G's dtype.
 
     Returns:
@@ -115,9 +115,9 @@ def filtered_block(
 
 
 def angle_bound(ritz: Ritz, kept: Tensor) -> Tensor:
-    """Bound on ‖sin θ‖_F/√s between the first ``kept`` Ritz vectors E of X = [E, F] and eigenvectors, to second order.
+    """Bound ‖sin θ‖_F/√s between the first ``kept`` Ritz vectors E of X = [E, F] and eigenvectors, to second order.
 
-    The residuals W = G X − X Λ are orthogonal to X, so E is off by at most ‖W_E‖/(λ_s − λ_b) outside of X, with λ_b for
+    The residuals W = G X − X Λ are orthogonal to X. So E is off by at most ‖W_E‖/(λ_s − λ_b) outside of X, with λ_b for
     the spectrum beyond X, and inside of X only through what couples both to the outside:
     ‖W_E‖ ‖W_F‖ / ((λ_s − λ_b)(λ_s − λ_{s+1})).
 
@@ -134,7 +134,7 @@ def angle_bound(ritz: Ritz, kept: Tensor) -> Tensor:
 
 
 def _chebyshev(gram: Tensor, x: Tensor, middle: Tensor, half: Tensor, degree: int) -> Tensor:
-    """T_d((G − m I)/w) X by the three-term recurrence, one product with an addition a degree."""
+    """Return T_d((G − m I)/w) X by the three-term recurrence, one product with an addition a degree."""
     shifted = gram / half[..., None, None]
     shifted.diagonal(dim1=-2, dim2=-1).sub_((middle / half)[..., None])
     before, now = x, mm(shifted, x)
@@ -144,7 +144,7 @@ def _chebyshev(gram: Tensor, x: Tensor, middle: Tensor, half: Tensor, degree: in
 
 
 def _ritz_in(gram: Tensor, block: Tensor) -> tuple[Ritz, Tensor]:
-    """Return what ``_rayleigh_ritz`` finds in the span of ``block``, and where ``flagged_qr`` missed that."""
+    """Return the Ritz vectors in the span of ``block``, and which of a batch ``flagged_qr`` missed."""
     x, _, missed = flagged_qr(block)
     return _rayleigh_ritz(gram, x), missed
 
@@ -159,7 +159,7 @@ def _rayleigh_ritz(gram: Tensor, x: Tensor) -> Ritz:
 
 
 def correction(gram: Tensor, x: Tensor, shifts: Tensor, w: Tensor, *, steps: int = 12) -> Tensor:
-    """C_j ≈ (λ_j − P G P)⁻¹ W_j by conjugate gradients, P = I − XXᵀ, all columns at once.
+    """Return C_j ≈ (λ_j − P G P)⁻¹ W_j by conjugate gradients, P = I − XXᵀ, all columns at once.
 
     To first order C is what is missing from Ritz vectors with residual W. λ_j lies above the spectrum of P G P, so the
     systems are positive definite.
@@ -182,20 +182,20 @@ def correction(gram: Tensor, x: Tensor, shifts: Tensor, w: Tensor, *, steps: int
 
 
 def search_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """Return what the parts of a Δ in ``dtype`` are searched in, and what U_k has to be in for that."""
+    """Return the dtype in which the parts of a Δ in ``dtype`` are searched, and which U_k has for that."""
     return torch.float64 if traits_of(device).has_float64_tensor_cores else dtype
 
 
 def _residual_gram(delta: Tensor, long: Tensor) -> tuple[Tensor, Tensor]:
     """Return G = ΔᵀΔ − YᵀY and Y = U_kᵀΔ of a tall Δ and ``long`` = U_k, in their dtype."""
     y = long.mT @ delta
-    gram = short_gram(delta, dtype=delta.dtype)
+    gram = short_side_gram(delta, dtype=delta.dtype)
     return sym_mm_add(gram, y.mT, alpha=-1.0, out=gram), y
 
 
 @dataclass(frozen=True)
 class ChebyshevSubspace(GramEigh):
-    """``GramEigh`` with the task parts of tall matrices from ``filtered_block``, certified in float64.
+    """Solve as ``GramEigh`` does, but search for the task parts of tall matrices and certify them in float64.
 
     Args:
         angle: largest ‖sin θ‖_F/√s between the s directions found and the true ones, from the float64 residual and the
@@ -222,11 +222,11 @@ class ChebyshevSubspace(GramEigh):
         return next((free for free in FREE_WIDTHS if width <= free <= short // 4), width)
 
     def worthwhile(self, short: int, s: int) -> bool:
-        """Whether a block of s + p columns is narrow enough."""
+        """Return whether a block of s + p columns is narrow enough."""
         return short >= SMALLEST_SIDE and s + self.oversampling <= short * LARGEST_FRACTION
 
     def search_bytes(self, rows: int, columns: int, s: int, device: torch.device) -> int:
-        """Peak bytes of the search in a tall float32 Δ: Δ in float64 or blocks of it, a few thin blocks, G twice."""
+        """Return the peak bytes of the search in a tall float32 Δ: Δ or blocks in float64, thin blocks, G twice."""
         width = self.block_width(min(rows, columns), s, device)
         whole = rows * columns
         converted = 8 * (whole if whole <= CONVERTED_ELEMENTS else min(whole, max(block_elements(device), columns)))
@@ -234,19 +234,17 @@ class ChebyshevSubspace(GramEigh):
         return converted + 8 * 4 * rows * width + item * (2 * columns**2 + 8 * columns * width)
 
     def factorize(self, x: Tensor, *, tolerance: Tensor | None = None) -> SearchedFactorization:
-        """See ``Solver``."""
         return SearchedFactorization(x, default_tolerance(x) if tolerance is None else tolerance, self)
 
     def long_dtypes(
         self, wide: bool, dtype: torch.dtype, device: torch.device
     ) -> tuple[torch.dtype | None, torch.dtype]:
-        """See ``Solver``: of tall matrices the search needs U_k."""
+        """Return the dtypes of ``GramEigh``, and for tall matrices that of the U_k that the search needs."""
         return None if wide else search_dtype(dtype, device), super().long_dtypes(wide, dtype, device)[1]
 
     def part_bytes(
         self, rows: int, columns: int, k: int, s: int, at_once: int, dtype: torch.dtype, device: torch.device
     ) -> int:
-        """See ``Solver``."""
         every = super().part_bytes(rows, columns, k, s, at_once, dtype, device)
         if rows <= columns:
             return every
@@ -259,12 +257,12 @@ class ChebyshevSubspace(GramEigh):
 
 @dataclass(frozen=True, eq=False)
 class SearchedFactorization(GramFactorization):
-    """``GramFactorization`` with task parts that are searched for."""
+    """Search for task parts in place of computing all their directions."""
 
     solver: ChebyshevSubspace
 
     def residual(self, delta: Tensor, common: Subspace, s: int, *, norm: Tensor, tolerance: Tensor) -> Subspace:
-        """See ``Factorization``. The search is in G = ΔᵀΔ − YᵀY with Y = U_kᵀΔ, in ``search_dtype``."""
+        """Return the top ``s`` triplets of R, searched for in G = ΔᵀΔ − YᵀY with Y = U_kᵀΔ, in ``search_dtype``."""
         solver = self.solver
         if common.long is None or common.wide or not solver.worthwhile(common.short.shape[-2], s):
             return super().residual(delta, common, s, norm=norm, tolerance=tolerance)
@@ -288,13 +286,13 @@ class SearchedFactorization(GramFactorization):
         return found
 
     def _top_of_projected(self, projected: Tensor, s: int, tolerance: Tensor) -> Subspace:
-        """See ``GramEigh``; searched for in float64 where that is faster, with one read of the device more."""
+        """Search in float64 where that is faster, with one read of the device more."""
         solver, side, device = self.solver, projected.shape[-2], projected.device
         width = solver.block_width(side, s, device)
         is_exact = search_dtype(torch.float32, device) == torch.float64
         if not is_exact or side < SMALLEST_WIDE_PART or width > side // 4:
             return super()._top_of_projected(projected, s, tolerance)
-        gram = short_gram(projected)
+        gram = short_side_gram(projected)
         noise = solver.noise * gram.diagonal(dim1=-2, dim2=-1).sum(-1)
         ritz = filtered_block(gram, s, noise=noise, angle=EXACT_SHARE * solver.angle, oversampling=width - s)
         del gram
@@ -310,7 +308,7 @@ class SearchedFactorization(GramFactorization):
         top = ritz.vectors[..., :, :s]
         return Subspace(
             short=top,
-            long=long_product(projected, top / kept[..., None, :], torch.float64),
+            long=to_long_side(projected, top / kept[..., None, :], torch.float64),
             sigma=kept,
             complement=None,
             gap=relative_gap(sigma, s),
@@ -329,7 +327,7 @@ class SearchedFactorization(GramFactorization):
         s: int,
         tolerance: Tensor,
     ) -> Subspace | None:
-        """The top ``s`` triplets of R near ``block``, certified in float64, or None where ``angle`` is not reached.
+        """Return the top ``s`` triplets of R near ``block``, certified in float64; None where ``angle`` is not reached.
 
         On a few columns X all of R's products are made from the data: R X = P − S V_k Σ_k⁻² V_kᵀ Sᵀ P with P = Δ X, and
         RᵀR X = Δᵀ(R X). Without ``y`` nothing is corrected.
@@ -339,15 +337,15 @@ class SearchedFactorization(GramFactorization):
         # Converted once where that is small; else every product converts blocks of it.
         exact_delta = delta.double() if delta.numel() <= CONVERTED_ELEMENTS else delta
         x, _, missed = flagged_qr(block.double())
-        image = long_product(exact_delta, x, torch.float64)
-        inside = common.whitened @ (common.whitened.mT @ short_product(total, image))
-        image -= long_product(total, inside, torch.float64)
+        image = to_long_side(exact_delta, x, torch.float64)
+        inside = common.whitened @ (common.whitened.mT @ to_short_side(total, image))
+        image -= to_long_side(total, inside, torch.float64)
         corrections = 0 if y is None else solver.corrections
         for step in range(corrections + 1):
             values, vectors = eigh(image.mT @ image)
             values, vectors = values.flip(-1).clamp_min(0.0), vectors.flip(-1)
             x, image = x @ vectors, image @ vectors
-            w = short_product(exact_delta, image) - x * values[..., None, :]
+            w = to_short_side(exact_delta, image) - x * values[..., None, :]
             sigma = values.sqrt()
             limit = torch.maximum(tolerance, solver.resolution * sigma[..., 0])[..., None]
             kept = sigma[..., :s] > limit

@@ -1,4 +1,4 @@
-"""The reference tier: a full thin SVD in float64 (LAPACK gesdd on a CPU, cuSOLVER on a GPU)."""
+"""Solve by a full thin SVD in float64: the reference tier (LAPACK gesdd on a CPU, cuSOLVER on a GPU)."""
 
 from __future__ import annotations
 
@@ -29,34 +29,36 @@ RESOLUTION, NOISE = 16.0 * EPS, 4.0 * EPS
 
 @dataclass(frozen=True)
 class FullSvd(Solver):
-    """polar(X) = U Vᵀ and top triplets from X = U Σ Vᵀ; everything in float64 whatever the input's dtype.
+    """Find polar(X) = U Vᵀ and top triplets from X = U Σ Vᵀ; everything in float64 whatever the input's dtype.
 
-    What is asked to depend on a full SVD depends on nothing else. Another SVD is a subclass with its ``svd``.
+    Every answer depends on the SVD alone. Another SVD is a subclass with its ``svd``.
     """
 
     @property
     def name(self) -> str:
-        """See ``PolarSolver``."""
         return "svd-fp64"
 
     def svd(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return U, σ, Vᵀ of the thin SVD of X [..., M, N], in float64."""
-        return thin_svd(x)
+        # Of cuSOLVER torch takes Jacobi's gesvdj unless asked, whose vectors are off: of a 4096 x 4096 sum in float32
+        # by 2e-3 on an H200, where QR's gesvd leaves 8e-6 in 1.2 s instead of 1.0. (gesvda's leaves 4e-7 in 0.1 s;
+        # whether it keeps small directions in float64 has not been seen.)
+        driver = "gesvd" if traits_of(x.device).capability is not None else None
+        return torch.linalg.svd(x.double(), full_matrices=False, driver=driver)
 
     def factorize(self, x: Tensor, *, tolerance: Tensor | None = None) -> SvdFactorization:
-        """See ``Solver``."""
         return SvdFactorization(x, default_tolerance(x) if tolerance is None else tolerance, self)
 
 
 @dataclass(frozen=True, eq=False)
 class SvdFactorization(Factorization):
-    """X = U Σ Vᵀ."""
+    """Hold X = U Σ Vᵀ."""
 
     solver: FullSvd
 
     @cached_property
     def vectors(self) -> tuple[Tensor, Tensor, Tensor]:
-        """U, σ, Vᵀ."""
+        """Return U, σ, Vᵀ."""
         return self.solver.svd(self.x)
 
     @property
@@ -69,12 +71,11 @@ class SvdFactorization(Factorization):
 
     @property
     def _sides(self) -> tuple[Tensor, Tensor]:
-        """The vectors of the short side and of the long one."""
+        """Return the vectors of the short side and of the long one."""
         u, _, vh = self.vectors
         return (u, vh.mT) if self._wide else (vh.mT, u)
 
     def polar(self, dtype: torch.dtype) -> tuple[Tensor, PolarStats]:
-        """See ``Factorization``."""
         u, sigma, vh = self.vectors
         keep = sigma > self._limit[..., None]
         kept_sigma = sigma * keep
@@ -91,7 +92,6 @@ class SvdFactorization(Factorization):
         return q.to(dtype), PolarStats(name, kept_sigma.sum(-1), rank, orthogonality, error=error, sigma=kept_sigma)
 
     def top(self, k: int) -> Subspace:
-        """See ``Factorization``."""
         sigma, tolerance = self.vectors[1], self._limit
         keep = sigma[..., :k] > tolerance[..., None]
         kept_sigma = sigma[..., :k] * keep
@@ -109,16 +109,14 @@ class SvdFactorization(Factorization):
         )
 
     def complement(self, top: Subspace) -> Tensor:
-        """See ``Factorization``."""
         return complement_basis(self._sides[0][..., :, top.sigma.shape[-1] :], top)
 
     def complete(self, top: Subspace, dtype: torch.dtype) -> Subspace:
-        """See ``Factorization``."""
         keep = top.sigma > 0
         return replace(top, long=(self._sides[1][..., :, : keep.shape[-1]] * keep[..., None, :]).to(dtype))
 
     def residual(self, delta: Tensor, common: Subspace, s: int, *, norm: Tensor, tolerance: Tensor) -> Subspace:
-        """See ``Factorization``: the projection and the SVD as they are written."""
+        """Return the top ``s`` triplets of R by the projection and the SVD as they are written."""
         u_k = common.u.double()
         residual = delta.double()
         # Twice: one projection leaves ε·‖Δ‖ in the common subspace, two leave ε·‖R‖.
@@ -126,12 +124,3 @@ class SvdFactorization(Factorization):
             residual = residual - u_k @ (u_k.mT @ residual)
         factors = self.solver.factorize(residual, tolerance=tolerance)
         return factors.complete(factors.top(s), torch.float64)
-
-
-def thin_svd(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return U, σ, Vᵀ of X in float64."""
-    # Of cuSOLVER torch takes Jacobi's gesvdj unless asked, whose vectors are off: of a 4096 x 4096 sum in float32 by
-    # 2e-3 on an H200, where QR's gesvd leaves 8e-6 in 1.2 s instead of 1.0. (gesvda's leaves 4e-7 in 0.1 s; whether it
-    # keeps small directions in float64 has not been seen.)
-    driver = "gesvd" if traits_of(x.device).capability is not None else None
-    return torch.linalg.svd(x.double(), full_matrices=False, driver=driver)

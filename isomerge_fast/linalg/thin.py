@@ -1,4 +1,4 @@
-"""Orthonormal bases of a few long columns."""
+"""Make orthonormal bases of a few long columns."""
 
 from __future__ import annotations
 
@@ -14,18 +14,13 @@ SMALLEST_DIAGONAL_RATIO = 1e-5
 NEARLY_ORTHONORMAL = 0.1
 
 
-def thin_qr(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return Q and R of a tall float64 X = Q R [..., L, c], by CholeskyQR2 where it is safe, else Householder.
+def thin_qrs(*matrices: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Return Q and R of every tall float64 X = Q R [..., L, c], by CholeskyQR2 where it is safe, else Householder.
 
     A few GEMM-like passes over X instead of Householder's column by column: 3072 x 152 in 11 ms instead of 57 on 2 CPU
-    cores. R is upper triangular up to rounding; its diagonal may differ in sign from
-    LAPACK's. Reads one flag from the device.
+    cores. R is upper triangular up to rounding; its diagonal may differ in sign from LAPACK's. Reads the flags of all
+    matrices from the device at once.
     """
-    return thin_qrs(x)[0]
-
-
-def thin_qrs(*matrices: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Return what ``thin_qr`` does of every matrix. Reads the flags of all at once."""
     tried = [None if x.shape[-2] < x.shape[-1] else _cholesky_qr2(x) for x in matrices]
     flags = [found[2] for found in tried if found is not None]
     read = iter(torch.stack(flags).tolist() if flags else ())
@@ -36,7 +31,7 @@ def thin_qrs(*matrices: Tensor) -> list[tuple[Tensor, Tensor]]:
 
 
 def _cholesky_qr2(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return Q, R and whether they are to be trusted, of all of a batch."""
+    """Return Q, R and whether they are to be trusted, for the whole batch."""
     q, factors, safe = x, [], []
     for _ in range(2):
         lower, failed = torch.linalg.cholesky_ex(q.mT @ q)
@@ -50,10 +45,10 @@ def _cholesky_qr2(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def flagged_qr(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return Q, R of a tall X = Q R [..., L, c], and which of a batch were missed [...], which nothing waits for.
+    """Return Q, R of a tall X = Q R [..., L, c], and which of a batch were missed [...]; nothing waits for that flag.
 
     On a CPU by Householder, which misses none. On a GPU, where that would take a batch one by one and column by column,
-    by shifted CholeskyQR3 in float64: right for κ up to 1e11 and more. What it misses has columns of I for Q and R = I,
+    by shifted CholeskyQR3 in float64: right for κ up to 1e11 and more. A missed member has I for Q and R,
     so that nothing that is not finite is passed on.
 
     Reference: Fukaya, Kannan, Nakatsukasa, Yamamoto, Yanagisawa, "Shifted Cholesky QR for computing the QR

@@ -1,4 +1,4 @@
-"""Merging methods, each standing on tensors alone; ``registry`` has them by name."""
+"""Export the merging methods and what they are made of; ``registry`` has the methods by name."""
 
 from .base import Method, RowwiseMerge
 from .elementwise import Elementwise

@@ -1,4 +1,4 @@
-"""What a method is: a base class with defaults, its options, and what it makes of rows."""
+"""Define a method: a base class with defaults, its options, and its form by rows."""
 
 from __future__ import annotations
 
@@ -16,19 +16,20 @@ from .stats import MergeStats
 
 
 class RowwiseMerge(Protocol):
-    """The merged Δ as a function of single rows of the deltas: what a method has learnt from passes over all of them.
+    """Make the merged Δ row by row, from what a method has learnt in passes over all rows.
 
     The merged Δ itself is then never held: its rows are made in one last pass, in order.
     """
 
     def rows(self, block: RowBlock) -> Tensor:
-        """The merged Δ of these rows, float32 or float64, fresh. Of methods for ``any_shape`` called from several
-        threads at once.
+        """Return the merged Δ of these rows, float32 or float64, fresh. Ask for every row once.
+
+        Methods for ``any_shape`` are called from several threads at once.
         """
         ...
 
     def stats(self) -> MergeStats:
-        """The evidence, when every row was asked for.
+        """Return the evidence, after every row was asked for.
 
         Raises:
             NotFiniteError: naming the tasks that hold NaN or Inf.
@@ -38,9 +39,9 @@ class RowwiseMerge(Protocol):
 
 @dataclass(frozen=True)
 class Method(ABC):
-    """How T deltas become one: a frozen dataclass of hyper-parameters, which are the keys of ``options`` in a config.
+    """Merge T deltas into one: a frozen dataclass of hyper-parameters, which are the keys of ``options`` in a config.
 
-    A method states its ``name`` and ``merge``, and of the rest what is not as here. ``linear.Linear``,
+    A method states its ``name``, its ``merge`` and what differs from the defaults here. ``linear.Linear``,
     ``elementwise.Elementwise`` and ``spectral.Spectral`` state more.
     """
 
@@ -55,7 +56,7 @@ class Method(ABC):
     """Whether it commutes with a change to orthonormal coordinates, so that adapters are merged as thin factors."""
     deltas_taken: ClassVar[int] = 0
     """How often ``merge`` takes every Δ_t by itself, beside their sum: what is not held is read again for it."""
-    row_map_passes: ClassVar[int] = 0
+    rowwise_passes: ClassVar[int] = 0
     """How often ``rowwise`` goes through all rows, before they are gone through to be written."""
 
     def __post_init__(self) -> None:
@@ -64,7 +65,7 @@ class Method(ABC):
 
     @property
     def ceiling(self) -> int | None:
-        """The ceiling on ``workspace_bytes`` that decides between solvers; None where there is none."""
+        """Return the ceiling on ``workspace_bytes`` that decides between solvers; None where there is none."""
         return None
 
     def within(self, memory_bytes: int | None) -> Self:
@@ -72,7 +73,7 @@ class Method(ABC):
         return self
 
     def exact(self) -> Self:
-        """Return the method as it judges others: with its reference solver, where it has solvers."""
+        """Return the method with its reference solver, by which others are judged: itself, where it has no solvers."""
         return self
 
     def accepts(self, spec: TensorSpec) -> bool:
@@ -80,7 +81,7 @@ class Method(ABC):
         return self.any_shape or len(spec.shape) == 2
 
     def explain(self, spec: TensorSpec, tasks: int, device: torch.device) -> str:
-        """Return which solver a tensor gets, and why; how the tensor is merged where there is no choice."""
+        """Return which solver a tensor gets, and why; which tensors are merged, where there is no choice."""
         return "every float tensor" if self.any_shape else "every matrix"
 
     def check(self, spec: TensorSpec, tasks: int) -> None:  # noqa: B027  # most fit every tensor
@@ -94,8 +95,9 @@ class Method(ABC):
         return tasks * spec.bytes + 8 * 6 * spec.elements
 
     def flops(self, spec: TensorSpec, tasks: int) -> float:
-        """Return the floating-point operations of one merge, for estimates of time; by default those of a sum, and of
-        a Gram matrix, its eigenvectors and a product where matrices are taken.
+        """Return the floating-point operations of one merge, for estimates of time.
+
+        By default those of a sum; where matrices are taken those of a Gram matrix, its eigenvectors and a product.
         """
         if self.any_shape:
             return 2.0 * tasks * spec.elements
@@ -110,26 +112,26 @@ class Method(ABC):
         Raises:
             NotFiniteError: naming the tasks that hold NaN or Inf.
         """
-        ...
 
     def rowwise(self, source: DeltaSource) -> RowwiseMerge:
-        """Return the merged Δ as a function of rows, for tensors whose ``row_map_bytes`` is a number."""
-        raise NotImplementedError(f"method {self.name!r} has no row map")
+        """Return the merged Δ as a function of rows, for tensors whose ``rowwise_bytes`` is a number."""
+        raise NotImplementedError(f"method {self.name!r} has no rowwise form")
 
-    def row_map_bytes(self, spec: TensorSpec, tasks: int, block_elements: int, device: torch.device) -> int | None:
-        """Return the peak bytes of ``rowwise`` and of ``RowwiseMerge.rows`` beyond the block's own raw tensors, with
-        blocks of that many elements; None where the method has no such form for this tensor.
+    def rowwise_bytes(self, spec: TensorSpec, tasks: int, block_elements: int, device: torch.device) -> int | None:
+        """Return the peak bytes of ``rowwise`` and of ``RowwiseMerge.rows`` beyond the raw tensors of a block.
+
+        None where the method has no such form for this tensor.
         """
         return None
 
 
 def read_option(method: str, option: Field[Any], value: Any) -> Any:
-    """Return an option of a method as its field's type: of texts, the numbers that they stand for.
+    """Return an option of a method as its field's type; a text becomes the number that it stands for.
 
     A field that takes objects names their class in its ``metadata``, under ``kind``.
 
     Raises:
-        ConfigError: something else.
+        ConfigError: the value is of another type.
     """
     what = f"option {option.name!r} of method {method!r}"
     if isinstance(option.default, float):

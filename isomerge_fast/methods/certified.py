@@ -1,4 +1,4 @@
-"""Runs a method's solvers in order of cost until the certificate holds."""
+"""Run a method's solvers in order until a certificate holds."""
 
 from __future__ import annotations
 
@@ -11,46 +11,25 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..linalg.auto import Choice
+from ..linalg.auto import Candidate
 from ..linalg.protocol import PolarSolver
 from .source import DeltaSource
 from .stats import MergeStats, require_kept
 
 S = TypeVar("S", bound=PolarSolver, covariant=True)
+Result = tuple[Tensor, MergeStats]
 
 
 class UnsolvedError(InputError):
-    """Matrices on which every solver gave up."""
-
-
-def merge_certified(
-    attempt: Callable[[DeltaSource, Choice[S]], tuple[Tensor, MergeStats]],
-    deltas: DeltaSource,
-    candidates: Sequence[Choice[S]],
-) -> tuple[Tensor, MergeStats]:
-    """``attempt`` with the first solver of ``candidates``, again with the next where a check misses its limit.
-
-    All checks of all matrices are read from the device at once, after the attempt. Of a batch in memory only the
-    matrices that missed are solved again. What was given up, and why, is in ``MergeStats.escalations``; what the last
-    solver could not meet, in ``MergeStats.missed``. After a solver that gives up without a result, as LAPACK may, comes
-    the next one.
-
-    Raises:
-        UnsolvedError: all of them did.
-        OutOfRangeError: as ``require_kept``.
-    """
-    with exact_products(deltas.device):
-        value, stats = run_with_fallback(attempt, deltas, candidates)
-    require_kept(stats)
-    return value, stats
+    """Report matrices on which every solver gave up."""
 
 
 @contextmanager
 def exact_products(device: torch.device) -> Iterator[None]:
-    """Matrices are multiplied in their own dtype, whatever autocast and TF32 settings the program around us has.
+    """Multiply matrices in their own dtype, whatever autocast and TF32 settings the surrounding program has.
 
-    torch keeps two sets of TF32 settings, and cuBLAS products fail where they disagree: so both are set by the old
-    function, which writes both, and put back one after the other.
+    torch keeps two sets of TF32 settings, and cuBLAS products fail where they disagree. The old function sets both;
+    they are put back one after the other.
     """
     backends: Any = torch.backends  # whose types do not tell of these settings
     settings = (backends.cuda.matmul, backends.mkldnn.matmul)
@@ -76,53 +55,60 @@ def exact_products(device: torch.device) -> Iterator[None]:
 
 
 def run_with_fallback(
-    attempt: Callable[[DeltaSource, Choice[S]], tuple[Tensor, MergeStats]],
-    deltas: DeltaSource,
-    candidates: Sequence[Choice[S]],
-) -> tuple[Tensor, MergeStats]:
-    done: tuple[Tensor, MergeStats] | None = None
+    attempt: Callable[[DeltaSource, Candidate[S]], Result], deltas: DeltaSource, candidates: Sequence[Candidate[S]]
+) -> Result:
+    """Return ``attempt`` with the first solver of ``candidates``, and with the next where a check misses its limit.
+
+    All checks of all matrices are read from the device at once, after the attempt. Of a batch in memory only the
+    matrices that missed are solved again. ``MergeStats.escalations`` names the solvers that were given up and why;
+    ``MergeStats.missed`` the checks that the last one misses. A solver that fails, as LAPACK may, is followed by the
+    next one too.
+
+    Raises:
+        UnsolvedError: all of them failed.
+        OutOfRangeError: as ``require_kept``.
+    """
+    done: Result | None = None
     failures: list[str] = []  # of solvers before the first that gave a result
-    for choice in candidates:
-        missed = {} if done is None else done[1].missed()
-        if done is not None and not missed:
-            break
-        try:
-            done = _next(attempt, deltas, choice, done, missed)
-        except torch.linalg.LinAlgError as error:
-            failure = f"{choice.solver.name}: {_first_line(error)}"
-            if done is None:
-                failures.append(failure)
-            else:
-                done = done[0], done[1].after(done[1], failure)
+    with exact_products(deltas.device):
+        for candidate in candidates:
+            missed = {} if done is None else done[1].missed()
+            if done is not None and not missed:
+                break
+            try:
+                done = _next(attempt, deltas, candidate, done, missed)
+            except torch.linalg.LinAlgError as error:
+                first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
+                failure = f"{candidate.solver.name}: {first_line}"
+                if done is None:
+                    failures.append(failure)
+                else:
+                    done = done[0], done[1].after(done[1], failure)
     if done is None:
         raise UnsolvedError(f"no solver gave a result for matrices {list(deltas.shape)}: {'; '.join(failures)}")
     value, stats = done
-    return value, replace(stats, escalations=(*failures, *stats.escalations))
+    stats = replace(stats, escalations=(*failures, *stats.escalations))
+    require_kept(stats)
+    return value, stats
 
 
 def _next(
-    attempt: Callable[[DeltaSource, Choice[S]], tuple[Tensor, MergeStats]],
+    attempt: Callable[[DeltaSource, Candidate[S]], Result],
     deltas: DeltaSource,
-    choice: Choice[S],
-    before: tuple[Tensor, MergeStats] | None,
+    candidate: Candidate[S],
+    before: Result | None,
     missed: dict[str, Tensor],
-) -> tuple[Tensor, MergeStats]:
-    """The result of one more solver, put in where the one before it missed a check."""
+) -> Result:
+    """Return the result of one more solver, put in where the one before it missed a check."""
+    rows = torch.stack(list(missed.values())).any(0) if missed else None
+    if before is None or rows is None or rows.ndim == 0 or bool(rows.all()):
+        value, stats = attempt(deltas, candidate)
+        stats = stats.read()
+    else:  # matrices of a batch, with the batch's dimensions made one
+        rows, value = rows.to(deltas.device), before[0]
+        part, again = attempt(deltas.members(rows), candidate)
+        value[rows] = part.to(value.dtype)
+        stats = before[1].replaced(rows, again.read())
     if before is None:
-        value, stats = attempt(deltas, choice)
-        return value, stats.read()
-    value, stats = before
-    rows = torch.stack(list(missed.values())).any(0)
-    remark = f"{stats.algorithm}: {stats.describe(missed)}"
-    if rows.ndim == 0 or bool(rows.all()):
-        value, again = attempt(deltas, choice)
-        return value, again.read().after(stats, remark)
-    # Matrices of a batch, with the batch's dimensions made one.
-    rows = rows.to(deltas.device)
-    part, again = attempt(deltas.members(rows), choice)
-    value[rows] = part.to(value.dtype)
-    return value, stats.replaced(rows, again.read()).after(stats, remark)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+        return value, stats
+    return value, stats.after(before[1], f"{before[1].algorithm}: {before[1].describe(missed)}")

@@ -1,4 +1,4 @@
-"""Methods that take every element by itself: the median of its deltas, say, or those of the sign that most have."""
+"""Merge every element by itself: by the median of its deltas, say, or by those of the sign that most have."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .base import Method, RowwiseMerge
-from .rowwise.polar import DeltaStats
+from .rowwise.passes import DeltaStats
 from .source import DeltaSource, RowBlock, TensorSpec
 from .stats import MergeStats
 
@@ -24,7 +24,7 @@ STACKS = 6
 
 @dataclass(frozen=True)
 class Elementwise(Method):
-    """Δ_i = f(Δ_1i, …, Δ_Ti). A method states f (``combine``), and takes tensors of any shape."""
+    """Merge by Δ_i = f(Δ_1i, …, Δ_Ti). A method states f (``combine``), and takes tensors of any shape."""
 
     any_shape: ClassVar[bool] = True
 
@@ -34,14 +34,11 @@ class Elementwise(Method):
 
         Which elements come together is left open. Called from several threads at once.
         """
-        ...
 
     def workspace_bytes(self, spec: TensorSpec, tasks: int, device: torch.device) -> int:
-        """See ``Method``."""
         return 2 * spec.bytes + _combining_bytes(spec, tasks, spec.elements)  # the last part once more
 
     def merge(self, deltas: DeltaSource) -> tuple[Tensor, MergeStats]:
-        """See ``Method``."""
         value = torch.empty(deltas.shape, dtype=deltas.dtype, device=deltas.device)
         rowwise = self.rowwise(deltas)
 
@@ -53,44 +50,36 @@ class Elementwise(Method):
         return value, rowwise.stats()
 
     def rowwise(self, source: DeltaSource) -> RowwiseMerge:
-        """See ``Method``."""
         return RowwiseElementwise(source, self.name, self.combine)
 
-    def row_map_bytes(self, spec: TensorSpec, tasks: int, block_elements: int, device: torch.device) -> int | None:
-        """See ``Method``."""
+    def rowwise_bytes(self, spec: TensorSpec, tasks: int, block_elements: int, device: torch.device) -> int | None:
         return spec.dtype.itemsize * block_elements + _combining_bytes(spec, tasks, block_elements)
 
 
 class RowwiseElementwise:
-    """f of the deltas, element by element; see ``RowwiseMerge``."""
+    """Make f of the deltas, element by element."""
 
     def __init__(self, source: DeltaSource, algorithm: str, combine: Callable[[Tensor], Tensor]) -> None:
         self._tasks, self._dtype, self._algorithm, self._combine = source.n_tasks, source.dtype, algorithm, combine
         self._wants_largest, self._seen = source.wants_largest, DeltaStats()
 
     def rows(self, block: RowBlock) -> Tensor:
-        """See ``RowwiseMerge``."""
-        found = block.sum(
-            self._dtype, largest=self._wants_largest
-        )  # for NaN, Inf and norms; its memory is that of the result
+        # For NaN, Inf and norms; its memory is that of the result.
+        found = block.sum(self._dtype, largest=self._wants_largest)
         self._seen.add(block.rows.start, found)
-        rows, *others = found.total.shape
         step = max(1, STACKED_ELEMENTS // (self._tasks * max(1, found.total[:1].numel())))
-        for start in range(0, rows, step):
-            part = block.part(slice(start, min(start + step, rows)))
-            place = slice(start, min(start + step, rows))
-            stack = found.total.new_empty(self._tasks, place.stop - start, *others)
+        for part, value in zip(block.parts(step), found.total.split(step), strict=False):
+            stack = value.new_empty(self._tasks, *value.shape)
             for task, delta in enumerate(stack):
                 part.delta(task, self._dtype, out=delta)
-            found.total[place] = self._combine(stack)
+            value.copy_(self._combine(stack))
         return found.total
 
     def stats(self) -> MergeStats:
-        """See ``RowwiseMerge``."""
         return MergeStats(self._algorithm, self._seen.values()[1])
 
 
 def _combining_bytes(spec: TensorSpec, tasks: int, elements: int) -> int:
-    """Return the bytes of the stacks that threads are at, of so many elements."""
+    """Return the bytes of the stacks of all threads, for so many elements."""
     at_once = min(tasks * elements, torch.get_num_threads() * STACKED_ELEMENTS)
     return STACKS * spec.dtype.itemsize * at_once

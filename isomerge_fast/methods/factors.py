@@ -1,13 +1,13 @@
-"""Merges of deltas that are products of thin factors (LoRA): no matrix of the tensor's size is ever factored.
+"""Merge deltas that are products of thin factors (LoRA); no matrix of the tensor's size is ever factored.
 
 With Δ_t = w_t B_t A_t, stacked B = [B_1 … B_T] = Q_b R_b and A = [A_1; …; A_T] = (Q_a R_a)ᵀ,
 
     Δ_t = Q_b C_t Q_aᵀ,    C_t = w_t R_b[:, t] R_a[:, t]ᵀ    [Σ_t r_t x Σ_t r_t].
 
 A method that commutes with a change to orthonormal coordinates (``Method.basis_free``) has the result Q_b C Q_aᵀ, with
-C the same method's of the C_t. What depends on the tensor's own sides (r, and with it k and s; what counts as rounding)
-is taken from those (``DeltaSource.full_spec``). The published formula is no function of deficient sums; in the range of
-S this is what the dense route gives under ``rank_policy: range`` (docs/numerics.md).
+C the same method's result for the C_t. The tensor's own sides (``DeltaSource.full_spec``) decide r, and with it k and
+s, and what counts as rounding. The published formula is no function of deficient sums; in the range of S this is what
+the dense route gives under ``rank_policy: range`` (docs/numerics.md).
 
 Reference: Panariello et al., "Accurate and Efficient Low-Rank Model Merging in Core Space", arXiv 2509.17786 (the
 coordinates, there for any method).
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..linalg.thin import thin_qr
+from ..linalg.thin import thin_qrs
 from .base import Method
 from .certified import exact_products
 from .source import Factors, MemoryDeltas, TensorSpec
@@ -39,7 +39,7 @@ NOTHING = 1e-12
 
 @dataclass(frozen=True)
 class Basis:
-    """X = Q R with orthonormal Q = X R⁻¹, multiplied out only where it is used, and on what is smaller by then.
+    """Hold X = Q R with orthonormal Q = X R⁻¹, which is multiplied out late, on smaller matrices.
 
     Attributes:
         stack: X [L, c], float64, or Q itself where ``inverse`` is None.
@@ -51,7 +51,7 @@ class Basis:
     coordinates: Tensor
 
     def __matmul__(self, weights: Tensor) -> Tensor:
-        """Q W."""
+        """Return Q W."""
         return self.stack @ (weights if self.inverse is None else self.inverse @ weights)
 
     @property
@@ -60,8 +60,10 @@ class Basis:
 
 
 def orthonormal(stack: Tensor) -> Basis:
-    """By one Cholesky factor where X is so well-conditioned that it leaves Q orthonormal to 1e-9 or so, else by
-    ``thin_qr``. Factors of adapters are: 8192 x 128 takes 2 ms so, and 15 by ``thin_qr`` (2-core CPU).
+    """Return an orthonormal basis of X, by one Cholesky factor where that leaves Q orthonormal to 1e-9 or so.
+
+    Else by ``thin_qrs``. Factors of adapters are well-conditioned enough: 8192 x 128 takes 2 ms so, and 15 by
+    ``thin_qrs`` (2-core CPU).
     """
     if stack.shape[0] >= stack.shape[1]:
         lower, failed = torch.linalg.cholesky_ex(stack.mT @ stack)
@@ -70,13 +72,13 @@ def orthonormal(stack: Tensor) -> Basis:
         if not bool(failed) and bool(diagonal.amin() > SMALLEST_DIAGONAL_RATIO * diagonal.amax()):
             unit = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
             return Basis(stack, torch.linalg.solve_triangular(lower.mT, unit, upper=True), lower.mT)
-    q, r = thin_qr(stack)
+    ((q, r),) = thin_qrs(stack)
     return Basis(q, None, r)
 
 
 @dataclass(frozen=True)
 class LowRank:
-    """A merged Δ = Q_b C Q_aᵀ, in float64.
+    """Hold a merged Δ = Q_b C Q_aᵀ, in float64.
 
     Attributes:
         left_basis: of Q_b [M, p]; right_basis: of Q_a [N, q].
@@ -90,12 +92,12 @@ class LowRank:
 
     @property
     def left(self) -> Tensor:
-        """Q_b C [M, q], so that Δ = left right."""
+        """Return Q_b C [M, q], so that Δ = left right."""
         return self.left_basis @ self.core
 
     @property
     def right(self) -> Tensor:
-        """Q_aᵀ [q, N]."""
+        """Return Q_aᵀ [q, N]."""
         return self.right_basis.q.mT
 
     @property
@@ -103,10 +105,10 @@ class LowRank:
         return self.left_basis.stack.shape[0], self.right_basis.stack.shape[0]
 
     def truncated(self, rank: int) -> tuple[Tensor, Tensor, float]:
-        """(left [M, rank], right [rank, N], ‖Δ − left right‖_F / ‖Δ‖_F), both of about the same norm.
+        """Return (left [M, rank], right [rank, N], ‖Δ − left right‖_F / ‖Δ‖_F), both of about the same norm.
 
-        Padded with zeros where Δ has less directions. Of directions that Δ weighs alike, as Iso-C does with all of
-        them, those are kept that weigh most in S.
+        Padded with zeros where Δ has fewer directions. Iso-C weighs all directions of Δ alike: of such, those are kept
+        that weigh most in S.
         """
         norm, size = (torch.linalg.matrix_norm(x) for x in (self.core, self.sum))
         left = self.core.new_zeros(self.shape[0], rank)
@@ -128,7 +130,7 @@ class LowRank:
 
 
 def product_bound(left: Tensor, right: Tensor) -> float:
-    """A bound on the entries of left right, which is never formed: ‖a row of left‖ ‖a column of right‖."""
+    """Bound the entries of left right, which is never formed: ‖a row of left‖ ‖a column of right‖."""
     return float(torch.linalg.vector_norm(left, dim=1).amax() * torch.linalg.vector_norm(right, dim=0).amax())
 
 
@@ -144,11 +146,12 @@ def require_basis_free(method: Method) -> None:
 def merge_factors(
     method: Method, factors: Sequence[Factors | None], shape: Sequence[int], dtype: torch.dtype = torch.float32
 ) -> tuple[LowRank, MergeStats]:
-    """The merged Δ of T deltas given as factors, and its evidence.
+    """Return the merged Δ of T deltas given as factors, and its evidence.
 
     Args:
         factors: one a task; None is a zero delta.
-        shape: [M, N] of the tensor; dtype: what its deltas would be computed in, which decides what counts as rounding.
+        shape: [M, N] of the tensor.
+        dtype: that of the deltas, were they computed; decides what counts as rounding.
 
     Raises:
         ConfigError: as ``require_basis_free``.
@@ -186,7 +189,7 @@ def merge_factors(
 
 
 def _cores(factors: Sequence[Factors | None], left: Tensor, right: Tensor) -> list[Tensor]:
-    """C_t of every task, its scale included; zero where it has no factors."""
+    """Return C_t of every task, its scale included; zero where it has no factors."""
     cores, start = [], 0
     for factor in factors:
         rank, scale = (0, 0.0) if factor is None else (factor.rank, factor.scale)

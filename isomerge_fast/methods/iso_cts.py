@@ -1,28 +1,29 @@
-"""Iso-CTS: Iso-C on the top directions of the sum, the rest given to directions of the single tasks."""
+"""Merge by Iso-CTS: Iso-C on the top directions of the sum, and in place of the rest the tasks' own directions."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..linalg.auto import Choice, subspace_candidates
+from ..linalg.auto import Candidate, subspace_candidates
+from ..linalg.blockwise import short_side_gram, to_long_side, to_short_side
 from ..linalg.certificate import orthogonality as polar_orthogonality
 from ..linalg.protocol import Factorization, Solver, Subspace, reciprocal
-from ..linalg.sides import long_product, short_gram, short_product
 from ..ops import traits_of
 from .base import RowwiseMerge
 from .iso_c import IsoC
 from .recombine import projection_angle, recombine, recombine_literally
+from .rowwise.iso_c import RowwiseIsoC, rowwise_iso_c_bytes
 from .rowwise.iso_cts import RowwiseIsoCTS, learning_bytes, mapping_bytes
-from .rowwise.polar import RowwisePolar, fits_rowwise, rowwise_polar_bytes
+from .rowwise.passes import fits_rowwise
 from .source import DeltaSource, TensorSpec
-from .spectral import Spectral, require_matrices, spectral_sum
+from .spectral import Spectral, require_matrices, spectral_mean, spectral_sum
 from .stats import Check, MergeStats
 from .sums import rounding_of
 
@@ -31,7 +32,7 @@ CUT_COLUMNS = 4
 
 
 def split_rank(min_dim: int, tasks: int, common_fraction: float) -> tuple[int, int]:
-    """(k, s): directions kept of the sum, and directions given to every task, k + T·s = r.
+    """Return (k, s): directions kept of the sum, and directions given to every task, k + T·s = r.
 
     ts = round((r − int(r·f)) / T)·T with banker's rounding, k = r − ts, s = ts / T: the rounding of the released code.
 
@@ -51,7 +52,7 @@ def split_rank(min_dim: int, tasks: int, common_fraction: float) -> tuple[int, i
 
 @dataclass(frozen=True)
 class IsoCTS(Spectral):
-    """Δ = σ̄ · U° V°ᵀ, with U° = polar([U_1 … U_T, U_k]), V° likewise, and σ̄ the mean of all kept singular values.
+    """Merge by Δ = σ̄ · U° V°ᵀ, with U° = polar([U_1 … U_T, U_k]), V° likewise, and σ̄ the mean of all kept σ.
 
     U_k, V_k are the top k singular pairs of S = Σ_t Δ_t; U_t, V_t the top s of R_t = Δ_t − U_k U_kᵀ Δ_t (projected on
     the left only, also for tall matrices); (k, s) from ``split_rank``. s = 0 is Iso-C.
@@ -78,7 +79,7 @@ class IsoCTS(Spectral):
     name: ClassVar[str] = "iso-cts"
     citation: ClassVar[str] = "arXiv 2502.04959"
     deltas_taken: ClassVar[int] = 1
-    row_map_passes: ClassVar[int] = 3
+    rowwise_passes: ClassVar[int] = 3
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -88,11 +89,9 @@ class IsoCTS(Spectral):
             raise ConfigError("tasks_at_once is 0; it is 1 or more")
 
     def check(self, spec: TensorSpec, tasks: int) -> None:
-        """See ``Method``."""
         split_rank(min(spec.shape), tasks, self.common_fraction)
 
-    def solvers(self, spec: TensorSpec, tasks: int, device: torch.device) -> Sequence[Choice[Solver]]:
-        """See ``Spectral``."""
+    def solvers(self, spec: TensorSpec, tasks: int, device: torch.device) -> Sequence[Candidate[Solver]]:
         rows, columns = spec.shape[-2:]
         solvers = subspace_candidates(self.precision, spec.dtype, tall=rows > columns)
         if self.memory_bytes is None or self.solving_bytes(solvers[0], spec, tasks, device) <= self.memory_bytes:
@@ -100,7 +99,6 @@ class IsoCTS(Spectral):
         return subspace_candidates(self.precision, spec.dtype, lean=True)
 
     def explain(self, spec: TensorSpec, tasks: int, device: torch.device) -> str:
-        """See ``Method``."""
         if split_rank(min(spec.shape), tasks, self.common_fraction)[1] == 0:
             return f"too few directions for {tasks} tasks: {self._iso_c().explain(spec, tasks, device)}"
         return super().explain(spec, tasks, device)
@@ -113,19 +111,16 @@ class IsoCTS(Spectral):
             memory_bytes=self.memory_bytes,
         )
 
-    def solving_bytes(self, choice: Choice[Solver], spec: TensorSpec, tasks: int, device: torch.device) -> int:
-        """See ``Spectral``."""
-        solver = choice.solver
+    def solving_bytes(self, candidate: Candidate[Solver], spec: TensorSpec, tasks: int, device: torch.device) -> int:
         k, s = split_rank(min(spec.shape[-2:]), tasks, self.common_fraction)
-        return self._bytes_with(
-            solver, spec, tasks, k, s, self._tasks_at_once(solver, spec, tasks, k, s, device), device
-        )
+        at_once = self._tasks_at_once(candidate.solver, spec, tasks, k, s, device)
+        return self._bytes_with(candidate.solver, spec, tasks, k, s, at_once, device)
 
     def _tasks_at_once(self, solver: Solver, spec: TensorSpec, tasks: int, k: int, s: int, device: torch.device) -> int:
-        """Return how many tasks' small problems are solved as one batch: on a GPU, as many as fit under the ceiling, or
-        into half of all its memory. (What is free of it would change the bytes from run to run.)
+        """Return how many tasks' small problems are solved as one batch.
 
-        One at a time on a CPU, where a batch of 8 gains 5 % in products and nothing in eigensolvers.
+        On a GPU as many as fit under the ceiling, or into half of all its memory. (What is free of it would change the
+        bytes from run to run.) On a CPU one: a batch of 8 gains 5 % in products and nothing in eigensolvers.
         """
         if self.tasks_at_once is not None:
             return max(1, min(self.tasks_at_once, tasks))
@@ -133,10 +128,7 @@ class IsoCTS(Spectral):
         if not traits.is_gpu:
             return 1
         room = traits.memory_bytes // 2 if self.memory_bytes is None else self.memory_bytes
-        counts = range(tasks, 1, -1)
-        return next(
-            (count for count in counts if self._bytes_with(solver, spec, tasks, k, s, count, device) <= room), 1
-        )
+        return most_that_fit(tasks, room, lambda count: self._bytes_with(solver, spec, tasks, k, s, count, device))
 
     def _bytes_with(
         self, solver: Solver, spec: TensorSpec, tasks: int, k: int, s: int, at_once: int, device: torch.device
@@ -164,33 +156,30 @@ class IsoCTS(Spectral):
         return members * max(splitting, task_parts, recombining)
 
     def rowwise(self, source: DeltaSource) -> RowwiseMerge:
-        """See ``Method`` and ``row_map_cts``."""
+        """Return σ̄ U° V°ᵀ by rows, as ``rowwise.iso_cts`` describes it."""
         columns, tasks = source.shape[1], source.n_tasks
-        promise = self.promise
         k, s = split_rank(columns, tasks, self.common_fraction)
+        options: dict[str, Any] = {"rank_policy": self.rank_policy, "tolerance": self.tolerance}
         if s == 0:
-            algorithm = f"{self.name}/{IsoC.name}/by-rows"
-            return RowwisePolar(source, algorithm, rank_policy=self.rank_policy, promise=promise, k=columns, s=0)
-        at_once = self._row_tasks_at_once(TensorSpec("", tuple(source.shape), source.dtype), tasks, source.device)
-        algorithm = f"{self.name}/by-rows"
-        return RowwiseIsoCTS(source, algorithm, k, s, rank_policy=self.rank_policy, promise=promise, at_once=at_once)
+            iso_c = RowwiseIsoC(source, f"{self.name}/{IsoC.name}/by-rows", **options)
+            iso_c.values |= {"k": columns, "s": 0}
+            return iso_c
+        at_once = self._tasks_in_a_pass(TensorSpec("", tuple(source.shape), source.dtype), tasks, s, source.device)
+        return RowwiseIsoCTS(source, f"{self.name}/by-rows", k, s, at_once=at_once, **options)
 
-    def row_map_bytes(self, spec: TensorSpec, tasks: int, block_elements: int, device: torch.device) -> int | None:
+    def rowwise_bytes(self, spec: TensorSpec, tasks: int, block_elements: int, device: torch.device) -> int | None:
         if self.solver is not None or not fits_rowwise(spec, self.precision):
             return None
         _, s = split_rank(spec.shape[1], tasks, self.common_fraction)
         if s == 0:
-            return rowwise_polar_bytes(spec, block_elements, device)
-        at_once = self._row_tasks_at_once(spec, tasks, device)
-        learning = learning_bytes(spec, tasks, s, at_once, device)
+            return rowwise_iso_c_bytes(spec, block_elements, device)
+        learning = learning_bytes(spec, tasks, s, self._tasks_in_a_pass(spec, tasks, s, device), device)
         return max(learning, mapping_bytes(spec, tasks, s, block_elements, device))
 
-    def _row_tasks_at_once(self, spec: TensorSpec, tasks: int, device: torch.device) -> int:
-        """Tasks that share a pass over all rows: as many as there is memory for."""
-        _, s = split_rank(spec.shape[1], tasks, self.common_fraction)
-        counts = range(tasks, 1, -1)
+    def _tasks_in_a_pass(self, spec: TensorSpec, tasks: int, s: int, device: torch.device) -> int:
+        """Return how many tasks share a pass over all rows: as many as there is memory for."""
         room = math.inf if self.memory_bytes is None else self.memory_bytes
-        return next((count for count in counts if learning_bytes(spec, tasks, s, count, device) <= room), 1)
+        return most_that_fit(tasks, room, lambda count: learning_bytes(spec, tasks, s, count, device))
 
     def flops(self, spec: TensorSpec, tasks: int) -> float:
         short = min(spec.shape)
@@ -204,12 +193,6 @@ class IsoCTS(Spectral):
         return sum_part + tasks * task_part + 8.0 * spec.elements * short
 
     def merge(self, deltas: DeltaSource) -> tuple[Tensor, MergeStats]:
-        """Merged Δ [..., M, N] of deltas [..., M, N].
-
-        Raises:
-            ValueError: fewer than two dimensions, or NaN or Inf in a delta.
-            ConfigError: negative k.
-        """
         require_matrices(self.name, deltas.shape)
         rows, columns = deltas.full_spec.shape[-2:]
         _, s = split_rank(min(rows, columns), deltas.n_tasks, self.common_fraction)
@@ -219,18 +202,16 @@ class IsoCTS(Spectral):
             return value, replace(stats, algorithm=f"{self.name}/{stats.algorithm}", values=values)
         return super().merge(deltas)
 
-    def attempt(self, deltas: DeltaSource, choice: Choice[Solver]) -> tuple[Tensor, MergeStats]:
-        """See ``Spectral``."""
-        solver = choice.solver
-        full_spec, tasks = deltas.full_spec, deltas.n_tasks
-        min_dim = min(full_spec.shape[-2:])
+    def attempt(self, deltas: DeltaSource, candidate: Candidate[Solver]) -> tuple[Tensor, MergeStats]:
+        solver, tasks = candidate.solver, deltas.n_tasks
+        min_dim = min(deltas.full_spec.shape[-2:])
         rows, columns = deltas.shape[-2:]
         # There are no more directions than coordinates.
         k, s = (min(count, rows, columns) for count in split_rank(min_dim, tasks, self.common_fraction))
         # In float64: rounding S to float32 alone was an error of 6e-5 (768 x 300, gap at the cut 0.3 %).
-        total, squares, sum_limit, of_deltas = spectral_sum(deltas, torch.float64)
+        total, squares, zero_limit, of_deltas = spectral_sum(deltas, torch.float64)
         dtype = self.result_dtype(deltas.dtype)
-        factors = solver.factorize(total, tolerance=sum_limit)
+        factors = solver.factorize(total, tolerance=zero_limit)
         common = factors.top(k)
         if common.wide:
             common = replace(common, complement=factors.complement(common))
@@ -239,31 +220,9 @@ class IsoCTS(Spectral):
             common = factors.complete(common, early_dtype)
         factors.release()
 
-        # What an error of S may leave in R, where that matters.
-        error = None if common.is_whole else sum_limit
-        promise = self.promise
-        parts: list[Subspace] = []
-        is_whole = bool(common.is_whole)
         spec = TensorSpec("", tuple(deltas.shape), deltas.dtype)
         at_once = self._tasks_at_once(solver, spec, tasks, k, s, deltas.device)
-        # Where U_k is all of a wide matrix's left side, as in coordinates it may be, R_t = 0.
-        nothing_left = common.complement is not None and common.complement.shape[-1] == 0
-        for start in range(0, 0 if nothing_left else tasks, at_once):
-            norm = squares[start : start + at_once].sqrt()
-            # No name for a delta here: it would outlive the loop, beside what is made of S next.
-            if at_once == 1:
-                part, whole = _task_part(factors, deltas.delta(start), common, s, norm[0], full_spec, error, promise)
-                parts.append(part)
-            else:
-                count = len(norm)
-                stack = torch.empty(count, *deltas.shape, dtype=deltas.dtype, device=deltas.device)
-                for task in range(count):
-                    stack[task] = deltas.delta(start + task)
-                part, whole = _task_part(factors, stack, common, s, norm, full_spec, error, promise)
-                parts += part.unbind()
-                del stack
-            del part
-            is_whole &= whole
+        parts, is_whole = self._task_parts(factors, deltas, common, s, squares.sqrt(), at_once)
         nonzero = torch.linalg.vector_norm(total, dim=(-2, -1)) > 0
         if common.long is None:
             common = factors.complete(common, long_dtype)
@@ -272,10 +231,10 @@ class IsoCTS(Spectral):
         del total, factors
         sigma = torch.cat([common.sigma, *(part.sigma for part in parts)], dim=-1)
         rank = (sigma > 0).sum(-1)
-        sigma_mean = self.mean(sigma.sum(-1), rank, min_dim) * nonzero
+        sigma_mean = spectral_mean(sigma.sum(-1), rank, min_dim, self.rank_policy) * nonzero
         unresolved = common.unresolved + sum(part.unresolved for part in parts)
         # Every direction that is off by θ costs √2 θ of √r, and those of tasks as much more as they are alike.
-        squares = 2.0 * k * common.angle.square()
+        angles = 2.0 * k * common.angle.square()
         same_directions = torch.zeros_like(rank)
         if not parts:
             value = common.u.to(dtype) @ common.v.to(dtype).mT
@@ -285,73 +244,89 @@ class IsoCTS(Spectral):
             # The short form needs every direction of every matrix of the batch.
             joined = (recombine if is_whole else recombine_literally)(common, parts, dtype, solver)
             value, orthogonality, same_directions = joined.value, joined.orthogonality, joined.same_directions
-            squares = squares + joined.growth.square() * of_tasks + joined.error.square()
+            angles = angles + joined.growth.square() * of_tasks + joined.error.square()
             del joined
         value *= sigma_mean.to(value.dtype)[..., None, None]
-        values = {
-            "sigma_mean": sigma_mean,
-            "rank": rank,
-            "min_dim": min_dim,
-            "k": k,
-            "s": s,
-            "gap": common.gap,
-            "same_directions": same_directions,
-            **of_deltas,
-        }
+        values = {"sigma_mean": sigma_mean, "rank": rank, "min_dim": min_dim, "k": k, "s": s, "gap": common.gap}
         checks = {
-            "orthogonality": Check(orthogonality, promise),
-            "angle": Check((squares / min_dim).sqrt(), promise),
+            "orthogonality": Check(orthogonality, self.tolerance),
+            "angle": Check((angles / min_dim).sqrt(), self.tolerance),
             "unresolved": Check(unresolved, 0),
         }
+        values |= {"same_directions": same_directions, **of_deltas}
         return value, MergeStats(f"{self.name}/{solver.name}", values, checks)
 
+    def _task_parts(
+        self, factors: Factorization, deltas: DeltaSource, common: Subspace, s: int, norms: Tensor, at_once: int
+    ) -> tuple[list[Subspace], bool]:
+        """Return the top s triplets of every R_t, and whether none of them, nor of ``common``, was truncated."""
+        parts: list[Subspace] = []
+        is_whole = bool(common.is_whole)
+        # Where U_k is all of a wide matrix's left side, as in coordinates it may be, R_t = 0.
+        nothing_left = common.complement is not None and common.complement.shape[-1] == 0
+        for start in range(0, 0 if nothing_left else deltas.n_tasks, at_once):
+            norm = norms[start : start + at_once]
+            # No name for a delta here: it would outlive the loop, beside what is made of S next.
+            if at_once == 1:
+                part, whole = self._task_part(factors, deltas.delta(start), common, s, norm[0], deltas.full_spec)
+                parts.append(part)
+            else:
+                stack = torch.empty(len(norm), *deltas.shape, dtype=deltas.dtype, device=deltas.device)
+                for task in range(len(norm)):
+                    stack[task] = deltas.delta(start + task)
+                part, whole = self._task_part(factors, stack, common, s, norm, deltas.full_spec)
+                parts += part.unbind()
+                del stack
+            del part
+            is_whole &= whole
+        return parts, is_whole
 
-def _task_part(
-    factors: Factorization,
-    delta: Tensor,
-    common: Subspace,
-    s: int,
-    norm: Tensor,
-    full_spec: TensorSpec,
-    error: Tensor | None,
-    promise: float,
-) -> tuple[Subspace, bool]:
-    """Return the top s triplets of R above what the roundings of Δ and, where ``error`` bounds it, of S make of it, and
-    whether none of them was truncated. One read of the device.
-    """
-    limit = rounding_of(norm, full_spec)
-    if error is not None:
-        limit = limit + error * residual_noise(delta, factors.x, common)
-    part = factors.residual(delta, common, s, norm=norm, tolerance=limit)
-    # What U_k is off, whatever of Δ it concerns; where that would matter, what it does concern.
-    turned, min_dim = common.angle * math.sqrt(common.sigma.shape[-1]), common.short.shape[-2]
-    angle = projection_angle(part, turned, norm, min_dim, norm)
-    is_off, is_whole = torch.stack([(angle > 1e-3 * promise).any(), (part.sigma > 0).all()]).tolist()
-    if is_off and common.sigma.shape[-1]:
-        angle = projection_angle(part, turned, share_at_cut(delta, factors.x, common), min_dim, norm)
-    return replace(part, angle=part.angle + angle), is_whole
+    def _task_part(
+        self, factors: Factorization, delta: Tensor, common: Subspace, s: int, norm: Tensor, full_spec: TensorSpec
+    ) -> tuple[Subspace, bool]:
+        """Return the top s triplets of R above the rounding, and whether none was truncated. One read of the device.
+
+        The rounding is that of Δ, and where directions of S are missing, that of S.
+        """
+        limit = rounding_of(norm, full_spec)
+        if not common.is_whole:
+            limit = limit + factors.tolerance * residual_noise(delta, factors.x, common)
+        part = factors.residual(delta, common, s, norm=norm, tolerance=limit)
+        # The error of U_k, first as if it concerned all of Δ; where that would matter, what it does concern.
+        turned, min_dim = common.angle * math.sqrt(common.sigma.shape[-1]), common.short.shape[-2]
+        angle = projection_angle(part.sigma, part.gap, turned, norm, min_dim, norm)
+        is_off, is_whole = torch.stack([(angle > 1e-3 * self.tolerance).any(), (part.sigma > 0).all()]).tolist()
+        if is_off and common.sigma.shape[-1]:
+            share = share_at_cut(delta, factors.x, common)
+            angle = projection_angle(part.sigma, part.gap, turned, share, min_dim, norm)
+        return replace(part, angle=part.angle + angle), is_whole
+
+
+def most_that_fit(tasks: int, room: float, bytes_of: Callable[[int], int]) -> int:
+    """Return the largest number of tasks, 1 at least, whose ``bytes_of`` there is room for."""
+    return next((count for count in range(tasks, 1, -1) if bytes_of(count) <= room), 1)
 
 
 def share_at_cut(delta: Tensor, total: Tensor, common: Subspace) -> Tensor:
-    """max ‖u_iᵀ Δ‖ over the last few of U_k, [...]: what is off at the cut turns these into what is beyond it."""
+    """Return max ‖u_iᵀ Δ‖ over the last few of U_k, [...]: an error at the cut turns these into what lies beyond it."""
     if common.wide:
-        share = long_product(delta, common.short[..., -CUT_COLUMNS:], torch.float64)
+        share = to_long_side(delta, common.short[..., -CUT_COLUMNS:], torch.float64)
     else:
-        u = long_product(total, common.whitened[..., -CUT_COLUMNS:], torch.float64)
-        share = short_product(delta, u)
+        u = to_long_side(total, common.whitened[..., -CUT_COLUMNS:], torch.float64)
+        share = to_short_side(delta, u)
     return torch.linalg.vector_norm(share, dim=-2).amax(-1)
 
 
 def residual_noise(delta: Tensor, total: Tensor, common: Subspace) -> Tensor:
-    """‖Σ_k⁻¹ U_kᵀ Δ‖_F where S has less than k directions, else 0, [...]: by how much R is off for an error of 1 in S.
+    """Return by how much R is off for an error of 1 in S: ‖Σ_k⁻¹ U_kᵀ Δ‖_F where S has less than k directions, else 0.
 
     An error E of S turns U_k so that R = Δ − U_k U_kᵀ Δ is off by E V_k Σ_k⁻¹ U_kᵀ Δ at most. Deltas of low rank leave
     nothing else in R, and it would be taken for directions of their own.
     """
     if common.wide:
-        squares = (short_gram(delta) @ common.whitened * common.whitened).sum((-2, -1))
+        squares = (short_side_gram(delta) @ common.whitened * common.whitened).sum((-2, -1))
         noise = squares.clamp_min(0).sqrt()
     else:
-        y = common.whitened.mT @ short_gram(total, delta)
+        y = common.whitened.mT @ short_side_gram(total, delta)
         noise = torch.linalg.vector_norm(y * reciprocal(common.sigma)[..., None], dim=(-2, -1))
     return noise * (common.sigma <= 0).any(-1)

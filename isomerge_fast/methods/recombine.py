@@ -1,10 +1,9 @@
-"""U° V°ᵀ of Iso-CTS: the polar factors of [U_1 … U_T, U_k] and [V_1 … V_T, V_k], multiplied, in few dimensions."""
+"""Multiply U° V°ᵀ of Iso-CTS: the polar factors of [U_1 … U_T, U_k] and [V_1 … V_T, V_k], in few dimensions."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -27,14 +26,14 @@ PROJECTION = 0.7 * torch.finfo(torch.float64).eps
 
 @dataclass(frozen=True)
 class Recombined:
-    """U° V°ᵀ and what is known of it.
+    """Hold U° V°ᵀ and its evidence, [...] each.
 
     Attributes:
         value: [..., M, N].
-        orthogonality: see ``PolarStats``, [...].
-        growth: an error θ of the tasks' directions, ‖·‖_F of both sides, is about ``growth`` θ in ``value``, [...].
-        error: ‖·‖_F that the small polar factors may be off by, estimated, [...].
-        same_directions: how many are one with others by ``SAME_DIRECTION``, of the side that has more, [...].
+        orthogonality: see ``PolarStats``.
+        growth: an error θ of the tasks' directions, ‖·‖_F of both sides, is about ``growth`` θ in ``value``.
+        error: ‖·‖_F of the estimated error of the small polar factors.
+        same_directions: how many are one with others by ``SAME_DIRECTION``, of the side that has more.
     """
 
     value: Tensor
@@ -44,35 +43,28 @@ class Recombined:
     same_directions: Tensor
 
 
-class Part(Protocol):
-    """A task's directions, as ``Subspace`` has them and ``row_map_cts``."""
+def projection_angle(sigma: Tensor, gap: Tensor, turned: Tensor, share: Tensor, min_dim: int, norm: Tensor) -> Tensor:
+    """Return ‖sin θ‖_F / √s that the projection leaves in the top s of R = Δ − U_k U_kᵀ Δ, [...].
 
-    @property
-    def sigma(self) -> Tensor: ...
-
-    @property
-    def gap(self) -> Tensor: ...
-
-
-def projection_angle(part: Part, turned: Tensor, share: Tensor, min_dim: int, norm: Tensor) -> Tensor:
-    """‖sin θ‖_F / √s that the projection leaves in the top s of R = Δ − U_k U_kᵀ Δ, [...]: by its own rounding, and by
-    what U_k is off, which turns what Δ has of U_k beside the cut into what is beyond it.
+    It has two causes: its own rounding, and the error of U_k, which turns what Δ has of U_k beside the cut into what is
+    beyond it.
 
     Args:
+        sigma, gap: of the s directions, as in ``Subspace``.
         turned: ‖sin θ‖_F of U_k; a single entry of such a turn is that over √r.
         share: ‖uᵀΔ‖ for such a u, [...]: that of R is beyond.
         norm: ‖Δ‖_F, which rounding is relative to.
     """
-    kept = part.sigma > 0
-    smallest = torch.where(kept, part.sigma, math.inf).amin(-1)
+    kept = sigma > 0
+    smallest = torch.where(kept, sigma, math.inf).amin(-1)
     # Where directions were left out nothing lies near the cut.
-    gap = torch.where(kept.all(-1), part.gap, 1.0)
-    off = PROJECTION * norm + TURNED * turned * (share + part.sigma[..., 0])
+    gap = torch.where(kept.all(-1), gap, 1.0)
+    off = PROJECTION * norm + TURNED * turned * (share + sigma[..., 0])
     return off * reciprocal(smallest * gap) / math.sqrt(max(1, min_dim) * max(1, kept.shape[-1]))
 
 
 def recombine(common: Subspace, parts: list[Subspace], dtype: torch.dtype, solver: Solver) -> Recombined:
-    """U° V°ᵀ = W_k − U_a V_aᵀ + [polar(U_ts), U_a] · polar(Z)ᵀ · [V_a, Q_r]ᵀ where every direction is there.
+    """Return U° V°ᵀ = W_k − U_a V_aᵀ + [polar(U_ts), U_a] · polar(Z)ᵀ · [V_a, Q_r]ᵀ where every direction is there.
 
     With A = V_kᵀ V_ts = Q_a A' and V_ts − V_k A = Q_r B' (thin QRs), V_a = V_k Q_a, U_a = U_k Q_a, W_k = U_k V_kᵀ and
     Z = [[A', I], [B', 0]]: in the basis [V_a, Q_r, rest of V_k] the matrix [V_ts, V_k] is Z beside an identity.
@@ -118,14 +110,13 @@ def recombine(common: Subspace, parts: list[Subspace], dtype: torch.dtype, solve
 
 @dataclass(frozen=True)
 class SmallProblem:
-    """polar(Z), and the bases in which Z is all of [V_ts, V_k] that is not an identity (see ``recombine``).
+    """Hold polar(Z), and the bases in which Z is all of [V_ts, V_k] that is not an identity (see ``recombine``).
 
     Attributes:
         q_a, q_r: A = Q_a A' and V_ts − V_k A = Q_r B'.
-        weights: polar(Z)ᵀ − [[0, 0], [I, 0]], so that [polar(U_ts), U_a] times these times [V_a, Q_r]ᵀ is to be added
-            to U_k V_kᵀ.
+        weights: polar(Z)ᵀ − [[0, 0], [I, 0]]: U° V°ᵀ is U_k V_kᵀ + [polar(U_ts), U_a] · weights · [V_a, Q_r]ᵀ.
         stats: of polar(Z).
-        same_directions: how many Z has less than could be, [...].
+        same_directions: by how many its rank is below the side of Z, [...].
     """
 
     q_a: Tensor
@@ -135,19 +126,19 @@ class SmallProblem:
     same_directions: Tensor
 
     def growth(self, columns: int, k: int) -> Tensor:
-        """See ``Recombined``; of [V_ts, V_k] with so many rows [columns, ts + k]."""
+        """Return ``Recombined.growth`` of [V_ts, V_k], a matrix of so many rows [columns, ts + k]."""
         width = self.weights.shape[-2] - self.q_a.shape[-1]
         ones = k - self.q_a.shape[-1]
         return over_columns(self.stats.growth(width + k, columns, ones=ones), columns, width)
 
 
 def over_columns(growth: Tensor, long: int, width: int) -> Tensor:
-    """``polar_growth`` over the ‖·‖_F of an error in so many of the columns."""
+    """Return ``polar_growth`` over the ‖·‖_F of an error in so many of the columns."""
     return growth / math.sqrt(max(1, width * long))
 
 
 def small_problem(a: Tensor, rest: Tensor, solver: PolarSolver) -> SmallProblem:
-    """Of A = V_kᵀ V_ts and ``rest`` = V_ts − V_k A, both float64."""
+    """Solve for A = V_kᵀ V_ts and ``rest`` = V_ts − V_k A, both float64."""
     (q_a, a_small), (q_r, b_small) = thin_qrs(a, rest)
     width, tasks_width = q_a.shape[-1], a.shape[-1]
     z = torch.zeros(*a.shape[:-2], width + q_r.shape[-1], tasks_width + width, dtype=a.dtype, device=a.device)
@@ -161,9 +152,10 @@ def small_problem(a: Tensor, rest: Tensor, solver: PolarSolver) -> SmallProblem:
 
 
 def recombine_literally(common: Subspace, parts: list[Subspace], dtype: torch.dtype, solver: PolarSolver) -> Recombined:
-    """U° V°ᵀ by two polar factors restricted to their ranges, for deficient sums and zero tasks; else as ``recombine``.
+    """Return U° V°ᵀ by two polar factors restricted to their ranges, for deficient sums and zero tasks.
 
     The columns are unit vectors or zero: singular values below ``SAME_DIRECTION`` mean that directions repeat.
+    Arguments as of ``recombine``.
     """
     sides = _side_by_side(parts)
     factors, errors, growths = [], [], []
@@ -184,8 +176,10 @@ def recombine_literally(common: Subspace, parts: list[Subspace], dtype: torch.dt
 def _polar_in_range(
     tasks: Tensor, shared: Tensor, dtype: torch.dtype, solver: PolarSolver
 ) -> tuple[Tensor, PolarStats, Tensor]:
-    """(polar([U_1 … U_T, U_k]) by ``SAME_DIRECTION``, its evidence, ‖·‖_F that it may be off by), rounded to ``dtype``
-    first, unless its columns are so nearly dependent that this would show. Reads one flag.
+    """Return (polar([U_1 … U_T, U_k]) by ``SAME_DIRECTION``, its evidence, ‖·‖_F of its estimated error).
+
+    The columns are rounded to ``dtype`` first, unless they are so nearly dependent that this would show. Reads one
+    flag.
     """
     for rounded in (dtype, torch.float64):
         x = torch.cat([tasks.to(rounded), shared.to(rounded)], dim=-1)
@@ -203,12 +197,12 @@ def _in_quadrature(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _same(x: Tensor) -> Tensor:
-    """``SAME_DIRECTION`` for every matrix of a batch."""
+    """Return ``SAME_DIRECTION`` for every matrix of a batch."""
     return torch.full(x.shape[:-2], SAME_DIRECTION, dtype=torch.float64, device=x.device)
 
 
 def _side_by_side(parts: list[Subspace]) -> tuple[Tensor, Tensor]:
-    """[U_1 … U_T] and [V_1 … V_T]; ``parts`` is emptied."""
+    """Return [U_1 … U_T] and [V_1 … V_T]; ``parts`` is emptied."""
     u, v = [part.u for part in parts], [part.v for part in parts]
     parts.clear()
     u_tasks = torch.cat(u, dim=-1)
@@ -217,7 +211,7 @@ def _side_by_side(parts: list[Subspace]) -> tuple[Tensor, Tensor]:
 
 
 def _polar_of_tasks(u_tasks: Tensor, common: Subspace, solver: PolarSolver) -> tuple[Tensor, PolarStats, Tensor]:
-    """(polar([U_1 … U_T]) in float64, its evidence, its growth ``over_columns``).
+    """Return (polar([U_1 … U_T]) in float64, its evidence, its growth ``over_columns``).
 
     Wide: [U_1 … U_T] = Q_c E with a square E, so it is Q_c polar(E).
     """
@@ -231,7 +225,7 @@ def _polar_of_tasks(u_tasks: Tensor, common: Subspace, solver: PolarSolver) -> t
 
 
 def _add_product(value: Tensor, a: Tensor, b: Tensor) -> None:
-    """value += A B without a temporary of the size of ``value``."""
+    """Add A B to ``value`` without a temporary of its size."""
     if value.ndim == 2:
         value.addmm_(a, b)
     else:

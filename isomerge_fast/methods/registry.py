@@ -1,4 +1,4 @@
-"""Methods by name: those that are built in, those of installed packages, and those that a process registers."""
+"""Find methods by name: the built-in ones, those of installed packages, and those that a process registers."""
 
 from __future__ import annotations
 
@@ -57,22 +57,11 @@ def method_class(name: object) -> type[Method]:
         entry = _entries().get(name)
         if entry is not None:
             return _loaded(entry)
-    raise ConfigError(f"method {shown(name)} is unknown{nearest(name, method_names())}")
-
-
-def method_names() -> list[str]:
-    """Return the names of all methods, those of packages last.
-
-    Raises:
-        ConfigError: entry points that clash.
-    """
-    return [*dict.fromkeys((*METHODS, *_registered, *_entries()))]
+    raise ConfigError(f"method {shown(name)} is unknown{nearest(name, {*METHODS, *_registered, *_entries()})}")
 
 
 def origins_of(names: Iterable[str]) -> dict[str, str]:
-    """Return whose the methods of these names are that are not built in: a distribution with its version, or a class
-    of this process.
-    """
+    """Return the origins of methods that are not built in: a distribution with its version, or a class of a process."""
     found = {}
     for name in dict.fromkeys(names):
         if name in _registered:
@@ -83,7 +72,7 @@ def origins_of(names: Iterable[str]) -> dict[str, str]:
 
 
 def _entries() -> dict[str, EntryPoint]:
-    """The entry points of installed packages, by name.
+    """Return the entry points of installed packages, by name.
 
     Raises:
         ConfigError: a name that is built in, or another package's.
@@ -113,7 +102,7 @@ def _loaded(entry: EntryPoint) -> type[Method]:
 
 
 def _checked(found: Any, what: str) -> type[Method]:
-    """What is a method, and can be made of its options' defaults."""
+    """Return ``found`` if it is a method that can be made of its options' defaults; raise ConfigError otherwise."""
     if not (isinstance(found, type) and issubclass(found, Method)):
         raise ConfigError(f"{what} is no method: it is a subclass of isomerge_fast.methods.Method")
     if missing := sorted(found.__abstractmethods__):
@@ -171,8 +160,9 @@ def given_method(method: str | Method, options: Mapping[str, Any]) -> Method:
 
 
 def method_for(method: Method, spec: TensorSpec, exclude: Sequence[str] = ()) -> Method:
-    """Return ``method``, or the mean where it takes no such tensor or a pattern of ``exclude`` or its own has the
-    name.
+    """Return ``method``, or the mean where it does not accept the tensor or a pattern excludes it.
+
+    The patterns are ``exclude`` and the method's own.
     """
     place = globs_of((*exclude, *method.default_exclude)).first(spec.name)
     return method if method.accepts(spec) and place is None else Mean()

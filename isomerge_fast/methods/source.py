@@ -1,7 +1,8 @@
-"""The deltas of one tensor: walked in blocks of rows, wherever base and experts are (memory, files, factors)."""
+"""Give the deltas of one tensor in blocks of rows, wherever base and experts are (memory, files, factors)."""
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -11,14 +12,14 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, InputError
-from ..ops import TaskSum, compute_dtype, subtract, task_sum
+from ..ops import TaskSum, compute_dtype, dtype_name, subtract, task_sum
 
 Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """What is known of a tensor before it is read."""
+    """Describe a tensor before it is read; ``dtype`` is the one it is computed in, float32 or float64."""
 
     name: str
     shape: tuple[int, ...]
@@ -26,10 +27,7 @@ class TensorSpec:
 
     @property
     def elements(self) -> int:
-        total = 1
-        for size in self.shape:
-            total *= size
-        return total
+        return math.prod(self.shape)
 
     @property
     def bytes(self) -> int:
@@ -38,7 +36,7 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class Factors:
-    """Δ = scale · left right.
+    """Hold Δ = scale · left right.
 
     Attributes:
         left: [M, r]; right: [r, N]; any float dtypes.
@@ -55,9 +53,9 @@ class Factors:
 
 @dataclass(frozen=True)
 class RowBlock:
-    """Some rows of the base and of some experts, as they are stored, on the device that computes.
+    """Hold some rows of the base and of some experts, as they are stored, on the device that computes.
 
-    The one place where weights are applied (of factors it is their scale): Δ_t is w_t (θ_t − θ₀) below.
+    The one place where weights are applied (for factors it is their scale): Δ_t is w_t (θ_t − θ₀) below.
 
     Attributes:
         rows: which, of the tensor's first dimension.
@@ -74,7 +72,7 @@ class RowBlock:
 
     @property
     def like(self) -> Tensor:
-        """One of the tensors: for the rows' shape and device, not for its numbers."""
+        """Return one of the tensors, for the rows' shape and device, not for its numbers."""
         return self.experts[0] if self.base is None else self.base
 
     def sum(
@@ -110,6 +108,11 @@ class RowBlock:
             delta = self.experts[task].to(dtype, copy=self.weights is not None)
         return delta if self.weights is None else delta.mul_(self.weights[task])
 
+    def parts(self, step: int) -> Iterator[RowBlock]:
+        """Yield these rows in parts of ``step``, in order; the last one may have fewer."""
+        count = len(self.like)
+        return (self.part(slice(start, min(start + step, count))) for start in range(0, count, step))
+
     def part(self, rows: slice) -> RowBlock:
         """Return some of these rows, counted from the first of them."""
         place = slice(self.rows.start + rows.start, self.rows.start + rows.stop)
@@ -118,26 +121,24 @@ class RowBlock:
 
 
 class Threads(Protocol):
-    """What shares a block of rows out among threads."""
+    """Share a block of rows out among threads."""
 
     def parts(self, block: RowBlock) -> list[RowBlock]:
         """Return the block in parts for one thread each, in order."""
         ...
 
     def map(self, action: Callable[[RowBlock], Result], parts: Sequence[RowBlock]) -> list[Result]:
-        """Return what ``action`` makes of every part, in order."""
+        """Return ``action`` of every part, in order."""
         ...
 
 
 class OneThread:
-    """The calling thread: a block stays whole."""
+    """Keep a block whole, for the calling thread."""
 
     def parts(self, block: RowBlock) -> list[RowBlock]:
-        """See ``Threads``."""
         return [block]
 
     def map(self, action: Callable[[RowBlock], Result], parts: Sequence[RowBlock]) -> list[Result]:
-        """See ``Threads``."""
         return [action(part) for part in parts]
 
 
@@ -145,7 +146,7 @@ ONE_THREAD = OneThread()
 
 
 class DeltaSource(ABC):
-    """The deltas Δ_t = w_t (θ_t − θ₀) of one tensor, made when they are asked for: T of them need never exist at once.
+    """Give the deltas Δ_t = w_t (θ_t − θ₀) of one tensor when they are asked for: T of them need never exist at once.
 
     A backend says where rows come from (``blocks``); sums and single deltas follow from that.
 
@@ -153,11 +154,14 @@ class DeltaSource(ABC):
         shape: of the tensor, or that by which it is walked.
         dtype: computed in, float32 or float64.
         device: where sums and deltas are made.
-        full_spec: the tensor that the deltas are of: they themselves, or what they are the coordinates of in bases that
-            all share (``factors``). Its sides decide r, and its dtype what counts as rounding.
-        threads: share blocks out.
-        wants_largest: whether sums look for max |Δ_t|.
+        full_spec: the tensor that the deltas are of: they themselves, or where they are coordinates in bases that all
+            share (``factors``) the tensor itself. Its sides decide r, and its dtype what counts as rounding.
+        threads: share blocks out; a backend sets it that has more than the calling thread.
+        wants_largest: whether sums look for max |Δ_t|, by which merges of files find damaged weights.
     """
+
+    threads: Threads = ONE_THREAD
+    wants_largest = False
 
     def __init__(
         self,
@@ -165,29 +169,24 @@ class DeltaSource(ABC):
         shape: Sequence[int],
         dtype: torch.dtype,
         device: torch.device,
-        *,
         full_spec: TensorSpec | None = None,
-        threads: Threads = ONE_THREAD,
-        wants_largest: bool = False,
     ) -> None:
         self.n_tasks, self.shape, self.dtype, self.device = n_tasks, torch.Size(shape), dtype, device
         self.full_spec = full_spec or TensorSpec("deltas", tuple(shape), dtype)
-        self.threads, self.wants_largest = threads, wants_largest
 
     @abstractmethod
     def blocks(self, tasks: Sequence[int] | None = None) -> Iterator[RowBlock]:
         """Yield all rows of the base and of some experts (all when None), in order.
 
-        A block is valid until the next one is taken. May be asked for as often as it takes; the first time over all.
+        A block is valid until the next one is taken. May be asked for any number of times; the first time over all.
         """
-        ...
 
     def factors(self) -> list[Factors | None]:
         """Return the factors of every w_t Δ_t, None where that is 0, of deltas that are given so; before any blocks."""
         raise ValueError(f"{type(self).__name__} has no factors")
 
     def start_over(self) -> None:  # noqa: B027  # most have nothing to do
-        """Begin again after a failure: what is still to come of a first pass is passed over."""
+        """Begin again after a failure: the rest of a first pass is skipped."""
 
     def members(self, chosen: Tensor) -> DeltaSource:
         """Return some members of a batch, chosen by a mask over its dimensions."""
@@ -197,7 +196,7 @@ class DeltaSource(ABC):
         """Return S = Σ_t Δ_t in ``dtype``, fresh: it may be overwritten; with what was seen of every Δ_t, [T, batch].
 
         Args:
-            batch_dims: first dimensions that are a batch, over whose members what is seen is kept apart.
+            batch_dims: first dimensions that are a batch; what is seen is kept apart for each of its members.
         """
         total = torch.empty(self.shape, dtype=dtype, device=self.device)
 
@@ -235,13 +234,13 @@ class DeltaSource(ABC):
 
 
 class MemoryDeltas(DeltaSource):
-    """Deltas of what is in memory: T tensors θ_t of one shape beside θ₀, or T deltas alone. None is ever modified.
+    """Give the deltas of T tensors θ_t in memory beside θ₀, or T deltas alone. None is ever modified.
 
     Args:
         experts: T tensors [..., M, N] (or of any shape), or one stack [T, ...], of any float dtypes and strides, on one
             device.
         base: θ₀, of that shape, on that device; None where the experts are the deltas.
-        are_deltas: whether they are that beside a base.
+        are_deltas: whether the experts are the deltas although there is a base.
         weights: w_t, T numbers that are finite in the compute dtype; None where all are 1.
         dtype: computed in; by default float64 where one tensor is that, else float32.
         full_spec: see ``DeltaSource``.
@@ -261,8 +260,6 @@ class MemoryDeltas(DeltaSource):
         dtype: torch.dtype | None = None,
         full_spec: TensorSpec | None = None,
         block_rows: int | None = None,
-        threads: Threads = ONE_THREAD,
-        wants_largest: bool = False,
     ) -> None:
         if len(experts) == 0:
             raise InputError("deltas is empty: at least one task is needed")
@@ -285,49 +282,30 @@ class MemoryDeltas(DeltaSource):
         self._are_deltas = are_deltas or base is None
         self._block_rows = block_rows
         given = [tensor.dtype for tensor in (*experts, *([] if base is None else [base]))]
-        super().__init__(
-            len(experts),
-            first.shape,
-            dtype or compute_dtype(*given),
-            first.device,
-            full_spec=full_spec,
-            threads=threads,
-            wants_largest=wants_largest,
-        )
+        super().__init__(len(experts), first.shape, dtype or compute_dtype(*given), first.device, full_spec)
 
     def blocks(self, tasks: Sequence[int] | None = None) -> Iterator[RowBlock]:
-        """See ``DeltaSource``."""
         chosen = range(self.n_tasks) if tasks is None else tasks
         weights = None if self.weights is None else [self.weights[task] for task in chosen]
         experts = [self.experts[task] for task in chosen]
         whole = RowBlock(slice(0, self.shape[0]), experts, self.base, self._are_deltas, weights)
-        if self._block_rows is None or not self.shape[0]:
-            yield whole
-            return
-        for start in range(0, self.shape[0], self._block_rows):
-            yield whole.part(slice(start, min(start + self._block_rows, self.shape[0])))
+        return iter([whole]) if self._block_rows is None or not self.shape[0] else whole.parts(self._block_rows)
 
     def delta(self, task: int) -> Tensor:
-        """See ``DeltaSource``: where it stands for itself, the expert or a copy in the compute dtype."""
+        """Return Δ_t; where it stands for itself, the expert or a copy in the compute dtype."""
         if not self._are_deltas or self.weights is not None:
             return super().delta(task)
         # Contiguous: a BLAS that is given a transposed operand may end in other last digits.
         return self.experts[task].to(self.dtype).contiguous()
 
     def members(self, chosen: Tensor) -> MemoryDeltas:
-        """See ``DeltaSource``."""
+        experts = [expert[chosen] for expert in self.experts]
         base = None if self.base is None else self.base[chosen]
-        return MemoryDeltas(
-            [expert[chosen] for expert in self.experts],
-            base,
-            are_deltas=self._are_deltas,
-            weights=self.weights,
-            dtype=self.dtype,
-        )
+        return MemoryDeltas(experts, base, are_deltas=self._are_deltas, weights=self.weights, dtype=self.dtype)
 
 
 class MemoryFactors(DeltaSource):
-    """Deltas given as factors in memory, or none at all, beside a base whose rows are walked ``block_rows`` at a time.
+    """Give factors in memory, or none at all, beside a base whose rows are walked ``block_rows`` at a time.
 
     Args:
         factors: one a task; None where its delta is 0.
@@ -339,16 +317,13 @@ class MemoryFactors(DeltaSource):
         self._factors, self._base, self._block_rows = factors, base, block_rows
 
     def factors(self) -> list[Factors | None]:
-        """See ``DeltaSource``."""
         return list(self._factors)
 
     def blocks(self, tasks: Sequence[int] | None = None) -> Iterator[RowBlock]:
-        """See ``DeltaSource``: rows of the base alone."""
+        """Yield rows of the base alone."""
         assert tasks is not None
         assert not tasks
-        for start in range(0, self.shape[0], self._block_rows):
-            rows = slice(start, min(start + self._block_rows, self.shape[0]))
-            yield RowBlock(rows, (), self._base[rows])
+        return RowBlock(slice(0, self.shape[0]), (), self._base).parts(self._block_rows)
 
 
 def as_deltas(deltas: DeltaSource | Tensor | Sequence[Tensor]) -> DeltaSource:
@@ -364,8 +339,7 @@ def check_finite(what: str, values: Iterable[float], dtype: torch.dtype) -> None
     """Raise ConfigError where a scaling or weight is no finite number in the dtype that is computed in."""
     for value in values:
         if not abs(value) <= torch.finfo(dtype).max:
-            name = str(dtype).removeprefix("torch.")
-            raise ConfigError(f"{what} {value:g} is no finite number in {name}, which this is computed in")
+            raise ConfigError(f"{what} {value:g} is no finite number in {dtype_name(dtype)}, which this is computed in")
 
 
 def checked_weights(weights: Sequence[float] | None, dtype: torch.dtype, where: str = "") -> tuple[float, ...] | None:

@@ -1,4 +1,4 @@
-"""What the spectral methods share: their options, the solvers that are tried in turn, and σ̄."""
+"""Share what the spectral methods have in common: options, the solvers that are tried in turn, certificates, σ̄."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, InputError, nearest
-from ..linalg.auto import TOLERANCES, Choice, check_precision, fitting, spectrum_candidates
+from ..linalg.auto import TOLERANCES, Candidate, check_precision, spectrum_candidates
+from ..linalg.blockwise import multiply_short_side, to_long_side, to_short_side
 from ..linalg.certificate import probes, symmetry
 from ..linalg.protocol import PolarSolver, Solver, reciprocal
-from ..linalg.sides import long_product, short_multiply, short_product
 from .base import Method
-from .certified import merge_certified
+from .certified import run_with_fallback
 from .source import DeltaSource, TensorSpec
 from .stats import Check, MergeStats
 from .sums import finite_sum, require_comparable, rounding_of
@@ -26,7 +26,7 @@ RANK_POLICIES = ("range", "min-dim")
 
 @dataclass(frozen=True, kw_only=True)
 class Spectral(Method):
-    """Merges matrices by their singular values, with solvers that are tried in turn until a certificate holds.
+    """Merge matrices by their singular values, with solvers that are tried in turn until a certificate holds.
 
     A method states ``solvers``, ``attempt`` and ``solving_bytes``.
 
@@ -57,51 +57,51 @@ class Spectral(Method):
 
     @property
     def ceiling(self) -> int | None:
-        """See ``Method``."""
         return self.memory_bytes
 
     def within(self, memory_bytes: int | None) -> Self:
-        """See ``Method``."""
         return replace(self, memory_bytes=memory_bytes)
 
     def exact(self) -> Self:
-        """See ``Method``."""
         return replace(self, precision="reference")
 
     @property
-    def promise(self) -> float:
-        """The limit of the checks."""
+    def tolerance(self) -> float:
+        """Return the limit of the checks."""
         return TOLERANCES[self.precision]
 
     @abstractmethod
-    def solvers(self, spec: TensorSpec, tasks: int, device: torch.device) -> Sequence[Choice[Any]]:
+    def solvers(self, spec: TensorSpec, tasks: int, device: torch.device) -> Sequence[Candidate[Any]]:
         """Return the solvers to be tried, in order, whatever memory they take."""
-        ...
 
     @abstractmethod
-    def solving_bytes(self, choice: Choice[Any], spec: TensorSpec, tasks: int, device: torch.device) -> int:
+    def solving_bytes(self, candidate: Candidate[Any], spec: TensorSpec, tasks: int, device: torch.device) -> int:
         """Return ``workspace_bytes`` with that solver."""
-        ...
 
     @abstractmethod
-    def attempt(self, deltas: DeltaSource, choice: Choice[Any]) -> tuple[Tensor, MergeStats]:
-        """Return what ``merge`` does with one solver, and how well, of deltas [..., M, N]."""
-        ...
+    def attempt(self, deltas: DeltaSource, candidate: Candidate[Any]) -> tuple[Tensor, MergeStats]:
+        """Return ``merge`` by one solver, with its evidence, of deltas [..., M, N]."""
 
-    def candidates(self, spec: TensorSpec, tasks: int, device: torch.device) -> Sequence[Choice[Any]]:
+    def candidates(self, spec: TensorSpec, tasks: int, device: torch.device) -> Sequence[Candidate[Any]]:
         """Return the solvers to be tried, in order: the one that is given, or those that keep to the ceiling."""
         if self.solver is not None:
-            return (Choice(self.solver, "given"),)
+            return (Candidate(self.solver, "given"),)
         solvers = self.solvers(spec, tasks, device)
-        return fitting(solvers, lambda choice: self.solving_bytes(choice, spec, tasks, device), self.memory_bytes)
+        if self.memory_bytes is None:
+            return solvers
+
+        def needed(candidate: Candidate[Any]) -> int:
+            return self.solving_bytes(candidate, spec, tasks, device)
+
+        # Where none keeps to the ceiling, the one that needs least.
+        return [each for each in solvers if needed(each) <= self.memory_bytes] or [min(solvers, key=needed)]
 
     def explain(self, spec: TensorSpec, tasks: int, device: torch.device) -> str:
-        """See ``Method``."""
-        choice = self.candidates(spec, tasks, device)[0]
-        return f"{choice.solver.name}: {choice.reason}"
+        candidate = self.candidates(spec, tasks, device)[0]
+        return f"{candidate.solver.name}: {candidate.reason}"
 
     def workspace_bytes(self, spec: TensorSpec, tasks: int, device: torch.device) -> int:
-        """See ``Method``; of the solver that is expected to be taken. Without a ceiling, the next may need more."""
+        """Return ``solving_bytes`` of the first candidate. Without a ceiling, the next may need more."""
         return self.solving_bytes(self.candidates(spec, tasks, device)[0], spec, tasks, device)
 
     def merge(self, deltas: DeltaSource) -> tuple[Tensor, MergeStats]:
@@ -113,66 +113,59 @@ class Spectral(Method):
         """
         require_matrices(self.name, deltas.shape)
         spec = TensorSpec("", tuple(deltas.shape), deltas.full_spec.dtype)
-        return merge_certified(self.attempt, deltas, self.candidates(spec, deltas.n_tasks, deltas.device))
+        return run_with_fallback(self.attempt, deltas, self.candidates(spec, deltas.n_tasks, deltas.device))
 
     def result_dtype(self, compute_dtype: torch.dtype) -> torch.dtype:
         """Return the dtype of the merged Δ. The reference judges the others: its result is never rounded."""
         return torch.float64 if self.precision == "reference" else compute_dtype
 
-    def mean(self, total: Tensor, kept: Tensor, min_dim: int) -> Tensor:
-        """Return ``spectral_mean`` by the method's policy."""
-        return spectral_mean(total, kept, min_dim, self.rank_policy)
-
 
 @dataclass(frozen=True, kw_only=True)
 class SingularValues(Spectral):
-    """Δ = U f(Σ) Vᵀ with U Σ Vᵀ = svd(Σ_t Δ_t). A method states f (``new_values``)."""
+    """Merge by Δ = U f(Σ) Vᵀ with U Σ Vᵀ = svd(Σ_t Δ_t). A method states f (``new_values``)."""
 
     solver: Solver | None = field(default=None, metadata={"kind": Solver})
 
     @abstractmethod
     def new_values(self, sigma: Tensor) -> Tensor:
         """Return f of the singular values [..., r], float64 and descending. Those that are 0 stay 0."""
-        ...
 
-    def solvers(self, spec: TensorSpec, tasks: int, device: torch.device) -> Sequence[Choice[Solver]]:
-        """See ``Spectral``."""
+    def solvers(self, spec: TensorSpec, tasks: int, device: torch.device) -> Sequence[Candidate[Solver]]:
         return spectrum_candidates(self.precision, spec.dtype)
 
-    def solving_bytes(self, choice: Choice[Solver], spec: TensorSpec, tasks: int, device: torch.device) -> int:
-        """See ``Spectral``."""
+    def solving_bytes(self, candidate: Candidate[Solver], spec: TensorSpec, tasks: int, device: torch.device) -> int:
         rows, columns = spec.shape[-2:]
-        solving = choice.solver.workspace_bytes(rows, columns, torch.float64, device)
+        solving = candidate.solver.workspace_bytes(rows, columns, torch.float64, device)
         return spec.elements // max(1, rows * columns) * (8 * rows * columns + solving)
 
-    def attempt(self, deltas: DeltaSource, choice: Choice[Solver]) -> tuple[Tensor, MergeStats]:
-        """See ``Spectral``. With W the vectors of the short side, U f(Σ) Vᵀ is W f(Σ) Σ⁻¹ Wᵀ times S, on that side."""
-        total, _, tolerance, of_deltas = spectral_sum(deltas, torch.float64)
+    def attempt(self, deltas: DeltaSource, candidate: Candidate[Solver]) -> tuple[Tensor, MergeStats]:
+        """Return U f(Σ) Vᵀ = W f(Σ) Σ⁻¹ Wᵀ S, on the short side, with W its vectors."""
+        total, _, zero_limit, of_deltas = spectral_sum(deltas, torch.float64)
         dtype = self.result_dtype(deltas.dtype)
         if 0 in total.shape:
             return total.to(dtype), MergeStats(self.name, of_deltas)
-        top = choice.solver.factorize(total, tolerance=tolerance).top(min(total.shape[-2:]))
+        top = candidate.solver.factorize(total, tolerance=zero_limit).top(min(total.shape[-2:]))
         sigma = top.sigma
         wanted = torch.where(sigma > 0, self.new_values(sigma), 0.0)
         weights = (top.short * (wanted * reciprocal(sigma))[..., None, :]) @ top.short.mT
-        value = short_multiply(weights, total, torch.empty(total.shape, dtype=dtype, device=total.device))
+        value = multiply_short_side(weights, total, torch.empty(total.shape, dtype=dtype, device=total.device))
         del weights
         # ΔΔᵀ = W f(Σ)² Wᵀ, and SΔᵀ is symmetric: with both, Δ is right.
         omega = probes(sigma.shape[-1], torch.float64, total.device)
-        defect = short_product(value, long_product(value, omega, torch.float64))
+        defect = to_short_side(value, to_long_side(value, omega, torch.float64))
         defect -= top.short @ (wanted.square()[..., None] * (top.short.mT @ omega))
         size, largest = torch.linalg.vector_norm(wanted.square(), dim=-1), wanted.abs().amax(-1)
         checks = {
-            "values": Check(torch.linalg.matrix_norm(defect) / torch.where(size > 0, size, 1.0), self.promise),
-            "asymmetry": Check(symmetry(total, value)[0] / torch.where(largest > 0, largest, 1.0), self.promise),
+            "values": Check(torch.linalg.matrix_norm(defect) / torch.where(size > 0, size, 1.0), self.tolerance),
+            "asymmetry": Check(symmetry(total, value)[0] / torch.where(largest > 0, largest, 1.0), self.tolerance),
             "unresolved": Check(top.unresolved, 0),
         }
         values = {"rank": (sigma > 0).sum(-1), "min_dim": min(deltas.full_spec.shape[-2:]), **of_deltas}
-        return value, MergeStats(f"{self.name}/{choice.solver.name}", values, checks)
+        return value, MergeStats(f"{self.name}/{candidate.solver.name}", values, checks)
 
 
 def spectral_sum(deltas: DeltaSource, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
-    """Return (S, ‖Δ_t‖² [T, ...], σ of S that count as zero, what ``MergeStats.values`` says of every Δ_t).
+    """Return (S, ‖Δ_t‖² [T, ...], σ of S that count as zero, the entries of ``MergeStats.values`` about the Δ_t).
 
     Raises:
         As ``finite_sum`` and ``require_comparable``.
@@ -182,8 +175,22 @@ def spectral_sum(deltas: DeltaSource, dtype: torch.dtype) -> tuple[Tensor, Tenso
     return total, squares, rounding_of(squares.sum(0).sqrt(), deltas.full_spec), of_deltas
 
 
+def polar_checks(
+    tolerance: float, orthogonality: Tensor, symmetry: tuple[Tensor, Tensor], unresolved: Tensor, error: Tensor
+) -> dict[str, Check]:
+    """Return the certificate of a polar factor, with the ``symmetry`` of ``certificate``."""
+    asymmetry, negative = symmetry
+    return {
+        "orthogonality": Check(orthogonality, tolerance),
+        "asymmetry": Check(asymmetry, tolerance),
+        "negative": Check(negative, tolerance),
+        "unresolved": Check(unresolved, 0),
+        "rounding": Check(error, tolerance),
+    }
+
+
 def require_matrices(name: str, shape: torch.Size) -> None:
-    """Raise InputError for what is not [..., M, N]."""
+    """Raise InputError for deltas that are not [..., M, N]."""
     if len(shape) < 2:
         raise InputError(f"{name} needs matrices [M, N] or batches [B, M, N]; got deltas of shape {list(shape)}")
 

@@ -1,4 +1,4 @@
-"""What a method answers beside the merged Δ: its evidence, and the errors of deltas that no result can be made of."""
+"""Hold the evidence beside a merged Δ, and name the errors of deltas that no result can be made of."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..errors import InputError
 
 @dataclass(frozen=True)
 class Check:
-    """A number per matrix that is at most ``limit`` where the result is right."""
+    """Hold a number per matrix that is at most ``limit`` where the result is right."""
 
     value: Tensor
     limit: float
@@ -22,18 +22,15 @@ class Check:
 
 @dataclass(frozen=True)
 class MergeStats:
-    """Evidence of one merge. Tensors are read (and the device synchronised) by ``read``, all at once, or by ``missed``
-    and ``to_dict``.
+    """Hold the evidence of one merge; its tensors stay on the device until ``read``, ``missed`` or ``to_dict``.
 
-    Keys of ``values``, where the method has them: ``sigma_mean`` (σ̄), ``rank`` (directions kept), ``gap`` (relative gap
-    at the cut k), ``k``, ``s``, ``delta_norms`` and ``delta_largest`` (‖Δ_t‖_F and
-    max |Δ_t| per task, on the CPU, the latter of deltas from files).
+    Keys of ``values``, where the method has them: ``sigma_mean`` (σ̄), ``rank`` (directions kept), ``gap`` (relative
+    gap at the cut k), ``k``, ``s``, ``same_directions`` (directions of tasks that count as one with others),
+    ``delta_norms`` (‖Δ_t‖_F per task, on the CPU) and ``delta_largest`` (max |Δ_t|, of deltas from files).
 
-    Keys of ``checks``, the certificate (docs/numerics.md): ``orthogonality`` and ``asymmetry`` of the
-    polar factor, ``negative`` (its sign), ``rounding`` (the solver's own, which these hardly see), ``angle``
-    (subspaces, as an error of the merged Δ), ``unresolved`` (directions that the solver's rounding hides).
-
-    Of Iso-CTS ``values`` has ``same_directions`` too: how many directions of tasks count as one with others.
+    Keys of ``checks``, the certificate (docs/numerics.md): ``orthogonality`` and ``asymmetry`` of the polar factor,
+    ``negative`` (its sign), ``rounding`` (the solver's own, which these hardly see), ``angle`` (subspaces, as an error
+    of the merged Δ), ``unresolved`` (directions that the solver's rounding hides).
     """
 
     algorithm: str
@@ -77,7 +74,7 @@ class MergeStats:
         return ", ".join(f"{name} {value:.1e} > {self.checks[name].limit:.0e}" for name, value in worst.items())
 
     def after(self, before: MergeStats, remark: str) -> MergeStats:
-        """Return this, with the remarks of ``before`` and one more."""
+        """Return this, with the escalations of ``before`` and one more."""
         return replace(self, escalations=(*before.escalations, remark))
 
     def replaced(self, rows: Tensor, part: MergeStats) -> MergeStats:
@@ -118,7 +115,7 @@ class MergeStats:
 
 
 class NotFiniteError(InputError):
-    """A delta holds NaN or Inf. ``tasks`` are the indices of those that do."""
+    """Report deltas that hold NaN or Inf; ``tasks`` are their indices."""
 
     def __init__(self, tasks: list[int]) -> None:
         self.tasks = tasks
@@ -126,11 +123,11 @@ class NotFiniteError(InputError):
 
 
 class OutOfRangeError(InputError):
-    """Deltas that are all finite, and of sizes that no result can be made of."""
+    """Report finite deltas of sizes that no result can be made of."""
 
 
 def require_kept(stats: MergeStats) -> None:
-    """Raise OutOfRangeError where nothing was kept of the one Δ_t that is not 0: of several, all may cancel."""
+    """Raise OutOfRangeError where nothing was kept of the only Δ_t that is not 0. (Several may cancel.)"""
     rank, norms = stats.values.get("rank"), stats.values.get("delta_norms")
     if rank is None or norms is None or int((norms > 0).sum()) != 1:
         return

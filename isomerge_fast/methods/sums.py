@@ -1,4 +1,4 @@
-"""The sum of the deltas, and what is seen of every Δ_t on the way: whether a result can be made of them at all."""
+"""Add the deltas up, and refuse those of which no result can be made."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..linalg.protocol import rounding_tolerance
+from ..ops import dtype_name
 from .source import DeltaSource, TensorSpec
 from .stats import NotFiniteError, OutOfRangeError, shown_norms
 
@@ -19,7 +20,7 @@ LARGEST_TRAINED_NORM = 1e5
 
 
 def finite_sum(deltas: DeltaSource, dtype: torch.dtype, batch_dims: int = 0) -> tuple[Tensor, Tensor, dict[str, Any]]:
-    """Return (``deltas.sum``, its ``squares``, what ``MergeStats.values`` says of every Δ_t). One read of the device.
+    """Return (``deltas.sum``, its ``squares``, ``delta_sizes``). One read of the device.
 
     Raises:
         As ``delta_sizes``.
@@ -30,8 +31,7 @@ def finite_sum(deltas: DeltaSource, dtype: torch.dtype, batch_dims: int = 0) -> 
 
 
 def delta_sizes(squares: Tensor, largest: Tensor | None, nonfinite: Tensor) -> dict[str, Any]:
-    """Return what ``MergeStats.values`` says of every Δ_t, on the CPU, from its parts, [T, parts] each. One read of
-    the device.
+    """Return the entries of ``MergeStats.values`` about the Δ_t, from parts [T, parts]. One read of the device.
 
     Raises:
         NotFiniteError: naming the tasks that hold NaN or Inf.
@@ -53,11 +53,11 @@ def require_comparable(norms: Tensor, spec: TensorSpec) -> None:
     """Raise OutOfRangeError where a spectral method can make nothing of deltas with these ‖Δ_t‖_F, [T].
 
     - Σ_t ‖Δ_t‖, which bounds every σ and σ̄, is beyond ``spec.dtype`` or ``COMPUTED_NORMS``.
-    - One Δ_t is larger than any training makes it, and another one has all its singular values in what counts as the
-      rounding of that: the result would be the large one's alone, and the others' absence a line in the report.
+    - One Δ_t is larger than any training makes it, and all singular values of another one are within the rounding of
+      that: the result would be the large one's alone, and the others' absence a line in the report.
     """
     total, (least, most) = math.fsum(norms.tolist()), COMPUTED_NORMS
-    dtype = str(spec.dtype).removeprefix("torch.")
+    dtype = dtype_name(spec.dtype)
     if not (total == 0 or least <= total <= min(most, torch.finfo(spec.dtype).max)):
         raise OutOfRangeError(f"‖Δ‖ of the tasks is {shown_norms(norms)}: out of the range of {dtype} arithmetic")
     rounding = rounding_of(norms.square().sum().sqrt(), spec)
@@ -68,10 +68,10 @@ def require_comparable(norms: Tensor, spec: TensorSpec) -> None:
 
 
 def _by_task(seen: Tensor) -> Tensor:
-    """Return what is [T] or [T, B, ...] as [T, members]."""
+    """Return [T] or [T, B, ...] as [T, members]."""
     return seen.flatten(1) if seen.ndim > 1 else seen[:, None]
 
 
 def rounding_of(norm: Tensor, spec: TensorSpec) -> Tensor:
-    """Return ``rounding_tolerance`` of deltas with ‖Δ‖_F = ``norm``, by the sides and the dtype of what they are of."""
+    """Return ``rounding_tolerance`` of deltas with ‖Δ‖_F = ``norm``, by the sides and the dtype of ``full_spec``."""
     return rounding_tolerance(norm, spec.shape[-2], spec.shape[-1], spec.dtype)

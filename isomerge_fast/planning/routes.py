@@ -146,7 +146,7 @@ class Rowwise(Route):
         """Return the route of a tensor whose elements are merged one by one."""
         view_shape = (spec.elements,)
         rows = _part_rows(view_shape, traffic, budget.part)
-        work = (method.row_map_bytes(spec, traffic.tasks, rows, device) or 0) + _applying(rows, traffic, device)
+        work = (method.rowwise_bytes(spec, traffic.tasks, rows, device) or 0) + _applying(rows, traffic, device)
         return cls(view_shape, rows, method, work + _on_device(2 * rows, traffic, device))
 
     @classmethod
@@ -158,7 +158,7 @@ class Rowwise(Route):
         part = rows * prod(spec.shape[1:])
         beside = _again(part, traffic, budget, device) + _applying(part, traffic, device)
         chosen = _within(method, budget, beside)
-        learning = chosen.row_map_bytes(spec, traffic.tasks, part, device)
+        learning = chosen.rowwise_bytes(spec, traffic.tasks, part, device)
         return None if learning is None else cls(spec.shape, rows, chosen, learning + beside)
 
     def run(self, source: DeltaSource, sink: Sink) -> MergeStats:
@@ -172,7 +172,7 @@ class Rowwise(Route):
     def passed_bytes(self, base_bytes: int, trained_bytes: Sequence[int]) -> int:
         """See ``Route``: learnt in some passes, then written in one."""
         assert self.method is not None
-        return super().passed_bytes(base_bytes, trained_bytes) * (1 + self.method.row_map_passes)
+        return super().passed_bytes(base_bytes, trained_bytes) * (1 + self.method.rowwise_passes)
 
     def reason(self, spec: TensorSpec, tasks: int, device: torch.device, given: str) -> str:
         """See ``Route``. That a matrix goes by rows is said whatever was given."""

@@ -1,4 +1,4 @@
-"""What every launcher needs: tensors as equal lines, a table of addresses, grids that never overflow."""
+"""Share what every launcher needs: tensors as equal lines, a table of addresses, grids that never overflow."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ OPTIONS = {"enable_fp_fusion": True}
 
 
 class Config(NamedTuple):
-    """One compiled form of an elementwise kernel.
+    """Describe one compiled form of an elementwise kernel.
 
     Chosen by rule and never by timing when it runs: another machine, or a merge that is resumed, has to give the same
     bytes. ``benchmarks/gpu`` times all of them, so that the rule can follow what is measured.
@@ -36,7 +36,7 @@ class Config(NamedTuple):
 
 
 class Lines(NamedTuple):
-    """Tensors of one shape as lines of elements side by side; each tensor's begin at its first element.
+    """Hold tensors of one shape as lines of elements side by side; each tensor begins at its first element.
 
     Attributes:
         strides: by tensor, elements from line to line.
@@ -69,7 +69,7 @@ def as_lines(tensors: Sequence[Tensor], members: int = 1) -> Lines:
 
 
 def row_view(tensor: Tensor) -> Tensor | None:
-    """[rows, columns] over the same memory, or None where that is not possible."""
+    """Return [rows, columns] over the same memory, or None where that is not possible."""
     if tensor.ndim < 2 or tensor.stride(-1) != 1:
         return None
     try:
@@ -86,7 +86,7 @@ def address_table(lines: Lines, weights: Sequence[float], tasks: Sequence[int]) 
 
 
 def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
-    """Kernels are launched on the current device, which need not be that of the tensor."""
+    """Make the tensor's device the current one, on which kernels are launched."""
     return torch.cuda.device_of(tensor) if tensor.is_cuda else contextlib.nullcontext()
 
 

@@ -1,4 +1,4 @@
-"""θ_i = θ₀ + α_i Δ for several α in one read of θ₀ and Δ, each rounded once to the output's dtype.
+"""Write θ_i = θ₀ + α_i Δ for several α in one read of θ₀ and Δ, each rounded once to the output's dtype.
 
 Rounding to bf16 can be stochastic: up with the probability by which the value lies nearer to the upper neighbour, so
 that the mean of many is the value. The random bits are those of ``reference.random_bits``, a function of seed and
@@ -26,7 +26,7 @@ CONFIG = CONFIGS[0]
 
 @triton.jit
 def random_bits(seed, element, BLOCK: tl.constexpr):
-    """16 random bits for each of BLOCK elements from ``element`` on, a multiple of 8; see ``reference.random_bits``."""
+    """Return 16 random bits for each of BLOCK elements from ``element`` on, a multiple of 8; see ``reference``."""
     group = element // 8 + tl.arange(0, BLOCK // 8)
     low, high = (group & 0xFFFFFFFF).to(tl.uint32), (group >> 32).to(tl.uint32)
     none = low & 0
@@ -88,7 +88,7 @@ def apply_delta(
     first: int = 0,
     config: Config = CONFIG,
 ) -> list[Tensor]:
-    """[θ₀ + α Δ for α in ``scalings``]; arguments and result as of ``reference.apply_delta``."""
+    """Return [θ₀ + α Δ for α in ``scalings``]; arguments as of ``ops.apply_delta``."""
     check_apply(base, delta, dtype, seed, first)
     outputs = torch.empty(len(scalings), *base.shape, dtype=dtype, device=base.device)
     if outputs.numel() == 0:

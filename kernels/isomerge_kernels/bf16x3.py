@@ -1,4 +1,4 @@
-"""Float32 products from bf16 parts: x = high + low to 2⁻¹⁶, and of the four products all but low · low.
+"""Multiply float32 by bf16 parts: x = high + low to 2⁻¹⁶, and of the four products all but low · low.
 
 One product three times as deep, [high, high, low] · [high; low; high], added up in float32: on a GPU with bf16 tensor
 cores a plain product of the vendor's library. ``symmetric_matmul`` does the same in its registers.
@@ -23,7 +23,7 @@ def _parts(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def mm(a: Tensor, b: Tensor) -> Tensor:
-    """A B of float32 [..., m, k] and [..., k, n]."""
+    """Return A B of float32 [..., m, k] and [..., k, n]."""
     left, right = deep(a, b)
     if not left.is_cuda:  # a CPU multiplies no bf16 into float32
         return left.float() @ right.float()

@@ -1,4 +1,4 @@
-"""What the rules that choose solvers, sizes and precisions know of a device; the one place that asks torch for it."""
+"""Describe a device to the rules that choose solvers, sizes and precisions; the one place that asks torch for it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""All launchers, for ``isomerge_fast.ops``; importing this needs Triton."""
+"""Export all launchers for ``isomerge_fast.ops``; importing this needs Triton."""
 
 from __future__ import annotations
 

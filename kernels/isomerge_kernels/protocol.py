@@ -1,4 +1,4 @@
-"""What the passes over a merge's bytes take and return, on every device."""
+"""Define and check what the passes over a merge's bytes take and return, on every device."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class TaskSum(NamedTuple):
-    """Σ_t w_t Δ_t and what was seen of every Δ_t on the way: [T], or [T, B, ...] where B, ... count as a batch.
+    """Hold Σ_t w_t Δ_t and what was seen of every Δ_t: [T], or [T, B, ...] where B, ... count as a batch.
 
     Attributes:
         total: in the shape of a Δ_t, in the dtype asked for.
@@ -30,12 +30,12 @@ class TaskSum(NamedTuple):
 
 
 def compute_dtype(*dtypes: torch.dtype) -> torch.dtype:
-    """fp64 when any input is fp64, else fp32: half precision is never computed in."""
+    """Return fp64 when any input is fp64, else fp32: half precision is never computed in."""
     return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
 def check_same(name: str, tensors: Sequence[Tensor], base: Tensor) -> None:
-    """Raises ValueError where a tensor's shape or device is not that of ``base``, or its dtype not a float's."""
+    """Raise ValueError where a tensor's shape or device is not that of ``base``, or its dtype not a float's."""
     for index, tensor in enumerate(tensors):
         if tensor.shape != base.shape:
             raise ValueError(f"{name}[{index}] has shape {list(tensor.shape)}, expected {list(base.shape)}")
@@ -46,7 +46,7 @@ def check_same(name: str, tensors: Sequence[Tensor], base: Tensor) -> None:
 
 
 def weights_of(weights: Sequence[float] | None, tasks: int) -> tuple[float, ...]:
-    """w_t as given, or ones.
+    """Return w_t as given, or ones.
 
     Raises:
         ValueError: another number of weights than tasks, or one that is not finite.
@@ -59,16 +59,37 @@ def weights_of(weights: Sequence[float] | None, tasks: int) -> tuple[float, ...]
     return values
 
 
-def check_out(out: Tensor, like: Tensor) -> None:
-    """Raises ValueError where ``out`` cannot take a result of this shape."""
-    if out.shape != like.shape or out.device != like.device:
-        raise ValueError(f"out is {list(out.shape)} on {out.device}, expected {list(like.shape)} on {like.device}")
+def prepared_sum(
+    experts: Sequence[Tensor],
+    base: Tensor | None,
+    weights: Sequence[float] | None,
+    dtype: torch.dtype,
+    out: Tensor | None,
+) -> tuple[tuple[float, ...], Tensor]:
+    """Return w_t and the tensor that takes S, for a ``task_sum``.
+
+    Raises:
+        ValueError: shapes, devices or dtypes that do not fit each other.
+    """
+    first = experts[0]
+    check_same("experts", experts, first if base is None else base)
+    values = weights_of(weights, len(experts))
+    out = torch.empty(first.shape, dtype=dtype, device=first.device) if out is None else out
+    if out.shape != first.shape or out.device != first.device:
+        raise ValueError(f"out is {list(out.shape)} on {out.device}, expected {list(first.shape)} on {first.device}")
     if not out.is_contiguous():
         raise ValueError(f"out has strides {out.stride()}; expected a contiguous tensor")
+    return values, out
+
+
+def empty_sum(out: Tensor, tasks: int, batch: torch.Size) -> TaskSum:
+    """Return the ``TaskSum`` of experts that have no entries."""
+    zero = torch.zeros(tasks, *batch, dtype=torch.float64, device=out.device)
+    return TaskSum(out, zero, zero.clone(), zero.long())
 
 
 def check_apply(base: Tensor, delta: Tensor, dtype: torch.dtype, seed: int | None, first: int) -> None:
-    """Raises ValueError for operands of ``apply_delta`` that do not fit each other."""
+    """Raise ValueError for operands of ``apply_delta`` that do not fit each other."""
     check_same("delta", [delta], base)
     if base.dtype not in FLOAT_DTYPES or dtype not in FLOAT_DTYPES:
         raise ValueError(f"base is {base.dtype}, dtype {dtype}; expected two of {FLOAT_DTYPES}")

@@ -1,4 +1,4 @@
-"""Every kernel's operation in plain torch: what a CPU runs, and what GPU kernels are tested against.
+"""Run every kernel's operation in plain torch: on a CPU, and as what GPU kernels are tested against.
 
 Large tensors are walked in row blocks, so that the temporaries of a pass stay near ``BLOCK_ELEMENTS`` elements whatever
 the tensor's size: a 128256 x 4096 embedding needs its fp32 sum once, not three times.
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .devices import traits_of
-from .protocol import TaskSum, check_apply, check_out, check_same, compute_dtype, weights_of
+from .protocol import TaskSum, check_apply, compute_dtype, empty_sum, prepared_sum
 
 MASK = 0xFFFFFFFF
 # 1 MiB of fp32. Both passes take the same time from 2^16 to 2^19 (32000 x 768 bf16, 2-core CPU); larger blocks only
@@ -26,19 +26,16 @@ SUM_BLOCK_ELEMENTS = 1 << 17
 
 
 def row_blocks(shape: torch.Size | tuple[int, ...], block_elements: int = BLOCK_ELEMENTS) -> Iterator[slice]:
-    """Slices over the first dimension that cover about ``block_elements`` elements each."""
+    """Yield slices over the first dimension that cover about ``block_elements`` elements each."""
     if len(shape) == 0 or 0 in shape:
         return
-    row_elements = 1
-    for size in shape[1:]:
-        row_elements *= size
-    step = max(1, block_elements // max(1, row_elements))
+    step = max(1, block_elements // max(1, math.prod(shape[1:])))
     for start in range(0, shape[0], step):
         yield slice(start, min(start + step, shape[0]))
 
 
 def subtract(expert: Tensor, base: Tensor, *, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-    """Δ = θ_t − θ₀, both operands widened to ``dtype`` before the subtraction (never rounded to the inputs' dtype).
+    """Return Δ = θ_t − θ₀, both widened to ``dtype`` before the subtraction (never rounded to the inputs' dtype).
 
     Args:
         expert, base: same shape, any float dtypes.
@@ -64,32 +61,11 @@ def task_sum(
     batch_dims: int = 0,
     largest: bool = True,
 ) -> TaskSum:
-    """S = Σ_t w_t (θ_t − θ₀), or Σ_t w_t θ_t without ``base``, with what is seen of every Δ_t; each byte is read once.
-
-    Δ_t is computed in float64 where an input is that, else in float32, and added up in ``dtype``.
-
-    Args:
-        experts: T tensors [..., M, N] of one shape (or of any other: 0-d, vectors), any float dtypes and strides.
-        base: θ₀, of that shape.
-        weights: w_t, T numbers; 1 when left out.
-        dtype: of S, float32 or float64, when ``out`` is left out.
-        out: S is written here: a contiguous float32 or float64 tensor of that shape.
-        batch_dims: first dimensions that are a batch, over whose members what is seen of Δ_t is kept apart.
-        largest: whether max |Δ_t| is wanted, a third of the time on a CPU.
-
-    Raises:
-        ValueError: shapes, devices or dtypes that do not fit each other.
-    """
-    first = experts[0]
-    check_same("experts", experts, first if base is None else base)
-    values = weights_of(weights, len(experts))
-    if out is None:
-        out = torch.empty(first.shape, dtype=dtype, device=first.device)
-    check_out(out, first)
-    batch = first.shape[:batch_dims]
-    squares = torch.zeros(len(experts), *batch, dtype=torch.float64, device=first.device)
-    if 0 in first.shape:
-        return TaskSum(out, squares, squares.clone(), squares.long())
+    """Return S = Σ_t w_t (θ_t − θ₀) and what is seen of every Δ_t; arguments as of ``ops.task_sum``."""
+    values, out = prepared_sum(experts, base, weights, dtype, out)
+    batch, tasks = out.shape[:batch_dims], len(experts)
+    if 0 in out.shape:
+        return empty_sum(out, tasks, batch)
     compute = compute_dtype(*(tensor.dtype for tensor in experts), *([] if base is None else [base.dtype]))
     members = batch.numel()
     sources = [expert.reshape(members, -1) for expert in experts]
@@ -115,21 +91,12 @@ def task_sum(
                 # Over a block of 2^17, dot is right to 4e-8 and vector_norm to 2e-6. The largest takes 20 us by
                 # aminmax, 210 by vector_norm.
                 seen += [torch.dot(delta, delta), *(torch.aminmax(delta) if largest else ())]
-    blocks = torch.stack(seen).double().view(members, -1, len(experts), 3 if largest else 1)
-    in_blocks = blocks[..., 0]
-    # Squares below this are lost among what ``compute`` cannot tell from 0; those above may have overflowed.
-    smallest = 1e8 * SUM_BLOCK_ELEMENTS * torch.finfo(compute).tiny
-    is_plain = smallest <= float(in_blocks.amin()) and float(in_blocks.amax()) < math.inf
-    for member, block, task in () if is_plain else torch.nonzero(~((in_blocks >= smallest) & in_blocks.isfinite())):
-        if largest and not blocks[member, block, task, 1:].any():
-            continue
-        place = slice(int(block) * SUM_BLOCK_ELEMENTS, (int(block) + 1) * SUM_BLOCK_ELEMENTS)
-        delta = sources[task][member, place].to(compute)
-        in_blocks[member, block, task] = sum_of_squares(delta if origin is None else delta - origin[member, place])
-    squares.view(len(experts), members).copy_(in_blocks.sum(1).mT)
+    blocks = torch.stack(seen).double().view(members, -1, tasks, 3 if largest else 1)
+    is_plain = _mend_squares(blocks, sources, origin, compute)
+    squares = blocks[..., 0].sum(1).mT.reshape(tasks, *batch).contiguous()
     nonfinite = torch.zeros_like(squares, dtype=torch.int64)
     # NaN and Inf show in the squares; counted only where there are any.
-    for task in () if is_plain or bool(squares.isfinite().all()) else range(len(experts)):
+    for task in () if is_plain or bool(squares.isfinite().all()) else range(tasks):
         delta = experts[task].to(compute) if base is None else experts[task].to(compute) - base.to(compute)
         nonfinite[task] = (~delta.isfinite()).reshape(*batch, -1).sum(-1)
     if not largest:
@@ -138,8 +105,29 @@ def task_sum(
     return TaskSum(out, squares, most.masked_fill(nonfinite > 0, torch.nan), nonfinite)
 
 
+def _mend_squares(blocks: Tensor, sources: Sequence[Tensor], origin: Tensor | None, compute: torch.dtype) -> bool:
+    """Compute the squares anew that underflowed or overflowed; return whether there were none.
+
+    Args:
+        blocks: [members, blocks, T, 1 or 3] float64: of every block of a Δ_t ‖·‖², and its least and largest entry.
+        sources, origin: the experts and the base, [members, elements] each.
+    """
+    squares = blocks[..., 0]
+    # Squares below this are lost among what ``compute`` cannot tell from 0; those above may have overflowed.
+    smallest = 1e8 * SUM_BLOCK_ELEMENTS * torch.finfo(compute).tiny
+    if smallest <= float(squares.amin()) and float(squares.amax()) < math.inf:
+        return True
+    for member, block, task in torch.nonzero(~((squares >= smallest) & squares.isfinite())):
+        if blocks.shape[-1] > 1 and not blocks[member, block, task, 1:].any():
+            continue
+        place = slice(int(block) * SUM_BLOCK_ELEMENTS, (int(block) + 1) * SUM_BLOCK_ELEMENTS)
+        delta = sources[int(task)][member, place].to(compute)
+        squares[member, block, task] = sum_of_squares(delta if origin is None else delta - origin[member, place])
+    return False
+
+
 def sum_of_squares(x: Tensor) -> Tensor:
-    """Σ x² in float64 by way of numbers of the size of 1; see ``TaskSum.squares``."""
+    """Return Σ x² in float64, of x scaled to the size of 1; see ``TaskSum.squares``."""
     size = x.abs().amax().double()
     if not 0 < size < math.inf:
         return size
@@ -156,19 +144,7 @@ def apply_delta(
     seed: int | None = None,
     first: int = 0,
 ) -> list[Tensor]:
-    """[θ₀ + α Δ for α in ``scalings``], computed in the dtype of ``delta`` and rounded once to ``dtype``.
-
-    Args:
-        base: [..., M, N] (or any other shape), any float dtype.
-        delta: of that shape, float32 or float64.
-        seed: of stochastic rounding to bfloat16 by ``random_bits``: up with the probability by which the value lies
-            nearer to the neighbour above. Rounded to the nearest when left out.
-        first: place of the first element in the tensor that these are some rows of, a multiple of 8: what is made in
-            pieces has the random bits of the whole.
-
-    Raises:
-        ValueError: shapes, devices or dtypes that do not fit each other; a seed with another dtype than bfloat16.
-    """
+    """Return [θ₀ + α Δ for α in ``scalings``]; arguments as of ``ops.apply_delta``."""
     check_apply(base, delta, dtype, seed, first)
     outputs = [torch.empty(base.shape, dtype=dtype, device=base.device) for _ in scalings]
     if base.numel() == 0:
@@ -185,7 +161,7 @@ def apply_delta(
 
 
 def round_stochastically(x: Tensor, bits: Tensor) -> Tensor:
-    """x with its lower 16 bits of float32 gone: up where they and the random ``bits``, 0 … 65535, carry."""
+    """Cut the lower 16 bits of x in float32, and round up where they and the random ``bits``, 0 … 65535, carry."""
     raw = x.float().view(torch.int32)
     raised = (raw + bits.to(x.device, torch.int32)) & -0x10000
     infinite = (raw & 0x7F800000) == 0x7F800000  # NaN and Inf stay what they are
@@ -193,7 +169,7 @@ def round_stochastically(x: Tensor, bits: Tensor) -> Tensor:
 
 
 def random_bits(seed: int, element: int, count: int) -> Tensor:
-    """16 random bits, as int64, of ``count`` elements from ``element`` on: the same on every machine.
+    """Return 16 random bits, as int64, of ``count`` elements from ``element`` on: the same on every machine.
 
     Element e has half e mod 2, the lower first, of word (e mod 8) // 2 of Philox4x32-10, with the seed as its key and
     the counter (e // 8 mod 2^32, e // 8 / 2^32, 0, 0); e goes through the whole tensor, whatever its shape. Every α has
@@ -210,7 +186,7 @@ def random_bits(seed: int, element: int, count: int) -> Tensor:
 
 
 def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:
-    """Ten rounds of Philox4x32; words of 32 bits in int64 tensors."""
+    """Run ten rounds of Philox4x32; words of 32 bits in int64 tensors."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):
@@ -223,7 +199,7 @@ def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, i
 
 
 def count_nonfinite(x: Tensor) -> Tensor:
-    """How many entries are NaN or infinite: one number on the device of ``x``, which is not waited for."""
+    """Count the entries that are NaN or infinite: one number on the device of ``x``, which is not waited for."""
     # On a CPU the extremes tell at once, in a twentieth of the time, that there are none.
     if x.numel() == 0 or (x.device.type == "cpu" and all(map(torch.isfinite, torch.aminmax(x)))):
         return torch.zeros((), dtype=torch.int64, device=x.device)
@@ -237,15 +213,10 @@ def count_nonfinite(x: Tensor) -> Tensor:
 PANELS, PANEL_ROWS = 4, 512
 
 
-def mm(a: Tensor, b: Tensor) -> Tensor:
-    """A B of [..., m, k] and [..., k, n]."""
-    return a @ b
-
-
 def mm_add(
     c: Tensor, a: Tensor, b: Tensor, *, alpha: float = 1.0, beta: float = 1.0, out: Tensor | None = None
 ) -> Tensor:
-    """β C + α A B; ``out`` may be C itself."""
+    """Return β C + α A B; ``out`` may be C itself."""
     if c.ndim == 2:
         return torch.addmm(c, a, b, alpha=alpha, beta=beta, out=out)
     if c.ndim == a.ndim == b.ndim == 3 and traits_of(c.device).is_gpu:  # one launch for three
@@ -254,43 +225,33 @@ def mm_add(
     return result if out is None else out.copy_(result)
 
 
-def sym_mm(a: Tensor, b: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
-    """A B where that is symmetric (polynomials of one symmetric matrix), A Aᵀ without ``b``: about half the work.
-
-    Args:
-        a, b: [..., n, k] and [..., k, n].
-        out: overwritten with the result where given.
-    """
-    b = a.mT if b is None else b
-    rows = a.shape[-2]
-    if out is None:
-        out = torch.empty(
-            *numpy.broadcast_shapes(a.shape[:-2], b.shape[:-2]), rows, rows, dtype=a.dtype, device=a.device
-        )
-    return _sym_update(out, a, b, alpha=1.0, beta=0.0)
-
-
-def sym_mm_add(
-    c: Tensor,
+def symmetric_matmul(
     a: Tensor,
     b: Tensor | None = None,
     *,
+    c: Tensor | None = None,
     alpha: float = 1.0,
     beta: float = 1.0,
     gamma: float = 0.0,
     out: Tensor | None = None,
 ) -> Tensor:
-    """β C + α A B + γ I for symmetric C and A B (see ``sym_mm``); ``out`` may be C itself."""
-    out = c.clone() if out is None else out if out is c else out.copy_(c)
-    _sym_update(out, a, a.mT if b is None else b, alpha=alpha, beta=beta)
-    if gamma:
-        out.diagonal(dim1=-2, dim2=-1).add_(gamma)
-    return out
+    """Return α A B + β C + γ I for symmetric A B and C; A Aᵀ without ``b``. About half the work of A B.
 
+    The lower block triangle is computed and mirrored.
 
-def _sym_update(out: Tensor, a: Tensor, b: Tensor, *, alpha: float, beta: float) -> Tensor:
-    """out ← β out + α A B, of which the lower block triangle is computed and mirrored."""
+    Args:
+        a, b, c: [..., n, k], [..., k, n] and [..., n, n].
+        out: overwritten with the result where given; may be C itself.
+    """
+    b = a.mT if b is None else b
     rows = a.shape[-2]
+    if c is None:
+        beta = 0.0
+        if out is None:
+            shape = numpy.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+            out = torch.empty(*shape, rows, rows, dtype=a.dtype, device=a.device)
+    else:
+        out = c.clone() if out is None else out if out is c else out.copy_(c)
     step = math.ceil(rows / PANELS) if rows >= PANEL_ROWS else max(1, rows)
     for start in range(0, rows, step):
         stop = min(start + step, rows)
@@ -302,4 +263,6 @@ def _sym_update(out: Tensor, a: Tensor, b: Tensor, *, alpha: float, beta: float)
             panel.copy_(product if beta == 0.0 else product.add_(panel, alpha=beta))
         if start:
             out[..., :start, start:stop] = panel[..., :, :start].mT
+    if gamma:
+        out.diagonal(dim1=-2, dim2=-1).add_(gamma)
     return out

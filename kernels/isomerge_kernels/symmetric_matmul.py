@@ -1,4 +1,4 @@
-"""α A B + β C + γ I where A B and C are symmetric: A Aᵀ, Aᵀ A, and products of polynomials of one symmetric matrix.
+"""Multiply α A B + β C + γ I where A B and C are symmetric: A Aᵀ, Aᵀ A, polynomials of one symmetric matrix.
 
 Only the tiles on and below the diagonal are computed; each is stored twice, the second time transposed. With A, B and C
 all G and (α, β, γ) = (c, b, a) it is the polynomial a I + b G + c G² of a polar iteration's step, in one pass.
@@ -30,7 +30,7 @@ PRECISIONS = ("ieee", "tf32x3", "bf16x3")
 
 
 class TileConfig(NamedTuple):
-    """One compiled form of the kernel, chosen by rule as ``_launch.Config`` is."""
+    """Describe one compiled form of the kernel, chosen by rule as ``_launch.Config`` is."""
 
     block: int  # rows and columns of a tile of the result
     block_k: int
@@ -131,12 +131,12 @@ def symmetric_matmul_kernel(
 
 
 def config_key(dtype: torch.dtype, precision: str) -> str:
-    """The row of ``CONFIGS`` for a product."""
+    """Return the row of ``CONFIGS`` for a product."""
     return {torch.float64: "fp64", torch.float32: precision}.get(dtype, "half")
 
 
 def default_config(key: str, capability: tuple[int, int] | None, entries: int) -> TileConfig:
-    """The first that suits: of split float32 large tiles for large results, on sm_80 and its kin never.
+    """Return the first config that suits: for split float32 large tiles for large results, on sm_80 and its kin never.
 
     Args:
         key: of ``CONFIGS``.
@@ -160,11 +160,10 @@ def symmetric_matmul(
     out: Tensor | None = None,
     config: TileConfig | None = None,
 ) -> Tensor:
-    """α A B + β C + γ I for symmetric A B and C, [..., n, n].
+    """Return α A B + β C + γ I for symmetric A B and C, [..., n, n].
 
     Args:
-        a: [..., n, k], any strides.
-        b: [..., k, n], any strides; Aᵀ when left out. The product has to be symmetric, which is not checked.
+        a, b: [..., n, k] and [..., k, n], any strides; b is Aᵀ when left out. That A B is symmetric is not checked.
         c: [..., n, n]; left out it is 0.
         precision: of float32 products, one of ``PRECISIONS``.
         out: overwritten with the result; may be ``c``, but not ``a`` or ``b``.
@@ -174,45 +173,28 @@ def symmetric_matmul(
         ValueError: shapes that do not fit each other, or an unknown precision.
     """
     b = a.mT if b is None else b
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision {precision!r} is unknown (known: {', '.join(PRECISIONS)})")
     n, k = a.shape[-2:]
-    if b.shape[-2:] != (k, n):
-        raise ValueError(f"a is {list(a.shape)} and b {list(b.shape)}: expected [..., n, k] and [..., k, n]")
-    batch = a.shape[:-2]
-    if b.shape[:-2] != batch:
-        batch = numpy.broadcast_shapes(batch, b.shape[:-2])
+    batch = _batch(a, b, precision)
     if out is None:
         out = torch.empty(*batch, n, n, dtype=a.dtype, device=a.device)
-    for name, matrix in (("c", c), ("out", out)):
-        if matrix is not None and matrix.shape != (*batch, n, n):
-            raise ValueError(f"{name} is {list(matrix.shape)}, expected {[*batch, n, n]}")
-        if matrix is not None and n > 1 and matrix.stride(-1) != 1:
-            raise ValueError(f"{name} has strides {matrix.stride()}: expected rows side by side")
-    if out.ndim > 3 and not out.is_contiguous():
-        raise ValueError(f"out has strides {out.stride()}: expected a contiguous tensor for several batch dimensions")
+    _check_square(c, out, (*batch, n, n))
     if out.numel() == 0:
         return out
     capability = traits_of(a.device).capability
     config = config or default_config(config_key(a.dtype, precision), capability, out.numel())
-    left, *left_strides = _members(a, batch)
-    right, *right_strides = _members(b, batch)
-    target, *target_strides = _members(out, batch)
-    addend, *addend_strides = (target, *target_strides) if c is None else _members(c, batch)
+    left, right, target = (_members(matrix, batch) for matrix in (a, b, out))
+    addend = target if c is None else _members(c, batch)
     tiles = math.ceil(n / config.block)
     with on_device(out):
         symmetric_matmul_kernel[(tiles * tiles, math.prod(batch))](
-            left,
-            right,
-            addend,
-            target,
+            *(members[0] for members in (left, right, addend, target)),
             n,
             k,
             tiles,
-            *left_strides,
-            *right_strides,
-            *addend_strides[:2],
-            *target_strides[:2],
+            *left[1:],
+            *right[1:],
+            *addend[1:3],
+            *target[1:3],
             alpha,
             beta,
             gamma,
@@ -228,11 +210,32 @@ def symmetric_matmul(
     return out
 
 
-def _members(matrices: Tensor, batch: torch.Size) -> tuple[Tensor, int, int, int]:
-    """Memory that begins with the first matrix, and how far apart matrices, rows and columns are in it.
+def _batch(a: Tensor, b: Tensor, precision: str) -> torch.Size | tuple[int, ...]:
+    """Return the batch dimensions of A B; raise ValueError where there is no such product."""
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision {precision!r} is unknown (known: {', '.join(PRECISIONS)})")
+    n, k = a.shape[-2:]
+    if b.shape[-2:] != (k, n):
+        raise ValueError(f"a is {list(a.shape)} and b {list(b.shape)}: expected [..., n, k] and [..., k, n]")
+    return a.shape[:-2] if b.shape[:-2] == a.shape[:-2] else numpy.broadcast_shapes(a.shape[:-2], b.shape[:-2])
 
-    A copy for several batch dimensions that cannot be seen as one. One matrix is taken as it is: every view costs the
-    host microseconds, of which small products take few.
+
+def _check_square(c: Tensor | None, out: Tensor, shape: tuple[int, ...]) -> None:
+    """Raise ValueError where the kernel cannot read ``c`` or write ``out``."""
+    for name, matrix in (("c", c), ("out", out)):
+        if matrix is not None and matrix.shape != shape:
+            raise ValueError(f"{name} is {list(matrix.shape)}, expected {list(shape)}")
+        if matrix is not None and shape[-1] > 1 and matrix.stride(-1) != 1:
+            raise ValueError(f"{name} has strides {matrix.stride()}: expected rows side by side")
+    if out.ndim > 3 and not out.is_contiguous():
+        raise ValueError(f"out has strides {out.stride()}: expected a contiguous tensor for several batch dimensions")
+
+
+def _members(matrices: Tensor, batch: torch.Size | tuple[int, ...]) -> tuple[Tensor, int, int, int]:
+    """Return memory that begins with the first matrix, and the distances of matrices, rows and columns in it.
+
+    Makes a copy for several batch dimensions that cannot be seen as one. One matrix is taken as it is: every view costs
+    the host microseconds, and small products take few.
     """
     if matrices.ndim == 2:
         row, column = matrices.stride()

@@ -1,4 +1,4 @@
-"""S = Σ_t w_t (θ_t − θ₀), with ‖Δ_t‖², max |Δ_t| and the count of NaN and Inf of every task, in one read of every byte.
+"""Sum S = Σ_t w_t (θ_t − θ₀), with ‖Δ_t‖², max |Δ_t| and the count of NaN and Inf, in one read of every byte.
 
 Program (line, block) holds one block of S in registers and walks the tasks; the tasks' tensors are found by a table of
 addresses, so that T of them are read without a stack of copies and one compiled kernel serves every T. What is seen of
@@ -20,11 +20,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ._launch import OPTIONS, TRITON_DTYPES, VECTOR_BYTES, address_table, as_lines, blocks_of, on_device
-from .protocol import TaskSum, check_out, check_same, compute_dtype, weights_of
+from .protocol import TaskSum, compute_dtype, empty_sum, prepared_sum
 
 
 class SumConfig(NamedTuple):
-    """One compiled form, chosen by rule and never by timing when it runs (see ``_launch.Config``)."""
+    """Describe one compiled form, chosen by rule and never by timing when it runs (see ``_launch.Config``)."""
 
     block: int  # elements a program handles, at once
     num_warps: int
@@ -55,7 +55,7 @@ TINY = tl.constexpr(2.0**-1022)
 
 @triton.jit
 def scaled_squares(x, largest):
-    """Σ x² in float64 of float32 with max |x| = ``largest``: right from 1e-30 on to the largest numbers."""
+    """Return Σ x² in float64 of float32 with max |x| = ``largest``: right from 1e-30 on to the largest numbers."""
     is_small = largest <= SPLIT
     scaled = x * tl.where(is_small, SMALL, LARGE)
     return tl.sum(scaled * scaled, axis=0).to(tl.float64) * tl.where(is_small, OF_SMALL, OF_LARGE)
@@ -136,7 +136,7 @@ def add_up_kernel(
     kind_stride,
     BLOCK: tl.constexpr,
 ):
-    """One field of ``TaskSum`` for one member of one task: all of them in one launch, where torch takes nine."""
+    """Add up one field of ``TaskSum`` for one member of one task: all of them in one launch, where torch takes nine."""
     place, kind = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     source = of_blocks + kind * kind_stride + place * n_blocks
     total = tl.zeros([BLOCK], dtype=tl.float64)
@@ -166,28 +166,17 @@ def task_sum(
     largest: bool = True,
     config: SumConfig | None = None,
 ) -> TaskSum:
-    """S = Σ_t w_t (θ_t − θ₀), or Σ_t w_t θ_t without ``base``; arguments and result as of ``reference.task_sum``.
-
-    The largest entries cost nothing here and are always there.
-    """
-    first = experts[0]
-    check_same("experts", experts, first if base is None else base)
-    values = weights_of(weights, len(experts))
-    if out is None:
-        out = torch.empty(first.shape, dtype=dtype, device=first.device)
-    check_out(out, first)
-    tasks, batch = len(experts), first.shape[:batch_dims]
-    if 0 in first.shape:
-        zero = torch.zeros(tasks, *batch, dtype=torch.float64, device=first.device)
-        return TaskSum(out, zero, zero.clone(), zero.long())
-    lines = as_lines([*experts, first if base is None else base, out], batch.numel())
+    """Return S and what is seen of every Δ_t; arguments as of ``ops.task_sum``. ``largest`` is always there."""
+    values, out = prepared_sum(experts, base, weights, dtype, out)
+    tasks, batch, device = len(experts), out.shape[:batch_dims], out.device
+    if 0 in out.shape:
+        return empty_sum(out, tasks, batch)
+    lines = as_lines([*experts, experts[0] if base is None else base, out], batch.numel())
     compute = compute_dtype(lines.tensors[tasks].dtype, *(expert.dtype for expert in experts))
     config = config or CONFIGS[compute][0]
     n_blocks = blocks_of(lines.elements, config.block)
-    of_blocks = torch.empty(3, tasks, lines.n_lines, n_blocks, dtype=torch.float64, device=first.device)
+    of_blocks = torch.empty(3, tasks, lines.n_lines, n_blocks, dtype=torch.float64, device=device)
     kind_stride, task_stride, *_ = of_blocks.stride()
-    squares, most = (torch.empty(tasks, *batch, dtype=torch.float64, device=first.device) for _ in range(2))
-    nonfinite = torch.empty(tasks, *batch, dtype=torch.int64, device=first.device)
     with on_device(out):
         # One launch for every dtype among the experts; the second and later ones add to S.
         for launch, kind in enumerate(dict.fromkeys(expert.dtype for expert in experts)):
@@ -214,15 +203,25 @@ def task_sum(
                 num_warps=config.num_warps,
                 **OPTIONS,
             )
-        add_up_kernel[squares.numel(), 3](
-            of_blocks,
-            squares,
-            most,
-            nonfinite,
-            task_stride * tasks // squares.numel(),
-            kind_stride,
-            BLOCK=ADDED_BLOCK,
-            num_warps=ADDED_WARPS,
-            **OPTIONS,
-        )
-    return TaskSum(out, squares, most, nonfinite)
+        return TaskSum(out, *_added_up(of_blocks, batch))
+
+
+def _added_up(of_blocks: Tensor, batch: torch.Size) -> tuple[Tensor, Tensor, Tensor]:
+    """Return ``squares``, ``largest`` and ``nonfinite`` of ``TaskSum`` from what ``task_sum_kernel`` wrote."""
+    _, tasks, lines, blocks = of_blocks.shape
+    squares, most, nonfinite = (
+        torch.empty(tasks, *batch, dtype=dtype, device=of_blocks.device)
+        for dtype in (torch.float64, torch.float64, torch.int64)
+    )
+    add_up_kernel[squares.numel(), 3](
+        of_blocks,
+        squares,
+        most,
+        nonfinite,
+        lines * blocks * tasks // squares.numel(),
+        of_blocks.stride(0),
+        BLOCK=ADDED_BLOCK,
+        num_warps=ADDED_WARPS,
+        **OPTIONS,
+    )
+    return squares, most, nonfinite

@@ -14,7 +14,6 @@ from isomerge_fast.linalg.auto import TOLERANCES
 from isomerge_fast.linalg.gram_eigh import GramEigh
 from isomerge_fast.linalg.polar_express import PolarExpress
 from isomerge_fast.linalg.polar_gram import GramNewtonSchulz
-from isomerge_fast.linalg.polar_qdwh import Qdwh
 from isomerge_fast.linalg.svd import FullSvd
 from isomerge_fast.methods import as_deltas, make_method
 
@@ -28,8 +27,6 @@ SOLVERS = (
     PolarExpress(torch.float32),
     GramNewtonSchulz(),
     GramNewtonSchulz(torch.float32),
-    Qdwh(),
-    Qdwh(torch.float32),
 )
 CONDITIONS = (1e0, 1e2, 1e4, 1e6)
 

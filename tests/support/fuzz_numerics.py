@@ -30,7 +30,7 @@ from isomerge_fast.linalg import subspace_chebyshev
 from isomerge_fast.linalg.auto import TOLERANCES
 from isomerge_fast.methods import MemoryDeltas, MergeStats, TensorSpec, make_method
 from isomerge_fast.methods.factors import Factors, merge_factors
-from isomerge_fast.methods.rowwise.polar import fits_rowwise
+from isomerge_fast.methods.rowwise.passes import fits_rowwise
 from row_sources import by_rows, rows_of
 
 SHAPES = ((12, 12), (31, 31), (48, 48), (16, 60), (60, 16), (23, 37), (90, 41), (40, 90), (1, 30), (30, 1), (2, 3))

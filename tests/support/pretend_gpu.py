@@ -284,9 +284,7 @@ class PretendKernels:
         **factors: float,
     ) -> Tensor:
         self._gpu.launched("symmetric_matmul")
-        if c is None:
-            return self._gpu.on_host(reference.sym_mm, a, b, out=out)
-        return self._gpu.on_host(reference.sym_mm_add, c, a, b, out=out, **factors)
+        return self._gpu.on_host(reference.symmetric_matmul, a, b, c=c, out=out, **factors)
 
 
 class _Stream:

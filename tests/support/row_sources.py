@@ -13,10 +13,10 @@ from isomerge_fast.methods import MemoryDeltas, MergeStats, Method, RowBlock
 class Rows(MemoryDeltas):
     """A source in memory that counts how often it is walked."""
 
+    wants_largest = True
+
     def __init__(self, experts: list[Tensor], base: Tensor, block_rows: int, are_deltas: bool = False) -> None:
-        super().__init__(
-            experts, base, are_deltas=are_deltas, dtype=torch.float32, block_rows=block_rows, wants_largest=True
-        )
+        super().__init__(experts, base, are_deltas=are_deltas, dtype=torch.float32, block_rows=block_rows)
         self.walks = 0
 
     def blocks(self, tasks: Sequence[int] | None = None) -> Iterator[RowBlock]:

@@ -1,1 +1,1 @@
-"""Merges in passes over rows: nothing of a tensor's size is held."""
+"""Merge in passes over rows: nothing of a tensor's size is held."""

@@ -1,4 +1,4 @@
-"""Iso-CTS of tall matrices that are never held: what passes over rows b of S and Δ_t leave, in N x N float64.
+"""Merge tall matrices by Iso-CTS in passes over rows b of S and Δ_t, of which N x N float64 numbers are kept.
 
 With SᵀS = V Σ² Vᵀ and U_k = S V_k Σ_k⁻¹, for every task:
 
@@ -20,7 +20,7 @@ are restricted to their ranges, by ``SAME_DIRECTION``.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -30,20 +30,19 @@ from ...linalg.gram_eigh import GramEigh
 from ...linalg.gram_spectrum import GramSpectrum, eigh_workspace_bytes, gram_noise, spectrum_in_place
 from ...linalg.protocol import polar_growth, rounding_tolerance
 from ...ops import sym_mm_add
-from ..certified import exact_products
 from ..recombine import SAME_DIRECTION, over_columns, projection_angle, small_problem
 from ..source import DeltaSource, RowBlock, TensorSpec
 from ..spectral import spectral_mean
 from ..stats import Check, MergeStats
-from .polar import (
+from .passes import (
     ROUNDING,
     ResidualEstimator,
+    RowwiseSpectral,
     chunk_bytes,
     chunk_rows,
     chunks,
     newton_schulz,
     part_bytes,
-    part_rows,
     product_rounding,
     sum_spectrum,
 )
@@ -51,20 +50,19 @@ from .polar import (
 
 @dataclass(frozen=True)
 class _Part:
-    """A task's directions that are kept, as X_t = Δ_t E σ⁻¹ + S Q.
+    """Hold a task's directions that are kept, as X_t = Δ_t E σ⁻¹ + S Q.
 
     Attributes:
         sigma: [s] float64, zero where a direction is not kept.
         e, q: E and Q, [N, kept] float64.
         scale: σ of those kept, in the order of the columns.
-        gap, angle, unresolved: as of ``Subspace``.
+        angle, unresolved: as of ``Subspace``.
     """
 
     sigma: Tensor
     e: Tensor
     q: Tensor
     scale: Tensor
-    gap: Tensor
     angle: Tensor
     unresolved: Tensor
 
@@ -73,23 +71,22 @@ class _Part:
         return len(self.scale)
 
 
-class RowwiseIsoCTS:
-    """Iso-CTS by rows; see ``RowwiseMerge``.
+class RowwiseIsoCTS(RowwiseSpectral):
+    """Make the Iso-CTS merge by rows.
 
     Args:
         k, s: directions of the sum and of every task, s > 0.
-        promise: limit of the checks.
         at_once: tasks whose Gram matrices are added up in one pass.
     """
 
     def __init__(
-        self, source: DeltaSource, algorithm: str, k: int, s: int, *, rank_policy: str, promise: float, at_once: int
+        self, source: DeltaSource, algorithm: str, k: int, s: int, *, rank_policy: str, tolerance: float, at_once: int
     ) -> None:
-        self._algorithm, self._promise, self._dtype = algorithm, promise, source.dtype
-        with exact_products(source.device):
-            self._learn(source, k, s, rank_policy, at_once)
+        self._k, self._s, self._at_once = k, s, at_once
+        super().__init__(source, algorithm, rank_policy=rank_policy, tolerance=tolerance)
 
-    def _learn(self, source: DeltaSource, k: int, s: int, rank_policy: str, at_once: int) -> None:
+    def learn(self, source: DeltaSource, rank_policy: str) -> None:
+        k, s, at_once = self._k, self._s, self._at_once
         columns = source.shape[1]
         # What U_k is not orthonormal by, X is not orthogonal to it by: times ‖U_kᵀΔ_t E_t‖ / σ_t.
         common, norm, squares, of_deltas = sum_spectrum(source, k, 1e-2 * ROUNDING)
@@ -100,9 +97,9 @@ class RowwiseIsoCTS:
 
         sigma = torch.cat([common.kept_sigma(k), *(part.sigma for part in parts)])
         rank = (sigma > 0).sum()
-        self._sigma_mean = spectral_mean(sigma.sum(), rank, columns, rank_policy) * (norm > 0)
+        self.sigma_mean = spectral_mean(sigma.sum(), rank, columns, rank_policy) * (norm > 0)
         self._values = {
-            "sigma_mean": self._sigma_mean,
+            "sigma_mean": self.sigma_mean,
             "rank": rank,
             "min_dim": columns,
             "k": k,
@@ -117,7 +114,7 @@ class RowwiseIsoCTS:
         of_tasks = s * sum(part.angle.square() for part in parts)
         growths = self._compose(source, common, k, parts, norm, squares, is_full)
         self._checks = {
-            "angle": Check(((angles + growths * of_tasks) / columns).sqrt(), self._promise),
+            "angle": Check(((angles + growths * of_tasks) / columns).sqrt(), self.tolerance),
             "unresolved": Check(unresolved, 0),
         }
 
@@ -131,7 +128,7 @@ class RowwiseIsoCTS:
         squares: Tensor,
         is_full: bool,
     ) -> Tensor:
-        """A, E_t and B_t, with the merged rows σ̄ (S_b A + Σ_t Δ_tb E_t B_t); ``growth``² of both sides' directions."""
+        """Find A, E_t and B_t with the merged rows σ̄ (S_b A + Σ_t Δ_tb E_t B_t); return ``growth``² of both sides."""
         columns, omega = source.shape[1], self._evidence.omega
         v_k, sigma_k = common.top(k)
         root, projector, sigma_tasks = _polar_of_tasks(source, parts, v_k, sigma_k)
@@ -182,32 +179,24 @@ class RowwiseIsoCTS:
         self._tasks = [(e.to(self._a.dtype), b_t.to(self._a.dtype)) for e, b_t in self._tasks]
         return growths
 
-    def rows(self, block: RowBlock) -> Tensor:
-        """See ``RowwiseMerge``. Every row is to be asked for once."""
-        out = torch.empty(block.like.shape, dtype=self._dtype, device=block.like.device)
+    def fill(self, q: Tensor, part: RowBlock) -> None:
         dtype = self._a.dtype
-        with exact_products(block.like.device):
-            for place in part_rows(block):
-                part = block.part(place)
-                value = part.sum(torch.float64).total.to(dtype) @ self._a
-                for task, (e, b) in enumerate(self._tasks):
-                    value.addmm_(part.delta(task, self._dtype).to(dtype) @ e, b)
-                self._evidence.add(value)
-                out[place] = value
-                del value  # before the next one is made
-        return out.mul_(self._sigma_mean.to(out.dtype))
+        value = part.sum(torch.float64).total.to(dtype) @ self._a
+        for task, (e, b) in enumerate(self._tasks):
+            value.addmm_(part.delta(task, self.dtype).to(dtype) @ e, b)
+        self._evidence.add(value)
+        q.copy_(value)
 
     def stats(self) -> MergeStats:
-        """See ``RowwiseMerge``."""
         orthogonality = torch.maximum(self._evidence.orthogonality(self._expected), self._defect)
-        checks = {"orthogonality": Check(orthogonality, self._promise), **self._checks}
-        return MergeStats(self._algorithm, self._values, checks)
+        checks = {"orthogonality": Check(orthogonality, self.tolerance), **self._checks}
+        return MergeStats(self.algorithm, self._values, checks)
 
 
 def _parts(
     source: DeltaSource, tasks: Sequence[int], common: GramSpectrum, k: int, s: int, squares: Tensor
 ) -> list[_Part]:
-    """The top s directions of R_t of some tasks, by one pass; see ``GramFactorization.residual``."""
+    """Return the top s directions of R_t of some tasks, by one pass; see ``GramFactorization.residual``."""
     rows, columns = source.shape
     v_k, sigma_k = common.top(k)
     grams, crosses, count = _task_products(source, tasks)
@@ -241,14 +230,13 @@ def _parts(
         kept, angle, unresolved = spectrum.kept_sigma(s), spectrum.angle(s), spectrum.unresolved[:s].sum()
         gap = spectrum.gap(s)
         del spectrum
-        part = _Part(kept, e, v_k @ y, sigma, gap, angle, unresolved)
-        turned = common.angle(k) * k**0.5
-        parts.append(replace(part, angle=angle + projection_angle(part, turned, at_cut, columns, norm)))
+        angle = angle + projection_angle(kept, gap, common.angle(k) * k**0.5, at_cut, columns, norm)
+        parts.append(_Part(kept, e, v_k @ y, sigma, angle, unresolved))
     return parts
 
 
 def _task_products(source: DeltaSource, tasks: Sequence[int]) -> tuple[list[Tensor], list[Tensor], int]:
-    """(Δ_tᵀ Δ_t, Sᵀ Δ_t of every one of ``tasks``, from how many chunks of rows), by one pass."""
+    """Return (Δ_tᵀ Δ_t and Sᵀ Δ_t of every one of ``tasks``, from how many chunks of rows), by one pass."""
     columns = source.shape[1]
     grams, crosses = (
         [torch.zeros(columns, columns, dtype=torch.float64, device=source.device) for _ in tasks] for _ in range(2)
@@ -263,7 +251,7 @@ def _task_products(source: DeltaSource, tasks: Sequence[int]) -> tuple[list[Tens
 
 
 def _residual_gram(source: DeltaSource, task: int, v_k: Tensor, y: Tensor) -> Tensor:
-    """RᵀR of R = Δ_t + S V_k Y, by one pass: without what cancels in H_t − Y_tᵀY_t."""
+    """Return RᵀR of R = Δ_t + S V_k Y by one pass: nothing cancels in it, as it does in H_t − Y_tᵀY_t."""
     factor = v_k @ y
     del y
     gram = torch.zeros_like(factor)
@@ -276,10 +264,9 @@ def _residual_gram(source: DeltaSource, task: int, v_k: Tensor, y: Tensor) -> Te
 def _polar_of_tasks(
     source: DeltaSource, parts: list[_Part], v_k: Tensor, sigma_k: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(K^(-1/2), the vectors of K that are kept, the singular values of X with zeros for those that are not), by
-    ``SAME_DIRECTION``.
+    """Return (K^(-1/2), the kept vectors of K, the σ of X with zeros for the others), by ``SAME_DIRECTION``.
 
-    X loses what rounding has left in it of U_k: D = U_kᵀX goes out of K and of ``parts``.
+    The rounding has left parts of U_k in X: D = U_kᵀX is taken out of K and of ``parts``.
     """
     width = sum(part.width for part in parts)
     if not width:
@@ -309,7 +296,7 @@ def _polar_of_tasks(
 def _task_gram(
     source: DeltaSource, parts: list[_Part], *, factor: Tensor | None = None, cross: Tensor | None = None
 ) -> tuple[Tensor, int]:
-    """(XᵀX, or that of X times a factor; from how many chunks of rows), by one pass, which adds SᵀX to ``cross``."""
+    """Return (XᵀX, or that of X times a factor; from how many chunks of rows), by one pass; add SᵀX to ``cross``."""
     width = sum(part.width for part in parts)
     gram = torch.zeros(width, width, dtype=torch.float64, device=source.device)
     count = 0
@@ -330,7 +317,7 @@ def _task_gram(
 
 
 def learning_bytes(spec: TensorSpec, tasks: int, s: int, at_once: int, device: torch.device) -> int:
-    """Peak of making a ``RowwiseIsoCTS``: the eigensolver of one task beside what is known of the others, or Z."""
+    """Return the peak bytes of making a ``RowwiseIsoCTS``: an eigensolver beside what is known of other tasks, or Z."""
     rows, columns = spec.shape
     square, thin = 8 * columns**2, 8 * columns * tasks * s
     k = columns - tasks * s
@@ -357,6 +344,6 @@ def learning_bytes(spec: TensorSpec, tasks: int, s: int, at_once: int, device: t
 
 
 def mapping_bytes(spec: TensorSpec, tasks: int, s: int, block_elements: int, device: torch.device) -> int:
-    """Peak of ``RowwiseIsoCTS.rows``."""
+    """Return the peak bytes of ``RowwiseIsoCTS.rows``."""
     columns = spec.shape[1]
     return 8 * columns**2 + 16 * columns * tasks * s + part_bytes(columns, block_elements, 2, device)

@@ -18,7 +18,7 @@ from allocation import peak_bytes
 from cases import Case
 from checkpoints import load_folder, save_folder
 from isomerge_fast.methods import MergeStats, NotFiniteError, TensorSpec, as_deltas, make_method
-from isomerge_fast.methods.rowwise.polar import product_rounding
+from isomerge_fast.methods.rowwise.passes import product_rounding
 from isomerge_fast.planning.plan import PROCESS_BYTES
 from pretend_gpu import pretend_gpu
 from row_sources import Rows, by_rows, rows_of
@@ -73,7 +73,7 @@ def test_long_noise_equals_oracle(name: str) -> None:
 @pytest.mark.parametrize("name", SPECTRAL)
 def test_blocks_change_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        "isomerge_fast.methods.rowwise.polar.CHUNK_ELEMENTS", 3000
+        "isomerge_fast.methods.rowwise.passes.CHUNK_ELEMENTS", 3000
     )  # several chunks, none of whole blocks
     deltas = Case(0, 700, 40, 1e3, 3).deltas()
     values = [merged(name, deltas, block_rows) for block_rows in (1, 64, 97, 700)]
@@ -211,7 +211,7 @@ def test_a_wrong_map_misses_its_certificate(name: str, off: str) -> None:
 @pytest.mark.parametrize("name", SPECTRAL)
 def test_what_is_not_on_offer(name: str) -> None:
     def promised(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, **options: Any) -> int | None:
-        return make_method(name, options).row_map_bytes(TensorSpec("w", shape, dtype), 2, 1000, torch.device("cpu"))
+        return make_method(name, options).rowwise_bytes(TensorSpec("w", shape, dtype), 2, 1000, torch.device("cpu"))
 
     assert promised((200, 100))
     assert promised((200, 100), precision="fast")
@@ -267,7 +267,7 @@ def peak_and_promise(name: str, shape: tuple[int, int], tasks: int, block_rows: 
         rowwise.stats()
 
     spec, elements = TensorSpec("w", shape, torch.float32), block_rows * shape[1]
-    promised = method.row_map_bytes(spec, tasks, elements, torch.device("cpu"))
+    promised = method.rowwise_bytes(spec, tasks, elements, torch.device("cpu"))
     assert promised is not None
     return peak_bytes(merge_and_forget)[0], promised
 
