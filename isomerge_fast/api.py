@@ -16,7 +16,8 @@ from .execution.engine import resolve_device, run
 from .execution.report import Observer, Report
 from .methods import make_method
 from .parsing.values import path_text, refuse, size
-from .planning.plan import DELTA_FOLDER, Origin, Plan, TensorPlan
+from .planning.outputs import DELTA_FOLDER
+from .planning.plan import OriginalMerge, Plan, TensorPlan
 from .planning.planner import make_plan
 
 __all__ = ["apply", "merge"]
@@ -128,7 +129,7 @@ def apply(
         replace(
             plan,
             tensors=tuple(_with_checksums(tensor, folder, manifest) for tensor in plan.tensors),
-            origin=Origin(then, any(ADAPTER_CONFIG_FILE in expert["files"] for expert in experts)),
+            original_merge=OriginalMerge(then, any(ADAPTER_CONFIG_FILE in expert["files"] for expert in experts)),
         ),
         device=device,
         **ceilings,

@@ -38,8 +38,9 @@ from .methods import (
 from .methods.source import check_finite, checked_weights
 from .parsing.values import dtype_name, list_of, number, pattern, whole_number
 from .planning.drafts import tensor_seed
-from .planning.patterns import require_matches
-from .planning.routes import ROW_STEP, memory_route, merge_or_again
+from .planning.part_sizes import ROW_STEP
+from .planning.pattern_checks import require_matches
+from .planning.routes import memory_route, merge_with_retry
 
 # So much of a tensor is rounded at once.
 PART_ELEMENTS = 1 << 22
@@ -101,7 +102,7 @@ def _merge_deltas(
     if source.device.type == "meta":
         method.check(TensorSpec("deltas", tuple(source.shape[-2:]), source.dtype), source.n_tasks)
         return torch.empty(source.shape, dtype=source.dtype, device="meta")
-    value, _ = merge_or_again(method, source)
+    value, _ = merge_with_retry(method, source)
     return value.to(source.dtype)
 
 

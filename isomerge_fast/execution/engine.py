@@ -31,7 +31,8 @@ from ..errors import ConfigError, InputError, LostWritesError, ResourceError, Ve
 from ..methods import origins_of
 from ..ops import indexed
 from ..parsing.values import flag, refuse, whole_number
-from ..planning.plan import Plan, check_resources
+from ..planning.plan import Plan
+from ..planning.resources import check_resources
 from .finalize import read_report, write_metadata
 from .report import PHASES, PREPARE, Observer, Report
 from .worker import Job, WorkItem, WorkResult, merge_item

@@ -15,8 +15,8 @@ from ..checkpoint.io.direct_io import PAGE, page_ceiling
 from ..methods import OutOfRangeError, RowBlock
 from ..methods.factors import product_bound
 from ..methods.source import Threads
+from ..planning.part_sizes import ROW_STEP
 from ..planning.plan import TensorPlan
-from ..planning.routes import ROW_STEP
 from .device_copies import Download
 
 

@@ -48,7 +48,8 @@ from ..errors import (
 )
 from ..methods import MemoryDeltas, NotFiniteError, RowBlock, make_method, origins_of
 from ..parsing.values import path_text, whole_number
-from ..planning.plan import Output, Plan, TensorPlan, scaling_folders
+from ..planning.outputs import Output, scaling_folders
+from ..planning.plan import Plan, TensorPlan
 from ..planning.planner import make_plan
 from .finalize import read_report
 

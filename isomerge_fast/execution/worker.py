@@ -282,7 +282,7 @@ class _ItemRun:
                 threads,
                 ahead_of,
                 budget_bytes=budget.read_ahead,
-                part_bytes=budget.cut,
+                part_bytes=budget.gpu_part,
                 pinned=on_gpu,
                 checksums=checksums,
             ) as ahead,

@@ -19,7 +19,7 @@ from ..methods import make_method
 from ..ops import FLOAT_DTYPES
 from .drift import drift_notes
 from .inputs import last_part
-from .patterns import idle_patterns, rules_of
+from .pattern_checks import idle_patterns, rules_of
 from .plan import LeftOut, Plan, TensorPlan
 from .tensor_roles import HEADS, POSITIONS, ROUTERS, SEGMENTS, TOKENS, Roles, labels_of, looks_like_a_head
 
