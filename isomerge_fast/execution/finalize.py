@@ -139,7 +139,7 @@ def _add_companions(plan: Plan, path: Path, scaling: float) -> dict[str, Checksu
 
 def _card(plan: Plan, scaling: float) -> str:
     """Of what was merged: where a kept Δ is applied, of the merge that kept it."""
-    original = plan.original_merge or OriginalMerge(plan.config, plan.has_adapters)
+    original = plan.original_merge or OriginalMerge(plan.config, bool(plan.adapters))
     experts = [expert.path for expert in plan.experts] if plan.original_merge is None else original.config.experts
     config = replace(original.config, dtype=plan.config.dtype)
     nothing = MergeConfig(base="", experts=[]).described

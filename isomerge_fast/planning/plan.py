@@ -151,8 +151,9 @@ class Plan:
         return PLAIN if scaling_folders(self.config)[folder] is None else self.metadata.get(file, PLAIN)
 
     @property
-    def has_adapters(self) -> bool:
-        return any(isinstance(expert, Adapter) for expert in self.experts)
+    def adapters(self) -> list[Adapter]:
+        """Return the experts that are LoRA adapters: all of them or none."""
+        return [expert for expert in self.experts if isinstance(expert, Adapter)]
 
     @property
     def index_name(self) -> str | None:
@@ -164,9 +165,8 @@ class Plan:
         """Return ``adapter_config.json``, where the output is an adapter."""
         if self.config.adapter_rank is None:
             return None
-        adapters = [expert for expert in self.experts if isinstance(expert, Adapter)]
         names = [tensor.name for plan in self.tensors for tensor in plan.merged]
-        return merged_settings(adapters, names, self.config.adapter_rank)
+        return merged_settings(self.adapters, names, self.config.adapter_rank)
 
     @cached_property
     def folders(self) -> dict[str, dict[str, tuple[OutputTensor, ...]]]:

@@ -24,7 +24,6 @@ from ..methods import make_method
 from .budget import PROCESS_BYTES, Budget, budgets_to_try, usable_memory_bytes
 from .drafts import Draft, Drafter
 from .factor_routes import factor_route
-from .file_notes import file_notes_of
 from .inputs import Inputs, adapts, open_inputs
 from .notes import notes_of
 from .part_sizes import PartSizes
@@ -84,7 +83,7 @@ def make_plan(
         experts,
         tensors,
         _contents(base, experts, config),
-        _metadata(base, config),
+        _header_metadata(base, config),
         budget,
         metadata,
         describe_arithmetic(device),
@@ -93,7 +92,7 @@ def make_plan(
         left_out=left_out,
     )
     # Names of files may hold bytes that are no text, and no JSON.
-    return replace(made, notes=tuple(bounded(map(visible, (*notes_of(made), *file_notes_of(made))))))
+    return replace(made, notes=tuple(bounded(map(visible, notes_of(made)))))
 
 
 def _contents(base: Checkpoint, experts: Sequence[Checkpoint], config: MergeConfig) -> FolderContents:
@@ -105,7 +104,7 @@ def _contents(base: Checkpoint, experts: Sequence[Checkpoint], config: MergeConf
     return contents_of(base.path, merged, checkpoints, config.method)
 
 
-def _metadata(base: Checkpoint, config: MergeConfig) -> dict[str, dict[str, str]]:
+def _header_metadata(base: Checkpoint, config: MergeConfig) -> dict[str, dict[str, str]]:
     """Return what the headers of the output's files say beside their tensors."""
     if config.adapter_rank is not None:
         return {}
@@ -118,7 +117,7 @@ def _metadata(base: Checkpoint, config: MergeConfig) -> dict[str, dict[str, str]
 def _left_out(
     base: Checkpoint, experts: Sequence[Checkpoint], extras: Mapping[str, StoredTensor]
 ) -> tuple[LeftOut, ...]:
-    """What the experts have and the output will not, of those that have something of the kind."""
+    """Return what experts have and the output will not, for each expert that has such tensors."""
     return tuple(
         LeftOut(expert, {name: expert.tensors[name] for name in sorted(names)})
         for expert in experts
