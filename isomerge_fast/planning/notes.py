@@ -135,7 +135,7 @@ def _pattern_notes(plan: Plan) -> Iterator[str]:
     merged = [tensor.name for tensor in plan.tensors if tensor.method is not None]
     names = {*merged}
     copied = [name for name in plan.base.tensors if name not in names]
-    copied += [tensor.name for tensor in plan.tensors if tensor.name not in plan.base.tensors]
+    copied += [tensor.name for tensor in plan.copied_extras]
     copied += [name for each in plan.left_out for name in each.tensors]
     yield from idle_patterns(plan.config, merged, copied)
 
@@ -145,7 +145,7 @@ def _tensor_notes(plan: Plan) -> Iterator[str]:
     stacks = [tensor.name for tensor in tensors if tensor.method and len(tensor.base.shape) == 3]
     if stacks and make_method(plan.config.method, plan.config.options).default_exclude:
         yield f"{len(stacks)} 3-D tensor(s), such as {stacks[0]!r}, are averaged: the methods are defined on matrices"
-    extras = {tensor.name: tensor.base for tensor in tensors if tensor.name not in base.tensors}
+    extras = {tensor.name: tensor.base for tensor in plan.copied_extras}
     for expert in plan.experts if extras else ():
         if own := {name: stored for name, stored in extras.items() if name in expert.tensors}:
             yield f"{len(own)} tensor(s) that only {expert.path} has are copied: {_with_shapes(own)}"
