@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache, cached_property, reduce
 from typing import Any
 
@@ -74,7 +74,7 @@ class Drafter:
         if reason is None:
             experts, pairs = self._trained(name, stored)
             copies = (stored, *experts, *factors_of(pairs))
-            spec = replace(spec, dtype=compute_dtype(*(copy.dtype for copy in copies)))
+            spec = TensorSpec(name, stored.shape, compute_dtype(*(copy.dtype for copy in copies)))
             method, reason = choose_method(spec, self.config, self.method, self.overrides)
             weights = self._checked_weights(spec, method, is_factored=bool(pairs))
         is_float = stored.dtype in FLOAT_DTYPES
