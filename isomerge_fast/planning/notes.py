@@ -262,7 +262,9 @@ def _other_weights(plan: Plan) -> Iterator[str]:
 def _lost_modules(plan: Plan) -> Iterator[str]:
     """Yield the modules with weights that an expert has and the output has not."""
     for expert in _whole_models(*plan.experts):
-        if missing := [name for part in submodules_of(expert.path) for name in part.names if name not in plan.companions]:
+        if missing := [
+            name for part in submodules_of(expert.path) for name in part.names if name not in plan.companions
+        ]:
             yield f"{expert.path}: left out, as the base has none there: {listed(missing)}"
 
 
