@@ -16,7 +16,8 @@ from .execution.engine import resolve_device, run
 from .execution.finalize import config_of
 from .execution.report import Observer, Report
 from .parsing.values import path_text, refuse, size
-from .planning.plan import DELTA_FOLDER, Origin, Plan, TensorPlan
+from .planning.outputs import DELTA_FOLDER
+from .planning.plan import OriginalMerge, Plan, TensorPlan
 from .planning.planner import make_plan
 
 __all__ = ["apply", "merge"]
@@ -159,7 +160,7 @@ def _with_origin(plan: Plan, then: MergeConfig, folder: Path, manifest: Manifest
     return replace(
         plan,
         tensors=tuple(_with_checksums(tensor, folder, manifest) for tensor in plan.tensors),
-        origin=Origin(then, any(ADAPTER_CONFIG_FILE in files for files in experts)),
+        original_merge=OriginalMerge(then, any(ADAPTER_CONFIG_FILE in files for files in experts)),
     )
 
 

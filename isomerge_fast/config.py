@@ -1,4 +1,4 @@
-"""The configuration of a merge: one schema, read strictly from YAML, from a dict, or made in Python."""
+"""Read the configuration of a merge strictly by one schema: from YAML, from a dict, or made in Python."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
@@ -15,15 +15,17 @@ from typing import Annotated, Any
 from .errors import ConfigError, InputError, nearest, shown
 from .parsing.json_types import check
 from .parsing.mergekit_recipe import is_recipe, read_recipe
-from .parsing.regular_files import read_regular
 from .parsing.shell_patterns import globs_of
 from .parsing.values import Reader, dtype_name, is_list, number, path_text, pattern, refuse, whole_number
 
-MAX_BYTES = 8_000_000  # of a YAML file
 MAX_PATH_BYTES = 4_096  # as Linux has it
-# Wrong values that one message tells of, and its length where these are more than one.
+# How many wrong values one message tells of, and its length where there are several.
 MAX_ERRORS, MAX_MESSAGE = 5, 350
-# What may be said of three kinds of surprise.
+# Weights that add up to less are not to be divided by their sum.
+SMALLEST_SUM = 1e-8
+# ``~`` and ``~user``, as a shell takes them.
+_HOME = re.compile(r"~[A-Za-z0-9._-]*(/.*)?", re.DOTALL)
+# Words for three kinds of surprise.
 CHOICES = {
     "on_extra": ("error", "ignore", "copy"),
     "on_missing": ("error", "zero"),
@@ -32,8 +34,9 @@ CHOICES = {
 
 
 class Meant:
-    """In the type of a field: what is given there is read by one of ``values`` before its type is checked, by pydantic
-    and by ``schema.check`` alike. Neither the type nor the engine needs pydantic.
+    """Mark in a field's type the reader of ``parsing.values`` that reads what is given before its type is checked.
+
+    pydantic and ``json_types.check`` call it alike. Neither the type nor the engine needs pydantic.
     """
 
     def __init__(self, read: Reader, *arguments: Any) -> None:
@@ -50,7 +53,7 @@ class Meant:
 
 
 def _options(value: Any, what: str) -> dict[str, Any]:
-    """The values are read by the method that they are for."""
+    """Read names with values; the method that they are for reads the values."""
     if value is None:  # of an override: a key with nothing after it
         return {}
     if not isinstance(value, Mapping):
@@ -65,13 +68,13 @@ Number = Annotated[float, Meant(number)]
 Pattern = Annotated[str, Meant(pattern)]
 CheckpointPath = Annotated[str, Meant(path_text, "the path of a checkpoint")]
 Options = Annotated[dict[str, Any], Meant(_options)]
-# Of pydantic: no other keys, and dataclasses that somebody made are checked as well.
+# For pydantic: no other keys, and dataclasses made in Python are checked as well.
 STRICTLY = {"extra": "forbid", "revalidate_instances": "always"}
 
 
 @dataclass(frozen=True)
 class Override:
-    """Another method for the tensors whose name matches ``match`` (shell pattern); the first match wins."""
+    """Give another method to tensors whose name matches ``match`` (a shell pattern); the first match wins."""
 
     __pydantic_config__ = STRICTLY
 
@@ -82,7 +85,7 @@ class Override:
 
 @dataclass(frozen=True)
 class WeightRule:
-    """A weight for the tensors whose name matches ``match`` (shell pattern)."""
+    """Give a weight to tensors whose name matches ``match`` (a shell pattern)."""
 
     __pydantic_config__ = STRICTLY
 
@@ -92,7 +95,7 @@ class WeightRule:
 
 @dataclass(frozen=True)
 class MergeConfig:
-    """What to merge, how, and where to.
+    """Say what to merge, how, and where to.
 
     Attributes:
         base, experts: Hugging Face checkpoint folders, or bare ``.safetensors`` files. Relative to the working folder;
@@ -145,7 +148,7 @@ class MergeConfig:
 
     @property
     def methods(self) -> list[str]:
-        """The names of all methods that it names."""
+        """Return the names of all its methods."""
         return [self.method, *(override.method for override in self.overrides)]
 
     @property
@@ -156,7 +159,7 @@ class MergeConfig:
 
     @property
     def described(self) -> dict[str, Any]:
-        """All keys with what they come to: what decides the output's bytes, whether it was given or not."""
+        """Return all keys with their values, given or not: what decides the output's bytes."""
         return {**asdict(self), "scaling": 1.0 if self.scaling is None else self.scaling}
 
     def weights_of(self, name: str) -> tuple[float, ...] | None:
@@ -175,10 +178,6 @@ class MergeConfig:
                 raise ConfigError(f"normalize_weights: weights {list(found)} of tensor {name!r} add up to {total:g}")
             found = tuple(weight / total for weight in found)
         return found
-
-
-# Weights that add up to less are not to be divided by their sum.
-SMALLEST_SUM = 1e-8
 
 
 def _weight(entry: float | list[WeightRule], name: str) -> float:
@@ -208,13 +207,14 @@ def recorded_config(description: Mapping[str, Any]) -> MergeConfig:
 
 
 def load_config(source: str | os.PathLike[str] | Mapping[str, Any] | MergeConfig, **changes: Any) -> MergeConfig:
-    """A checked MergeConfig from a YAML file, a dict or a MergeConfig; ``changes`` replace keys where they are not
-    None. A recipe of mergekit's (it has the key ``merge_method``) is read as one.
+    """Return a checked MergeConfig from a YAML file, a dict or a MergeConfig.
+
+    ``changes`` replace keys where they are not None. What has the key ``merge_method`` is read as mergekit's recipe.
 
     Raises:
         ConfigError: unknown key (with the nearest known one), wrong type, or a value out of range; names the file and
             key.
-        InputError: paths of the file that are there from its own folder only.
+        InputError: paths that are right from the file's own folder only.
     """
     where = "config"
     if isinstance(source, MergeConfig):
@@ -222,8 +222,10 @@ def load_config(source: str | os.PathLike[str] | Mapping[str, Any] | MergeConfig
     elif isinstance(source, Mapping):
         raw = source
     else:
+        from .parsing.strict_yaml import read_mapping
+
         where = path_text(source, "config", "the path of a YAML file, a dict or a MergeConfig")
-        raw = _read_yaml(Path(where))
+        raw = read_mapping(Path(where))
     if is_recipe(raw):
         raw = read_recipe(raw, where)
     changes = {key: value for key, value in changes.items() if value is not None}
@@ -233,20 +235,14 @@ def load_config(source: str | os.PathLike[str] | Mapping[str, Any] | MergeConfig
     return config
 
 
-# ``~`` and ``~user``, as a shell takes them.
-_HOME = re.compile(r"~[A-Za-z0-9._-]*(/.*)?", re.DOTALL)
-
-
 def _at_home(config: MergeConfig) -> MergeConfig:
     """Return the config with ``~`` at the start of a path expanded, as a shell does it and YAML does not."""
-    paths = {"base": config.base, "experts": config.experts, "out": config.out}
 
-    def expanded(path: Any) -> Any:
-        if isinstance(path, list):
-            return [expanded(each) for each in path]
-        return os.path.expanduser(path) if path is not None and _HOME.fullmatch(path) else path
+    def expanded(path: str) -> str:
+        return os.path.expanduser(path) if _HOME.fullmatch(path) else path
 
-    return replace(config, **{key: expanded(path) for key, path in paths.items()})
+    out = None if config.out is None else expanded(config.out)
+    return replace(config, base=expanded(config.base), experts=[*map(expanded, config.experts)], out=out)
 
 
 def _check_places(config: MergeConfig, file: Path) -> None:
@@ -259,25 +255,9 @@ def _check_places(config: MergeConfig, file: Path) -> None:
             )
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
-    from .parsing.strict_yaml import parse_yaml
-
-    try:
-        data, _ = read_regular(path, MAX_BYTES)
-        text = data.decode("utf-8-sig")
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not YAML (not UTF-8: {error.reason} at byte {error.start})") from error
-    raw = parse_yaml(text, str(path))
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{path}: not a mapping of keys to values")
-    return raw
-
-
 # ------------------------------------------------------------------------------------------------------- what is wrong
 
-# By where it stands: what is expected there, where it is not one value that a reader reads.
+# What is expected at a place, where no single reader reads the value.
 _OVERRIDE, _RULE = "{match: '*norm*', method: mean}", "{match: '*mlp*', weight: 0.5}"
 EXPECTED = {
     "experts": "a list of paths: [path/a, path/b]",
@@ -290,14 +270,14 @@ EXPECTED = {
     "overrides[]": _OVERRIDE,
     **dict.fromkeys(("normalize_weights", "experts_are_deltas", "save_delta"), "true or false"),
 }
-# Whose fields stand there.
+# The dataclass whose fields stand at a place.
 _KINDS = {"": MergeConfig, "overrides[]": Override, "weights[][]": WeightRule}
 _KEYS = {place: [each.name for each in fields(kind)] for place, kind in _KINDS.items()}
 
 
 @cache
 def _schema() -> Any:
-    """pydantic checks the dataclass as it stands, so that there is one schema."""
+    """Return pydantic's checks of the dataclass as it stands, so that there is one schema."""
     from pydantic import TypeAdapter
 
     return TypeAdapter(MergeConfig)
@@ -319,15 +299,16 @@ def _validated(raw: Mapping[Any, Any], where: str) -> MergeConfig:
 
 
 def _is_of_another_kind(error: Mapping[str, Any]) -> bool:
-    """Whether pydantic says of a list that it is no number, or of another value that it is no list, where a number or
-    a list may stand: the other one is what was meant.
+    """Return whether an error is about the kind that was not meant, where a number or a list may stand.
+
+    pydantic says of a list that it is no number, and of another value that it is no list.
     """
     kind, tried = ("value_error", "function-before[") if is_list(error["input"]) else ("list_type", "list[")
     return error["type"] == kind and str(error["loc"][-1]).startswith(tried)
 
 
 def _complaint(error: Mapping[str, Any]) -> str:
-    """Return what one of pydantic's errors says, in the words of ``values``."""
+    """Return one of pydantic's errors in the words of ``parsing.values``."""
     kind, loc, value = error["type"], error["loc"], error["input"]
     place = _place(loc[:-1] if kind in ("missing", "unexpected_keyword_argument", "invalid_key") else loc)
     begin = f"{place}: " if place else ""
@@ -345,7 +326,7 @@ def _complaint(error: Mapping[str, Any]) -> str:
 
 
 def _place(loc: Iterable[int | str]) -> str:
-    """Return ``weights[0][1].weight`` for where it stands, without the alternatives that pydantic tried."""
+    """Return a place as ``weights[0][1].weight``, without the alternatives that pydantic tried."""
     names = {name for keys in _KEYS.values() for name in keys}
     parts = (
         f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc if isinstance(part, int) or part in names
@@ -359,48 +340,51 @@ def _kind_of(place: str) -> str:
 
 
 def _checked(config: MergeConfig, where: str) -> MergeConfig:
-    if not config.experts:
-        raise ConfigError(f"{where}: experts is empty; at least one is needed")
-    _check_values(config, where)
-    if not config.scalings:
-        raise ConfigError(f"{where}: scaling is an empty list")
-    if len({f"{value:g}" for value in config.scalings}) != len(config.scalings):
-        raise ConfigError(f"{where}: scaling lists a value twice")
-    for key, choices in CHOICES.items():
-        if getattr(config, key) not in choices:
-            raise ConfigError(
-                f"{where}: {key} {shown(getattr(config, key))} is unknown{nearest(getattr(config, key), choices)}"
-            )
-    if config.weights is not None and len(config.weights) != len(config.experts):
-        raise ConfigError(f"{where}: weights has {len(config.weights)} entries for {len(config.experts)} experts")
-    if config.adapter_rank is not None:
-        for key in ("save_delta", "stochastic_rounding", "experts_are_deltas"):
-            if getattr(config, key) not in (None, False):
-                raise ConfigError(f"{where}: adapter_rank and {key} exclude each other")
-    for key in ("save_delta", "experts_are_deltas"):
-        if getattr(config, key) and config.on_extra == "copy":
-            raise ConfigError(f"{where}: on_extra: copy and {key} exclude each other: what the base lacks has no delta")
-    if config.out is not None and Path(config.out).suffix == ".safetensors":
-        raise ConfigError(f"{where}: out is a folder ({config.out}); the weights go into model.safetensors inside it")
+    for problem in _problems(config):
+        raise ConfigError(f"{where}: {problem}")
     return config
 
 
-def _check_values(config: MergeConfig, where: str) -> None:
-    """Refuses paths that no file can have, options that are no plain values, and what cannot be written as JSON."""
+def _problems(config: MergeConfig) -> Iterator[str]:
+    """Yield what is wrong with values of the right types; each check may rely on those before it."""
+    if not config.experts:
+        yield "experts is empty; at least one is needed"
+    yield from _value_problems(config)
+    if not config.scalings:
+        yield "scaling is an empty list"
+    if len({f"{value:g}" for value in config.scalings}) != len(config.scalings):
+        yield "scaling lists a value twice"
+    for key, choices in CHOICES.items():
+        if (given := getattr(config, key)) not in choices:
+            yield f"{key} {shown(given)} is unknown{nearest(given, choices)}"
+    if config.weights is not None and len(config.weights) != len(config.experts):
+        yield f"weights has {len(config.weights)} entries for {len(config.experts)} experts"
+    for key in ("save_delta", "stochastic_rounding", "experts_are_deltas"):
+        if config.adapter_rank is not None and getattr(config, key) not in (None, False):
+            yield f"adapter_rank and {key} exclude each other"
+    for key in ("save_delta", "experts_are_deltas"):
+        if getattr(config, key) and config.on_extra == "copy":
+            yield f"on_extra: copy and {key} exclude each other: what the base lacks has no delta"
+    if config.out is not None and Path(config.out).suffix == ".safetensors":
+        yield f"out is a folder ({config.out}); the weights go into model.safetensors inside it"
+
+
+def _value_problems(config: MergeConfig) -> Iterator[str]:
+    """Yield paths that no file can have, options that are no plain values, and what cannot be written as JSON."""
     out = [] if config.out is None else [config.out]
     for key, paths in {"base": [config.base], "experts": config.experts, "out": out}.items():
         for each in paths:
             if not each:
-                raise ConfigError(f"{where}: {key} has an empty path")
+                yield f"{key} has an empty path"
             if "\0" in each or len(each.encode(errors="surrogatepass")) > MAX_PATH_BYTES:
-                raise ConfigError(f"{where}: {key} is {shown(each)}, not a path that a file can have")
+                yield f"{key} is {shown(each)}, not a path that a file can have"
     for options in (config.options, *(override.options for override in config.overrides)):
         for key, value in options.items():
             if not isinstance(value, str | int | float | None) or (isinstance(value, int) and abs(value) >= 2**63):
-                raise ConfigError(f"{where}: option {shown(key)} is {shown(value)}; expected a word or a number")
+                yield f"option {shown(key)} is {shown(value)}; expected a word or a number"
     for key in (each.name for each in fields(config) if each.name != "out"):
         value = getattr(config, key)
         try:
             json.dumps(value, default=asdict, ensure_ascii=False).encode()
-        except ValueError as error:  # half of a surrogate pair, or a number with thousands of digits
-            raise ConfigError(f"{where}: {key} is {shown(value)}, which cannot be written down") from error
+        except ValueError:  # half of a surrogate pair, or a number with thousands of digits
+            yield f"{key} is {shown(value)}, which cannot be written down"

@@ -13,7 +13,7 @@ from .execution.in_memory import StateDictMerge
 from .execution.memory_inputs import Array, read_deltas, read_weights
 from .methods import MemoryDeltas, Method, TensorSpec, given_method, make_method
 from .methods.source import checked_weights
-from .planning.routes import merge_or_again
+from .planning.routes import merge_with_retry
 
 
 def iso_c(deltas: Array | Sequence[Array], *, weights: Sequence[float] | None = None, **options: Any) -> Tensor:
@@ -73,7 +73,7 @@ def _merge_deltas(
     if source.device.type == "meta":
         method.check(TensorSpec("deltas", tuple(source.shape[-2:]), source.dtype), source.n_tasks)
         return torch.empty(source.shape, dtype=source.dtype, device="meta")
-    value, _ = merge_or_again(method, source)
+    value, _ = merge_with_retry(method, source)
     return value.to(source.dtype)
 
 

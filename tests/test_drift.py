@@ -18,7 +18,7 @@ from adapters import make_adapters
 from checkpoints import save_folder
 from isomerge_fast.config import load_config
 from isomerge_fast.planning.drift.config import _flat, config_differences
-from isomerge_fast.planning.drift.tokenizer import TOKENIZER, Beside, tokenizer_differences
+from isomerge_fast.planning.drift.tokenizer import TOKENIZER, TokenSettings, tokenizer_differences
 from isomerge_fast.planning.planner import make_plan
 
 WEIGHTS = {"a.weight": torch.ones(4, 4)}
@@ -461,9 +461,9 @@ def test_many_tokens_are_looked_up_and_not_compared_one_by_one() -> None:
 
         __hash__ = int.__hash__
 
-    ours = Beside({f"{number}_token_id": Number(number) for number in range(100)}, {"a": 0}, {TOKENIZER})
+    ours = TokenSettings({f"{number}_token_id": Number(number) for number in range(100)}, {"a": 0}, {TOKENIZER})
     ours.items["eos_token"] = "<e>"
-    theirs = Beside(dict(ours.items), {**{f"t{number}": number for number in range(100)}, "<e>": 5, "a": 0})
+    theirs = TokenSettings(dict(ours.items), {**{f"t{number}": number for number in range(100)}, "<e>": 5, "a": 0})
     theirs.files = {TOKENIZER}
     (found,) = tokenizer_differences(ours, theirs)
     assert found == '100 added token(s) that the base\'s files do not name, such as "t0" 0'

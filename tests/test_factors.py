@@ -14,7 +14,8 @@ from allocation import peak_bytes
 from isomerge_fast.methods import METHODS, IsoC, IsoCTS, Mean, Method, NotFiniteError, TaskArithmetic, TensorSpec
 from isomerge_fast.methods.factors import Factors, LowRank, merge_factors
 from isomerge_fast.planning.budget import Budget
-from isomerge_fast.planning.routes import Traffic, factor_route
+from isomerge_fast.planning.factor_routes import factor_route
+from isomerge_fast.planning.part_sizes import PartSizes, Traffic
 
 # What the default precision promises; the factor route is in float64 throughout.
 PROMISE = 1e-5
@@ -241,7 +242,7 @@ def test_the_plan_knows_what_it_takes(shape: tuple[int, int], adapter_rank: int 
 
     peak, _ = peak_bytes(merge)
     spec = TensorSpec("", shape, torch.float32)
-    budget, traffic = Budget(1 << 16, None), Traffic((2,), 2, 0)
+    sizes = PartSizes(Traffic((2,), 2, 0), Budget(1 << 16, None), torch.device("cpu"))
     given = {"tasks": len(ranks), "rank": sum(ranks), "adapter_rank": adapter_rank}
-    route = factor_route(IsoCTS(), spec, traffic, budget, torch.device("cpu"), **given)
+    route = factor_route(IsoCTS(), spec, sizes, **given)
     assert peak <= route.work_bytes <= 1.8 * peak

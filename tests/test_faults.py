@@ -34,8 +34,8 @@ from isomerge_fast.checkpoint.output.staging import run_folders
 from isomerge_fast.config import MergeConfig
 from isomerge_fast.execution.verify import verify
 from isomerge_fast.methods import as_deltas
-from isomerge_fast.planning.plan import check_resources
 from isomerge_fast.planning.planner import make_plan
+from isomerge_fast.planning.resources import check_resources
 
 SUPPORT = Path(__file__).resolve().parent / "support"
 KILL_POINTS, FUZZED_INPUTS = 200, 500

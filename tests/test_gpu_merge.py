@@ -18,9 +18,10 @@ from isomerge_fast.execution.engine import resolve_device, run
 from isomerge_fast.execution.verify import verify
 from isomerge_fast.methods import IsoC, IsoCTS, Method, TensorSpec
 from isomerge_fast.planning import budget as budgets_module
-from isomerge_fast.planning.budget import budgets
+from isomerge_fast.planning.budget import budgets_to_try
+from isomerge_fast.planning.part_sizes import PartSizes, Traffic
 from isomerge_fast.planning.planner import make_plan
-from isomerge_fast.planning.routes import Resident, Route, Streamed, Traffic, choose_route
+from isomerge_fast.planning.routes import Resident, Route, Streamed, choose_route
 from pretend_gpu import A100, CUDA, H100, pretend_gpu
 
 CEILING = 64 << 20
@@ -91,8 +92,8 @@ def test_copies_are_held_where_the_memory_of_the_gpu_has_room_for_them(
     spec, traffic = TensorSpec("w", shape, torch.float32), Traffic((2,) * 9, 2, 8)
     with pretend_gpu():
         tried = (
-            (budget, choose_route(method, spec, traffic, budget, CUDA))
-            for budget in budgets(9 * 2 * spec.elements, host=None, vram=memory, on_gpu=True)
+            (budget, choose_route(method, spec, PartSizes(traffic, budget, CUDA)))
+            for budget in budgets_to_try(9 * 2 * spec.elements, host=None, vram=memory, on_gpu=True)
         )
         budget, found = next((budget, found) for budget, found in tried if found.work_bytes <= (budget.work or 0))
     assert type(found) is route

@@ -20,7 +20,7 @@ from isomerge_fast.config import MergeConfig, WeightRule, load_config
 from isomerge_fast.methods import IsoC, Mean, Method, TensorSpec, method_for
 from isomerge_fast.parsing.shell_patterns import first_match, globs_of
 from isomerge_fast.planning.drafts import choose_method
-from isomerge_fast.planning.patterns import idle_patterns, require_matches
+from isomerge_fast.planning.pattern_checks import idle_patterns, require_matches
 from isomerge_fast.planning.planner import make_plan
 
 Family = tuple[Path, list[Path]]

@@ -19,7 +19,7 @@ from cases import Case
 from checkpoints import load_folder, save_folder
 from isomerge_fast.methods import MergeStats, NotFiniteError, TensorSpec, as_deltas, make_method
 from isomerge_fast.methods.rowwise.passes import product_rounding
-from isomerge_fast.planning.plan import PROCESS_BYTES
+from isomerge_fast.planning.budget import PROCESS_BYTES
 from pretend_gpu import pretend_gpu
 from row_sources import Rows, by_rows, rows_of
 

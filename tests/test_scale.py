@@ -17,9 +17,10 @@ from benchmarks.headers import config_of, save_headers
 from benchmarks.shapes import qwen3_moe
 from isomerge_fast.config import MergeConfig
 from isomerge_fast.errors import ResourceError
+from isomerge_fast.planning.budget import PROCESS_BYTES
 from isomerge_fast.planning.cost import estimate_seconds
-from isomerge_fast.planning.plan import PROCESS_BYTES, check_resources
 from isomerge_fast.planning.planner import METADATA_IN_BASELINE_BYTES, make_plan
+from isomerge_fast.planning.resources import check_resources
 from isomerge_kernels import devices
 from pretend_gpu import H100
 

@@ -34,10 +34,11 @@ from isomerge_fast.execution.engine import run
 from isomerge_fast.execution.sources import FileSource, bundle_of, first_pass
 from isomerge_fast.execution.threads import ComputeThreads
 from isomerge_fast.methods import IsoC, Mean, Method, RowBlock, TensorSpec
-from isomerge_fast.planning.budget import Budget, budgets
+from isomerge_fast.planning.budget import Budget, budgets_to_try
+from isomerge_fast.planning.part_sizes import PartSizes, Traffic
 from isomerge_fast.planning.plan import Plan, TensorPlan
 from isomerge_fast.planning.planner import make_plan
-from isomerge_fast.planning.routes import Copied, Resident, Route, Rowwise, Streamed, Traffic, choose_route
+from isomerge_fast.planning.routes import Copied, Resident, Route, Rowwise, Streamed, choose_route
 from pretend_gpu import pretend_gpu
 
 MIB = 1 << 20
@@ -521,8 +522,8 @@ def test_a_tensor_goes_the_fastest_way_that_fits(
     spec = TensorSpec("w", shape, torch.float32)
     largest = spec.elements * 6
     routes = []
-    for budget in budgets(largest, host=ceiling, vram=None, on_gpu=False):
-        routes.append((choose_route(method, spec, TRAFFIC, budget, CPU), budget))
+    for budget in budgets_to_try(largest, host=ceiling, vram=None, on_gpu=False):
+        routes.append((choose_route(method, spec, PartSizes(TRAFFIC, budget, CPU)), budget))
         route, budget = routes[-1]
         assert budget.read_ahead >= 8 * MIB
         if budget.work is None or route.work_bytes <= budget.work:

@@ -15,7 +15,7 @@ from checkpoints import load_folder, make_family, save_folder
 from isomerge_fast.config import load_config
 from isomerge_fast.execution.verify import verify
 from isomerge_fast.methods import RowBlock
-from isomerge_fast.planning.plan import PROCESS_BYTES
+from isomerge_fast.planning.budget import PROCESS_BYTES
 from isomerge_fast.planning.planner import make_plan
 
 MB = 10**6

@@ -1,19 +1,18 @@
-"""How long a merge would take so many workers, from its plan and from what one worker does in a second."""
+"""Predict how long a merge takes so many workers, from its plan and from what one worker does in a second."""
 
 from __future__ import annotations
 
 import math
 import os
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 
 from ..checkpoint.io.direct_io import READ_BYTES, open_direct, page_buffer
-from ..planning.cost import Rates
-from ..planning.forecast import forecast, item_costs
+from ..planning.cost import Rates, TensorCost, cost_of, divide, least_seconds
 from ..planning.plan import Plan
 from .ceilings import matmul_rate
 
@@ -23,20 +22,27 @@ WORKERS = (1, 2, 4, 8, 16, 32, 64)
 
 
 def predict(plan: Plan, rates: Rates, workers: Collection[int]) -> dict[str, Any]:
-    """One row a number of workers; where the storage has no limit, a second one for storage that gives all workers
-    together no more than one of them can move.
+    """Return the rates, and for every number of workers a row with the least time and the wall (``least_seconds``).
+
+    Where the storage has no limit, a row has a second one, ``shared``: of storage that gives all workers together no
+    more than one of them can move.
     """
-    rows, alone = [], item_costs(plan, 1, rates)
+    has_limit = math.isfinite(rates.storage_bytes_per_second)
+    shared = replace(rates, storage_bytes_per_second=rates.read_bytes_per_second)
+    total = cost_of(plan.tensors)
+    rows = []
     for count in sorted(set(workers)):
-        units = item_costs(plan, count, rates)
-        row = asdict(forecast(units, count, rates, alone=alone))
-        if math.isinf(rates.storage_bytes_per_second):
-            shared = replace(rates, storage_bytes_per_second=rates.read_bytes_per_second)
-            row["shared"] = asdict(forecast(units, count, shared, alone=alone))
-        rows.append(row)
-    limit = rates.storage_bytes_per_second
-    told = {**asdict(rates), "storage_bytes_per_second": None if math.isinf(limit) else limit}
-    return {"rates": told, "rows": rows}
+        items = [cost_of(item) for item in divide(plan, count, rates)]
+        row = _row(items, total, count, rates)
+        rows.append(row if has_limit else {**row, "shared": _row(items, total, count, shared)})
+    limit = rates.storage_bytes_per_second if has_limit else None
+    return {"rates": {**asdict(rates), "storage_bytes_per_second": limit}, "rows": rows}
+
+
+def _row(items: Sequence[TensorCost], total: TensorCost, workers: int, rates: Rates) -> dict[str, Any]:
+    seconds, wall = least_seconds(items, workers, rates)
+    speedup = least_seconds([total], 1, rates)[0] / seconds if seconds else 1.0
+    return {"workers": workers, "seconds": seconds, "speedup": speedup, "wall": wall, "units": len(items)}
 
 
 def measure_rates(
@@ -48,7 +54,7 @@ def measure_rates(
     worker_bytes: float | None = None,
     storage_bytes: float | None = None,
 ) -> Rates:
-    """Of one worker: what is given is taken, the rest is measured, bytes from the very inputs; nothing is written.
+    """Return the rates of one worker: measured where they are not given. Nothing is written.
 
     Args:
         device: on which workers compute, with so many CPU ``threads``.
@@ -69,17 +75,17 @@ def measure_rates(
 
 
 def read_rate(plan: Plan) -> float:
-    """Bytes a second from the files that are to be read, past the page cache where the file system can."""
+    """Measure the bytes a second from the files that are to be read, past the page cache where the file system can."""
     started, count = time.perf_counter(), 0
-    for size in _blocks(plan):
+    for size in _read_all(plan):
         count += size
         if count >= SAMPLE_BYTES or time.perf_counter() - started > SAMPLE_SECONDS:
             break
     return count / (time.perf_counter() - started)
 
 
-def _blocks(plan: Plan) -> Iterator[int]:
-    """Bytes read, block by block, whole files one after the other."""
+def _read_all(plan: Plan) -> Iterator[int]:
+    """Read whole files, one after the other, and yield the bytes of every block."""
     pages = page_buffer()[:READ_BYTES]
     for path in dict.fromkeys(stored.file for tensor in plan.tensors for stored in tensor.inputs):
         descriptor = open_direct(path, os.O_RDONLY)

@@ -226,8 +226,8 @@ def demo(
 def _plan(merge: MergeOptions, target: DeviceOptions) -> tuple[Plan, torch.device]:
     """Return the plan of a merge, its resources checked, and the device it is for."""
     from ..execution.engine import resolve_device
-    from ..planning.plan import check_resources
     from ..planning.planner import make_plan
+    from ..planning.resources import check_resources
 
     config, device, ceilings = merge.merge_config(), resolve_device(target.device), target.ceilings()
     made = make_plan(config, device, **ceilings)

@@ -93,7 +93,7 @@ def _print_left_behind(screen: Screen, left_behind: list[dict[str, Any]]) -> Non
 
 
 def _print_outlook(screen: Screen, outlook: dict[str, Any], cluster_workers: int | None) -> None:
-    """Print the predicted wall times of several numbers of workers."""
+    """Print the least wall times of several numbers of workers."""
     rates = outlook["rates"]
     each, together = rates["read_bytes_per_second"], rates["storage_bytes_per_second"]
     storage = f"{size(together)}/s together" if together else "the storage has no limit"
@@ -111,7 +111,7 @@ def _print_outlook(screen: Screen, outlook: dict[str, Any], cluster_workers: int
         ]
     screen.print()
     screen.print(
-        f"predicted, starting up aside, for workers of {rates['flops_per_second'] / 1e9:.4g} GFLOP/s that move "
+        f"predicted at best, starting up aside, for workers of {rates['flops_per_second'] / 1e9:.4g} GFLOP/s that move "
         f"{size(each)}/s each:"
     )
     screen.print_table(outlook["rows"], *columns)

@@ -32,7 +32,8 @@ from ..errors import ConfigError, InputError, LostWritesError, ResourceError, Ve
 from ..methods import origins_of
 from ..ops import indexed
 from ..parsing.values import flag, refuse, whole_number
-from ..planning.plan import Plan, check_resources
+from ..planning.plan import Plan
+from ..planning.resources import check_resources
 from .finalize import read_report, write_metadata
 from .report import PHASES, Observer, Report
 from .work_item import MergeSettings, WorkItem, WorkResult

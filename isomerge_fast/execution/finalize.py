@@ -32,7 +32,8 @@ from ..checkpoint.output.model_card import model_card
 from ..config import MergeConfig, recorded_config
 from ..errors import ConfigError, VerificationError
 from ..methods import make_method, method_class
-from ..planning.plan import Origin, Plan, scaling_folders
+from ..planning.outputs import scaling_folders
+from ..planning.plan import OriginalMerge, Plan
 from .report import Report
 
 
@@ -154,9 +155,9 @@ def _add_companions(plan: Plan, path: Path, scaling: float) -> dict[str, Checksu
 
 def _card(plan: Plan, scaling: float) -> str:
     """Return the model card of the merge; where a kept Δ is applied, of the merge that kept it."""
-    origin = plan.origin or Origin(plan.config, plan.has_adapters)
-    experts = [expert.path for expert in plan.experts] if plan.origin is None else origin.config.experts
-    config = replace(origin.config, dtype=plan.config.dtype)
+    original = plan.original_merge or OriginalMerge(plan.config, bool(plan.adapters))
+    experts = [expert.path for expert in plan.experts] if plan.original_merge is None else original.config.experts
+    config = replace(original.config, dtype=plan.config.dtype)
     nothing = MergeConfig(base="", experts=[]).described
     said = {
         key: value
@@ -170,7 +171,7 @@ def _card(plan: Plan, scaling: float) -> str:
         "experts": [str(expert) for expert in experts],
         "scaling": scaling,
     }
-    kinds = {"LoRA adapters": origin.has_adapters, "deltas": config.experts_are_deltas}
+    kinds = {"LoRA adapters": original.has_adapters, "deltas": config.experts_are_deltas}
     library = "transformers" if "model_type" in (plan.base.config or {}) else None
     return model_card(
         recipe,

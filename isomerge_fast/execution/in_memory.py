@@ -27,8 +27,10 @@ from ..methods import (
 from ..methods.source import Factors, MemoryFactors, check_finite, checked_weights
 from ..parsing.values import dtype_name, list_of, number, pattern, whole_number
 from ..planning.drafts import tensor_seed
-from ..planning.patterns import require_matches
-from ..planning.routes import ROW_STEP, ToAdapter, memory_route
+from ..planning.factor_routes import ToAdapter
+from ..planning.part_sizes import ROW_STEP
+from ..planning.pattern_checks import require_matches
+from ..planning.routes import memory_route
 from .memory_inputs import Array, Described, as_tensor, check_fit, read_experts, read_weights, shapes_of
 
 # So much of a tensor is rounded at once.

@@ -20,7 +20,8 @@ from ..checkpoint.output.manifest import Manifest
 from ..config import MergeConfig
 from ..errors import ConfigError, InputError, ResourceError
 from ..methods import MemoryDeltas, RowBlock
-from ..planning.plan import Output, Plan, TensorPlan
+from ..planning.outputs import Output
+from ..planning.plan import Plan, TensorPlan
 from ..planning.planner import make_plan
 
 # What the merged delta may differ by, relative to its norm: the tolerance of the default precision, ten times over.

@@ -16,8 +16,8 @@ from ..checkpoint.io.writer import ShardWriter
 from ..methods import OutOfRangeError, RowBlock
 from ..methods.factors import product_bound
 from ..methods.source import Threads
+from ..planning.part_sizes import ROW_STEP
 from ..planning.plan import TensorPlan
-from ..planning.routes import ROW_STEP
 from .device_copies import Download
 
 

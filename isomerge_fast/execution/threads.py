@@ -18,7 +18,7 @@ from typing import TypeVar
 import torch
 
 from ..methods import RowBlock
-from ..planning.routes import ROW_STEP
+from ..planning.part_sizes import ROW_STEP
 
 # What one thread is given at a time. Results do not depend on how many threads there are, as the parts do not.
 PART_ELEMENTS = 1 << 18

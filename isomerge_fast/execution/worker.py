@@ -159,7 +159,7 @@ class _ItemRun:
                 readers,
                 (bundle for tensor in to_do for bundle in first_pass(tensor)),
                 budget_bytes=budget.read_ahead,
-                part_bytes=budget.cut,
+                part_bytes=budget.gpu_part,
                 pinned=on_gpu,
                 checksums=checksums,
             ) as ahead,

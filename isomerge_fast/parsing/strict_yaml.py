@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import yaml
 
 from ..errors import ConfigError, shortened, shown
+from .regular_files import read_regular
 
 # Room for a rule for every tensor of a model and every expert.
 MAX_CHARACTERS, MAX_VALUES = 2_000_000, 100_000
+MAX_BYTES = 4 * MAX_CHARACTERS
 MAX_DEPTH, MAX_KEYS, MAX_DIGITS = 20, 1_000, 100
 
 _PREFIX = "tag:yaml.org,2002:"
@@ -81,6 +84,25 @@ def parse_yaml(text: str, where: str) -> Any:
     finally:
         if loader is not None:
             loader.dispose()
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """Return the mapping of keys to values that a YAML file holds.
+
+    Raises:
+        ConfigError: as ``parse_yaml``; a file that cannot be read, or holds something else.
+    """
+    try:
+        data, _ = read_regular(path, MAX_BYTES)
+        text = data.decode("utf-8-sig")
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not YAML (not UTF-8: {error.reason} at byte {error.start})") from error
+    raw = parse_yaml(text, str(path))
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: not a mapping of keys to values")
+    return raw
 
 
 def _measure(node: Any, known: dict[int, tuple[int, int]]) -> tuple[int, int]:

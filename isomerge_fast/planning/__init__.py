@@ -1,1 +1,1 @@
-"""Plans a merge from headers alone: what becomes of each tensor, its way through memory, and what it costs."""
+"""Plan a merge from headers alone: what becomes of each tensor, its way through memory, and what it costs."""

@@ -1,4 +1,4 @@
-"""What becomes of every tensor of a merge, by its headers: copied, merged or adapted, and what is written of it."""
+"""Decide from headers what becomes of every tensor: copied, merged or adapted, and what is written of it."""
 
 from __future__ import annotations
 
@@ -21,53 +21,36 @@ from ..methods.source import check_finite, checked_weights
 from ..ops import FLOAT_DTYPES, compute_dtype
 from ..parsing.shell_patterns import globs_of
 from .inputs import adapts
-from .plan import WrittenTensor, scaling_folders
-from .routes import Traffic
+from .outputs import PlannedTensor, factors_of, scaling_folders
+from .part_sizes import Traffic
 
 
 @dataclass(frozen=True, slots=True)
-class Draft(WrittenTensor):
-    """The plan of a tensor, but for how it goes through memory: merged by ``method``, or copied where that is None.
-
-    Fields are as in ``TensorPlan``.
-
-    Attributes:
-        reason: why it is copied, or merged by another method than the config's; else empty.
-    """
+class Draft(PlannedTensor):
+    """Hold the plan of a tensor but for its route: merged by ``method``, or copied where that is None."""
 
     method: Method | None
-    reason: str
-    base: StoredTensor
-    experts: tuple[StoredTensor, ...]
-    pairs: tuple[LoraPair | None, ...]
-    weights: tuple[float, ...] | None
-    shard: str
-    rounding_seed: int | None
     traffic: Traffic
 
     @property
-    def tasks(self) -> int:
-        return len(self.experts) or len(self.pairs)
-
-    @property
     def rank(self) -> int:
-        """Columns of all tasks' factors together."""
+        """Return how many columns all tasks' factors have together."""
         return sum(pair.rank for pair in self.pairs if pair is not None)
 
     @property
     def copies_bytes(self) -> int:
-        """Of the base's tensor and the experts'."""
+        """Return the bytes of the base's tensor and the experts'."""
         return self.spec.elements * sum(self.traffic.read)
 
     @property
     def kind(self) -> tuple[Any, ...]:
-        """Equal for tensors that go the same way: those of a model's layers are planned once."""
+        """Return what is equal for tensors that go the same way: those of a model's layers are planned once."""
         return self.spec.shape, self.spec.dtype, self.traffic, self.method, len(self.pairs), self.rank
 
 
 @dataclass(frozen=True)
 class Drafter:
-    """Decides what becomes of tensors.
+    """Decide what becomes of tensors.
 
     Attributes:
         method: the config's.
@@ -85,11 +68,27 @@ class Drafter:
         Raises:
             ConfigError: options, weights or scalings that do not fit it.
         """
-        why_copied = self._why_copied(name, stored, is_extra)
-        if why_copied is None:
-            return self._merged(name, stored, shard)
+        reason = self._why_copied(name, stored, is_extra)
+        method, weights, experts, pairs = None, None, (), ()
         spec = TensorSpec(name, stored.shape, torch.float32)
-        return self._drafted(spec, None, why_copied, stored, shard, has_delta=not is_extra)
+        if reason is None:
+            experts, pairs = self._trained(name, stored)
+            copies = (stored, *experts, *factors_of(pairs))
+            spec = TensorSpec(name, stored.shape, compute_dtype(*(copy.dtype for copy in copies)))
+            method, reason = choose_method(spec, self.config, self.method, self.overrides)
+            weights = self._checked_weights(spec, method, is_factored=bool(pairs))
+        is_float = stored.dtype in FLOAT_DTYPES
+        dtype = getattr(torch, self.config.dtype) if is_float and self.config.dtype else stored.dtype
+        scalings = self._scalings if is_float and not is_extra else self._scalings_without_delta
+        read = tuple([copy.dtype for copy in (stored, *experts)])
+        traffic = _traffic(read, tuple([spec.dtype if scaling is None else dtype for scaling in scalings.values()]))
+        is_rounded = method is not None and dtype == torch.bfloat16
+        seed = tensor_seed(self.config.stochastic_rounding, name) if is_rounded else None
+        merged = (OutputTensor(name, dtype, spec.shape),)
+        if self.config.adapter_rank is not None:
+            trained = [*factors_of(pairs), *experts] or [stored]
+            merged, shard = self._in_adapter(spec, dtype, trained, self.config.adapter_rank), ADAPTER_FILE
+        return Draft(spec, merged, scalings, reason, stored, experts, pairs, weights, shard, seed, method, traffic)
 
     @cached_property
     def _adapters(self) -> list[Adapter]:
@@ -114,58 +113,31 @@ class Drafter:
             return "empty"
         return None if is_float else f"{DTYPE_NAMES[stored.dtype]} is not a float: copied from the base"
 
-    def _merged(self, name: str, stored: StoredTensor, shard: str) -> Draft:
-        """Return the draft of a tensor that is merged: of what adapters have as factors, or experts as a whole."""
-        experts: tuple[StoredTensor, ...] = ()
+    def _trained(self, name: str, stored: StoredTensor) -> tuple[tuple[StoredTensor, ...], tuple[LoraPair | None, ...]]:
+        """Return what the experts have of a tensor: whole tensors, or what adapters have as factors."""
         pairs = tuple(adapter.pairs.get(name) for adapter in self._adapters)
-        factors = _factors(pairs)
-        if not factors:  # an adapter without it leaves it as it is in the base
-            pairs, experts = (), tuple(expert.tensors.get(name, stored) for expert in self.experts)
-        compute = compute_dtype(*(copy.dtype for copy in (stored, *experts, *factors)))
-        spec, where = TensorSpec(name, stored.shape, compute), f"tensor {name!r} {list(stored.shape)}: "
-        method, reason = choose_method(spec, self.config, self.method, self.overrides)
+        if any(pair is not None for pair in pairs):
+            return (), pairs
+        # An adapter without the tensor leaves it as it is in the base.
+        return tuple(expert.tensors.get(name, stored) for expert in self.experts), ()
+
+    def _checked_weights(self, spec: TensorSpec, method: Method, *, is_factored: bool) -> tuple[float, ...] | None:
+        """Return w_t of a tensor, when the method, the scalings and they fit it."""
+        where = f"tensor {spec.name!r} {list(spec.shape)}: "
         try:
             method.check(spec, len(self.experts))
-            if pairs:
+            if is_factored:
                 require_basis_free(method)
         except ConfigError as error:
             raise ConfigError(f"{where}{error}") from error
-        weights = self.config.weights_of(name)
-        check_finite(f"{where}scaling", self.config.scalings, compute)
-        weights = checked_weights(weights, compute, where)
-        return self._drafted(spec, method, reason, stored, shard, experts, pairs, weights)
-
-    def _drafted(
-        self,
-        spec: TensorSpec,
-        method: Method | None,
-        reason: str,
-        stored: StoredTensor,
-        shard: str,
-        experts: tuple[StoredTensor, ...] = (),
-        pairs: tuple[LoraPair | None, ...] = (),
-        weights: tuple[float, ...] | None = None,
-        *,
-        has_delta: bool = True,
-    ) -> Draft:
-        """Return the draft, with what is read and written of the tensor."""
-        is_float = stored.dtype in FLOAT_DTYPES
-        dtype = getattr(torch, self.config.dtype) if is_float and self.config.dtype else stored.dtype
-        merged = (OutputTensor(spec.name, dtype, spec.shape),)
-        scalings = self._scalings if is_float and has_delta else self._scalings_without_delta
-        read = tuple([copy.dtype for copy in (stored, *experts)])
-        traffic = _traffic(read, tuple([spec.dtype if scaling is None else dtype for scaling in scalings.values()]))
-        is_rounded = method is not None and dtype == torch.bfloat16
-        seed = tensor_seed(self.config.stochastic_rounding, spec.name) if is_rounded else None
-        if self.config.adapter_rank is not None:
-            trained = [*_factors(pairs), *experts] or [stored]
-            merged, shard = self._in_adapter(spec, dtype, trained, self.config.adapter_rank), ADAPTER_FILE
-        return Draft(spec, merged, scalings, method, reason, stored, experts, pairs, weights, shard, seed, traffic)
+        weights = self.config.weights_of(spec.name)
+        check_finite(f"{where}scaling", self.config.scalings, spec.dtype)
+        return checked_weights(weights, spec.dtype, where)
 
     def _in_adapter(
         self, spec: TensorSpec, dtype: torch.dtype, trained: Sequence[StoredTensor], rank: int
     ) -> tuple[OutputTensor, ...]:
-        """Return a tensor as it is written into an adapter: under the names that the first which has it gives it.
+        """Return a tensor as it is written into an adapter, under the names of the first adapter that has it.
 
         Args:
             trained: what the experts have of the tensor.
@@ -190,11 +162,6 @@ def _traffic(read: tuple[torch.dtype, ...], written: tuple[torch.dtype, ...]) ->
     return Traffic(sizes, sum(dtype.itemsize for dtype in written), len(sizes) - 1)
 
 
-def _factors(pairs: Sequence[LoraPair | None]) -> list[StoredTensor]:
-    """Return A and B of every task that has them."""
-    return [factor for pair in pairs if pair is not None for factor in (pair.a, pair.b)]
-
-
 def choose_method(
     spec: TensorSpec, config: MergeConfig, method: Method, overrides: Sequence[tuple[str, Method]]
 ) -> tuple[Method, str]:
@@ -217,7 +184,7 @@ def choose_method(
 
 
 def tensor_seed(seed: int | None, name: str) -> int | None:
-    """Return a seed of a tensor's own, 63 bits: equal tensors under two names are not rounded alike."""
+    """Return a seed of 63 bits for one tensor, so that equal tensors under two names are not rounded alike."""
     if seed is None:
         return None
     return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8]) >> 1

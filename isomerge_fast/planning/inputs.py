@@ -1,4 +1,4 @@
-"""The checkpoints and adapters of a merge, opened, and all that keeps them from being merged: by headers alone."""
+"""Open the checkpoints and adapters of a merge, and find from headers all that keeps them from being merged."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from ..ops import FLOAT_DTYPES
 
 @dataclass(frozen=True)
 class Inputs:
-    """What is merged.
+    """Hold what is merged.
 
     Attributes:
         experts: without the buffers that are not merged.
         extras: tensors that one expert alone has and that are to be copied.
-        buffers: which those are that are not merged.
+        buffers: those that are not merged.
     """
 
     base: Checkpoint
@@ -66,8 +66,9 @@ def open_inputs(config: MergeConfig) -> Inputs:
 
 
 def check_out(out: Path, inputs: Iterable[Checkpoint]) -> None:
-    """Check that writing ``out`` replaces and deletes no input: no file of one lies, whatever links and mounts lead to
-    it, in the output folder or in that where the output is built.
+    """Check that writing ``out`` replaces and deletes no input.
+
+    No file of an input lies, whatever links and mounts lead to it, in the output folder or in that where it is built.
 
     Raises:
         ConfigError: naming the file.
@@ -94,7 +95,7 @@ def check_out(out: Path, inputs: Iterable[Checkpoint]) -> None:
 
 
 def _open_experts(config: MergeConfig, base: Checkpoint) -> tuple[Checkpoint, ...]:
-    """Checkpoints, or LoRA adapters of the base: all of one kind.
+    """Open checkpoints, or LoRA adapters of the base: all of one kind.
 
     Raises:
         InputError: of both kinds, or one that cannot be opened. ConfigError: options that are for the other kind.
@@ -117,12 +118,12 @@ def _open_experts(config: MergeConfig, base: Checkpoint) -> tuple[Checkpoint, ..
 
 
 def adapts(expert: Checkpoint, name: str) -> bool:
-    """Whether an expert has, or adapts, a tensor of the base."""
+    """Return whether an expert has, or adapts, a tensor of the base."""
     return name in expert.tensors or (isinstance(expert, Adapter) and name in expert.pairs)
 
 
 def _disagreements(adapters: Sequence[Adapter], config: MergeConfig) -> Iterable[str]:
-    """Problems of adapters with each other."""
+    """Yield the problems of adapters with each other."""
     bases = {name: adapter for adapter in adapters if (name := last_part(base_name(adapter)))}
     if len(bases) > 1 and config.on_other_base == "error":
         found = ", ".join(f"{adapter.path} of {base_name(adapter)}" for adapter in bases.values())
@@ -144,31 +145,36 @@ def _disagreements(adapters: Sequence[Adapter], config: MergeConfig) -> Iterable
         name for name in touched if len({name in adapter.pairs for adapter in adapters if adapts(adapter, name)}) > 1
     )
     if both:
-        which = f"tensor {both[0]!r} is" if len(both) == 1 else f"{len(both)} tensors, such as {both[0]!r}, are"
-        yield f"{which} adapted in one adapter and trained as a whole in another"
+        yield f"{_tensors_are(both)} adapted in one adapter and trained as a whole in another"
+
+
+def _tensors_are(names: Sequence[str]) -> str:
+    """Return the beginning of a sentence about tensors."""
+    return f"tensor {names[0]!r} is" if len(names) == 1 else f"{len(names)} tensors, such as {names[0]!r}, are"
 
 
 def last_part(name: str | None) -> str:
-    """Of a path or a hub id, in lower case: one model is often named by both."""
+    """Return the last part of a path or a hub id, in lower case: one model is often named by both."""
     return (name or "").rstrip("/").rpartition("/")[2].lower()
 
 
 def _extras(base: Checkpoint, experts: tuple[Checkpoint, ...]) -> tuple[dict[str, StoredTensor], list[str]]:
-    """(tensors that one expert alone has; problems with those that several have: headers do not tell if they agree)."""
+    """Return the tensors that one expert alone has, and the problem with those that several have.
+
+    Headers do not tell whether these agree.
+    """
     owners: dict[str, list[StoredTensor]] = {}
     for expert in experts:
         for name, stored in sorted(expert.tensors.items(), key=lambda item: (str(item[1].file), item[1].start)):
             if name not in base.tensors:
                 owners.setdefault(name, []).append(stored)
-    shared = {name: found for name, found in owners.items() if len(found) > 1}
     problems = []
-    if shared:
-        name, found = next(iter(shared.items()))
+    if shared := [name for name, found in owners.items() if len(found) > 1]:
+        found = owners[shared[0]]
         where = ", ".join(f"{DTYPE_NAMES[stored.dtype]}{list(stored.shape)} in {stored.file}" for stored in found)
-        which = f"tensor {name!r} is" if len(shared) == 1 else f"{len(shared)} tensors, such as {name!r}, are"
         problems.append(
-            f"{which} not in the base, and not in one expert alone: {where} (on_extra: copy takes what one expert "
-            "alone has, ignore leaves all of them out)"
+            f"{_tensors_are(shared)} not in the base, and not in one expert alone: {where} (on_extra: copy takes what "
+            "one expert alone has, ignore leaves all of them out)"
         )
     return {name: found[0] for name, found in owners.items() if len(found) == 1}, problems
 

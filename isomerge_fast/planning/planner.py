@@ -1,4 +1,4 @@
-"""Makes the plan of a merge, and finds every error that headers alone can show.
+"""Make the plan of a merge, and find every error that headers alone can show.
 
 What becomes of a tensor and what is written of it (``drafts``) → which way it goes through memory, beside the largest
 budget that leaves room for all (``routes``) → its plan.
@@ -21,15 +21,15 @@ from ..config import MergeConfig
 from ..errors import ConfigError, bounded, visible
 from ..linalg.arithmetic import describe_arithmetic
 from ..methods import make_method
-from ..ops import traits_of
-from .budget import Budget, budgets
+from .budget import PROCESS_BYTES, Budget, budgets_to_try, usable_memory_bytes
 from .drafts import Draft, Drafter
-from .file_notes import file_notes_of
+from .factor_routes import factor_route
 from .inputs import Inputs, adapts, open_inputs
 from .notes import notes_of
-from .patterns import require_matches, rules_of
-from .plan import PROCESS_BYTES, LeftOut, Plan, TensorPlan
-from .routes import Route, choose_route, copy_route, factor_route
+from .part_sizes import PartSizes
+from .pattern_checks import require_matches, rules_of
+from .plan import LeftOut, Plan, TensorPlan
+from .routes import Copied, Route, choose_route
 
 # What is held of all tensors beside their bytes: of each copy where it lies; of the merged one its plan, journal entry
 # and report, in which there are numbers of every task; of each output where it will lie, and its checksum. A name is
@@ -39,10 +39,6 @@ COPY_METADATA_BYTES, TENSOR_METADATA_BYTES, TASK_METADATA_BYTES, OUTPUT_METADATA
 NAMES_HELD = 5
 # Of that, what is in the baseline already: about a thousand tensors of eight experts.
 METADATA_IN_BASELINE_BYTES = 4_000_000
-# Of a GPU's memory, where no ceiling is given: the rest is for its context, for libraries' workspaces, and for what
-# blocks of many sizes leave between them. (Not tried to the limit: merges under a ceiling of 8 GiB reserved 3.7 and 6.4
-# GiB on an H200.)
-GPU_MEMORY_SHARE = 0.85
 
 
 def make_plan(
@@ -87,7 +83,7 @@ def make_plan(
         experts,
         tensors,
         _contents(base, experts, config),
-        _metadata(base, config),
+        _header_metadata(base, config),
         budget,
         metadata,
         describe_arithmetic(device),
@@ -96,7 +92,7 @@ def make_plan(
         left_out=left_out,
     )
     # Names of files may hold bytes that are no text, and no JSON.
-    return replace(made, notes=tuple(bounded(map(visible, (*notes_of(made), *file_notes_of(made))))))
+    return replace(made, notes=tuple(bounded(map(visible, notes_of(made)))))
 
 
 def _contents(base: Checkpoint, experts: Sequence[Checkpoint], config: MergeConfig) -> FolderContents:
@@ -108,7 +104,7 @@ def _contents(base: Checkpoint, experts: Sequence[Checkpoint], config: MergeConf
     return contents_of(base.path, merged, checkpoints, config.method)
 
 
-def _metadata(base: Checkpoint, config: MergeConfig) -> dict[str, dict[str, str]]:
+def _header_metadata(base: Checkpoint, config: MergeConfig) -> dict[str, dict[str, str]]:
     """Return what the headers of the output's files say beside their tensors."""
     if config.adapter_rank is not None:
         return {}
@@ -121,7 +117,7 @@ def _metadata(base: Checkpoint, config: MergeConfig) -> dict[str, dict[str, str]
 def _left_out(
     base: Checkpoint, experts: Sequence[Checkpoint], extras: Mapping[str, StoredTensor]
 ) -> tuple[LeftOut, ...]:
-    """What the experts have and the output will not, of those that have something of the kind."""
+    """Return what experts have and the output will not, for each expert that has such tensors."""
     return tuple(
         LeftOut(expert, {name: expert.tensors[name] for name in sorted(names)})
         for expert in experts
@@ -170,7 +166,7 @@ def _choose_routes(
     merged = [draft for draft in kinds.values() if draft.method and not draft.method.any_shape]
     largest = max((draft.copies_bytes for draft in merged), default=0)
     budget, routes = Budget(0, None), {}
-    for budget in budgets(largest, host=host, vram=max_vram, on_gpu=on_gpu):
+    for budget in budgets_to_try(largest, host=host, vram=max_vram, on_gpu=on_gpu):
         routes = {kind: _route_of(draft, budget, device, adapter_rank) for kind, draft in kinds.items()}
         if budget.work is None or all(route.work_bytes <= budget.work for route in routes.values()):
             break
@@ -178,20 +174,13 @@ def _choose_routes(
 
 
 def _route_of(draft: Draft, budget: Budget, device: torch.device, adapter_rank: int | None) -> Route:
+    sizes = PartSizes(draft.traffic, budget, device)
     if draft.method is None:
-        return copy_route(draft.base.shape, draft.traffic, budget)
+        return Copied.plan(draft.base.shape, sizes)
     if not draft.pairs:
-        return choose_route(draft.method, draft.spec, draft.traffic, budget, device)
-    return factor_route(
-        draft.method,
-        draft.spec,
-        draft.traffic,
-        budget,
-        device,
-        tasks=len(draft.pairs),
-        rank=draft.rank,
-        adapter_rank=adapter_rank,
-    )
+        return choose_route(draft.method, draft.spec, sizes)
+    ranks = {"rank": draft.rank, "adapter_rank": adapter_rank}
+    return factor_route(draft.method, draft.spec, sizes, tasks=len(draft.pairs), **ranks)
 
 
 def _plan_tensors(
@@ -214,18 +203,10 @@ def _plan_tensors(
             draft.base,
             draft.experts,
             draft.pairs,
-            route,
-            flops,
+            draft.weights,
             draft.shard,
             draft.rounding_seed,
+            route,
+            flops,
             experts_are_deltas,
-            draft.weights,
         )
-
-
-def usable_memory_bytes(device: torch.device) -> int:
-    """Return what a merge without a ceiling may take of a GPU: a share of all of its memory.
-
-    Not of what is free: the same merge on the same kind of GPU is to give the same bytes.
-    """
-    return int(GPU_MEMORY_SHARE * traits_of(device).memory_bytes)

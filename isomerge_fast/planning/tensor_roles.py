@@ -1,5 +1,6 @@
-"""What a matrix of a model is, where that matters to how it is merged: a table of tokens or of positions, a router, a
-classifier's head. Told by its shape beside the config, and by names where no config tells.
+"""Tell what a matrix is where that matters to a merge: a table of tokens or positions, a router, a classifier's head.
+
+Its shape beside the config tells, and names where no config does.
 """
 
 from __future__ import annotations
@@ -10,37 +11,17 @@ from typing import Any
 
 from ..checkpoint.layout import Checkpoint
 
-TOKENS, POSITIONS, SEGMENTS, ROUTERS, HEADS = (
-    "token tables",
-    "position tables",
-    "segment tables",
-    "routers",
-    "classifier heads",
-)
+TOKENS, POSITIONS, SEGMENTS = "token tables", "position tables", "segment tables"
+ROUTERS, HEADS = "routers", "classifier heads"
 
 # The module that holds the matrix, by the last word of its name.
 _TOKEN_MODULES = {
-    "embed_in",
-    "embed_out",
-    "embed_tokens",
-    "lm_head",
-    "shared",
-    "tok_embeddings",
-    "token_embedding",
-    "token_embeddings",
-    "word_embedding",
-    "word_embeddings",
-    "wte",
+    *("embed_in", "embed_out", "embed_tokens", "lm_head", "shared", "tok_embeddings"),
+    *("token_embedding", "token_embeddings", "word_embedding", "word_embeddings", "wte"),
 }
 _POSITION_MODULES = {
-    "embed_positions",
-    "pos_emb",
-    "pos_embed",
-    "position_embedding",
-    "position_embeddings",
-    "positional_embedding",
-    "relative_attention_bias",
-    "wpe",
+    *("embed_positions", "pos_emb", "pos_embed", "position_embedding", "position_embeddings"),
+    *("positional_embedding", "relative_attention_bias", "wpe"),
 }
 _SEGMENT_MODULES = {"segment_embeddings", "token_type_embeddings"}
 # Which no other module is called, and which others may be called too.
@@ -66,7 +47,7 @@ MAX_CLASSES, MAX_CLASS_CHARACTERS = 20, 200
 
 
 class Roles:
-    """The roles of a checkpoint's matrices."""
+    """Find the roles of a checkpoint's matrices."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         config = checkpoint.config or {}
@@ -84,7 +65,7 @@ class Roles:
         self._known: dict[tuple[str, tuple[int, int]], str | None] = {}
 
     def of(self, name: str, shape: Sequence[int]) -> str | None:
-        """Return the role of a tensor, or None: it is no matrix, or one like all others."""
+        """Return the role of a tensor; None where it is no matrix, or one like all others."""
         if len(shape) != 2:
             return None
         key = _NUMBER.sub("#", name), (shape[0], shape[1])
@@ -93,7 +74,7 @@ class Roles:
         return self._known[key]
 
     def _role(self, name: str, shape: tuple[int, int]) -> str | None:
-        """``of`` a name in which ``#`` stands for every number."""
+        """Return the role of tensors whose name has ``#`` for every number."""
         path = [part for part in name.removesuffix(".weight").split(".") if part != "#"] or [""]
         if path[-1] in _POSITION_MODULES:
             return POSITIONS
@@ -106,7 +87,7 @@ class Roles:
         return HEADS if self._is_head(path, shape[0]) else None
 
     def _has_tokens(self, name: str, module: str, shape: Sequence[int]) -> bool:
-        """Whether there is a row for every word of the vocabulary."""
+        """Return whether there is a row for every word of the vocabulary."""
         rows = shape[0]
         if _NO_TABLES.search(name):
             return False
@@ -119,7 +100,7 @@ class Roles:
         return is_like_no_other and rows in self._vocabularies - self._other_sizes
 
     def _routes(self, path: Sequence[str], shape: Sequence[int]) -> bool:
-        """Whether there is a row for every expert of a mixture."""
+        """Return whether there is a row for every expert of a mixture."""
         if path[-1] not in ("gate", "wg") and "router" not in path[-2:]:
             return False
         if self._experts or self._has_config:
@@ -127,7 +108,7 @@ class Roles:
         return shape[0] <= MAX_ROUTES and 4 * shape[0] <= shape[1]
 
     def _is_head(self, path: Sequence[str], rows: int) -> bool:
-        """Whether a classifier's answer is computed by it: Roberta's is classifier.dense and classifier.out_proj."""
+        """Return whether the matrix computes a classifier's answer, as Roberta's classifier.dense and out_proj do."""
         if _is_at_the_top(path, _HEAD_MODULES):
             return True
         is_told = self._classifies or rows in self._labels or not self._has_config
@@ -135,12 +116,12 @@ class Roles:
 
 
 def _is_at_the_top(path: Sequence[str], modules: Set[str]) -> bool:
-    """Whether it is one of these modules, or lies in one, of the whole model and not of a layer."""
+    """Return whether a matrix is in one of these modules, of the whole model and not of a layer."""
     return path[0] in modules or (len(path) == 2 and path[1] in modules)
 
 
 def looks_like_a_head(name: str) -> bool:
-    """Return whether a tensor is of what a task was trained on, by its name alone."""
+    """Return whether a tensor belongs to a trained head, by its name alone."""
     path = [part for part in name.split(".")[:-1] if not part.isdecimal()]
     return bool(path) and _is_at_the_top(path, _HEAD_MODULES | _PERHAPS_HEADS | {"lm_head"})
 

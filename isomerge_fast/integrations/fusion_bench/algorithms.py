@@ -16,7 +16,7 @@ from torch import nn
 from ...errors import ConfigError, nearest
 from ...execution.in_memory import StateDictMerge
 from ...methods import IsoC, IsoCTS, Method
-from ...planning.patterns import require_matches
+from ...planning.pattern_checks import require_matches
 from ..peers import FUSION_BENCH, require
 
 require("fusion-bench", FUSION_BENCH, "fusion-bench")

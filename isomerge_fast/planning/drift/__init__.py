@@ -1,4 +1,4 @@
-"""How what lies beside the experts' weights differs from the base's, which the output has."""
+"""Tell how configs and tokenizers of the experts differ from the base's, which the output has."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from ...checkpoint.layout import Checkpoint
 from .config import config_differences
-from .tokenizer import Reader, read_beside, tokenizer_differences
+from .tokenizer import SettingsReader, token_settings, tokenizer_differences
 
 # So many differences, and so many experts that have the same ones, stand in one note.
 DIFFERENCES_SHOWN, EXPERTS_SHOWN = 14, 6
 
 
 def drift_notes(base: Checkpoint, experts: Sequence[Checkpoint]) -> Iterator[str]:
-    """Yield a note for all experts with the same differences. A file that cannot be read is a note, and no error."""
+    """Yield a note for all experts with the same differences, and one for every file that cannot be read."""
     if not base.is_folder:
         return
     folders = [expert for expert in experts if expert.is_folder and expert.path != base.path]
-    reader = Reader()
-    ours = read_beside(base, reader)
+    reader = SettingsReader()
+    ours = token_settings(base, reader)
     yield from _grouped(
         folders,
         lambda expert: config_differences(base.config, expert.config),
@@ -26,7 +26,7 @@ def drift_notes(base: Checkpoint, experts: Sequence[Checkpoint]) -> Iterator[str
     )
     yield from _grouped(
         folders,
-        lambda expert: tokenizer_differences(ours, read_beside(expert, reader)),
+        lambda expert: tokenizer_differences(ours, token_settings(expert, reader)),
         "tokens, chat or generation settings differ from the base's, which the output has",
     )
     for problem in reader.problems:

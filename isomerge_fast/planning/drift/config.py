@@ -1,4 +1,4 @@
-"""Configs that give the same weights another function: rope, heads, activations, norms, windows, special tokens."""
+"""Find what in two configs gives the same weights another function: rope, heads, activations, norms, windows."""
 
 from __future__ import annotations
 
@@ -31,26 +31,19 @@ _IN_ANY_RELEASE = re.compile(r"(.*\.)?(rope_parameters\..*|sliding_window|\w+_(m
 # Of a part, releases between 4.38 and 4.57 wrote only what is not its class's default.
 _PART = re.compile(r"\w+_config\..*")
 _ROPE_KEYS = (
-    "global_rope_theta",
-    "local_rope_theta",
-    "rope_local_base_freq",
-    "rope_parameters",
-    "rope_scaling",
-    "rope_theta",
-    "rotary_emb_base",
-    "rotary_pct",
+    *("global_rope_theta", "local_rope_theta", "rope_local_base_freq", "rope_parameters", "rope_scaling"),
+    *("rope_theta", "rotary_emb_base", "rotary_pct"),
 )
 _ROPE_TYPES = {"mrope": "default", "su": "longrope", None: "default"}
 _NO_KEY = object()
 
 
 def config_differences(base: Mapping[str, Any] | None, expert: Mapping[str, Any] | None) -> Iterator[str]:
-    """Yield what an expert's config says otherwise than the base's, key by key.
+    """Yield how an expert's config differs from the base's, key by key.
 
-    A key that one of them has alone counts, unless it switches something off or is neutral (null, false, 0, 1, empty)
-    or its value is what the other is known to take without it: a head's size of hidden_size / num_attention_heads,
-    rope_theta 10000, and, where another release of transformers wrote the other config, all but rope, windows and
-    scales.
+    A key that one of them has alone counts, unless its value is neutral (null, false, 0, 1, empty) or what the other is
+    known to take without it: a head's size of hidden_size / num_attention_heads, rope_theta 10000. Where another
+    release of transformers wrote the other config, only keys of rope, windows and scales count.
     """
     if base is None or expert is None:
         return
@@ -73,11 +66,7 @@ def config_differences(base: Mapping[str, Any] | None, expert: Mapping[str, Any]
 
 
 def _goes_without_saying(key: str, value: Any, other: Mapping[str, Any], other_release: bool) -> bool:
-    """Whether a config without ``key`` means the same as one in which it has this value.
-
-    Args:
-        other: the config without it, flat.
-    """
+    """Return whether ``other``, a flat config without ``key``, means the same as one in which it has this value."""
     if is_off(value) or same(value, 1):
         return True
     if other_release and _PART.fullmatch(key):
@@ -94,7 +83,7 @@ def _goes_without_saying(key: str, value: Any, other: Mapping[str, Any], other_r
 
 
 def _with_text(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return a config in which the text model's keys stand beside those of the whole, as some releases had them."""
+    """Return a config with the text model's keys beside those of the whole model, as some releases wrote it."""
     text = config.get("text_config")
     if not isinstance(text, dict):
         return config
@@ -102,8 +91,9 @@ def _with_text(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _rewritten(key: str, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> bool:
-    """Whether releases write other values for the same: the number that "auto" stands for, or of T5 tying in another
-    sense, beside ``scale_decoder_outputs``.
+    """Return whether two releases of transformers write different values for the same thing.
+
+    One writes "auto" and the other the number; T5's tying has another sense beside ``scale_decoder_outputs``.
     """
     if key == "tie_word_embeddings":
         return ("scale_decoder_outputs" in ours) != ("scale_decoder_outputs" in theirs)
@@ -111,7 +101,7 @@ def _rewritten(key: str, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> 
 
 
 def _flat(node: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield what changes the function, by dotted keys, rope in one spelling."""
+    """Yield the dotted keys and values that change the function, with rope in one spelling."""
     for key, value in (node if "rope_parameters." in place else _with_one_rope(node)).items():
         if len(key) <= KEY_CHARACTERS and _IGNORED.fullmatch(key):
             continue
@@ -128,8 +118,9 @@ def _flat(node: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, Any]]
 
 
 def _with_one_rope(node: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return a config with rope as transformers 5 writes it: ``rope_parameters`` in place of ``rope_theta`` with
-    ``rope_scaling``, of Gemma's and ModernBERT's two bases, and of GPT-NeoX's names.
+    """Return a config with rope as transformers 5 writes it, ``rope_parameters``.
+
+    It stands for ``rope_theta`` with ``rope_scaling``, Gemma's and ModernBERT's two bases, and GPT-NeoX's names.
     """
     given = {key: node[key] for key in _ROPE_KEYS if node.get(key) is not None}
     if not any(key in node for key in _ROPE_KEYS):

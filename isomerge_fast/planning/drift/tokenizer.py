@@ -1,4 +1,4 @@
-"""Special tokens, chat templates and generation settings, which lie in small files beside a model's weights."""
+"""Compare special tokens, chat templates and generation settings, which lie in files beside a model's weights."""
 
 from __future__ import annotations
 
@@ -14,14 +14,8 @@ from ...checkpoint.layout import Checkpoint, parse_settings
 from ...errors import InputError
 from .values import brief, brief_key, same
 
-TOKENIZER, TOKENS_MAP, ADDED, GENERATION, TEMPLATE, OLD_TEMPLATE = (
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "generation_config.json",
-    "chat_template.jinja",
-    "chat_template.json",
-)
+TOKENIZER, TOKENS_MAP, ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
+GENERATION, TEMPLATE, OLD_TEMPLATE = "generation_config.json", "chat_template.jinja", "chat_template.json"
 # Larger ones are not compared. Real ones have under a megabyte.
 MAX_BYTES, MAX_VALUES = 8_000_000, 400_000
 MAX_DIGITS = 12  # of a token's number
@@ -30,26 +24,17 @@ _SWITCHES = ("add_bos_token", "add_eos_token")
 # What tokenizers have by their class: a file that does not name them may mean them all the same.
 _USUAL = re.compile(r"</?s>|<(unk|pad|mask|bos|eos)>|\[(UNK|SEP|PAD|CLS|MASK)\]|<\|endoftext\|>")
 _SAMPLING = (
-    "do_sample",
-    "length_penalty",
-    "max_length",
-    "max_new_tokens",
-    "min_p",
-    "no_repeat_ngram_size",
-    "num_beams",
-    "repetition_penalty",
-    "temperature",
-    "top_k",
-    "top_p",
-    "typical_p",
+    *("do_sample", "length_penalty", "max_length", "max_new_tokens", "min_p", "no_repeat_ngram_size", "num_beams"),
+    *("repetition_penalty", "temperature", "top_k", "top_p", "typical_p"),
 )
 _STEERING = ("begin_suppress_tokens", "stop_strings", "suppress_tokens")
 _TEMPLATE_ITEM, _SAMPLING_ITEM = "chat template", "sampling defaults"
 
 
-class Reader:
-    """Reads small files of checkpoints. What cannot be read is a problem to be told of, and no error: it was never
-    needed for the weights. Equal files are parsed once.
+class SettingsReader:
+    """Read small files of checkpoints, and parse equal ones once.
+
+    What cannot be read is a problem to be told of, and no error: it is not needed for the weights.
     """
 
     def __init__(self) -> None:
@@ -85,16 +70,22 @@ class Reader:
 
 
 @dataclass
-class Beside:
-    """What a checkpoint has beside its weights: values by what they are called in a note."""
+class TokenSettings:
+    """Hold what a checkpoint's files say of tokens, chat and generation.
+
+    Attributes:
+        items: values by what they are called in a note.
+        added: added tokens with their numbers.
+        files: names of those that are there.
+    """
 
     items: dict[str, Any] = field(default_factory=dict)
-    added: dict[str, Any] = field(default_factory=dict)  # tokens with their numbers
+    added: dict[str, Any] = field(default_factory=dict)
     files: set[str] = field(default_factory=set)
 
 
-def tokenizer_differences(ours: Beside, theirs: Beside) -> Iterator[str]:
-    """Yield what an expert says otherwise than the base, of special tokens, chat template and generation.
+def tokenizer_differences(ours: TokenSettings, theirs: TokenSettings) -> Iterator[str]:
+    """Yield how an expert differs from the base in special tokens, chat template and generation.
 
     What the base says and the expert does not counts where the expert has a file that would say it.
     """
@@ -110,7 +101,7 @@ def tokenizer_differences(ours: Beside, theirs: Beside) -> Iterator[str]:
     yield from _added(ours, theirs)
 
 
-def _difference(key: str, value: Any, ours: Beside) -> Iterator[str]:
+def _difference(key: str, value: Any, ours: TokenSettings) -> Iterator[str]:
     mine = ours.items.get(key)
     if mine is None:
         if key == _SAMPLING_ITEM:
@@ -131,8 +122,8 @@ def _is_usual(value: Any) -> bool:
     return isinstance(value, str) and _USUAL.fullmatch(value) is not None
 
 
-def _added(ours: Beside, theirs: Beside) -> Iterator[str]:
-    """Tokens that the base's tokenizer has not, or under other numbers."""
+def _added(ours: TokenSettings, theirs: TokenSettings) -> Iterator[str]:
+    """Yield how many added tokens the base's tokenizer lacks, or has under other numbers."""
     if not ours.added and TOKENIZER in ours.files and ADDED not in theirs.files:
         return  # tokenizer.json has them, which is not read
     known = {value for value in ours.items.values() if isinstance(value, str)} | ours.added.keys()
@@ -148,9 +139,9 @@ def _added(ours: Beside, theirs: Beside) -> Iterator[str]:
         yield f"{len(moved)} added token(s) of other numbers, such as {brief(moved[0])} {numbers}"
 
 
-def read_beside(checkpoint: Checkpoint, reader: Reader) -> Beside:
-    """Return what lies beside a checkpoint's weights."""
-    folder, found = checkpoint.path, Beside()
+def token_settings(checkpoint: Checkpoint, reader: SettingsReader) -> TokenSettings:
+    """Return what a checkpoint's files say of tokens, chat and generation."""
+    folder, found = checkpoint.path, TokenSettings()
     names = (TOKENIZER, TOKENS_MAP, ADDED, GENERATION, TEMPLATE, OLD_TEMPLATE)
     found.files = {name for name in names if os.path.lexists(folder / name)}
     tokenizer = reader.settings(folder, TOKENIZER)
@@ -188,7 +179,7 @@ def _decoded(tokenizer: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _template(folder: Path, tokenizer: Mapping[str, Any], reader: Reader) -> Any:
+def _template(folder: Path, tokenizer: Mapping[str, Any], reader: SettingsReader) -> Any:
     """Return the chat template: a file of its own, else that of the tokenizer's settings."""
     data = reader.bytes_of(folder, TEMPLATE)
     if data is not None:

@@ -1,4 +1,4 @@
-"""Values of JSON settings, compared and shown."""
+"""Compare and show values of JSON settings."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ KEY_CHARACTERS = 200  # longer ones are no setting's
 
 
 def is_off(value: Any) -> bool:
-    """Return whether a setting means nothing: null, false, zero or empty."""
+    """Return whether a setting is off: null, false, zero or empty."""
     return value is None or value is False or value == 0 or value in ("", [], {})
 
 
@@ -42,7 +42,7 @@ def brief(value: Any) -> str:
 
 
 def brief_key(key: str) -> str:
-    """Return a key as it is; of one that is longer than real ones, how it begins and what tells it from others."""
+    """Return a key; if it is longer than real ones, its beginning and a hash that tells it from others."""
     if len(key) <= KEY_CHARACTERS:
         return key
     digest = hashlib.sha256(key.encode(errors="surrogatepass")).hexdigest()[:8]

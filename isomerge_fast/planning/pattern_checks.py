@@ -1,4 +1,4 @@
-"""Shell patterns of a config against tensor names: those that match nothing are mistakes, and a near name helps."""
+"""Check a config's shell patterns against tensor names: a pattern that matches nothing is a mistake."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _WORD_CHARACTERS = 60
 
 
 def rules_of(config: MergeConfig) -> list[tuple[str, list[str]]]:
-    """Return (where it stands, patterns in the order in which they are tried) of every list of patterns."""
+    """Return every list of patterns: where it stands, and the patterns in the order in which they are tried."""
     found = [("overrides", [override.match for override in config.overrides]), ("exclude", list(config.exclude))]
     for expert, entry in zip(config.experts, config.weights or [], strict=False):
         if isinstance(entry, list):
@@ -32,7 +32,7 @@ def require_matches(
     """Check that every pattern matches a name. ``*`` always does.
 
     Args:
-        rules: (where they stand, patterns).
+        rules: pairs of where patterns stand and the patterns.
         names: of what is merged or copied.
         left_out: names that would be taken with another ``on_extra``. A pattern for these is no mistake.
 
@@ -59,7 +59,7 @@ def require_matches(
 
 
 def idle_patterns(config: MergeConfig, merged: Collection[str], copied: Collection[str]) -> Iterator[str]:
-    """Yield which patterns change nothing, though they match something, and why.
+    """Yield the patterns that match something but change nothing, and why.
 
     Args:
         merged: names of the tensors that a method merges.
@@ -99,8 +99,9 @@ _REGULAR = re.compile(r"^\^|^\.[*+]|\$$|\\[.dw]|[)\]][*+]")
 
 
 def _mended(pattern: str, names: Sequence[str]) -> str:
-    """Return ``; '*mlp*' would match`` where the pattern is a regular expression, a part of a name, or of another case,
-    or has spaces or quotes about it; or nothing.
+    """Return ``; '*mlp*' would match`` where a small change makes the pattern match; else nothing.
+
+    The pattern may be a regular expression, a part of a name, of another case, or have spaces or quotes about it.
     """
     glob = pattern[: MAX_WORDS * _WORD_CHARACTERS].strip(" \t\"'")
     if _REGULAR.search(glob) and first_match(glob, names) is None:
@@ -112,7 +113,7 @@ def _mended(pattern: str, names: Sequence[str]) -> str:
 
 
 def _nearest_name(pattern: str, names: Sequence[str]) -> str:
-    """Return ``nearest: 'x'``: the name whose words are most like those of the pattern, wildcards aside."""
+    """Return ``nearest: 'x'``, the name whose words are most like those of the pattern, wildcards aside."""
     if not names:
         return "there is none"
     literal = re.sub(r"\[(.)\]", r"\1", pattern[: MAX_WORDS * _WORD_CHARACTERS])  # as ``glob.escape`` writes it
