@@ -128,7 +128,7 @@ def lora_sum(shape: tuple[int, int], rank: int, tasks: int) -> tuple[list[Tensor
 @pytest.mark.parametrize("precision", TOLERANCES)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("rank", [1, 16, 64])
-@pytest.mark.parametrize("shape", [(512, 512), (512, 4096), (4096, 512)], ids=str)
+@pytest.mark.parametrize("shape", [(384, 384), (384, 3072), (3072, 384)], ids=str)  # the long ones are two blocks
 def test_lora_sums(shape: tuple[int, int], rank: int, method: str, precision: str) -> None:
     """The result is σ̄ times the polar factor on the range: the common directions hold all there is, tasks add none."""
     deltas, judge = lora_sum(shape, rank, 4)
@@ -140,16 +140,19 @@ def test_lora_sums(shape: tuple[int, int], rank: int, method: str, precision: st
 
 
 @pytest.mark.parametrize(
-    ("rank", "method"),
+    ("side", "rank", "method"),
     [
-        (16, "iso-c"),
-        pytest.param(64, "iso-c", marks=pytest.mark.slow),
-        pytest.param(1, "iso-c", marks=pytest.mark.long),
-        pytest.param(16, "iso-cts", marks=pytest.mark.long),
+        (1536, 16, "iso-c"),
+        (1536, 64, "iso-c"),
+        *(
+            pytest.param(4096, rank, method, marks=pytest.mark.long)
+            for rank, method in ((1, "iso-c"), (16, "iso-c"), (64, "iso-c"), (16, "iso-cts"))
+        ),
     ],
 )
-def test_lora_sums_in_4096(rank: int, method: str) -> None:
-    deltas, judge = lora_sum((4096, 4096), rank, 4)
+def test_lora_sums_in_large_matrices(side: int, rank: int, method: str) -> None:
+    """In 4096 an eigensolver takes a minute; what rounding hides of a low rank shows in 1536 as well."""
+    deltas, judge = lora_sum((side, side), rank, 4)
     value, stats = merge(deltas, method)
     assert oracle.relative_error(value.numpy(), judge) <= 1e-6
     assert stats.to_dict()["rank"] == 4 * rank
