@@ -54,11 +54,21 @@ def subspace(u: np.ndarray, sigma: np.ndarray, v: np.ndarray, wide: bool, comple
 
 def stacked(members: list[Subspace]) -> Subspace:
     """Return one batch of all."""
+
+    def stack(name: str) -> Tensor:
+        return torch.stack([getattr(member, name) for member in members])
+
     first = members[0]
-    fields = ("short", "long", "sigma", "gap", "angle", "unresolved")
-    values = {name: torch.stack([getattr(member, name) for member in members]) for name in fields}
-    complement = None if first.complement is None else torch.stack([m.complement for m in members])  # type: ignore[misc]
-    return Subspace(**values, complement=complement, wide=first.wide)
+    return Subspace(
+        short=stack("short"),
+        long=stack("long"),
+        sigma=stack("sigma"),
+        complement=None if first.complement is None else stack("complement"),
+        gap=stack("gap"),
+        angle=stack("angle"),
+        unresolved=stack("unresolved"),
+        wide=first.wide,
+    )
 
 
 def member(rows: int, columns: int, seed: int, repeated: bool) -> tuple[Subspace, list[Subspace], np.ndarray]:
@@ -79,14 +89,14 @@ def member(rows: int, columns: int, seed: int, repeated: bool) -> tuple[Subspace
         np.concatenate([*(part[i] for part in parts), common_side], axis=1) for i, common_side in ((0, u_k), (2, v_k))
     ]
     exact = [oracle.polar(side, SAME_DIRECTION) for side in sides]
-    return common, [subspace(*part, wide, None) for part in parts], exact[0] @ exact[1].T
+    return common, [subspace(left, sigma, right, wide, None) for left, sigma, right in parts], exact[0] @ exact[1].T
 
 
 def problem(shape: tuple[int, ...], repeated: bool = False) -> tuple[Subspace, list[Subspace], np.ndarray]:
     """Return ``member`` of one matrix, or of a batch."""
     if len(shape) == 2:
-        return member(*shape, 0, repeated)
-    members = [member(*shape[-2:], seed, repeated) for seed in range(shape[0])]
+        return member(shape[0], shape[1], 0, repeated)
+    members = [member(shape[-2], shape[-1], seed, repeated) for seed in range(shape[0])]
     parts = [stacked([parts[task] for _, parts, _ in members]) for task in range(TASKS)]
     return stacked([common for common, _, _ in members]), parts, np.stack([value for *_, value in members])
 
