@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV := .venv
 N ?= 200000
 SEED ?= 0
+# Processes of `make test`, each with one thread (tests/conftest.py).
+WORKERS ?= 2
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
@@ -19,8 +21,8 @@ demo: $(VENV)/.installed-demo ## fine-tune experts on real data, merge them, pri
 
 # The script and not `python -m pytest`, which would put the checkout on sys.path, and with it a namespace package named
 # `kernels`.
-test: $(VENV)/.installed-test ## run the test suite
-	$(BIN)/pytest
+test: $(VENV)/.installed-test ## run the test suite, on two cores: make test WORKERS=4
+	$(BIN)/pytest -n $(WORKERS) --dist loadfile
 
 test-peers: $(VENV)/.installed-peers ## run what is tested inside and beside mergekit, FusionBench, PEFT and Ray
 	ISOMERGE_REQUIRE_PEERS=1 $(BIN)/pytest -m 'peer and not long'

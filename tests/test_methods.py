@@ -11,7 +11,6 @@ import torch
 import isomerge_fast as imf
 import oracle
 from isomerge_fast.errors import ConfigError, InputError
-from isomerge_fast.linalg.gram_eigh import GramEigh
 from isomerge_fast.linalg.svd import FullSvd
 from isomerge_fast.linalg.thin import flagged_qr, thin_qrs
 from isomerge_fast.methods import METHODS, MemoryDeltas, TensorSpec, as_deltas, make_method
@@ -305,24 +304,6 @@ def test_evidence() -> None:
     assert evidence["orthogonality"] < 1e-6
     _, stats = make_method("iso-c").merge(as_deltas(deltas))
     assert stats.to_dict()["sigma_mean"] == pytest.approx(sigma.mean(), rel=1e-6)
-
-
-@pytest.mark.parametrize("solver", [GramEigh(), FullSvd()], ids=lambda solver: solver.name)
-@pytest.mark.parametrize("shape", [(40, 60), (60, 40), (50, 50)], ids=str)
-def test_solvers_against_numpy(solver, shape: tuple[int, int]) -> None:
-    x = torch.stack(make_deltas(*shape, 3)).sum(0).double()
-    u, sigma, v = oracle.thin_svd(x.numpy())
-    q, stats = solver.polar(x)
-    assert oracle.relative_error(q.numpy(), u @ v.T) <= 1e-8
-    assert stats.nuclear_norm.item() == pytest.approx(sigma.sum(), rel=1e-9)
-    factors = solver.factorize(x)
-    top = factors.complete(factors.top(7), torch.float64)
-    complement = factors.complement(top)
-    assert top.sigma.numpy() == pytest.approx(sigma[:7], rel=1e-8)
-    assert oracle.relative_error((top.u @ top.v.mT).numpy(), u[:, :7] @ v[:, :7].T) <= 1e-7
-    # The complement is the rest of the short side: together they are the identity.
-    short = top.short @ top.short.mT + complement @ complement.mT
-    assert oracle.relative_error(short.numpy(), np.eye(min(shape))) <= 1e-10
 
 
 def with_condition(x: torch.Tensor, condition: float) -> torch.Tensor:

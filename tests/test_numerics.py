@@ -21,7 +21,7 @@ from isomerge_fast.linalg.blockwise import long_side_blocks
 from isomerge_fast.linalg.certificate import PROBES, fixed_draw, orthogonality, probes, symmetry
 from isomerge_fast.linalg.gram_eigh import GramEigh
 from isomerge_fast.linalg.polar_traced import TracedPolar
-from isomerge_fast.linalg.protocol import Solver, Subspace, polar_growth
+from isomerge_fast.linalg.protocol import polar_growth
 from isomerge_fast.linalg.subspace_chebyshev import ChebyshevSubspace, filtered_block
 from isomerge_fast.linalg.svd import FullSvd
 from isomerge_fast.methods import MemoryDeltas, MergeStats, TensorSpec, as_deltas, make_method
@@ -128,7 +128,7 @@ def lora_sum(shape: tuple[int, int], rank: int, tasks: int) -> tuple[list[Tensor
 @pytest.mark.parametrize("precision", TOLERANCES)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("rank", [1, 16, 64])
-@pytest.mark.parametrize("shape", [(512, 512), (512, 4096), (4096, 512)], ids=str)
+@pytest.mark.parametrize("shape", [(384, 384), (384, 3072), (3072, 384)], ids=str)  # the long ones are two blocks
 def test_lora_sums(shape: tuple[int, int], rank: int, method: str, precision: str) -> None:
     """The result is σ̄ times the polar factor on the range: the common directions hold all there is, tasks add none."""
     deltas, judge = lora_sum(shape, rank, 4)
@@ -140,16 +140,19 @@ def test_lora_sums(shape: tuple[int, int], rank: int, method: str, precision: st
 
 
 @pytest.mark.parametrize(
-    ("rank", "method"),
+    ("side", "rank", "method"),
     [
-        (16, "iso-c"),
-        pytest.param(64, "iso-c", marks=pytest.mark.slow),
-        pytest.param(1, "iso-c", marks=pytest.mark.long),
-        pytest.param(16, "iso-cts", marks=pytest.mark.long),
+        (1536, 16, "iso-c"),
+        (1536, 64, "iso-c"),
+        *(
+            pytest.param(4096, rank, method, marks=pytest.mark.long)
+            for rank, method in ((1, "iso-c"), (16, "iso-c"), (64, "iso-c"), (16, "iso-cts"))
+        ),
     ],
 )
-def test_lora_sums_in_4096(rank: int, method: str) -> None:
-    deltas, judge = lora_sum((4096, 4096), rank, 4)
+def test_lora_sums_in_large_matrices(side: int, rank: int, method: str) -> None:
+    """In 4096 an eigensolver takes a minute; what rounding hides of a low rank shows in 1536 as well."""
+    deltas, judge = lora_sum((side, side), rank, 4)
     value, stats = merge(deltas, method)
     assert oracle.relative_error(value.numpy(), judge) <= 1e-6
     assert stats.to_dict()["rank"] == 4 * rank
@@ -394,37 +397,6 @@ def test_certificate_tells_wrong_polar_factors(shape: tuple[int, ...]) -> None:
     assert negative.min() > 1e-3
 
 
-@pytest.mark.parametrize("kind", ["noise", "decay", "cancelling"])
-def test_search_knows_its_angle(kind: str) -> None:
-    """The bound holds, for every spectrum, and is below what was asked for; the subspaces are those of float64 eigh."""
-    rows, columns, tasks, s, k = 1500, 300, 8, 7, 244
-    generator = torch.Generator().manual_seed(0)
-    deltas = [torch.randn(rows, columns, generator=generator) for _ in range(tasks)]
-    if kind == "decay":
-        deltas = [delta * torch.arange(1, columns + 1) ** -0.7 for delta in deltas]
-    elif kind == "cancelling":  # what all share is 300 times larger than what is left of a task
-        shared = torch.randn(rows, 20, generator=generator) @ torch.randn(20, columns, generator=generator)
-        deltas = [delta + 70.0 * shared for delta in deltas]
-    total = torch.stack(deltas).double().sum(0)
-    solver = ChebyshevSubspace()
-    factors, judge = solver.factorize(total), GramEigh().factorize(total)
-    common = factors.complete(factors.top(k), torch.float32)
-    for delta in deltas[:2]:
-        norm = delta.double().norm()
-        tolerance = torch.zeros((), dtype=torch.float64)
-        found = factors.residual(delta, common, s, norm=norm, tolerance=tolerance)
-        exact = judge.residual(delta, common, s, norm=norm, tolerance=tolerance)
-        assert exact.long is not None
-        assert found.long is not None
-        sine = (found.short - exact.short @ (exact.short.mT @ found.short)).norm() / s**0.5
-        # eigh itself: a few ε of ‖Δ‖², where S hides the rest of Δ.
-        assert sine <= found.angle + exact.angle + 1e-12
-        assert found.angle <= max(solver.angle, exact.angle.item())  # of what the search misses, that of eigh
-        assert oracle.relative_error(found.sigma.numpy(), exact.sigma.numpy()) <= 1e-6
-        product, expected = found.long @ found.short.mT, exact.long @ exact.short.mT
-        assert oracle.relative_error(product.numpy(), expected.numpy()) <= 10 * (found.angle + exact.angle) + 1e-9
-
-
 def test_search_that_cannot_reach_its_angle_is_exact() -> None:
     deltas = Case(0, 1100, 260, 1e2, 8).deltas()
     total = torch.stack(deltas).double().sum(0)
@@ -447,29 +419,7 @@ class FreshDeltas(MemoryDeltas):
         return super().delta(task).clone()
 
 
-def split(solver: Solver, x: Tensor, k: int, dtype: torch.dtype) -> tuple[Subspace, Tensor]:
-    """The top k triplets and the short side's other directions."""
-    factors = solver.factorize(x)
-    top = factors.top(k)
-    complement = factors.complement(top)
-    return factors.complete(top, dtype), complement
-
-
 WORKSPACE_SHAPES = [(300, 300), (260, 1100), (1100, 260), (64, 9000), (9000, 64), (600, 600)]
-
-
-@pytest.mark.parametrize("solver", [GramEigh(), GramEigh(torch.float32), ChebyshevSubspace(), FullSvd()], ids=str)
-@pytest.mark.parametrize("shape", WORKSPACE_SHAPES, ids=str)
-def test_solver_keeps_to_its_workspace(solver: Solver, shape: tuple[int, int]) -> None:
-    """Ill-conditioned input, where all of a solver's steps are taken."""
-    total = torch.stack(Case(0, *shape, 1e6, 4).deltas()).double().sum(0)
-    k = 4 * min(shape) // 5
-    for dtype in (torch.float32, torch.float64):
-        promised = solver.workspace_bytes(*shape, dtype, CPU)
-        peak, _ = peak_bytes(lambda dtype=dtype: solver.polar(total, dtype=dtype))
-        assert peak <= promised <= 4 * peak
-        peak, _ = peak_bytes(lambda dtype=dtype: split(solver, total, k, dtype))
-        assert peak <= promised
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,8 @@ from isomerge_fast.planning.planner import make_plan
 from isomerge_fast.planning.routes import Copied, Resident, Route, Rowwise, Streamed, choose_route
 from pretend_gpu import pretend_gpu
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 MIB = 1 << 20
 SIZES = {"large": 5 * MIB + 3, "small": 77, "empty": 0, "scalar": 1, "page": 4096, "next": 3 * MIB}
 
