@@ -11,11 +11,13 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from http.server import HTTPServer, SimpleHTTPRequestHandler
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -301,20 +303,45 @@ def test_without_ray_it_says_what_to_install(
     merge.expect_nothing()
 
 
+def listener(kind: str) -> Iterator[int]:
+    """A port where something listens, or nothing."""
+    if kind == "http":
+        with HTTPServer(("127.0.0.1", 0), SimpleHTTPRequestHandler) as server:
+            thread = threading.Thread(target=server.serve_forever)
+            thread.start()
+            yield server.server_address[1]
+            server.shutdown()
+            thread.join()
+        return
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        if kind == "silent":
+            server.listen()
+        yield server.getsockname()[1]
+
+
 @pytest.mark.parametrize("way", ["address", "RAY_ADDRESS", "last-started"])
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [("nobody", "nothing answers there"), ("silent", "nothing answers there"), ("http", "is no head of a Ray cluster")],
+    ids=["nobody", "silent", "http"],
+)
 def test_an_address_without_a_cluster(
     unconnected: None,
     families: dict[str, Family],
     tmp_path: Path,
     ray_folder: Path,
     monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    said: str,
     way: str,
 ) -> None:
-    """Said within seconds, where Ray itself would try for a minute, and before there is anything on the disk."""
+    """Said within seconds, where Ray itself would try for minutes, and before there is anything on the disk."""
     merge = Merge(tmp_path, families["one-file"])
-    with socket.socket() as bound:
-        bound.bind(("127.0.0.1", 0))  # so that nothing else listens there
-        address = f"127.0.0.1:{bound.getsockname()[1]}"
+    if kind == "silent":
+        monkeypatch.setattr(cluster, "CONNECT_SECONDS", 0.3)
+    for port in listener(kind):
+        address = f"127.0.0.1:{port}"
         if way == "RAY_ADDRESS":
             monkeypatch.setenv("RAY_ADDRESS", address)
         if way == "last-started":
@@ -324,7 +351,8 @@ def test_an_address_without_a_cluster(
         code, _, told = invoke("run", write_config(merge), "--ray", address if way == "address" else "auto")
         assert time.monotonic() - started < 15
         assert code == 2
-        assert f"ray {address}: nothing answers there" in told
+        assert f"ray {address}: " in told
+        assert said in told
     (ray_folder / "ray/ray_current_cluster").unlink(missing_ok=True)
     merge.expect_nothing()
 
@@ -352,6 +380,29 @@ def test_an_address_that_cannot_be_reached(
     with pytest.raises(imf.ConfigError, match=rf"ray {re.escape(address)}: nothing answers there"):
         merge.over_ray(ray=address)
     merge.expect_nothing()
+
+
+class Head:
+    """What says the first word of a cluster's head at a port, and nothing more."""
+
+    def __enter__(self) -> str:
+        self._server = socket.create_server(("127.0.0.1", 0))
+        self._thread = threading.Thread(target=self._answer)
+        self._thread.start()
+        return f"127.0.0.1:{self._server.getsockname()[1]}"
+
+    def _answer(self) -> None:
+        with suppress(OSError):
+            while True:
+                connection, _ = self._server.accept()
+                with connection:
+                    connection.recv(100)
+                    connection.sendall(bytes([0, 0, 0, 4, 0, 0, 0, 0, 0]))
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown(socket.SHUT_RDWR)
+        self._server.close()
+        self._thread.join()
 
 
 @pytest.mark.parametrize(
@@ -386,8 +437,8 @@ def test_which_cluster_is_tried(
             raise ConnectionError("no such cluster")
 
     monkeypatch.setattr(ray, "init", init)
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        names = {"head": f"127.0.0.1:{server.getsockname()[1]}", "nobody": "127.0.0.1:9"}
+    with Head() as head:
+        names = {"head": head, "nobody": "127.0.0.1:9"}
         if variable is not None:
             monkeypatch.setenv("RAY_ADDRESS", names.get(variable, variable))
         if last is not None:

@@ -23,8 +23,11 @@ from ..peers import is_ray_address
 RETRIES = 3
 # Of Ray's object store, where a cluster is started for one merge: only plans go through it.
 OBJECT_STORE_BYTES = 100_000_000
-# For a connection to an address. Ray itself tries for more than 400 s where there is no cluster (2.60).
+# For a first answer from an address. Ray 2.60 itself tries for more than 400 s where something else listens there.
 CONNECT_SECONDS = 5.0
+# A client of HTTP/2 begins so, here without settings of its own. The head of a cluster answers with its settings: a
+# frame of type 4.
+HELLO, SETTINGS = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0]), b"\4"
 # How long a machine may take to answer.
 ANSWER_SECONDS = 60.0
 # Between two looks at running tasks, and at the head.
@@ -71,9 +74,9 @@ def connect(address: str | None) -> None:
     if address is not None and not is_ray_address(address):
         raise ConfigError(f"ray {address!r} is no address of a cluster: give host:port (of its head), auto or local")
     found = _last_started() if address in (None, "auto") else address
-    if found is not None and ":" in found and (failure := _connection_failure(found)) is not None:
+    if found is not None and ":" in found and (reason := _why_no_head(found)) is not None:
         if address is not None:
-            raise ConfigError(f"ray {found}: nothing answers there ({failure})")
+            raise ConfigError(f"ray {found}: {reason}")
         address = "local"
     try:
         if address != "local":
@@ -102,14 +105,18 @@ def _last_started() -> str | None:
     return address if is_ray_address(address) else None
 
 
-def _connection_failure(address: str) -> Exception | None:
-    """Return why no connection to ``host:port`` can be made; None where one was made."""
+def _why_no_head(address: str) -> str | None:
+    """Return why ``host:port`` is no head of a cluster; None where it may be one."""
     host, _, port = address.rpartition(":")
     try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS).close()
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS) as connection:
+            if os.environ.get("RAY_USE_TLS", "0") not in ("", "0"):
+                return None
+            connection.sendall(HELLO)
+            answer = connection.recv(9)
     except (OSError, OverflowError, UnicodeError) as error:
-        return error
-    return None
+        return f"nothing answers there ({error})"
+    return None if answer[3:4] == SETTINGS else "what answers there is no head of a Ray cluster"
 
 
 class Machine:
