@@ -6,45 +6,50 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-# All public names but the version, and where they are. Type checkers take `as` for public; ``_homes`` reads the lines.
-if TYPE_CHECKING:
-    from .api import apply as apply
-    from .api import merge as merge
-    from .checkpoint.state_dict import open_state_dict as open_state_dict
-    from .config import MergeConfig as MergeConfig
-    from .config import Override as Override
-    from .errors import ConfigError as ConfigError
-    from .errors import InputError as InputError
-    from .errors import IsomergeError as IsomergeError
-    from .errors import ResourceError as ResourceError
-    from .errors import VerificationError as VerificationError
-    from .execution.report import Report as Report
-    from .functional import iso_c as iso_c
-    from .functional import iso_cts as iso_cts
-    from .functional import merge_state_dicts as merge_state_dicts
-    from .linalg import ChebyshevSubspace as ChebyshevSubspace
-    from .linalg import FullSvd as FullSvd
-    from .linalg import GramEigh as GramEigh
-    from .linalg import GramNewtonSchulz as GramNewtonSchulz
-    from .linalg import PolarExpress as PolarExpress
-    from .methods import IsoC as IsoC
-    from .methods import IsoCTS as IsoCTS
-    from .methods import Mean as Mean
-    from .methods import TaskArithmetic as TaskArithmetic
-    from .methods import register_method as register_method
-
+# Every public name, by the module it is in, which is loaded when the name is first used: ``isomerge --help`` and shells
+# that only look at the version need no torch.
+_NAMES = {
+    "api": "apply merge",
+    "checkpoint.state_dict": "open_state_dict",
+    "config": "MergeConfig Override",
+    "errors": "ConfigError InputError IsomergeError ResourceError VerificationError",
+    "execution.report": "Report",
+    "functional": "iso_c iso_cts merge_state_dicts",
+    "linalg": "ChebyshevSubspace FullSvd GramEigh GramNewtonSchulz PolarExpress",
+    "methods": "IsoC IsoCTS Mean TaskArithmetic register_method",
+}
+_HOMES = {name: module for module, names in _NAMES.items() for name in names.split()}
+globals()["__all__"] = ["__version__", *_HOMES]  # type checkers go by the imports below
 # Names that were public, for one release more, and what takes their place.
 _DEPRECATED = {"Qdwh": "PolarExpress"}
 
-
-def _homes() -> dict[str, str]:
-    """Return the module of every public name, by the import lines above, but import none: torch takes a second."""
-    lines = map(str.split, __loader__.get_source(__name__).splitlines())  # type: ignore[union-attr]
-    return {words[5]: words[1] for words in lines if words[:1] == ["from"] and words[4:5] == ["as"]}
-
-
-_HOMES = _homes()
-globals()["__all__"] = ["__version__", *_HOMES]  # as type checkers do not: they go by the lines above
+if TYPE_CHECKING:  # the same names, for type checkers: by PEP 484 `as` makes them public
+    from .api import apply as apply, merge as merge
+    from .checkpoint.state_dict import open_state_dict as open_state_dict
+    from .config import MergeConfig as MergeConfig, Override as Override
+    from .errors import (
+        ConfigError as ConfigError,
+        InputError as InputError,
+        IsomergeError as IsomergeError,
+        ResourceError as ResourceError,
+        VerificationError as VerificationError,
+    )
+    from .execution.report import Report as Report
+    from .functional import iso_c as iso_c, iso_cts as iso_cts, merge_state_dicts as merge_state_dicts
+    from .linalg import (
+        ChebyshevSubspace as ChebyshevSubspace,
+        FullSvd as FullSvd,
+        GramEigh as GramEigh,
+        GramNewtonSchulz as GramNewtonSchulz,
+        PolarExpress as PolarExpress,
+    )
+    from .methods import (
+        IsoC as IsoC,
+        IsoCTS as IsoCTS,
+        Mean as Mean,
+        TaskArithmetic as TaskArithmetic,
+        register_method as register_method,
+    )
 
 
 def __getattr__(name: str) -> Any:
@@ -58,7 +63,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    value = getattr(import_module(_HOMES[name], __name__), name)
+    value = getattr(import_module(f".{_HOMES[name]}", __name__), name)
     globals()[name] = value
     return value
 

@@ -1,4 +1,4 @@
-"""Compare each product of ``linalg.blockwise`` with plain numpy in float64: one block and many, wide and tall, batched."""
+"""Compare the products of ``linalg.blockwise`` with numpy in float64: one block and many, wide and tall, batched."""
 
 from __future__ import annotations
 
