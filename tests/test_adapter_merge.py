@@ -210,14 +210,14 @@ def test_a_damaged_adapter_is_found(tmp_path: Path) -> None:
 def test_verify_judges_factors_by_the_float64_route(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Factors that are off by a part in a hundred, written and recorded as they are."""
     from isomerge_fast.methods.factors import LowRank, merge_factors
-    from isomerge_fast.planning import routes
+    from isomerge_fast.planning import factor_routes
 
     def spoiled(*given: Any) -> Any:
         merged, stats = merge_factors(*given)
         return LowRank(merged.left_basis, merged.core * 1.01, merged.right_basis, merged.sum), stats
 
     base, adapters = make_adapters(tmp_path)
-    monkeypatch.setattr(routes, "merge_factors", spoiled)
+    monkeypatch.setattr(factor_routes, "merge_factors", spoiled)
     for name, rank in (("checkpoint", None), ("adapter", 15)):
         imf.merge({"base": base, "experts": adapters, "adapter_rank": rank, "out": tmp_path / name})
         with pytest.raises(imf.VerificationError, match=r"differs from its float64 recomputation by 1\.0e-02"):
@@ -360,6 +360,7 @@ REFUSED: dict[str, tuple[Callable[[Path], dict[str, Any]], type[Exception], str]
     "biases": (biases, imf.InputError, "bias: all, trained biases"),
     "deltas": (lambda _: {"experts_are_deltas": True}, imf.ConfigError, "experts_are_deltas: LoRA adapters are that"),
     "rank": (lambda _: {"adapter_rank": 0}, imf.ConfigError, "adapter_rank is 0"),
+    "rank-above-all": (lambda _: {"adapter_rank": 10**9}, imf.ConfigError, "no adapted matrix has a rank above 24"),
     "rank-and-delta": (
         lambda _: {"adapter_rank": 4, "save_delta": True},
         imf.ConfigError,

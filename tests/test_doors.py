@@ -20,13 +20,14 @@ from test_cli import flags, invoke
 
 import fuzz_doors
 import isomerge_fast as imf
-from checkpoints import listing, make_base, make_expert, make_family
+from checkpoints import listing, make_base, make_expert, make_family, save_folder
 from isomerge_fast import functional
 from isomerge_fast.checkpoint.output.json_files import write_with_digest
 from isomerge_fast.config import load_config
 from isomerge_fast.errors import nearest
 from isomerge_fast.execution.finalize import read_report
 from isomerge_fast.execution.verify import verify
+from isomerge_fast.planning.routes import Rowwise
 
 DRAWS = 2_000
 
@@ -433,3 +434,19 @@ def test_dtypes_are_near_by_what_else_they_are_called(word: str, meant: str) -> 
     with pytest.raises(imf.ConfigError) as caught:
         load_config({"base": "b", "experts": ["e"], "dtype": word})
     assert str(caught.value) == f"config: dtype {word!r} is unknown (did you mean {meant!r}?)"
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("[enforce fail at alloc_cpu.cpp:130] can't allocate")])
+def test_a_machine_out_of_memory_names_the_tensor(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(*_: Any) -> Any:
+        raise error
+
+    for name in ("base", "expert"):
+        save_folder(tmp_path / name, {"w": torch.ones(3, 2)})
+    monkeypatch.setattr(Rowwise, "run", run)
+    config = {"base": tmp_path / "base", "experts": [tmp_path / "expert"], "method": "mean", "out": tmp_path / "out"}
+    with pytest.raises(imf.ResourceError, match=r"out of memory at tensor 'w', which was planned to take \d+ bytes"):
+        imf.merge(config)
+    assert not (tmp_path / "out").exists()

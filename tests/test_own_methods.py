@@ -12,6 +12,7 @@ from torch import Tensor
 
 import isomerge_fast as imf
 from allocation import peak_bytes
+from isomerge_fast import methods
 from isomerge_fast.errors import ConfigError
 from isomerge_fast.methods import DeltaSource, Elementwise, MemoryDeltas, MergeStats, Method, NotFiniteError, TensorSpec
 from isomerge_fast.methods.factors import Factors, merge_factors
@@ -149,3 +150,19 @@ def test_factors_go_only_where_coordinates_do_not_matter() -> None:
 def test_an_option_that_takes_a_solver_takes_nothing_else(given: Any) -> None:
     with pytest.raises(ConfigError, match=r"option 'solver' of method 'iso-c' is .* set in Python: a PolarSolver"):
         imf.iso_c(draw(4, 5), solver=given)
+
+
+def test_hooks_and_names_of_before_still_work_and_warn() -> None:
+    """For one release."""
+    with pytest.warns(DeprecationWarning, match="method hook row_map_bytes is now rowwise_bytes"):
+
+        @dataclass(frozen=True)
+        class Old(Elementwise):
+            name: ClassVar[str] = "old"
+
+            def row_map_bytes(self, *_: Any) -> int:
+                return 7
+
+    assert Old.rowwise_bytes is Old.row_map_bytes
+    with pytest.warns(DeprecationWarning, match="RowMap is now RowwiseMerge"):
+        assert methods.RowMap is methods.RowwiseMerge  # type: ignore[attr-defined]  # kept for those who have it

@@ -264,3 +264,10 @@ class _ItemRun:
                 f"({str(error).splitlines()[0]}); what else runs on it takes room: --resume continues when there is "
                 "more, --max-vram plans with less"
             ) from error
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "alloc_cpu" not in str(error):  # torch's allocator has no class
+                raise
+            raise ResourceError(
+                f"out of memory at tensor {plan.name!r}, which was planned to take {plan.route.work_bytes} bytes; "
+                "--resume continues when there is more, --max-ram plans with less"
+            ) from error

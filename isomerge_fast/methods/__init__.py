@@ -1,5 +1,8 @@
 """Export the merging methods and what they are made of; ``registry`` has the methods by name."""
 
+import warnings
+from typing import Any
+
 from .base import Method, RowwiseMerge
 from .elementwise import Elementwise
 from .iso_c import IsoC
@@ -38,3 +41,10 @@ __all__ = [
     "origins_of",
     "register_method",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "RowMap":  # as it was called before, for one release more
+        warnings.warn("isomerge_fast.methods.RowMap is now RowwiseMerge", DeprecationWarning, stacklevel=2)
+        return RowwiseMerge
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from dataclasses import Field, dataclass, fields
 from typing import Any, ClassVar, Protocol, Self
@@ -13,6 +14,8 @@ from ..errors import ConfigError, shown
 from ..parsing.values import number, whole_number, word
 from .source import DeltaSource, RowBlock, TensorSpec
 from .stats import MergeStats
+
+RENAMED_HOOKS = {"row_map": "rowwise", "row_map_bytes": "rowwise_bytes", "row_map_passes": "rowwise_passes"}
 
 
 class RowwiseMerge(Protocol):
@@ -58,6 +61,14 @@ class Method(ABC):
     """How often ``merge`` takes every Δ_t by itself, beside their sum: what is not held is read again for it."""
     rowwise_passes: ClassVar[int] = 0
     """How often ``rowwise`` goes through all rows, before they are gone through to be written."""
+
+    def __init_subclass__(cls) -> None:
+        """Take hooks under the names that they had, for one release more."""
+        super().__init_subclass__()
+        for old, new in RENAMED_HOOKS.items():
+            if old in cls.__dict__:
+                warnings.warn(f"method hook {old} is now {new}", DeprecationWarning, stacklevel=2)
+                setattr(cls, new, cls.__dict__[old])
 
     def __post_init__(self) -> None:
         for option in fields(self):

@@ -38,8 +38,8 @@ def refuse(value: Any, what: str, expected: str) -> NoReturn:
     raise ConfigError(f"{what} is {shown(value)}; expected {expected}")
 
 
-def number(value: Any, what: str) -> float:
-    """Return a finite number; a text may hold it, as YAML reads 1e-3 as one."""
+def number(value: Any, what: str, least: float = -math.inf) -> float:
+    """Return a finite number, ``least`` or more; a text may hold it, as YAML reads 1e-3 as one."""
     plain = _plain_number(value)
     if plain is None:
         refuse(value, what, "a number" + _NO_FLAG * isinstance(value, bool))
@@ -51,6 +51,8 @@ def number(value: Any, what: str) -> float:
         found = math.inf
     if not math.isfinite(found):
         refuse(value, what, "a finite number")
+    if found < least:
+        refuse(value, what, f"a number, {least:g} or more")
     return found
 
 

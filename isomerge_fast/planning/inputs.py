@@ -110,7 +110,11 @@ def _open_experts(config: MergeConfig, base: Checkpoint) -> tuple[Checkpoint, ..
     if any(adapters):
         if config.experts_are_deltas:
             raise ConfigError("experts_are_deltas: LoRA adapters are that by themselves; leave it out")
-        return tuple(open_adapter(path, base) for path in config.experts)
+        opened = tuple(open_adapter(path, base) for path in config.experts)
+        largest = max((min(pair.shape) for adapter in opened for pair in adapter.pairs.values()), default=0)
+        if 0 < largest < (config.adapter_rank or 0):
+            raise ConfigError(f"adapter_rank is {config.adapter_rank}; no adapted matrix has a rank above {largest}")
+        return opened
     for key in ("adapter_rank", "on_missing", "on_other_base"):
         if getattr(config, key) not in (None, "error"):
             raise ConfigError(f"{key} is for experts that are LoRA adapters, and these are checkpoints")

@@ -45,6 +45,7 @@ from isomerge_fast.planning import cost
 from odd_values import FLAGS, TEXTS, odd_arguments, odd_value
 
 CODES = {0, 2, 3, 4, 5}
+MOST_BYTES = 1 << 28  # of a file that is compared; a draw may make a larger one, with holes
 MAX_SECONDS = 10.0  # of one draw, on a machine that others work on too
 SHAPES = {"layers.0.up.weight": (6, 4), "layers.0.norm.weight": (4,), "embed_tokens.weight": (5, 4)}
 
@@ -277,7 +278,8 @@ def contents(root: Path) -> dict[str, Any]:
         if path.is_symlink() or path.is_fifo():
             found[name] = "a link" if path.is_symlink() else "a fifo"
         elif path.is_file():
-            found[name] = path.read_bytes()
+            size = path.stat().st_size
+            found[name] = path.read_bytes() if size < MOST_BYTES else f"{size} bytes"
     return found
 
 
