@@ -314,7 +314,7 @@ def nvidia_usage(cubin: bytes) -> tuple[int, int]:
 
 
 def all_rows() -> list[Row]:
-    """Compile every form for every target that has it, on all cores; Triton's cache makes a second time fast."""
+    """Compile every form for every target that has it, on all cores; Triton's cache makes a second run fast."""
     jobs = [(form, target) for form in forms() for target in TARGETS if is_supported(form, target)]
     with ProcessPoolExecutor(max_workers=os.cpu_count(), mp_context=get_context("spawn")) as pool:
         return list(pool.map(compile_row, *zip(*jobs, strict=True), chunksize=8))

@@ -1,4 +1,4 @@
-"""Define the errors that a user can mend, by their exit code, and what their messages are made of.
+"""Define the errors that a user can act on, by their exit codes, and the functions that word their messages.
 
 Every message names the file, tensor and shapes it is about; control characters in these are shown, not obeyed.
 """

@@ -96,7 +96,7 @@ def _profiled(name: str, deltas: list[Tensor]) -> dict[str, Any]:
 
 
 def _in_blocks(elements: int, deltas: list[Tensor]) -> dict[str, Any]:
-    """Time Iso-CTS with other blocks than those of ``devices``, for that constant's sake."""
+    """Time Iso-CTS with ``GPU_BLOCK_ELEMENTS`` set to ``elements``, to choose that constant by."""
     before, devices.GPU_BLOCK_ELEMENTS = devices.GPU_BLOCK_ELEMENTS, elements
     try:
         return _merged("iso-cts", deltas)

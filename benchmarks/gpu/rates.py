@@ -200,7 +200,7 @@ def _beside_torch(
 
 
 def _judged_product(a: Tensor, b: Tensor) -> Tensor:
-    """Return some rows and columns of A B, spread over it: float64 in long double, as no product of torch's is."""
+    """Return every n-th row and column of A B, to judge by: float64, or numpy's long double for float64 inputs."""
     left, right = a[:: _step(a)].double(), b[:, :: _step(a)].double()
     if a.dtype != torch.float64:
         return left @ right

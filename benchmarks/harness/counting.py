@@ -87,7 +87,7 @@ class Peak:
 
 @contextlib.contextmanager
 def peak_memory(device: torch.device) -> Iterator[Peak]:
-    """Measure allocated GPU memory, or the resident memory of this process with all that libraries take for themselves.
+    """Measure the peak of memory above what was in use before: allocated on the GPU, or resident in this process.
 
     The resident memory's high-water mark can be reset on Linux only.
     """

@@ -36,7 +36,7 @@ def measured(command: Sequence[str | Path]) -> dict[str, Any]:
 
 
 def merged(models: Sequence[Path], out: Path, *options: str) -> dict[str, Any]:
-    """Run ``isomerge run`` as a user starts it; return what was ``measured``, and its report."""
+    """Delete ``out``, run ``isomerge run`` on the base ``models[0]``; return what was ``measured``, and its report."""
     shutil.rmtree(out, ignore_errors=True)
     command: list[str | Path] = [sys.executable, "-m", "isomerge_fast.cli", "run", "--base", models[0], "--out", out]
     for expert in models[1:]:

@@ -63,7 +63,7 @@ class Rows:
         write_whole(self._file, json.dumps({"rows": self._rows}))
 
     def attempt(self, name: str, function: Callable[[], dict[str, Any]], /) -> dict[str, Any]:
-        """Add the row that a function makes, or the error in which it ends; return its values, none of an error."""
+        """Add the row that a function makes and return its values; after an error add that, and return none."""
         values: dict[str, Any] = {}
         try:
             found = function()

@@ -203,7 +203,7 @@ class Growth:
 
 
 def growth(results: Results) -> list[Growth]:
-    """Return the fits of every contender of every curve that was measured at three points or more."""
+    """Return the fitted growth of each contender on each curve that has three points or more."""
     points: dict[tuple[str, str, str], list[tuple[float, float]]] = {}
     for row in results.rows:
         if row.curve is not None:

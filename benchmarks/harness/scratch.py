@@ -27,7 +27,7 @@ def remembered(name: str, make: Callable[[], Any]) -> Any:
 
 
 def kept(name: str, make: Callable[[], np.ndarray]) -> np.ndarray:
-    """Return an array that is made once for all passes."""
+    """Return an array that is made once, and kept on disk for all passes of ``benchmarks.run``."""
     path = _file(name, ".npy")
     if not path.exists():
         np.save(path, make())

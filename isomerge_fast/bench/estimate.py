@@ -1,4 +1,4 @@
-"""Estimate how long a merge would take on this machine: time made-up tensors like those of its plan.
+"""Estimate the time of a merge on this machine (``isomerge bench``): time made-up tensors like those of its plan.
 
     total = max(Σ count · seconds, (bytes read + bytes read again) / reading rate + bytes written / writing rate)
 

@@ -1,4 +1,4 @@
-"""Predict how long a merge takes so many workers, from its plan and from what one worker does in a second."""
+"""Predict the time of a merge over Ray (``plan --ray``), from its plan and the rates of one worker."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""List a checkpoint's folder, and open the files that have to lie in it."""
+"""List the folder of a checkpoint, and open its files; a link that leads out of it is refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Keep the ``__metadata__`` of the base's files that is true of the output's files of the same names."""
+"""Keep the entries of ``__metadata__`` in the base's files that are true of the output's files too."""
 
 from __future__ import annotations
 

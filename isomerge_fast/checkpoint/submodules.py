@@ -137,7 +137,7 @@ def _file_difference(mine: Path, other: Path) -> str | None:
 
 
 def _commands(base: Path, modules: Sequence[Submodule], experts: Sequence[Path], method: str) -> Iterator[str]:
-    """Yield the commands that merge modules apart, and that take an adapter from one expert, line by line."""
+    """Yield shell commands, a line each, that merge every module by itself, or copy an adapter from one expert."""
     rest = f"{base.name or 'base'}-rest"
 
     def run(first: Path | str, others: Iterable[Path], out: str) -> str:

@@ -35,7 +35,7 @@ class Stream(io.TextIOWrapper):
             super().flush()
 
     def take_failure(self) -> OSError | None:
-        """Return the error that kept text from being printed since the last call, or None."""
+        """Return the first error of the output since the last call, or None, and forget it."""
         self.flush()
         error, self._error = self._error, None
         return error

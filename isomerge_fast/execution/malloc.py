@@ -1,4 +1,4 @@
-"""Set what the C heap keeps of freed blocks, for a ceiling on resident memory must not depend on it.
+"""Set what the C heap keeps of freed blocks, so that a ceiling on resident memory does not depend on it.
 
 Only glibc has these settings; with another C library nothing is done. A merge of the 162 M parameter test model under a
 ceiling of 800 MB peaked at 763 to 812 MB by glibc's own moving threshold (up to 32 MiB), from one run to the next; at

@@ -1,4 +1,4 @@
-"""Compute with threads of one core each: for passes over memory, which need no more than to share out their parts.
+"""Compute passes over memory by threads of one core each, which share the parts of a block.
 
 torch's own threads meet at a barrier after every operation, and wait there for whoever was not given a core. Beside the
 threads that read and write, and beside other processes, that costs a multiple: parts of 4 M elements of a base and two

@@ -1,4 +1,4 @@
-"""Define what a process is told of a merge, which tensors it merges, and what it answers."""
+"""Define the messages between the engine and a worker: settings of the merge, tensors to merge, what was done."""
 
 from __future__ import annotations
 

@@ -130,11 +130,14 @@ class GramSpectrum:
 
 
 def spectrum_in_place(gram: Tensor, tolerance: Tensor, noise: float, *, scale: Tensor | None = None) -> GramSpectrum:
-    """Return the spectrum of a symmetric ``gram`` [N, N] float64, in whose memory the vectors come. Reads one number.
+    """Return the spectrum of a symmetric ``gram`` [N, N] float64, which its eigenvectors overwrite.
+
+    One number is copied to the host, for which a GPU is waited for.
 
     Args:
-        tolerance: σ up to this counts as zero, [].
-        noise: relative to λ₁, or to ``scale``² where that is given, for a difference of larger matrices.
+        tolerance: a tensor of no dimension; σ up to it counts as zero.
+        noise: the error of the eigenvalues, relative to λ₁; to ``scale``² where ``gram`` is a difference of larger
+            matrices.
     """
     eigenvalues = torch.empty(len(gram), dtype=gram.dtype, device=gram.device)
     # Column by column, as LAPACK has it: anything else is copied first.

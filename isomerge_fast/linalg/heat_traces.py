@@ -1,4 +1,4 @@
-"""Sum over pairs of singular values that nobody knows, by products alone.
+"""Sum 1/σ², 1/(σ + 1)² and 1/(σ_i + σ_j)² over singular values without computing these: by products alone.
 
 For the symmetric positive definite H = QᵀX of a polar factor, whose eigenvalues are the singular values of X,
 

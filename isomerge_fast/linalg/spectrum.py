@@ -1,4 +1,4 @@
-"""Bound the singular values of X from its float64 Gram matrix, which every polar iteration has to know first.
+"""Bound the singular values of X by its float64 Gram matrix. Every polar iteration needs these bounds first.
 
 Both ends are estimated by a block power iteration, with G for the largest and with G⁻¹ (through its Cholesky factor)
 for the smallest, and moved outwards by the residual: θ + ‖G v − θ v‖ for a unit vector v and θ = vᵀ G v.

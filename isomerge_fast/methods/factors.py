@@ -60,10 +60,10 @@ class Basis:
 
 
 def orthonormal(stack: Tensor) -> Basis:
-    """Return an orthonormal basis of X, by one Cholesky factor where that leaves Q orthonormal to 1e-9 or so.
+    """Return an orthonormal basis of ``stack`` by one Cholesky factor, or by ``thin_qrs`` where that is not exact.
 
-    Else by ``thin_qrs``. Factors of adapters are well-conditioned enough: 8192 x 128 takes 2 ms so, and 15 by
-    ``thin_qrs`` (2-core CPU).
+    Exact is orthonormal to 1e-9 or so, as it is of most adapters: 8192 x 128 takes 2 ms, and 15 by ``thin_qrs`` (2-core
+    CPU).
     """
     if stack.shape[0] >= stack.shape[1]:
         lower, failed = torch.linalg.cholesky_ex(stack.mT @ stack)

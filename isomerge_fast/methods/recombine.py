@@ -1,4 +1,4 @@
-"""Multiply U° V°ᵀ of Iso-CTS: the polar factors of [U_1 … U_T, U_k] and [V_1 … V_T, V_k], in few dimensions."""
+"""Multiply U° V°ᵀ, the polar factors of [U_1 … U_T, U_k] and [V_1 … V_T, V_k] of Iso-CTS, in few dimensions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Add the deltas up, and refuse those of which no result can be made."""
+"""Add the deltas up; refuse NaN, Inf, and sizes that the dtype or the method cannot hold."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Check what was parsed from JSON against Python's own types: one schema for the checker, the code and the reader."""
+"""Check parsed JSON against Python's own types, so that one TypedDict serves this check, the code and type checkers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Match names with regular expressions from a file, in time linear in both.
+"""Match names with regular expressions that a file brings, in time linear in name and expression.
 
 Python's own matcher tries one way after the other: ``(a+)+b`` takes it hours for a name of forty letters. Whether a
 name matches at all, the only question here, follows from the set of places in the expression that are reached after

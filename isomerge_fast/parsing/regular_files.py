@@ -59,7 +59,7 @@ def read_regular(path: str | os.PathLike[str], most_bytes: int) -> tuple[bytes, 
 def read_opened(opened: tuple[int, os.stat_result], most_bytes: int) -> tuple[bytes, os.stat_result]:
     """Read and close what ``open_regular`` opened; raise OSError where it has more than ``most_bytes``.
 
-    Files of /proc have no size, and some of them wait when they are read: nothing is read beyond the size.
+    Files of /proc report the size 0, and a read of some blocks: no more than the reported size is read.
     """
     descriptor, status = opened
     try:

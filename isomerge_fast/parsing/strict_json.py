@@ -59,7 +59,7 @@ def parse_json(data: bytes, what: str, *, most_values: int, as_python: bool = Fa
 def parse_settings(
     data: bytes, what: str, *, most_values: int = MAX_INDEXED, as_python: bool = False
 ) -> dict[str, Any]:
-    """Return a JSON object that can be copied and written again. The arguments are those of ``parse_json``."""
+    """Return a JSON object, nested no deeper than it can be copied. The arguments are those of ``parse_json``."""
     settings = parse_json(data, what, most_values=most_values, as_python=as_python)
     if not isinstance(settings, dict):
         raise InputError(f"{what}: not a JSON object")

@@ -140,7 +140,7 @@ def size(value: Any, what: str) -> int:
 
 
 def dtype_name(value: Any, what: str) -> str:
-    """Return the name of a dtype that outputs may have; ``torch.bfloat16`` is read with and without quotes."""
+    """Return the name of a dtype that outputs may have, given as torch's or numpy's dtype or by its name."""
     name = str(value) if "dtype" in type(value).__name__.lower() else value  # torch's and numpy's
     name = name.removeprefix("torch.") if isinstance(name, str) else name
     if not isinstance(name, str) or name not in DTYPES:

@@ -1,4 +1,4 @@
-"""Estimate what the tensors of a merge cost, divide them among workers, and bound the time that takes."""
+"""Count bytes and operations of planned tensors, divide tensors among workers, and bound the time by rates."""
 
 from __future__ import annotations
 

@@ -122,7 +122,7 @@ class Drafter:
         return tuple(expert.tensors.get(name, stored) for expert in self.experts), ()
 
     def _checked_weights(self, spec: TensorSpec, method: Method, *, is_factored: bool) -> tuple[float, ...] | None:
-        """Return w_t of a tensor, when the method, the scalings and they fit it."""
+        """Return w_t of a tensor; raise ConfigError where method, scalings or weights do not fit it."""
         where = f"tensor {spec.name!r} {list(spec.shape)}: "
         try:
             method.check(spec, len(self.experts))

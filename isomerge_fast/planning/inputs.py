@@ -158,7 +158,7 @@ def _tensors_are(names: Sequence[str]) -> str:
 
 
 def last_part(name: str | None) -> str:
-    """Return the last part of a path or a hub id, in lower case: one model is often named by both."""
+    """Return the last part of a path or a hub id, in lower case: a model may be named by either."""
     return (name or "").rstrip("/").rpartition("/")[2].lower()
 
 

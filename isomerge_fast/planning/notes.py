@@ -1,4 +1,4 @@
-"""Tell what of a planned merge might surprise, each with what changes it."""
+"""Tell what might surprise about a planned merge, and which setting changes it."""
 
 from __future__ import annotations
 

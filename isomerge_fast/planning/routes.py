@@ -191,7 +191,7 @@ class Resident(Whole):
 
     @classmethod
     def plan(cls, method: Method, spec: TensorSpec, sizes: PartSizes) -> Resident | None:
-        """Return the route of a matrix; None where its copies are too large for it."""
+        """Return the route of a matrix; None where all its copies together exceed ``budget.resident``."""
         traffic, budget = sizes.traffic, sizes.budget
         is_cpu = sizes.device.type == "cpu"
         # On a GPU copies begin where they like.

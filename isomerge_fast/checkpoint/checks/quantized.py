@@ -124,7 +124,7 @@ def _evidence(stored: StoredTensor, tensors: Mapping[str, StoredTensor]) -> _Evi
 
 
 def _packed_as_floats(stored: StoredTensor, tensors: Mapping[str, StoredTensor]) -> _Evidence | None:
-    """Return the evidence that floats are packed numbers."""
+    """Return the evidence that a float tensor holds packed quantized weights (bitsandbytes 4-bit, HQQ), or None."""
     if stored.name.endswith(".quant_map"):
         weight = tensors.get(stored.name.removesuffix(".quant_map"))
         if weight is None or weight.dtype not in FLOAT_DTYPES:

@@ -71,12 +71,12 @@ class FolderContents:
 
 
 def contents_of(base: Path, merged: Collection[str], experts: Sequence[Path], method: str) -> FolderContents:
-    """Return which files of the base's folder become the output's, with the weights of sub-folders of the model.
+    """Return which files of the base's folder the output gets, and the weights in its sub-folders that it may have.
 
     Args:
         merged: names of the files that are merged.
         experts: the checkpoints among the experts, whose own sub-folders are compared.
-        method: that merges them, for the advice.
+        method: named in the advice of errors.
 
     Raises:
         InputError: as ``sort_folder`` and ``check_same_weights``.

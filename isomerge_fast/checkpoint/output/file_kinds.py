@@ -61,7 +61,7 @@ def is_essential(path: str) -> bool:
 
 
 def is_essential_file(path: str) -> bool:
-    """Return whether a path is that of an essential file, which is neither weights nor a script of a trainer."""
+    """Return whether a file is essential, and neither weights nor DeepSpeed's ``zero_to_fp32.py``."""
     name = path.rpartition("/")[2]
     return is_essential(path) and not is_weights(name) and name != _NO_CODE
 

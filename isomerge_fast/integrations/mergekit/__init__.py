@@ -1,4 +1,4 @@
-"""Register Iso-C and Iso-CTS in mergekit, and run its own command line with them registered."""
+"""Export what plugs into mergekit."""
 
 from .registration import main, register_all
 

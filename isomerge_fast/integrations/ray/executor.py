@@ -84,7 +84,7 @@ class RayExecutor:
         return plan
 
     def check_versions(self) -> None:
-        """Raise ConfigError where a machine has not what this one has."""
+        """Raise ConfigError where a machine lacks this package or torch, or has another version of one."""
         here = {"isomerge-fast": __version__, "torch": metadata.version("torch")}
         problems = [
             f"{machine}: {package} {found.get(package) or 'not installed'}; here it is {version}"

@@ -57,7 +57,7 @@ def _in_folder(folder: str) -> AbstractContextManager[None]:
 
 
 def versions_question() -> Callable[[], dict[str, str]]:
-    """Return a function that returns which versions of this package and of torch a machine has."""
+    """Return a function that, run on a machine, returns its versions of this package and of torch."""
 
     def versions() -> dict[str, str]:
         from importlib import metadata

@@ -1,4 +1,4 @@
-"""Merge tall matrices by Iso-C in passes over their rows b, of which N x N numbers are kept.
+"""Merge tall matrices by Iso-C in passes over blocks b of rows; N x N numbers are kept from a pass.
 
 Δ_b = σ̄ S_b A with A = V Σ⁻¹ Vᵀ from SᵀS = Σ_b S_bᵀ S_b = V Σ² Vᵀ.
 """

@@ -1,4 +1,4 @@
-"""Merge tall matrices by Iso-CTS in passes over rows b of S and Δ_t, of which N x N float64 numbers are kept.
+"""Merge tall matrices by Iso-CTS in passes over rows b of S and Δ_t; N x N float64 numbers are kept from each.
 
 With SᵀS = V Σ² Vᵀ and U_k = S V_k Σ_k⁻¹, for every task:
 
