@@ -57,7 +57,7 @@ def __getattr__(name: str) -> Any:
         import warnings
 
         instead = _DEPRECATED[name]
-        warnings.warn(f"isomerge_fast.{name} is gone: use {instead}", DeprecationWarning, stacklevel=2)
+        warnings.warn(f"isomerge_fast.{name} is deprecated: it gives {instead}", DeprecationWarning, stacklevel=2)
         return __getattr__(instead)
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

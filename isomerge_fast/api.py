@@ -10,11 +10,11 @@ from typing import Any
 
 from .checkpoint.layout import ADAPTER_CONFIG_FILE
 from .checkpoint.output.manifest import MANIFEST_FILE, Manifest, file_name, read_manifest
-from .config import MergeConfig, load_config
+from .config import MergeConfig, load_config, recorded_config
 from .errors import ConfigError, InputError, VerificationError
 from .execution.engine import resolve_device, run
-from .execution.finalize import config_of
 from .execution.report import Observer, Report
+from .methods import make_method
 from .parsing.values import path_text, refuse, size
 from .planning.outputs import DELTA_FOLDER
 from .planning.plan import OriginalMerge, Plan, TensorPlan
@@ -110,7 +110,8 @@ def apply(
     ceilings = _ceilings(max_ram, max_vram)
     manifest = read_manifest(folder)
     try:
-        then = config_of(manifest)
+        then = recorded_config(manifest["description"])
+        make_method(then.method, then.options)  # and none of the overrides: the kept Δ needs no method any more
     except ConfigError as error:
         raise VerificationError(f"{folder / MANIFEST_FILE}: not the manifest of a merge ({error})") from error
     if not then.save_delta:

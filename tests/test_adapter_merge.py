@@ -384,6 +384,15 @@ def test_refused_before_anything_is_written(
     assert not list(tmp_path.glob("*out*"))
 
 
+def test_a_rank_above_all_is_refused_of_new_merges_only(tmp_path: Path) -> None:
+    """Earlier releases took it: what they wrote is still verified."""
+    base, adapters = make_adapters(tmp_path)
+    config = load_config({"base": base, "experts": adapters, "adapter_rank": 25})
+    assert make_plan(config, is_new=False).tensors
+    with pytest.raises(imf.ConfigError, match="no adapted matrix has a rank above 24"):
+        make_plan(config)
+
+
 def test_what_can_be_overruled(tmp_path: Path) -> None:
     base = make_base(tmp_path / "base")
     config = {"base": base, "method": "mean", **of_two_bases(tmp_path)}

@@ -369,6 +369,7 @@ def test_yaml(clip: Any, tmp_path: Path) -> None:
     method.to_yaml(tmp_path / "again.yaml")
     again = instantiate(IsoCTSFast.from_yaml(tmp_path / "again.yaml").config)
     assert isinstance(again, IsoCTSFast)
+    assert "_target_: isomerge_fast.integrations.fusion_bench.IsoCTSFast\n" in (tmp_path / "again.yaml").read_text()
     assert list(again.exclude_keys or ()) == ["pre_layrnorm.weight", "post.weight"]
     with pytest.raises(imf.ConfigError, match=r"key 'exclude_key' is unknown \(did you mean 'exclude_keys'"):
         instantiate({"_target_": method.config._target_, "scaling_factor": 1.0, "exclude_key": []})

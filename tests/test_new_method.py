@@ -316,6 +316,10 @@ def test_a_method_registered_in_this_process(tmp_path: Path, monkeypatch: pytest
     assert description["methods"] == {"median": "a_notebook.Median"}
     assert verify(out).recomputed
 
+    kept, overrides = tmp_path / "kept", [{"match": "*", "method": "median"}]
+    paths_of = {"base": tmp_path / "base", "experts": paths, "method": "mean"}
+    imf.merge({**paths_of, "overrides": overrides, "save_delta": True, "out": kept})
+
     for clash in ("iso-c", "median"):
         other: Any = type("Other", (median,), {"name": clash, "__module__": "elsewhere"})
         other = dataclass(frozen=True)(other)
@@ -327,3 +331,4 @@ def test_a_method_registered_in_this_process(tmp_path: Path, monkeypatch: pytest
     with pytest.raises(VerificationError) as caught:
         verify(out)
     assert "method 'median' is unknown" in caught.value.problems[0]
+    imf.apply(kept, 0.5, tmp_path / "applied")  # which needs Δ alone, and no method of an override

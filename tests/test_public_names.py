@@ -40,7 +40,7 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
 
 def test_a_name_that_is_gone_warns_and_gives_what_took_its_place() -> None:
     for name, instead in imf._DEPRECATED.items():
-        with pytest.warns(DeprecationWarning, match=rf"isomerge_fast\.{name} is gone: use {instead}") as warned:
+        with pytest.warns(DeprecationWarning, match=rf"{name} is deprecated: it gives {instead}") as warned:
             assert getattr(imf, name) is getattr(imf, instead)
         assert warned[0].filename == __file__
         assert name not in dir(imf)

@@ -267,7 +267,8 @@ class _ItemRun:
         except (MemoryError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and "alloc_cpu" not in str(error):  # torch's allocator has no class
                 raise
+            reason = f" ({str(error).splitlines()[0]})" if str(error) else ""
             raise ResourceError(
-                f"out of memory at tensor {plan.name!r}, which was planned to take {plan.route.work_bytes} bytes; "
-                "--resume continues when there is more, --max-ram plans with less"
+                f"out of memory at tensor {plan.name!r}, which was planned to take {plan.route.work_bytes} bytes{reason}"
+                "; --resume continues when there is more, --max-ram plans with less"
             ) from error

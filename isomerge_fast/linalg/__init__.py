@@ -1,5 +1,8 @@
 """Export the solvers that ``solver=`` takes and the protocols of a solver; both stand on tensors alone."""
 
+import warnings
+from typing import Any
+
 from .gram_eigh import GramEigh
 from .polar_express import PolarExpress
 from .polar_gram import GramNewtonSchulz
@@ -19,3 +22,10 @@ __all__ = [
     "Solver",
     "Subspace",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Qdwh":  # for one release more
+        warnings.warn("linalg.Qdwh is deprecated: it gives PolarExpress", DeprecationWarning, stacklevel=2)
+        return PolarExpress
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

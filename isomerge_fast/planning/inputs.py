@@ -110,11 +110,7 @@ def _open_experts(config: MergeConfig, base: Checkpoint) -> tuple[Checkpoint, ..
     if any(adapters):
         if config.experts_are_deltas:
             raise ConfigError("experts_are_deltas: LoRA adapters are that by themselves; leave it out")
-        opened = tuple(open_adapter(path, base) for path in config.experts)
-        largest = max((min(pair.shape) for adapter in opened for pair in adapter.pairs.values()), default=0)
-        if 0 < largest < (config.adapter_rank or 0):
-            raise ConfigError(f"adapter_rank is {config.adapter_rank}; no adapted matrix has a rank above {largest}")
-        return opened
+        return tuple(open_adapter(path, base) for path in config.experts)
     for key in ("adapter_rank", "on_missing", "on_other_base"):
         if getattr(config, key) not in (None, "error"):
             raise ConfigError(f"{key} is for experts that are LoRA adapters, and these are checkpoints")
@@ -124,6 +120,14 @@ def _open_experts(config: MergeConfig, base: Checkpoint) -> tuple[Checkpoint, ..
 def adapts(expert: Checkpoint, name: str) -> bool:
     """Return whether an expert has, or adapts, a tensor of the base."""
     return name in expert.tensors or (isinstance(expert, Adapter) and name in expert.pairs)
+
+
+def require_possible_rank(adapter_rank: int, experts: Iterable[Checkpoint]) -> None:
+    """Raise ConfigError where no matrix that the adapters adapt can have such a rank."""
+    pairs = [pair for expert in experts if isinstance(expert, Adapter) for pair in expert.pairs.values()]
+    largest = max((min(pair.shape) for pair in pairs), default=adapter_rank)
+    if adapter_rank > largest:
+        raise ConfigError(f"adapter_rank is {adapter_rank}; no adapted matrix has a rank above {largest}")
 
 
 def _disagreements(adapters: Sequence[Adapter], config: MergeConfig) -> Iterable[str]:

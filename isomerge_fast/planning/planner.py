@@ -24,7 +24,7 @@ from ..methods import make_method
 from .budget import PROCESS_BYTES, Budget, budgets_to_try, usable_memory_bytes
 from .drafts import Draft, Drafter
 from .factor_routes import factor_route
-from .inputs import Inputs, adapts, open_inputs
+from .inputs import Inputs, adapts, open_inputs, require_possible_rank
 from .notes import notes_of
 from .part_sizes import PartSizes
 from .pattern_checks import require_matches, rules_of
@@ -70,6 +70,8 @@ def make_plan(
     if is_new:
         unused = [*(name for each in left_out for name in each.tensors), *(b.name for b in inputs.buffers.left_out)]
         require_matches(rules_of(config), [*base.tensors, *extras], unused)
+        if config.adapter_rank is not None:
+            require_possible_rank(config.adapter_rank, experts)
     drafts = _draft_all(inputs, Drafter(config, experts, method, overrides))
     metadata = _metadata_bytes(base, experts, drafts)
     ceiling = None if max_ram is None else max_ram - metadata
