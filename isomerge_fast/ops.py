@@ -190,12 +190,15 @@ def sym_mm_add(
     if not _has_kernels(a) and precision is None:
         return reference.symmetric_matmul(a, b, c=c, alpha=alpha, beta=beta, gamma=gamma, out=out)
     b = a.mT if b is None else b
-    if c is None:
-        if precision != "bf16x3":
-            return torch.matmul(a, b, out=out)
+    if c is not None:
+        result = mm_add(c, a, b, alpha=alpha, beta=beta, out=out, precision=precision)
+    elif precision == "bf16x3":
         product = bf16x3.mm(a, b)
-        return product if out is None else out.copy_(product)
-    result = mm_add(c, a, b, alpha=alpha, beta=beta, out=out, precision=precision)
+        result = product if out is None else out.copy_(product)
+    else:
+        result = torch.matmul(a, b, out=out)
+    if c is None and alpha != 1.0:
+        result.mul_(alpha)
     if gamma:
         result.diagonal(dim1=-2, dim2=-1).add_(gamma)
     return result

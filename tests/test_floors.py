@@ -4,6 +4,8 @@ Modules are parsed and not imported, so that a file which is wrong in another wa
 """
 
 import ast
+import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -118,3 +120,51 @@ for merge in (imf.iso_c, imf.iso_cts):
     merge([torch.randn(24, 16), torch.randn(24, 16)], precision="fast")
 sys.exit("sympy" in sys.modules)
 """)
+
+
+# --- the contracts in pyproject.toml: `make lint` has what checks them ------------------------------------------------
+
+
+def broken_contracts(root: Path) -> str:
+    pytest.importorskip("importlinter", reason="of the dev extra")
+    command = [str(Path(sys.executable).parent / "lint-imports"), "--no-logo", "--no-cache"]
+    paths = os.pathsep.join([str(root), str(root / "kernels")])
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": paths})
+    assert ("0 broken" in done.stdout) is (done.returncode == 0), done.stdout + done.stderr
+    return "" if done.returncode == 0 else done.stdout
+
+
+def test_contracts_are_kept() -> None:
+    assert broken_contracts(ROOT) == ""
+
+
+@pytest.mark.parametrize(
+    ("file", "line", "said"),
+    [
+        ("isomerge_fast/ops.py", "def f():\n    from .linalg import auto", "Imports go down only BROKEN"),
+        ("isomerge_fast/api.py", "from .cli import main", "Imports go down only BROKEN"),
+        (
+            "isomerge_fast/execution/engine.py",
+            "import isomerge_kernels.reference",
+            "the one door to the kernels BROKEN",
+        ),
+        (
+            "kernels/isomerge_kernels/task_sum.py",
+            "import isomerge_fast.errors",
+            "know nothing of ours above them BROKEN",
+        ),
+        ("isomerge_fast/methods/iso_c.py", "from ..checkpoint import layout", "Algebra knows nothing of files BROKEN"),
+        ("isomerge_fast/linalg/protocol.py", "from .svd import FullSvd", "Inside linalg"),
+        ("isomerge_fast/planning/outputs.py", "from .planner import make_plan", "No circles inside a package BROKEN"),
+        ("isomerge_fast/utils/__init__.py", "", "Imports go down only BROKEN"),  # a package without a floor
+    ],
+)
+def test_a_broken_contract_is_caught(file: str, line: str, said: str, tmp_path: Path) -> None:
+    pytest.importorskip("importlinter", reason="of the dev extra")
+    for name in ("isomerge_fast", "kernels"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    with (tmp_path / file).open("a", encoding="utf-8") as source:
+        source.write(f"{line}\n")
+    assert said in broken_contracts(tmp_path)

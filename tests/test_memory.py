@@ -81,6 +81,8 @@ def test_peak_memory(family: list[Path], tmp_path: Path, method: str) -> None:
         *arguments,
         "--max-ram",
         str(CEILING_BYTES),
+        "--threads",
+        "2",
         "--format",
         "json",
     ]

@@ -94,6 +94,7 @@ class Quantile(Elementwise):
         return deltas.quantile(0.5, dim=0)
 
 
+@pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("shape", [(1024, 700), (90, 100)], ids=str)
 @pytest.mark.parametrize("method", [Median(), Quantile()], ids=lambda method: method.name)
 def test_a_method_of_single_elements_keeps_to_its_memory(

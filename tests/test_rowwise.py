@@ -311,6 +311,7 @@ def test_every_tensor_is_made_on_the_device_of_the_source(name: str) -> None:
             stats.to_dict()
 
 
+@pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("options", [{}, {"common_fraction": 0.1}, {"memory_bytes": 1}], ids=str)
 @pytest.mark.parametrize(
     ("shape", "block_rows"), [((1400, 700), 64), ((30_000, 100), 8192), ((1500, 300), 40)], ids=str

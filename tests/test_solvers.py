@@ -197,6 +197,7 @@ def test_polar(row: Row, name: str, shape: tuple[int, ...], dtype: torch.dtype) 
     q, stats = row.solver.polar(x, tolerance=no_tolerance(x))
     assert q.dtype == dtype
     assert q.is_contiguous() or not row.iterates
+    assert stats.solver == row.solver.name or isinstance(row.solver, TracedPolar)
     error = oracle.relative_error(q.numpy(), expected)
     # The certificate: at no tier is a factor passed that is not as near as the tier promises. No tier takes
     # Newton-Schulz in float32, whose restarts cannot mend κ = 1e6: asymmetry hardly sees what that loses.

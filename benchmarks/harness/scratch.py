@@ -14,7 +14,7 @@ VARIABLE = "ISOMERGE_BENCH_SCRATCH"
 
 
 def scratch() -> Path:
-    """Return the folder that ``benchmarks.run`` makes for all passes."""
+    """Return the folder of all passes of ``benchmarks.run``, or of one ``pytest benchmarks``."""
     return Path(os.environ[VARIABLE])
 
 

@@ -269,6 +269,6 @@ class _ItemRun:
                 raise
             reason = f" ({str(error).splitlines()[0]})" if str(error) else ""
             raise ResourceError(
-                f"out of memory at tensor {plan.name!r}, which was planned to take {plan.route.work_bytes} bytes{reason}"
-                "; --resume continues when there is more, --max-ram plans with less"
+                f"out of memory at tensor {plan.name!r}, which was planned to take {plan.route.work_bytes} bytes"
+                f"{reason}; --resume continues when there is more, --max-ram plans with less"
             ) from error

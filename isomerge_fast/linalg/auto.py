@@ -44,6 +44,9 @@ class Candidate(Generic[S]):
     sum_dtype: torch.dtype = torch.float64
 
 
+Choice = Candidate  # as it was called before, for one release more
+
+
 def check_precision(precision: str) -> None:
     """Raise ConfigError for a precision that is none of ``PRECISIONS``."""
     if precision not in PRECISIONS:

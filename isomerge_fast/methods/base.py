@@ -66,7 +66,7 @@ class Method(ABC):
         """Take hooks under the names that they had, for one release more."""
         super().__init_subclass__()
         for old, new in RENAMED_HOOKS.items():
-            if old in cls.__dict__:
+            if old in cls.__dict__ and new not in cls.__dict__:
                 warnings.warn(f"method hook {old} is now {new}", DeprecationWarning, stacklevel=2)
                 setattr(cls, new, cls.__dict__[old])
 

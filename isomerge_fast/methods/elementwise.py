@@ -72,7 +72,7 @@ class RowwiseElementwise:
             stack = value.new_empty(self._tasks, *value.shape)
             for task, delta in enumerate(stack):
                 part.delta(task, self._dtype, out=delta)
-            value.copy_(self._combine(stack))
+            value[:] = self._combine(stack)  # which may have kept the dimension of the tasks
         return found.total
 
     def stats(self) -> MergeStats:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -184,6 +185,12 @@ class DeltaSource(ABC):
     def factors(self) -> list[Factors | None]:
         """Return the factors of every w_t Δ_t, None where that is 0, of deltas that are given so; before any blocks."""
         raise ValueError(f"{type(self).__name__} has no factors")
+
+    @property
+    def origin(self) -> TensorSpec:
+        """Return ``full_spec``, under the name that it had; for one release more."""
+        warnings.warn("DeltaSource.origin is now full_spec", DeprecationWarning, stacklevel=2)
+        return self.full_spec
 
     def start_over(self) -> None:  # noqa: B027  # most have nothing to do
         """Begin again after a failure: the rest of a first pass is skipped."""

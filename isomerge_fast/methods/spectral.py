@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -69,6 +70,17 @@ class Spectral(Method):
     def tolerance(self) -> float:
         """Return the limit of the checks."""
         return TOLERANCES[self.precision]
+
+    @property
+    def promise(self) -> float:
+        """Return ``tolerance``, under the name that it had; for one release more."""
+        warnings.warn("Spectral.promise is now tolerance", DeprecationWarning, stacklevel=2)
+        return self.tolerance
+
+    def mean(self, total: Tensor, kept: Tensor, min_dim: int) -> Tensor:
+        """Return ``spectral_mean`` by the method's policy; for one release more."""
+        warnings.warn("Spectral.mean is now spectral_mean(…, rank_policy)", DeprecationWarning, stacklevel=2)
+        return spectral_mean(total, kept, min_dim, self.rank_policy)
 
     @abstractmethod
     def solvers(self, spec: TensorSpec, tasks: int, device: torch.device) -> Sequence[Candidate[Any]]:
