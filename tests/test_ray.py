@@ -39,7 +39,6 @@ from isomerge_fast.cli.commands import app
 from isomerge_fast.errors import InputChangedError, MissingPackageError, UnreadableError
 from isomerge_fast.execution.report import Progress, Report
 from isomerge_fast.execution.work_item import WorkResult
-from isomerge_fast.integrations.ray import cluster, executor, session, worker
 from isomerge_fast.planning.plan import Plan
 from ray_faults import Given, Machine, journals
 
@@ -47,6 +46,8 @@ peers.need("ray", "ray")
 
 import ray  # noqa: E402  # after the line that skips where Ray is absent
 from ray.cluster_utils import Cluster  # noqa: E402  # likewise
+
+from isomerge_fast.integrations.ray import cluster, executor, session, worker  # noqa: E402  # likewise
 
 pytestmark = [pytest.mark.peer, pytest.mark.filterwarnings("ignore")]
 
@@ -355,6 +356,14 @@ def test_an_address_without_a_cluster(
         assert said in told
     (ray_folder / "ray/ray_current_cluster").unlink(missing_ok=True)
     merge.expect_nothing()
+
+
+def test_sigterm_does_what_it_did_before_ray() -> None:
+    """Which ``ray.init`` changes."""
+    before = signal.getsignal(signal.SIGTERM)
+    with cluster.kept_sigterm():
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 @pytest.mark.parametrize("address", ["nonsense", "host", "ray://127.0.0.1:10001", "a:b", "host:1234567", "http://h:1"])

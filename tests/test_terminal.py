@@ -25,7 +25,6 @@ from isomerge_fast.cli.terminal import stoppable
 from isomerge_fast.errors import InputError, IsomergeError, ResourceError, VerificationError, visible
 from isomerge_fast.execution import engine
 from isomerge_fast.execution.report import Report
-from isomerge_fast.integrations.ray import cluster
 
 FORGED = "every checksum is right"
 # Clears the screen, begins a line of ours, runs from right to left, hides; and markup of rich's and of Markdown.
@@ -313,13 +312,6 @@ class TestSignals:
         with open(reading, "rb") as said:
             assert said.read() == b"left\n"
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 143
-
-    def test_ray_has_no_way_of_its_own(self, isomerge: Isomerge) -> None:
-        """At a SIGTERM, as it would by ``ray.init``."""
-        before = signal.getsignal(signal.SIGTERM)
-        with cluster.kept_sigterm():
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        assert signal.getsignal(signal.SIGTERM) == before
 
     def test_what_was_ignored_stays_so(self, isomerge: Isomerge, monkeypatch: pytest.MonkeyPatch) -> None:
         """Under nohup a terminal that goes away ends nothing."""
