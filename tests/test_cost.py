@@ -299,8 +299,8 @@ def test_dividing_takes_no_time(llama: Planned, tmp_path: Path) -> None:
     assert len(moe.tensors) > 40_000
     for plan in (llama("iso-c"), moe):
         for rates in (rates_of(1e12), even_rates(plan)):
-            started = time.perf_counter()
+            started = time.process_time()
             units = divide(plan, 256, rates)
-            took = time.perf_counter() - started
+            took = time.process_time() - started
             print(f"{len(plan.tensors)} tensors in {len(units)} units: {took:.2f} s")
             assert took < 4
