@@ -169,11 +169,11 @@ def warm_up() -> None:
     import torch
 
     torch.set_num_threads(1)
-    import xxhash  # noqa: F401
+    import xxhash  # noqa: F401 - to be loaded
 
-    import executors  # noqa: F401 - to be loaded
+    import executors  # noqa: F401 - likewise
     import isomerge_fast as imf
-    from isomerge_fast.execution import engine  # noqa: F401
+    from isomerge_fast.execution import engine  # noqa: F401 - likewise
 
     imf.iso_c(torch.randn(2, 4, 6))  # loads what the solvers load
     gc.collect()
