@@ -14,30 +14,21 @@ import torch
 from torch import Tensor
 
 from isomerge_kernels import bf16x3, reference
-from isomerge_kernels.devices import DeviceTraits, indexed, traits_of
-from isomerge_kernels.protocol import FLOAT_DTYPES, TaskSum, compute_dtype
-from isomerge_kernels.reference import BLOCK_ELEMENTS, count_nonfinite, subtract
+from isomerge_kernels.devices import DeviceTraits as DeviceTraits, indexed as indexed, traits_of as traits_of
+from isomerge_kernels.protocol import (
+    FLOAT_DTYPES as FLOAT_DTYPES,
+    TaskSum as TaskSum,
+    check_apply,
+    check_sum,
+    compute_dtype as compute_dtype,
+)
+from isomerge_kernels.reference import (
+    BLOCK_ELEMENTS as BLOCK_ELEMENTS,
+    count_nonfinite as count_nonfinite,
+    subtract as subtract,
+)
 
 from .errors import MissingPackageError
-
-__all__ = [
-    "BLOCK_ELEMENTS",
-    "FLOAT_DTYPES",
-    "DeviceTraits",
-    "TaskSum",
-    "apply_delta",
-    "compute_dtype",
-    "count_nonfinite",
-    "dtype_name",
-    "indexed",
-    "mm",
-    "mm_add",
-    "subtract",
-    "sym_mm",
-    "sym_mm_add",
-    "task_sum",
-    "traits_of",
-]
 
 # Half the tiles save time when there are many of them: where a result has so many rows and, over all members, so many
 # entries. Speed over torch.matmul on an H200: float64 0.8 at 1024 rows, 1.1 at 1280, 1.7 from 2048 on, 1.5 for eight
@@ -48,11 +39,7 @@ SYMMETRIC_SIDE, SYMMETRIC_ENTRIES = 768, 1280 * 1280
 
 @cache
 def gpu_kernels() -> ModuleType:
-    """Return the launchers.
-
-    Raises:
-        MissingPackageError: Triton is not installed, or does not load.
-    """
+    """Return the launchers, or raise MissingPackageError where Triton is not installed or does not load."""
     try:
         from isomerge_kernels import launchers
     except ImportError as error:
@@ -69,6 +56,10 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def _has_kernels(tensor: Tensor) -> bool:
     return tensor.is_cuda  # true of ROCm too
+
+
+def _backend(tensor: Tensor) -> ModuleType:
+    return gpu_kernels() if _has_kernels(tensor) else reference
 
 
 def task_sum(
@@ -98,10 +89,14 @@ def task_sum(
     Raises:
         ValueError: shapes, devices or dtypes that do not fit each other.
     """
-    backend = gpu_kernels() if _has_kernels(experts[0]) else reference
-    return backend.task_sum(
-        experts, base, weights=weights, dtype=dtype, out=out, batch_dims=batch_dims, largest=largest
-    )
+    first, backend = experts[0], _backend(experts[0])
+    values = (1.0,) * len(experts) if weights is None else tuple(map(float, weights))
+    out = torch.empty(first.shape, dtype=dtype, device=first.device) if out is None else out
+    check_sum(experts, base, values, out)
+    if 0 in out.shape:
+        zero = torch.zeros(len(experts), *out.shape[:batch_dims], dtype=torch.float64, device=out.device)
+        return TaskSum(out, zero, zero.clone(), zero.long())
+    return backend.task_sum(experts, base, values, out, batch_dims, largest)
 
 
 def apply_delta(
@@ -126,17 +121,24 @@ def apply_delta(
     Raises:
         ValueError: shapes, devices or dtypes that do not fit each other; a seed with another dtype than bfloat16.
     """
-    backend = gpu_kernels() if _has_kernels(base) else reference
-    return backend.apply_delta(base, delta, scalings=scalings, dtype=dtype, seed=seed, first=first)
+    backend = _backend(base)
+    check_apply(base, delta, dtype, seed, first)
+    if 0 in base.shape or not scalings:
+        return [torch.empty(base.shape, dtype=dtype, device=base.device) for _ in scalings]
+    return backend.apply_delta(base, delta, scalings, dtype, seed, first)
 
 
-def mm(a: Tensor, b: Tensor, *, precision: str | None = None) -> Tensor:
+def mm(a: Tensor, b: Tensor, *, out: Tensor | None = None, precision: str | None = None) -> Tensor:
     """Return A B of [..., m, k] and [..., k, n].
 
     Args:
+        out: overwritten with the result where given.
         precision: of float32 products, ``"bf16x3"``; by default what the vendor's library has for float32.
     """
-    return bf16x3.mm(a, b) if precision == "bf16x3" else a @ b
+    if precision != "bf16x3":
+        return torch.matmul(a, b, out=out)
+    product = bf16x3.mm(a, b)
+    return product if out is None else out.copy_(product)
 
 
 def mm_add(
@@ -150,10 +152,12 @@ def mm_add(
     precision: str | None = None,
 ) -> Tensor:
     """Return β C + α A B; ``out`` may be C itself, ``precision`` is as in ``mm``."""
-    if precision == "bf16x3":
-        result = bf16x3.mm(a, b).mul_(alpha).add_(c, alpha=beta)
-        return result if out is None else out.copy_(result)
-    return reference.mm_add(c, a, b, alpha=alpha, beta=beta, out=out)
+    if precision != "bf16x3" and c.ndim == 2:
+        return torch.addmm(c, a, b, alpha=alpha, beta=beta, out=out)
+    if precision != "bf16x3" and c.ndim == a.ndim == b.ndim == 3 and traits_of(c.device).is_gpu:  # one launch for three
+        return torch.baddbmm(c, a, b, alpha=alpha, beta=beta, out=out)
+    result = mm(a, b, precision=precision).mul_(alpha).add_(c, alpha=beta)
+    return result if out is None else out.copy_(result)
 
 
 def sym_mm(a: Tensor, b: Tensor | None = None, *, out: Tensor | None = None, precision: str | None = None) -> Tensor:
@@ -192,13 +196,10 @@ def sym_mm_add(
     b = a.mT if b is None else b
     if c is not None:
         result = mm_add(c, a, b, alpha=alpha, beta=beta, out=out, precision=precision)
-    elif precision == "bf16x3":
-        product = bf16x3.mm(a, b)
-        result = product if out is None else out.copy_(product)
     else:
-        result = torch.matmul(a, b, out=out)
-    if c is None and alpha != 1.0:
-        result.mul_(alpha)
+        result = mm(a, b, out=out, precision=precision)
+        if alpha != 1.0:
+            result.mul_(alpha)
     if gamma:
         result.diagonal(dim1=-2, dim2=-1).add_(gamma)
     return result

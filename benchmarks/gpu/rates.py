@@ -79,7 +79,7 @@ def bandwidths(rows: Rows) -> None:
             ]
             out = torch.empty(shape, dtype=total, device=device)
             for config in task_sum.CONFIGS[torch.float32]:
-                calls = [partial(task_sum.task_sum, x[1:], x[0], out=out, config=config) for x in inputs]
+                calls = [partial(task_sum.task_sum, x[1:], x[0], [1.0] * TASKS, out, config=config) for x in inputs]
                 rated(f"task_sum {DTYPES[dtype]} to {DTYPES[total]}", shape, size, calls, config)
             del inputs, out
         for scalings, seed in (([1.0], None), ([0.8, 1.0, 1.3], None), ([1.0], 7)):

@@ -36,14 +36,10 @@ class Config(NamedTuple):
 
 
 class Lines(NamedTuple):
-    """Hold tensors of one shape as lines of elements side by side; each tensor begins at its first element.
-
-    Attributes:
-        strides: by tensor, elements from line to line.
-    """
+    """Hold tensors of one shape as lines of elements side by side; each tensor begins at its first element."""
 
     tensors: Sequence[Tensor]
-    strides: list[int]
+    strides: list[int]  # by tensor, elements from line to line
     n_lines: int
     elements: int
 

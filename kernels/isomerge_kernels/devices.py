@@ -23,18 +23,12 @@ class DeviceTraits:
 
     What is free of the memory is no trait: it changes from run to run, and a rule that followed it would change the
     bytes of a merge with it.
-
-    Attributes:
-        is_gpu: NVIDIA's or AMD's.
-        capability: NVIDIA's compute capability; None elsewhere.
-        memory_bytes: of the whole GPU; 0 on a CPU.
-        name: the GPU's model, by which libraries choose; empty on a CPU.
     """
 
-    is_gpu: bool
-    capability: tuple[int, int] | None = None
-    memory_bytes: int = 0
-    name: str = ""
+    is_gpu: bool  # NVIDIA's or AMD's
+    capability: tuple[int, int] | None = None  # NVIDIA's compute capability; None elsewhere
+    memory_bytes: int = 0  # of the whole GPU; 0 on a CPU
+    name: str = ""  # the GPU's model, by which libraries choose; empty on a CPU
 
     @property
     def has_float64_tensor_cores(self) -> bool:

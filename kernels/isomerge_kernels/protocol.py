@@ -13,20 +13,14 @@ FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class TaskSum(NamedTuple):
-    """Hold Σ_t w_t Δ_t and what was seen of every Δ_t: [T], or [T, B, ...] where B, ... count as a batch.
+    """Hold Σ_t w_t Δ_t and what was seen of every Δ_t: [T], or [T, B, ...] where B, ... count as a batch."""
 
-    Attributes:
-        total: in the shape of a Δ_t, in the dtype asked for.
-        squares: ‖Δ_t‖_F², float64, of whatever float32 holds (a GPU: of 1e-30 and more). Of float64 entries it is Inf
-            where float64 does not hold it; and it is never 0 where Δ_t is not, but the smallest normal number.
-        largest: max |Δ_t|, float64; NaN where not all entries are finite, None where it was not asked for.
-        nonfinite: how many entries of Δ_t are NaN or Inf, int64.
-    """
-
-    total: Tensor
+    total: Tensor  # in the shape of a Δ_t, in the dtype asked for
+    # ‖Δ_t‖_F², float64, of whatever float32 holds (a GPU: of 1e-30 and more). Of float64 entries it is Inf where that
+    # does not hold it; and it is never 0 where Δ_t is not, but the smallest normal number.
     squares: Tensor
-    largest: Tensor | None
-    nonfinite: Tensor
+    largest: Tensor | None  # max |Δ_t|, float64; NaN where not all entries are finite, None where it was not asked for
+    nonfinite: Tensor  # how many entries of Δ_t are NaN or Inf, int64
 
 
 def compute_dtype(*dtypes: torch.dtype) -> torch.dtype:
@@ -45,47 +39,18 @@ def check_same(name: str, tensors: Sequence[Tensor], base: Tensor) -> None:
             raise ValueError(f"{name}[{index}] is {tensor.dtype}; expected one of {FLOAT_DTYPES}")
 
 
-def weights_of(weights: Sequence[float] | None, tasks: int) -> tuple[float, ...]:
-    """Return w_t as given, or ones.
-
-    Raises:
-        ValueError: another number of weights than tasks, or one that is not finite.
-    """
-    values = (1.0,) * tasks if weights is None else tuple(float(weight) for weight in weights)
-    if len(values) != tasks:
-        raise ValueError(f"weights: expected {tasks}, one a task, got {len(values)}")
-    if not all(math.isfinite(value) for value in values):
-        raise ValueError(f"weights: expected finite numbers, got {values}")
-    return values
-
-
-def prepared_sum(
-    experts: Sequence[Tensor],
-    base: Tensor | None,
-    weights: Sequence[float] | None,
-    dtype: torch.dtype,
-    out: Tensor | None,
-) -> tuple[tuple[float, ...], Tensor]:
-    """Return w_t and the tensor that takes S, for a ``task_sum``.
-
-    Raises:
-        ValueError: shapes, devices or dtypes that do not fit each other.
-    """
+def check_sum(experts: Sequence[Tensor], base: Tensor | None, weights: tuple[float, ...], out: Tensor) -> None:
+    """Raise ValueError for operands of ``task_sum`` that do not fit each other."""
     first = experts[0]
     check_same("experts", experts, first if base is None else base)
-    values = weights_of(weights, len(experts))
-    out = torch.empty(first.shape, dtype=dtype, device=first.device) if out is None else out
+    if len(weights) != len(experts):
+        raise ValueError(f"weights: expected {len(experts)}, one a task, got {len(weights)}")
+    if not all(map(math.isfinite, weights)):
+        raise ValueError(f"weights: expected finite numbers, got {weights}")
     if out.shape != first.shape or out.device != first.device:
         raise ValueError(f"out is {list(out.shape)} on {out.device}, expected {list(first.shape)} on {first.device}")
     if not out.is_contiguous():
         raise ValueError(f"out has strides {out.stride()}; expected a contiguous tensor")
-    return values, out
-
-
-def empty_sum(out: Tensor, tasks: int, batch: torch.Size) -> TaskSum:
-    """Return the ``TaskSum`` of experts that have no entries."""
-    zero = torch.zeros(tasks, *batch, dtype=torch.float64, device=out.device)
-    return TaskSum(out, zero, zero.clone(), zero.long())
 
 
 def check_apply(base: Tensor, delta: Tensor, dtype: torch.dtype, seed: int | None, first: int) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .devices import traits_of
-from .protocol import TaskSum, check_apply, compute_dtype, empty_sum, prepared_sum
+from .protocol import TaskSum, compute_dtype
 
 MASK = 0xFFFFFFFF
 # 1 MiB of fp32. Both passes take the same time from 2^16 to 2^19 (32000 x 768 bf16, 2-core CPU); larger blocks only
@@ -53,19 +53,14 @@ def subtract(expert: Tensor, base: Tensor, *, dtype: torch.dtype, out: Tensor | 
 
 def task_sum(
     experts: Sequence[Tensor],
-    base: Tensor | None = None,
-    *,
-    weights: Sequence[float] | None = None,
-    dtype: torch.dtype = torch.float32,
-    out: Tensor | None = None,
+    base: Tensor | None,
+    weights: Sequence[float],
+    out: Tensor,
     batch_dims: int = 0,
     largest: bool = True,
 ) -> TaskSum:
-    """Return S = Σ_t w_t (θ_t − θ₀) and what is seen of every Δ_t; arguments as of ``ops.task_sum``."""
-    values, out = prepared_sum(experts, base, weights, dtype, out)
+    """Write S = Σ_t w_t (θ_t − θ₀) to ``out``, and return it with what is seen of every Δ_t; see ``ops.task_sum``."""
     batch, tasks = out.shape[:batch_dims], len(experts)
-    if 0 in out.shape:
-        return empty_sum(out, tasks, batch)
     compute = compute_dtype(*(tensor.dtype for tensor in experts), *([] if base is None else [base.dtype]))
     members = batch.numel()
     sources = [expert.reshape(members, -1) for expert in experts]
@@ -83,11 +78,11 @@ def task_sum(
                 if from_base is not None:
                     delta = delta - from_base
                 if task:
-                    target.add_(delta, alpha=values[task])
-                elif values[0] == 1.0:
+                    target.add_(delta, alpha=weights[task])
+                elif weights[0] == 1.0:
                     target.copy_(delta)
                 else:
-                    torch.mul(delta, values[0], out=target)
+                    torch.mul(delta, weights[0], out=target)
                 # Over a block of 2^17, dot is right to 4e-8 and vector_norm to 2e-6. The largest takes 20 us by
                 # aminmax, 210 by vector_norm.
                 seen += [torch.dot(delta, delta), *(torch.aminmax(delta) if largest else ())]
@@ -136,19 +131,10 @@ def sum_of_squares(x: Tensor) -> Tensor:
 
 
 def apply_delta(
-    base: Tensor,
-    delta: Tensor,
-    *,
-    scalings: Sequence[float],
-    dtype: torch.dtype,
-    seed: int | None = None,
-    first: int = 0,
+    base: Tensor, delta: Tensor, scalings: Sequence[float], dtype: torch.dtype, seed: int | None = None, first: int = 0
 ) -> list[Tensor]:
-    """Return [θ₀ + α Δ for α in ``scalings``]; arguments as of ``ops.apply_delta``."""
-    check_apply(base, delta, dtype, seed, first)
+    """Return [θ₀ + α Δ for α in ``scalings``]; see ``ops.apply_delta``."""
     outputs = [torch.empty(base.shape, dtype=dtype, device=base.device) for _ in scalings]
-    if base.numel() == 0:
-        return outputs
     origins, changes = base.reshape(-1), delta.reshape(-1)
     for start in range(0, base.numel(), BLOCK_ELEMENTS):
         block = slice(start, start + BLOCK_ELEMENTS)
@@ -211,18 +197,6 @@ def count_nonfinite(x: Tensor) -> Tensor:
 # From this many rows on a symmetric product is made of panels. At 768 four panels take 0.78 of a full product's time in
 # float32 and float64, at 2048 0.72 (2-core CPU); at 304 they take longer.
 PANELS, PANEL_ROWS = 4, 512
-
-
-def mm_add(
-    c: Tensor, a: Tensor, b: Tensor, *, alpha: float = 1.0, beta: float = 1.0, out: Tensor | None = None
-) -> Tensor:
-    """Return β C + α A B; ``out`` may be C itself."""
-    if c.ndim == 2:
-        return torch.addmm(c, a, b, alpha=alpha, beta=beta, out=out)
-    if c.ndim == a.ndim == b.ndim == 3 and traits_of(c.device).is_gpu:  # one launch for three
-        return torch.baddbmm(c, a, b, alpha=alpha, beta=beta, out=out)
-    result = (a @ b).mul_(alpha).add_(c, alpha=beta)
-    return result if out is None else out.copy_(result)
 
 
 def symmetric_matmul(

@@ -1,11 +1,8 @@
 """Multiply α A B + β C + γ I where A B and C are symmetric: A Aᵀ, Aᵀ A, polynomials of one symmetric matrix.
 
-Only the tiles on and below the diagonal are computed; each is stored twice, the second time transposed. With A, B and C
-all G and (α, β, γ) = (c, b, a) it is the polynomial a I + b G + c G² of a polar iteration's step, in one pass.
-
-The precision of a product of float32 matrices is an argument: ``ieee`` (no tensor cores), ``tf32x3`` (three products of
-tf32 parts: about float32's own), ``bf16x3`` (three of bf16 parts: 16 bits of mantissa). bf16 and fp16 are multiplied as
-they are and added up in float32; float64 in float64.
+Only the tiles on and below the diagonal are computed; each is stored twice, the second time transposed. Precisions of
+float32 products: ``ieee`` (no tensor cores), ``tf32x3`` (three products of tf32 parts: about float32's own), ``bf16x3``
+(three of bf16 parts: 16 bits of mantissa). bf16 and fp16 are added up in float32 (docs/kernels.md).
 
 Structure (only one triangle computed, mirrored at the store) after microsoft/dion, newton_schulz_triton.py.
 """
@@ -136,13 +133,7 @@ def config_key(dtype: torch.dtype, precision: str) -> str:
 
 
 def default_config(key: str, capability: tuple[int, int] | None, entries: int) -> TileConfig:
-    """Return the first config that suits: for split float32 large tiles for large results, on sm_80 and its kin never.
-
-    Args:
-        key: of ``CONFIGS``.
-        capability: NVIDIA's, None elsewhere.
-        entries: of the result.
-    """
+    """Return the first config that suits: large tiles of split float32 are for large results, and never for sm_80."""
     is_split = key in ("tf32x3", "bf16x3")
     spills = capability is not None and capability[0] < 9
     return CONFIGS[key][1 if is_split and (spills or entries < LARGE_TILES) else 0]
@@ -160,17 +151,9 @@ def symmetric_matmul(
     out: Tensor | None = None,
     config: TileConfig | None = None,
 ) -> Tensor:
-    """Return α A B + β C + γ I for symmetric A B and C, [..., n, n].
+    """Return α A B + β C + γ I for symmetric A B and C [..., n, n], with A [..., n, k] and B of any strides.
 
-    Args:
-        a, b: [..., n, k] and [..., k, n], any strides; b is Aᵀ when left out. That A B is symmetric is not checked.
-        c: [..., n, n]; left out it is 0.
-        precision: of float32 products, one of ``PRECISIONS``.
-        out: overwritten with the result; may be ``c``, but not ``a`` or ``b``.
-        config: ``default_config`` when left out.
-
-    Raises:
-        ValueError: shapes that do not fit each other, or an unknown precision.
+    B is Aᵀ when left out; that A B is symmetric is not checked. ``out`` may be C, but not A or B.
     """
     b = a.mT if b is None else b
     n, k = a.shape[-2:]

@@ -1,8 +1,7 @@
 """Sum S = Σ_t w_t (θ_t − θ₀), with ‖Δ_t‖², max |Δ_t| and the count of NaN and Inf, in one read of every byte.
 
-Program (line, block) holds one block of S in registers and walks the tasks; the tasks' tensors are found by a table of
-addresses, so that T of them are read without a stack of copies and one compiled kernel serves every T. What is seen of
-Δ_t is written per block and added up by a second kernel: in a fixed order, as no sum by atomics would be.
+Program (line, block) holds one block of S in registers and walks the tasks, which a table of addresses finds; a second
+kernel adds up what is seen of Δ_t in each block (docs/kernels.md).
 
 Bytes a parameter: T experts and the base in their dtype, S in its own; the statistics are 24 T / BLOCK.
 """
@@ -20,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._launch import OPTIONS, TRITON_DTYPES, VECTOR_BYTES, address_table, as_lines, blocks_of, on_device
-from .protocol import TaskSum, compute_dtype, empty_sum, prepared_sum
+from .protocol import TaskSum, compute_dtype
 
 
 class SumConfig(NamedTuple):
@@ -157,20 +156,15 @@ def add_up_kernel(
 
 def task_sum(
     experts: Sequence[Tensor],
-    base: Tensor | None = None,
-    *,
-    weights: Sequence[float] | None = None,
-    dtype: torch.dtype = torch.float32,
-    out: Tensor | None = None,
+    base: Tensor | None,
+    weights: Sequence[float],
+    out: Tensor,
     batch_dims: int = 0,
     largest: bool = True,
     config: SumConfig | None = None,
 ) -> TaskSum:
-    """Return S and what is seen of every Δ_t; arguments as of ``ops.task_sum``. ``largest`` is always there."""
-    values, out = prepared_sum(experts, base, weights, dtype, out)
+    """Write S to ``out``, and return it with all that is seen of every Δ_t (also without ``largest``); see ``ops``."""
     tasks, batch, device = len(experts), out.shape[:batch_dims], out.device
-    if 0 in out.shape:
-        return empty_sum(out, tasks, batch)
     lines = as_lines([*experts, experts[0] if base is None else base, out], batch.numel())
     compute = compute_dtype(lines.tensors[tasks].dtype, *(expert.dtype for expert in experts))
     config = config or CONFIGS[compute][0]
@@ -182,7 +176,7 @@ def task_sum(
         for launch, kind in enumerate(dict.fromkeys(expert.dtype for expert in experts)):
             members = [task for task in range(tasks) if experts[task].dtype == kind]
             task_sum_kernel[(lines.n_lines * n_blocks,)](
-                address_table(lines, values, members),
+                address_table(lines, weights, members),
                 lines.tensors[tasks],
                 out,
                 of_blocks,

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from types import ModuleType
 from typing import Any
+from unittest import mock
 
 import numpy
 import torch
 from torch import Tensor
 
+from isomerge_fast import ops
 from isomerge_kernels import apply_delta, reference, symmetric_matmul, task_sum
 
 Check = Callable[[torch.device], dict[str, float]]
@@ -114,6 +117,12 @@ def check_statistics(found: task_sum.TaskSum, deltas: list[Tensor], batch_dims: 
     assert found.nonfinite.shape == found.squares.shape
 
 
+def through(backend: ModuleType, operation: str, *arguments: Any, **options: Any) -> Any:
+    """Return an operation of ``ops``, which checks and allocates, by one of its backends."""
+    with mock.patch.object(ops, "_backend", return_value=backend):
+        return getattr(ops, operation)(*arguments, **options)
+
+
 def sum_checks() -> Iterator[tuple[str, Check]]:
     def check(shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...], device: torch.device) -> dict[str, float]:
         expert, base, total = dtypes
@@ -121,20 +130,20 @@ def sum_checks() -> Iterator[tuple[str, Check]]:
         experts.append(random(shape, base, device, 3))
         origin, weights, batch_dims = random(shape, base, device, 9), [1.0, 0.5, -2.0, 3.0], max(0, len(shape) - 2)
         out = poisoned(shape, total, device)
-        ours = task_sum.task_sum(experts, origin, weights=weights, out=out, batch_dims=batch_dims)
+        ours = through(task_sum, "task_sum", experts, origin, weights=weights, out=out, batch_dims=batch_dims)
         assert ours.total is out
         deltas = [value.double() - origin.double() for value in experts]
         exact = torch.zeros(shape, dtype=torch.float64, device=device)
         for weight, delta in zip(weights, deltas, strict=True):
             exact += weight * delta
-        torchs = reference.task_sum(experts, origin, weights=weights, dtype=total, batch_dims=batch_dims)
+        torchs = through(reference, "task_sum", experts, origin, weights=weights, dtype=total, batch_dims=batch_dims)
         found = compare(ours.total, torchs.total, exact)
         check_statistics(ours, deltas, batch_dims)
         # Without a base the tensors are the deltas.
-        bare = task_sum.task_sum(experts, dtype=total, batch_dims=batch_dims)
+        bare = through(task_sum, "task_sum", experts, dtype=total, batch_dims=batch_dims)
         compare(
             bare.total,
-            reference.task_sum(experts, dtype=total).total,
+            through(reference, "task_sum", experts, dtype=total).total,
             torch.stack([*map(Tensor.double, experts)]).sum(0),
         )
         return found
@@ -149,19 +158,19 @@ def sum_checks() -> Iterator[tuple[str, Check]]:
         experts.append(random((40, 64), torch.float32, device, 2)[:, 3:63])  # rows at a distance, not aligned
         base = random((40, 60), torch.float32, device, 3)
         deltas = [value.double() - base.double() for value in experts]
-        rows_only = task_sum.task_sum(experts[2:], base)
+        rows_only = through(task_sum, "task_sum", experts[2:], base)
         compare(rows_only.total, experts[2] - base, deltas[2])
         check_statistics(rows_only, deltas[2:])
-        ours = task_sum.task_sum(experts, base)
+        ours = through(task_sum, "task_sum", experts, base)
         check_statistics(ours, deltas)
-        return compare(ours.total, reference.task_sum(experts, base).total, torch.stack(deltas).sum(0))
+        return compare(ours.total, through(reference, "task_sum", experts, base).total, torch.stack(deltas).sum(0))
 
     def far_apart(device: torch.device) -> dict[str, float]:
         # Side by side in one tensor, which takes real memory on a GPU.
         *experts, base = beyond_int32((3, 3 * 512), torch.bfloat16, device, 0).split(512, 1)
         deltas = [value.double() - base.double() for value in experts]
         exact = torch.stack(deltas).sum(0)
-        ours = task_sum.task_sum(experts, base)
+        ours = through(task_sum, "task_sum", experts, base)
         check_statistics(ours, deltas)
         return compare(ours.total, exact.float(), exact)
 
@@ -171,8 +180,8 @@ def sum_checks() -> Iterator[tuple[str, Check]]:
         experts[1][2, 7, 11] = torch.nan
         experts[1][2, 8, 11] = -torch.inf
         experts[2][0, 0, 0] = torch.inf
-        ours = task_sum.task_sum(experts, base, batch_dims=1)
-        theirs = reference.task_sum(experts, base, batch_dims=1)
+        ours = through(task_sum, "task_sum", experts, base, batch_dims=1)
+        theirs = through(reference, "task_sum", experts, base, batch_dims=1)
         assert ours.nonfinite.tolist() == theirs.nonfinite.tolist() == [[0, 0, 0], [0, 0, 2], [1, 0, 0]]
         assert ours.largest is not None
         assert theirs.largest is not None
@@ -181,7 +190,7 @@ def sum_checks() -> Iterator[tuple[str, Check]]:
         exact = torch.stack([value.double() - base.double() for value in experts]).sum(0)
         finite = exact.isfinite()
         torch.testing.assert_close(ours.total[~finite].double(), exact[~finite], rtol=0, atol=0, equal_nan=True)
-        without = reference.task_sum(experts, base, batch_dims=1, largest=False)
+        without = through(reference, "task_sum", experts, base, batch_dims=1, largest=False)
         assert without.largest is None
         assert torch.equal(without.nonfinite, theirs.nonfinite)
         return compare(ours.total[finite], theirs.total[finite], exact[finite])
@@ -189,14 +198,16 @@ def sum_checks() -> Iterator[tuple[str, Check]]:
     def configurations(device: torch.device) -> dict[str, float]:
         experts = [random((63, 501), torch.bfloat16, device, seed) for seed in range(9)]
         sums = [
-            task_sum.task_sum(experts, experts[0], out=poisoned((63, 501), torch.float32, device), config=config)
+            task_sum.task_sum(experts, experts[0], [1.0] * 9, poisoned((63, 501), torch.float32, device), config=config)
             for config in task_sum.CONFIGS[torch.float32]
         ]
         assert all(torch.equal(each.total, sums[0].total) for each in sums)  # element by element the same order
         deltas = [value.double() - experts[0].double() for value in experts]
         for each in sums:
             check_statistics(each, deltas)
-        return compare(sums[0].total, reference.task_sum(experts, experts[0]).total, torch.stack(deltas).sum(0))
+        return compare(
+            sums[0].total, through(reference, "task_sum", experts, experts[0]).total, torch.stack(deltas).sum(0)
+        )
 
     def sizes(device: torch.device) -> dict[str, float]:
         """Norms of all that the dtypes hold, in both forms, also where one block is large and all others are not."""
@@ -210,7 +221,7 @@ def sum_checks() -> Iterator[tuple[str, Check]]:
             delta[rows] = (x[rows] * scale).to(dtype)
             exact = torch.linalg.vector_norm(delta.double())[None]
             for form in (task_sum, reference):
-                found = form.task_sum([delta], torch.zeros_like(delta), dtype=torch.float64)
+                found = through(form, "task_sum", [delta], torch.zeros_like(delta), dtype=torch.float64)
                 torch.testing.assert_close(found.squares.sqrt(), exact, rtol=1e-5, atol=0)
                 assert found.largest is not None
                 assert torch.equal(found.largest, delta.double().abs().amax()[None])
@@ -218,14 +229,16 @@ def sum_checks() -> Iterator[tuple[str, Check]]:
                 assert not found.nonfinite.any()
         for form in (task_sum, reference):
             for dtype, scale in ((torch.float32, 1e-44), (torch.float64, 1e-200)):
-                assert bool((form.task_sum([(x * scale).to(dtype)]).squares > 0).all())  # not zero
-            found = form.task_sum([x * 1e200])  # not a count of what is not finite
+                assert bool((through(form, "task_sum", [(x * scale).to(dtype)]).squares > 0).all())  # not zero
+            found = through(form, "task_sum", [x * 1e200])  # not a count of what is not finite
             assert found.squares.isinf().all()
             assert not found.nonfinite.any()
-            assert not form.task_sum([x * 0.0]).squares.any()
+            assert not through(form, "task_sum", [x * 0.0]).squares.any()
             unchanged = torch.zeros(2, 2048, device=device)
             unchanged[1, 5] = torch.nan
-            assert form.task_sum([unchanged]).nonfinite.tolist() == [1]  # however little else there is to see
+            assert through(form, "task_sum", [unchanged]).nonfinite.tolist() == [
+                1
+            ]  # however little else there is to see
         return {}
 
     yield from (("strided", strided), ("far-apart", far_apart), ("not-finite", not_finite), ("sizes", sizes))
@@ -238,8 +251,8 @@ def apply_checks() -> Iterator[tuple[str, Check]]:
     def check(shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...], device: torch.device) -> dict[str, float]:
         base_dtype, delta_dtype, out_dtype = dtypes
         base, delta = random(shape, base_dtype, device, 0), random(shape, delta_dtype, device, 1)
-        ours = apply_delta.apply_delta(base, delta, scalings=scalings, dtype=out_dtype)
-        theirs = reference.apply_delta(base, delta, scalings=scalings, dtype=out_dtype)
+        ours = through(apply_delta, "apply_delta", base, delta, scalings=scalings, dtype=out_dtype)
+        theirs = through(reference, "apply_delta", base, delta, scalings=scalings, dtype=out_dtype)
         found = {}
         for scaling, value, expected in zip(scalings, ours, theirs, strict=True):
             assert value.dtype == out_dtype
@@ -258,7 +271,7 @@ def apply_checks() -> Iterator[tuple[str, Check]]:
 
     def far_apart(device: torch.device) -> dict[str, float]:
         base, delta = beyond_int32((3, 64), torch.bfloat16, device, 0), random((64, 3), torch.float32, device, 1).mT
-        (ours,) = apply_delta.apply_delta(base, delta, scalings=[0.7], dtype=torch.float32)
+        (ours,) = through(apply_delta, "apply_delta", base, delta, scalings=[0.7], dtype=torch.float32)
         return compare(ours, base.float() + 0.7 * delta, base.double() + 0.7 * delta.double())
 
     def strided(device: torch.device) -> dict[str, float]:
@@ -267,7 +280,7 @@ def apply_checks() -> Iterator[tuple[str, Check]]:
             random((3, 40, 64), torch.float32, device, 0)[..., 3:63],
             random((3, 40, 60), torch.float32, device, 1),
         )
-        (ours,) = apply_delta.apply_delta(base, delta, scalings=[0.7], dtype=torch.float32)
+        (ours,) = through(apply_delta, "apply_delta", base, delta, scalings=[0.7], dtype=torch.float32)
         return compare(ours, base + 0.7 * delta, base.double() + 0.7 * delta.double())
 
     def stochastic(device: torch.device) -> dict[str, float]:
@@ -276,31 +289,31 @@ def apply_checks() -> Iterator[tuple[str, Check]]:
             base, delta = random(shape, torch.float32, device, 0), random(shape, torch.float32, device, 1)
             for seed in (1, 2**62 + 7):
                 options = {"scalings": scalings, "dtype": torch.bfloat16, "seed": seed}
-                ours = apply_delta.apply_delta(base, delta, **options)
-                theirs = reference.apply_delta(base.cpu(), delta.cpu(), **options)
+                ours = through(apply_delta, "apply_delta", base, delta, **options)
+                theirs = through(reference, "apply_delta", base.cpu(), delta.cpu(), **options)
                 for value, expected in zip(ours, theirs, strict=True):
                     # Where two ways to compute θ₀ + αΔ differ in the last place of float32, rounding may differ too.
                     assert (value.cpu() != expected).double().mean().item() <= 2e-4
         # What is made in pieces has the bits of the whole.
         base, delta = random((64, 500), torch.float32, device, 0), random((64, 500), torch.float32, device, 1)
         pieces = {"scalings": [0.7], "dtype": torch.bfloat16, "seed": 5}
-        (whole,) = apply_delta.apply_delta(base, delta, **pieces)
-        for apply in (apply_delta.apply_delta, reference.apply_delta):
+        (whole,) = through(apply_delta, "apply_delta", base, delta, **pieces)
+        for backend in (apply_delta, reference):
             lower, upper = (
-                apply(base[rows], delta[rows], first=500 * rows.start, **pieces)[0]
+                through(backend, "apply_delta", base[rows], delta[rows], first=500 * rows.start, **pieces)[0]
                 for rows in (slice(0, 24), slice(24, 64))
             )
             assert (torch.cat([lower, upper]) != whole).double().mean().item() <= 2e-4
         value = torch.full((1 << 16,), 1.0 + 2.0**-9, device=device)  # a quarter of the way from 1 to its neighbour
-        (rounded,) = apply_delta.apply_delta(
-            value, torch.zeros_like(value), scalings=[1.0], dtype=torch.bfloat16, seed=3
+        (rounded,) = through(
+            apply_delta, "apply_delta", value, torch.zeros_like(value), scalings=[1.0], dtype=torch.bfloat16, seed=3
         )
         up = (rounded > 1.0).double().mean().item()
         assert abs(up - 0.25) <= 6 * math.sqrt(0.25 * 0.75 / len(value)), up
         extreme = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.0, -0.0, 1e-45], device=device)
         extreme.view(torch.int32)[0] = 0x7FFFFFFF  # the NaN that one more would make -0
-        (kept,) = apply_delta.apply_delta(
-            extreme, torch.zeros_like(extreme), scalings=[1.0], dtype=torch.bfloat16, seed=3
+        (kept,) = through(
+            apply_delta, "apply_delta", extreme, torch.zeros_like(extreme), scalings=[1.0], dtype=torch.bfloat16, seed=3
         )
         torch.testing.assert_close(kept[:5].float(), extreme[:5], rtol=0, atol=0, equal_nan=True)
         return {"up": up}

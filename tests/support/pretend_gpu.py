@@ -264,14 +264,14 @@ class PretendKernels:
     def __init__(self, gpu: PretendGpu) -> None:
         self._gpu = gpu
 
-    def task_sum(self, experts: Sequence[Tensor], base: Tensor | None = None, **options: Any) -> ops.TaskSum:
-        found = self._gpu.on_host(reference.task_sum, experts, base, **options | {"largest": True})
+    def task_sum(self, *arguments: Any) -> ops.TaskSum:
+        found = self._gpu.on_host(reference.task_sum, *arguments[:-1])  # the largest entries are always found
         self._gpu.launched("task_sum", 2)  # the sum, and what blocks saw added up
         return found
 
-    def apply_delta(self, *args: Any, **options: Any) -> list[Tensor]:
+    def apply_delta(self, *arguments: Any) -> list[Tensor]:
         self._gpu.launched("apply_delta")
-        return self._gpu.on_host(reference.apply_delta, *args, **options)
+        return self._gpu.on_host(reference.apply_delta, *arguments)
 
     def symmetric_matmul(
         self,
