@@ -163,11 +163,7 @@ class MergeConfig:
         return {**asdict(self), "scaling": 1.0 if self.scaling is None else self.scaling}
 
     def weights_of(self, name: str) -> tuple[float, ...] | None:
-        """Return w_t of a tensor, or None where none are given.
-
-        Raises:
-            ConfigError: they are to be divided by their sum, and that is zero.
-        """
+        """Return w_t of a tensor, or None where none are given."""
         if self.weights is None and not self.normalize_weights:
             return None
         entries = self.weights or [1.0] * len(self.experts)
@@ -188,11 +184,7 @@ def _weight(entry: float | list[WeightRule], name: str) -> float:
 
 
 def recorded_config(description: Mapping[str, Any]) -> MergeConfig:
-    """Return the config of a merge from what its manifest says of it, as strictly checked as any other.
-
-    Raises:
-        ConfigError: an unknown key, a wrong type or a value out of range.
-    """
+    """Return the config of a merge from what its manifest says of it, as strictly checked as any other."""
     base, *experts = (recorded["path"] for recorded in description["inputs"])
     raw = {**description["config"], "base": base, "experts": experts}
     try:

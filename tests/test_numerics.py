@@ -16,6 +16,7 @@ import isomerge_fast as imf
 import oracle
 from allocation import peak_bytes
 from cases import CASES, Case
+from isomerge_fast.linalg import subspace_chebyshev
 from isomerge_fast.linalg.auto import TOLERANCES, polar_candidates
 from isomerge_fast.linalg.blockwise import long_side_blocks
 from isomerge_fast.linalg.certificate import PROBES, fixed_draw, orthogonality, probes, symmetry
@@ -397,10 +398,11 @@ def test_certificate_tells_wrong_polar_factors(shape: tuple[int, ...]) -> None:
     assert negative.min() > 1e-3
 
 
-def test_search_that_cannot_reach_its_angle_is_exact() -> None:
+def test_search_that_cannot_reach_its_angle_is_exact(monkeypatch: pytest.MonkeyPatch) -> None:
     deltas = Case(0, 1100, 260, 1e2, 8).deltas()
     total = torch.stack(deltas).double().sum(0)
-    factors = ChebyshevSubspace(angle=1e-15, corrections=1).factorize(total)
+    monkeypatch.setattr(subspace_chebyshev, "CORRECTIONS", 1)
+    factors = ChebyshevSubspace(angle=1e-15).factorize(total)
     common = factors.complete(factors.top(212), torch.float32)
     norm, tolerance = deltas[0].double().norm(), torch.zeros((), dtype=torch.float64)
     found = factors.residual(deltas[0], common, 6, norm=norm, tolerance=tolerance)

@@ -220,9 +220,7 @@ def test_projection_angle() -> None:
     """By hand: the rounding of a projection and what U_k is off, over the gap and the size of the short side."""
     sigma = torch.tensor([[4.0, 2.0], [3.0, 0.0], [0.0, 0.0]], dtype=DOUBLE)
     part = subspace(np.zeros((6, 2)), sigma.numpy(), np.zeros((9, 2)), True, None)
-    part = Subspace(
-        part.short, part.long, sigma, None, torch.tensor([0.5, 0.1, 1.0]), part.angle, part.unresolved, True
-    )
+    part = replace(part, sigma=sigma, gap=torch.tensor([0.5, 0.1, 1.0]))
     turned, share, norm = torch.tensor(1e-6), torch.tensor(7.0), torch.tensor(100.0)
     found = projection_angle(part.sigma, part.gap, turned, share, 6, norm)
     off = [module.PROJECTION * 100.0 + module.TURNED * 1e-6 * (7.0 + largest) for largest in (4.0, 3.0)]

@@ -18,6 +18,7 @@ from typing import TypeVar
 import torch
 
 from ..methods import RowBlock
+from ..methods.source import Threads
 from ..planning.part_sizes import ROW_STEP
 
 # What one thread is given at a time. Results do not depend on how many threads there are, as the parts do not.
@@ -26,11 +27,8 @@ PART_ELEMENTS = 1 << 18
 Result = TypeVar("Result")
 
 
-class ComputeThreads:
-    """Share blocks out among ``count`` threads, or as many as torch computes with: the ``Threads`` of a merge.
-
-    A context manager.
-    """
+class ComputeThreads(Threads):
+    """Share blocks out among ``count`` threads, or as many as torch computes with, in a ``with`` statement."""
 
     def __init__(self, count: int | None = None) -> None:
         self._count = torch.get_num_threads() if count is None else count
@@ -63,5 +61,5 @@ class ComputeThreads:
 
     def map(self, action: Callable[[RowBlock], Result], parts: Sequence[RowBlock]) -> list[Result]:
         if len(parts) == 1:
-            return [action(parts[0])]
+            return super().map(action, parts)
         return list(self._pool.map(torch.no_grad()(action), parts))

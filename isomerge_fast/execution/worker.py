@@ -21,7 +21,7 @@ from ..checkpoint.io.writer import ShardWriter
 from ..checkpoint.layout import StoredTensor
 from ..checkpoint.output.journal import Entries, ItemJournal
 from ..errors import InputError, ResourceError
-from ..linalg.arithmetic import describe_arithmetic
+from ..linalg.cusolver import describe_arithmetic
 from ..methods import NotFiniteError, OutOfRangeError
 from ..methods.certified import UnsolvedError
 from ..planning.plan import TensorPlan

@@ -68,12 +68,7 @@ def polar_candidates(
 ) -> tuple[Candidate[PolarSolver], ...]:
     """Return the solvers for polar(X) in order: each is tried when the certificate of the one before misses.
 
-    Args:
-        precision: a tier of ``TOLERANCES``.
-        shape: [..., M, N]; dtype: the compute dtype; device: where X is.
-
-    Raises:
-        ConfigError: unknown precision.
+    ``precision`` is a tier of ``TOLERANCES``, or ConfigError is raised; X [..., M, N] is computed in ``dtype``.
     """
     svd, only = _svd(precision, dtype)
     if only:
@@ -103,10 +98,8 @@ def polar_candidates(
 def _iteration(precision: str, is_long: bool, traits: DeviceTraits) -> Candidate[PolarSolver] | None:
     """Return the polar iteration that is fast on a GPU and keeps a tier's tolerance, if there is one.
 
-    Where tensor cores do not multiply float64 (its rate is then 1/64 of float32's, say), an iteration of a square
-    matrix takes some 40 n³ float64 operations, four times an eigensolver's, and float32 misses the default tolerance
-    from κ = 1e3 on: such matrices are left to the eigensolver. Sums of long ones have κ of 10 to 100, which float32
-    serves.
+    There is none of a square matrix where tensor cores do not multiply float64: it takes some 40 n³ float64 operations,
+    four times an eigensolver's (docs/numerics.md, "Polar iterations").
     """
     shape = "tall or wide" if is_long else "nearly square"
     narrow = PolarExpress(torch.float32, largest_error=TOLERANCES[precision])
@@ -121,11 +114,10 @@ def _iteration(precision: str, is_long: bool, traits: DeviceTraits) -> Candidate
 def subspace_candidates(
     precision: str, dtype: torch.dtype, *, lean: bool = False, tall: bool = False
 ) -> tuple[Candidate[Solver], ...]:
-    """Return the solvers for the common and the task subspaces of Iso-CTS, as ``polar_candidates``.
+    """Return the solvers for the common and the task subspaces of Iso-CTS, in order as ``polar_candidates``.
 
-    Args:
-        lean: leave out the search, which needs U_k beside S and Δ_t.
-        tall: the search may run; after it come the Gram matrices of all directions, which find what it misses.
+    ``lean`` leaves out the search, which needs U_k beside S and Δ_t. Where matrices are ``tall`` and it may run, the
+    Gram matrices of all directions follow, which find what it misses.
     """
     svd, only = _svd(precision, dtype)
     if only:
@@ -142,6 +134,6 @@ def subspace_candidates(
 
 
 def spectrum_candidates(precision: str, dtype: torch.dtype) -> tuple[Candidate[Solver], ...]:
-    """Return the solvers for all singular values and the vectors of the short side, as ``polar_candidates``."""
+    """Return the solvers for all singular values and the short side's vectors, in order as ``polar_candidates``."""
     svd, only = _svd(precision, dtype)
     return (svd,) if only else (Candidate(GramEigh(), "float64 Gram matrix: resolves float32 input"), svd)

@@ -13,7 +13,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from ..ops import mm_add, sym_mm_add, traits_of
+from ..ops import mm, mm_add, sym_mm_add, traits_of
 
 # On a CPU a block of the long side holds about this many elements (8 MiB of float64). The Gram matrix of 32000 x 768
 # takes the same time to 6 % from 2^19 to 2^22 (2-core CPU), 26 % more at 2^17.
@@ -28,8 +28,7 @@ def block_elements(device: torch.device) -> int:
 def long_side_blocks(x: Tensor, dtype: torch.dtype, *, whole: bool = False) -> Iterator[tuple[slice, Tensor]]:
     """Yield blocks of X along its long side, each as a short-side-first matrix [..., r, step] in ``dtype``.
 
-    Args:
-        whole: yield one block where nothing has to be converted, for results that do not grow with the block.
+    ``whole`` yields one block where nothing has to be converted, for results that do not grow with the block.
     """
     rows, columns = x.shape[-2:]
     short, length = min(rows, columns), max(rows, columns)
@@ -56,17 +55,25 @@ def short_side_gram(x: Tensor, y: Tensor | None = None, *, dtype: torch.dtype = 
     return gram
 
 
-def multiply_short_side(a: Tensor, x: Tensor, out: Tensor) -> Tensor:
-    """Write A X when wide, X A for symmetric A when tall, in the dtype of ``a``; ``out`` may be ``x`` itself."""
+def multiply_short_side(
+    a: Tensor, x: Tensor, out: Tensor, *, beta: float = 0.0, precision: str | None = None, in_blocks: bool = False
+) -> Tensor:
+    """Write β X + A X when wide, β X + X A for symmetric A when tall, computed in the dtype of ``a``.
+
+    ``out`` may be X itself, as the product is made by blocks of the long side: always where ``in_blocks``, else unless
+    A X alone can be written to ``out`` as it is.
+    """
     wide = x.shape[-2] <= x.shape[-1]
-    direct = out is not x and out.ndim == 2 and out.dtype == a.dtype
+    direct = not (in_blocks or beta or precision or out is x) and out.ndim == 2 and out.dtype == a.dtype
     for block, part in long_side_blocks(x, a.dtype, whole=direct):
         target = out[..., :, block] if wide else out[..., block, :]
-        left, right = (a, part) if wide else (part.mT, a)
+        c, left, right = (part, a, part) if wide else (part.mT, part.mT, a)
         if direct:
             torch.mm(left, right, out=target)
+        elif beta:
+            target.copy_(mm_add(c, left, right, beta=beta, precision=precision))
         else:
-            target.copy_(left @ right)
+            target.copy_(mm(left, right, precision=precision))
     return out
 
 

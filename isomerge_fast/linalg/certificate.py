@@ -36,11 +36,9 @@ def fixed_draw(rows: int, columns: int, dtype: torch.dtype, device: torch.device
 def symmetry(x: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
     """Estimate how far H is from symmetric positive semidefinite, which makes an orthonormal Q the polar factor of X.
 
-    H = X Qᵀ (wide) or Qᵀ X (tall). The asymmetry is the backward error: some X' with ‖X' − X‖ ≤ ‖H − Hᵀ‖ has Q for its
-    polar factor. The error of Q itself is (H − Hᵀ)_ij / (σ_i + σ_j) in the basis of singular vectors.
-
-    Returns:
-        (‖H − Hᵀ‖_F / ‖X‖_F, max(0, −min_i ω_iᵀHω_i / ω_iᵀω_i) √r / ‖X‖_F), shape [...] each.
+    Returns (‖H − Hᵀ‖_F / ‖X‖_F, max(0, −min_i ω_iᵀHω_i / ω_iᵀω_i) √r / ‖X‖_F), [...] each, of H = X Qᵀ (wide) or Qᵀ X
+    (tall). The asymmetry is the backward error: some X' with ‖X' − X‖ ≤ ‖H − Hᵀ‖ has Q for its polar factor. The error
+    of Q itself is (H − Hᵀ)_ij / (σ_i + σ_j) in the basis of singular vectors.
     """
     short = min(x.shape[-2:])
     omega = probes(short, q.dtype, q.device)

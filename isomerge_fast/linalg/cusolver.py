@@ -16,13 +16,17 @@ import ctypes
 import importlib
 import importlib.util
 from collections import defaultdict
+from contextlib import suppress
 from ctypes import POINTER, byref, c_int, c_int64, c_size_t, c_void_p
 from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from ..ops import traits_of
 
 # torch batches smaller ones itself. In ms on an H200, batched tridiagonalisation / torch / Jacobi: 8 of side 64
 # 0.4 / 5.6 / 1.1, of 152 7.7 / 9.2 / 10, of 512 23 / 37 / 56, of 816 49 / 66 / –; 48 of side 768 66 / 364 / –. One
@@ -78,6 +82,21 @@ def xsyev() -> Any | None:
     return None
 
 
+def describe_arithmetic(device: torch.device) -> str:
+    """Return in words what decides the last digits of a merge on ``device`` beside its inputs and options.
+
+    Of a GPU: the model (libraries choose by its multiprocessors), all of its memory (batches follow from it), and the
+    versions of what launches on it. torch's own version is recorded elsewhere.
+    """
+    traits = traits_of(device)
+    if not traits.is_gpu:
+        return device.type
+    triton = "absent"
+    with suppress(PackageNotFoundError):
+        triton = version("triton")
+    return f"{traits.name}, {traits.memory_bytes} bytes; triton {triton}; {describe_eigensolvers(device)}"
+
+
 def describe_eigensolvers(device: torch.device) -> str:
     """Return the solvers that ``eigh`` chooses from on ``device``, with versions: their results differ in bits."""
     if device.type == "cuda" and (library := xsyev()) is not None:
@@ -104,11 +123,7 @@ def eigh(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def batched_syev(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return ``eigh`` of float32 or float64 by ``cusolverDnXsyevBatched``, on torch's stream and in its memory.
-
-    Raises:
-        torch.linalg.LinAlgError: cuSOLVER refused the call.
-    """
+    """Return ``eigh`` of float32 or float64 by ``cusolverDnXsyevBatched``, on torch's stream and in its memory."""
     n = x.shape[-1]
     # Column by column, as cuSOLVER has matrices; the vectors take its place.
     columns = x.detach().mT.clone(memory_format=torch.contiguous_format).view(-1, n, n)

@@ -241,9 +241,7 @@ class GramFactorization(Factorization):
             unresolved = solver.seen(unresolved, _products(self.x), top, limit)
         return Subspace(
             short=top,
-            long=None,
             sigma=kept_sigma,
-            complement=None,
             gap=relative_gap(sigma, k),
             angle=rounding_angle(sigma, k, limit, solver.blur(sigma)),
             unresolved=unresolved,
@@ -299,22 +297,17 @@ class GramFactorization(Factorization):
         unresolved = _hidden(sigma[..., :s], noise, tolerance)
         kept_sigma = torch.where(hidden, 0.0, kept_sigma[..., :s])
         top = vectors[..., :, :s] * (kept_sigma > 0)[..., None, :]
+
+        def residual(v: Tensor) -> Tensor:
+            product = to_long_side(delta, v, torch.float64)
+            return product.sub_(to_long_side(total, common.whitened @ (y @ v), torch.float64))
+
         if bool((unresolved > 0).any()):
-
-            def residual(v: Tensor) -> Tensor:
-                return to_long_side(delta, v, torch.float64) - to_long_side(
-                    total, common.whitened @ (y @ v), torch.float64
-                )
-
             unresolved = solver.seen(unresolved, (residual, partial(to_short_side, delta)), top, tolerance)
-        scaled = top * reciprocal(kept_sigma)[..., None, :]
-        u_t = to_long_side(delta, scaled, torch.float64)
-        u_t -= to_long_side(total, common.whitened @ (y @ scaled), torch.float64)
         return Subspace(
             short=top,
-            long=u_t,
+            long=residual(top * reciprocal(kept_sigma)[..., None, :]),
             sigma=kept_sigma,
-            complement=None,
             gap=relative_gap(sigma, s),
             angle=rounding_angle(sigma, s, tolerance, noise),
             unresolved=unresolved,
@@ -330,10 +323,8 @@ class GramFactorization(Factorization):
 def skew_error(relative: Tensor) -> Tensor:
     """Estimate the skew error that errors of G = X Xᵀ leave in G^(-1/2) X, over √rank: no Newton-Schulz step mends it.
 
-    An error e of the entries of G turns a pair of directions by e |σ_i − σ_j| / (2 σ_i σ_j (σ_i + σ_j)).
-
-    Args:
-        relative: the error of every σ², relative to it and 0 where it is not kept, [..., r].
+    An error e of the entries of G turns a pair of directions by e |σ_i − σ_j| / (2 σ_i σ_j (σ_i + σ_j)). ``relative``
+    [..., r] is the error of every σ², relative to it and 0 where it is not kept.
     """
     pairs = (relative.sum(-1).square() - relative.square().sum(-1)).clamp_min(0.0)
     return (pairs / (relative > 0).sum(-1).clamp_min(1)).sqrt() / (4.0 * math.sqrt(max(1, relative.shape[-1])))

@@ -34,23 +34,14 @@ def eigh_workspace_bytes(columns: int) -> int:
 
 @dataclass(frozen=True)
 class GramSpectrum:
-    """Hold XᵀX = V Σ² Vᵀ.
+    """Hold XᵀX = V Σ² Vᵀ."""
 
-    Attributes:
-        vectors: V [N, N] float64, its columns in order of *ascending* σ: turning them round would be a copy.
-        sigma: [N] float64, descending; so are the next two.
-        unresolved: [N] bool, those left out that the rounding of the Gram matrix may hide above the tolerance.
-        noise: [N], the error of σ².
-        rank: how many lie above both the tolerance and the noise.
-        tolerance: σ up to this counts as zero.
-    """
-
-    vectors: Tensor
-    sigma: Tensor
-    unresolved: Tensor
-    noise: Tensor
-    rank: int
-    tolerance: Tensor
+    vectors: Tensor  # V [N, N] float64, its columns in order of *ascending* σ: turning them round would be a copy
+    sigma: Tensor  # [N] float64, descending; so are the next two
+    unresolved: Tensor  # [N] bool, those left out that the rounding of the Gram matrix may hide above the tolerance
+    noise: Tensor  # [N], the error of σ²
+    rank: int  # how many lie above both the tolerance and the noise
+    tolerance: Tensor  # σ up to this counts as zero
 
     def top(self, count: int) -> tuple[Tensor, Tensor]:
         """Return (V, σ) of the largest ``count``, or of those that are kept where these are fewer; σ ascending."""
@@ -101,13 +92,11 @@ class GramSpectrum:
             blurred |= self.noise[last] > limit * self.sigma[last].square()
         return bool(blurred)
 
-    def sharpened(self, gram_of: Callable[[Tensor], tuple[Tensor, float]]) -> GramSpectrum:
+    def sharpened(self, gram_of: Callable[[Tensor], Tensor], noise: float) -> GramSpectrum:
         """Return this with the directions below ``SMALL`` σ₁ solved again among themselves; ``vectors`` is overwritten.
 
-        Their own Gram matrix has no large entries whose rounding would hide them.
-
-        Args:
-            gram_of: (W [N, m]) -> ((X W)ᵀ X W, its ``gram_noise``).
+        Their own Gram matrix, ``gram_of(W [N, m])`` = (X W)ᵀ X W with ``gram_noise`` ``noise``, has no large entries
+        whose rounding would hide them.
         """
         largest = self.sigma[0]
         count = int((self.sigma < SMALL * largest).sum())
@@ -115,7 +104,7 @@ class GramSpectrum:
         if count == 0 or rest == 0:
             return self
         small = self.vectors[:, :count]
-        gram, noise = gram_of(small)
+        gram = gram_of(small)
         # X W itself is rounded to ε ‖X‖.
         part = spectrum_in_place(gram, self.tolerance, noise, scale=(largest * self.sigma[rest]).sqrt())
         del gram
@@ -132,12 +121,8 @@ class GramSpectrum:
 def spectrum_in_place(gram: Tensor, tolerance: Tensor, noise: float, *, scale: Tensor | None = None) -> GramSpectrum:
     """Return the spectrum of a symmetric ``gram`` [N, N] float64, which its eigenvectors overwrite.
 
-    One number is copied to the host, for which a GPU is waited for.
-
-    Args:
-        tolerance: a tensor of no dimension; σ up to it counts as zero.
-        noise: the error of the eigenvalues, relative to λ₁; to ``scale``² where ``gram`` is a difference of larger
-            matrices.
+    σ up to ``tolerance`` [] counts as zero. ``noise`` is the error of the eigenvalues, relative to λ₁; to ``scale``²
+    where ``gram`` is a difference of larger matrices. One number is copied to the host, for which a GPU is waited for.
     """
     eigenvalues = torch.empty(len(gram), dtype=gram.dtype, device=gram.device)
     # Column by column, as LAPACK has it: anything else is copied first.

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from isomerge_fast import ops
 
+from .blockwise import multiply_short_side
 from .polar_iteration import (
     PRODUCT_EPS,
     Bounds,
@@ -28,7 +29,6 @@ from .polar_iteration import (
     dtype_suffix,
     inverse_size,
     largest_block,
-    short_polynomial,
 )
 from .protocol import PolarStats
 
@@ -158,7 +158,7 @@ class PolarExpress(PolarIteration):
             gram = grams.pop() if grams else ops.sym_mm(y if wide else y.mT, precision=self.products)
             polynomial = ops.sym_mm_add(gram, gram, alpha=step.c, beta=step.b, precision=self.products)
             del gram
-            short_polynomial(polynomial, y, y, beta=step.a, precision=self.products)
+            multiply_short_side(polynomial, y, y, beta=step.a, precision=self.products)
             del polynomial
         q = y.to(dtype)
         del y

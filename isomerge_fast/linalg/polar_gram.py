@@ -21,28 +21,20 @@ from torch import Tensor
 
 from isomerge_fast import ops
 
-from .blockwise import short_side_gram
+from .blockwise import multiply_short_side, short_side_gram
 from .polar_express import Quintic, quintics
-from .polar_iteration import Bounds, PolarIteration, dtype_suffix, largest_block, short_polynomial
+from .polar_iteration import Bounds, PolarIteration, dtype_suffix, largest_block
 from .protocol import PolarStats
+
+RESTARTS = 3  # how often, at most, the Gram matrix is formed anew
 
 
 @dataclass(frozen=True)
 class GramNewtonSchulz(PolarIteration):
     """Find polar(X) by polynomials of the Gram matrix; does not truncate (see ``polar_iteration``).
 
-    Attributes:
-        restarts: how often, at most, the Gram matrix is formed anew.
-
     Reference: Dao-AILab/gram-newton-schulz, 2025 (the iteration and its restarts).
     """
-
-    restarts: int = 3
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.restarts < 0:
-            raise ValueError(f"restarts: expected 0 or more, got {self.restarts}")
 
     @property
     def name(self) -> str:
@@ -50,41 +42,40 @@ class GramNewtonSchulz(PolarIteration):
 
     def iterate(self, x: Tensor, bounds: Bounds, grams: list[Tensor], dtype: torch.dtype) -> tuple[Tensor, PolarStats]:
         """Iterate on G; without a restart the only tensor of the size of X is the result."""
-        *early, last = split(quintics(bounds.lower, self.target_for(dtype)), self.restarts, self.dtype)
+        *early, last = split(quintics(bounds.lower, self.target_for(dtype)), self.dtype)
         grams.append(grams.pop().to(self.dtype))
         y, scale = x, bounds.scale.to(self.dtype)[..., None, None]
         for segment in early:
             polynomial = _accumulate(grams.pop(), segment)
             if y is x:
-                y = short_polynomial(polynomial.mul_(scale), x, torch.empty(x.shape, dtype=self.dtype, device=x.device))
+                y = torch.empty(x.shape, dtype=self.dtype, device=x.device)
+                multiply_short_side(polynomial.mul_(scale), x, y, in_blocks=True)
             else:
-                short_polynomial(polynomial, y, y)
+                multiply_short_side(polynomial, y, y)
             del polynomial
             grams.append(short_side_gram(y, dtype=self.dtype))
         polynomial = _accumulate(grams.pop(), last)
         if y is x:
             polynomial.mul_(scale)
-        q = short_polynomial(polynomial, y, torch.empty(x.shape, dtype=dtype, device=x.device))
+        q = multiply_short_side(polynomial, y, torch.empty(x.shape, dtype=dtype, device=x.device), in_blocks=True)
         del y, polynomial
         return q, self.evidence(q, x, bounds)
 
     def iterating_bytes(self, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> int:
         """Return the bytes of the iterate, where there is a restart, with four r x r or with the result."""
         short, elements, size = min(rows, columns), rows * columns, self.dtype.itemsize
-        block = largest_block(rows, columns, device)
-        iterate = size * elements if self.restarts else 0
-        applying = dtype.itemsize * elements + size * (short**2 + (1 if self.restarts else 2) * block)
-        return iterate + max(4 * size * short**2, applying)
+        applying = dtype.itemsize * elements + size * (short**2 + largest_block(rows, columns, device))
+        return size * elements + max(4 * size * short**2, applying)
 
 
-def split(steps: Sequence[Quintic], restarts: int, dtype: torch.dtype) -> list[Sequence[Quintic]]:
+def split(steps: Sequence[Quintic], dtype: torch.dtype) -> list[Sequence[Quintic]]:
     """Cut ``steps`` into segments between which the Gram matrix is formed anew, by equal shares of the growth of ℓ.
 
     A Gram matrix with values in [ℓ², 1] gives the smallest a relative error of ε/ℓ². Every segment begins at an ℓ of
-    ε^(1/6) or more (2e-3 in float64, 7e-2 in float32), as far as ``restarts`` allows.
+    ε^(1/6) or more (2e-3 in float64, 7e-2 in float32), as far as ``RESTARTS`` allows.
     """
     growth = math.log(steps[0].upper / steps[0].lower)
-    segments = min(restarts + 1, max(1, math.ceil(growth / (-math.log(torch.finfo(dtype).eps) / 6))))
+    segments = min(RESTARTS + 1, max(1, math.ceil(growth / (-math.log(torch.finfo(dtype).eps) / 6))))
     cuts = [0]
     for share in range(1, segments):
         left = growth * (1 - share / segments)

@@ -29,23 +29,14 @@ PRODUCT_EPS = {"bf16x3": 2.0**-16}
 
 @dataclass(frozen=True)
 class Bounds:
-    """Bound the singular values of one (batched) X.
+    """Bound the singular values of one (batched) X."""
 
-    Attributes:
-        smallest: [...] float64, a lower bound of σ_r; 0 where a matrix is not solved.
-        scale: [...] float64, 1/σ₁; 0 where a matrix is not solved, so that it cannot spoil its neighbours.
-        solved: [...] bool, whether every singular value is above the tolerance.
-        empty: [...] bool, whether none is: the polar factor is 0.
-        lower: ℓ, the smallest σ_r/σ₁ of the solved matrices.
-        all_solved: whether ``solved`` holds for every matrix.
-    """
-
-    smallest: Tensor
-    scale: Tensor
-    solved: Tensor
-    empty: Tensor
-    lower: float
-    all_solved: bool
+    smallest: Tensor  # [...] float64, a lower bound of σ_r; 0 where a matrix is not solved
+    scale: Tensor  # [...] float64, 1/σ₁; 0 where a matrix is not solved, so that it cannot spoil its neighbours
+    solved: Tensor  # [...] bool, whether every singular value is above the tolerance
+    empty: Tensor  # [...] bool, whether none is: the polar factor is 0
+    lower: float  # ℓ, the smallest σ_r/σ₁ of the solved matrices
+    all_solved: bool  # whether ``solved`` holds for every matrix
 
 
 def bounds_and_gram(x: Tensor, tolerance: Tensor | None) -> tuple[Bounds, Tensor]:
@@ -70,26 +61,17 @@ class PolarIteration(PolarSolver):
 
     Attributes:
         dtype: to iterate in, float64 or float32. Its rounding loses small directions: the error grows with κ.
-        target: how far from 1 the iteration may leave the singular values of Q; by default the coarsest rounding of
-            ``dtype``, of its products and of the result.
     """
 
     dtype: torch.dtype = torch.float64
-    target: float | None = None
 
     def __post_init__(self) -> None:
         if self.dtype not in ITERATION_DTYPES:
             raise ValueError(f"dtype: polar iterations are made in float64 or float32, not {self.dtype}")
-        if self.target is not None and not SMALLEST_TARGET <= self.target < 1.0:
-            raise ValueError(f"target: expected {SMALLEST_TARGET} or more, and less than 1, got {self.target}")
 
     @abstractmethod
     def iterate(self, x: Tensor, bounds: Bounds, grams: list[Tensor], dtype: torch.dtype) -> tuple[Tensor, PolarStats]:
-        """Return polar(X) in ``dtype`` and its evidence.
-
-        Args:
-            grams: the Gram matrix of ``bounds_and_gram``; emptied, so that it is freed early.
-        """
+        """Return polar(X) in ``dtype`` and its evidence; ``grams`` has the Gram matrix, and is emptied to free it."""
 
     @abstractmethod
     def iterating_bytes(self, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> int:
@@ -102,9 +84,7 @@ class PolarIteration(PolarSolver):
         if 0 in x.shape:  # no direction is there, and none is missing
             zero = torch.zeros(x.shape[:-2], dtype=torch.float64, device=x.device)
             return torch.zeros(x.shape, dtype=dtype, device=x.device), PolarStats(self.name, zero, zero.long(), zero)
-        bounds, gram = bounds_and_gram(x, tolerance)
-        grams = [gram]
-        del gram
+        bounds, *grams = bounds_and_gram(x, tolerance)
         return self.iterate(x, bounds, grams, dtype)
 
     def workspace_bytes(self, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> int:
@@ -121,9 +101,9 @@ class PolarIteration(PolarSolver):
         return max(bounds, self.iterating_bytes(rows, columns, dtype, device), evidence_bytes) + 4096
 
     def target_for(self, dtype: torch.dtype, products: str | None = None) -> float:
-        """Return ``target``, or its default for a result in ``dtype``."""
+        """Return how far from 1 the σ of Q may be left: the coarsest rounding of iterate, products and result."""
         roundings = (torch.finfo(self.dtype).eps, torch.finfo(dtype).eps)
-        return self.target or max(SMALLEST_TARGET, PRODUCT_EPS.get(products or "", 0.0), *roundings)
+        return max(SMALLEST_TARGET, PRODUCT_EPS.get(products or "", 0.0), *roundings)
 
     def evidence(self, q: Tensor, x: Tensor, bounds: Bounds) -> PolarStats:
         """Return ‖X‖_* = ⟨Q, X⟩ and ‖QQᵀ − I‖_F/√r of the final Q."""
@@ -156,19 +136,6 @@ def inverse_size(gram: Tensor) -> Tensor:
     lower, _ = torch.linalg.cholesky_ex(gram)
     solved = torch.linalg.solve_triangular(lower, probes(rows, gram.dtype, gram.device), upper=False)
     return (solved.square().sum((-2, -1)) / rows).sqrt()
-
-
-def short_polynomial(p: Tensor, x: Tensor, out: Tensor, *, beta: float = 0.0, precision: str | None = None) -> Tensor:
-    """Write β X + P X when wide, β X + X P when tall, into ``out``, for symmetric P in whose dtype it is computed.
-
-    Goes by blocks of the long side, so that ``out`` may be X itself and no second tensor of its size is needed.
-    """
-    wide = x.shape[-2] <= x.shape[-1]
-    for block, part in long_side_blocks(x, p.dtype):
-        target = out[..., :, block] if wide else out[..., block, :]
-        c, a, b = (part, p, part) if wide else (part.mT, part.mT, p)
-        target.copy_(ops.mm_add(c, a, b, beta=beta, precision=precision) if beta else ops.mm(a, b, precision=precision))
-    return out
 
 
 def largest_block(rows: int, columns: int, device: torch.device) -> int:

@@ -26,17 +26,11 @@ GROWTH_ROWS = 64
 
 @dataclass(frozen=True)
 class HeatTraces:
-    """Hold tr e^(−tH) of H = QᵀX, whose eigenvalues are the σ of X: sums over the σ follow from it (``heat_traces``).
+    """Hold tr e^(−tH) of H = QᵀX, whose eigenvalues are the σ of X: sums over the σ follow (``heat_traces``)."""
 
-    Attributes:
-        times: t, [..., nodes] float64.
-        weights: those of the trapezoidal rule for ∫ t² … d(log t), [..., nodes].
-        values: the traces, [..., nodes].
-    """
-
-    times: Tensor
-    weights: Tensor
-    values: Tensor
+    times: Tensor  # t, [..., nodes] float64
+    weights: Tensor  # those of the trapezoidal rule for ∫ t² … d(log t), [..., nodes]
+    values: Tensor  # the traces, [..., nodes]
 
     def sums(self, ones: int) -> tuple[Tensor, Tensor]:
         """Return (Σ_{i≠j} 2/(σ_i + σ_j)², Σ 1/σ²), [...] each; the former with so many more σ that are 1."""
@@ -51,31 +45,21 @@ class HeatTraces:
 
 @dataclass(frozen=True)
 class PolarStats:
-    """Hold the evidence of one (batched) polar solve, on the device until it is read: no solve synchronises for it.
-
-    Attributes:
-        nuclear_norm: ‖X‖_* = Σσ over the kept directions, shape [...].
-        rank: number of kept directions, shape [...].
-        orthogonality: ‖QᵀQ − P‖_F / √r on the short side, P the projector on the kept directions, shape [...].
-        unresolved: number of directions left out that may lie above the tolerance, hidden by the solver's own rounding,
-            shape [...].
-        error: ‖dQ‖_F / √rank that the solver's own rounding leaves, estimated from σ, shape [...]. ``orthogonality``
-            does not see its skew part, and ``asymmetry`` hardly where σ is small.
-        sigma: kept singular values, zero where truncated, shape [..., r]; None where the solver does not see σ.
-        spread: rms(σ) · rms(1/σ) over the kept directions, shape [...]: rounding X to ε moves Q by about ε times this,
-            relative to ‖Q‖. None where the solver does not see σ.
-        traces: give the sums over pairs of σ in place of ``sigma``; None where nobody asks for them.
-    """
+    """Hold the evidence of one (batched) polar solve, on the device until it is read: no solve synchronises for it."""
 
     solver: str
-    nuclear_norm: Tensor
-    rank: Tensor
-    orthogonality: Tensor
+    nuclear_norm: Tensor  # ‖X‖_* = Σσ over the kept directions, [...]
+    rank: Tensor  # number of kept directions, [...]
+    orthogonality: Tensor  # ‖QᵀQ − P‖_F / √r on the short side, P the projector on the kept directions, [...]
+    # Number of directions left out that may lie above the tolerance, hidden by the solver's own rounding, [...].
     unresolved: Tensor | int = 0
+    # ‖dQ‖_F / √rank that the solver's own rounding leaves, estimated from σ, [...]. ``orthogonality`` does not see its
+    # skew part, and ``asymmetry`` hardly where σ is small.
     error: Tensor | float = 0.0
-    sigma: Tensor | None = None
-    spread: Tensor | None = None
-    traces: HeatTraces | None = None
+    sigma: Tensor | None = None  # kept σ, zero where truncated, [..., r]; None where the solver does not see σ
+    # rms(σ) · rms(1/σ) over the kept directions, [...]: rounding X to ε moves Q by about ε times this, relative to ‖Q‖.
+    spread: Tensor | None = None  # None where the solver does not see σ
+    traces: HeatTraces | None = None  # for sums over pairs of σ in place of ``sigma``; None where nobody asks for them
 
     def growth(self, short: int, long: int, *, ones: int = 0) -> Tensor:
         """Return ``polar_growth`` from σ, or from the traces: [...]."""
@@ -88,32 +72,23 @@ class PolarStats:
 
 @dataclass(frozen=True)
 class Subspace:
-    """Hold the top ``k`` singular triplets of X [..., M, N], by side.
+    """Hold the top ``k`` singular triplets of X [..., M, N], by side."""
 
-    Attributes:
-        short: [..., r, k] float64, the singular vectors of the short side (left when wide); zero where truncated.
-        long: [..., max(M, N), k], those of the long side; zero where truncated. None until ``Factorization.complete``:
-            it is the only part that is as large as X.
-        sigma: [..., k] float64, descending; zero where truncated.
-        complement: [..., r, c] float64, columns that span the short side's other directions: an orthonormal basis,
-            c = r − k, or where directions were truncated the projector itself, c = r. None where nobody needs it.
-        gap: (σ_k − σ_{k+1}) / σ_k, how well the split is determined, shape [...]; 1 where nothing lies beyond the cut.
-        angle: ‖sin θ‖_F / √k between this subspace and the true one, shape [...]: a bound from the residual where it
-            was searched for, an estimate from the solver's rounding and the gap where all directions were computed.
-        unresolved: as in ``PolarStats``, of the k.
-        wide: whether the short side is the left one.
-        is_whole: whether none of the k directions of any matrix was truncated; None where nobody has looked.
-    """
-
-    short: Tensor
-    long: Tensor | None
-    sigma: Tensor
-    complement: Tensor | None
-    gap: Tensor
+    short: Tensor  # [..., r, k] float64, the singular vectors of the short side (left when wide); zero where truncated
+    sigma: Tensor  # [..., k] float64, descending; zero where truncated
+    gap: Tensor  # (σ_k − σ_{k+1}) / σ_k, how well the split is determined, [...]; 1 where nothing lies beyond the cut
+    # ‖sin θ‖_F / √k between this subspace and the true one, [...]: a bound from the residual where it was searched for,
+    # an estimate from the solver's rounding and the gap where all directions were computed.
     angle: Tensor
-    unresolved: Tensor
-    wide: bool
-    is_whole: bool | None = None
+    unresolved: Tensor  # as in ``PolarStats``, of the k
+    wide: bool  # whether the short side is the left one
+    # [..., max(M, N), k], the singular vectors of the long side; zero where truncated. None until
+    # ``Factorization.complete``: it is the only part that is as large as X.
+    long: Tensor | None = None
+    # [..., r, c] float64, columns that span the short side's other directions: an orthonormal basis, c = r − k, or the
+    # projector itself, c = r, where directions were truncated. None where nobody needs it.
+    complement: Tensor | None = None
+    is_whole: bool | None = None  # whether no direction of any matrix was truncated; None where nobody has looked
 
     @cached_property
     def whitened(self) -> Tensor:
@@ -123,12 +98,8 @@ class Subspace:
     def unbind(self) -> list[Subspace]:
         """Return the members along the first batch dimension."""
         assert self.long is not None
-        return [
-            Subspace(short, long, sigma, None, gap, angle, unresolved, self.wide)
-            for short, long, sigma, gap, angle, unresolved in zip(
-                self.short, self.long, self.sigma, self.gap, self.angle, self.unresolved, strict=True
-            )
-        ]
+        members = zip(self.long, self.short, self.sigma, self.gap, self.angle, self.unresolved, strict=True)
+        return [Subspace(*rest, wide=self.wide, long=long, is_whole=self.is_whole) for long, *rest in members]
 
     @property
     def u(self) -> Tensor:
@@ -170,13 +141,10 @@ class Factorization(ABC):
     """Give the singular values and vectors of X: computed when they are asked for, and kept until ``release``.
 
     A subclass keeps them as a ``cached_property`` of the name ``vectors``.
-
-    Attributes:
-        tolerance: σ up to this counts as zero, [...].
     """
 
     x: Tensor
-    tolerance: Tensor
+    tolerance: Tensor  # σ up to this counts as zero, [...]
 
     @abstractmethod
     def polar(self, dtype: torch.dtype) -> tuple[Tensor, PolarStats]:
@@ -198,11 +166,8 @@ class Factorization(ABC):
     def residual(self, delta: Tensor, common: Subspace, s: int, *, norm: Tensor, tolerance: Tensor) -> Subspace:
         """Return the top ``s`` triplets of R = Δ − U_k U_kᵀ Δ, with U_k the left vectors of ``common``, which is of X.
 
-        Both sides are float64: they are thin, and Iso-CTS orthogonalises them, which magnifies their rounding.
-
-        Args:
-            norm: ‖Δ‖_F, which the caller has.
-            tolerance: σ up to this counts as zero.
+        Both sides are float64: they are thin, and Iso-CTS orthogonalises them, which magnifies their rounding. ``norm``
+        is ‖Δ‖_F, which the caller has; σ up to ``tolerance`` counts as zero.
         """
 
     def release(self) -> None:
@@ -218,11 +183,7 @@ class Solver(PolarSolver):
 
     @abstractmethod
     def factorize(self, x: Tensor, *, tolerance: Tensor | None = None) -> Factorization:
-        """Return X as a ``Factorization``.
-
-        Args:
-            tolerance: σ up to this counts as zero, [...]; by default ``default_tolerance``.
-        """
+        """Return X as a ``Factorization``: σ up to ``tolerance`` [...], by default ``default_tolerance``, are zero."""
 
     def polar(
         self, x: Tensor, *, tolerance: Tensor | None = None, dtype: torch.dtype | None = None
@@ -232,10 +193,9 @@ class Solver(PolarSolver):
     def long_dtypes(
         self, wide: bool, dtype: torch.dtype, device: torch.device
     ) -> tuple[torch.dtype | None, torch.dtype]:
-        """Return the dtypes of S's long side: for ``Factorization.residual`` (None: not wanted), and for the result.
+        """Return the dtypes of S's long side for ``Factorization.residual`` (None: not wanted), and for the result.
 
-        Args:
-            dtype: of the result.
+        The merged Δ is in ``dtype``.
         """
         return torch.float64, torch.float64
 
@@ -297,11 +257,7 @@ def polar_growth(sigma: Tensor, short: int, long: int, *, ones: int = 0) -> Tens
 
     The entries of E [..., long, short] are random and of size e. In the basis of the singular vectors
     dQ_ij = (E_ij − E_ji) / (σ_i + σ_j), and E_ij / σ_j for the directions i beyond those kept. There is no i = j: one
-    small σ alone does little in a square X.
-
-    Args:
-        sigma: zero where a direction is not kept.
-        ones: so many more σ are 1.
+    small σ alone does little in a square X. ``sigma`` is zero where a direction is not kept; ``ones`` more σ are 1.
     """
     kept, inverse = sigma > 0, reciprocal(sigma)
     squares = inverse.square().sum(-1)

@@ -31,12 +31,8 @@ def singular_range(gram: Tensor, *, tolerance: Tensor) -> tuple[Tensor, Tensor]:
     """Return (σ₁ from above, σ_r from below) of X, [...] float64 each, from G = X Xᵀ of its short side.
 
     Both are estimates with a margin, not proofs, except for the bound σ₁² ≤ min(trace G, ‖G‖_∞). No value is read from
-    the device. σ_r is 0 where X is rank-deficient or cannot be told from it: G has no Cholesky factor, or σ_r is at or
-    below ``tolerance`` or ``RESOLUTION`` · σ₁.
-
-    Args:
-        gram: G [..., r, r] float64, r ≥ 1, not modified.
-        tolerance: [...], the singular values at or below which a direction counts as zero.
+    the device, and G [..., r, r] float64, r ≥ 1, is not modified. σ_r is 0 where X is rank-deficient or cannot be told
+    from it: G has no Cholesky factor, or σ_r is at or below ``tolerance`` [...] or ``RESOLUTION`` · σ₁.
 
     Reference: Zhou, Saad, "Bounding the spectrum of large Hermitian matrices", 2011 (the residual as a margin).
     """
@@ -66,25 +62,18 @@ def _inverse_product(lower: Tensor) -> Product:
 
 
 def largest_beyond(forward: Product, backward: Product, vectors: Tensor) -> Tensor:
-    """Return σ₁ of X (I − V Vᵀ) from above, with the margin of ``singular_range``: [...].
+    """Return σ₁ of X (I − V Vᵀ) from above, [...], with the margin of ``singular_range``, by products with X and Xᵀ.
 
-    Its rounding is ε ‖X‖, where the eigenvalues of a Gram matrix have √ε ‖X‖.
-
-    Args:
-        forward, backward: products with X and Xᵀ.
-        vectors: V [..., r, c] float64, orthonormal or zero columns.
+    V is [..., r, c] float64, orthonormal or zero columns. The rounding of the result is ε ‖X‖, where the eigenvalues of
+    a Gram matrix have √ε ‖X‖.
     """
 
-    def apply(v: Tensor) -> Tensor:
-        return _without(backward(forward(_without(v, vectors))), vectors)
+    def without(v: Tensor) -> Tensor:
+        return v - vectors @ (vectors.mT @ v)
 
     start = _start_block(vectors.shape[-2], vectors.device)
-    return LARGEST_MARGIN * _largest_eigenvalue(apply, start, LARGEST_STEPS).sqrt()
-
-
-def _without(v: Tensor, vectors: Tensor) -> Tensor:
-    """Return (I − V Vᵀ) v."""
-    return v - vectors @ (vectors.mT @ v)
+    largest = _largest_eigenvalue(lambda v: without(backward(forward(without(v)))), start, LARGEST_STEPS)
+    return LARGEST_MARGIN * largest.sqrt()
 
 
 def _start_block(rows: int, device: torch.device) -> Tensor:

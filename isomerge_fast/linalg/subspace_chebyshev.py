@@ -1,18 +1,7 @@
 """Search for the top directions of task parts in a Chebyshev-filtered block Krylov space, and certify them.
 
-A task of a tall matrix [M, N], M > N, gives s ≈ 0.025 N directions (T = 8): factoring its N x N Gram matrix to the last
-eigenvector is wasted. A random block of s + p columns is pushed through polynomials of G = RᵀR that damp the unwanted
-part of the spectrum, with a Rayleigh-Ritz step in between. That is a block Krylov space of which only one block is kept
-at a time. Keeping all of it, orthogonalised in full, needs fewer products and more time: on pure noise (3072 x 768,
-s = 19, gap at the cut 0.2 %, the worst there is) 14 blocks of 38 columns took 31 ms for an angle of 2e-4, the filter
-18 ms for 3e-5 (2-core CPU, float32).
-
-The search runs in float32, on a Gram matrix whose cancellations and rounding leave an angle of 1e-5 to 1e-3; where
-tensor cores multiply float64 as fast, in float64, which leaves 1e-9. (Directions that tasks share cancel in the Gram
-matrix of what is left of one. At 14336 x 4096 a float32 search may find nothing: on an H200 a merge then took 2.1 s.)
-The last Rayleigh-Ritz step and the residual are float64 products of the few columns with the data itself. They rotate
-the columns near the cut right and bound the error of the others. Where that is not good enough, the exact solver takes
-over.
+Of a tall matrix [M, N], M > N: docs/numerics.md, "Searching for the tall task parts". A float32 search leaves an angle
+of 1e-5 to 1e-3, a float64 one 1e-9; float64 products of the few columns with the data itself then refine and judge it.
 
 Of a wide matrix a task's part is that of (r − k) x N numbers, whose Gram matrix has no cancellations and a fifth of the
 tall one's side: there an eigensolver has little to do, unless a GPU goes through its columns one by one.
@@ -43,6 +32,9 @@ SMALLEST_SIDE, LARGEST_FRACTION = 256, 1 / 16
 GROWTH, SEARCH_ANGLE = {torch.float32: 1e3, torch.float64: 1e12}, 1e-3
 # A float64 search ends at this share of the angle that its result is judged by.
 EXACT_SHARE = 0.3
+# Degrees of all polynomials of a search together, and steps of ``correction`` after a float32 one: each takes an angle
+# of 1e-3 to about 1e-6.
+MAX_DEGREE, CORRECTIONS = 400, 3
 # Widths up to which products and eigensolvers of a block take a GPU as long as for a few columns less: tiles are 64
 # columns wide, and cuSOLVER solves up to 128 in one block of threads each (H200: 8 of side 111 in 1 ms, of side 152 in
 # 8). The wider a block is beyond s, the fewer products are needed.
@@ -63,22 +55,14 @@ class Ritz:
     residuals: Tensor
 
 
-def filtered_block(
-    gram: Tensor, s: int, *, noise: Tensor, angle: float, oversampling: int = 9, max_degree: int = 400
-) -> Ritz | None:
+def filtered_block(gram: Tensor, s: int, *, noise: Tensor, angle: float, oversampling: int = 9) -> Ritz | None:
     """Return the top ``s`` eigenvectors of G [..., n, n] ≥ −noise and ``oversampling`` more, in G's dtype.
 
     X ← T_d((G − m I)/w) X, where m ± w are the smallest Ritz value of the block and −noise, between Rayleigh-Ritz
     steps: what lies in between does not grow. The degree d is such that the block's own columns do not grow apart by
     more than ``GROWTH``, which is what keeps float32 good enough. The start is a fixed draw, so that results repeat.
-    One read of the device at every step.
-
-    Args:
-        noise: the rounding error of the eigenvalues of G, shape [...].
-        angle: stops where ``angle_bound`` is below this, or the residual at the rounding of G's dtype.
-
-    Returns:
-        The block, or None where the noise reaches the block's eigenvalues.
+    One read of the device at every step. It stops where ``angle_bound`` is below ``angle``, or the residual at the
+    rounding of G's dtype; None where ``noise`` [...], the error of G's eigenvalues, reaches those of the block.
 
     Reference: Zhou, Saad, Tiago, Chelikowsky, "Self-consistent-field calculations using Chebyshev-filtered subspace
     iteration", J. Comput. Phys. 219 (2006).
@@ -90,7 +74,7 @@ def filtered_block(
     ritz, missed = _ritz_in(gram, block)
     kept = torch.full(gram.shape[:-2], s, device=gram.device)
     degree = 0
-    while degree < max_degree:
+    while degree < MAX_DEGREE:
         largest, cut = ritz.values[..., 0], ritz.values[..., -1]
         floor = 4.0 * torch.finfo(gram.dtype).eps * largest
         done = (ritz.residuals[..., :s].amax(-1) <= floor) | (angle_bound(ritz, kept) <= angle)
@@ -161,11 +145,8 @@ def _rayleigh_ritz(gram: Tensor, x: Tensor) -> Ritz:
 def correction(gram: Tensor, x: Tensor, shifts: Tensor, w: Tensor, *, steps: int = 12) -> Tensor:
     """Return C_j ≈ (λ_j − P G P)⁻¹ W_j by conjugate gradients, P = I − XXᵀ, all columns at once.
 
-    To first order C is what is missing from Ritz vectors with residual W. λ_j lies above the spectrum of P G P, so the
-    systems are positive definite.
-
-    Args:
-        x: [..., n, b], the whole block; shifts: [..., s]; w: [..., n, s] with XᵀW = 0.
+    To first order C is what is missing from Ritz vectors with residual W [..., n, s], XᵀW = 0. X [..., n, b] is the
+    whole block. The λ_j, ``shifts`` [..., s], lie above the spectrum of P G P: the systems are positive definite.
     """
     tiny = torch.finfo(w.dtype).tiny
     c, r = torch.zeros_like(w), w
@@ -202,13 +183,10 @@ class ChebyshevSubspace(GramEigh):
             gap (Davis-Kahan); beyond it that task is solved exactly. Iso-CTS magnifies it where tasks are alike, by up
             to 20 on deltas with strong shared directions (3072 x 768, T = 8): with 1e-5, results were off by 2e-5.
         oversampling: columns of a block beyond s.
-        corrections: steps of ``correction`` before that, after a float32 search; each takes an angle of 1e-3 to about
-            1e-6.
     """
 
     angle: float = 1e-6
     oversampling: int = 9
-    corrections: int = 3
 
     @property
     def name(self) -> str:
@@ -310,7 +288,6 @@ class SearchedFactorization(GramFactorization):
             short=top,
             long=to_long_side(projected, top / kept[..., None, :], torch.float64),
             sigma=kept,
-            complement=None,
             gap=relative_gap(sigma, s),
             angle=bound + rounding_angle(sigma, s, tolerance, blur),
             unresolved=torch.zeros(kept.shape[:-1], dtype=torch.int64, device=device),
@@ -340,7 +317,7 @@ class SearchedFactorization(GramFactorization):
         image = to_long_side(exact_delta, x, torch.float64)
         inside = common.whitened @ (common.whitened.mT @ to_short_side(total, image))
         image -= to_long_side(total, inside, torch.float64)
-        corrections = 0 if y is None else solver.corrections
+        corrections = 0 if y is None else CORRECTIONS
         for step in range(corrections + 1):
             values, vectors = eigh(image.mT @ image)
             values, vectors = values.flip(-1).clamp_min(0.0), vectors.flip(-1)
@@ -357,7 +334,6 @@ class SearchedFactorization(GramFactorization):
                     short=x[..., :, :s] * kept[..., None, :],
                     long=image[..., :, :s] * reciprocal(kept_sigma)[..., None, :],
                     sigma=kept_sigma,
-                    complement=None,
                     gap=relative_gap(sigma, s),
                     angle=bound,
                     unresolved=unresolved,

@@ -140,9 +140,6 @@ def read_option(method: str, option: Field[Any], value: Any) -> Any:
     """Return an option of a method as its field's type; a text becomes the number that it stands for.
 
     A field that takes objects names their class in its ``metadata``, under ``kind``.
-
-    Raises:
-        ConfigError: the value is of another type.
     """
     what = f"option {option.name!r} of method {method!r}"
     if isinstance(option.default, float):

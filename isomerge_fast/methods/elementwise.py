@@ -1,9 +1,8 @@
-"""Merge every element by itself: by the median of its deltas, say, or by those of the sign that most have."""
+"""Merge every element by itself: by the sum of its deltas, say, their median, or those of the sign that most have."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -23,10 +22,42 @@ STACKS = 6
 
 
 @dataclass(frozen=True)
-class Elementwise(Method):
-    """Merge by Δ_i = f(Δ_1i, …, Δ_Ti). A method states f (``combine``), and takes tensors of any shape."""
+class AnyShape(Method):
+    """Merge tensors of any shape row by row, from the sums of their deltas. A method states ``finish``."""
 
     any_shape: ClassVar[bool] = True
+
+    @abstractmethod
+    def finish(self, block: RowBlock, total: Tensor) -> Tensor:
+        """Return the merged Δ of some rows, of which ``total`` is Σ_t Δ_t; it may be overwritten."""
+
+    def merge(self, deltas: DeltaSource) -> tuple[Tensor, MergeStats]:
+        rowwise, threads = self.rowwise(deltas), deltas.threads
+        parts = [rows for block in deltas.blocks() for rows in threads.map(rowwise.rows, threads.parts(block))]
+        return parts[0] if len(parts) == 1 else torch.cat(parts), rowwise.stats()
+
+    def rowwise(self, source: DeltaSource) -> RowwiseMerge:
+        return RowwiseSum(source, self)
+
+
+class RowwiseSum:
+    """Add the deltas up row by row, look for NaN and Inf in them, and let the method make its result."""
+
+    def __init__(self, source: DeltaSource, method: AnyShape) -> None:
+        self._source, self._method, self._seen = source, method, DeltaStats()
+
+    def rows(self, block: RowBlock) -> Tensor:
+        found = block.sum(self._source.dtype, largest=self._source.wants_largest)
+        self._seen.add(block.rows.start, found)
+        return self._method.finish(block, found.total)
+
+    def stats(self) -> MergeStats:
+        return MergeStats(self._method.name, self._seen.values()[1])
+
+
+@dataclass(frozen=True)
+class Elementwise(AnyShape):
+    """Merge by Δ_i = f(Δ_1i, …, Δ_Ti). A method states f (``combine``), and takes tensors of any shape."""
 
     @abstractmethod
     def combine(self, deltas: Tensor) -> Tensor:
@@ -36,47 +67,20 @@ class Elementwise(Method):
         """
 
     def workspace_bytes(self, spec: TensorSpec, tasks: int, device: torch.device) -> int:
-        return 2 * spec.bytes + _combining_bytes(spec, tasks, spec.elements)  # the last part once more
-
-    def merge(self, deltas: DeltaSource) -> tuple[Tensor, MergeStats]:
-        value = torch.empty(deltas.shape, dtype=deltas.dtype, device=deltas.device)
-        rowwise = self.rowwise(deltas)
-
-        def combine(part: RowBlock) -> None:
-            value[part.rows] = rowwise.rows(part)
-
-        for block in deltas.blocks():
-            deltas.threads.map(combine, deltas.threads.parts(block))
-        return value, rowwise.stats()
-
-    def rowwise(self, source: DeltaSource) -> RowwiseMerge:
-        return RowwiseElementwise(source, self.name, self.combine)
+        return 2 * spec.bytes + _combining_bytes(spec, tasks, spec.elements)  # parts, and all of them in one
 
     def rowwise_bytes(self, spec: TensorSpec, tasks: int, block_elements: int, device: torch.device) -> int | None:
         return spec.dtype.itemsize * block_elements + _combining_bytes(spec, tasks, block_elements)
 
-
-class RowwiseElementwise:
-    """Make f of the deltas, element by element."""
-
-    def __init__(self, source: DeltaSource, algorithm: str, combine: Callable[[Tensor], Tensor]) -> None:
-        self._tasks, self._dtype, self._algorithm, self._combine = source.n_tasks, source.dtype, algorithm, combine
-        self._wants_largest, self._seen = source.wants_largest, DeltaStats()
-
-    def rows(self, block: RowBlock) -> Tensor:
-        # For NaN, Inf and norms; its memory is that of the result.
-        found = block.sum(self._dtype, largest=self._wants_largest)
-        self._seen.add(block.rows.start, found)
-        step = max(1, STACKED_ELEMENTS // (self._tasks * max(1, found.total[:1].numel())))
-        for part, value in zip(block.parts(step), found.total.split(step), strict=False):
-            stack = value.new_empty(self._tasks, *value.shape)
+    def finish(self, block: RowBlock, total: Tensor) -> Tensor:
+        tasks = len(block.experts)
+        step = max(1, STACKED_ELEMENTS // (tasks * max(1, total[:1].numel())))
+        for part, value in zip(block.parts(step), total.split(step), strict=False):
+            stack = value.new_empty(tasks, *value.shape)
             for task, delta in enumerate(stack):
-                part.delta(task, self._dtype, out=delta)
-            value[:] = self._combine(stack)  # which may have kept the dimension of the tasks
-        return found.total
-
-    def stats(self) -> MergeStats:
-        return MergeStats(self._algorithm, self._seen.values()[1])
+                part.delta(task, value.dtype, out=delta)
+            value[:] = self.combine(stack)  # which may have kept the dimension of the tasks
+        return total
 
 
 def _combining_bytes(spec: TensorSpec, tasks: int, elements: int) -> int:

@@ -1,13 +1,6 @@
-"""Merge deltas that are products of thin factors (LoRA); no matrix of the tensor's size is ever factored.
+"""Merge deltas that are products of thin factors (LoRA): Δ_t = w_t B_t A_t = Q_b C_t Q_aᵀ in the range of them all.
 
-With Δ_t = w_t B_t A_t, stacked B = [B_1 … B_T] = Q_b R_b and A = [A_1; …; A_T] = (Q_a R_a)ᵀ,
-
-    Δ_t = Q_b C_t Q_aᵀ,    C_t = w_t R_b[:, t] R_a[:, t]ᵀ    [Σ_t r_t x Σ_t r_t].
-
-A method that commutes with a change to orthonormal coordinates (``Method.basis_free``) has the result Q_b C Q_aᵀ, with
-C the same method's result for the C_t. The tensor's own sides (``DeltaSource.full_spec``) decide r, and with it k and
-s, and what counts as rounding. The published formula is no function of deficient sums; in the range of S this is what
-the dense route gives under ``rank_policy: range`` (docs/numerics.md).
+See docs/peft.md, "In factor space". No matrix of the tensor's size is ever factored.
 
 Reference: Panariello et al., "Accurate and Efficient Low-Rank Model Merging in Core Space", arXiv 2509.17786 (the
 coordinates, there for any method).
@@ -39,16 +32,11 @@ NOTHING = 1e-12
 
 @dataclass(frozen=True)
 class Basis:
-    """Hold X = Q R with orthonormal Q = X R⁻¹, which is multiplied out late, on smaller matrices.
+    """Hold X = Q R with orthonormal Q = X R⁻¹, which is multiplied out late, on smaller matrices."""
 
-    Attributes:
-        stack: X [L, c], float64, or Q itself where ``inverse`` is None.
-        inverse: R⁻¹ [c, c]; coordinates: R.
-    """
-
-    stack: Tensor
-    inverse: Tensor | None
-    coordinates: Tensor
+    stack: Tensor  # X [L, c], float64, or Q itself where ``inverse`` is None
+    inverse: Tensor | None  # R⁻¹ [c, c]
+    coordinates: Tensor  # R
 
     def __matmul__(self, weights: Tensor) -> Tensor:
         """Return Q W."""
@@ -78,17 +66,12 @@ def orthonormal(stack: Tensor) -> Basis:
 
 @dataclass(frozen=True)
 class LowRank:
-    """Hold a merged Δ = Q_b C Q_aᵀ, in float64.
+    """Hold a merged Δ = Q_b C Q_aᵀ, in float64."""
 
-    Attributes:
-        left_basis: of Q_b [M, p]; right_basis: of Q_a [N, q].
-        core: C [p, q]; sum: S in the same coordinates.
-    """
-
-    left_basis: Basis
-    core: Tensor
-    right_basis: Basis
-    sum: Tensor
+    left_basis: Basis  # of Q_b [M, p]
+    core: Tensor  # C [p, q]
+    right_basis: Basis  # of Q_a [N, q]
+    sum: Tensor  # S in the same coordinates
 
     @property
     def left(self) -> Tensor:
@@ -146,17 +129,10 @@ def require_basis_free(method: Method) -> None:
 def merge_factors(
     method: Method, factors: Sequence[Factors | None], shape: Sequence[int], dtype: torch.dtype = torch.float32
 ) -> tuple[LowRank, MergeStats]:
-    """Return the merged Δ of T deltas given as factors, and its evidence.
+    """Return the merged Δ [M, N] of T deltas given as factors, and its evidence; None for a task is a zero delta.
 
-    Args:
-        factors: one a task; None is a zero delta.
-        shape: [M, N] of the tensor.
-        dtype: that of the deltas, were they computed; decides what counts as rounding.
-
-    Raises:
-        ConfigError: as ``require_basis_free``.
-        ValueError: factors that do not fit ``shape`` or each other.
-        NotFiniteError: naming the tasks that hold NaN or Inf.
+    The tensor's own ``shape`` decides r, and with it k and s. ``dtype`` is that of the deltas, were they computed: it
+    decides what counts as rounding.
     """
     require_basis_free(method)
     rows, columns = shape
@@ -190,10 +166,7 @@ def merge_factors(
 
 def _cores(factors: Sequence[Factors | None], left: Tensor, right: Tensor) -> list[Tensor]:
     """Return C_t of every task, its scale included; zero where it has no factors."""
-    cores, start = [], 0
-    for factor in factors:
-        rank, scale = (0, 0.0) if factor is None else (factor.rank, factor.scale)
-        place = slice(start, start + rank)
-        cores.append(left[:, place] @ (scale * right[:, place].mT))
-        start += rank
-    return cores
+    ranks = [0 if factor is None else factor.rank for factor in factors]
+    scales = [0.0 if factor is None else factor.scale for factor in factors]
+    pieces = zip(scales, left.split(ranks, dim=1), right.split(ranks, dim=1), strict=True)
+    return [rows @ (scale * columns.mT) for scale, rows, columns in pieces]

@@ -27,9 +27,6 @@ class IsoC(Spectral):
 
     Computed as σ̄·polar(S), σ̄ = ‖S‖_*/r: no singular vectors are needed.
 
-    Args:
-        Those of ``Spectral``.
-
     Reference: arXiv 2502.04959 (Iso-C).
     """
 

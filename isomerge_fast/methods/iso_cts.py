@@ -35,10 +35,8 @@ def split_rank(min_dim: int, tasks: int, common_fraction: float) -> tuple[int, i
     """Return (k, s): directions kept of the sum, and directions given to every task, k + T·s = r.
 
     ts = round((r − int(r·f)) / T)·T with banker's rounding, k = r − ts, s = ts / T: the rounding of the released code.
-
-    Raises:
-        ConfigError: k would be negative (small r, many tasks, f near 0), where the released code silently indexes from
-            the other end.
+    A negative k (small r, many tasks, f near 0) raises ConfigError; the released code silently indexes from the other
+    end.
     """
     s = round((min_dim - int(min_dim * common_fraction)) / tasks)
     k = min_dim - s * tasks
@@ -57,11 +55,7 @@ class IsoCTS(Spectral):
     U_k, V_k are the top k singular pairs of S = Σ_t Δ_t; U_t, V_t the top s of R_t = Δ_t − U_k U_kᵀ Δ_t (projected on
     the left only, also for tall matrices); (k, s) from ``split_rank``. s = 0 is Iso-C.
 
-    One factorisation of S and one of each small task part; no M x N SVD:
-    - wide: R_t = Q_c (Q_cᵀ Δ_t) with Q_c the r − k remaining left directions of S, so the task's part is that of the
-      (r − k) x N matrix Q_cᵀ Δ_t;
-    - U° is block orthogonal already, [polar(U_ts), U_k]; V° differs from V_k only in 2(r − k) dimensions, where a small
-      polar factor is taken (``recombine``).
+    One factorisation of S and one of each small task part; no M x N SVD (docs/numerics.md, "The identities").
 
     Args:
         common_fraction: f, the fraction of the r directions kept for the common subspace.
@@ -222,7 +216,7 @@ class IsoCTS(Spectral):
 
         spec = TensorSpec("", tuple(deltas.shape), deltas.dtype)
         at_once = self._tasks_at_once(solver, spec, tasks, k, s, deltas.device)
-        parts, is_whole = self._task_parts(factors, deltas, common, s, squares.sqrt(), at_once)
+        parts = self._task_parts(factors, deltas, common, s, squares.sqrt(), at_once)
         nonzero = torch.linalg.vector_norm(total, dim=(-2, -1)) > 0
         if common.long is None:
             common = factors.complete(common, long_dtype)
@@ -242,6 +236,7 @@ class IsoCTS(Spectral):
         else:
             of_tasks = s * sum(part.angle.square() for part in parts)
             # The short form needs every direction of every matrix of the batch.
+            is_whole = all(each.is_whole for each in (common, *parts))
             joined = (recombine if is_whole else recombine_literally)(common, parts, dtype, solver)
             value, orthogonality, same_directions = joined.value, joined.orthogonality, joined.same_directions
             angles = angles + joined.growth.square() * of_tasks + joined.error.square()
@@ -258,33 +253,28 @@ class IsoCTS(Spectral):
 
     def _task_parts(
         self, factors: Factorization, deltas: DeltaSource, common: Subspace, s: int, norms: Tensor, at_once: int
-    ) -> tuple[list[Subspace], bool]:
-        """Return the top s triplets of every R_t, and whether none of them, nor of ``common``, was truncated."""
+    ) -> list[Subspace]:
+        """Return the top s triplets of every R_t, solved ``at_once`` at a time."""
         parts: list[Subspace] = []
-        is_whole = bool(common.is_whole)
         # Where U_k is all of a wide matrix's left side, as in coordinates it may be, R_t = 0.
         nothing_left = common.complement is not None and common.complement.shape[-1] == 0
         for start in range(0, 0 if nothing_left else deltas.n_tasks, at_once):
             norm = norms[start : start + at_once]
             # No name for a delta here: it would outlive the loop, beside what is made of S next.
             if at_once == 1:
-                part, whole = self._task_part(factors, deltas.delta(start), common, s, norm[0], deltas.full_spec)
-                parts.append(part)
+                parts.append(self._task_part(factors, deltas.delta(start), common, s, norm[0], deltas.full_spec))
             else:
                 stack = torch.empty(len(norm), *deltas.shape, dtype=deltas.dtype, device=deltas.device)
                 for task in range(len(norm)):
                     stack[task] = deltas.delta(start + task)
-                part, whole = self._task_part(factors, stack, common, s, norm, deltas.full_spec)
-                parts += part.unbind()
+                parts += self._task_part(factors, stack, common, s, norm, deltas.full_spec).unbind()
                 del stack
-            del part
-            is_whole &= whole
-        return parts, is_whole
+        return parts
 
     def _task_part(
         self, factors: Factorization, delta: Tensor, common: Subspace, s: int, norm: Tensor, full_spec: TensorSpec
-    ) -> tuple[Subspace, bool]:
-        """Return the top s triplets of R above the rounding, and whether none was truncated. One read of the device.
+    ) -> Subspace:
+        """Return the top s triplets of R above the rounding. One read of the device.
 
         The rounding is that of Δ, and where directions of S are missing, that of S.
         """
@@ -299,7 +289,7 @@ class IsoCTS(Spectral):
         if is_off and common.sigma.shape[-1]:
             share = share_at_cut(delta, factors.x, common)
             angle = projection_angle(part.sigma, part.gap, turned, share, min_dim, norm)
-        return replace(part, angle=part.angle + angle), is_whole
+        return replace(part, angle=part.angle + angle, is_whole=is_whole)
 
 
 def most_that_fit(tasks: int, room: float, bytes_of: Callable[[int], int]) -> int:

@@ -26,21 +26,13 @@ PROJECTION = 0.7 * torch.finfo(torch.float64).eps
 
 @dataclass(frozen=True)
 class Recombined:
-    """Hold U° V°ᵀ and its evidence, [...] each.
+    """Hold U° V°ᵀ and its evidence, [...] each."""
 
-    Attributes:
-        value: [..., M, N].
-        orthogonality: see ``PolarStats``.
-        growth: an error θ of the tasks' directions, ‖·‖_F of both sides, is about ``growth`` θ in ``value``.
-        error: ‖·‖_F of the estimated error of the small polar factors.
-        same_directions: how many are one with others by ``SAME_DIRECTION``, of the side that has more.
-    """
-
-    value: Tensor
-    orthogonality: Tensor
-    growth: Tensor
-    error: Tensor
-    same_directions: Tensor
+    value: Tensor  # [..., M, N]
+    orthogonality: Tensor  # see ``PolarStats``
+    growth: Tensor  # an error θ of the tasks' directions, ‖·‖_F of both sides, is about ``growth`` θ in ``value``
+    error: Tensor  # ‖·‖_F of the estimated error of the small polar factors
+    same_directions: Tensor  # how many are one with others by ``SAME_DIRECTION``, of the side that has more
 
 
 def projection_angle(sigma: Tensor, gap: Tensor, turned: Tensor, share: Tensor, min_dim: int, norm: Tensor) -> Tensor:
@@ -69,10 +61,7 @@ def recombine(common: Subspace, parts: list[Subspace], dtype: torch.dtype, solve
     With A = V_kᵀ V_ts = Q_a A' and V_ts − V_k A = Q_r B' (thin QRs), V_a = V_k Q_a, U_a = U_k Q_a, W_k = U_k V_kᵀ and
     Z = [[A', I], [B', 0]]: in the basis [V_a, Q_r, rest of V_k] the matrix [V_ts, V_k] is Z beside an identity.
 
-    Args:
-        parts: emptied, to be freed as soon as they are not needed.
-        dtype: of the result.
-        solver: of the subspaces; that of the small polar factors follows from it (``Solver.small_polar``).
+    ``parts`` is emptied, to be freed as soon as they are not needed. ``solver`` is that of the subspaces.
     """
     small_solver = solver.small_polar(common.sigma.device)
     u_tasks, v_tasks = _side_by_side(parts)
@@ -110,20 +99,13 @@ def recombine(common: Subspace, parts: list[Subspace], dtype: torch.dtype, solve
 
 @dataclass(frozen=True)
 class SmallProblem:
-    """Hold polar(Z), and the bases in which Z is all of [V_ts, V_k] that is not an identity (see ``recombine``).
+    """Hold polar(Z), and the bases in which Z is all of [V_ts, V_k] that is not an identity (see ``recombine``)."""
 
-    Attributes:
-        q_a, q_r: A = Q_a A' and V_ts − V_k A = Q_r B'.
-        weights: polar(Z)ᵀ − [[0, 0], [I, 0]]: U° V°ᵀ is U_k V_kᵀ + [polar(U_ts), U_a] · weights · [V_a, Q_r]ᵀ.
-        stats: of polar(Z).
-        same_directions: by how many its rank is below the side of Z, [...].
-    """
-
-    q_a: Tensor
-    q_r: Tensor
-    weights: Tensor
-    stats: PolarStats
-    same_directions: Tensor
+    q_a: Tensor  # A = Q_a A'
+    q_r: Tensor  # V_ts − V_k A = Q_r B'
+    weights: Tensor  # W = polar(Z)ᵀ − [[0, 0], [I, 0]]: U° V°ᵀ is U_k V_kᵀ + [polar(U_ts), U_a] W [V_a, Q_r]ᵀ
+    stats: PolarStats  # of polar(Z)
+    same_directions: Tensor  # by how many its rank is below the side of Z, [...]
 
     def growth(self, columns: int, k: int) -> Tensor:
         """Return ``Recombined.growth`` of [V_ts, V_k], a matrix of so many rows [columns, ts + k]."""
@@ -155,7 +137,6 @@ def recombine_literally(common: Subspace, parts: list[Subspace], dtype: torch.dt
     """Return U° V°ᵀ by two polar factors restricted to their ranges, for deficient sums and zero tasks.
 
     The columns are unit vectors or zero: singular values below ``SAME_DIRECTION`` mean that directions repeat.
-    Arguments as of ``recombine``.
     """
     sides = _side_by_side(parts)
     factors, errors, growths = [], [], []

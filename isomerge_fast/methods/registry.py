@@ -45,11 +45,7 @@ def register_method(method: M) -> M:
 
 
 def method_class(name: object) -> type[Method]:
-    """Return the class of the method of that name. Packages are asked where it is not known in this process.
-
-    Raises:
-        ConfigError: an unknown name, or an entry point that is broken or clashes with another.
-    """
+    """Return the class of the method of that name. Packages are asked where it is not known in this process."""
     if isinstance(name, str):
         known = METHODS.get(name) or _registered.get(name)
         if known is not None:
@@ -72,11 +68,7 @@ def origins_of(names: Iterable[str]) -> dict[str, str]:
 
 
 def _entries() -> dict[str, EntryPoint]:
-    """Return the entry points of installed packages, by name.
-
-    Raises:
-        ConfigError: a name that is built in, or another package's.
-    """
+    """Return the entry points of installed packages, by name; each name is one package's, and no built-in method's."""
     found: dict[str, list[EntryPoint]] = defaultdict(list)
     for entry in entry_points(group=GROUP):
         found[entry.name].append(entry)
@@ -126,11 +118,7 @@ def _class_name(method: type[Method]) -> str:
 
 
 def make_method(name: str, options: Mapping[str, Any] | None = None) -> Method:
-    """Return the method ``name`` with ``options`` as its fields.
-
-    Raises:
-        ConfigError: unknown method, unknown option, option of another type, or a value out of range.
-    """
+    """Return the method ``name`` with ``options`` as its fields, all checked."""
     method = method_class(name)
     if not isinstance(options, Mapping | None):
         refuse(options, "options", "names with values, such as {common_fraction: 0.8}")
@@ -145,11 +133,7 @@ def make_method(name: str, options: Mapping[str, Any] | None = None) -> Method:
 
 
 def given_method(method: str | Method, options: Mapping[str, Any]) -> Method:
-    """Return the method that a caller names, with its options, or has made already.
-
-    Raises:
-        ConfigError: as ``make_method``; options beside a method that is made, or no method at all.
-    """
+    """Return the method that a caller names, with its options, or has made already."""
     if isinstance(method, str):
         return make_method(method, options)
     if not isinstance(method, Method):

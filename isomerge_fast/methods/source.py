@@ -7,7 +7,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """Describe a tensor before it is read; ``dtype`` is the one it is computed in, float32 or float64."""
+    """Describe a tensor before it is read."""
 
     name: str
     shape: tuple[int, ...]
@@ -37,14 +37,10 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class Factors:
-    """Hold Δ = scale · left right.
+    """Hold Δ = scale · left right, in any float dtypes."""
 
-    Attributes:
-        left: [M, r]; right: [r, N]; any float dtypes.
-    """
-
-    left: Tensor
-    right: Tensor
+    left: Tensor  # [M, r]
+    right: Tensor  # [r, N]
     scale: float = 1.0
 
     @property
@@ -57,19 +53,13 @@ class RowBlock:
     """Hold some rows of the base and of some experts, as they are stored, on the device that computes.
 
     The one place where weights are applied (for factors it is their scale): Δ_t is w_t (θ_t − θ₀) below.
-
-    Attributes:
-        rows: which, of the tensor's first dimension.
-        base: None where deltas stand for themselves.
-        are_deltas: whether the experts are Δ_t themselves, and not θ_t.
-        weights: w_t; None where all are 1.
     """
 
-    rows: slice
+    rows: slice  # which, of the tensor's first dimension
     experts: Sequence[Tensor]
-    base: Tensor | None
-    are_deltas: bool = False
-    weights: Sequence[float] | None = None
+    base: Tensor | None  # None where deltas stand for themselves
+    are_deltas: bool = False  # whether the experts are Δ_t themselves, and not θ_t
+    weights: Sequence[float] | None = None  # w_t; None where all are 1
 
     @property
     def like(self) -> Tensor:
@@ -121,29 +111,30 @@ class RowBlock:
         return replace(self, rows=place, experts=[expert[rows] for expert in self.experts], base=base)
 
 
-class Threads(Protocol):
-    """Share a block of rows out among threads."""
+class Threads:
+    """Share a block of rows out among threads: here the calling thread alone."""
 
     def parts(self, block: RowBlock) -> list[RowBlock]:
         """Return the block in parts for one thread each, in order."""
-        ...
-
-    def map(self, action: Callable[[RowBlock], Result], parts: Sequence[RowBlock]) -> list[Result]:
-        """Return ``action`` of every part, in order."""
-        ...
-
-
-class OneThread:
-    """Keep a block whole, for the calling thread."""
-
-    def parts(self, block: RowBlock) -> list[RowBlock]:
         return [block]
 
     def map(self, action: Callable[[RowBlock], Result], parts: Sequence[RowBlock]) -> list[Result]:
+        """Return ``action`` of every part, in order."""
         return [action(part) for part in parts]
 
 
-ONE_THREAD = OneThread()
+def joined(seen: Sequence[TaskSum], batch_dims: int = 0) -> TaskSum:
+    """Return what was seen of every Δ_t in all parts, in their order; of a batch each part has some members."""
+    if len(seen) == 1:
+        return seen[0]
+    _, squares, largest, nonfinite = (
+        [field for field in fields if field is not None] for fields in zip(*seen, strict=True)
+    )
+    if batch_dims:
+        most = torch.cat(largest, 1) if largest else None
+        return TaskSum(seen[0].total, torch.cat(squares, 1), most, torch.cat(nonfinite, 1))
+    most = torch.stack(largest).amax(0) if largest else None
+    return TaskSum(seen[0].total, torch.stack(squares).sum(0), most, torch.stack(nonfinite).sum(0))
 
 
 class DeltaSource(ABC):
@@ -161,7 +152,7 @@ class DeltaSource(ABC):
         wants_largest: whether sums look for max |Δ_t|, by which merges of files find damaged weights.
     """
 
-    threads: Threads = ONE_THREAD
+    threads: Threads = Threads()
     wants_largest = False
 
     def __init__(
@@ -200,10 +191,9 @@ class DeltaSource(ABC):
         raise ValueError(f"deltas of shape {list(self.shape)} from {type(self).__name__} are no batch, but one tensor")
 
     def sum(self, dtype: torch.dtype, batch_dims: int = 0) -> TaskSum:
-        """Return S = Σ_t Δ_t in ``dtype``, fresh: it may be overwritten; with what was seen of every Δ_t, [T, batch].
+        """Return S = Σ_t Δ_t in ``dtype``, fresh: it may be overwritten; with what was seen of every Δ_t.
 
-        Args:
-            batch_dims: first dimensions that are a batch; what is seen is kept apart for each of its members.
+        That is kept apart for the members of a batch, of which there are ``batch_dims`` first dimensions.
         """
         total = torch.empty(self.shape, dtype=dtype, device=self.device)
 
@@ -211,22 +201,7 @@ class DeltaSource(ABC):
             return part.sum(dtype, out=total[part.rows], batch_dims=batch_dims, largest=self.wants_largest)
 
         seen = [found for block in self.blocks() for found in self.threads.map(add_up, self.threads.parts(block))]
-        if len(seen) == 1:
-            return seen[0]._replace(total=total)
-        largest = [part.largest for part in seen if part.largest is not None]
-        if batch_dims:  # blocks are of some members each
-            return TaskSum(
-                total,
-                torch.cat([part.squares for part in seen], 1),
-                torch.cat(largest, 1) if largest else None,
-                torch.cat([part.nonfinite for part in seen], 1),
-            )
-        return TaskSum(
-            total,
-            torch.stack([part.squares for part in seen]).sum(0),
-            torch.stack(largest).amax(0) if largest else None,
-            torch.stack([part.nonfinite for part in seen]).sum(0),
-        )
+        return joined(seen, batch_dims)._replace(total=total)
 
     def delta(self, task: int) -> Tensor:
         """Return Δ_t in the compute dtype; not to be written to."""
@@ -312,11 +287,9 @@ class MemoryDeltas(DeltaSource):
 
 
 class MemoryFactors(DeltaSource):
-    """Give factors in memory, or none at all, beside a base whose rows are walked ``block_rows`` at a time.
+    """Give factors in memory, one a task or None where its delta is 0, beside a base walked by ``block_rows``.
 
-    Args:
-        factors: one a task; None where its delta is 0.
-        base: [M, N], or of any shape where there are no factors.
+    Where there are no factors at all, the base may have any shape.
     """
 
     def __init__(self, factors: Sequence[Factors | None], base: Tensor, *, dtype: torch.dtype, block_rows: int) -> None:
@@ -350,14 +323,9 @@ def check_finite(what: str, values: Iterable[float], dtype: torch.dtype) -> None
 
 
 def checked_weights(weights: Sequence[float] | None, dtype: torch.dtype, where: str = "") -> tuple[float, ...] | None:
-    """Return w_t of one tensor as ``DeltaSource`` and ``RowBlock`` take them: None where all are 1.
+    """Return w_t of one tensor, finite in the ``dtype`` that is computed in, or None where all are 1.
 
-    Args:
-        dtype: computed in.
-        where: begins the message.
-
-    Raises:
-        ConfigError: a weight is no finite number in ``dtype``.
+    ``where`` begins the message of the ConfigError that a weight raises which is not.
     """
     check_finite(f"{where}weight", weights or (), dtype)
     return None if weights is None or all(weight == 1.0 for weight in weights) else tuple(weights)

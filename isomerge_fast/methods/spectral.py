@@ -20,7 +20,7 @@ from .base import Method
 from .certified import run_with_fallback
 from .source import DeltaSource, TensorSpec
 from .stats import Check, MergeStats
-from .sums import finite_sum, require_comparable, rounding_of
+from .sums import delta_sizes, require_comparable, rounding_of
 
 RANK_POLICIES = ("range", "min-dim")
 
@@ -177,14 +177,11 @@ class SingularValues(Spectral):
 
 
 def spectral_sum(deltas: DeltaSource, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
-    """Return (S, ‖Δ_t‖² [T, ...], σ of S that count as zero, the entries of ``MergeStats.values`` about the Δ_t).
-
-    Raises:
-        As ``finite_sum`` and ``require_comparable``.
-    """
-    total, squares, of_deltas = finite_sum(deltas, dtype, len(deltas.shape) - 2)
+    """Return (S, ‖Δ_t‖² [T, ...], the σ up to which S is zero, the entries of ``MergeStats.values`` about the Δ_t)."""
+    seen = deltas.sum(dtype, len(deltas.shape) - 2)
+    of_deltas = delta_sizes(seen)
     require_comparable(of_deltas["delta_norms"], deltas.full_spec)
-    return total, squares, rounding_of(squares.sum(0).sqrt(), deltas.full_spec), of_deltas
+    return seen.total, seen.squares, rounding_of(seen.squares.sum(0).sqrt(), deltas.full_spec), of_deltas
 
 
 def polar_checks(

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ..linalg.protocol import rounding_tolerance
-from ..ops import dtype_name
-from .source import DeltaSource, TensorSpec
+from ..ops import TaskSum, dtype_name
+from .source import TensorSpec
 from .stats import NotFiniteError, OutOfRangeError, shown_norms
 
 # Squares and their sums are normal numbers of float64, and those of a billionth as well.
@@ -19,27 +19,11 @@ COMPUTED_NORMS = (1e-140, 1e150)
 LARGEST_TRAINED_NORM = 1e5
 
 
-def finite_sum(deltas: DeltaSource, dtype: torch.dtype, batch_dims: int = 0) -> tuple[Tensor, Tensor, dict[str, Any]]:
-    """Return (``deltas.sum``, its ``squares``, ``delta_sizes``). One read of the device.
-
-    Raises:
-        As ``delta_sizes``.
-    """
-    total, squares, largest, nonfinite = deltas.sum(dtype, batch_dims)
-    most = None if largest is None else _by_task(largest)
-    return total, squares, delta_sizes(_by_task(squares), most, _by_task(nonfinite))
-
-
-def delta_sizes(squares: Tensor, largest: Tensor | None, nonfinite: Tensor) -> dict[str, Any]:
-    """Return the entries of ``MergeStats.values`` about the Δ_t, from parts [T, parts]. One read of the device.
-
-    Raises:
-        NotFiniteError: naming the tasks that hold NaN or Inf.
-        OutOfRangeError: a norm whose square float64 does not hold.
-    """
-    rows = [nonfinite.sum(1).double(), squares.sum(1).sqrt()]
-    if largest is not None and largest.shape[1]:
-        rows.append(largest.amax(1).double())
+def delta_sizes(seen: TaskSum) -> dict[str, Any]:
+    """Return the entries of ``MergeStats.values`` about the Δ_t, which have to be finite. One read of the device."""
+    rows = [_by_task(seen.nonfinite).sum(1).double(), _by_task(seen.squares).sum(1).sqrt()]
+    if seen.largest is not None and seen.largest.numel():
+        rows.append(_by_task(seen.largest).amax(1).double())
     counts, norms, *rest = torch.stack(rows).cpu()
     bad = torch.nonzero(counts).flatten().tolist()
     if bad:
@@ -69,7 +53,7 @@ def require_comparable(norms: Tensor, spec: TensorSpec) -> None:
 
 def _by_task(seen: Tensor) -> Tensor:
     """Return [T] or [T, B, ...] as [T, members]."""
-    return seen.flatten(1) if seen.ndim > 1 else seen[:, None]
+    return seen[:, None].flatten(1)
 
 
 def rounding_of(norm: Tensor, spec: TensorSpec) -> Tensor:

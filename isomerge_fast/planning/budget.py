@@ -37,17 +37,11 @@ GPU_MEMORY_SHARE = 0.85
 
 @dataclass(frozen=True)
 class Budget:
-    """Hold the bytes for what is read ahead, for what waits to be written, and for a tensor that is merged.
+    """Hold the bytes for what is read ahead, for what waits to be written, and for a tensor that is merged."""
 
-    Attributes:
-        read_ahead: on the host.
-        work: ceiling for a tensor that is merged, on the device that computes; None where there is none.
-        on_gpu: for the copies of the tensor that comes next; None on a CPU, which works on what is read ahead.
-    """
-
-    read_ahead: int
-    work: int | None
-    on_gpu: int | None = None
+    read_ahead: int  # on the host
+    work: int | None  # ceiling for a tensor that is merged, on the device that computes; None where there is none
+    on_gpu: int | None = None  # for the copies of the tensor that comes next; None on a CPU, which needs no copies
 
     @property
     def write_behind(self) -> int:
@@ -82,10 +76,8 @@ class Budget:
 def budgets_to_try(largest: int, *, host: int | None, vram: int | None, on_gpu: bool) -> Iterator[Budget]:
     """Yield budgets in the order in which they are tried: what is read ahead shrinks until the tensors fit beside it.
 
-    Args:
-        largest: bytes of all copies of the largest tensor that would be resident.
-        host: ceiling in bytes for all that a merge holds on the host; on a CPU for the work as well.
-        vram: ceiling in bytes for the work on a GPU.
+    ``largest`` is the bytes of all copies of the largest tensor that would be resident. Ceilings in bytes: ``host`` for
+    all that a merge holds on the host, on a CPU with the work; ``vram`` for the work on a GPU.
     """
     ceiling = vram if on_gpu else host
     if ceiling is None:

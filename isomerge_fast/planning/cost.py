@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 import math
-import time
+import timeit
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -66,13 +66,9 @@ class TensorCost:
 
 def cost_of(tensors: Iterable[TensorPlan]) -> TensorCost:
     """Return the cost of all the tensors together, in all their outputs."""
-    read_bytes = write_bytes = 0
-    flops = 0.0
-    for tensor in tensors:
-        read_bytes += tensor.passed_bytes
-        write_bytes += tensor.write_bytes
-        flops += tensor.flops
-    return TensorCost(read_bytes, write_bytes, flops)
+    all_of_them = list(tensors)
+    read, written = sum(each.passed_bytes for each in all_of_them), sum(each.write_bytes for each in all_of_them)
+    return TensorCost(read, written, sum((each.flops for each in all_of_them), 0.0))
 
 
 def least_seconds(items: Sequence[TensorCost], workers: int, rates: Rates) -> tuple[float, str]:
@@ -107,13 +103,7 @@ def _measured_flops() -> float:
     Iso-C and 53 s by Iso-CTS, took 15.4 and 55; by float64 products, in which the methods do some of it, 36 and 106.)
     """
     sample = torch.ones(SAMPLE_SIDE, SAMPLE_SIDE, device="cpu")
-    torch.mm(sample, sample)
-    seconds = []
-    for _ in range(3):
-        start = time.perf_counter()
-        torch.mm(sample, sample)
-        seconds.append(time.perf_counter() - start)
-    return 2 * SAMPLE_SIDE**3 / min(seconds)
+    return 2 * SAMPLE_SIDE**3 / min(timeit.repeat(lambda: torch.mm(sample, sample), number=1, repeat=4))
 
 
 def estimate_seconds(plan: Plan) -> dict[str, float]:

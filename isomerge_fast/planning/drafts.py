@@ -29,6 +29,7 @@ from .part_sizes import Traffic
 class Draft(PlannedTensor):
     """Hold the plan of a tensor but for its route: merged by ``method``, or copied where that is None."""
 
+    reason: str  # why it is copied, or merged by another method than the config's; else empty
     method: Method | None
     traffic: Traffic
 
@@ -44,30 +45,21 @@ class Draft(PlannedTensor):
 
     @property
     def kind(self) -> tuple[Any, ...]:
-        """Return what is equal for tensors that go the same way: those of a model's layers are planned once."""
+        """Return a key that tensors of one route share, such as a model's layers: each route is planned once."""
         return self.spec.shape, self.spec.dtype, self.traffic, self.method, len(self.pairs), self.rank
 
 
 @dataclass(frozen=True)
 class Drafter:
-    """Decide what becomes of tensors.
-
-    Attributes:
-        method: the config's.
-        overrides: methods by pattern, of which the first that matches counts.
-    """
+    """Decide what becomes of tensors."""
 
     config: MergeConfig
     experts: tuple[Checkpoint, ...]
-    method: Method
-    overrides: Sequence[tuple[str, Method]]
+    method: Method  # the config's
+    overrides: Sequence[tuple[str, Method]]  # methods by pattern, of which the first that matches counts
 
     def draft(self, name: str, stored: StoredTensor, shard: str, *, is_extra: bool = False) -> Draft:
-        """Return the draft of a tensor of the base, or of one that an expert alone has.
-
-        Raises:
-            ConfigError: options, weights or scalings that do not fit it.
-        """
+        """Return the draft of a tensor of the base, or of an extra one, which one expert alone has."""
         reason = self._why_copied(name, stored, is_extra)
         method, weights, experts, pairs = None, None, (), ()
         spec = TensorSpec(name, stored.shape, torch.float32)
@@ -88,7 +80,7 @@ class Drafter:
         if self.config.adapter_rank is not None:
             trained = [*factors_of(pairs), *experts] or [stored]
             merged, shard = self._in_adapter(spec, dtype, trained, self.config.adapter_rank), ADAPTER_FILE
-        return Draft(spec, merged, scalings, reason, stored, experts, pairs, weights, shard, seed, method, traffic)
+        return Draft(spec, merged, scalings, stored, experts, pairs, weights, shard, seed, reason, method, traffic)
 
     @cached_property
     def _adapters(self) -> list[Adapter]:
@@ -137,13 +129,9 @@ class Drafter:
     def _in_adapter(
         self, spec: TensorSpec, dtype: torch.dtype, trained: Sequence[StoredTensor], rank: int
     ) -> tuple[OutputTensor, ...]:
-        """Return a tensor as it is written into an adapter, under the names of the first adapter that has it.
-
-        Args:
-            trained: what the experts have of the tensor.
-        """
+        """Return a tensor as it is written into an adapter, under the names of the first adapter that has it."""
         adapter = next(adapter for adapter in self._adapters if adapts(adapter, spec.name))
-        if self.config.dtype is None:  # as wide as the experts' own
+        if self.config.dtype is None:  # as wide as what the experts have trained
             dtype = reduce(torch.promote_types, (copy.dtype for copy in trained))
         pair = adapter.pairs.get(spec.name)
         if pair is None:

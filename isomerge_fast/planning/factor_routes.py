@@ -1,8 +1,4 @@
-"""Take tensors through memory whose deltas are thin factors (LoRA): the factors are held, and no matrix is solved.
-
-factors     the base is walked part by part, and the product is added to it
-adapter     the result is a pair of thin factors again; the base is not read
-"""
+"""Take tensors through memory whose deltas are thin factors (LoRA): the factors are held, and no matrix is solved."""
 
 from __future__ import annotations
 
@@ -20,13 +16,9 @@ from .routes import Route, Sink
 
 @dataclass(frozen=True)
 class FactorRoute(Route):
-    """Take a tensor whose deltas are given as thin factors.
+    """Take a tensor whose deltas are given as thin factors."""
 
-    Attributes:
-        rank: columns of all factors together.
-    """
-
-    rank: int
+    rank: int  # columns of all factors together
 
     def reason(self, spec: TensorSpec, tasks: int, device: torch.device, given: str) -> str:
         return given or f"factors of rank {self.rank} in all: no matrix of this size is factored"
@@ -53,13 +45,9 @@ class MultipliedOut(FactorRoute):
 
 @dataclass(frozen=True)
 class ToAdapter(FactorRoute):
-    """Truncate the merged Δ to a pair of factors again, without reading the base.
+    """Truncate the merged Δ to a pair of factors again, without reading the base."""
 
-    Attributes:
-        adapter_rank: of the pair.
-    """
-
-    adapter_rank: int
+    adapter_rank: int  # of the pair
 
     name = "adapter"
     reads_base = False

@@ -22,27 +22,16 @@ from ..ops import FLOAT_DTYPES
 
 @dataclass(frozen=True)
 class Inputs:
-    """Hold what is merged.
-
-    Attributes:
-        experts: without the buffers that are not merged.
-        extras: tensors that one expert alone has and that are to be copied.
-        buffers: those that are not merged.
-    """
+    """Hold what is merged."""
 
     base: Checkpoint
-    experts: tuple[Checkpoint, ...]
-    extras: dict[str, StoredTensor]
-    buffers: Buffers
+    experts: tuple[Checkpoint, ...]  # without the buffers that are not merged
+    extras: dict[str, StoredTensor]  # tensors that one expert alone has and that are to be copied
+    buffers: Buffers  # those that are not merged
 
 
 def open_inputs(config: MergeConfig) -> Inputs:
-    """Return the base and the experts, opened, when they fit each other.
-
-    Raises:
-        ConfigError: options for another kind of experts; an output folder that is an input.
-        InputError: what cannot be opened, or does not fit; ``problems`` lists it all.
-    """
+    """Return the base and the experts, opened, when they fit each other; else raise, with all problems at once."""
     if is_adapter(config.base):
         raise InputError(f"{config.base}: a LoRA adapter; the base is the checkpoint that it was trained on")
     base = open_checkpoint(config.base)
@@ -66,12 +55,9 @@ def open_inputs(config: MergeConfig) -> Inputs:
 
 
 def check_out(out: Path, inputs: Iterable[Checkpoint]) -> None:
-    """Check that writing ``out`` replaces and deletes no input.
+    """Raise ConfigError where writing ``out`` would replace or delete an input.
 
     No file of an input lies, whatever links and mounts lead to it, in the output folder or in that where it is built.
-
-    Raises:
-        ConfigError: naming the file.
     """
     taken = [Path(os.path.realpath(out)), staging_folder(out)]
     there = [os.stat(folder) for folder in taken if folder.is_dir()]
@@ -95,11 +81,7 @@ def check_out(out: Path, inputs: Iterable[Checkpoint]) -> None:
 
 
 def _open_experts(config: MergeConfig, base: Checkpoint) -> tuple[Checkpoint, ...]:
-    """Open checkpoints, or LoRA adapters of the base: all of one kind.
-
-    Raises:
-        InputError: of both kinds, or one that cannot be opened. ConfigError: options that are for the other kind.
-    """
+    """Open checkpoints, or LoRA adapters of the base: all of one kind, with no options for the other."""
     adapters = [is_adapter(path) for path in config.experts]
     if any(adapters) and not all(adapters):
         lines = [

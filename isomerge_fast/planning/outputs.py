@@ -29,16 +29,11 @@ def scaling_folders(config: MergeConfig) -> dict[str, float | None]:
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """Hold what is written of a tensor into one sub-folder of the output.
-
-    Attributes:
-        scaling: α; None where it is Δ itself.
-        tensors: one, or the two factors of an adapter.
-    """
+    """Hold what is written of a tensor into one sub-folder of the output."""
 
     folder: str
-    scaling: float | None
-    tensors: tuple[OutputTensor, ...]
+    scaling: float | None  # α; None where it is Δ itself
+    tensors: tuple[OutputTensor, ...]  # one, or the two factors of an adapter
 
     @property
     def dtype(self) -> torch.dtype:
@@ -55,30 +50,19 @@ class PlannedTensor:
 
     Outputs are made when they are asked for: of thousands of tensors with ten scalings each they would be as much as
     all else that is held.
-
-    Attributes:
-        merged: what is written for every α: one tensor, or the two factors of an adapter.
-        scalings: α by sub-folder of the output, and None by that of the merged Δ, last, where the tensor has one that
-            is kept. Tensors that are alike in that share it.
-        reason: why it is copied, or merged by another method than the config's; else empty.
-        base: what is copied or merged; of a tensor that only an expert has, the expert's.
-        experts: one a task, or none where the tensor is copied or adapted.
-        pairs: likewise, of adapters; None for a task that leaves the tensor alone.
-        weights: w_t; None where all are 1.
-        shard: file of the output.
-        rounding_seed: of stochastic rounding.
     """
 
     spec: TensorSpec
-    merged: tuple[OutputTensor, ...]
+    merged: tuple[OutputTensor, ...]  # what is written for every α: one tensor, or the two factors of an adapter
+    # α by sub-folder of the output, and None by that of the merged Δ, last, where the tensor has one that is kept.
+    # Tensors that are alike in that share it.
     scalings: Mapping[str, float | None]
-    reason: str
-    base: StoredTensor
-    experts: tuple[StoredTensor, ...]
-    pairs: tuple[LoraPair | None, ...]
-    weights: tuple[float, ...] | None
-    shard: str
-    rounding_seed: int | None
+    base: StoredTensor  # what is copied or merged; of a tensor that only an expert has, the expert's
+    experts: tuple[StoredTensor, ...]  # one a task, or none where the tensor is copied or adapted
+    pairs: tuple[LoraPair | None, ...]  # likewise, of adapters; None for a task that leaves the tensor alone
+    weights: tuple[float, ...] | None  # w_t; None where all are 1
+    shard: str  # file of the output
+    rounding_seed: int | None  # of stochastic rounding
 
     @property
     def name(self) -> str:

@@ -46,7 +46,7 @@ class PartSizes:
         return method if work is None else method.within(max(0, work - beside))
 
     def applying(self, elements: int) -> int:
-        """Return the bytes of one part of all outputs, and of the temporaries of making them."""
+        """Return the bytes of one part of all outputs, and of the temporaries while they are made."""
         written = self.traffic.written
         if traits_of(self.device).is_gpu:
             # As they are made; and of one of them its size and three flags, to find NaN and Inf.
@@ -54,21 +54,18 @@ class PartSizes:
         return elements * written + 4 * 8 * min(elements, BLOCK_ELEMENTS)
 
     def rereading(self, elements: int) -> int:
-        """Return what later passes read ahead in parts of so many elements.
-
-        There are two parts: one is taken while that before it is at hand.
-        """
+        """Return the bytes of the two parts that a pass after the first holds: the one in use, and the next one."""
         return self.budget.reread + self.on_device(2 * elements)
 
     def making_deltas(self, elements: int, spec: TensorSpec) -> int:
-        """Return the bytes of the temporaries of making deltas of parts of so many elements."""
+        """Return the bytes that computing the deltas of a part takes beside the deltas themselves."""
         traits = traits_of(self.device)
         if traits.is_gpu:  # only in ``subtract``: the base's rows in the dtype computed in
             return spec.dtype.itemsize * min(elements, traits.block_elements(BLOCK_ELEMENTS))
         return 32 * min(BLOCK_ELEMENTS, spec.elements)
 
     def on_device(self, elements: int) -> int:
-        """Return the bytes of copies on a GPU; on a CPU what is read into buffers is worked on there."""
+        """Return the bytes of base and experts in a GPU's memory; 0 on a CPU, which computes where they were read."""
         return 0 if self.device.type == "cpu" else elements * sum(self.traffic.read)
 
 

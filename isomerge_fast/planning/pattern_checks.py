@@ -29,15 +29,10 @@ def rules_of(config: MergeConfig) -> list[tuple[str, list[str]]]:
 def require_matches(
     rules: Iterable[tuple[str, Iterable[str]]], names: Collection[str], left_out: Collection[str] = ()
 ) -> None:
-    """Check that every pattern matches a name. ``*`` always does.
+    """Raise ConfigError for patterns that match none of ``names``, with the names nearest to them. ``*`` always does.
 
-    Args:
-        rules: pairs of where patterns stand and the patterns.
-        names: of what is merged or copied.
-        left_out: names that would be taken with another ``on_extra``. A pattern for these is no mistake.
-
-    Raises:
-        ConfigError: naming every pattern that matches nothing, with the name that is nearest to it.
+    ``rules`` are pairs of where patterns stand and the patterns. A pattern for ``left_out``, names that would be taken
+    with another ``on_extra``, is no mistake.
     """
     places: dict[str, list[str]] = {}
     for where, patterns in rules:
@@ -61,9 +56,7 @@ def require_matches(
 def idle_patterns(config: MergeConfig, merged: Collection[str], copied: Collection[str]) -> Iterator[str]:
     """Yield the patterns that match something but change nothing, and why.
 
-    Args:
-        merged: names of the tensors that a method merges.
-        copied: names of all others, of those that are left out too.
+    ``merged`` are the tensors that a method merges, ``copied`` all others, those that are left out too.
     """
     places: dict[str, list[str]] = {}
     overrides = [override.match for override in config.overrides]

@@ -26,17 +26,13 @@ from .routes import Route
 
 @dataclass(frozen=True, slots=True)
 class TensorPlan(PlannedTensor):
-    """Hold what is done with one tensor: merged by ``method``, or copied where that is None.
+    """Hold what is done with one tensor: merged by ``method``, or copied where that is None."""
 
-    Attributes:
-        reason: as in ``PlannedTensor``; where that is empty, which solver or way it gets, and why.
-        checksums: that base and experts are known to have, where they are.
-    """
-
+    reason: str  # as in ``Draft``; where that is empty, which solver or way it gets, and why
     route: Route
     flops: float
     experts_are_deltas: bool = False
-    checksums: tuple[str, ...] = ()
+    checksums: tuple[str, ...] = ()  # that base and experts are known to have, where they are
 
     @property
     def method(self) -> Method | None:
@@ -147,7 +143,7 @@ class Plan:
         return output_config(self.base, donors, copied, self.config.dtype)
 
     def metadata_of(self, folder: str, file: str) -> Mapping[str, str]:
-        """Return what the header of an output's file says beside its tensors. Δ is no model and has no more of it."""
+        """Return the ``__metadata__`` of an output file's header: the base file's own, or the plain one for a Δ."""
         return PLAIN if scaling_folders(self.config)[folder] is None else self.metadata.get(file, PLAIN)
 
     @property
@@ -205,9 +201,7 @@ class Plan:
 
     @property
     def host_buffer_bytes(self) -> int:
-        """Estimate what a merge holds on the host wherever it computes: the process itself, what it holds of all
-        tensors beside their bytes, reads ahead and waiting writes.
-        """
+        """Estimate the bytes on the host without the tensor that is merged: process, metadata, reads and writes."""
         return PROCESS_BYTES + self.metadata_bytes + self.budget.read_ahead + self.budget.write_behind
 
     @property

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -19,13 +20,14 @@ from ..checkpoint.lora.adapter import Adapter
 from ..checkpoint.output.companions import FolderContents, contents_of
 from ..config import MergeConfig
 from ..errors import ConfigError, bounded, visible
-from ..linalg.arithmetic import describe_arithmetic
+from ..linalg.cusolver import describe_arithmetic
 from ..methods import make_method
 from .budget import PROCESS_BYTES, Budget, budgets_to_try, usable_memory_bytes
 from .drafts import Draft, Drafter
 from .factor_routes import factor_route
 from .inputs import Inputs, adapts, open_inputs, require_possible_rank
 from .notes import notes_of
+from .outputs import PlannedTensor
 from .part_sizes import PartSizes
 from .pattern_checks import require_matches, rules_of
 from .plan import LeftOut, Plan, TensorPlan
@@ -39,6 +41,7 @@ COPY_METADATA_BYTES, TENSOR_METADATA_BYTES, TASK_METADATA_BYTES, OUTPUT_METADATA
 NAMES_HELD = 5
 # Of that, what is in the baseline already: about a thousand tensors of eight experts.
 METADATA_IN_BASELINE_BYTES = 4_000_000
+_PLANNED = attrgetter(*(each.name for each in fields(PlannedTensor)))
 
 
 def make_plan(
@@ -51,15 +54,9 @@ def make_plan(
 ) -> Plan:
     """Read headers, decide what becomes of every tensor, and find every error that can be found that way.
 
-    Args:
-        device: where it is to run, which decides the solvers; the CPU when None.
-        max_ram, max_vram: ceilings in bytes, which leave out solvers that need more; ``check_resources`` refuses what
-            cannot be met.
-        is_new: False of a merge that is done, whose patterns may match nothing: earlier releases took that.
-
-    Raises:
-        ConfigError: method, options or patterns that do not fit; output folder that is an input.
-        InputError: checkpoints that cannot be opened or do not fit each other; ``problems`` lists them all.
+    The device, by default the CPU, decides the solvers; the ceilings in bytes leave out those that need more, and
+    ``check_resources`` refuses what cannot be met. Of a merge that is done (``is_new`` is False) patterns may match
+    nothing: earlier releases took that.
     """
     device = device or torch.device("cpu")
     method = make_method(config.method, config.options)
@@ -198,17 +195,5 @@ def _plan_tensors(
             known[key] = sys.intern(reason), route.flops(draft.spec, draft.tasks)
         reason, flops = known[key]
         yield TensorPlan(
-            draft.spec,
-            draft.merged,
-            draft.scalings,
-            reason,
-            draft.base,
-            draft.experts,
-            draft.pairs,
-            draft.weights,
-            draft.shard,
-            draft.rounding_seed,
-            route,
-            flops,
-            experts_are_deltas,
+            *_PLANNED(draft), reason=reason, route=route, flops=flops, experts_are_deltas=experts_are_deltas
         )

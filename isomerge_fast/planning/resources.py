@@ -14,11 +14,7 @@ from .plan import Plan
 
 
 def check_resources(plan: Plan, *, max_ram: int | None, max_vram: int | None, device: torch.device) -> None:
-    """Check that the working set keeps to the ceilings, and that the output fits on its disk.
-
-    Raises:
-        ResourceError: naming what is needed, and the tensor that takes most.
-    """
+    """Raise ResourceError where the working set exceeds a ceiling, or the output its disk, naming what is needed."""
     on_gpu = device.type == "cuda"
     needed = plan.host_buffer_bytes if on_gpu else plan.peak_ram_bytes
     if max_ram is not None and needed > max_ram:

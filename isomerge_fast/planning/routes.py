@@ -1,10 +1,4 @@
-"""Take a tensor through memory: from a source of deltas to a sink of merged rows.
-
-    copy        the base's bytes, part by part
-    by-rows     parts of all copies in, rows of the result out; nothing of the tensor's size is held (the linear
-                methods; tall matrices of the spectral ones in several passes, where the ceiling asks for it)
-    resident    all T + 1 copies are read once and held while the tensor is merged
-    streamed    the sum and the result are held, the copies read part by part, again for every pass
+"""Take a tensor through memory: from a source of deltas to a sink of merged rows (docs/streaming.md, "Routes").
 
 Each route says what it takes (``plan``) beside what it does (``run``). Besides what a tensor takes, a merge holds what
 is read ahead and what waits to be written (``Budget``). ``factor_routes`` has the routes of LoRA's factors.
@@ -36,10 +30,8 @@ class Sink(Protocol):
     def add(self, block: RowBlock, value: Callable[[RowBlock], Tensor], *, shared: bool) -> None:
         """Take θ₀ + α Δ of these rows for every α, rounded once, and Δ itself where it is kept.
 
-        Args:
-            value: makes Δ of some rows of the block.
-            shared: whether it is called by several threads at once, each for a part of the block; else it is called by
-                one after the other, as products of matrices have threads of their own.
+        ``value`` makes Δ of some rows of the block: where it is ``shared`` in several threads at once, each for a part
+        of the block; else for one part after the other, as products of matrices have threads of their own.
         """
         ...
 
@@ -54,20 +46,13 @@ class Sink(Protocol):
 
 @dataclass(frozen=True)
 class Route(ABC):
-    """Take one tensor through memory.
+    """Take one tensor through memory."""
 
-    Attributes:
-        view_shape: the shape by which it is walked: [M, N] as it is, or [elements] where rows have no meaning.
-        part_rows: of ``view_shape``, in every part but the last: what is written at once, and where copies are not
-            held, what is read at once.
-        method: with the ceiling it was given; None: copied.
-        work_bytes: peak on the device that computes, beyond ``Budget.read_ahead`` and ``write_behind``.
-    """
-
-    view_shape: tuple[int, ...]
+    view_shape: tuple[int, ...]  # by which it is walked: [M, N] as it is, or [elements] where rows have no meaning
+    # Of ``view_shape``, in every part but the last: what is written at once, and read where copies are not held.
     part_rows: int
-    method: Method | None
-    work_bytes: int
+    method: Method | None  # with the ceiling it was given; None: copied
+    work_bytes: int  # peak on the device that computes, beyond ``Budget.read_ahead`` and ``write_behind``
 
     name: ClassVar[str]
     reads_base: ClassVar[bool] = True
@@ -76,13 +61,7 @@ class Route(ABC):
 
     @abstractmethod
     def run(self, source: DeltaSource, sink: Sink) -> MergeStats:
-        """Merge the tensor that ``source`` gives the deltas of into ``sink``; return the evidence.
-
-        Raises:
-            NotFiniteError, OutOfRangeError, UnsolvedError: see ``methods``.
-            torch.OutOfMemoryError: of a GPU.
-        """
-        ...
+        """Merge one tensor: take its deltas from ``source``, write the merged rows to ``sink``, return the evidence."""
 
     @property
     def merging(self) -> Method:
@@ -100,7 +79,7 @@ class Route(ABC):
         return self.parts()
 
     def passed_bytes(self, base_bytes: int, trained_bytes: Sequence[int]) -> int:
-        """Return what is read in all, pass after pass, of a base and what every expert has of it."""
+        """Return the bytes that all passes together read of the base's tensor and of every expert's."""
         return base_bytes + sum(trained_bytes)
 
     def reason(self, spec: TensorSpec, tasks: int, device: torch.device, given: str) -> str:
@@ -136,22 +115,17 @@ class Rowwise(Route):
     name = "by-rows"
 
     @classmethod
-    def plan_elements(cls, method: Method, spec: TensorSpec, sizes: PartSizes) -> Rowwise:
-        """Return the route of a tensor whose elements are merged one by one."""
-        view_shape = (spec.elements,)
-        rows = sizes.part_rows(view_shape)
-        learning = method.rowwise_bytes(spec, sizes.traffic.tasks, rows, sizes.device) or 0
-        return cls(view_shape, rows, method, learning + sizes.applying(rows) + sizes.on_device(2 * rows))
-
-    @classmethod
     def plan(cls, method: Method, spec: TensorSpec, sizes: PartSizes) -> Rowwise | None:
-        """Return the route of a matrix; None where the method has no such form for it."""
-        rows = sizes.part_rows(spec.shape)
-        part = rows * prod(spec.shape[1:])
-        beside = sizes.rereading(part) + sizes.applying(part)
+        """Return the route of a tensor, or None for a matrix of which the method has no such form."""
+        view_shape = (spec.elements,) if method.any_shape else spec.shape
+        rows = sizes.part_rows(view_shape)
+        part = rows * prod(view_shape[1:])
+        beside = sizes.applying(part) + (sizes.on_device(2 * part) if method.any_shape else sizes.rereading(part))
         chosen = sizes.limited(method, beside)
         learning = chosen.rowwise_bytes(spec, sizes.traffic.tasks, part, sizes.device)
-        return None if learning is None else cls(spec.shape, rows, chosen, learning + beside)
+        if learning is None and not method.any_shape:
+            return None
+        return cls(view_shape, rows, chosen, (learning or 0) + beside)
 
     def run(self, source: DeltaSource, sink: Sink) -> MergeStats:
         rowwise = self.merging.rowwise(source)
@@ -176,9 +150,7 @@ class Whole(Route):
     def run(self, source: DeltaSource, sink: Sink) -> MergeStats:
         value, stats = merge_with_retry(self.merging, source)
         for block in source.blocks(()):
-            count = block.rows.stop - block.rows.start
-            for start in range(0, count, self.part_rows):
-                part = block.part(slice(start, min(start + self.part_rows, count)))
+            for part in block.parts(self.part_rows):
                 sink.add(part, lambda part: value[part.rows], shared=True)
         return stats
 
@@ -229,18 +201,16 @@ class Streamed(Whole):
         return cls(spec.shape, rows, chosen, work + rereading)
 
     def passed_bytes(self, base_bytes: int, trained_bytes: Sequence[int]) -> int:
-        """Return the bytes of the sum, of every Δ_t as often as the method takes it, and of the base to be written."""
+        """Return the bytes that all passes read: for the sum, for each Δ_t once a use, and the base when writing."""
         deltas = sum(trained_bytes) + len(trained_bytes) * base_bytes
         return super().passed_bytes(base_bytes, trained_bytes) + deltas * self.merging.deltas_taken + base_bytes
 
 
 def choose_route(method: Method, spec: TensorSpec, sizes: PartSizes) -> Route:
     """Return the fastest route that keeps to ``budget.work``; where none does, the one that takes least."""
-    if method.any_shape:
-        return Rowwise.plan_elements(method, spec, sizes)
     work = sizes.budget.work
     routes: list[Route] = []
-    for strategy in (Resident, Streamed, Rowwise):
+    for strategy in (Rowwise,) if method.any_shape else (Resident, Streamed, Rowwise):
         route = strategy.plan(method, spec, sizes)
         if route is None:
             continue

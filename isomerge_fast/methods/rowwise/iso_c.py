@@ -44,7 +44,7 @@ class RowwiseIsoC(RowwiseSpectral):
         a = spectrum.inverse_root()
         del spectrum
         if refine:
-            a = newton_schulz(a, product_gram(source, a)[0])
+            a = newton_schulz(a, product_gram(source, a))
         self._a = a.float() if product_rounding(columns, (self._norm, a)) <= ROUNDING else a
 
     def fill(self, q: Tensor, part: RowBlock) -> None:

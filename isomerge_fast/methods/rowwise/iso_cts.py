@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ...linalg.certificate import PROBES
 from ...linalg.gram_eigh import GramEigh
-from ...linalg.gram_spectrum import GramSpectrum, eigh_workspace_bytes, gram_noise, spectrum_in_place
+from ...linalg.gram_spectrum import GramSpectrum, eigh_workspace_bytes, spectrum_in_place
 from ...linalg.protocol import polar_growth, rounding_tolerance
 from ...ops import sym_mm_add
 from ..recombine import SAME_DIRECTION, over_columns, projection_angle, small_problem
@@ -43,6 +43,7 @@ from .passes import (
     chunks,
     newton_schulz,
     part_bytes,
+    pass_noise,
     product_rounding,
     sum_spectrum,
 )
@@ -50,20 +51,13 @@ from .passes import (
 
 @dataclass(frozen=True)
 class _Part:
-    """Hold a task's directions that are kept, as X_t = Δ_t E σ⁻¹ + S Q.
+    """Hold a task's directions that are kept, as X_t = Δ_t E σ⁻¹ + S Q."""
 
-    Attributes:
-        sigma: [s] float64, zero where a direction is not kept.
-        e, q: E and Q, [N, kept] float64.
-        scale: σ of those kept, in the order of the columns.
-        angle, unresolved: as of ``Subspace``.
-    """
-
-    sigma: Tensor
-    e: Tensor
-    q: Tensor
-    scale: Tensor
-    angle: Tensor
+    sigma: Tensor  # [s] float64, zero where a direction is not kept
+    e: Tensor  # [N, kept] float64
+    q: Tensor  # likewise
+    scale: Tensor  # σ of those kept, in the order of the columns
+    angle: Tensor  # as of ``Subspace``
     unresolved: Tensor
 
     @property
@@ -72,11 +66,9 @@ class _Part:
 
 
 class RowwiseIsoCTS(RowwiseSpectral):
-    """Make the Iso-CTS merge by rows.
+    """Make the Iso-CTS merge by rows, from k directions of the sum and s > 0 of every task.
 
-    Args:
-        k, s: directions of the sum and of every task, s > 0.
-        at_once: tasks whose Gram matrices are added up in one pass.
+    The Gram matrices of ``at_once`` tasks are added up in one pass.
     """
 
     def __init__(
@@ -166,14 +158,11 @@ class RowwiseIsoCTS(RowwiseSpectral):
         del a_k, v_k
         self._tasks: list[tuple[Tensor, Tensor]] = []
         products = []
-        start = 0
-        for task, part in enumerate(parts):
-            b_t = b[start : start + part.width]
-            start += part.width
+        for part, b_t, square in zip(parts, b.split([part.width for part in parts]), squares, strict=True):
             a.addmm_(part.q, b_t)
             b_t /= part.scale[:, None]
             self._tasks.append((part.e, b_t))
-            products.append((squares[task].sqrt(), b_t))
+            products.append((square.sqrt(), b_t))
         narrow = product_rounding(columns, (norm, a), *products) <= ROUNDING
         self._a = a.float() if narrow else a
         self._tasks = [(e.to(self._a.dtype), b_t.to(self._a.dtype)) for e, b_t in self._tasks]
@@ -199,7 +188,8 @@ def _parts(
     """Return the top s directions of R_t of some tasks, by one pass; see ``GramFactorization.residual``."""
     rows, columns = source.shape
     v_k, sigma_k = common.top(k)
-    grams, crosses, count = _task_products(source, tasks)
+    grams, crosses = _task_products(source, tasks)
+    noise = pass_noise(source)
     parts = []
     for task in tasks:
         gram = grams.pop(0)
@@ -213,14 +203,14 @@ def _parts(
         if len(sigma_k) < k:  # see ``iso_cts.residual_noise``
             tolerance = tolerance + common.tolerance * torch.linalg.vector_norm(y / sigma_k[:, None])
         # What cancels in H − YᵀY leaves rounding of the size of ‖Δ‖².
-        spectrum = spectrum_in_place(gram, tolerance, gram_noise(count), scale=norm)
+        spectrum = spectrum_in_place(gram, tolerance, noise, scale=norm)
         del gram
         if spectrum.is_blurred(s, ROUNDING):
             largest = torch.maximum(spectrum.sigma[0], spectrum.noise[0].sqrt())
             del spectrum
             gram = _residual_gram(source, task, v_k, y / -sigma_k[:, None])
             # R itself is rounded to ε ‖Δ‖.
-            spectrum = spectrum_in_place(gram, tolerance, gram_noise(count), scale=(norm * largest).sqrt())
+            spectrum = spectrum_in_place(gram, tolerance, noise, scale=(norm * largest).sqrt())
             del gram
         vectors, sigma = spectrum.top(s)
         e = vectors.clone()
@@ -235,19 +225,17 @@ def _parts(
     return parts
 
 
-def _task_products(source: DeltaSource, tasks: Sequence[int]) -> tuple[list[Tensor], list[Tensor], int]:
-    """Return (Δ_tᵀ Δ_t and Sᵀ Δ_t of every one of ``tasks``, from how many chunks of rows), by one pass."""
+def _task_products(source: DeltaSource, tasks: Sequence[int]) -> tuple[list[Tensor], list[Tensor]]:
+    """Return (Δ_tᵀ Δ_t, Sᵀ Δ_t) of every one of ``tasks``, by one pass."""
     columns = source.shape[1]
     grams, crosses = (
         [torch.zeros(columns, columns, dtype=torch.float64, device=source.device) for _ in tasks] for _ in range(2)
     )
-    count = 0
     for total, *deltas in chunks(source, tasks):
-        count += 1
         for gram, cross, delta in zip(grams, crosses, deltas, strict=True):
             sym_mm_add(gram, delta.mT, out=gram)
             cross.addmm_(total.mT, delta)
-    return grams, crosses, count
+    return grams, crosses
 
 
 def _residual_gram(source: DeltaSource, task: int, v_k: Tensor, y: Tensor) -> Tensor:
@@ -268,52 +256,46 @@ def _polar_of_tasks(
 
     The rounding has left parts of U_k in X: D = U_kᵀX is taken out of K and of ``parts``.
     """
-    width = sum(part.width for part in parts)
-    if not width:
+    widths = [part.width for part in parts]
+    if not (width := sum(widths)):
         return sigma_k.new_zeros(0, 0), sigma_k.new_zeros(0, 0), sigma_k.new_zeros(0)
     cross = torch.zeros(source.shape[1], width, dtype=torch.float64, device=source.device)
-    gram, count = _task_gram(source, parts, cross=cross)
+    gram = _task_gram(source, parts, cross=cross)
     d = v_k.mT @ cross
     del cross
     d /= sigma_k[:, None]
     sym_mm_add(gram, d.mT, alpha=-1.0, out=gram)
     d /= sigma_k[:, None]
-    start = 0
-    for part in parts:
-        part.q.addmm_(v_k, d[:, start : start + part.width], alpha=-1.0)
-        start += part.width
+    for task, part in enumerate(parts):
+        part.q.addmm_(v_k, d.split(widths, dim=-1)[task], alpha=-1.0)
     del d
     same = torch.tensor(SAME_DIRECTION, dtype=torch.float64, device=source.device)
-    spectrum = spectrum_in_place(gram, same, gram_noise(count))
+    spectrum = spectrum_in_place(gram, same, pass_noise(source))
     projector, sigma = spectrum.top(spectrum.rank)[0].clone(), spectrum.kept_sigma(width)
     refine = bool(spectrum.polar_noise() > ROUNDING)
     root = spectrum.inverse_root()
     if refine:
-        root = newton_schulz(root, _task_gram(source, parts, factor=root)[0])
+        root = newton_schulz(root, _task_gram(source, parts, factor=root))
     return root, projector, sigma
 
 
 def _task_gram(
     source: DeltaSource, parts: list[_Part], *, factor: Tensor | None = None, cross: Tensor | None = None
-) -> tuple[Tensor, int]:
-    """Return (XᵀX, or that of X times a factor; from how many chunks of rows), by one pass; add SᵀX to ``cross``."""
-    width = sum(part.width for part in parts)
-    gram = torch.zeros(width, width, dtype=torch.float64, device=source.device)
-    count = 0
+) -> Tensor:
+    """Return XᵀX, or that of X times a factor, by one pass; add SᵀX to ``cross``."""
+    widths = [part.width for part in parts]
+    gram = torch.zeros(sum(widths), sum(widths), dtype=torch.float64, device=source.device)
     for total, *deltas in chunks(source, range(len(parts))):
-        count += 1
         x = torch.cat([(delta @ part.e).div_(part.scale) for delta, part in zip(deltas, parts, strict=True)], dim=-1)
-        start = 0
-        for part in parts:
-            x[:, start : start + part.width].addmm_(total, part.q)
-            start += part.width
+        for task, part in enumerate(parts):
+            x.split(widths, dim=-1)[task].addmm_(total, part.q)
         if factor is not None:
             x = x @ factor
         sym_mm_add(gram, x.mT, out=gram)
         if cross is not None:
             cross.addmm_(total.mT, x)
         del x  # before the next one is made
-    return gram, count
+    return gram
 
 
 def learning_bytes(spec: TensorSpec, tasks: int, s: int, at_once: int, device: torch.device) -> int:

@@ -19,7 +19,7 @@ from ...linalg.gram_spectrum import GramSpectrum, gram_noise, spectrum_in_place
 from ...linalg.protocol import rounding_tolerance
 from ...ops import BLOCK_ELEMENTS, TaskSum, sym_mm_add, traits_of
 from ..certified import exact_products
-from ..source import DeltaSource, RowBlock, TensorSpec
+from ..source import DeltaSource, RowBlock, TensorSpec, joined
 from ..sums import delta_sizes, require_comparable
 
 # Gram matrices square the condition number, and no other solver follows when they miss: left to long matrices, whose
@@ -46,19 +46,16 @@ class DeltaStats:
     """Collect what passes see of every Δ_t, by place: the order of parts and threads does not change the sums."""
 
     def __init__(self) -> None:
-        self._parts: dict[int, tuple[Tensor, Tensor | None, Tensor]] = {}
+        self._parts: dict[int, TaskSum] = {}
 
     def add(self, first: int, found: TaskSum) -> None:
         """Keep what was seen in the part that begins with row ``first``. Called by several threads at once."""
-        self._parts[first] = (found.squares, found.largest, found.nonfinite)
+        self._parts[first] = found._replace(total=found.squares)  # which is small
 
     def values(self) -> tuple[Tensor, dict[str, Any]]:
         """Return (‖Δ_t‖² [T], ``delta_sizes``), which may raise. One read of the device."""
-        parts = [self._parts[first] for first in sorted(self._parts)]
-        squares = torch.stack([squares for squares, _, _ in parts]).sum(0)
-        largest = [largest for _, largest, _ in parts if largest is not None]
-        nonfinite = torch.stack([nonfinite for _, _, nonfinite in parts], 1)
-        return squares, delta_sizes(squares[:, None], torch.stack(largest, 1) if largest else None, nonfinite)
+        seen = joined([self._parts[first] for first in sorted(self._parts)])
+        return seen.squares, delta_sizes(seen)
 
 
 def chunk_rows(rows: int, columns: int, device: torch.device) -> int:
@@ -104,29 +101,33 @@ def sum_spectrum(source: DeltaSource, k: int, limit: float) -> tuple[GramSpectru
     """
     rows, columns = source.shape
     seen = DeltaStats()
-    gram, noise = product_gram(source, None, seen)
+    gram = product_gram(source, None, seen)
     squares, values = seen.values()
     require_comparable(values["delta_norms"], TensorSpec("", tuple(source.shape), source.dtype))
     norm = gram.diagonal().sum().sqrt()
     tolerance = rounding_tolerance(squares.sum().sqrt(), rows, columns, source.dtype)
-    spectrum = spectrum_in_place(gram, tolerance, noise)
+    spectrum = spectrum_in_place(gram, tolerance, pass_noise(source))
     del gram
     if spectrum.is_blurred(k, limit):
-        spectrum = spectrum.sharpened(lambda small: product_gram(source, small))
+        spectrum = spectrum.sharpened(lambda small: product_gram(source, small), pass_noise(source))
     return spectrum, norm, squares, values
 
 
-def product_gram(source: DeltaSource, a: Tensor | None, seen: DeltaStats | None = None) -> tuple[Tensor, float]:
-    """Return (QᵀQ of Q = S A or S, its ``gram_noise``) in one pass."""
+def pass_noise(source: DeltaSource) -> float:
+    """Return ``gram_noise`` of a matrix that a pass over all rows adds up chunk by chunk."""
+    rows, columns = source.shape
+    return gram_noise(math.ceil(rows / chunk_rows(rows, columns, source.device)))
+
+
+def product_gram(source: DeltaSource, a: Tensor | None, seen: DeltaStats | None = None) -> Tensor:
+    """Return QᵀQ of Q = S A, or of S where ``a`` is None, in one pass."""
     columns = source.shape[1] if a is None else a.shape[1]
     gram = torch.zeros(columns, columns, dtype=torch.float64, device=source.device)
-    count = 0
     for (total,) in chunks(source, (), seen=seen):
         q = total if a is None else total @ a
         sym_mm_add(gram, q.mT, out=gram)
         del q  # before the next one is made
-        count += 1
-    return gram, gram_noise(count)
+    return gram
 
 
 def newton_schulz(a: Tensor, gram: Tensor) -> Tensor:
@@ -169,16 +170,13 @@ def product_rounding(columns: int, *products: tuple[Tensor, Tensor]) -> float:
 
 
 class RowwiseSpectral(ABC):
-    """Make σ̄ Q by rows, with Q the polar factor that a method has learnt. A subclass states ``learn`` and ``fill``.
-
-    Args:
-        tolerance: limit of the checks.
-    """
+    """Make σ̄ Q by rows, with Q the polar factor that a method has learnt. A subclass states ``learn`` and ``fill``."""
 
     sigma_mean: Tensor
 
     def __init__(self, source: DeltaSource, algorithm: str, *, rank_policy: str, tolerance: float) -> None:
-        self.algorithm, self.tolerance, self.dtype = algorithm, tolerance, source.dtype
+        self.algorithm, self.dtype = algorithm, source.dtype
+        self.tolerance = tolerance  # the limit of the checks
         with exact_products(source.device):
             self.learn(source, rank_policy)
 
