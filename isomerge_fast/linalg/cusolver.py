@@ -55,7 +55,7 @@ _idle: defaultdict[tuple[int, int], list[tuple[c_void_p, c_void_p]]] = defaultdi
 
 @cache
 def cupy() -> Any | None:
-    """Return the package, or None where it is not installed."""
+    """Return the cupy package, or None where it is not installed."""
     try:
         return importlib.import_module("cupy")
     except ImportError:

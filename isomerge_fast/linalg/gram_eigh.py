@@ -73,13 +73,8 @@ class GramEigh(Solver):
 
     @property
     def noise(self) -> float:
-        """Return the error of eigenvalues relative to λ₁: a few ε."""
+        """Return the error of eigenvalues relative to λ₁, a few ε: σ below √(2 noise) σ₁ are in it, and truncated."""
         return 8.0 * torch.finfo(self.dtype).eps
-
-    @property
-    def resolution(self) -> float:
-        """Return √(2 · noise): singular values below this times σ₁ are in the noise, and truncated."""
-        return math.sqrt(2.0 * self.noise)
 
     def factorize(self, x: Tensor, *, tolerance: Tensor | None = None) -> GramFactorization:
         return GramFactorization(x, default_tolerance(x) if tolerance is None else tolerance, self)
@@ -87,14 +82,14 @@ class GramEigh(Solver):
     def long_dtypes(
         self, wide: bool, dtype: torch.dtype, device: torch.device
     ) -> tuple[torch.dtype | None, torch.dtype]:
-        """Return the dtypes that keep S the only large thing beside Δ_t.
+        """Return (None, the dtype of S's long side): without it ``residual`` holds nothing as large as S beside Δ_t.
 
         V enters the recombination's small factors, whose conditioning float32 would not survive; U only products.
         """
         return None, torch.float64 if wide else dtype
 
     def small_polar(self, device: torch.device) -> PolarSolver:
-        """Return products alone where tensor cores multiply float64, else this solver.
+        """Return ``TracedPolar``, all products, where tensor cores multiply float64, else this solver.
 
         Of side n the products are some 50 n³ operations, with the traces; an eigensolver has 9 n³ and n columns one by
         one. Without such tensor cores float64 products take longer than that.
@@ -128,7 +123,7 @@ class GramEigh(Solver):
         return vectors.flip(-1), sigma, torch.where(sigma <= limit[..., None], 0.0, sigma)
 
     def narrow_gram(self, x: Tensor) -> Tensor | None:
-        """Return the Gram matrix multiplied in float32 and converted, or None where its rounding would show in Q.
+        """Return the Gram matrix made in float32, as float64, or None where its rounding would show in Q.
 
         It leaves at most 2.5 ε₃₂ (rms(σ) rms(1/σ))² in Q (160 x 64 … 4096 x 256, noise, spikes, decay). Both means come
         without an eigensolver: tr G, and tr G⁻¹ = E ‖L⁻¹ω‖² with the Cholesky factor L. Long matrices pass, square ones
@@ -146,7 +141,7 @@ class GramEigh(Solver):
         return gram.double() if bool(passed.all()) else None
 
     def blur(self, sigma: Tensor) -> Tensor:
-        """Return the error of σ², [..., r] -> [...]; products below the smallest number over ε have lost digits."""
+        """Return the error of all σ² [...]: of LAPACK, and of products that underflow, from σ [..., r]."""
         info = torch.finfo(self.dtype)
         return self.noise * sigma[..., :1].square().sum(-1) + info.tiny / info.eps
 
@@ -331,12 +326,12 @@ def skew_error(relative: Tensor) -> Tensor:
 
 
 def _products(x: Tensor) -> tuple[Product, Product]:
-    """Return the products with X from its short side, and back."""
+    """Return two functions: products with X from its short side to the long one, and back."""
     return partial(to_long_side, x, dtype=torch.float64), partial(to_short_side, x)
 
 
 def _hidden(sigma: Tensor, noise: Tensor, tolerance: Tensor) -> Tensor:
-    """Count the σ² within twice the noise that may be those of directions above the tolerance, [..., c] -> [...].
+    """Count the directions whose σ² is within twice the noise and may be above the tolerance, [..., c] -> [...].
 
     A σ² that came out as zero, or below, is no less hidden than its neighbours: it is anything up to the noise.
     """

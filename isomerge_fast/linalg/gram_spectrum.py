@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..ops import sym_mm
 from .gram_eigh import GramEigh, skew_error
-from .protocol import reciprocal, relative_gap, rounding_angle
+from .protocol import reciprocal, rounding_angle
 
 # A Gram matrix added up in blocks gathers the rounding of every addition.
 NOISE_BLOCKS = 64
@@ -55,10 +55,6 @@ class GramSpectrum:
         kept[self.rank :] = 0.0
         return kept
 
-    def gap(self, count: int) -> Tensor:
-        """Return ``Subspace.gap`` at a cut after ``count``."""
-        return relative_gap(self.sigma, count)
-
     def angle(self, count: int) -> Tensor:
         """Return ``Subspace.angle`` at a cut after ``count``."""
         return rounding_angle(self.sigma, count, self.tolerance, self.noise[max(0, count - 1)])
@@ -75,7 +71,7 @@ class GramSpectrum:
         return (self._relative_noise().square().sum() / max(1, self.rank)).sqrt()
 
     def skew_error(self) -> Tensor:
-        """Return the error that the noise leaves there beside ``polar_noise``, [] (see ``gram_eigh.skew_error``)."""
+        """Return the skew error that the noise leaves in that Q, [] (see ``gram_eigh.skew_error``)."""
         return skew_error(self._relative_noise())
 
     def _relative_noise(self) -> Tensor:
@@ -93,7 +89,7 @@ class GramSpectrum:
         return bool(blurred)
 
     def sharpened(self, gram_of: Callable[[Tensor], Tensor], noise: float) -> GramSpectrum:
-        """Return this with the directions below ``SMALL`` σ₁ solved again among themselves; ``vectors`` is overwritten.
+        """Return this spectrum with its directions below ``SMALL`` σ₁ solved again; ``vectors`` is overwritten.
 
         Their own Gram matrix, ``gram_of(W [N, m])`` = (X W)ᵀ X W with ``gram_noise`` ``noise``, has no large entries
         whose rounding would hide them.

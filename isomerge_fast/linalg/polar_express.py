@@ -22,14 +22,7 @@ from torch import Tensor
 from isomerge_fast import ops
 
 from .blockwise import multiply_short_side
-from .polar_iteration import (
-    PRODUCT_EPS,
-    Bounds,
-    PolarIteration,
-    dtype_suffix,
-    inverse_size,
-    largest_block,
-)
+from .polar_iteration import PRODUCT_EPS, Bounds, PolarIteration, dtype_suffix, inverse_size, largest_block
 from .protocol import PolarStats
 
 SMALLEST_LOWER = 1e-8

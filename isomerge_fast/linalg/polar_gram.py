@@ -46,17 +46,12 @@ class GramNewtonSchulz(PolarIteration):
         grams.append(grams.pop().to(self.dtype))
         y, scale = x, bounds.scale.to(self.dtype)[..., None, None]
         for segment in early:
-            polynomial = _accumulate(grams.pop(), segment)
-            if y is x:
-                y = torch.empty(x.shape, dtype=self.dtype, device=x.device)
-                multiply_short_side(polynomial.mul_(scale), x, y, in_blocks=True)
-            else:
-                multiply_short_side(polynomial, y, y)
-            del polynomial
+            polynomial = _accumulate(grams.pop(), segment).mul_(scale)
+            out = torch.empty(x.shape, dtype=self.dtype, device=x.device) if y is x else y
+            y, scale = multiply_short_side(polynomial, y, out, in_blocks=True), 1.0
+            del polynomial, out
             grams.append(short_side_gram(y, dtype=self.dtype))
-        polynomial = _accumulate(grams.pop(), last)
-        if y is x:
-            polynomial.mul_(scale)
+        polynomial = _accumulate(grams.pop(), last).mul_(scale)
         q = multiply_short_side(polynomial, y, torch.empty(x.shape, dtype=dtype, device=x.device), in_blocks=True)
         del y, polynomial
         return q, self.evidence(q, x, bounds)

@@ -33,7 +33,7 @@ class HeatTraces:
     values: Tensor  # the traces, [..., nodes]
 
     def sums(self, ones: int) -> tuple[Tensor, Tensor]:
-        """Return (Σ_{i≠j} 2/(σ_i + σ_j)², Σ 1/σ²), [...] each; the former with so many more σ that are 1."""
+        """Return (Σ_{i≠j} 2/(σ_i + σ_j)² as if ``ones`` more σ were 1, Σ 1/σ²), [...] each."""
         squares = (self.weights * self.values).sum(-1)
         # Of pairs with i = j the term would be 2 / (2 σ)².
         pairs = 2.0 * (self.weights * self.values.square()).sum(-1) - 0.5 * squares
@@ -183,7 +183,7 @@ class Solver(PolarSolver):
 
     @abstractmethod
     def factorize(self, x: Tensor, *, tolerance: Tensor | None = None) -> Factorization:
-        """Return X as a ``Factorization``: σ up to ``tolerance`` [...], by default ``default_tolerance``, are zero."""
+        """Return X as a ``Factorization`` that takes σ up to ``tolerance`` [...] (``default_tolerance``) for zero."""
 
     def polar(
         self, x: Tensor, *, tolerance: Tensor | None = None, dtype: torch.dtype | None = None
@@ -287,7 +287,7 @@ def reciprocal(sigma: Tensor) -> Tensor:
 
 
 def complement_basis(rest: Tensor, top: Subspace) -> Tensor:
-    """Return ``rest``, the directions after the k-th, or I − W Wᵀ where some of the k were truncated."""
+    """Return the short side's directions beyond ``top``: ``rest``, or I − W Wᵀ where some of W were truncated."""
     if top.is_whole:
         return rest.clone()
     projector = -(top.short @ top.short.mT)

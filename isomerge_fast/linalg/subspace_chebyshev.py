@@ -163,7 +163,7 @@ def correction(gram: Tensor, x: Tensor, shifts: Tensor, w: Tensor, *, steps: int
 
 
 def search_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """Return the dtype in which the parts of a Δ in ``dtype`` are searched, and which U_k has for that."""
+    """Return the dtype of the search in a Δ in ``dtype``, and of the U_k that it needs."""
     return torch.float64 if traits_of(device).has_float64_tensor_cores else dtype
 
 
@@ -198,10 +198,6 @@ class ChebyshevSubspace(GramEigh):
         if not traits_of(device).is_gpu:
             return width
         return next((free for free in FREE_WIDTHS if width <= free <= short // 4), width)
-
-    def worthwhile(self, short: int, s: int) -> bool:
-        """Return whether a block of s + p columns is narrow enough."""
-        return short >= SMALLEST_SIDE and s + self.oversampling <= short * LARGEST_FRACTION
 
     def search_bytes(self, rows: int, columns: int, s: int, device: torch.device) -> int:
         """Return the peak bytes of the search in a tall float32 Δ: Δ or blocks in float64, thin blocks, G twice."""
@@ -241,8 +237,9 @@ class SearchedFactorization(GramFactorization):
 
     def residual(self, delta: Tensor, common: Subspace, s: int, *, norm: Tensor, tolerance: Tensor) -> Subspace:
         """Return the top ``s`` triplets of R, searched for in G = ΔᵀΔ − YᵀY with Y = U_kᵀΔ, in ``search_dtype``."""
-        solver = self.solver
-        if common.long is None or common.wide or not solver.worthwhile(common.short.shape[-2], s):
+        solver, short = self.solver, common.short.shape[-2]
+        is_narrow = short >= SMALLEST_SIDE and s + solver.oversampling <= short * LARGEST_FRACTION
+        if common.long is None or common.wide or not is_narrow:
             return super().residual(delta, common, s, norm=norm, tolerance=tolerance)
         dtype = search_dtype(delta.dtype, delta.device)
         if dtype == delta.dtype:
@@ -264,7 +261,7 @@ class SearchedFactorization(GramFactorization):
         return found
 
     def _top_of_projected(self, projected: Tensor, s: int, tolerance: Tensor) -> Subspace:
-        """Search in float64 where that is faster, with one read of the device more."""
+        """Return the top s triplets of C = Q_cᵀ Δ, searched for in float64 where that is faster than an eigensolver."""
         solver, side, device = self.solver, projected.shape[-2], projected.device
         width = solver.block_width(side, s, device)
         is_exact = search_dtype(torch.float32, device) == torch.float64
@@ -324,7 +321,7 @@ class SearchedFactorization(GramFactorization):
             x, image = x @ vectors, image @ vectors
             w = to_short_side(exact_delta, image) - x * values[..., None, :]
             sigma = values.sqrt()
-            limit = torch.maximum(tolerance, solver.resolution * sigma[..., 0])[..., None]
+            limit = torch.maximum(tolerance, math.sqrt(2.0 * solver.noise) * sigma[..., 0])[..., None]
             kept = sigma[..., :s] > limit
             bound = angle_bound(Ritz(x, values, torch.linalg.vector_norm(w, dim=-2)), kept.sum(-1))
             unresolved = solver.unresolved(sigma[..., :s], tolerance)

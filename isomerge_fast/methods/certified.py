@@ -62,11 +62,7 @@ def run_with_fallback(
     All checks of all matrices are read from the device at once, after the attempt. Of a batch in memory only the
     matrices that missed are solved again. ``MergeStats.escalations`` names the solvers that were given up and why;
     ``MergeStats.missed`` the checks that the last one misses. A solver that fails, as LAPACK may, is followed by the
-    next one too.
-
-    Raises:
-        UnsolvedError: all of them failed.
-        OutOfRangeError: as ``require_kept``.
+    next one too; where all of them failed, UnsolvedError is raised.
     """
     done: Result | None = None
     failures: list[str] = []  # of solvers before the first that gave a result
@@ -99,7 +95,7 @@ def _next(
     before: Result | None,
     missed: dict[str, Tensor],
 ) -> Result:
-    """Return the result of one more solver, put in where the one before it missed a check."""
+    """Run one more solver, and return the result ``before`` with its matrices that ``missed`` a check replaced."""
     rows = torch.stack(list(missed.values())).any(0) if missed else None
     if before is None or rows is None or rows.ndim == 0 or bool(rows.all()):
         value, stats = attempt(deltas, candidate)

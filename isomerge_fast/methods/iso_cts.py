@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar
 
 import torch
@@ -98,12 +98,7 @@ class IsoCTS(Spectral):
         return super().explain(spec, tasks, device)
 
     def _iso_c(self) -> IsoC:
-        return IsoC(
-            rank_policy=self.rank_policy,
-            precision=self.precision,
-            solver=self.solver,
-            memory_bytes=self.memory_bytes,
-        )
+        return IsoC(**{option.name: getattr(self, option.name) for option in fields(IsoC)})
 
     def solving_bytes(self, candidate: Candidate[Solver], spec: TensorSpec, tasks: int, device: torch.device) -> int:
         k, s = split_rank(min(spec.shape[-2:]), tasks, self.common_fraction)
@@ -308,7 +303,7 @@ def share_at_cut(delta: Tensor, total: Tensor, common: Subspace) -> Tensor:
 
 
 def residual_noise(delta: Tensor, total: Tensor, common: Subspace) -> Tensor:
-    """Return by how much R is off for an error of 1 in S: ‖Σ_k⁻¹ U_kᵀ Δ‖_F where S has less than k directions, else 0.
+    """Return the error of R for an error of 1 in S: ‖Σ_k⁻¹ U_kᵀ Δ‖_F where S has less than k directions, else 0.
 
     An error E of S turns U_k so that R = Δ − U_k U_kᵀ Δ is off by E V_k Σ_k⁻¹ U_kᵀ Δ at most. Deltas of low rank leave
     nothing else in R, and it would be taken for directions of their own.

@@ -108,19 +108,19 @@ class SmallProblem:
     same_directions: Tensor  # by how many its rank is below the side of Z, [...]
 
     def growth(self, columns: int, k: int) -> Tensor:
-        """Return ``Recombined.growth`` of [V_ts, V_k], a matrix of so many rows [columns, ts + k]."""
+        """Return ``Recombined.growth`` of [V_ts, V_k], which is [columns, ts + k]."""
         width = self.weights.shape[-2] - self.q_a.shape[-1]
         ones = k - self.q_a.shape[-1]
         return over_columns(self.stats.growth(width + k, columns, ones=ones), columns, width)
 
 
 def over_columns(growth: Tensor, long: int, width: int) -> Tensor:
-    """Return ``polar_growth`` over the ‖·‖_F of an error in so many of the columns."""
+    """Divide ``polar_growth`` by the ‖·‖_F of a random error in ``width`` columns of length ``long``."""
     return growth / math.sqrt(max(1, width * long))
 
 
 def small_problem(a: Tensor, rest: Tensor, solver: PolarSolver) -> SmallProblem:
-    """Solve for A = V_kᵀ V_ts and ``rest`` = V_ts − V_k A, both float64."""
+    """Return polar(Z) and its bases from A = V_kᵀ V_ts and ``rest`` = V_ts − V_k A, both float64."""
     (q_a, a_small), (q_r, b_small) = thin_qrs(a, rest)
     width, tasks_width = q_a.shape[-1], a.shape[-1]
     z = torch.zeros(*a.shape[:-2], width + q_r.shape[-1], tasks_width + width, dtype=a.dtype, device=a.device)

@@ -63,7 +63,7 @@ class RowBlock:
 
     @property
     def like(self) -> Tensor:
-        """Return one of the tensors, for the rows' shape and device, not for its numbers."""
+        """Return any one of the tensors: all have the rows' shape and device."""
         return self.experts[0] if self.base is None else self.base
 
     def sum(
@@ -140,20 +140,14 @@ def joined(seen: Sequence[TaskSum], batch_dims: int = 0) -> TaskSum:
 class DeltaSource(ABC):
     """Give the deltas Δ_t = w_t (θ_t − θ₀) of one tensor when they are asked for: T of them need never exist at once.
 
-    A backend says where rows come from (``blocks``); sums and single deltas follow from that.
-
-    Attributes:
-        shape: of the tensor, or that by which it is walked.
-        dtype: computed in, float32 or float64.
-        device: where sums and deltas are made.
-        full_spec: the tensor that the deltas are of: they themselves, or where they are coordinates in bases that all
-            share (``factors``) the tensor itself. Its sides decide r, and its dtype what counts as rounding.
-        threads: share blocks out; a backend sets it that has more than the calling thread.
-        wants_largest: whether sums look for max |Δ_t|, by which merges of files find damaged weights.
+    A backend says where rows come from (``blocks``); sums and single deltas follow from that, in ``dtype`` (float32 or
+    float64) on ``device``. ``shape`` is the tensor's, or that by which it is walked. ``full_spec`` is the tensor that
+    the deltas are of: they themselves, or where they are coordinates in bases that all share (``factors``) the tensor
+    itself. Its sides decide r, and its dtype what counts as rounding.
     """
 
-    threads: Threads = Threads()
-    wants_largest = False
+    threads: Threads = Threads()  # share blocks out; a backend sets it that has more than the calling thread
+    wants_largest = False  # whether sums look for max |Δ_t|, by which merges of files find damaged weights
 
     def __init__(
         self,
@@ -174,7 +168,7 @@ class DeltaSource(ABC):
         """
 
     def factors(self) -> list[Factors | None]:
-        """Return the factors of every w_t Δ_t, None where that is 0, of deltas that are given so; before any blocks."""
+        """Return every w_t Δ_t as factors, None where it is 0; asked for before any blocks, of adapters alone."""
         raise ValueError(f"{type(self).__name__} has no factors")
 
     @property
@@ -323,7 +317,7 @@ def check_finite(what: str, values: Iterable[float], dtype: torch.dtype) -> None
 
 
 def checked_weights(weights: Sequence[float] | None, dtype: torch.dtype, where: str = "") -> tuple[float, ...] | None:
-    """Return w_t of one tensor, finite in the ``dtype`` that is computed in, or None where all are 1.
+    """Return w_t of one tensor, or None where all are 1; each has to be finite in ``dtype``, which is computed in.
 
     ``where`` begins the message of the ConfigError that a weight raises which is not.
     """

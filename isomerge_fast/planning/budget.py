@@ -59,7 +59,7 @@ class Budget:
 
     @property
     def resident(self) -> int:
-        """Return the bytes up to which all copies of a tensor are held at once, while the next ones are read."""
+        """Return the most bytes of base and experts of a tensor that are held at once (``Resident``)."""
         return self.read_ahead // 2 if self.on_gpu is None else self.on_gpu
 
     @property
@@ -69,7 +69,7 @@ class Budget:
 
     @property
     def in_transfer(self) -> int:
-        """Return the bytes of a GPU beside the work: copies that come next, and outputs on their way to the host."""
+        """Return a GPU's bytes beside the work: the next tensor's copies, and outputs on their way to the host."""
         return self.resident + self.write_behind
 
 

@@ -152,7 +152,7 @@ def divide(plan: Plan, workers: int, rates: Rates) -> list[tuple[TensorPlan, ...
 
 
 def _cut(shard: Sequence[TensorPlan], seconds: dict[str, float], goal: float) -> list[tuple[TensorPlan, ...]]:
-    """Cut a shard into runs of about equal cost: of several tensors, ``goal`` and half of the last one at most."""
+    """Cut a shard into runs of about equal cost, each ``goal`` and half of its last tensor at most."""
     total = sum(seconds[tensor.name] for tensor in shard)
     each = total / max(1, math.ceil(total / goal))
     runs: list[list[TensorPlan]] = [[]]

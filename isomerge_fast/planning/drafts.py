@@ -27,7 +27,7 @@ from .part_sizes import Traffic
 
 @dataclass(frozen=True, slots=True)
 class Draft(PlannedTensor):
-    """Hold the plan of a tensor but for its route: merged by ``method``, or copied where that is None."""
+    """Hold the plan of a tensor before it has a route: merged by ``method``, or copied where that is None."""
 
     reason: str  # why it is copied, or merged by another method than the config's; else empty
     method: Method | None
@@ -37,11 +37,6 @@ class Draft(PlannedTensor):
     def rank(self) -> int:
         """Return how many columns all tasks' factors have together."""
         return sum(pair.rank for pair in self.pairs if pair is not None)
-
-    @property
-    def copies_bytes(self) -> int:
-        """Return the bytes of the base's tensor and the experts'."""
-        return self.spec.elements * sum(self.traffic.read)
 
     @property
     def kind(self) -> tuple[Any, ...]:

@@ -139,7 +139,7 @@ def _disagreements(adapters: Sequence[Adapter], config: MergeConfig) -> Iterable
 
 
 def _tensors_are(names: Sequence[str]) -> str:
-    """Return the beginning of a sentence about tensors."""
+    """Return the beginning of a sentence about tensors: ``tensor 'a' is`` or ``3 tensors, such as 'a', are``."""
     return f"tensor {names[0]!r} is" if len(names) == 1 else f"{len(names)} tensors, such as {names[0]!r}, are"
 
 

@@ -32,7 +32,7 @@ WIDE_DTYPES = (torch.float32, torch.float64)
 
 
 def notes_of(plan: Plan) -> Iterator[str]:
-    """Yield what might surprise, each with what changes it."""
+    """Yield all notes on a plan: what might surprise, and what changes it."""
     yield from _code_notes(plan)
     yield from _scaling_notes(plan)
     yield from _role_notes(plan)

@@ -40,7 +40,7 @@ class TensorPlan(PlannedTensor):
 
     @property
     def inputs(self) -> tuple[StoredTensor, ...]:
-        """Return all that is read."""
+        """Return all stored tensors that are read."""
         return (*((self.base,) if self.route.reads_base else ()), *self.experts, *self.factors)
 
     @property
@@ -50,7 +50,7 @@ class TensorPlan(PlannedTensor):
 
     @property
     def passed_bytes(self) -> int:
-        """Return the bytes read in all, pass after pass: more than once what is not held."""
+        """Return the bytes that all passes together read."""
         trained = [stored.bytes for stored in (*self.experts, *self.factors)]
         return self.route.passed_bytes(self.base.bytes if self.route.reads_base else 0, trained)
 
@@ -137,7 +137,7 @@ class Plan:
 
     @cached_property
     def config_and_notes(self) -> tuple[dict[str, Any] | None, list[str]]:
-        """Return ``config.json`` of the output, where it has one, and what is to be known about it."""
+        """Return the output's ``config.json``, where it has one, and notes on it."""
         copied = {tensor.name: tensor.base.file for tensor in self.copied_extras}
         donors = [expert for expert in self.experts if expert.files.keys() & {*copied.values()}]
         return output_config(self.base, donors, copied, self.config.dtype)
@@ -186,7 +186,7 @@ class Plan:
 
     @property
     def passed_bytes(self) -> int:
-        """Return the bytes to be read in all."""
+        """Return the bytes that all passes together read."""
         return sum(plan.passed_bytes for plan in self.tensors)
 
     @property

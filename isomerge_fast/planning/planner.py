@@ -163,7 +163,7 @@ def _choose_routes(
     for draft in drafts:
         kinds.setdefault(draft.kind, draft)
     merged = [draft for draft in kinds.values() if draft.method and not draft.method.any_shape]
-    largest = max((draft.copies_bytes for draft in merged), default=0)
+    largest = max((draft.spec.elements * sum(draft.traffic.read) for draft in merged), default=0)
     budget, routes = Budget(0, None), {}
     for budget in budgets_to_try(largest, host=host, vram=max_vram, on_gpu=on_gpu):
         routes = {kind: _route_of(draft, budget, device, adapter_rank) for kind, draft in kinds.items()}

@@ -70,12 +70,12 @@ class Route(ABC):
         return self.method
 
     def parts(self) -> Iterator[slice]:
-        """Yield rows of ``view_shape``, in order."""
+        """Yield the rows of ``view_shape`` in parts, in order."""
         for start in range(0, self.view_shape[0], self.part_rows):
             yield slice(start, min(start + self.part_rows, self.view_shape[0]))
 
     def readings(self) -> Iterator[slice]:
-        """Yield the rows of ``view_shape`` that are read at once."""
+        """Yield the rows of ``view_shape`` in the blocks in which they are read."""
         return self.parts()
 
     def passed_bytes(self, base_bytes: int, trained_bytes: Sequence[int]) -> int:
@@ -226,7 +226,7 @@ def memory_route(method: Method, shape: Sequence[int]) -> Route:
 
 
 def merge_with_retry(method: Method, source: DeltaSource) -> tuple[Tensor, MergeStats]:
-    """Merge a tensor; where a GPU's memory is full, once more without what the first attempt left: the same bytes.
+    """Merge a tensor; where a GPU's memory was full, free it and merge once more, which gives the same bytes.
 
     That is remarked, and logged at once: the merge takes longer, and may be near its end.
     """

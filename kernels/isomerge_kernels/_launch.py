@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import math
 import struct
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -50,7 +49,7 @@ class Lines(NamedTuple):
 
 
 def as_lines(tensors: Sequence[Tensor], members: int = 1) -> Lines:
-    """Return the lines of tensors of one shape: one a member, or one a row.
+    """Return tensors of one shape as lines: one for each of ``members``, or one for each row.
 
     No copy is made where all are contiguous, or where their rows are and lie at equal distances; else of those that
     need it.
@@ -84,7 +83,3 @@ def address_table(lines: Lines, weights: Sequence[float], tasks: Sequence[int]) 
 def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
     """Make the tensor's device the current one, on which kernels are launched."""
     return torch.cuda.device_of(tensor) if tensor.is_cuda else contextlib.nullcontext()
-
-
-def blocks_of(elements: int, block: int) -> int:
-    return math.ceil(elements / block)

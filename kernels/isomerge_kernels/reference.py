@@ -7,7 +7,7 @@ the tensor's size: a 128256 x 4096 embedding needs its fp32 sum once, not three 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy
 import torch
@@ -25,13 +25,9 @@ BLOCK_ELEMENTS = 1 << 18
 SUM_BLOCK_ELEMENTS = 1 << 17
 
 
-def row_blocks(shape: torch.Size | tuple[int, ...], block_elements: int = BLOCK_ELEMENTS) -> Iterator[slice]:
-    """Yield slices over the first dimension that cover about ``block_elements`` elements each."""
-    if len(shape) == 0 or 0 in shape:
-        return
-    step = max(1, block_elements // max(1, math.prod(shape[1:])))
-    for start in range(0, shape[0], step):
-        yield slice(start, min(start + step, shape[0]))
+def row_blocks(x: Tensor, elements: int) -> tuple[Tensor, ...]:
+    """Return blocks of rows of about so many elements each."""
+    return x.split(max(1, elements // max(1, x[:1].numel())))
 
 
 def subtract(expert: Tensor, base: Tensor, *, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
@@ -45,9 +41,10 @@ def subtract(expert: Tensor, base: Tensor, *, dtype: torch.dtype, out: Tensor | 
     out = torch.empty(base.shape, dtype=dtype, device=base.device) if out is None else out
     if base.ndim == 0:
         return out.copy_(expert.to(dtype) - base.to(dtype))
-    for rows in row_blocks(base.shape, traits_of(base.device).block_elements(BLOCK_ELEMENTS)):
+    elements = traits_of(base.device).block_elements(BLOCK_ELEMENTS)
+    for part, trained, origin in zip(*(row_blocks(x, elements) for x in (out, expert, base)), strict=True):
         # copy_ widens block by block: no second full-size tensor in `dtype`.
-        out[rows].copy_(expert[rows]).sub_(base[rows].to(dtype))
+        part.copy_(trained).sub_(origin.to(dtype))
     return out
 
 
@@ -191,7 +188,7 @@ def count_nonfinite(x: Tensor) -> Tensor:
         return torch.zeros((), dtype=torch.int64, device=x.device)
     x = x[None] if x.ndim == 0 else x
     elements = traits_of(x.device).block_elements(4 * BLOCK_ELEMENTS)
-    return torch.stack([(~torch.isfinite(x[rows])).sum() for rows in row_blocks(x.shape, elements)]).sum()
+    return torch.stack([(~torch.isfinite(rows)).sum() for rows in row_blocks(x, elements)]).sum()
 
 
 # From this many rows on a symmetric product is made of panels. At 768 four panels take 0.78 of a full product's time in

@@ -128,7 +128,7 @@ def symmetric_matmul_kernel(
 
 
 def config_key(dtype: torch.dtype, precision: str) -> str:
-    """Return the row of ``CONFIGS`` for a product."""
+    """Return the key of ``CONFIGS`` for products of ``dtype`` in ``precision``."""
     return {torch.float64: "fp64", torch.float32: precision}.get(dtype, "half")
 
 
@@ -167,7 +167,7 @@ def symmetric_matmul(
     config = config or default_config(config_key(a.dtype, precision), capability, out.numel())
     left, right, target = (_members(matrix, batch) for matrix in (a, b, out))
     addend = target if c is None else _members(c, batch)
-    tiles = math.ceil(n / config.block)
+    tiles = triton.cdiv(n, config.block)
     with on_device(out):
         symmetric_matmul_kernel[(tiles * tiles, math.prod(batch))](
             *(members[0] for members in (left, right, addend, target)),

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import OPTIONS, TRITON_DTYPES, VECTOR_BYTES, address_table, as_lines, blocks_of, on_device
+from ._launch import OPTIONS, TRITON_DTYPES, VECTOR_BYTES, address_table, as_lines, on_device
 from .protocol import TaskSum, compute_dtype
 
 
@@ -168,7 +168,7 @@ def task_sum(
     lines = as_lines([*experts, experts[0] if base is None else base, out], batch.numel())
     compute = compute_dtype(lines.tensors[tasks].dtype, *(expert.dtype for expert in experts))
     config = config or CONFIGS[compute][0]
-    n_blocks = blocks_of(lines.elements, config.block)
+    n_blocks = triton.cdiv(lines.elements, config.block)
     of_blocks = torch.empty(3, tasks, lines.n_lines, n_blocks, dtype=torch.float64, device=device)
     kind_stride, task_stride, *_ = of_blocks.stride()
     with on_device(out):

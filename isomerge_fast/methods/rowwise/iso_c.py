@@ -63,7 +63,7 @@ class RowwiseIsoC(RowwiseSpectral):
 
 
 def rowwise_iso_c_bytes(spec: TensorSpec, block_elements: int, device: torch.device) -> int:
-    """Return the peak bytes of ``RowwiseIsoC``: the second eigensolver, QᵀQ and its product, or a part of the rows."""
+    """Return the peak bytes of ``RowwiseIsoC``: the largest of its steps, in their order."""
     rows, columns = spec.shape
     square = 8 * columns**2
     return 8 * 8 * PROBES * columns + max(

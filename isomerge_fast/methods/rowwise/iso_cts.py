@@ -28,7 +28,7 @@ from torch import Tensor
 from ...linalg.certificate import PROBES
 from ...linalg.gram_eigh import GramEigh
 from ...linalg.gram_spectrum import GramSpectrum, eigh_workspace_bytes, spectrum_in_place
-from ...linalg.protocol import polar_growth, rounding_tolerance
+from ...linalg.protocol import polar_growth, relative_gap, rounding_tolerance
 from ...ops import sym_mm_add
 from ..recombine import SAME_DIRECTION, over_columns, projection_angle, small_problem
 from ..source import DeltaSource, RowBlock, TensorSpec
@@ -96,7 +96,7 @@ class RowwiseIsoCTS(RowwiseSpectral):
             "min_dim": columns,
             "k": k,
             "s": s,
-            "gap": common.gap(k),
+            "gap": relative_gap(common.sigma, k),
             **of_deltas,
         }
         self._evidence = ResidualEstimator(columns, source.device)
@@ -218,7 +218,7 @@ def _parts(
         y = y @ e
         y /= sigma_k[:, None] * -sigma
         kept, angle, unresolved = spectrum.kept_sigma(s), spectrum.angle(s), spectrum.unresolved[:s].sum()
-        gap = spectrum.gap(s)
+        gap = relative_gap(spectrum.sigma, s)
         del spectrum
         angle = angle + projection_angle(kept, gap, common.angle(k) * k**0.5, at_cut, columns, norm)
         parts.append(_Part(kept, e, v_k @ y, sigma, angle, unresolved))
@@ -299,7 +299,7 @@ def _task_gram(
 
 
 def learning_bytes(spec: TensorSpec, tasks: int, s: int, at_once: int, device: torch.device) -> int:
-    """Return the peak bytes of making a ``RowwiseIsoCTS``: an eigensolver beside what is known of other tasks, or Z."""
+    """Return the peak bytes of ``RowwiseIsoCTS.learn``: the largest of its steps, in their order."""
     rows, columns = spec.shape
     square, thin = 8 * columns**2, 8 * columns * tasks * s
     k = columns - tasks * s

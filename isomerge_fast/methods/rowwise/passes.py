@@ -95,7 +95,7 @@ def chunks(
 
 
 def sum_spectrum(source: DeltaSource, k: int, limit: float) -> tuple[GramSpectrum, Tensor, Tensor, dict[str, Any]]:
-    """Return (V and σ of S, ‖S‖_F, and as ``DeltaStats.values``) in one pass.
+    """Return (V and σ of S, ‖S‖_F, ‖Δ_t‖² [T], ``delta_sizes``) in one pass.
 
     It takes a second one where float64 blurs SᵀS, or its cut at ``k``, by more than ``limit``.
     """
@@ -162,7 +162,7 @@ class ResidualEstimator:
 
 
 def product_rounding(columns: int, *products: tuple[Tensor, Tensor]) -> float:
-    """Return the rounding of float32 in Σ X A, relative to √N, from ‖X‖_F and the A [·, N]: that of ``GramEigh.polar``.
+    """Return the rounding of Σ X A in float32, relative to √N, from pairs of ‖X‖_F and A [·, N]; see ``PRODUCT``.
 
     Reads one number from the device.
     """
@@ -199,14 +199,14 @@ class RowwiseSpectral(ABC):
 
 
 def chunk_bytes(rows: int, columns: int, matrices: int, products: int, device: torch.device) -> int:
-    """Return the bytes of ``chunks``, and of their making or of what is made of them: so many of their size."""
+    """Return the bytes of ``matrices`` chunks, with those of making them, or of so many ``products`` of their size."""
     elements = columns * chunk_rows(rows, columns, device)
     making = max(12 * min(BLOCK_ELEMENTS, elements), 4 * elements + 4 * min(BLOCK_ELEMENTS, elements))
     return 8 * elements * matrices + max(making, 8 * elements * products)
 
 
 def part_bytes(columns: int, block_elements: int, products: int, device: torch.device) -> int:
-    """Return the bytes of ``rows``: the result, and what is made part by part, the evidence included."""
+    """Return the bytes of ``RowwiseSpectral.rows``: the result, one chunk with its products, and the evidence."""
     rows = max(1, block_elements // max(1, columns))
     chunk = chunk_bytes(rows, columns, 1, products, device)
     return 4 * block_elements + chunk + 16 * PROBES * chunk_rows(rows, columns, device)

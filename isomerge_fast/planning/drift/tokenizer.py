@@ -71,17 +71,11 @@ class SettingsReader:
 
 @dataclass
 class TokenSettings:
-    """Hold what a checkpoint's files say of tokens, chat and generation.
+    """Hold what a checkpoint's files say of tokens, chat and generation."""
 
-    Attributes:
-        items: values by what they are called in a note.
-        added: added tokens with their numbers.
-        files: names of those that are there.
-    """
-
-    items: dict[str, Any] = field(default_factory=dict)
-    added: dict[str, Any] = field(default_factory=dict)
-    files: set[str] = field(default_factory=set)
+    items: dict[str, Any] = field(default_factory=dict)  # values by what they are called in a note
+    added: dict[str, Any] = field(default_factory=dict)  # added tokens with their numbers
+    files: set[str] = field(default_factory=set)  # names of those that are there
 
 
 def tokenizer_differences(ours: TokenSettings, theirs: TokenSettings) -> Iterator[str]:
