@@ -129,12 +129,7 @@ def apply_delta(
 
 
 def mm(a: Tensor, b: Tensor, *, out: Tensor | None = None, precision: str | None = None) -> Tensor:
-    """Return A B of [..., m, k] and [..., k, n].
-
-    Args:
-        out: overwritten with the result where given.
-        precision: of float32 products, ``"bf16x3"``; by default what the vendor's library has for float32.
-    """
+    """Return A B, of float32 in ``precision`` (``"bf16x3"``), by default what the vendor's library has for float32."""
     if precision != "bf16x3":
         return torch.matmul(a, b, out=out)
     product = bf16x3.mm(a, b)
@@ -163,10 +158,7 @@ def mm_add(
 def sym_mm(a: Tensor, b: Tensor | None = None, *, out: Tensor | None = None, precision: str | None = None) -> Tensor:
     """Return A B where that is symmetric (polynomials of one symmetric matrix), A Aᵀ without ``b``: half the work.
 
-    Args:
-        a, b: [..., n, k] and [..., k, n].
-        out: overwritten with the result where given.
-        precision: of float32 products, ``"bf16x3"``; by default what ``product_precision`` says.
+    ``precision`` is that of float32 products, by default ``product_precision``.
     """
     return sym_mm_add(None, a, b, out=out, precision=precision)
 

@@ -48,7 +48,7 @@ class IsoC(Spectral):
 
     def rowwise(self, source: DeltaSource) -> RowwiseMerge:
         """Return σ̄ S (SᵀS)^(-1/2) by rows, in float64 but for the last product where that is precise enough."""
-        return RowwiseIsoC(source, f"{self.name}/by-rows", rank_policy=self.rank_policy, tolerance=self.tolerance)
+        return RowwiseIsoC(source, f"{self.name}/by-rows", self)
 
     def rowwise_bytes(self, spec: TensorSpec, tasks: int, block_elements: int, device: torch.device) -> int | None:
         if self.solver is not None or not fits_rowwise(spec, self.precision):

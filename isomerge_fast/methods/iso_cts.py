@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -148,13 +148,12 @@ class IsoCTS(Spectral):
         """Return σ̄ U° V°ᵀ by rows, as ``rowwise.iso_cts`` describes it."""
         columns, tasks = source.shape[1], source.n_tasks
         k, s = split_rank(columns, tasks, self.common_fraction)
-        options: dict[str, Any] = {"rank_policy": self.rank_policy, "tolerance": self.tolerance}
         if s == 0:
-            iso_c = RowwiseIsoC(source, f"{self.name}/{IsoC.name}/by-rows", **options)
+            iso_c = RowwiseIsoC(source, f"{self.name}/{IsoC.name}/by-rows", self)
             iso_c.values |= {"k": columns, "s": 0}
             return iso_c
         at_once = self._tasks_in_a_pass(TensorSpec("", tuple(source.shape), source.dtype), tasks, s, source.device)
-        return RowwiseIsoCTS(source, f"{self.name}/by-rows", k, s, at_once=at_once, **options)
+        return RowwiseIsoCTS(source, f"{self.name}/by-rows", self, k, s, at_once)
 
     def rowwise_bytes(self, spec: TensorSpec, tasks: int, block_elements: int, device: torch.device) -> int | None:
         if self.solver is not None or not fits_rowwise(spec, self.precision):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from ..checkpoint.checks.bare_lora import bare_lora
@@ -61,16 +62,14 @@ def check_out(out: Path, inputs: Iterable[Checkpoint]) -> None:
     """
     taken = [Path(os.path.realpath(out)), staging_folder(out)]
     there = [os.stat(folder) for folder in taken if folder.is_dir()]
-    known: dict[Path, bool] = {}
 
+    @cache
     def is_inside(folder: Path) -> bool:
-        if folder not in known:
-            known[folder] = (
-                folder in taken
-                or any(os.path.samestat(os.stat(folder), each) for each in there)
-                or (folder.parent != folder and is_inside(folder.parent))
-            )
-        return known[folder]
+        return (
+            folder in taken
+            or any(os.path.samestat(os.stat(folder), each) for each in there)
+            or (folder.parent != folder and is_inside(folder.parent))
+        )
 
     for checkpoint in inputs:
         for path in (checkpoint.path, *checkpoint.files):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence, Set
+from functools import cache
 from typing import Any
 
 from ..checkpoint.layout import Checkpoint
@@ -62,16 +63,11 @@ class Roles:
             _CLASSIFIER.search(name) for name in named if isinstance(name, str) and len(name) <= MAX_CLASS_CHARACTERS
         )
         self._has_config = bool(config)
-        self._known: dict[tuple[str, tuple[int, int]], str | None] = {}
+        self._role_of = cache(self._role)  # the layers of a model are looked at once
 
     def of(self, name: str, shape: Sequence[int]) -> str | None:
         """Return the role of a tensor; None where it is no matrix, or one like all others."""
-        if len(shape) != 2:
-            return None
-        key = _NUMBER.sub("#", name), (shape[0], shape[1])
-        if key not in self._known:  # the layers of a model are looked at once
-            self._known[key] = self._role(*key)
-        return self._known[key]
+        return self._role_of(_NUMBER.sub("#", name), (shape[0], shape[1])) if len(shape) == 2 else None
 
     def _role(self, name: str, shape: tuple[int, int]) -> str | None:
         """Return the role of tensors whose name has ``#`` for every number."""

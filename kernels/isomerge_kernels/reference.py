@@ -31,13 +31,7 @@ def row_blocks(x: Tensor, elements: int) -> tuple[Tensor, ...]:
 
 
 def subtract(expert: Tensor, base: Tensor, *, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-    """Return Δ = θ_t − θ₀, both widened to ``dtype`` before the subtraction (never rounded to the inputs' dtype).
-
-    Args:
-        expert, base: same shape, any float dtypes.
-        dtype: of the result, at least as wide as both inputs.
-        out: overwritten with the result where given.
-    """
+    """Return Δ = θ_t − θ₀, both widened to ``dtype`` before the subtraction (never rounded to the inputs' dtype)."""
     out = torch.empty(base.shape, dtype=dtype, device=base.device) if out is None else out
     if base.ndim == 0:
         return out.copy_(expert.to(dtype) - base.to(dtype))
@@ -100,9 +94,8 @@ def task_sum(
 def _mend_squares(blocks: Tensor, sources: Sequence[Tensor], origin: Tensor | None, compute: torch.dtype) -> bool:
     """Compute the squares anew that underflowed or overflowed; return whether there were none.
 
-    Args:
-        blocks: [members, blocks, T, 1 or 3] float64: of every block of a Δ_t ‖·‖², and its least and largest entry.
-        sources, origin: the experts and the base, [members, elements] each.
+    ``blocks`` [members, blocks, T, 1 or 3] are float64: of every block of a Δ_t ‖·‖², and its least and largest entry.
+    Experts and base are [members, elements] each.
     """
     squares = blocks[..., 0]
     # Squares below this are lost among what ``compute`` cannot tell from 0; those above may have overflowed.
@@ -206,13 +199,9 @@ def symmetric_matmul(
     gamma: float = 0.0,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Return α A B + β C + γ I for symmetric A B and C; A Aᵀ without ``b``. About half the work of A B.
+    """Return α A B + β C + γ I [..., n, n] for symmetric A B and C; A Aᵀ without ``b``. About half the work of A B.
 
-    The lower block triangle is computed and mirrored.
-
-    Args:
-        a, b, c: [..., n, k], [..., k, n] and [..., n, n].
-        out: overwritten with the result where given; may be C itself.
+    The lower block triangle is computed and mirrored. ``out`` may be C itself.
     """
     b = a.mT if b is None else b
     rows = a.shape[-2]

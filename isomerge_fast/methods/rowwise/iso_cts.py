@@ -32,7 +32,7 @@ from ...linalg.protocol import polar_growth, relative_gap, rounding_tolerance
 from ...ops import sym_mm_add
 from ..recombine import SAME_DIRECTION, over_columns, projection_angle, small_problem
 from ..source import DeltaSource, RowBlock, TensorSpec
-from ..spectral import spectral_mean
+from ..spectral import Spectral, spectral_mean
 from ..stats import Check, MergeStats
 from .passes import (
     ROUNDING,
@@ -71,11 +71,9 @@ class RowwiseIsoCTS(RowwiseSpectral):
     The Gram matrices of ``at_once`` tasks are added up in one pass.
     """
 
-    def __init__(
-        self, source: DeltaSource, algorithm: str, k: int, s: int, *, rank_policy: str, tolerance: float, at_once: int
-    ) -> None:
+    def __init__(self, source: DeltaSource, algorithm: str, method: Spectral, k: int, s: int, at_once: int) -> None:
         self._k, self._s, self._at_once = k, s, at_once
-        super().__init__(source, algorithm, rank_policy=rank_policy, tolerance=tolerance)
+        super().__init__(source, algorithm, method)
 
     def learn(self, source: DeltaSource, rank_policy: str) -> None:
         k, s, at_once = self._k, self._s, self._at_once

@@ -20,6 +20,7 @@ from ...linalg.protocol import rounding_tolerance
 from ...ops import BLOCK_ELEMENTS, TaskSum, sym_mm_add, traits_of
 from ..certified import exact_products
 from ..source import DeltaSource, RowBlock, TensorSpec, joined
+from ..spectral import Spectral
 from ..sums import delta_sizes, require_comparable
 
 # Gram matrices square the condition number, and no other solver follows when they miss: left to long matrices, whose
@@ -174,11 +175,10 @@ class RowwiseSpectral(ABC):
 
     sigma_mean: Tensor
 
-    def __init__(self, source: DeltaSource, algorithm: str, *, rank_policy: str, tolerance: float) -> None:
-        self.algorithm, self.dtype = algorithm, source.dtype
-        self.tolerance = tolerance  # the limit of the checks
+    def __init__(self, source: DeltaSource, algorithm: str, method: Spectral) -> None:
+        self.algorithm, self.tolerance, self.dtype = algorithm, method.tolerance, source.dtype
         with exact_products(source.device):
-            self.learn(source, rank_policy)
+            self.learn(source, method.rank_policy)
 
     @abstractmethod
     def learn(self, source: DeltaSource, rank_policy: str) -> None:
