@@ -17,8 +17,9 @@ from .base import RowwiseMerge
 from .rowwise.iso_c import RowwiseIsoC, rowwise_iso_c_bytes
 from .rowwise.passes import fits_rowwise
 from .source import DeltaSource, TensorSpec
-from .spectral import Spectral, polar_checks, spectral_mean, spectral_sum
+from .spectral import Spectral, polar_checks, spectral_mean
 from .stats import Check, MergeStats
+from .sums import spectral_sum
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,9 +23,9 @@ from .rowwise.iso_c import RowwiseIsoC, rowwise_iso_c_bytes
 from .rowwise.iso_cts import RowwiseIsoCTS, learning_bytes, mapping_bytes
 from .rowwise.passes import fits_rowwise
 from .source import DeltaSource, TensorSpec
-from .spectral import Spectral, require_matrices, spectral_mean, spectral_sum
+from .spectral import Spectral, require_matrices, spectral_mean
 from .stats import Check, MergeStats
-from .sums import rounding_of
+from .sums import rounding_of, spectral_sum
 
 # Of U_k, beside the cut.
 CUT_COLUMNS = 4

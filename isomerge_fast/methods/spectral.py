@@ -20,7 +20,7 @@ from .base import Method
 from .certified import run_with_fallback
 from .source import DeltaSource, TensorSpec
 from .stats import Check, MergeStats
-from .sums import delta_sizes, require_comparable, rounding_of
+from .sums import spectral_sum
 
 RANK_POLICIES = ("range", "min-dim")
 
@@ -174,14 +174,6 @@ class SingularValues(Spectral):
         }
         values = {"rank": (sigma > 0).sum(-1), "min_dim": min(deltas.full_spec.shape[-2:]), **of_deltas}
         return value, MergeStats(f"{self.name}/{candidate.solver.name}", values, checks)
-
-
-def spectral_sum(deltas: DeltaSource, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
-    """Return (S, ‖Δ_t‖² [T, ...], the σ up to which S is zero, the entries of ``MergeStats.values`` about the Δ_t)."""
-    seen = deltas.sum(dtype, len(deltas.shape) - 2)
-    of_deltas = delta_sizes(seen)
-    require_comparable(of_deltas["delta_norms"], deltas.full_spec)
-    return seen.total, seen.squares, rounding_of(seen.squares.sum(0).sqrt(), deltas.full_spec), of_deltas
 
 
 def polar_checks(

@@ -10,13 +10,21 @@ from torch import Tensor
 
 from ..linalg.protocol import rounding_tolerance
 from ..ops import TaskSum, dtype_name
-from .source import TensorSpec
+from .source import DeltaSource, TensorSpec
 from .stats import NotFiniteError, OutOfRangeError, shown_norms
 
 # Squares and their sums are normal numbers of float64, and those of a billionth as well.
 COMPUTED_NORMS = (1e-140, 1e150)
 # A matrix of 10^9 weights that moved by 3 each. A flipped bit of an exponent makes 7e36 of 0.02.
 LARGEST_TRAINED_NORM = 1e5
+
+
+def spectral_sum(deltas: DeltaSource, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
+    """Return (S, ‖Δ_t‖² [T, ...], the largest σ of S that counts as 0, the entries of ``MergeStats.values`` about the Δ_t)."""
+    seen = deltas.sum(dtype, len(deltas.shape) - 2)
+    of_deltas = delta_sizes(seen)
+    require_comparable(of_deltas["delta_norms"], deltas.full_spec)
+    return seen.total, seen.squares, rounding_of(seen.squares.sum(0).sqrt(), deltas.full_spec), of_deltas
 
 
 def delta_sizes(seen: TaskSum) -> dict[str, Any]:
