@@ -20,7 +20,7 @@ LARGEST_TRAINED_NORM = 1e5
 
 
 def spectral_sum(deltas: DeltaSource, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
-    """Return (S, ‖Δ_t‖² [T, ...], the largest σ of S that counts as 0, the entries of ``MergeStats.values`` about the Δ_t)."""
+    """Return (S, ‖Δ_t‖² [T, ...], the largest σ of S that counts as 0, ``delta_sizes``) of comparable deltas."""
     seen = deltas.sum(dtype, len(deltas.shape) - 2)
     of_deltas = delta_sizes(seen)
     require_comparable(of_deltas["delta_norms"], deltas.full_spec)
