@@ -140,12 +140,7 @@ def _ceilings(max_ram: int | str | None, max_vram: int | str | None) -> dict[str
 
 
 def _with_origin(plan: Plan, then: MergeConfig, folder: Path, manifest: Manifest) -> Plan:
-    """Return the plan of applying a kept Δ, with the origin of Δ and the checksums that base and Δ had then.
-
-    Raises:
-        InputError: files of the base or of Δ are not those of the merge that kept Δ.
-        VerificationError: a checksum is missing.
-    """
+    """Return the plan with the origin of Δ and the checksums of then; refuse files that are not those of then."""
     base, *experts = (recorded["files"] for recorded in manifest["description"]["inputs"])
     then_base = {name: (entry["size"], entry["header_sha256"]) for name, entry in base.items()}
     kept = {name: (entry["bytes"], entry["header_sha256"]) for name, entry in manifest["shards"].items()}

@@ -78,45 +78,32 @@ def merge_here(plan: Plan, settings: MergeSettings, entries: Entries, observer: 
 
 
 def run(plan: Plan, **options: Any) -> Report:
-    """Execute ``plan``; return the report that is also in the output.
+    """Execute ``plan`` as the fields of an ``Execution`` say; return the report that is also in the output.
 
-    Args:
-        options: fields of ``Execution``.
-
-    Raises:
-        ConfigError, InputError, ResourceError: see ``errors``; the output is then absent or as it was before.
+    After an error the output is absent or as it was before.
     """
     return Execution(plan, **options).run()
 
 
 @dataclass
 class Execution:
-    """Hold a plan, and how it is executed.
-
-    Attributes:
-        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
-        max_ram, max_vram: ceilings in bytes for each process; a plan that needs more is refused before anything is
-            written.
-        threads: CPU threads that each process computes with; as many as torch takes when None. The last digits of
-            spectral methods depend on it, so an unfinished merge goes on with the number that it began with.
-        resume: continue an unfinished merge of the same config and inputs; a finished one is left as it is.
-        overwrite: replace a finished output (at the commit, not before) or discard an unfinished one.
-        io: ``auto``: files past the page cache where that is faster and the file system can; ``buffered``: never.
-        observer: called at every change of phase.
-        executor: shares the work out among processes; all is done in this one when None.
-    """
+    """Hold a plan, and how it is executed."""
 
     plan: Plan
     _: KW_ONLY
-    device: str = "auto"
+    device: str = "auto"  # or cpu, cuda, cuda:N
+    # Ceilings in bytes for each process; a plan that needs more is refused before anything is written.
     max_ram: int | None = None
     max_vram: int | None = None
+    # CPU threads that each process computes with; as many as torch takes when None. The last digits of spectral methods
+    # depend on it, so an unfinished merge goes on with the number that it began with.
     threads: int | None = None
-    resume: bool = False
-    overwrite: bool = False
+    resume: bool = False  # continue an unfinished merge of the same config and inputs; a finished one is left as it is
+    overwrite: bool = False  # replace a finished output (at the commit, not before) or discard an unfinished one
+    # ``auto``: files past the page cache where that is faster and the file system can; ``buffered``: never.
     io: str = "auto"
-    observer: Observer | None = None
-    executor: Executor | None = None
+    observer: Observer | None = None  # called at every change of phase
+    executor: Executor | None = None  # shares the work out among processes; all is done in this one when None
 
     def run(self) -> Report:
         """Execute the plan (see ``run``)."""
@@ -144,11 +131,7 @@ class Execution:
                 raise
 
     def _check(self) -> tuple[str, torch.device]:
-        """Read the options; return the output's path and the device.
-
-        Raises:
-            ConfigError, ResourceError: what cannot be honoured.
-        """
+        """Read the options, and refuse what cannot be honoured; return the output's path and the device."""
         plan, out = self.plan, self.plan.config.out
         if out is None:
             raise ConfigError("out is not given: the folder that the merge is written into (a plan alone needs none)")
@@ -164,11 +147,7 @@ class Execution:
         return out, target
 
     def _finished(self, staging: Staging, description: Mapping[str, Any]) -> Report | None:
-        """Return the report of the finished merge in the output's place; None where that is to be replaced.
-
-        Raises:
-            ConfigError, VerificationError: it is another merge's, or damaged, and not to be replaced.
-        """
+        """Return the report of the finished merge in the output's place; None where that is to be replaced."""
         finished = None
         try:
             if read_manifest(staging.out)["description"] == json.loads(to_json(description)):

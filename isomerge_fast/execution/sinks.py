@@ -83,8 +83,7 @@ class FileSink:
     def _make(self, block: RowBlock, action: Callable[[RowBlock, Mapping[str, Tensor]], None], *, shared: bool) -> None:
         """Fill the outputs of every part of a block by ``action``; write them and count what is not finite.
 
-        Args:
-            shared: among threads; else the parts are as large as there is room for, one after the other.
+        Parts that are not shared among threads are as large as there is room for, one after the other.
         """
         for group in self._groups(self._threads.parts(block)) if shared else ([piece] for piece in self._pieces(block)):
             rows = slice(group[0].rows.start, group[-1].rows.stop)
@@ -108,11 +107,8 @@ class FileSink:
     def add_factors(self, left: Tensor, right: Tensor) -> None:
         """Take α·left right as the pair of an adapter; α goes into B.
 
-        Args:
-            left: [M, rank]; right: [rank, N]. Either is A or B, as the adapters have it.
-
-        Raises:
-            OutOfRangeError: the product may be more than float32 holds, as what adapters are multiplied out in.
+        ``left`` [M, rank] and ``right`` [rank, N] are A or B, as the adapters have it. A product that may be more than
+        float32 holds, in which adapters are multiplied out, is refused.
         """
         bound = product_bound(left, right)
         for alpha in self._scalings.values():
@@ -164,10 +160,7 @@ class FileSink:
 
     def _pieces(self, block: RowBlock) -> Iterator[RowBlock]:
         """Yield the block in parts that there is room for."""
-        step, count = self._writes.room_bytes // max(1, self._bytes_of(ROW_STEP)), len(block.like)
-        step = max(1, step) * ROW_STEP
-        for start in range(0, count, step):
-            yield block.part(slice(start, min(start + step, count)))
+        return block.parts(ROW_STEP * max(1, self._writes.room_bytes // max(1, self._bytes_of(ROW_STEP))))
 
     def _bytes_of(self, rows: int) -> int:
         """Return the bytes of ``rows`` rows in all outputs, each with a page more for its place within a page."""

@@ -41,10 +41,7 @@ def first_pass(plan: TensorPlan) -> Iterator[Bundle]:
 class PlannedSource(DeltaSource):
     """Read one planned tensor, its first pass from ``ahead``, where the bundles of ``first_pass`` come next.
 
-    Args:
-        reader, readers: read later passes, in parts of ``budget``.
-        threads: share out what is computed.
-        phase: ``PhaseTimer.phase``.
+    ``reader`` and ``readers`` read later passes, in parts of ``budget``.
     """
 
     wants_largest = True

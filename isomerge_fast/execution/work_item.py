@@ -19,28 +19,18 @@ from ..planning.plan import Plan, TensorPlan
 
 @dataclass(frozen=True)
 class MergeSettings:
-    """Hold what every process has to know of a merge, whatever its tensors are.
+    """Hold what every process has to know of a merge, whatever its tensors are."""
 
-    Attributes:
-        folder: where the journals lie, and under ``new`` the output under construction.
-        key: ``fingerprint`` of the merge.
-        direct: read and write past the page cache where that is faster.
-        records_base: whether the checksums of the base's tensors are recorded, for ``apply``.
-        peak_work_bytes: of the merge's largest tensor.
-        max_vram: ceiling in bytes for the memory of a GPU.
-        arithmetic: see ``Plan``.
-    """
-
-    folder: Path
-    key: str
+    folder: Path  # where the journals lie, and under ``new`` the output under construction
+    key: str  # ``fingerprint`` of the merge
     device: str
     threads: int
-    direct: bool
-    records_base: bool
+    direct: bool  # read and write past the page cache where that is faster
+    records_base: bool  # whether the checksums of the base's tensors are recorded, for ``apply``
     budget: Budget
-    peak_work_bytes: int
-    max_vram: int | None
-    arithmetic: str
+    peak_work_bytes: int  # of the merge's largest tensor
+    max_vram: int | None  # ceiling in bytes for the memory of a GPU
+    arithmetic: str  # see ``Plan``
 
     @classmethod
     def of(cls, plan: Plan, folder: Path, key: str, **given: Any) -> MergeSettings:
@@ -58,22 +48,15 @@ class MergeSettings:
 
 @dataclass(frozen=True)
 class WorkItem:
-    """Hold a slice of a plan: tensors for one process.
+    """Hold a slice of a plan: tensors for one process."""
 
-    Attributes:
-        number: names it among the work items of a run.
-        files: the inputs that are read.
-        folders: the files written into, by sub-folder of the output, each with all that will be in it.
-        metadata: of these files' headers, by sub-folder and name.
-        journal_entries: those of earlier runs, by tensor.
-    """
-
-    number: int
+    number: int  # names it among the work items of a run
     tensors: tuple[TensorPlan, ...]
-    files: Mapping[Path, FileIdentity]
+    files: Mapping[Path, FileIdentity]  # the inputs that are read
+    # The files written into, by sub-folder of the output, each with all that will be in it.
     folders: Mapping[str, Mapping[str, tuple[OutputTensor, ...]]]
-    metadata: Mapping[tuple[str, str], Mapping[str, str]]
-    journal_entries: Entries
+    metadata: Mapping[tuple[str, str], Mapping[str, str]]  # of these files' headers, by sub-folder and name
+    journal_entries: Entries  # of earlier runs, by tensor
 
     @classmethod
     def of(cls, plan: Plan, number: int, tensors: tuple[TensorPlan, ...], journal_entries: Entries) -> WorkItem:
@@ -104,19 +87,13 @@ class WorkItem:
 
 @dataclass(frozen=True)
 class WorkResult:
-    """Hold the result of a work item.
-
-    Attributes:
-        entries: of the journal, by tensor: its checksums and its part of the report.
-        seconds, io: as in ``Report``.
-        process: where it ran.
-    """
+    """Hold the result of a work item; ``seconds`` and ``io`` are those of ``Report``."""
 
     number: int
-    entries: Entries
+    entries: Entries  # of the journal, by tensor: its checksums and its part of the report
     seconds: dict[str, float]
     io: dict[str, Any]
-    process: dict[str, Any]
+    process: dict[str, Any]  # where it ran
 
 
 def this_process() -> dict[str, Any]:

@@ -15,16 +15,11 @@ _MISSING = object()
 
 @dataclass(frozen=True)
 class Parameter:
-    """Describe a parameter of a merge method.
-
-    Attributes:
-        per_model: whether every model may have its own.
-        default: None for an option of our method, which has a default of its own; ``_MISSING`` for none.
-    """
+    """Describe a parameter of a merge method."""
 
     read: Reader
-    per_model: bool = False
-    default: Any = None
+    per_model: bool = False  # whether every model may have its own
+    default: Any = None  # None for an option of our method, which has a default of its own; ``_MISSING`` for none
 
 
 @dataclass(frozen=True)

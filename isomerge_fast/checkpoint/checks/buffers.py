@@ -35,16 +35,12 @@ _COMPUTING = frozenset(
 
 @dataclass(frozen=True)
 class Buffers:
-    """List the buffers about which base and experts disagree.
+    """List the buffers about which base and experts disagree."""
 
-    Attributes:
-        from_base: floats of the base that are copied: an expert lacks them, or has them in another shape or kind.
-        left_out: what experts have and the base lacks.
-        others: what experts have in another shape or kind than the base's integers, which are copied anyway.
-    """
-
+    # Floats of the base that are copied: an expert lacks them, or has them in another shape or kind.
     from_base: tuple[StoredTensor, ...] = ()
-    left_out: tuple[StoredTensor, ...] = ()
+    left_out: tuple[StoredTensor, ...] = ()  # what experts have and the base lacks
+    # What experts have in another shape or kind than the base's integers, which are copied anyway.
     others: tuple[StoredTensor, ...] = ()
 
 

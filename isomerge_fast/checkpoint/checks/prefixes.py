@@ -22,16 +22,11 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Prefix:
-    """Map a model's names to another model's: ``added + name.removeprefix(removed)``.
+    """Map a model's names to another model's: ``added + name.removeprefix(removed)``."""
 
-    Attributes:
-        removed, added: with ``#`` for numbers that both have, such as those of layers.
-        names: of the one model, each with the name in the other.
-    """
-
-    removed: str
-    added: str
-    names: Mapping[str, str]
+    removed: str  # with ``#`` for numbers that both have, such as those of layers
+    added: str  # likewise
+    names: Mapping[str, str]  # of the one model, each with the name in the other
 
 
 def find_prefixes(missing: Mapping[str, Shape], extra: Mapping[str, Shape]) -> list[Prefix]:

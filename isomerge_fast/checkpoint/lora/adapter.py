@@ -32,19 +32,13 @@ from .settings import MERGE_FIRST, Scales, read_settings
 
 @dataclass(frozen=True)
 class LoraPair:
-    """Hold the factors of Δ = scale · B A [out, in], or of its transpose.
+    """Hold the factors of Δ = scale · B A [out, in], or of its transpose."""
 
-    Attributes:
-        name: of the base's tensor.
-        a, b: A [r, in] and B [out, r], both as they are stored.
-        transposed: Δ = scale (B A)ᵀ [in, out]: embeddings, and layers that store their weight so (GPT-2's Conv1D).
-    """
-
-    name: str
-    a: StoredTensor
-    b: StoredTensor
+    name: str  # of the base's tensor
+    a: StoredTensor  # A [r, in], as it is stored
+    b: StoredTensor  # B [out, r], likewise
     scale: float
-    transposed: bool
+    transposed: bool  # Δ = scale (B A)ᵀ [in, out]: embeddings, and layers that store their weight so (GPT-2's Conv1D)
 
     @property
     def rank(self) -> int:
@@ -62,16 +56,11 @@ class Adapter(Checkpoint):
     """Hold an adapter by the names of its base.
 
     ``tensors`` are those that it holds whole: modules_to_save, trained biases.
-
-    Attributes:
-        pairs: the factors, by the name of the base's tensor.
-        settings: ``adapter_config.json`` as parsed.
-        copies: tensors of the base that lie in the file as well, frozen under their factors; they are not read.
     """
 
-    pairs: dict[str, LoraPair] = field(default_factory=dict)
-    settings: dict[str, Any] = field(default_factory=dict, compare=False)
-    copies: tuple[str, ...] = ()
+    pairs: dict[str, LoraPair] = field(default_factory=dict)  # the factors, by the name of the base's tensor
+    settings: dict[str, Any] = field(default_factory=dict, compare=False)  # ``adapter_config.json`` as parsed
+    copies: tuple[str, ...] = ()  # tensors of the base that lie in the file too, frozen under their factors; never read
 
     @property
     def stored_tensors(self) -> int:
