@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..checkpoint.state_dict import StoredStateDict
 from ..errors import ConfigError, InputError
 from ..methods import (
     DeltaSource,
@@ -31,7 +32,7 @@ from ..planning.factor_routes import ToAdapter
 from ..planning.part_sizes import ROW_STEP
 from ..planning.pattern_checks import require_matches
 from ..planning.routes import memory_route
-from .memory_inputs import Array, Described, as_tensor, check_fit, read_experts, read_weights, shapes_of
+from .memory_inputs import Array, as_tensor, check_fit, read_experts, read_weights, shapes_of
 
 # So much of a tensor is rounded at once.
 PART_ELEMENTS = 1 << 22
@@ -39,11 +40,7 @@ PART_ELEMENTS = 1 << 22
 
 @dataclass
 class StateDictMerge:
-    """Hold the options of a merge of state dicts (see ``merge_state_dicts``).
-
-    Attributes:
-        device: where to compute; the device of the base's tensor when None.
-    """
+    """Hold the options of a merge of state dicts (see ``merge_state_dicts``)."""
 
     method: Method
     scaling: float = 1.0
@@ -51,15 +48,12 @@ class StateDictMerge:
     dtype: torch.dtype | str | None = None
     stochastic_rounding: int | None = None
     weights: Sequence[float] | None = None
-    device: torch.device | None = None
+    device: torch.device | None = None  # where to compute; the device of the base's tensor when None
 
     def merge(self, base: Mapping[str, Array], experts: Iterable[Mapping[str, Array]]) -> Iterator[tuple[str, Tensor]]:
         """Return an iterator of (name, merged tensor) in the order of ``base``, each made when it is asked for.
 
         All checks come before that.
-
-        Raises:
-            ConfigError, InputError: as ``merge_state_dicts``.
         """
         self.scaling = number(self.scaling, "scaling")
         self.exclude = list_of(pattern, "a list of patterns: ['*lm_head*', '*norm*']")(self.exclude, "exclude")
@@ -69,7 +63,7 @@ class StateDictMerge:
         known = shapes_of(base, "base")
         states = read_experts(experts)
         given = read_weights(self.weights, len(states))
-        dtypes = check_fit(known, isinstance(base, Described), states)
+        dtypes = check_fit(known, isinstance(base, StoredStateDict), states)
         weights: dict[torch.dtype, Sequence[float] | None] = {}
         for name, found in dtypes.items():
             compute, where = ops.compute_dtype(*found), f"tensor {name!r}: "
@@ -85,7 +79,7 @@ class StateDictMerge:
                 )
 
         def make(name: str, tensor: Tensor) -> Tensor:
-            origin = as_tensor(base[name], f"base: tensor {name!r}") if isinstance(base, Described) else tensor
+            origin = as_tensor(base[name], f"base: tensor {name!r}") if isinstance(base, StoredStateDict) else tensor
             if name not in dtypes:
                 return origin.detach().clone()
             bits = tensor_seed(seed, name) if (wanted or tensor.dtype) == torch.bfloat16 else None
@@ -167,9 +161,6 @@ def merge_source(
         source: of the deltas, with all copies in memory as they are stored: no T deltas are made of them.
         base: θ₀, as the source has it.
         seed: of stochastic rounding.
-
-    Raises:
-        NotFiniteError, OutOfRangeError, ConfigError: see ``methods``.
     """
     sink = MemorySink(base, scaling, dtype, seed)
     memory_route(method, base.shape).run(source, sink)
@@ -182,9 +173,6 @@ def merge_to_factors(
     """Return the merged Δ of deltas given as factors, as (left [M, rank], right [rank, N], what the rank cut off).
 
     The last is ‖Δ − left right‖_F / ‖Δ‖_F. No matrix of the tensor's size is made.
-
-    Raises:
-        NotFiniteError, OutOfRangeError, ConfigError: see ``methods``.
     """
     base = torch.empty(spec.shape, dtype=spec.dtype, device="meta")  # adapters leave it alone
     source = MemoryFactors(factors, base, dtype=spec.dtype, block_rows=spec.shape[0])
@@ -194,13 +182,9 @@ def merge_to_factors(
 
 
 class MemorySink:
-    """Take the rows, or the factors, of one tensor in memory: the ``Sink`` of a merge of state dicts.
+    """Take the rows, or the factors, of one tensor in memory: the ``Sink`` of a merge of state dicts."""
 
-    Attributes:
-        factors: left [M, r] and right [r, N], where the route gives these.
-    """
-
-    factors: tuple[Tensor, Tensor]
+    factors: tuple[Tensor, Tensor]  # left [M, r] and right [r, N], where the route gives these
 
     def __init__(self, base: Tensor, scaling: float, dtype: torch.dtype, seed: int | None = None) -> None:
         self._base, self._scaling, self._dtype, self._seed = base, scaling, dtype, seed

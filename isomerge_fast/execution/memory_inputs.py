@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -13,19 +12,11 @@ from torch import Tensor
 
 from .. import ops
 from ..checkpoint.checks.buffers import is_computed
+from ..checkpoint.state_dict import StoredStateDict
 from ..errors import ConfigError, InputError, shown
 from ..parsing.values import is_list, list_of, number, refuse
 
 Array = Tensor | np.ndarray
-
-
-@runtime_checkable
-class Described(Protocol):
-    """Give a state dict that tells shapes and dtypes without reading: see ``open_state_dict``."""
-
-    def meta(self) -> Mapping[str, Tensor]:
-        """Return every tensor on the meta device."""
-        ...
 
 
 def read_deltas(deltas: Array | Sequence[Array]) -> list[Tensor]:
@@ -70,15 +61,15 @@ def read_experts(experts: Iterable[Mapping[str, Array]]) -> list[Mapping[str, Ar
     if not found:
         raise ConfigError("experts is empty; at least one is needed")
     for index, expert in enumerate(found):
-        if not isinstance(expert, Described):
+        if not isinstance(expert, StoredStateDict):
             _check_state(expert, f"experts[{index}]")
     return found
 
 
 def shapes_of(state: Mapping[str, Array], what: str) -> dict[str, Tensor]:
     """Return the tensors themselves, or on the meta device where they would have to be read."""
-    if isinstance(state, Described):
-        return dict(state.meta())
+    if isinstance(state, StoredStateDict):
+        return state.meta()
     _check_state(state, what)
     return {name: as_tensor(value, f"{what}: tensor {name!r}") for name, value in state.items()}
 
@@ -149,7 +140,7 @@ def check_fit(
         if prefix := _prefix_of(base, expert):
             problems.append(_prefix_problem("base", "base", prefix, f"in experts[{index}] they do not"))
             continue
-        stored = expert.meta() if isinstance(expert, Described) else None
+        stored = expert.meta() if isinstance(expert, StoredStateDict) else None
         for name in [*dtypes]:
             where, tensor = f"experts[{index}]: tensor {name!r}", base[name]
             if name not in expert:
@@ -202,11 +193,7 @@ def _prefix_problem(what: str, state: str, prefix: str, elsewhere: str) -> str:
 
 
 def read_weights(weights: Sequence[float] | None, tasks: int) -> Sequence[float] | None:
-    """Return w_t, or None where there are none.
-
-    Raises:
-        ConfigError: another number of weights than tasks, or one that is not a finite number.
-    """
+    """Return w_t, or None where there are none; refuse another number of weights than tasks."""
     if weights is None:
         return None
     values = list_of(number, f"{tasks} numbers, one a task")(weights, "weights")
@@ -216,11 +203,7 @@ def read_weights(weights: Sequence[float] | None, tasks: int) -> Sequence[float]
 
 
 def as_tensor(value: object, what: str) -> Tensor:
-    """Return a tensor as it is, an array as a tensor in its memory; copy only strides and bytes that torch has not.
-
-    Raises:
-        InputError: neither of the two, or of a kind that holds no plain numbers; ``what`` begins the message.
-    """
+    """Return a tensor as it is, an array as a tensor in its memory; copy only strides and bytes that torch has not."""
     if isinstance(value, Tensor):
         if value.layout != torch.strided:
             raise InputError(f"{what} is {value.layout}; expected a dense tensor")
