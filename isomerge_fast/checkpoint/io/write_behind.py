@@ -6,6 +6,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from queue import SimpleQueue
 
 from torch import Tensor
 
@@ -27,11 +28,13 @@ class WriteBehind:
     def __init__(self, budget_bytes: int) -> None:
         self._budget = budget_bytes
         self._ring = RingBuffer(budget_bytes)
-        self._waiting: deque[tuple[int, bool, Callable[[], None]]] = deque()
-        self._bytes = 0  # of what waits and what is being written
-        self._changed = threading.Condition()
+        self._actions: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._results: SimpleQueue[BaseException | None] = SimpleQueue()  # of each action, in order: its failure
+        self._pending: deque[tuple[int, bool]] = deque()  # ``put``'s size and in_room, of actions without a result yet
+        self._bytes = 0  # of what is pending
         self._failure: BaseException | None = None
-        self._working = self._closed = False
+        self._stopped = False
+        # A daemon: a write that hangs must not keep the process from ending.
         self._thread = threading.Thread(target=self._work, name="isomerge-write", daemon=True)
         self.busy_seconds = 0.0
 
@@ -41,11 +44,8 @@ class WriteBehind:
 
     def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
         """End the thread. After an error what still waits is not written."""
-        with self._changed:
-            if kind is not None:
-                self._waiting.clear()
-            self._closed = True
-            self._changed.notify_all()
+        self._stopped = kind is not None
+        self._actions.put(None)
         self._thread.join()
 
     @property
@@ -60,12 +60,10 @@ class WriteBehind:
         """
         if size > self.room_bytes:
             return None
-        with self._changed:
-            self._raise()
-            while (room := self._ring.take(size)) is None:
-                self._changed.wait()
-                self._raise()
-            return room
+        self._raise()
+        while (room := self._ring.take(size)) is None:
+            self._settle()
+        return room
 
     def put(self, action: Callable[[], None], *, size: int = 0, in_room: bool = False) -> None:
         """Have ``action`` done.
@@ -74,48 +72,40 @@ class WriteBehind:
             size: bytes of its own that it holds until then; waits while the budget is used up.
             in_room: whether what it writes lies in the ``room`` taken last.
         """
-        with self._changed:
-            self._changed.wait_for(lambda: self._failure or not self._bytes or self._bytes + size <= self._budget)
-            self._raise()
-            self._waiting.append((size, in_room, action))
-            self._bytes += size
-            self._changed.notify_all()
+        self._raise()
+        while self._pending and (not self._results.empty() or (self._bytes and self._bytes + size > self._budget)):
+            self._settle()
+        self._pending.append((size, in_room))
+        self._bytes += size
+        self._actions.put(action)
 
     def drain(self) -> None:
         """Wait until everything is done."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._failure or not (self._waiting or self._bytes or self._working))
-            self._raise()
+        self._raise()
+        while self._pending:
+            self._settle()
 
     def _raise(self) -> None:
         if self._failure is not None:
             raise self._failure
 
+    def _settle(self) -> None:
+        """Wait for the oldest write, and take back its bytes; raise its failure."""
+        self._failure = self._results.get()
+        self._raise()
+        size, in_room = self._pending.popleft()
+        self._bytes -= size
+        if in_room:
+            self._ring.give_back()
+
     def _work(self) -> None:
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._waiting or self._closed)
-                if not self._waiting:
-                    return
-                size, in_room, action = self._waiting.popleft()
-                self._working = True
+        failure = None
+        while (action := self._actions.get()) is not None and failure is None and not self._stopped:
             started = time.perf_counter()
-            failure: BaseException | None = None
             try:
                 action()
             except BaseException as error:
                 failure = error
             del action  # and with it the bytes
-            with self._changed:
-                self.busy_seconds += time.perf_counter() - started
-                self._bytes -= size
-                if in_room:
-                    self._ring.give_back()
-                self._working = False
-                if failure is not None:
-                    self._failure = self._failure or failure
-                    self._waiting.clear()
-                    self._bytes = 0
-                self._changed.notify_all()
-                if failure is not None:
-                    return
+            self.busy_seconds += time.perf_counter() - started
+            self._results.put(failure)
