@@ -15,7 +15,7 @@ from ..checkpoint.header_metadata import kept_metadata
 from ..checkpoint.layout import DTYPE_NAMES, Checkpoint, StoredTensor
 from ..checkpoint.lora.adapter import Adapter, base_name
 from ..checkpoint.lora.merged_settings import lost_heads
-from ..checkpoint.output.file_kinds import OTHER_WEIGHTS, code_files, other_weights, weights_among
+from ..checkpoint.output.file_kinds import OTHER_WEIGHTS, is_weights, other_weights
 from ..checkpoint.submodules import submodules_of
 from ..errors import MAX_LISTED, listed, shown
 from ..methods import make_method
@@ -49,7 +49,7 @@ def notes_of(plan: Plan) -> Iterator[str]:
 
 
 def _code_notes(plan: Plan) -> Iterator[str]:
-    if code := code_files(plan.companions):
+    if code := [name for name in plan.companions if name.endswith(".py")]:
         yield (
             f"code is copied from {plan.base.path}, which loading the output with trust_remote_code would run: "
             f"{listed(code)}"
@@ -228,7 +228,7 @@ def _buffer_notes(buffers: Buffers) -> Iterator[str]:
 
 def _file_notes(plan: Plan) -> Iterator[str]:
     """Yield notes on the files of the output: its folder, its settings and its headers."""
-    if parts := weights_among(plan.companions):
+    if parts := [name for name in plan.companions if is_weights(name)]:
         yield f"copied as the base has it, byte for byte: {listed(parts)} (no expert has another one)"
     if plan.adapter_settings is None:
         yield from _other_weights(plan)

@@ -49,25 +49,11 @@ class LeftBehind:
 
 @dataclass(frozen=True)
 class FolderContents:
-    """List what lies beside the merged weights of a folder, by relative names, sorted.
+    """List what lies beside the merged weights of a folder, by relative names, sorted."""
 
-    Attributes:
-        companions: the files to copy. Each of them can be opened.
-        submodules: sub-folders whose weights may belong to the model.
-    """
-
-    companions: tuple[str, ...] = ()
+    companions: tuple[str, ...] = ()  # the files to copy; each of them can be opened
     left_behind: tuple[LeftBehind, ...] = ()
-    submodules: tuple[Submodule, ...] = ()
-
-    def without_folder(self, left: LeftBehind) -> FolderContents:
-        """Return the same with a whole folder left behind."""
-        others = [each for each in self.left_behind if not each.name.startswith(left.name)]
-        return replace(
-            self,
-            companions=tuple(name for name in self.companions if not name.startswith(left.name)),
-            left_behind=_by_name([*others, left]),
-        )
+    submodules: tuple[Submodule, ...] = ()  # sub-folders whose weights may belong to the model
 
 
 def contents_of(base: Path, merged: Collection[str], experts: Sequence[Path], method: str) -> FolderContents:
@@ -77,36 +63,28 @@ def contents_of(base: Path, merged: Collection[str], experts: Sequence[Path], me
         merged: names of the files that are merged.
         experts: the checkpoints among the experts, whose own sub-folders are compared.
         method: named in the advice of errors.
-
-    Raises:
-        InputError: as ``sort_folder`` and ``check_same_weights``.
     """
-    contents = sort_folder(base, merged)
-    strays = [each for each in contents.submodules if each.is_adapter and experts and not experts_with(each, experts)]
-    for stray in strays:
-        contents = contents.without_folder(measure(base, stray.folder, _STRAY, MAX_WALKED_NAMES))
-    kept = [each for each in contents.submodules if each not in strays]
-    check_same_weights(base, kept, experts, method)
-    names = [name for each in kept for name in each.names]
+    contents = sort_folder(base, merged, experts)
+    check_same_weights(base, contents.submodules, experts, method)
+    names = [name for each in contents.submodules for name in each.names]
     for name in names:
         _readable_bytes(base, name)
     return replace(contents, companions=tuple(sorted({*contents.companions, *names})))
 
 
-def sort_folder(folder: Path, merged: Collection[str] = ()) -> FolderContents:
+def sort_folder(folder: Path, merged: Collection[str] = (), experts: Sequence[Path] = ()) -> FolderContents:
     """Return what lies in a checkpoint's folder beside the files that are merged, ``merged``.
+
+    Adapters in it that none of the ``experts`` has are left behind.
 
     Raises:
         InputError: a folder that cannot be listed; an essential file that is no regular file, cannot be read, leads out
             of the folder, or differs from another one in case alone. Other such files are left behind.
     """
-    sorter = _Sorter(folder, merged)
+    sorter = _Sorter(folder, merged, experts)
     sorter.sort()
-    return FolderContents(tuple(sorted(sorter.copied)), _by_name(sorter.left), tuple(sorter.submodules))
-
-
-def _by_name(left: Iterable[LeftBehind]) -> tuple[LeftBehind, ...]:
-    return tuple(sorted(left, key=lambda each: each.name))
+    left = sorted(sorter.left, key=lambda each: each.name)
+    return FolderContents(tuple(sorted(sorter.copied)), tuple(left), tuple(sorter.submodules))
 
 
 def _readable_bytes(folder: Path, name: str) -> int:
@@ -144,11 +122,11 @@ def measure(folder: Path, name: str, why: str, most: int) -> LeftBehind:
 class _Sorter:
     """Sort one folder, the essential files first: of two names that differ in case alone they are kept."""
 
-    def __init__(self, folder: Path, merged: Collection[str]) -> None:
+    def __init__(self, folder: Path, merged: Collection[str], experts: Sequence[Path]) -> None:
         self.copied: list[str] = []
         self.left: list[LeftBehind] = []
         self.submodules: list[Submodule] = []
-        self._folder, self._merged = folder, merged
+        self._folder, self._merged, self._experts = folder, merged, experts
         self._home = Path(os.path.realpath(folder))
         self._modules: frozenset[str] = frozenset()
         self._small: list[str] = []
@@ -210,7 +188,10 @@ class _Sorter:
         weights = loaded_weights(names)
         is_module = any(f"{path}/".startswith(f"{module}/") for module in self._modules)
         if weights and (is_module or "adapter_config.json" in names):
-            self.submodules.append(Submodule(path, tuple(weights), is_adapter=not is_module))
+            found = Submodule(path, tuple(weights), is_adapter=not is_module)
+            if found.is_adapter and self._experts and not experts_with(found, self._experts):
+                return self._leave(path, _STRAY)
+            self.submodules.append(found)
         elif not is_module and any(map(is_weights, names)):
             return self._leave(path, OTHER_WEIGHTS)
         return self._sort_names(path, [name for name in names if name not in weights])

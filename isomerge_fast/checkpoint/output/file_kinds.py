@@ -82,16 +82,6 @@ def why_left_behind(name: str) -> str | None:
     return OTHER_WEIGHTS if why is None and is_weights(name) else why
 
 
-def code_files(companions: Iterable[str]) -> list[str]:
-    """Return the files that are run where the output is loaded with ``trust_remote_code``."""
-    return [name for name in companions if name.endswith(".py")]
-
-
-def weights_among(companions: Iterable[str]) -> list[str]:
-    """Return the weights among the copied files: those of sub-folders, where nothing has changed them."""
-    return [name for name in companions if is_weights(name)]
-
-
 def other_weights(names: Iterable[str], merged: Collection[str]) -> list[str]:
     """Return a folder's files whose weights may be no copy of the merged ones: a head in a file of its own, a
     projection, a pickled vocabulary.
