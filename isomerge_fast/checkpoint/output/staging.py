@@ -26,6 +26,7 @@ from .manifest import MANIFEST_FILE, list_output, read_manifest
 
 LOCK_FILE, NEW, OLD = "lock", "new", "old"
 _RUN, _TRASH = "run-", "trash-"
+_NONE = -1  # in the place of a descriptor
 
 
 def staging_folder(out: Path) -> Path:
@@ -60,11 +61,6 @@ def staged_bytes(out: Path) -> int:
 class Staging:
     """Hold the work folder of one run and the output's lock, as a context manager.
 
-    Attributes:
-        folder: of this run alone, with its journals.
-        new: the output under construction, in it.
-        notes: for the user.
-
     Raises:
         ConfigError: another merge is at work there, or an unfinished one lies there and is neither to be resumed nor
             to be discarded; the output is there and is not to be replaced, or holds what no merge has put there.
@@ -74,13 +70,12 @@ class Staging:
     def __init__(self, out: Path, *, resume: bool, overwrite: bool) -> None:
         self.out = Path(os.path.realpath(out))
         self.root = staging_folder(out)
-        self.folder = self.root / f"{_RUN}{secrets.token_hex(8)}"
-        self.new = self.folder / NEW
+        self.folder = self.root / f"{_RUN}{secrets.token_hex(8)}"  # of this run alone, with its journals
+        self.new = self.folder / NEW  # the output under construction
         self._old = self.folder / OLD
-        self.notes: list[str] = []
+        self.notes: list[str] = []  # for the user
         self._resume, self._overwrite = resume, overwrite
-        self._root: int | None = None
-        self._lock: int | None = None
+        self._root = self._lock = _NONE
         self._identity: tuple[int, int] | None = None
 
     def __enter__(self) -> Staging:
@@ -88,7 +83,7 @@ class Staging:
             self._enter_root()
             self._prepare()
         except BaseException as error:
-            if self._lock is not None and not self.new.exists() and not self._old.exists():
+            if self._lock != _NONE and not self.new.exists() and not self._old.exists():
                 self.discard()
             self._release()
             if isinstance(error, OSError):
@@ -127,8 +122,8 @@ class Staging:
             self._check_replaced(self.folder.name)
             self._delete(self.folder.name)
         with suppress(OSError):
-            if not _entries(self._root_descriptor, _RUN):
-                os.unlink(LOCK_FILE, dir_fd=self._root_descriptor)
+            if not _entries(self._root, _RUN):
+                os.unlink(LOCK_FILE, dir_fd=self._root)
                 self.root.rmdir()
 
     def commit(self) -> None:
@@ -165,14 +160,9 @@ class Staging:
 
     def _is_mine(self) -> bool:
         with suppress(OSError):
-            held = _identity(os.fstat(self._root_descriptor))
+            held = _identity(os.fstat(self._root))
             return _identity(os.lstat(self.root)) == held and _identity(os.lstat(self.folder)) == self._identity
         return False
-
-    @property
-    def _root_descriptor(self) -> int:
-        assert self._root is not None
-        return self._root
 
     def _sync_both(self) -> None:
         """Make renames between this run's folder and the output's parent durable."""
@@ -183,11 +173,11 @@ class Staging:
         """Remove a folder inside the root, under another name: a half removed one must not be taken for a run."""
         trash = f"{_TRASH}{secrets.token_hex(8)}"
         self._rename(inside, trash)
-        shutil.rmtree(trash, ignore_errors=True, dir_fd=self._root_descriptor)
+        shutil.rmtree(trash, ignore_errors=True, dir_fd=self._root)
 
     def _rename(self, source: str, target: str) -> None:
         """Rename inside the root that is open, wherever its path leads by now."""
-        os.rename(source, target, src_dir_fd=self._root_descriptor, dst_dir_fd=self._root_descriptor)
+        os.rename(source, target, src_dir_fd=self._root, dst_dir_fd=self._root)
 
     def _check_replaced(self, run: str) -> None:
         """Raise ConfigError where a run's ``old``, which is removed with its folder, holds what no merge wrote."""
@@ -222,12 +212,12 @@ class Staging:
     def _make_folder(self) -> None:
         with suppress(FileExistsError):  # made at the last try
             os.mkdir(self.folder.name, dir_fd=self._root)
-        root, made = os.fstat(self._root_descriptor), os.stat(self.folder.name, dir_fd=self._root)
+        root, made = os.fstat(self._root), os.stat(self.folder.name, dir_fd=self._root)
         if root.st_uid != made.st_uid:
             os.rmdir(self.folder.name, dir_fd=self._root)
             raise ConfigError(f"{self.root}: belongs to another user (uid {root.st_uid}); refused")
         with suppress(OSError):  # file systems without modes
-            os.fchmod(self._root_descriptor, 0o700)
+            os.fchmod(self._root, 0o700)
         self._identity = _identity(made)
 
     def _take_lock(self) -> bool:
@@ -279,7 +269,7 @@ class Staging:
         for run in runs:
             if run not in resumed:
                 self._delete(run.name)
-        for entry in _entries(self._root_descriptor, _TRASH):
+        for entry in _entries(self._root, _TRASH):
             shutil.rmtree(entry.name, ignore_errors=True, dir_fd=self._root)
         if resumed:
             self._adopt(resumed[0])
@@ -308,10 +298,9 @@ class Staging:
 
     def _release(self) -> None:
         for descriptor in (self._lock, self._root):
-            if descriptor is not None:
-                with suppress(OSError):
-                    os.close(descriptor)
-        self._lock = self._root = None
+            with suppress(OSError):  # none, too
+                os.close(descriptor)
+        self._lock = self._root = _NONE
 
 
 def check_replaceable(folder: Path) -> None:
