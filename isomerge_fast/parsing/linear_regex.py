@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from functools import reduce
 
 MAX_CHARACTERS, MAX_PLACES, MAX_DEPTH = 1_000, 5_000, 20
 
@@ -18,6 +18,9 @@ _PLAIN = re.compile(r"[\w.-]*")
 _REPEAT = re.compile(r"(?P<sign>[*+?])|\{(?P<least>\d{1,4})(?P<comma>,(?P<most>\d{1,4})?)?\}")
 _CLASS = re.compile(r"\[\^?\]?(?:\\.|[^\]\\])*\]")
 _ESCAPE = re.compile(r"\\(?:[dDwWsS]|[^\w])")
+
+# Lays out a part of an expression: given the place that follows it, returns the place at which it begins.
+_Part = Callable[[int], int]
 
 
 class PatternError(ValueError):
@@ -42,16 +45,16 @@ class NamePattern:
     def __init__(self, pattern: str) -> None:
         if len(pattern) > MAX_CHARACTERS:
             raise PatternError(f"has {len(pattern)} characters; refused above {MAX_CHARACTERS}")
-        parser = _Parser(pattern)
-        tree = parser.alternatives(0)
-        if parser.position < len(pattern):
+        self._pattern, self._position = pattern, 0
+        whole = self._alternatives(0)
+        if self._position < len(pattern):
             raise PatternError("is no regular expression (a closing parenthesis too many)")
         # By place: the test of its character and the next place, or the places that it reaches without a character,
         # each with the anchor that has to hold.
         self._characters: dict[int, tuple[re.Pattern[str], int]] = {}
         self._free: dict[int, list[tuple[int, str]]] = {}
         self._places = 1  # 0 is the end
-        begin = self._build(tree, 0)
+        begin = whole(0)
         self._behind_a_dot = self._spread([begin], "")
         # Sets of places that were reached, numbered, and the number that each character leads to from each.
         self._numbers: dict[frozenset[int], int] = {}
@@ -97,110 +100,94 @@ class NamePattern:
         self._places += 1
         return self._places - 1
 
-    def _build(self, node: tuple[Any, ...], after: int) -> int:
-        """Return the place at which ``node`` begins, when ``after`` follows it."""
-        kind, *content = node
-        if kind == "sequence":
-            for child in reversed(content):
-                after = self._build(child, after)
-            return after
-        if kind == "repeat":
-            child, least, most = content
-            if most is None:
-                loop = self._new_place()
-                self._free[loop] = [(after, ""), (self._build(child, loop), "")]
-                after = loop
-            else:
-                end = after
-                for _ in range(most - least):
-                    optional = self._new_place()
-                    self._free[optional] = [(end, ""), (self._build(child, after), "")]
-                    after = optional
-            for _ in range(least):
-                after = self._build(child, after)
-            return after
+    def _fork(self, *ways: tuple[int, str]) -> int:
+        """Return a new place that leads to others without a character."""
         place = self._new_place()
-        if kind == "character":
-            self._characters[place] = (content[0], after)
-        elif kind == "anchor":
-            self._free[place] = [(after, content[0])]
-        else:
-            self._free[place] = [(self._build(child, after), "") for child in content]
+        self._free[place] = [*ways]
         return place
 
-
-class _Parser:
-    """Parse an expression into a tree.
-
-    Its nodes are ("alternatives", …), ("sequence", …), ("repeat", child, least, most or None), ("character", test) and
-    ("anchor", sign).
-    """
-
-    def __init__(self, pattern: str) -> None:
-        self._pattern = pattern
-        self.position = 0
-
-    def alternatives(self, depth: int) -> tuple[Any, ...]:
+    def _alternatives(self, depth: int) -> _Part:
         if depth > MAX_DEPTH:
             raise PatternError("is nested too deeply")
-        found = [self._sequence(depth)]
+        parts = [self._sequence(depth)]
         while self._take("|"):
-            found.append(self._sequence(depth))
-        return ("alternatives", *found)
+            parts.append(self._sequence(depth))
+        return lambda after: self._fork(*((part(after), "") for part in parts))
 
-    def _sequence(self, depth: int) -> tuple[Any, ...]:
-        found: list[tuple[Any, ...]] = []
-        while self.position < len(self._pattern) and self._pattern[self.position] not in "|)":
-            found.append(self._repeated(self._one(depth)))
-        return ("sequence", *found)
+    def _sequence(self, depth: int) -> _Part:
+        parts: list[_Part] = []
+        while self._position < len(self._pattern) and self._pattern[self._position] not in "|)":
+            parts.append(self._repeated(self._one(depth)))
+        return lambda after: reduce(lambda following, part: part(following), reversed(parts), after)
 
-    def _one(self, depth: int) -> tuple[Any, ...]:
+    def _one(self, depth: int) -> _Part:
         if self._take("("):
-            if self._pattern.startswith("?", self.position) and not self._take("?:"):
+            if self._pattern.startswith("?", self._position) and not self._take("?:"):
                 raise PatternError("has a group that begins with (?, which is not matched")
-            inside = self.alternatives(depth + 1)
+            inside = self._alternatives(depth + 1)
             if not self._take(")"):
                 raise PatternError("is no regular expression (a parenthesis is not closed)")
             return inside
         for sign in "^$":
             if self._take(sign):
-                return ("anchor", sign)
-        character = self._pattern[self.position]
+                if _REPEAT.match(self._pattern, self._position):
+                    raise PatternError("is no regular expression (an anchor is repeated)")
+                return lambda after: self._fork((after, sign))
+        character = self._pattern[self._position]
         special = {"[": _CLASS, "\\": _ESCAPE}.get(character)
-        match = special.match(self._pattern, self.position) if special else None
+        match = special.match(self._pattern, self._position) if special else None
         if (special and match is None) or character in "*+?{":
-            raise PatternError(f"is no regular expression that is matched (at {self._pattern[self.position :][:10]!r})")
+            raise PatternError(
+                f"is no regular expression that is matched (at {self._pattern[self._position :][:10]!r})"
+            )
         text = match[0] if match else character if character == "." else re.escape(character)
-        self.position += len(match[0]) if match else 1
+        self._position += len(match[0]) if match else 1
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of sets that may mean more in a future Python
-                return ("character", re.compile(text))
+                test = re.compile(text)
         except re.error as error:
             raise PatternError(f"is no regular expression ({error})") from error
 
-    def _repeated(self, node: tuple[Any, ...]) -> tuple[Any, ...]:
-        match = _REPEAT.match(self._pattern, self.position)
+        def lay_out(after: int) -> int:
+            place = self._new_place()
+            self._characters[place] = test, after
+            return place
+
+        return lay_out
+
+    def _repeated(self, part: _Part) -> _Part:
+        match = _REPEAT.match(self._pattern, self._position)
         if match is None:
-            return node
-        if node[0] == "anchor":
-            raise PatternError("is no regular expression (an anchor is repeated)")
-        self.position = match.end()
+            return part
+        self._position = match.end()
         if self._take("+"):
             raise PatternError("has a possessive repetition, which is not matched")
         self._take("?")  # as few as possible: no other names match
-        if _REPEAT.match(self._pattern, self.position):
+        if _REPEAT.match(self._pattern, self._position):
             raise PatternError("is no regular expression (a repetition of a repetition)")
-        if match["sign"]:
-            return ("repeat", node, *{"*": (0, None), "+": (1, None), "?": (0, 1)}[match["sign"]])
-        least = int(match["least"])
-        most = least if match["comma"] is None else int(match["most"]) if match["most"] else None
+        least, most = {"*": (0, None), "+": (1, None), "?": (0, 1)}.get(match["sign"], (0, None))
+        if not match["sign"]:
+            least = int(match["least"])
+            most = least if match["comma"] is None else int(match["most"]) if match["most"] else None
         if most is not None and most < least:
             raise PatternError("is no regular expression (a repetition of fewer than its least)")
-        return ("repeat", node, least, most)
+
+        def lay_out(after: int) -> int:
+            end = after
+            if most is None:
+                after = self._fork((end, ""))
+                self._free[after].append((part(after), ""))
+            for _ in range((most or least) - least):
+                after = self._fork((end, ""), (part(after), ""))
+            for _ in range(least):
+                after = part(after)
+            return after
+
+        return lay_out
 
     def _take(self, text: str) -> bool:
         """Return whether ``text`` comes next, and pass it if so."""
-        found = self._pattern.startswith(text, self.position)
-        self.position += len(text) if found else 0
+        found = self._pattern.startswith(text, self._position)
+        self._position += len(text) if found else 0
         return found
