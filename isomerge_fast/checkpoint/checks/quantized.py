@@ -52,8 +52,6 @@ _ENDINGS = (
 # Names of scales in the module, and endings of scales that follow the tensor's own name.
 _MODULE_SCALES = ("scale", "scales", "weight_scale", "weight_scales", "scale_weight", "w_scale", "wscales", "qscale")
 _OWN_SCALES = ("_scale", "_scales", ".scale", ".scales", ".weight_scale")
-# bitsandbytes and HQQ may pack four bits into floats.
-_PACKED_AS_FLOATS = (".quant_map", ".W_q")
 # Integers that are no weights though a scale may lie beside them.
 _INDICES = re.compile(
     r"(.*[._])?(ids?|idx|g_idx|index|indices|mask\w*|bias|masked_bias|tracked|table|tril|codebooks?|hash\w*|buckets?|"
@@ -99,13 +97,16 @@ def _packed(tensors: Mapping[str, StoredTensor]) -> _Evidence | None:
 def _evidence(stored: StoredTensor, tensors: Mapping[str, StoredTensor]) -> _Evidence | None:
     """Return a packed tensor, the tool, and the name of what shows it, if a tensor is packed or shows it."""
     name = stored.name
-    if stored.dtype in FLOAT_DTYPES:
-        return _packed_as_floats(stored, tensors) if name.endswith(_PACKED_AS_FLOATS) else None
+    module, _, last = name.rpartition(".")
+    inside = f"{module}." if module else ""
+    if stored.dtype in FLOAT_DTYPES:  # bitsandbytes and HQQ may pack four bits into them
+        if f"{name}.quant_map" in tensors:
+            return stored, "bitsandbytes 4-bit", f"{name}.quant_map"
+        is_hqq = last == "W_q" and {f"{inside}scale", f"{inside}zero"} <= tensors.keys()
+        return (stored, "HQQ", f"{inside}scale") if is_hqq else None
     is_float8 = stored.dtype in _FLOAT8_DTYPES
     if not is_float8 and (stored.dtype not in COPIED_DTYPES or stored.dtype == torch.bool or len(stored.shape) < 2):
         return None
-    module, _, last = name.rpartition(".")
-    inside = f"{module}." if module else ""
     for beside, kind in _LAYOUTS.get(last, {}).items():
         if inside + beside in tensors:
             return stored, kind, inside + beside
@@ -121,18 +122,6 @@ def _evidence(stored: StoredTensor, tensors: Mapping[str, StoredTensor]) -> _Evi
     if last.endswith("weight") or (scale and not _INDICES.fullmatch(last)):
         return stored, _INTEGERS, scale
     return None
-
-
-def _packed_as_floats(stored: StoredTensor, tensors: Mapping[str, StoredTensor]) -> _Evidence | None:
-    """Return the evidence that a float tensor holds packed quantized weights (bitsandbytes 4-bit, HQQ), or None."""
-    if stored.name.endswith(".quant_map"):
-        weight = tensors.get(stored.name.removesuffix(".quant_map"))
-        if weight is None or weight.dtype not in FLOAT_DTYPES:
-            return None
-        return weight, "bitsandbytes 4-bit", stored.name
-    module = stored.name.removesuffix("W_q")
-    is_packed = f"{module}scale" in tensors and f"{module}zero" in tensors
-    return (stored, "HQQ", f"{module}scale") if is_packed else None
 
 
 def _settings(checkpoint: Checkpoint) -> Iterator[tuple[str, Any]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from ...errors import joined
@@ -37,8 +37,9 @@ def output_config(
     config = copy.deepcopy(base.config)
     unties = any(donor.config is None for donor in donors) and any(name.endswith(_OUTPUT_EMBEDDINGS) for name in copied)
     if unties:
-        config[_TIED] = False
-        _untie(config)
+        for node in _nodes(config):
+            if node is config or _TIED in node:
+                node[_TIED] = False
     labels = [note for donor in donors if isinstance(donor, Adapter) and (note := _take_labels(config, donor, copied))]
     kept = ["architectures", *([] if labels else ["labels"]), *([] if unties else ["tying"])]
     notes = _take_head(config, donors, joined(kept, "and")) if donors else []
@@ -107,15 +108,12 @@ def _take_tying(config: dict[str, Any], donor: Mapping[str, Any]) -> None:
             _take_tying(value, other)
 
 
-def _untie(node: dict[str, Any]) -> None:
-    for value in _sub_configs(node):
-        if _TIED in value:
-            value[_TIED] = False
-        _untie(value)
-
-
-def _sub_configs(node: Mapping[str, Any]) -> list[dict[str, Any]]:
-    return [value for key, value in node.items() if key.endswith("_config") and isinstance(value, dict)]
+def _nodes(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield a config and all configurations in it."""
+    yield config
+    for key, value in config.items():
+        if key.endswith("_config") and isinstance(value, dict):
+            yield from _nodes(value)
 
 
 def config_with_dtype(config: Mapping[str, Any], dtype: str | None) -> dict[str, Any]:
@@ -128,13 +126,6 @@ def config_with_dtype(config: Mapping[str, Any], dtype: str | None) -> dict[str,
         return result
     if not any(key in result for key in _DTYPE_KEYS):
         result["dtype"] = dtype
-    _replace_dtype(result, dtype)
+    for node in _nodes(result):
+        node |= {key: dtype for key in _DTYPE_KEYS if key in node and isinstance(node[key], str | None)}
     return result
-
-
-def _replace_dtype(node: dict[str, Any], dtype: str) -> None:
-    for key in _DTYPE_KEYS:
-        if key in node and isinstance(node[key], str | None):
-            node[key] = dtype
-    for value in _sub_configs(node):
-        _replace_dtype(value, dtype)
