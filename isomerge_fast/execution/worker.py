@@ -41,11 +41,7 @@ HEAP_RESIDUE_BYTES = 128 << 20
 def merge_item(settings: MergeSettings, item: WorkItem, observer: Observer | None = None) -> WorkResult:
     """Merge the tensors of a work item; return when their bytes are on disk.
 
-    Args:
-        observer: called at every change of phase.
-
-    Raises:
-        InputError, ResourceError: see ``errors``; what was finished stays, and is found by the next attempt.
+    After an error what was finished stays, and is found by the next attempt.
     """
     return _ItemRun(settings, item, observer).execute()
 
@@ -78,7 +74,7 @@ class _ItemRun:
         torch.set_num_threads(settings.threads)
         with ExitStack() as closing:
             closing.callback(torch.set_num_threads, threads)
-            closing.enter_context(self._limited_vram())
+            self._limit_vram(closing)
             # As glibc's own threshold ends up; the process may go on without us.
             closing.callback(set_heap_thresholds, eager=False)
             try:
@@ -104,23 +100,16 @@ class _ItemRun:
                 "results would differ in their last digits; give it devices of one kind"
             )
 
-    @contextmanager
-    def _limited_vram(self) -> Iterator[None]:
+    def _limit_vram(self, closing: ExitStack) -> None:
         """Hold the process to the ceiling; afterwards allow it again what it was allowed before."""
         if self._device.type != "cuda":
-            yield
             return
         torch.cuda.reset_peak_memory_stats(self._device)
-        if self._settings.max_vram is None:
-            yield
-            return
-        before = torch.cuda.get_per_process_memory_fraction(self._device)
-        ceiling = self._settings.max_vram / ops.traits_of(self._device).memory_bytes
-        torch.cuda.set_per_process_memory_fraction(min(before, ceiling), self._device)
-        try:
-            yield
-        finally:
-            torch.cuda.set_per_process_memory_fraction(before, self._device)
+        if self._settings.max_vram is not None:
+            before = torch.cuda.get_per_process_memory_fraction(self._device)
+            ceiling = self._settings.max_vram / ops.traits_of(self._device).memory_bytes
+            closing.callback(torch.cuda.set_per_process_memory_fraction, before, self._device)
+            torch.cuda.set_per_process_memory_fraction(min(before, ceiling), self._device)
 
     def _open_writers(self) -> None:
         names: dict[tuple[str, str], list[str]] = {}
@@ -167,13 +156,14 @@ class _ItemRun:
             WriteBehind(budget.write_behind) as writes,
             ComputeThreads(1 if on_gpu else None) as threads,
         ):
+            self._reader, self._checksums, self._writes, self._journal = reader, checksums, writes, journal
             names = {tensor.name for tensor in to_do}
             for tensor in tensors:
                 self._progress.tensor = tensor.name
                 if tensor.name in names:
                     kind = FactorSource if tensor.pairs else FileSource
                     source = kind(tensor, uploads, reader, readers, threads, budget, self._device, self._timer.phase)
-                    self._merge_tensor(tensor, source, reader, checksums, writes, journal)
+                    self._merge_tensor(tensor, source)
                 self._progress.done_tensors += 1
                 self._progress.done_bytes += tensor.moved_bytes
             with self._timer.phase("write"):
@@ -204,28 +194,20 @@ class _ItemRun:
                 for name in output.names
             )
 
-    def _merge_tensor(
-        self,
-        plan: TensorPlan,
-        source: PlannedSource,
-        reader: Reader,
-        checksums: InputChecksums,
-        writes: WriteBehind,
-        journal: ItemJournal,
-    ) -> None:
+    def _merge_tensor(self, plan: TensorPlan, source: PlannedSource) -> None:
         started = time.perf_counter()
         work, peak = plan.route.work_bytes, self._settings.peak_work_bytes
         set_heap_thresholds(eager=work > max(HEAP_RESIDUE_BYTES, peak - HEAP_RESIDUE_BYTES))
         writers = {folder: self._writers[folder, plan.shard] for folder in plan.scalings}
-        sink = FileSink(plan, writers, writes, source.threads, self._timer.phase)
-        with self._timer.phase("compute"), self._explained(plan, reader):
+        sink = FileSink(plan, writers, self._writes, source.threads, self._timer.phase)
+        with self._timer.phase("compute"), self._explained(plan):
             stats = plan.route.run(source, sink)
             evidence = stats.to_dict()
             require_finite(evidence)
             if (overflow := sink.overflows()) is not None:
                 raise OutOfRangeError(overflow)
-            remarks = [*stats.remarks, *absurd_deltas(plan, evidence, reader)]
-        found = {stored: checksums.take(stored) for stored in self._summed_inputs(plan)}
+            remarks = [*stats.remarks, *absurd_deltas(plan, evidence, self._reader)]
+        found = {stored: self._checksums.take(stored) for stored in self._summed_inputs(plan)}
         require_checksums(plan, found)
         report = {"name": plan.name, "action": plan.action, "route": plan.route.name, **evidence}
         if remarks:
@@ -240,21 +222,21 @@ class _ItemRun:
         def finish() -> None:
             entry["checksum"] = sink.checksums()
             self._entries.add(entry)
-            journal.add(entry)
+            self._journal.add(entry)
 
         with self._timer.phase("write"):
-            writes.put(finish)
+            self._writes.put(finish)
 
     @contextmanager
-    def _explained(self, plan: TensorPlan, reader: Reader) -> Iterator[None]:
+    def _explained(self, plan: TensorPlan) -> Iterator[None]:
         """Turn the errors of a merge into those that name the tensor, its files and what to do."""
         try:
             yield
         except NotFiniteError as error:
             dtype = ops.dtype_name(plan.spec.dtype)
-            raise out_of_range(plan, reader, f"the deltas overflow {dtype}") from error
+            raise out_of_range(plan, self._reader, f"the deltas overflow {dtype}") from error
         except OutOfRangeError as error:
-            raise out_of_range(plan, reader, str(error)) from error
+            raise out_of_range(plan, self._reader, str(error)) from error
         except UnsolvedError as error:
             raise InputError(f"tensor {plan.name!r}: {error}") from error
         except torch.OutOfMemoryError as error:
