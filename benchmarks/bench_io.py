@@ -110,7 +110,8 @@ def writing(level: str, device: torch.device) -> Problem:
         create_shard(path, outputs, resume=False)
         writer = ShardWriter(path, outputs)
         for name, tensor in tensors.items():
-            writer.write(name, tensor)
+            writer.write_part(name, tensor, 0)
+            writer.finish(name)
         writer.close(validate=True)
         return path
 

@@ -41,10 +41,10 @@ def save_headers(folder: Path, shapes: Shapes, shard_bytes: int = 5 << 30) -> Pa
     shards = shards_of(shapes, shard_bytes)
     for file, names in shards.items():
         tensors = [OutputTensor(name, torch.bfloat16, shapes[name]) for name in names]
-        prefix, placed = file_layout(folder / file, tensors)
+        prefix, _, size = file_layout(folder / file, tensors)
         with open(folder / file, "wb") as opened:
             opened.write(prefix)
-            opened.truncate(max(tensor.end for tensor in placed.values()))
+            opened.truncate(size)
     write_index(folder, shards)
     return folder
 

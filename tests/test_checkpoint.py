@@ -19,7 +19,7 @@ import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 from safetensors.torch import load_file, save_file
 
-from checkpoints import make_base, save_folder
+from checkpoints import make_base, save_folder, write_tensor
 from isomerge_fast.checkpoint.io.checksum import Checksum
 from isomerge_fast.checkpoint.io.reader import Reader, files_of, whole
 from isomerge_fast.checkpoint.io.writer import OutputTensor, ShardWriter, create_shard
@@ -47,7 +47,7 @@ def write_all(path: Path, tensors: dict[str, torch.Tensor], names: list[str]) ->
     create_shard(path, described, resume=False)
     writer = ShardWriter(path, described)
     for name in names:
-        writer.write(name, tensors[name])
+        write_tensor(writer, name, tensors[name])
     writer.close(validate=True)
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 import isomerge_fast as imf
-from checkpoints import save_folder
+from checkpoints import save_folder, write_tensor
 from isomerge_fast.checkpoint.io import reader as reader_module
 from isomerge_fast.checkpoint.io.checksum import Checksum
 from isomerge_fast.checkpoint.io.direct_io import copy_bytes, page_ceiling
@@ -473,7 +473,7 @@ def test_what_lies_like_the_file_is_written_without_a_copy(tmp_path: Path, monke
         assert memory is not None
         placed = memory[place : place + value.nbytes].view(torch.bfloat16)
         placed.copy_(value)
-        writer.write("w", placed)
+        write_tensor(writer, "w", placed)
         if not writer.is_direct:
             pytest.skip("this file system has no direct I/O")
         writer.close(validate=True)

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 
 import isomerge_fast as imf
 from adapters import make_adapters
-from checkpoints import listing, make_base, make_expert, make_family, save_folder
+from checkpoints import listing, make_base, make_expert, make_family, save_folder, write_tensor
 from executors import InTurn, runs_of
 from isomerge_fast.checkpoint.io import writer as writing
 from isomerge_fast.checkpoint.io.writer import OutputTensor, ShardWriter, create_shard
@@ -312,7 +312,7 @@ def another_process(path: Path, names: list[str]) -> Iterator[subprocess.Popen[s
         "names = sys.argv[3].split(',')\n"
         "writer = t.ShardWriter(Path(sys.argv[2]), t.described(), names=names)\n"
         "print('open', flush=True); sys.stdin.readline()\n"
-        "for name, value in t.made(names).items(): writer.write(name, value)\n"
+        "for name, value in t.made(names).items(): t.write_tensor(writer, name, value)\n"
         "writer.close(validate=True)\n"
     )
     arguments = [sys.executable, "-c", code, str(Path(__file__).parent), str(path), ",".join(names)]
@@ -333,7 +333,7 @@ def test_two_processes_write_one_file(tmp_path: Path) -> None:
     with another_process(tmp_path / "ours", ["a", "d"]) as process:
         writer = ShardWriter(tmp_path / "ours", described(), names=["b", "c", "e"])
         for name, value in made(["b", "c", "e"]).items():
-            writer.write(name, value)
+            write_tensor(writer, name, value)
         process.communicate("go\n")
         assert process.returncode == 0
         writer.close(validate=True)
@@ -389,7 +389,7 @@ def test_a_file_made_again_keeps_its_bytes_only_to_be_resumed(tmp_path: Path) ->
     create_shard(path, described(), resume=False)
     writer = ShardWriter(path, described())
     for name, value in made().items():
-        writer.write(name, value)
+        write_tensor(writer, name, value)
     writer.close(validate=True)
     content = path.read_bytes()
     create_shard(path, described(), resume=True)

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from .. import __version__
 from ..checkpoint.io.checksum import ALGORITHM, Checksum
-from ..checkpoint.io.writer import OutputTensor, write_blocks_durably, write_durably
+from ..checkpoint.io.writer import OutputTensor, write_blocks_durably
 from ..checkpoint.layout import ADAPTER_CONFIG_FILE, DTYPE_NAMES
 from ..checkpoint.output.companions import copy_companions
 from ..checkpoint.output.json_files import LazyMapping, json_blocks, read_with_digest, to_json, write_with_digest
@@ -81,11 +81,7 @@ def write_metadata(
 
 
 def read_report(folder: Path) -> tuple[Report, str]:
-    """Return the report of a finished output, and the digest of the manifest that it was written with.
-
-    Raises:
-        InputError: none there. VerificationError: it cannot be read, or was changed.
-    """
+    """Return the report of a finished output, and the digest of the manifest that it was written with."""
     path = folder / REPORT_FILE
     if not os.path.isfile(path):  # of a name that is too long, too
         raise no_output(folder, REPORT_FILE)
@@ -99,11 +95,7 @@ def read_report(folder: Path) -> tuple[Report, str]:
 
 
 def config_of(manifest: Manifest) -> MergeConfig:
-    """Return the config of the merge that wrote a manifest.
-
-    Raises:
-        ConfigError: no merge has such a config, or it is of other outputs than those that are listed.
-    """
+    """Return the config of the merge that wrote a manifest; refuse one of other outputs than those it lists."""
     config = recorded_config(manifest["description"])
     for chosen in (config, *config.overrides):
         make_method(chosen.method, chosen.options)
@@ -143,13 +135,13 @@ def _add_companions(plan: Plan, path: Path, scaling: float) -> dict[str, Checksu
     """Write the other files of a checkpoint, or of an adapter; return their checksums."""
     written = copy_companions(plan.base.path, path, plan.companions) if plan.base.is_folder else {}
     if plan.adapter_settings is not None:
-        written[ADAPTER_CONFIG_FILE] = write_durably(
-            path / ADAPTER_CONFIG_FILE, to_json(plan.adapter_settings, indent=2)
+        written[ADAPTER_CONFIG_FILE] = write_blocks_durably(
+            path / ADAPTER_CONFIG_FILE, [to_json(plan.adapter_settings, indent=2)]
         )
     elif (config := plan.config_and_notes[0]) is not None:
         text = json.dumps(config, indent=2, ensure_ascii=False)
-        written["config.json"] = write_durably(path / "config.json", (text + "\n").encode())
-    written["README.md"] = write_durably(path / "README.md", _card(plan, scaling).encode())
+        written["config.json"] = write_blocks_durably(path / "config.json", [(text + "\n").encode()])
+    written["README.md"] = write_blocks_durably(path / "README.md", [_card(plan, scaling).encode()])
     return written
 
 

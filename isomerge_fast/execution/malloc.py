@@ -8,34 +8,26 @@ ceiling of 800 MB peaked at 763 to 812 MB by glibc's own moving threshold (up to
 from __future__ import annotations
 
 import ctypes
-from functools import cache
 
 # From glibc's <malloc.h>.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _EAGER_BYTES, _LAZY_BYTES = 1 << 20, 32 << 20
-
-
-@cache
-def _c_library() -> ctypes.CDLL:
-    # Asked for at every tensor; making it anew costs a tenth of a millisecond.
-    return ctypes.CDLL(None)
+_C_LIBRARY = ctypes.CDLL(None)
+_IS_GLIBC = hasattr(_C_LIBRARY, "malloc_trim")  # musl and macOS have none
 
 
 def trim_heap() -> None:
     """Return to the system what freed blocks have left in the heap."""
-    trim = getattr(_c_library(), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
+    if _IS_GLIBC:
+        _C_LIBRARY.malloc_trim(0)
 
 
 def set_heap_thresholds(*, eager: bool) -> None:
     """Have freed blocks above 1 MiB return to the system at once; not eager: keep those below 32 MiB for reuse."""
-    library = _c_library()
-    setting = getattr(library, "mallopt", None)
-    if setting is None or getattr(library, "malloc_trim", None) is None:  # musl and macOS
+    if not _IS_GLIBC:
         return
     threshold = _EAGER_BYTES if eager else _LAZY_BYTES
-    setting(_M_MMAP_THRESHOLD, threshold)
-    setting(_M_TRIM_THRESHOLD, 2 * threshold)
+    _C_LIBRARY.mallopt(_M_MMAP_THRESHOLD, threshold)
+    _C_LIBRARY.mallopt(_M_TRIM_THRESHOLD, 2 * threshold)
     if eager:
         trim_heap()

@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from math import prod
 from threading import Barrier
-from types import TracebackType
 from typing import TypeVar
 
 import torch
@@ -48,9 +47,7 @@ class ComputeThreads(Threads):
         torch.set_num_threads(before)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self._pool.shutdown(cancel_futures=True)
 
     def parts(self, block: RowBlock) -> list[RowBlock]:

@@ -7,11 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from ..checkpoint.io.checksum import Checksum
 from ..checkpoint.io.direct_io import open_on_disk
-from ..checkpoint.io.read_ahead import THREADS, Bundle, ReadAhead
-from ..checkpoint.io.reader import Piece, Reader, files_of
-from ..checkpoint.io.writer import tensor_bytes
+from ..checkpoint.io.read_ahead import THREADS, Bundle, InputChecksums, ReadAhead
+from ..checkpoint.io.reader import Reader, files_of, whole
 from ..checkpoint.layout import DTYPE_NAMES, Checkpoint, StoredTensor, read_header
 from ..checkpoint.output.manifest import (
     MANIFEST_FILE,
@@ -30,8 +28,8 @@ from ..parsing.values import path_text, whole_number
 from .finalize import config_of, read_report
 from .recompute import Verification, recompute
 
-# Checksums are made of parts of so many elements, and this many bytes are read ahead.
-PART_ELEMENTS, READ_AHEAD_BYTES = 1 << 22, 64 << 20
+# Checksums are made of parts of so many bytes, and this many are read ahead.
+PART_BYTES, READ_AHEAD_BYTES = 16 << 20, 64 << 20
 
 
 def verify(folder: str | os.PathLike[str], *, samples: int = 4, seed: int = 0) -> Verification:
@@ -179,19 +177,14 @@ def _layout_problems(
 
 def _checksums(checkpoint: Checkpoint, tensors: Sequence[StoredTensor]) -> Iterator[str]:
     """Yield the checksum of each tensor as it is in its file, read ahead in parts."""
-    pieces = [
-        Piece(stored, first, (min(PART_ELEMENTS, stored.elements - first),))
-        for stored in tensors
-        for first in range(0, stored.elements, PART_ELEMENTS)
-    ]
+    bundles = [Bundle((whole(stored),)) for stored in tensors]
+    checksums, most = InputChecksums(tensors), READ_AHEAD_BYTES
     with (
         Reader(files_of(checkpoint)) as reader,
         ThreadPoolExecutor(THREADS) as threads,
-        ReadAhead(reader, threads, (Bundle((piece,)) for piece in pieces), budget_bytes=READ_AHEAD_BYTES) as ahead,
+        ReadAhead(reader, threads, bundles, budget_bytes=most, part_bytes=PART_BYTES, checksums=checksums) as ahead,
     ):
-        for stored in tensors:
-            running = Checksum()
-            for _ in range(0, stored.elements, PART_ELEMENTS):
-                (part,) = ahead.take()
-                running.update(tensor_bytes(part))
-            yield running.text
+        for stored, bundle in zip(tensors, bundles, strict=True):
+            for _ in bundle.parts(PART_BYTES):
+                ahead.take()
+            yield checksums.take(stored)

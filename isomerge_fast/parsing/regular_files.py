@@ -62,17 +62,10 @@ def read_opened(opened: tuple[int, os.stat_result], most_bytes: int) -> tuple[by
     Files of /proc report the size 0, and a read of some blocks: no more than the reported size is read.
     """
     descriptor, status = opened
-    try:
+    with open(descriptor, "rb") as file:
         if status.st_size > most_bytes:
             raise OSError(errno.EFBIG, f"{status.st_size} bytes; refused above {most_bytes}")
-        blocks = []
-        missing = status.st_size
-        while missing and (block := os.read(descriptor, missing)):
-            blocks.append(block)
-            missing -= len(block)
-    finally:
-        os.close(descriptor)
-    return blocks[0] if len(blocks) == 1 else b"".join(blocks), status
+        return file.read(status.st_size), status
 
 
 def _require_regular(status: os.stat_result, path: str | os.PathLike[str]) -> None:

@@ -10,6 +10,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from isomerge_fast.checkpoint.io.writer import ShardWriter
+
 SHAPES = {
     "embed_tokens.weight": (48, 16),
     "layers.0.up.weight": (40, 16),
@@ -88,3 +90,11 @@ def listing(folder: Path) -> dict[str, bytes]:
     return {
         path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()
     }
+
+
+def write_tensor(writer: ShardWriter, name: str, value: Tensor) -> None:
+    """Write one tensor whole, as the file's header has it."""
+    stored = writer.tensors[name]
+    assert (value.dtype, tuple(value.shape)) == (stored.dtype, stored.shape), name
+    writer.write_part(name, value, 0)
+    writer.finish(name)

@@ -6,6 +6,8 @@ a signature are for.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from ...errors import MissingPackageError
 
 ALGORITHM = "xxh3_128"
@@ -14,13 +16,15 @@ ALGORITHM = "xxh3_128"
 class Checksum:
     """Run a checksum over bytes that come in parts, and count them."""
 
-    def __init__(self) -> None:
+    def __init__(self, parts: Iterable[memoryview | bytes] = ()) -> None:
         try:
             import xxhash
         except ImportError as error:
             raise MissingPackageError("checksums need xxhash: pip install xxhash") from error
         self._digest = xxhash.xxh3_128()
         self.bytes = 0
+        for part in parts:
+            self.update(part)
 
     def update(self, data: memoryview | bytes) -> None:
         self._digest.update(data)

@@ -97,23 +97,16 @@ def read_pages(descriptor: int, start: int, end: int) -> Iterator[memoryview]:
 
 def is_cached(descriptor: int, size: int) -> bool:
     """Return whether half of the file or more is in the page cache; True where the system does not tell."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if not hasattr(libc, "mincore"):
-        return True
-    libc.mmap.restype = ctypes.c_void_p
-    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_longlong]
-    address = libc.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, descriptor, 0)
-    if address in (None, ctypes.c_void_p(-1).value):
-        return True
     try:
-        resident = (ctypes.c_ubyte * -(-size // PAGE))()
-        libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
-        if libc.mincore(address, size, resident):
-            return True
-        return bytes(resident).count(1) * 2 >= len(resident)
-    finally:
-        libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-        libc.munmap(address, size)
+        mapped = numpy.frombuffer(mmap.mmap(descriptor, size, prot=mmap.PROT_READ), numpy.uint8)
+    except (OSError, ValueError):  # a file that has fewer bytes by now
+        return True
+    resident = numpy.empty(-(-size // PAGE), numpy.uint8)
+    mincore = ctypes.CDLL(None).mincore
+    mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
+    if mincore(mapped.ctypes.data, size, resident.ctypes.data):
+        return True
+    return int(numpy.count_nonzero(resident & 1)) * 2 >= len(resident)
 
 
 def is_aligned_with(data: memoryview, position: int) -> bool:

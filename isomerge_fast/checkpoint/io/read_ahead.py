@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
 import torch
@@ -143,13 +143,8 @@ class ReadAhead:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        for reading in self._ahead:
-            for part in reading.parts:
-                part.cancel()
-        for reading in self._ahead:
-            for part in reading.parts:
-                if not part.cancelled():
-                    part.exception()  # waits: the buffer must outlive the read
+        parts = [part for reading in self._ahead for part in reading.parts]
+        wait([part for part in parts if not part.cancel()])  # the buffer must outlive the read
         self._ahead.clear()
         self._taken = None
 
@@ -163,9 +158,7 @@ class ReadAhead:
     def take(self) -> list[Tensor]:
         """Return the pieces of the next bundle, or of its next part, valid until the next call.
 
-        Raises:
-            InputError: a file that changed, is gone or ended early.
-            ResourceError: one that failed to read.
+        It raises what ``Reader.read`` does.
         """
         if self._taken is not None and self._taken.in_ring:
             self._ring.give_back()

@@ -61,8 +61,8 @@ class OutputTensor:
 
 def file_layout(
     path: Path, tensors: Iterable[OutputTensor], metadata: Mapping[str, str] = PLAIN
-) -> tuple[bytes, dict[str, StoredTensor]]:
-    """Return the first bytes of the file (length and header), and where each tensor will lie."""
+) -> tuple[bytes, dict[str, StoredTensor], int]:
+    """Return the first bytes of the file (length and header), where each tensor will lie, and the file's size."""
     ordered = sorted(tensors, key=lambda tensor: (_DTYPE_RANK.index(DTYPE_NAMES[tensor.dtype]), tensor.name))
     header: dict[str, object] = {"__metadata__": dict(metadata)}
     starts: list[int] = []
@@ -76,10 +76,11 @@ def file_layout(
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     prefix = struct.pack("<Q", len(text)) + text
-    return prefix, {
+    placed = {
         tensor.name: StoredTensor(tensor.name, tensor.dtype, tensor.shape, path, len(prefix) + start)
         for tensor, start in zip(ordered, starts, strict=True)
     }
+    return prefix, placed, len(prefix) + position
 
 
 def tensor_bytes(value: Tensor) -> memoryview:
@@ -95,8 +96,7 @@ def create_shard(
 
     With ``resume`` what is in it already stays.
     """
-    prefix, placed = file_layout(path, tensors, metadata)
-    size = _end(prefix, placed)
+    prefix, _, size = file_layout(path, tensors, metadata)
     flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | (0 if resume else os.O_TRUNC)
     with _resource_errors(path):
         descriptor = os.open(path, flags, 0o666)
@@ -133,13 +133,13 @@ class ShardWriter:
         metadata: Mapping[str, str] = PLAIN,
     ) -> None:
         self.path = path
-        prefix, self.tensors = file_layout(path, tensors, metadata)
+        _, self.tensors, size = file_layout(path, tensors, metadata)
         self._running: dict[str, Checksum] = {}
         self._direct = self._from_disk = None
         with _resource_errors(path):
             self._descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         try:
-            if direct and _end(prefix, self.tensors) >= DIRECT_BYTES:
+            if direct and size >= DIRECT_BYTES:
                 self._direct = open_direct(path, os.O_WRONLY)
             self._lock(self.tensors.keys() if names is None else names)
         except BaseException:
@@ -150,13 +150,6 @@ class ShardWriter:
     def is_direct(self) -> bool:
         """Return whether large writes go past the page cache."""
         return self._direct is not None
-
-    def write(self, name: str, value: Tensor) -> str:
-        """Write one tensor; return the checksum of its bytes."""
-        stored = self.tensors[name]
-        assert (value.dtype, tuple(value.shape)) == (stored.dtype, stored.shape), name
-        self.write_part(name, value, 0)
-        return self.finish(name)
 
     def position(self, name: str, first: int) -> int:
         """Return the offset in the file of a tensor's element ``first``."""
@@ -185,13 +178,11 @@ class ShardWriter:
 
     def checksum(self, name: str) -> str:
         """Return the checksum of the tensor's bytes as they are on the disk, whatever the page cache holds."""
-        stored, found = self.tensors[name], Checksum()
+        stored = self.tensors[name]
         if self._from_disk is None:
             self._from_disk = self._open_on_disk()
         with _resource_errors(self.path):
-            for block in read_pages(self._from_disk, stored.start, stored.end):
-                found.update(block)
-        return found.text
+            return Checksum(read_pages(self._from_disk, stored.start, stored.end)).text
 
     def close(self, *, validate: bool) -> None:
         """Close the file; with ``validate`` only after it is on disk, and then have safetensors open it."""
@@ -274,11 +265,6 @@ def _write_all(descriptor: int, data: memoryview, offset: int) -> None:
         position += os.pwrite(descriptor, data[position : position + READ_BYTES], offset + position)
 
 
-def _end(prefix: bytes, placed: Mapping[str, StoredTensor]) -> int:
-    """Return the size of the file."""
-    return max([len(prefix), *(stored.end for stored in placed.values())])
-
-
 def _joined(placed: Sequence[StoredTensor]) -> list[list[int]]:
     """Return the start and end of each run without a gap, of tensors in the order of their places; skip empty ones."""
     runs: list[list[int]] = []
@@ -309,11 +295,6 @@ def _sync(descriptor: int, path: Path) -> None:
     """Write a file, or a folder's entries, to the disk; raise LostWritesError where that fails."""
     with _resource_errors(path, is_lost=True):
         os.fsync(descriptor)
-
-
-def write_durably(path: Path, data: bytes) -> Checksum:
-    """Write a small file, complete and on disk when this returns; return the checksum of what was written."""
-    return write_blocks_durably(path, (data,))
 
 
 def write_blocks_durably(path: Path, blocks: Iterable[bytes | memoryview]) -> Checksum:

@@ -209,18 +209,12 @@ def _replace(path: Path, head: dict[str, Any], entries: Entries) -> None:
 
 def _line(entry: dict[str, Any]) -> bytes:
     text = to_json(entry, indent=None)
-    return f"{_checksum(text.rstrip())} ".encode() + text
+    return f"{Checksum([text.rstrip()]).text} ".encode() + text
 
 
 def _parse_line(line: bytes) -> dict[str, Any] | None:
     checksum, _, text = line.partition(b" ")
-    return json.loads(text) if checksum.decode("latin-1") == _checksum(text) else None
-
-
-def _checksum(text: bytes) -> str:
-    running = Checksum()
-    running.update(text)
-    return running.text
+    return json.loads(text) if checksum.decode("latin-1") == Checksum([text]).text else None
 
 
 def _changed_input(before: list[dict[str, Any]], now: list[dict[str, Any]]) -> str:

@@ -112,8 +112,6 @@ def read_with_digest(path: Path) -> tuple[dict[str, Any], str | None]:
     digest = _DIGEST.search(data, max(0, len(data) - _MOST_DIGEST_BYTES))
     if digest is None:
         return value, f"{path}: was changed after the merge wrote it (it does not end in a digest)"
-    running = Checksum()
-    running.update(memoryview(data)[: digest.start()])
-    if running.text != digest[1].decode():
+    if Checksum([memoryview(data)[: digest.start()]]).text != digest[1].decode():
         return value, f"{path}: was changed after the merge wrote it (its digest is of another text)"
     return value, None

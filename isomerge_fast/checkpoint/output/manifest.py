@@ -207,10 +207,7 @@ def file_name(folder: str, name: str) -> str:
 
 def file_entry(path: Path) -> FileEntry:
     """Return the manifest's entry of a file as it is on its disk."""
-    running = Checksum()
-    for block in disk_blocks(path):
-        running.update(block)
-    return entry_of(running)
+    return entry_of(Checksum(disk_blocks(path)))
 
 
 def entry_of(content: Checksum) -> FileEntry:
