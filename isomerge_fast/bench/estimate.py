@@ -128,12 +128,9 @@ def estimate_merge(
 ) -> dict[str, Any]:
     """Return what ``isomerge bench`` of a merge answers: times of all groups of tensors and of the disk, and their sum.
 
-    The cheapest group goes first, and each may take an equal share of the time that is left: what small shapes do not
-    need, the large ones get. Where a whole tensor would take more, a smaller one of its aspect ratio is timed, and
-    scaled.
-
-    Args:
-        budget_seconds: for timing the groups, about: the smallest size of each is timed whatever it takes.
+    The cheapest group goes first, and each may take an equal share of ``budget_seconds`` that is left: what small
+    shapes do not need, the large ones get. Where a whole tensor would take more, a smaller one of its aspect ratio is
+    timed, and scaled; the smallest size of each group is timed whatever it takes.
     """
     say("what the disk gives at most")
     disk = measure_disk(folder)

@@ -54,14 +54,12 @@ def measure_rates(
     worker_bytes: float | None = None,
     storage_bytes: float | None = None,
 ) -> Rates:
-    """Return the rates of one worker: measured where they are not given. Nothing is written.
+    """Return the rates of one worker with ``threads`` CPU threads: measured where they are not given. Nothing is
+    written.
 
-    Args:
-        device: on which workers compute, with so many CPU ``threads``.
-        flops: operations a second; float32 products are timed when None.
-        worker_bytes: bytes a second that one worker reads, or writes; the inputs are read when None, and writing is
-            taken to be as fast.
-        storage_bytes: bytes a second of all workers together; no limit when None.
+    ``flops`` are operations a second: float32 products are timed when None. ``worker_bytes`` are read, or written, a
+    second by one worker: the inputs are read when None, and writing is taken to be as fast. ``storage_bytes`` are those
+    of all workers together, without a limit when None.
     """
     if flops is None:
         before = torch.get_num_threads()

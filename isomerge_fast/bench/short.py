@@ -138,14 +138,9 @@ def measure_short(
     """Return what ``isomerge bench`` without a merge answers.
 
     Ceilings and disk are measured, then every shape is judged; only when all are right are they timed, ours and
-    published in turn. ``skipped`` names what there was no time for.
-
-    Args:
-        budget_seconds: shapes that would take longer are left out and named, and slow ones get fewer than ``ROUNDS``;
-            the first is measured whatever it takes.
-
-    Raises:
-        VerificationError: our error is above the tier's tolerance; before anything is timed.
+    published in turn. Shapes that would take longer than the budget are left out and named in ``skipped``, and slow
+    ones get fewer than ``ROUNDS``; the first is measured whatever it takes. An error above the tier's tolerance is a
+    VerificationError, before anything is timed.
     """
     started = time.perf_counter()
 

@@ -37,12 +37,8 @@ def open_own(folder: Path, name: str) -> tuple[int, os.stat_result]:
     """Open a file whose contents become part of the output; return a descriptor for reading and the file's status.
 
     Links may lead to other places in the folder. Those of a snapshot in the hub's cache (``models--…/snapshots/…``) may
-    also lead to the files themselves, which lie in ``blobs`` of the same repository. Any other would let whoever made
-    the folder put a file of this machine into the output.
-
-    Raises:
-        InputError: a link that leads elsewhere.
-        OSError: as ``open_regular``.
+    also lead to the files themselves, which lie in ``blobs`` of the same repository. Any other is refused: it would let
+    whoever made the folder put a file of this machine into the output.
     """
     path = folder / name
     home, target = Path(os.path.realpath(folder)), Path(os.path.realpath(path))

@@ -88,19 +88,16 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class FileIdentity:
-    """Identify a file by its size, its modification time and the hash of its header.
-
-    Attributes:
-        stamp: what the kernel alone sets, so that another file of the same size and time is recognised too. It holds
-            for this process only: copying a file or changing its mode does not make another input of it, and a network
-            file system may give other stamps on every machine. So it is never recorded or pickled.
-        metadata: of the header, which the hash covers. It is not pickled either.
-    """
+    """Identify a file by its size, its modification time and the hash of its header."""
 
     size: int
     mtime_ns: int
     header_sha256: str
+    # What the kernel alone sets, so that another file of the same size and time is recognised too. It holds for this
+    # process only: copying a file or changing its mode does not make another input of it, and a network file system may
+    # give other stamps on every machine. So it is never recorded or pickled.
     stamp: tuple[int, ...] | None = field(default=None, compare=False, repr=False)
+    # Of the header, which the hash covers. It is not pickled either.
     metadata: dict[str, str] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
@@ -153,11 +150,7 @@ class Checkpoint:
 
 
 def read_header(path: Path) -> tuple[dict[str, StoredTensor], FileIdentity]:
-    """Read the header of a safetensors file strictly: every byte after it has to belong to exactly one tensor.
-
-    Raises:
-        InputError: naming the file, and the tensor where there is one.
-    """
+    """Read the header of a safetensors file strictly: every byte after it has to belong to exactly one tensor."""
     with unreadable_refused(path):
         descriptor, status = open_regular(path)
         with open(descriptor, "rb") as file:
@@ -326,8 +319,7 @@ def check_shard_names(where: Path, shards: Iterable[str]) -> None:
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """Open a Hugging Face folder (one file or sharded) or a bare ``.safetensors`` file; read headers only.
 
-    Raises:
-        InputError: the path, a shard, an index or a header is missing or malformed; the message names it.
+    An InputError names the path, shard, index or header that is missing or malformed.
     """
     root = Path(path)
     try:

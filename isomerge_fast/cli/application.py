@@ -90,19 +90,12 @@ FORMAT: Any = typer.Option(Format.human, help="For people, or one JSON object on
 
 @dataclass(frozen=True)
 class Answer:
-    """Hold what a verb has found.
+    """Hold what a verb has found."""
 
-    Attributes:
-        value: the answer as JSON.
-        show: prints it for a person.
-        done: what stands even if the answer cannot be printed; without it the verb fails then.
-        error: raised after the answer is printed.
-    """
-
-    value: dict[str, Any]
-    show: Callable[[], None]
-    done: str | None = None
-    error: IsomergeError | None = None
+    value: dict[str, Any]  # as JSON
+    show: Callable[[], None]  # prints it for a person
+    done: str | None = None  # what stands even if the answer cannot be printed; without it the verb fails then
+    error: IsomergeError | None = None  # raised after the answer is printed
 
 
 def verb(body: Callable[..., Answer]) -> Callable[..., None]:

@@ -71,11 +71,7 @@ class MergeOptions:
     out: str | None = typer.Option(None, help="Folder to write.")
 
     def merge_config(self) -> MergeConfig:
-        """Return the file's config, changed by the options that are given.
-
-        Raises:
-            ConfigError: no such file, or neither a file nor a base and an expert.
-        """
+        """Return the file's config, or that of a base and experts, changed by the options that are given."""
         from ..config import load_config
 
         # A list or a switch that is not given changes nothing.
@@ -134,11 +130,7 @@ class OutlookOptions:
     storage_rate: str | None = typer.Option(None, help="Bytes a second of all workers together, e.g. 40GB.")
 
     def rates(self) -> dict[str, Any]:
-        """Return the rates that are given, as ``measure_rates`` takes them.
-
-        Raises:
-            ConfigError: a rate is not above zero, or one is given without ``--ray``.
-        """
+        """Return the rates that are given, as ``measure_rates`` takes them; refuse them without ``--ray``."""
         worker_bytes = parse_bytes(self.worker_rate, "--worker-rate")
         storage_bytes = parse_bytes(self.storage_rate, "--storage-rate")
         rates = {"--flops": self.flops, "--worker-rate": worker_bytes, "--storage-rate": storage_bytes}

@@ -118,11 +118,9 @@ def train(
 ) -> None:
     """Train in place: AdamW on the cross-entropy of `LOGIT_SCALE` · features · headᵀ, images drawn from `tasks` alike.
 
-    Args:
-        model: pixels `[..., 64]` to unit features `[..., width]`.
-        heads: fp32 `[T, 10, width]`, constants here.
-        tasks: the indices of the tasks to draw from: all of them for the base, one for an expert.
-        learning_rate: the peak; it falls to zero along a cosine, so that luck does not decide where an expert stops.
+    `model` maps pixels `[..., 64]` to unit features `[..., width]`; the fp32 heads `[T, 10, width]` are constants.
+    `tasks` are all indices for the base, and one for an expert. The peak is `learning_rate`: it falls to zero along a
+    cosine, so that luck does not decide where an expert stops.
     """
     generator = torch.Generator().manual_seed(seed)
     choices = torch.tensor(list(tasks))

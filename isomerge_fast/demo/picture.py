@@ -13,26 +13,16 @@ LINE_STYLES = ("-", "-", (0, (5, 2)))  # the two flat lines may lie upon each ot
 
 
 def singular_values(base: Tensor, merged: Tensor, scaling: float) -> Tensor:
-    """Return σ((θ − θ₀) / α), largest first: the spectrum of a merged Δ as it is in the files.
-
-    Args:
-        base, merged: fp32 `[M, N]`.
-
-    Returns:
-        float64 `[min(M, N)]`.
-    """
+    """Return σ((θ − θ₀) / α) of fp32 `[M, N]`, largest first, as float64: the spectrum of a merged Δ in the files."""
     return torch.linalg.svdvals((merged.double() - base.double()) / scaling)
 
 
 def draw_singular_values(
     path: Path, base: Path, merged: Sequence[tuple[str, Path, float]], layers: Sequence[str], n_tasks: int
 ) -> None:
-    """Write a PNG with one panel a layer and one curve a merged checkpoint.
+    """Write a PNG with one panel a layer, which is a 2-D tensor, and one curve a merged checkpoint.
 
-    Args:
-        base: the base's checkpoint folder.
-        merged: up to three of (label, checkpoint folder, its scaling), the summed update first.
-        layers: names of 2-D tensors.
+    `merged` has up to three of (label, checkpoint folder, its scaling), the summed update first.
     """
     from matplotlib.figure import Figure  # a Figure of its own draws with Agg and leaves pyplot's state alone
 

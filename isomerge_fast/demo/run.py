@@ -41,27 +41,17 @@ LEGEND = (
 
 @dataclass(frozen=True)
 class DemoRow:
-    """Hold one line of the table.
+    """Hold one line of the table; accuracies are means over the tasks, the experts' each of its own task."""
 
-    Args:
-        name: as printed.
-        method: the merge method, or None for the base and the experts.
-        folder: of the checkpoint (for the experts: of all of them), relative to the demo's `out`.
-        scaling: the chosen α, or None where nothing was merged.
-        validation, test: accuracy, the mean over the tasks; the experts are scored on their own task each.
-        normalised: mean over the tasks of (test accuracy / the expert's test accuracy), of which the experts have 1.
-        test_by_task: the accuracies that `test` is the mean of.
-        validation_by_scaling: (α, validation accuracy) of every candidate that α was chosen from.
-    """
-
-    name: str
-    method: str | None
-    folder: str
-    scaling: float | None
+    name: str  # as printed
+    method: str | None  # None for the base and the experts
+    folder: str  # of the checkpoint (for the experts: of all of them), relative to the demo's `out`
+    scaling: float | None  # the chosen α, or None where nothing was merged
     validation: float
     test: float
-    normalised: float
+    normalised: float  # mean of (test accuracy / the expert's test accuracy), of which the experts have 1
     test_by_task: dict[str, float]
+    # (α, validation accuracy) of every candidate that α was chosen from.
     validation_by_scaling: tuple[tuple[float, float], ...] = ()
 
 

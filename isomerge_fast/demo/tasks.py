@@ -37,15 +37,10 @@ TRANSFORMS: dict[str, Callable[[Tensor], Tensor]] = {
 
 @dataclass(frozen=True)
 class Split:
-    """Hold one part of the digits, as seen by every task.
+    """Hold one part of the digits, as seen by every task."""
 
-    Args:
-        pixels: fp32 `[T, n, 64]`, the same n digits under each of the T transforms.
-        labels: int64 `[n]`, the digit's class, shared by the tasks.
-    """
-
-    pixels: Tensor
-    labels: Tensor
+    pixels: Tensor  # fp32 [T, n, 64], the same n digits under each of the T transforms
+    labels: Tensor  # int64 [n], the digit's class, shared by the tasks
 
 
 @dataclass(frozen=True)
@@ -60,11 +55,7 @@ class TaskSuite:
 
 
 def load_tasks(n_tasks: int, width: int, seed: int, n_train: int = 1000, n_validation: int = 397) -> TaskSuite:
-    """Return the first `n_tasks` transforms of scikit-learn's 1797 digits, split by `seed` into 1000, 397 and 400.
-
-    Raises:
-        ConfigError: `n_tasks` is not within 2 … 16.
-    """
+    """Return the first `n_tasks` transforms of scikit-learn's 1797 digits, split by `seed` into 1000, 397 and 400."""
     if not 2 <= n_tasks <= len(TRANSFORMS):
         raise ConfigError(f"n_tasks must lie within 2 … {len(TRANSFORMS)}, got {n_tasks}")
     from sklearn.datasets import load_digits
@@ -85,10 +76,6 @@ def load_tasks(n_tasks: int, width: int, seed: int, n_train: int = 1000, n_valid
 
 
 def orthonormal_heads(n_tasks: int, width: int, generator: torch.Generator) -> Tensor:
-    """Return T independent random heads H_t `[10, width]` with H_t H_tᵀ = I; like CLIP's, they are never trained.
-
-    Returns:
-        fp32 `[T, 10, width]`.
-    """
+    """Return T random fp32 heads H_t `[10, width]` with H_t H_tᵀ = I; like CLIP's, they are never trained."""
     gaussian = torch.randn(n_tasks, width, N_CLASSES, generator=generator)
     return torch.linalg.qr(gaussian).Q.mT.contiguous()

@@ -41,9 +41,7 @@ class Uploads:
     def take(self) -> list[Tensor]:
         """Return the next bundle, valid until the next call.
 
-        Raises:
-            InputError, ResourceError: as ``ReadAhead.take``.
-            torch.OutOfMemoryError: nothing was taken, and it can be asked for again.
+        After a torch.OutOfMemoryError nothing was taken, and it can be asked for again.
         """
         if not self._copied:
             return self._ahead.take()
@@ -85,8 +83,7 @@ class Uploads:
 class Download:
     """Copy a tensor to the host when it is called, in the thread that wants it, which alone waits for the device.
 
-    Args:
-        position: of its bytes in a file. The copy lies like them within its page, so that it can be written as it is.
+    The copy lies within its page as its bytes at ``position`` of a file do, so that it can be written as it is.
     """
 
     def __init__(self, tensor: Tensor, position: int = 0) -> None:

@@ -47,12 +47,7 @@ MOST_THREADS = 4_096
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
-    """Return the device that ``auto``, ``cpu``, ``cuda`` or ``cuda:N`` names, with its number.
-
-    Raises:
-        ConfigError: unknown name.
-        ResourceError: CUDA asked for and not there.
-    """
+    """Return the device that ``auto``, ``cpu``, ``cuda`` or ``cuda:N`` names, with its number; refuse a missing one."""
     if not isinstance(device, str | torch.device):
         refuse(device, "device", "auto, cpu, cuda or cuda:N")
     if device == "auto":
@@ -87,23 +82,32 @@ def run(plan: Plan, **options: Any) -> Report:
 
 @dataclass
 class Execution:
-    """Hold a plan, and how it is executed."""
+    """Hold a plan, and how it is executed.
+
+    Attributes:
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        max_ram, max_vram: ceilings in bytes for each process; a plan that needs more is refused before anything is
+            written.
+        threads: CPU threads that each process computes with; as many as torch takes when None. The last digits of
+            spectral methods depend on it, so an unfinished merge goes on with the number that it began with.
+        resume: continue an unfinished merge of the same config and inputs; a finished one is left as it is.
+        overwrite: replace a finished output (at the commit, not before) or discard an unfinished one.
+        io: ``auto``: files past the page cache where that is faster and the file system can; ``buffered``: never.
+        observer: called at every change of phase.
+        executor: shares the work out among processes; all is done in this one when None.
+    """
 
     plan: Plan
     _: KW_ONLY
-    device: str = "auto"  # or cpu, cuda, cuda:N
-    # Ceilings in bytes for each process; a plan that needs more is refused before anything is written.
+    device: str = "auto"
     max_ram: int | None = None
     max_vram: int | None = None
-    # CPU threads that each process computes with; as many as torch takes when None. The last digits of spectral methods
-    # depend on it, so an unfinished merge goes on with the number that it began with.
     threads: int | None = None
-    resume: bool = False  # continue an unfinished merge of the same config and inputs; a finished one is left as it is
-    overwrite: bool = False  # replace a finished output (at the commit, not before) or discard an unfinished one
-    # ``auto``: files past the page cache where that is faster and the file system can; ``buffered``: never.
+    resume: bool = False
+    overwrite: bool = False
     io: str = "auto"
-    observer: Observer | None = None  # called at every change of phase
-    executor: Executor | None = None  # shares the work out among processes; all is done in this one when None
+    observer: Observer | None = None
+    executor: Executor | None = None
 
     def run(self) -> Report:
         """Execute the plan (see ``run``)."""

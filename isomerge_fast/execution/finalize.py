@@ -45,13 +45,7 @@ def write_metadata(
     shards: dict[str, ShardEntry],
     report: Report,
 ) -> None:
-    """Complete the output in ``folder``, durably.
-
-    Args:
-        description: all that decides the output's bytes.
-        entries: of the journal, by tensor.
-        shards: what the manifest says of the files of weights.
-    """
+    """Write all of an output but its weights into ``folder``, durably: companions, configs, manifest and report."""
     scalings = scaling_folders(plan.config)
     files: dict[str, FileEntry] = {}
     for name, scaling in scalings.items():

@@ -157,10 +157,8 @@ def merge_source(
 ) -> Tensor:
     """Return θ₀ + α·Δ of one tensor, or of a batch of matrices [B, M, N], rounded once to ``dtype``.
 
-    Args:
-        source: of the deltas, with all copies in memory as they are stored: no T deltas are made of them.
-        base: θ₀, as the source has it.
-        seed: of stochastic rounding.
+    ``source`` has all copies in memory as they are stored: no T deltas are made of them. ``base`` is its θ₀, and
+    ``seed`` that of stochastic rounding.
     """
     sink = MemorySink(base, scaling, dtype, seed)
     memory_route(method, base.shape).run(source, sink)
@@ -208,7 +206,7 @@ class MemorySink:
             )
 
     def _parts(self, block: RowBlock) -> Iterator[RowBlock]:
-        """Yield the block in parts, so that what is made of one is small beside the whole."""
+        """Yield the block in parts of so few elements that what is computed of one takes little memory."""
         elements = ops.traits_of(block.like.device).block_elements(PART_ELEMENTS)
         return block.parts(ROW_STEP * max(1, elements // max(1, ROW_STEP * self._row_elements)))
 

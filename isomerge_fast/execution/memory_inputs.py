@@ -20,10 +20,9 @@ Array = Tensor | np.ndarray
 
 
 def read_deltas(deltas: Array | Sequence[Array]) -> list[Tensor]:
-    """Return T matrices [M, N] or batches [B, M, N].
+    """Return T matrices [M, N] or batches [B, M, N]; refuse anything else.
 
-    Raises:
-        InputError: anything else. Kernels of convolutions can be read as matrices in several ways: the caller chooses.
+    Kernels of convolutions can be read as matrices in several ways: the caller chooses.
     """
     expected = "a list of T tensors [M, N] or [B, M, N], or one stack of them [T, M, N] or [T, B, M, N]"
     if isinstance(deltas, Tensor | np.ndarray):
@@ -121,10 +120,7 @@ def check_fit(
     """Return the dtypes that every merged tensor has in the base and the experts, by name.
 
     Others are the base's: integers, and buffers that a model computes for itself where an expert lacks one or has
-    another shape.
-
-    Raises:
-        InputError: lists all that keeps these state dicts from being merged.
+    another shape. An InputError lists all that keeps these state dicts from being merged.
     """
     dtypes = {name: [tensor.dtype] for name, tensor in base.items() if tensor.is_floating_point()}
     computed = {name for name in dtypes if is_computed(name, base[name].shape)}

@@ -15,7 +15,7 @@ PHASES = ("prepare", "read", "compute", "write")
 
 
 class TensorReport(TypedDict):
-    """Hold what every tensor's report has, and of what some have, all that is looked at by name."""
+    """Name the keys that every tensor's report has, and of the optional ones those that this package reads."""
 
     name: str
     action: str

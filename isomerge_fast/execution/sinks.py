@@ -22,12 +22,9 @@ from .device_copies import Download
 
 
 class FileSink:
-    """Write one tensor into all its outputs: the ``Sink`` of a merge of files.
+    """Write one tensor into all its outputs, sharing out parts of a block: the ``Sink`` of a merge of files.
 
-    Args:
-        writers: by sub-folder of the output.
-        threads: make parts of a block at once.
-        phase: ``PhaseTimer.phase``.
+    ``writers`` are by sub-folder of the output; ``phase`` is ``PhaseTimer.phase``.
     """
 
     def __init__(

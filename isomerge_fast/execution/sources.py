@@ -134,7 +134,9 @@ class FileSource(PlannedSource):
                     yield self._block(rows, experts, base, chosen)
 
     def start_over(self) -> None:
-        """Let go of what is held, and pass over what is still to come of the first pass."""
+        """Free the copies that are held; read what is left of the first pass without using it, as ``ahead`` is in
+        order.
+        """
         self._held = None
         if not self._plan.route.holds_copies:
             while self._to_take:

@@ -319,10 +319,8 @@ def _write(
 ) -> None:
     """Write Δ = left right, as the weight is stored, into A and B, in the dtype of the adapters that are merged.
 
-    PEFT keeps those in float32 over a base of 16 bits, but makes new ones in the base's dtype.
-
-    Raises:
-        InputError: the dtype cannot hold it.
+    PEFT keeps those in float32 over a base of 16 bits, but makes new ones in the base's dtype. What the dtype cannot
+    hold is refused.
     """
     if not (bound := product_bound(left, right)) <= torch.finfo(torch.float32).max:
         raise InputError(f"module {module!r}: weights up to {bound:.3g} of the merged delta overflow float32")

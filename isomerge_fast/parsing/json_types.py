@@ -17,11 +17,9 @@ _BOUNDS = {int: 2**63, float: sys.float_info.max}
 def check(value: Any, kind: Any, what: str) -> None:
     """Raise ValueError, naming the place, where a value is not of a type.
 
-    Args:
-        kind: a TypedDict (its other keys are ignored), a dataclass (other keys are refused), list[…], dict[str, …], a
-            union, Any or a scalar; or one of these, Annotated with functions (value, what) that raise ValueError too. A
-            bool is no number, and a float may be written as an int.
-        what: the name of the value in messages.
+    ``kind`` is a TypedDict (its other keys are ignored), a dataclass (other keys are refused), list[…], dict[str, …], a
+    union, Any or a scalar; or one of these, Annotated with functions (value, what) that raise ValueError too. A bool is
+    no number, and a float may be written as an int. ``what`` names the value in messages.
     """
     if kind is Any:
         return

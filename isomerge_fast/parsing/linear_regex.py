@@ -36,10 +36,7 @@ class NamePattern:
     """Match names from the start or from behind a dot, up to the end: ``(.*\\.)?(pattern)$``.
 
     An expression may have characters, classes, groups, alternatives, repetitions, ``^`` and ``$``, but nothing that
-    looks around or back.
-
-    Raises:
-        PatternError: no regular expression, one that has more than that, or an absurdly large one.
+    looks around or back. Others, and absurdly large ones, are refused by a PatternError.
     """
 
     def __init__(self, pattern: str) -> None:

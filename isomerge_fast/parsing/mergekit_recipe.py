@@ -33,15 +33,8 @@ def read_recipe(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
         iso_c, iso_cts, task_arithmetic:  θ = θ₀ + λ · method(w_t Δ_t)
         linear:                           θ = Σ w_t θ_t / Σ w_t = θ₀ + Σ (w_t / Σ w) Δ_t, whichever model is θ₀
 
-    Args:
-        raw: the parsed YAML.
-        where: begins every message, such as the file's name.
-
-    Returns:
-        A dict of plain values. Keys that are as in a MergeConfig by default may be left out.
-
-    Raises:
-        ConfigError: what cannot be honoured, what mergekit refuses itself, and unknown keys; names the key.
+    ``raw`` is the parsed YAML, and ``where`` begins every message. Keys that are as in a MergeConfig by default may be
+    left out. A ConfigError names the key that cannot be honoured, that mergekit refuses itself, or that is unknown.
     """
     return _Recipe(raw, where).read()
 

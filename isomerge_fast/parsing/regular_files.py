@@ -23,17 +23,11 @@ class IrregularFileError(OSError):
 def open_regular(
     path: str | os.PathLike[str], *, dir_fd: int | None = None, follow: bool = True
 ) -> tuple[int, os.stat_result]:
-    """Open a regular file; return a descriptor for reading and the file's status.
+    """Open a regular file, relative to the folder ``dir_fd``; return a descriptor for reading and the file's status.
 
-    Opening a FIFO waits for a writer, and opening a device may do something, so these are refused before. What takes
-    the file's place after that is opened without waiting, and refused then.
-
-    Args:
-        dir_fd: of the folder that a relative path begins at.
-        follow: whether the path itself may be a link.
-
-    Raises:
-        IrregularFileError: no regular file. OSError: as ``os.open``. Both have the reason in ``strerror``.
+    Opening a FIFO waits for a writer, and opening a device may do something, so these are refused before, by an
+    IrregularFileError. What takes the file's place after that is opened without waiting, and refused then. Without
+    ``follow`` the path itself may be no link.
     """
     try:
         _require_regular(os.stat(path, dir_fd=dir_fd, follow_symlinks=follow), path)

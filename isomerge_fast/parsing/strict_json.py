@@ -15,9 +15,8 @@ MAX_CONFIG_DEPTH = 100  # settings are copied and written by recursion
 def parse_json(data: bytes, what: str, *, most_values: int, as_python: bool = False) -> Any:
     """Return the value of a JSON text; refuse duplicate keys, NaN literals and broken escapes.
 
-    Args:
-        most_values: more are refused before they are parsed. (Parsed, ``[[],[],…`` takes 25 times its own bytes.)
-        as_python: read the literals NaN, Infinity and -Infinity too, as Python's json does.
+    Texts of more than ``most_values`` are refused before they are parsed. (Parsed, ``[[],[],…`` takes 25 times its own
+    bytes.) With ``as_python`` the literals NaN, Infinity and -Infinity are read too, as Python's json does.
     """
     # Every value but a container's first follows a comma. Those in texts count too, and texts have few.
     if data.count(b",") + data.count(b"[") + data.count(b"{") > most_values:

@@ -53,11 +53,8 @@ class _Refused(Exception):
 def parse_yaml(text: str, where: str) -> Any:
     """Return the value of one YAML document: texts, numbers, true, false, null, lists, and mappings from texts.
 
-    Args:
-        where: begins every message, such as the file's name.
-
-    Raises:
-        ConfigError: not YAML, a key that is given twice, other kinds of values, or absurdly many of them.
+    Keys that are given twice, other kinds of values and absurdly many of them are refused. ``where``, such as the
+    file's name, begins every message.
     """
     if len(text) > MAX_CHARACTERS:
         raise ConfigError(f"{where}: {len(text)} characters; refused above {MAX_CHARACTERS}")
@@ -87,11 +84,7 @@ def parse_yaml(text: str, where: str) -> Any:
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
-    """Return the mapping of keys to values that a YAML file holds.
-
-    Raises:
-        ConfigError: as ``parse_yaml``; a file that cannot be read, or holds something else.
-    """
+    """Return the mapping of keys to values that a YAML file holds; see ``parse_yaml``."""
     try:
         data, _ = read_regular(path, MAX_BYTES)
         text = data.decode("utf-8-sig")

@@ -58,8 +58,7 @@ def set_aside_buffers(
 ) -> tuple[tuple[Checkpoint, ...], Buffers]:
     """Return the experts without the buffers that are not merged, and these buffers.
 
-    Args:
-        extras_are_copied: whether what one expert alone has is copied, buffers too.
+    With ``extras_are_copied`` what one expert alone has stays: it is copied, buffers too.
     """
     whole = [expert for expert in experts if not isinstance(expert, Adapter)]
     model_type = (base.config or {}).get("model_type")

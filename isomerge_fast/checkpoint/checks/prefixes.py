@@ -30,9 +30,9 @@ class Prefix:
 
 
 def find_prefixes(missing: Mapping[str, Shape], extra: Mapping[str, Shape]) -> list[Prefix]:
-    """Return the prefixes by which names that one model alone has become names that the other alone has.
+    """Return the prefixes by which names in ``missing`` become names in ``extra``; that of most names comes first.
 
-    That of most names comes first.
+    ``missing`` has the names and shapes of one model that the other lacks, ``extra`` those of the other.
     """
     left, other = dict(missing), dict(extra)
     found: list[Prefix] = []

@@ -100,18 +100,17 @@ class Reader:
         return sum(direct is not None for _, direct in self._descriptors.values())
 
     def read(self, piece: Piece) -> Tensor:
-        """Read a piece into a new CPU tensor.
-
-        Raises:
-            InputChangedError: the file changed since it was planned, is gone, or ended early.
-            UnreadableError: it failed to read.
-        """
+        """Read a piece into a new CPU tensor; see ``read_into``."""
         data = torch.empty(piece.bytes, dtype=torch.uint8, device="cpu")
         self.read_into(piece, 0, data.numpy().data)
         return piece.view(data)
 
     def read_into(self, piece: Piece, offset: int, target: memoryview) -> None:
-        """Fill ``target`` with the piece's bytes from ``offset`` on; several threads may call it at once."""
+        """Fill ``target`` with the piece's bytes from ``offset`` on; several threads may call it at once.
+
+        It raises InputChangedError where the file changed since it was planned, is gone or ended early, and
+        UnreadableError where it failed to read.
+        """
         start, end = piece.start + offset, piece.start + offset + len(target)
         file, name = piece.stored.file, piece.stored.name
         try:

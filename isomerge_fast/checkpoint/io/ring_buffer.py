@@ -18,8 +18,7 @@ from .direct_io import page_ceiling
 class RingBuffer:
     """Lend parts of ``size`` bytes, each on whole pages; bytes that were never used take no memory.
 
-    Args:
-        pinned: whether they are page-locked, for asynchronous copies to a GPU.
+    ``pinned`` memory is page-locked, for asynchronous copies to a GPU.
     """
 
     def __init__(self, size: int, *, pinned: bool = False) -> None:

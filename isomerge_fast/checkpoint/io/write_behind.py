@@ -19,10 +19,8 @@ ROOM_SHARE = 3
 class WriteBehind:
     """Do writes behind their caller, as a context manager; raise the first failure at the next call.
 
-    All that was put is done when ``drain`` returns.
-
-    Args:
-        budget_bytes: of what waits to be written; one write is taken whatever its size.
+    At most ``budget_bytes`` wait to be written, but one write is taken whatever its size. All that was put is done when
+    ``drain`` returns.
     """
 
     def __init__(self, budget_bytes: int) -> None:
@@ -66,11 +64,9 @@ class WriteBehind:
         return room
 
     def put(self, action: Callable[[], None], *, size: int = 0, in_room: bool = False) -> None:
-        """Have ``action`` done.
+        """Have ``action`` done; wait while the budget is used up.
 
-        Args:
-            size: bytes of its own that it holds until then; waits while the budget is used up.
-            in_room: whether what it writes lies in the ``room`` taken last.
+        Until then it holds ``size`` bytes of its own, or with ``in_room`` those of the ``room`` taken last.
         """
         self._raise()
         while self._pending and (not self._results.empty() or (self._bytes and self._bytes + size > self._budget)):

@@ -110,17 +110,14 @@ def create_shard(
 
 
 class ShardWriter:
-    """Write tensors of a file that ``create_shard`` made, past the page cache where the file system can.
+    """Write the tensors ``names`` of a file, or all, past the page cache where the file system can.
 
     (4 GB on an ext4 disk of a 2-core machine, synced: 0.3 to 0.9 GB/s through the cache, 1.6 directly.)
 
-    Several processes may write one file, each its own tensors: every writer locks the bytes of these. That keeps out
-    a process that was given up and lives on, and makes network file systems write no more than was given them: an NFS
-    client without a lock writes back whole pages, and with them the neighbours' bytes as it has seen them last.
-
-    Args:
-        tensors, metadata: of the whole file, as ``create_shard`` wrote it.
-        names: of the tensors that will be written; all when None.
+    ``create_shard`` made the file, with the same ``tensors`` and ``metadata``. Several processes may write one file,
+    each its own tensors: every writer locks the bytes of these. That keeps out a process that was given up and lives
+    on, and makes network file systems write no more than was given them: an NFS client without a lock writes back whole
+    pages, and with them the neighbours' bytes as it has seen them last.
     """
 
     def __init__(

@@ -82,9 +82,6 @@ def open_adapter(path: str | os.PathLike[str], base: Checkpoint) -> Adapter:
 
     Names are tried as they are, then with one prefix removed or added (``bert.encoder…`` on a file that says
     ``encoder…``). Where that does not help they stay, and ``incompatibilities`` lists those that the base lacks.
-
-    Raises:
-        InputError: malformed, unknown or refused; the message names the file, and the tensor or the setting.
     """
     folder = Path(path)
     weights = _weights_file(folder)

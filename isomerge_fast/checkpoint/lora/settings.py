@@ -66,14 +66,9 @@ def read_settings(file: Path) -> tuple[dict[str, Any], FileIdentity]:
 
 
 def check_settings(where: object, settings: Mapping[str, Any]) -> None:
-    """Refuse settings of anything but a plain LoRA, and unknown settings.
+    """Refuse settings (``adapter_config.json``) of anything but a plain LoRA, and unknown settings.
 
-    Args:
-        where: the file, or the adapter in memory, for the message.
-        settings: as in ``adapter_config.json``.
-
-    Raises:
-        InputError: naming the setting, its value and what to do.
+    ``where``, the file or the adapter in memory, begins the message.
     """
     kind = settings.get("peft_type")
     if kind is None:

@@ -59,10 +59,8 @@ class FolderContents:
 def contents_of(base: Path, merged: Collection[str], experts: Sequence[Path], method: str) -> FolderContents:
     """Return which files of the base's folder the output gets, and the weights in its sub-folders that it may have.
 
-    Args:
-        merged: names of the files that are merged.
-        experts: the checkpoints among the experts, whose own sub-folders are compared.
-        method: named in the advice of errors.
+    The sub-folders of ``experts``, those that are checkpoints, are compared with the base's; advice in errors names
+    ``method``. Files that are ``merged`` are none of these.
     """
     contents = sort_folder(base, merged, experts)
     check_same_weights(base, contents.submodules, experts, method)
@@ -75,11 +73,9 @@ def contents_of(base: Path, merged: Collection[str], experts: Sequence[Path], me
 def sort_folder(folder: Path, merged: Collection[str] = (), experts: Sequence[Path] = ()) -> FolderContents:
     """Return what lies in a checkpoint's folder beside the files that are merged, ``merged``.
 
-    Adapters in it that none of the ``experts`` has are left behind.
-
-    Raises:
-        InputError: a folder that cannot be listed; an essential file that is no regular file, cannot be read, leads out
-            of the folder, or differs from another one in case alone. Other such files are left behind.
+    Adapters in it that none of the ``experts`` has are left behind. So are files that cannot be read, are no regular
+    files, lead out of the folder, or differ from another one in case alone; where such a file is essential, and where
+    the folder cannot be listed, it raises InputError.
     """
     sorter = _Sorter(folder, merged, experts)
     sorter.sort()
@@ -244,12 +240,7 @@ def _size(path: Path) -> int:
 
 
 def copy_companions(source: Path, target: Path, names: Iterable[str]) -> dict[str, Checksum]:
-    """Copy contents, never modes: the output's follow the umask. Return the checksums of what was written.
-
-    Raises:
-        InputError: a file that leads out of ``source`` by now.
-        ResourceError: naming the file that cannot be read or written.
-    """
+    """Copy contents, never modes: the output's follow the umask. Return the checksums of what was written."""
     written = {}
     for name in names:
         (target / name).parent.mkdir(parents=True, exist_ok=True)

@@ -57,18 +57,15 @@ class Entries(Mapping[str, dict[str, Any]]):
 
 
 class Journal:
-    """Begin or continue the journals of a merge.
+    """Begin or continue the journals of a merge, in files of ``folder``.
 
     ``journal.jsonl`` has what earlier runs finished, ``journal-<number>.jsonl`` what each work item of this run has
-    finished. The first line names the merge, each other line a tensor. Every line begins with its own checksum.
-    Resuming checks the bytes of a tensor that an entry names.
+    finished. The first line names the merge by its ``fingerprint``, ``key``, each other line a tensor. Every line
+    begins with its own checksum. Resuming checks the bytes of a tensor that an entry names.
 
-    Args:
-        key: ``fingerprint`` of the merge.
-        inputs: of the merge, so that a refusal can name the one that has changed.
-        threads: of this run. LAPACK's last digits depend on their number, so a merge continues with the number that it
-            began with: attribute ``threads``.
-        overwrite: discard the journals of another merge instead of refusing them.
+    LAPACK's last digits depend on the number of threads, so a merge continues with the number that it began with:
+    attribute ``threads``. Journals of another merge are refused, naming the input that has changed, or with
+    ``overwrite`` discarded.
     """
 
     def __init__(
@@ -106,11 +103,7 @@ class Journal:
 class ItemJournal:
     """Write the journal of one work item, in the process that works on it; others read it while it grows.
 
-    Args:
-        about: keys of the first line that describe the process.
-
-    Raises:
-        ConfigError: another merge has the folder by now.
+    ``about`` describes the process, in the first line. Where another merge has the folder by now it raises ConfigError.
     """
 
     def __init__(self, folder: Path, key: str, threads: int, item: int, about: Mapping[str, Any]) -> None:

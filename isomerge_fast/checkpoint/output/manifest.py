@@ -118,9 +118,7 @@ def fingerprint(description: Mapping[str, Any]) -> str:
 def read_manifest(folder: Path) -> Manifest:
     """Return the manifest of a finished output, as the merge wrote it.
 
-    Raises:
-        InputError: no such folder, or no manifest in it.
-        VerificationError: a manifest that this version cannot read, or that was changed.
+    It raises InputError where there is none, and VerificationError where this version cannot read it or it was changed.
     """
     manifest, flaw = examine_manifest(folder)
     if flaw is not None:

@@ -42,11 +42,8 @@ def model_card(
 ) -> str:
     """Return README.md of a merged checkpoint or adapter.
 
-    Args:
-        recipe: the keys of the config that differ from their defaults.
-        kind: of the experts, in the plural.
-        library: that loads the output, as model hubs name it.
-        notes: on what may surprise about the merge.
+    ``recipe`` has the keys of the config that differ from their defaults. ``kind`` names the experts in the plural,
+    ``library`` what loads the output, as model hubs name it; ``notes`` tell what may surprise about the merge.
     """
     base, experts, scaling = recipe["base"], recipe["experts"], recipe["scaling"]
     lines = [

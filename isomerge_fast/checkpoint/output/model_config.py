@@ -27,10 +27,8 @@ def output_config(
 ) -> tuple[dict[str, Any] | None, list[str]]:
     """Return the output's ``config.json``, or None where the base has none, and notes about it.
 
-    Args:
-        donors: the experts from which tensors are copied that the base does not have.
-        copied: the names of these tensors.
-        dtype: of the output's floats, where it is not the base's.
+    ``donors`` are the experts from which the tensors ``copied`` come that the base does not have; ``dtype`` is of the
+    output's floats, where it is not the base's.
     """
     if base.config is None:
         return None, []

@@ -61,10 +61,9 @@ def staged_bytes(out: Path) -> int:
 class Staging:
     """Hold the work folder of one run and the output's lock, as a context manager.
 
-    Raises:
-        ConfigError: another merge is at work there, or an unfinished one lies there and is neither to be resumed nor
-            to be discarded; the output is there and is not to be replaced, or holds what no merge has put there.
-        ResourceError: the folder cannot be written to.
+    It raises ConfigError where another merge is at work there, or an unfinished one lies there and is neither to be
+    resumed nor to be discarded; where the output is there and is not to be replaced, or holds what no merge has put
+    there.
     """
 
     def __init__(self, out: Path, *, resume: bool, overwrite: bool) -> None:
@@ -129,9 +128,8 @@ class Staging:
     def commit(self) -> None:
         """Put ``new/`` in the place of the output. Its files are on disk already.
 
-        Raises:
-            ConfigError: another run has taken this one's folder, or the output holds by now what no merge wrote.
-            ResourceError: a folder cannot be renamed.
+        It raises ConfigError where another run has taken this one's folder, or the output holds by now what no merge
+        wrote.
         """
         for folder, _, _ in os.walk(self.new, topdown=False):
             sync_folder(Path(folder))

@@ -58,8 +58,7 @@ class Entry:
 class StoredExpert(StoredStateDict):
     """Read an expert's tensors when they are asked for, with the names and dtype of the model that would be loaded.
 
-    Args:
-        names: {name in the model: name in the files}.
+    ``names`` has the name in the files by that in the model.
     """
 
     def __init__(self, checkpoint: Checkpoint, names: Mapping[str, str], dtype: torch.dtype) -> None:
@@ -80,8 +79,7 @@ class StoredExpert(StoredStateDict):
 class Experts:
     """Open the experts of a pool one after the other, from their files where that is proven to be the same.
 
-    Args:
-        pretrained: the loaded pretrained model, whose names and shapes they must have.
+    They must have the names and shapes of ``pretrained``, the loaded pretrained model.
     """
 
     def __init__(self, pool: Any, pretrained: nn.Module) -> None:
@@ -126,8 +124,7 @@ class Experts:
 def entry_of(pool: Any, name: str) -> Entry:
     """Return what the pool would load for ``name``, from the configuration and the files' headers.
 
-    Raises:
-        MustLoad: it is not known that ``from_pretrained`` would load plain safetensors files.
+    It raises MustLoad where it is not known that ``from_pretrained`` would load plain safetensors files.
     """
     loader = type(pool).load_model
     known = {f"fusion_bench.modelpool.{place}.load_model": target for place, target in LOADERS.items()}
@@ -160,12 +157,10 @@ def entry_of(pool: Any, name: str) -> Entry:
 
 
 def stored_names(state: Mapping[str, Tensor], checkpoint: Checkpoint) -> dict[str, str]:
-    """Return {name in the model: name in the files}: the same, or with one prefix before all.
+    """Return {name in the model: name in the files}: the same, or with one prefix before all. Tied weights are stored
+    once.
 
-    Tied weights are stored once.
-
-    Raises:
-        MustLoad: a tensor is missing or has another shape, or the files hold tied weights twice.
+    It raises MustLoad where a tensor is missing or has another shape, or the files hold tied weights twice.
     """
     tied: dict[tuple[Any, ...], list[str]] = {}
     for name, tensor in state.items():

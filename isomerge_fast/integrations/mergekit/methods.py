@@ -69,11 +69,8 @@ class IsotropicMergeMethod(MergeMethod):
 
     mergekit's batch kernels do not see names, and its group kernels see one tensor at a time; here names decide
     (``text_projection`` is averaged), and matrices of one shape are merged as one batch. So this stands beside both, on
-    the class under them, and packs what belongs together with mergekit's own packing.
-
-    Args:
-        method: a name in ``METHODS``; mergekit's is the same with ``_``.
-        parameters: of the recipe; those that are neither weight nor lambda are options of the method.
+    the class under them, and packs what belongs together with mergekit's own packing. Parameters of the recipe that are
+    neither weight nor lambda are options of the method.
     """
 
     supports_batching = True
@@ -99,13 +96,8 @@ class IsotropicMergeMethod(MergeMethod):
     ) -> tuple[Tensor, ...]:
         """Merge what mergekit has checked and bound to parameters.
 
-        Returns:
-            One tensor a group, in the order of ``groups``, rounded once to ``out_dtype``, or to the dtype in which
-            mergekit gives the base. No gradients are recorded.
-
-        Raises:
-            InputError: NaN or Inf in an input, or in what is made of it; names the tensor and the models.
-            ConfigError: options that do not fit a tensor, such as a negative k; names the tensor.
+        Return one tensor a group, in the order of ``groups``, rounded once to ``out_dtype``, or to the dtype in which
+        mergekit gives the base. No gradients are recorded. Errors name the tensor, and the models of NaN or Inf.
         """
         results: dict[int, Tensor] = {}
         for by_method in (True, False):
@@ -177,11 +169,7 @@ class IsotropicMergeMethod(MergeMethod):
 
 
 class _Batch(MemoryDeltas):
-    """Give the deltas of a batch [B, ...] whose members have weights of their own.
-
-    Args:
-        member_weights: w_t of every member; None where all are 1.
-    """
+    """Give the deltas of a batch [B, ...] whose members have weights w_t of their own, None where all are 1."""
 
     def __init__(
         self, experts: Sequence[Tensor], base: Tensor, member_weights: list[tuple[float, ...] | None], **more: Any

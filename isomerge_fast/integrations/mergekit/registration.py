@@ -16,9 +16,8 @@ from ..peers import MERGEKIT, require
 def register_all() -> None:
     """Add ``iso_c`` and ``iso_cts`` to mergekit's registry; a second call changes nothing.
 
-    Raises:
-        MissingPackageError: mergekit is absent, or another release than the one this was written for.
-        ValueError: somebody else has registered one of these names.
+    It raises MissingPackageError where mergekit is absent, or another release than the one this was written for, and
+    ValueError where somebody else has registered one of these names.
     """
     require("mergekit", MERGEKIT, "mergekit")
     from mergekit.merge_methods import register, registered_methods

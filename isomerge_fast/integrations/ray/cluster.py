@@ -142,11 +142,7 @@ def machines() -> list[Machine]:
 
 
 def ask_all(question: Callable[..., Any], *arguments: Any) -> list[tuple[Machine, Any]]:
-    """Run ``question`` on every machine; return the answers.
-
-    Raises:
-        ResourceError: a machine does not answer.
-    """
+    """Run ``question`` on every machine; return the answers, and refuse a machine that does not answer."""
     asked = []
     for machine in machines():
         there: Any = NodeAffinitySchedulingStrategy(machine.id, soft=False)
@@ -178,13 +174,10 @@ def end_tasks(references: list[Any], patience: float) -> None:
 
 
 class HeadWatch:
-    """Ask the cluster's head again and again, in a thread of its own: Ray waits in the call for a head that is gone.
-
-    Attributes:
-        workers: how many work items the cluster could work on at a time, by its last answer.
-    """
+    """Ask the cluster's head again and again, in a thread of its own: Ray waits in the call for a head that is gone."""
 
     def __init__(self, ask: Callable[[], int], workers: int) -> None:
+        # By its last answer: how many work items the cluster could work on at a time.
         self._ask, self.workers = ask, workers
         self.address = ray.get_runtime_context().gcs_address
         self._answered = time.monotonic()

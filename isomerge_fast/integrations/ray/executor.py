@@ -46,9 +46,7 @@ HEAD_SECONDS, ANSWER_SECONDS_WITHOUT_HEAD = 30.0, 10.0
 class RayExecutor:
     """Merge by a Ray cluster's worker processes: the ``Executor`` of a cluster.
 
-    Attributes:
-        device: ``cpu``, or ``cuda``: each worker has a GPU of its own.
-        threads: CPU threads of a worker.
+    A worker has ``threads`` CPU threads, and where ``device`` is ``cuda`` a GPU of its own.
     """
 
     def __init__(self, device: str, threads: int | None) -> None:
@@ -63,12 +61,7 @@ class RayExecutor:
         self.threads = threads or (torch.get_num_threads() if self.device == "cpu" else self._cpus_a_gpu)
 
     def plan(self, config: MergeConfig, *, max_ram: int | None, max_vram: int | None) -> Plan:
-        """Make the plan for the workers, and check that all machines see the same files as this one.
-
-        Raises:
-            ConfigError, InputError: as ``make_plan``.
-            ResourceError: a machine does not see them; no machine is large enough for one worker.
-        """
+        """Make the plan for the workers, and check that all machines see the same files as this one."""
         if self.device == "cuda" and not torch.cuda.is_available():  # what it decides depends on the GPU
             task: Any = ray.remote(num_gpus=1, max_retries=RETRIES)(worker.plan_on_gpu)
             try:
@@ -122,9 +115,8 @@ class RayExecutor:
     ) -> list[WorkResult]:
         """Merge all tensors of the plan, divided for as many workers as there are now, the largest work items first.
 
-        Raises:
-            ResourceError: no machine is large enough for one worker; a work item failed for good; the head is lost.
-            InputError: a weight that is not finite, and the like.
+        It raises ResourceError where no machine is large enough for one worker, a work item failed for good, or the
+        head is lost; and what the workers raise, such as InputError.
         """
         threads = settings.threads
         workers = self.workers(plan, threads)
@@ -166,11 +158,7 @@ class RayExecutor:
         return sorted(results, key=lambda result: result.number)
 
     def _result(self, reference: Any, item: WorkItem, plan: Plan) -> WorkResult:
-        """Return the result of a task that has ended.
-
-        Raises:
-            IsomergeError: names the work item, the machine and the cause.
-        """
+        """Return the result of a task that has ended; an error names the work item, the machine and the cause."""
         try:
             return ray.get(reference)
         except exceptions.RayTaskError as error:
@@ -219,11 +207,7 @@ class RayExecutor:
 
 
 class _ClusterProgress:
-    """Tell an observer how far all work items are together.
-
-    Attributes:
-        pause_seconds: until the next look at the journals.
-    """
+    """Tell an observer how far all work items are together."""
 
     def __init__(
         self,
@@ -240,7 +224,7 @@ class _ClusterProgress:
         self._items = len(items)
         self._done = set(journal_entries) & self._bytes.keys()
         self._started = time.perf_counter()
-        self.pause_seconds = POLL_SECONDS
+        self.pause_seconds = POLL_SECONDS  # until the next look at the journals
 
     def finish(self, result: WorkResult) -> None:
         """Count a work item as done."""

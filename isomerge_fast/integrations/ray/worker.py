@@ -25,13 +25,9 @@ def plan_on_gpu(config: MergeConfig, max_ram: int | None, max_vram: int | None, 
 
 
 def merge_there(settings: MergeSettings, item: WorkItem, version: str, folder: str) -> WorkResult:
-    """Merge a work item on this machine.
+    """Merge a work item on this machine; errors have the machine's name as their attribute ``host``.
 
-    Args:
-        version: of this package where the driver runs; ``folder``: its working folder.
-
-    Raises:
-        IsomergeError: with the name of this machine as its attribute ``host``.
+    ``version`` of this package and the working ``folder`` are the driver's.
     """
     try:
         if version != __version__:  # of a machine that has joined since
@@ -76,7 +72,7 @@ def versions_question() -> Callable[[], dict[str, str]]:
 
 
 def files_question() -> Callable[[str, str, dict[str, tuple[int, int]]], list[str]]:
-    """Return a function that returns how what a machine sees of a folder and of files differs from the driver's view.
+    """Return a function that lists the files that a machine lacks or sees otherwise than the driver, in words.
 
     Its arguments: a file that the driver made in the folder; the folder; (size, mtime_ns) of every file by path.
     """
