@@ -7,8 +7,8 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,37 +34,8 @@ ANSWER_SECONDS = 60.0
 POLL_SECONDS = 0.5
 
 
-@contextmanager
-def connected(address: str | None) -> Iterator[None]:
-    """Connect this process to Ray, unless it is connected already; disconnect what was connected here."""
-    if ray.is_initialized():
-        yield
-        return
-    with kept_sigterm():
-        connect(address)
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
-@contextmanager
-def kept_sigterm() -> Iterator[None]:
-    """Keep what this process does at a SIGTERM, for which Ray sets a way of its own."""
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        yield
-    finally:
-        if before is not None and threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, before)
-
-
 def connect(address: str | None) -> None:
-    """Connect to the cluster at ``address``, or start one on this machine (see ``ray_executor``).
-
-    Raises:
-        ConfigError: no address, or no cluster there.
-    """
+    """Connect to the cluster at ``address``, or start one on this machine (see ``ray_executor``)."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Else Ray tries a task for which its machine has not enough memory for ever.
     os.environ.setdefault("RAY_task_oom_retries", str(RETRIES))
@@ -78,6 +49,7 @@ def connect(address: str | None) -> None:
         if address is not None:
             raise ConfigError(f"ray {found}: {reason}")
         address = "local"
+    at_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         if address != "local":
             try:
@@ -93,6 +65,9 @@ def connect(address: str | None) -> None:
     except (RuntimeError, ValueError, OSError) as error:
         advice = "; this machine has to be one of that cluster's" if isinstance(error, ConnectionError) else ""
         raise ConfigError(f"ray {address or 'local'}: {' '.join(str(error).split())}{advice}") from error
+    finally:  # Ray has set a handler of its own
+        if at_sigterm is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, at_sigterm)
 
 
 def _last_started() -> str | None:

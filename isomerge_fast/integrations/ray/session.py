@@ -33,10 +33,18 @@ def ray_executor(address: str | None, *, device: str, threads: int | None) -> It
         ResourceError: Ray did not start, or a machine does not answer.
     """
     require("ray", RAY, "ray", or_newer=True)
-    from .cluster import connected
+    import ray
+
+    from .cluster import connect
     from .executor import RayExecutor
 
-    with connected(address):
+    is_ours = not ray.is_initialized()
+    if is_ours:
+        connect(address)
+    try:
         executor = RayExecutor(device, threads)
         executor.check_versions()
         yield executor
+    finally:
+        if is_ours:
+            ray.shutdown()
