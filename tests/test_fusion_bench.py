@@ -35,8 +35,8 @@ from fusion_bench import BaseModelPool, instantiate  # noqa: E402  # after the s
 from fusion_bench.method import ISO_C_Merge, ISO_CTS_Merge  # noqa: E402  # after the skip
 from fusion_bench.modelpool import CausalLMPool, CLIPVisionModelPool  # noqa: E402  # after the skip
 
-from isomerge_fast.integrations.fusion_bench import algorithms as integration  # noqa: E402  # after the skip
-from isomerge_fast.integrations.fusion_bench.algorithms import IsoCFast, IsoCTSFast  # noqa: E402  # after the skip
+from isomerge_fast.integrations import fusion_bench as integration  # noqa: E402  # after the skip
+from isomerge_fast.integrations.fusion_bench import IsoCFast, IsoCTSFast  # noqa: E402  # after the skip
 
 pytestmark = pytest.mark.peer
 ROOT = Path(__file__).resolve().parents[1]
@@ -405,7 +405,7 @@ def test_command_line(clip: Any, tmp_path: Path) -> None:
 
 def test_another_release_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metadata, "version", lambda package: "0.3.0")
-    spec = importlib.util.spec_from_file_location("isomerge_fast.integrations.fusion_bench.again", integration.__file__)
+    spec = importlib.util.spec_from_file_location("isomerge_fast.integrations.again", integration.__file__)
     assert spec is not None
     assert spec.loader is not None
     with pytest.raises(imf.errors.MissingPackageError, match=r"fusion-bench 0.3.0 is installed; .* 0.2.33 only"):

@@ -22,7 +22,7 @@ import oracle
 from checkpoints import listing, load_folder
 from isomerge_fast.config import load_config
 from isomerge_fast.errors import ConfigError, InputError
-from isomerge_fast.integrations.mergekit.registration import main, register_all
+from isomerge_fast.integrations.mergekit import main, register_all
 from peers import need
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when transformers is imported: nothing here may ask a network
