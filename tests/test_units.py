@@ -243,7 +243,7 @@ def test_journals_of_units_are_gathered_and_those_of_other_merges_are_not(tmp_pa
 def test_journal_entries_are_read_as_they_were_added() -> None:
     held, others = Entries([entry("a"), entry("é")]), Entries([{**entry("é"), "more": [1.5, None]}])
     assert held == {"a": entry("a"), "é": entry("é")}
-    held.update(others)
+    held |= others
     assert (held["é"], held.get("b"), "b" in held, len(held)) == ({**entry("é"), "more": [1.5, None]}, None, False, 2)
     assert held.of(["b", "é"]) == others
     assert pickle.loads(pickle.dumps(held)) == held

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from math import prod
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -63,19 +64,6 @@ class _Factors(MemoryFactors):
     """Give factors, or none, beside a base that is read once."""
 
     passed_bytes = 0
-
-
-class _NoFile:
-    """Stand for the writer of a file that must not be written."""
-
-    def position(self, name: str, first: int) -> int:
-        return 0
-
-    def write_part(self, name: str, value: Tensor, first: int) -> None:
-        raise AssertionError(f"part of {name!r} from {first}: {value.nbytes} bytes that are not to be written")
-
-    def finish(self, name: str) -> str:
-        raise AssertionError(f"{name!r} is in no file")
 
 
 @dataclass(frozen=True)
@@ -199,14 +187,11 @@ class Sample:
 
     def merge(self) -> tuple[str, int]:
         """Merge by the engine's own code, without files; return the algorithm and the bytes of all passes."""
-        writers: Any = {folder: _NoFile() for folder in self._tensor.scalings}
-        output = FileSink(
-            replace(self._tensor, route=self._route),
-            writers,
-            self._writes,
-            self._workers,
-            lambda _: nullcontext(),
-        )
+        # Of a file that is not written: another call than this one would be an AttributeError.
+        no_file: Any = SimpleNamespace(position=lambda name, first: 0)
+        writers = dict.fromkeys(self._tensor.scalings, no_file)
+        planned = replace(self._tensor, route=self._route)
+        output = FileSink(planned, writers, self._writes, self._workers, lambda _: nullcontext())
         before = self._source.passed_bytes
         algorithm = self._route.run(self._source, output).algorithm
         return algorithm, self._source.passed_bytes - before

@@ -61,29 +61,35 @@ COPIED_DTYPES = frozenset(dtype for dtype in DTYPES.values() if not dtype.is_flo
 
 
 @dataclass(frozen=True, slots=True)
-class StoredTensor:
+class OutputTensor:
+    """Describe a tensor to be written."""
+
+    name: str
+    dtype: torch.dtype  # one of DTYPES
+    shape: tuple[int, ...]
+
+    @property
+    def elements(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def bytes(self) -> int:
+        return self.elements * self.dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor(OutputTensor):
     """Locate a tensor in a file: ``bytes`` at absolute offset ``start``, up to ``end``.
 
     A merge holds one for every tensor of every checkpoint, so that names and shapes are shared (``_parse_entry``).
     """
 
-    name: str
-    dtype: torch.dtype  # one of DTYPES
-    shape: tuple[int, ...]
     file: Path
     start: int
 
     @property
-    def bytes(self) -> int:
-        return prod(self.shape) * self.dtype.itemsize
-
-    @property
     def end(self) -> int:
         return self.start + self.bytes
-
-    @property
-    def elements(self) -> int:
-        return prod(self.shape)
 
 
 @dataclass(frozen=True)

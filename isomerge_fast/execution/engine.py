@@ -191,7 +191,7 @@ class Execution:
         results = (self.executor or merge_here)(plan, settings, journal.finished, self.observer)
         entries = Entries()
         for result in results:
-            entries.update(result.entries)
+            entries |= result.entries
         seconds = {phase: sum(result.seconds[phase] for result in results) for phase in PHASES}
         seconds |= {"prepare": seconds["prepare"] + prepared, "total": time.perf_counter() - started}
         report = Report(

@@ -11,8 +11,8 @@ from typing import Any, cast
 
 from .. import __version__
 from ..checkpoint.io.checksum import ALGORITHM, Checksum
-from ..checkpoint.io.writer import OutputTensor, write_blocks_durably
-from ..checkpoint.layout import ADAPTER_CONFIG_FILE, DTYPE_NAMES
+from ..checkpoint.io.writer import write_blocks_durably
+from ..checkpoint.layout import ADAPTER_CONFIG_FILE, DTYPE_NAMES, OutputTensor
 from ..checkpoint.output.companions import copy_companions
 from ..checkpoint.output.json_files import LazyMapping, json_blocks, read_with_digest, to_json, write_with_digest
 from ..checkpoint.output.manifest import (

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.io.reader import files_of
-from ..checkpoint.io.writer import OutputTensor
-from ..checkpoint.layout import FileIdentity
+from ..checkpoint.layout import FileIdentity, OutputTensor
 from ..checkpoint.output.journal import Entries
 from ..planning.budget import Budget
 from ..planning.plan import Plan, TensorPlan

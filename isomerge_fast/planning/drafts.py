@@ -10,8 +10,7 @@ from typing import Any
 
 import torch
 
-from ..checkpoint.io.writer import OutputTensor
-from ..checkpoint.layout import ADAPTER_FILE, DTYPE_NAMES, Checkpoint, StoredTensor
+from ..checkpoint.layout import ADAPTER_FILE, DTYPE_NAMES, Checkpoint, OutputTensor, StoredTensor
 from ..checkpoint.lora.adapter import Adapter, LoraPair
 from ..config import MergeConfig
 from ..errors import ConfigError

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..checkpoint.io.writer import OutputTensor
-from ..checkpoint.layout import StoredTensor
+from ..checkpoint.layout import OutputTensor, StoredTensor
 from ..checkpoint.lora.adapter import LoraPair
 from ..config import MergeConfig
 from ..methods import TensorSpec

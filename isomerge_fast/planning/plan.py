@@ -11,8 +11,7 @@ import torch
 
 from ..checkpoint.checks.buffers import Buffers
 from ..checkpoint.header_metadata import PLAIN
-from ..checkpoint.io.writer import OutputTensor
-from ..checkpoint.layout import DTYPE_NAMES, Checkpoint, StoredTensor
+from ..checkpoint.layout import DTYPE_NAMES, Checkpoint, OutputTensor, StoredTensor
 from ..checkpoint.lora.adapter import Adapter
 from ..checkpoint.lora.merged_settings import merged_settings
 from ..checkpoint.output.companions import FolderContents, LeftBehind

@@ -79,10 +79,10 @@ def _causes(base: Checkpoint, expert: Checkpoint, on_extra: str) -> Iterator[str
     yield from _dtype_problems(base, [(own, other) for own, other in pairs if own.shape == other.shape])
     if on_extra == "error":
         each = [f"{name!r} {list(stored.shape)}" for name, stored in extra.items()]
-        alone = [f"tensor {one} is not in the base {base.path}" for one in each]
         it = "it" if len(each) == 1 else "them"
         hint = f" (on_extra: ignore leaves {it} out, copy takes {it})"
-        yield from _one_or_all(alone, f"tensors are not in the base {base.path}", each, hint)
+        found = [(f"tensor {one} is not in the base {base.path}", one) for one in each]
+        yield from _one_or_all(found, f"tensors are not in the base {base.path}", hint)
 
 
 def _shapes(tensors: Mapping[str, StoredTensor]) -> dict[str, tuple[int, ...]]:
@@ -133,8 +133,8 @@ def _missing_problems(base: Checkpoint, expert: Checkpoint, missing: Mapping[str
     for are_tied, hint in ((True, of_ties), (False, of_classes)):
         found = [stored for name, stored in missing.items() if (is_tied and "lm_head" in name) == are_tied]
         each = [f"{stored.name!r} {list(stored.shape)}" for stored in found]
-        alone = [f"tensor {one} of the base {base.path} is missing" for one in each]
-        yield from _one_or_all(alone, f"tensors of the base {base.path} are missing", each, hint)
+        lines = [(f"tensor {one} of the base {base.path} is missing", one) for one in each]
+        yield from _one_or_all(lines, f"tensors of the base {base.path} are missing", hint)
 
 
 def _shape_problems(base: Checkpoint, pairs: list[tuple[StoredTensor, StoredTensor]]) -> Iterator[str]:
@@ -143,37 +143,32 @@ def _shape_problems(base: Checkpoint, pairs: list[tuple[StoredTensor, StoredTens
         found = others
         if own.shape[1:] == other.shape[1:]:  # another number of rows
             found = tables if TOKEN_TABLES.search(own.name) else heads if _HEADS.fullmatch(own.name) else others
-        found.append((own.name, list(own.shape), list(other.shape)))
+        has, there = list(other.shape), list(own.shape)
+        alone = f"tensor {own.name!r} has shape {has}, in the base {base.path} {there}"
+        found.append((alone, f"{own.name!r} {has}, there {there}"))
     for found, what, hint in (
         (tables, "another number of rows than", " (another vocabulary size?)"),
         (heads, "another number of rows than", f" (a head of other classes? {_LOAD_AS_ONE})"),
         (others, "other shapes than", ""),
     ):
-        yield from _one_or_all(
-            [f"tensor {name!r} has shape {other}, in the base {base.path} {own}" for name, own, other in found],
-            f"tensors have {what} in the base {base.path}",
-            [f"{name!r} {other}, there {own}" for name, own, other in found],
-            hint,
-        )
+        yield from _one_or_all(found, f"tensors have {what} in the base {base.path}", hint)
 
 
 def _dtype_problems(base: Checkpoint, pairs: list[tuple[StoredTensor, StoredTensor]]) -> Iterator[str]:
-    others = [(own, other) for own, other in pairs if other.dtype not in FLOAT_DTYPES]
-    found = [(own.name, DTYPE_NAMES[own.dtype], DTYPE_NAMES[other.dtype]) for own, other in others]
-    yield from _one_or_all(
-        [f"tensor {name!r} is {other}, in the base {base.path} {own}" for name, own, other in found],
-        f"tensors are no floats, and in the base {base.path} they are",
-        [f"{name!r} {other}, there {own}" for name, own, other in found],
-    )
+    found = []
+    for own, other in pairs:
+        if other.dtype not in FLOAT_DTYPES:
+            has, there = DTYPE_NAMES[other.dtype], DTYPE_NAMES[own.dtype]
+            alone = f"tensor {own.name!r} is {has}, in the base {base.path} {there}"
+            found.append((alone, f"{own.name!r} {has}, there {there}"))
+    yield from _one_or_all(found, f"tensors are no floats, and in the base {base.path} they are")
 
 
-def _one_or_all(alone: Sequence[str], together: str, each: Sequence[str], hint: str = "") -> Iterator[str]:
-    """Yield one line for problems of one kind: ``alone`` has the sentences for single ones, ``together`` for all."""
-    if len(alone) == 1:
-        yield alone[0] + hint
-    elif alone:
-        yield f"{len(each)} {together}{_listed(each)}{hint}"
-
-
-def _listed(each: Sequence[str]) -> str:
-    return f": {'; '.join(each)}" if len(each) <= MOST_NAMED else f", such as {each[0]}"
+def _one_or_all(found: Sequence[tuple[str, str]], together: str, hint: str = "") -> Iterator[str]:
+    """Yield one line for problems of one kind, each given as the sentence for it alone and its part of a list."""
+    if len(found) == 1:
+        yield found[0][0] + hint
+    elif found:
+        parts = [part for _, part in found]
+        listed = f": {'; '.join(parts)}" if len(parts) <= MOST_NAMED else f", such as {parts[0]}"
+        yield f"{len(parts)} {together}{listed}{hint}"

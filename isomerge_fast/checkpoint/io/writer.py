@@ -16,8 +16,6 @@ import struct
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 
 import torch
@@ -26,7 +24,7 @@ from torch import Tensor
 
 from ...errors import LostWritesError, ResourceError
 from ..header_metadata import PLAIN
-from ..layout import DTYPE_NAMES, StoredTensor
+from ..layout import DTYPE_NAMES, OutputTensor, StoredTensor
 from .checksum import Checksum
 from .direct_io import PAGE, READ_BYTES, copy_bytes, drop_cache, is_aligned_with, open_direct, page_buffer, read_pages
 
@@ -44,19 +42,6 @@ _DTYPE_RANK = [
     "U64", "I64", "F64", "C64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16",
     "F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL",
 ]  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class OutputTensor:
-    """Describe a tensor to be written."""
-
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def bytes(self) -> int:
-        return prod(self.shape) * self.dtype.itemsize
 
 
 def file_layout(

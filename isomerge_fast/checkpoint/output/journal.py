@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections import UserDict
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 from pathlib import Path
@@ -18,42 +19,29 @@ from .json_files import to_json
 JOURNAL_FILE = "journal.jsonl"
 
 
-class Entries(Mapping[str, dict[str, Any]]):
+class Entries(UserDict[str, Any]):
     """Hold journal entries by tensor, each as its JSON, which is parsed whenever the entry is asked for.
 
-    (0.4 KB a tensor averaged into one output, where it takes 1.8 KB as objects.)
+    (0.4 KB a tensor averaged into one output, where it takes 1.8 KB as objects.) ``|=`` adds those of others.
     """
 
     def __init__(self, entries: Iterable[dict[str, Any]] = ()) -> None:
-        self._texts: dict[str, bytes] = {}
+        super().__init__()
         for entry in entries:
             self.add(entry)
 
     def add(self, entry: dict[str, Any]) -> None:
         """Add an entry, or replace that of the same tensor."""
-        self._texts[sys.intern(entry["name"])] = to_json(entry, indent=None)
-
-    def update(self, other: Entries) -> None:
-        """Add entries, or replace those of the same tensors."""
-        self._texts |= other._texts
+        self.data[sys.intern(entry["name"])] = to_json(entry, indent=None)
 
     def of(self, names: Iterable[str]) -> Entries:
         """Return the entries of those tensors that have one."""
         found = Entries()
-        found._texts = {name: self._texts[name] for name in names if name in self._texts}
+        found.data = {name: self.data[name] for name in names if name in self.data}
         return found
 
     def __getitem__(self, name: str) -> dict[str, Any]:
-        return json.loads(self._texts[name])
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._texts
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._texts)
-
-    def __len__(self) -> int:
-        return len(self._texts)
+        return json.loads(self.data[name])
 
 
 class Journal:
@@ -87,7 +75,7 @@ class Journal:
             self.threads = first["threads"]
             self.finished = Entries(lines)
             for part in sorted(folder.glob(_item_file("*"))):
-                self.finished.update(_entries_of_merge(part, key, self.threads))
+                self.finished |= _entries_of_merge(part, key, self.threads)
         elif first is not None and not overwrite:
             raise ConfigError(
                 f"{folder}: the unfinished merge was of other inputs, options, devices or versions"
