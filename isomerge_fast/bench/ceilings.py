@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from ..checkpoint.io.direct_io import READ_BYTES, open_direct, page_buffer
+from ..checkpoint.io.direct_io import READ_BYTES, open_direct, open_on_disk, page_buffer
 from ..errors import ConfigError, ResourceError
 
 # A disk is measured with files of the small size; then, if five large ones take no longer than so, with large ones.
@@ -168,10 +168,7 @@ def measure_ceilings(device: torch.device) -> Ceilings:
 def forget(files: Sequence[Path]) -> None:
     """Drop files from the page cache."""
     for file in files:
-        descriptor = os.open(file, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        os.close(descriptor)
+        os.close(open_on_disk(file))
 
 
 def read_blocks(files: Sequence[Path], *, direct: bool) -> bool:

@@ -113,11 +113,7 @@ class Report:
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> Report:
-        """Return the report that ``to_dict`` gave as ``raw``.
-
-        Raises:
-            ValueError: naming what is not as it is in a report.
-        """
+        """Return the report that ``to_dict`` gave as ``raw``; a ValueError names what is not as it is in a report."""
         check(raw, dict[str, Any], "report")
         known = {key: value for key, value in raw.items() if key in cls.__dataclass_fields__}
         check(known, cls, "report")

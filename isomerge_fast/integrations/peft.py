@@ -1,10 +1,4 @@
-"""Merge the LoRA adapters of a PEFT model into a new adapter of it, from their factors.
-
-from isomerge_fast.integrations.peft import add_merged_adapter
-
-errors = add_merged_adapter(model, ["math", "code"], "both", method="iso-c", scaling=1.3, rank=32)
-model.set_adapter("both")
-"""
+"""Merge the LoRA adapters of a PEFT model into a new adapter of it, from their factors (docs/peft.md, "In memory")."""
 
 from __future__ import annotations
 

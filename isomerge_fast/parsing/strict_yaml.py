@@ -101,8 +101,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
 def _measure(node: Any, known: dict[int, tuple[int, int]]) -> tuple[int, int]:
     """Return the values and levels below a node, with every alias counted as often as it is used.
 
-    Args:
-        known: the result by the ``id`` of a node; (0, 0) while it is being measured.
+    ``known`` has the result by the ``id`` of a node; (0, 0) while it is being measured.
     """
     if id(node) in known:
         if known[id(node)] == (0, 0):

@@ -106,15 +106,11 @@ class _Reading:
 
 
 class ReadAhead:
-    """Hand out bundles in their order while the next ones are being read, as a context manager.
+    """Hand out ``bundles`` in their order while the next ones are being read, as a context manager.
 
-    Args:
-        bundles: in the order in which they will be taken.
-        budget_bytes: of the bundle taken last and of those ahead together. A larger bundle has a buffer of its own, and
-            none is held beside it.
-        part_bytes: bundles are cut into parts of at most so many bytes, each taken by itself.
-        pinned: whether buffers are page-locked, for asynchronous copies to a GPU.
-        checksums: to which the bundles that are taken are added.
+    The bundle taken last and those ahead have ``budget_bytes`` together. A larger bundle has a buffer of its own, and
+    none is held beside it. Bundles are cut into parts of at most ``part_bytes``, each taken by itself, and what is
+    taken is added to ``checksums``. ``pinned`` buffers are page-locked, for asynchronous copies to a GPU.
     """
 
     def __init__(

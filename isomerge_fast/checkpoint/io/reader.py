@@ -72,9 +72,8 @@ def files_of(*checkpoints: Checkpoint) -> dict[Path, FileIdentity]:
 class Reader:
     """Open files of checkpoints and read from them, as a context manager; refuse files changed since they were planned.
 
-    Args:
-        files: what each file was when it was planned; ``files_of`` checkpoints.
-        direct: read past the page cache what is not in it, where the file system can.
+    ``files`` (``files_of`` checkpoints) tell what each file was then. With ``direct`` what is not in the page cache is
+    read past it, where the file system can.
     """
 
     def __init__(self, files: Mapping[Path, FileIdentity], *, direct: bool = True) -> None:

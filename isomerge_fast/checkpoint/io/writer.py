@@ -16,6 +16,7 @@ import struct
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 import torch
@@ -49,23 +50,19 @@ def file_layout(
 ) -> tuple[bytes, dict[str, StoredTensor], int]:
     """Return the first bytes of the file (length and header), where each tensor will lie, and the file's size."""
     ordered = sorted(tensors, key=lambda tensor: (_DTYPE_RANK.index(DTYPE_NAMES[tensor.dtype]), tensor.name))
+    starts = [*accumulate((tensor.bytes for tensor in ordered), initial=0)]
     header: dict[str, object] = {"__metadata__": dict(metadata)}
-    starts: list[int] = []
-    position = 0
-    for tensor in ordered:
-        end = position + tensor.bytes
+    for tensor, place in zip(ordered, pairwise(starts), strict=True):
         dtype, shape = DTYPE_NAMES[tensor.dtype], list(tensor.shape)
-        header[tensor.name] = {"dtype": dtype, "shape": shape, "data_offsets": [position, end]}
-        starts.append(position)
-        position = end
+        header[tensor.name] = {"dtype": dtype, "shape": shape, "data_offsets": place}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     prefix = struct.pack("<Q", len(text)) + text
     placed = {
         tensor.name: StoredTensor(tensor.name, tensor.dtype, tensor.shape, path, len(prefix) + start)
-        for tensor, start in zip(ordered, starts, strict=True)
+        for tensor, start in zip(ordered, starts, strict=False)
     }
-    return prefix, placed, len(prefix) + position
+    return prefix, placed, len(prefix) + starts[-1]
 
 
 def tensor_bytes(value: Tensor) -> memoryview:

@@ -43,16 +43,11 @@ class MustLoad(Exception):
 
 @dataclass(frozen=True)
 class Entry:
-    """Hold one model of a pool that ``from_pretrained`` loads from safetensors files.
+    """Hold one model of a pool that ``from_pretrained`` loads from safetensors files."""
 
-    Attributes:
-        kind: what decides how files become tensors; entries that agree in it are loaded alike.
-        dtype: of the float tensors that are loaded.
-    """
-
-    kind: tuple[Any, ...]
+    kind: tuple[Any, ...]  # what decides how files become tensors; entries that agree in it are loaded alike
     checkpoint: Checkpoint
-    dtype: torch.dtype
+    dtype: torch.dtype  # of the float tensors that are loaded
 
 
 class StoredExpert(StoredStateDict):
