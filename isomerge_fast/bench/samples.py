@@ -187,9 +187,8 @@ class Sample:
 
     def merge(self) -> tuple[str, int]:
         """Merge by the engine's own code, without files; return the algorithm and the bytes of all passes."""
-        # Of a file that is not written: another call than this one would be an AttributeError.
-        no_file: Any = SimpleNamespace(position=lambda name, first: 0)
-        writers = dict.fromkeys(self._tensor.scalings, no_file)
+        # Of files that are not written: another call than this one would be an AttributeError.
+        writers: Any = dict.fromkeys(self._tensor.scalings, SimpleNamespace(position=lambda name, first: 0))
         planned = replace(self._tensor, route=self._route)
         output = FileSink(planned, writers, self._writes, self._workers, lambda _: nullcontext())
         before = self._source.passed_bytes
