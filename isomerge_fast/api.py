@@ -140,7 +140,7 @@ def _ceilings(max_ram: int | str | None, max_vram: int | str | None) -> dict[str
 
 
 def _with_origin(plan: Plan, then: MergeConfig, folder: Path, manifest: Manifest) -> Plan:
-    """Return the plan with the origin of Δ and the checksums of then; refuse files that are not those of then."""
+    """Return the plan of applying a kept Δ, with the checksums that its merge recorded; refuse files changed since."""
     base, *experts = (recorded["files"] for recorded in manifest["description"]["inputs"])
     then_base = {name: (entry["size"], entry["header_sha256"]) for name, entry in base.items()}
     kept = {name: (entry["bytes"], entry["header_sha256"]) for name, entry in manifest["shards"].items()}

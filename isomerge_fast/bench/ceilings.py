@@ -228,9 +228,7 @@ def disk_rates(folder: Path, size_bytes: int = 1 << 29) -> tuple[float, float]:
 
 
 def measure_disk(folder: Path) -> dict[str, Any]:
-    """Measure ``disk_rates`` of a folder's disk with files as large as a few seconds allow: its caches flatter small
-    ones.
-    """
+    """Measure ``disk_rates`` with files as large as a few seconds allow: caches in the disk flatter small ones."""
     if not folder.is_dir():
         raise ConfigError(f"folder {folder} is not there; --folder names one on the disk to be measured")
     try:

@@ -54,12 +54,11 @@ def measure_rates(
     worker_bytes: float | None = None,
     storage_bytes: float | None = None,
 ) -> Rates:
-    """Return the rates of one worker with ``threads`` CPU threads: measured where they are not given. Nothing is
-    written.
+    """Return the rates of one worker with ``threads`` CPU threads: measured where they are not given.
 
     ``flops`` are operations a second: float32 products are timed when None. ``worker_bytes`` are read, or written, a
-    second by one worker: the inputs are read when None, and writing is taken to be as fast. ``storage_bytes`` are those
-    of all workers together, without a limit when None.
+    second by one worker: the inputs are read when None, and writing is taken to be as fast; nothing is written.
+    ``storage_bytes`` are those of all workers together, without a limit when None.
     """
     if flops is None:
         before = torch.get_num_threads()

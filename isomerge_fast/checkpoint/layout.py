@@ -62,7 +62,7 @@ COPIED_DTYPES = frozenset(dtype for dtype in DTYPES.values() if not dtype.is_flo
 
 @dataclass(frozen=True, slots=True)
 class OutputTensor:
-    """Describe a tensor to be written."""
+    """Describe a tensor by its name, dtype and shape."""
 
     name: str
     dtype: torch.dtype  # one of DTYPES

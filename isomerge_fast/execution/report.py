@@ -15,7 +15,7 @@ PHASES = ("prepare", "read", "compute", "write")
 
 
 class TensorReport(TypedDict):
-    """Name the keys that every tensor's report has, and of the optional ones those that this package reads."""
+    """Name the keys of a tensor's report: those that all have, and the optional ones that this package reads."""
 
     name: str
     action: str

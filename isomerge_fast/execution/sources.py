@@ -134,9 +134,7 @@ class FileSource(PlannedSource):
                     yield self._block(rows, experts, base, chosen)
 
     def start_over(self) -> None:
-        """Free the copies that are held; read what is left of the first pass without using it, as ``ahead`` is in
-        order.
-        """
+        """Free the copies that are held, and read past the rest of the first pass: the next tensor comes after it."""
         self._held = None
         if not self._plan.route.holds_copies:
             while self._to_take:

@@ -165,7 +165,7 @@ def _dtype_problems(base: Checkpoint, pairs: list[tuple[StoredTensor, StoredTens
 
 
 def _one_or_all(found: Sequence[tuple[str, str]], together: str, hint: str = "") -> Iterator[str]:
-    """Yield one line for problems of one kind, each given as the sentence for it alone and its part of a list."""
+    """Yield one line for problems of one kind; each has a sentence for itself alone, and its part of a list."""
     if len(found) == 1:
         yield found[0][0] + hint
     elif found:

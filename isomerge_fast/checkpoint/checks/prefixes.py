@@ -30,7 +30,7 @@ class Prefix:
 
 
 def find_prefixes(missing: Mapping[str, Shape], extra: Mapping[str, Shape]) -> list[Prefix]:
-    """Return the prefixes by which names in ``missing`` become names in ``extra``; that of most names comes first.
+    """Return the prefixes that turn names of ``missing`` into names of ``extra``; that of most names comes first.
 
     ``missing`` has the names and shapes of one model that the other lacks, ``extra`` those of the other.
     """

@@ -240,7 +240,7 @@ def _size(path: Path) -> int:
 
 
 def copy_companions(source: Path, target: Path, names: Iterable[str]) -> dict[str, Checksum]:
-    """Copy contents, never modes: the output's follow the umask. Return the checksums of what was written."""
+    """Copy the contents of files, whose modes follow the umask; return the checksums of what was written."""
     written = {}
     for name in names:
         (target / name).parent.mkdir(parents=True, exist_ok=True)

@@ -152,10 +152,10 @@ def entry_of(pool: Any, name: str) -> Entry:
 
 
 def stored_names(state: Mapping[str, Tensor], checkpoint: Checkpoint) -> dict[str, str]:
-    """Return {name in the model: name in the files}: the same, or with one prefix before all. Tied weights are stored
-    once.
+    """Return {name in the model: name in the files}: the same, or with one prefix before all.
 
-    It raises MustLoad where a tensor is missing or has another shape, or the files hold tied weights twice.
+    Tied weights are stored once. It raises MustLoad where a tensor is missing or has another shape, or the files hold
+    tied weights twice.
     """
     tied: dict[tuple[Any, ...], list[str]] = {}
     for name, tensor in state.items():

@@ -72,7 +72,7 @@ def versions_question() -> Callable[[], dict[str, str]]:
 
 
 def files_question() -> Callable[[str, str, dict[str, tuple[int, int]]], list[str]]:
-    """Return a function that lists the files that a machine lacks or sees otherwise than the driver, in words.
+    """Return a function that lists, in words, what a machine sees otherwise than the driver: a folder and files.
 
     Its arguments: a file that the driver made in the folder; the folder; (size, mtime_ns) of every file by path.
     """
