@@ -14,10 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.harness.rows import OURS, Problem, Row
+from benchmarks.harness.rows import OURS, Problem, Row, error_against
 from benchmarks.shapes import shape_of
 from isomerge_fast import ops
-from isomerge_fast.bench.problems import relative_error
 
 TORCH, NUMPY = "torch", "numpy"
 TASKS = 8
@@ -109,12 +108,6 @@ def product_problem(shape: tuple[int, int], dtype: torch.dtype, device: torch.de
     }
     bar = 1e-5 if dtype == torch.float32 else 1e-13
     return Problem(calls, partial(error_against, (a @ a.mT).cpu()), {OURS: bar}, size)
-
-
-def error_against(exact: Tensor, result: Any) -> float:
-    """Return the error of a contender's first result."""
-    value = torch.stack(result) if isinstance(result, list) else torch.as_tensor(result)
-    return relative_error(value.cpu(), exact)
 
 
 def rows() -> Iterator[Row]:

@@ -16,12 +16,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import isomerge_fast as imf
-from benchmarks import reference_numpy
 from benchmarks.harness.checkpoints import SMALL, family, weights
 from benchmarks.harness.peers import fusion_bench, mergekit, task_arithmetic_recipe
 from benchmarks.harness.processes import merged
@@ -29,6 +27,7 @@ from benchmarks.harness.rows import OURS, Problem, Row
 from benchmarks.harness.scratch import kept, scratch
 from benchmarks.shapes import Shapes, llama
 from isomerge_fast.bench import published
+from isomerge_fast.checkpoint.state_dict import open_state_dict
 from isomerge_fast.linalg.auto import TOLERANCES
 
 TORCH, FUSION_BENCH, MERGEKIT, MERGEKIT_32 = "torch", "fusion-bench", "mergekit", "mergekit-fp32"
@@ -36,8 +35,8 @@ SCALING = 0.3
 CEILING = "600MiB"
 State = dict[str, Tensor]
 EXACT: dict[str, Callable[..., np.ndarray]] = {
-    "iso-c": reference_numpy.iso_c,
-    "iso-cts": reference_numpy.iso_cts,
+    "iso-c": published.iso_c,
+    "iso-cts": published.iso_cts,
     "mean": partial(np.mean, axis=0),
     "task-arithmetic": partial(np.sum, axis=0),
 }
@@ -68,14 +67,6 @@ def combine(method: str, deltas: list[State]) -> State:
     return {name: (of_matrices if stack[0].ndim == 2 else mean)(stack) for name, stack in stacks.items()}
 
 
-def tensor(folder: Path, name: str) -> Tensor:
-    for file in weights(folder):
-        with safe_open(file, "pt") as opened:
-            if name in opened.keys():  # noqa: SIM118  # the handle is no dict
-                return opened.get_tensor(name)
-    raise KeyError(name)
-
-
 def error_of(method: str, models: Sequence[Path], shapes: Shapes, *, of_delta: bool) -> Callable[[Path], float]:
     """Return what gives ‖found − exact‖_F / ‖exact‖_F of an output: of θ, or of Δ = (θ − θ₀) / α.
 
@@ -85,7 +76,7 @@ def error_of(method: str, models: Sequence[Path], shapes: Shapes, *, of_delta: b
     by_shape = {s: name for name, s in shapes.items() if name.startswith("model.layers.0.") and len(s) == 2}
 
     def exact_delta(name: str) -> np.ndarray:
-        base, *experts = (tensor(model, name).double().numpy() for model in models)
+        base, *experts = (open_state_dict(model)[name].double().numpy() for model in models)
         return EXACT[method]([expert - base for expert in experts])
 
     exact = {
@@ -96,9 +87,9 @@ def error_of(method: str, models: Sequence[Path], shapes: Shapes, *, of_delta: b
     def error(out: Path) -> float:
         squares, scale = 0.0, 0.0
         for name, delta in exact.items():
-            base = tensor(models[0], name).double()
+            base, merged = (open_state_dict(folder)[name].double() for folder in (models[0], out))
             expected = SCALING * delta if of_delta else base + SCALING * delta
-            found = tensor(out, name).double() - (base if of_delta else 0.0)
+            found = merged - base if of_delta else merged
             squares += (found - expected).square().sum().item()
             scale += expected.square().sum().item()
         return (squares / scale) ** 0.5

@@ -6,13 +6,11 @@ import json
 from collections.abc import Mapping
 from math import prod
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from benchmarks.shapes import Shapes
 from isomerge_fast.checkpoint.io.writer import OutputTensor, file_layout
-from isomerge_fast.config import MergeConfig
 
 
 def shards_of(shapes: Shapes, shard_bytes: int) -> dict[str, list[str]]:
@@ -47,9 +45,3 @@ def save_headers(folder: Path, shapes: Shapes, shard_bytes: int = 5 << 30) -> Pa
             opened.truncate(max(tensor.end for tensor in placed.values()))
     write_index(folder, shards)
     return folder
-
-
-def config_of(root: Path, shapes: Shapes, tasks: int, **changes: Any) -> MergeConfig:
-    """Return a merge of so many experts of one base, all of them headers in ``root``."""
-    base, *experts = [str(save_headers(root / str(index), shapes)) for index in range(tasks + 1)]
-    return MergeConfig(base=base, experts=experts, **changes)

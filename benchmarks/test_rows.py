@@ -18,7 +18,7 @@ from benchmarks.harness.counting import count_flops, peak_memory
 from benchmarks.harness.machine import machine
 from benchmarks.harness.readings import Rows
 from benchmarks.harness.rows import OURS, Problem, Row, absence
-from benchmarks.harness.scratch import remembered
+from benchmarks.harness.scratch import kept
 from isomerge_fast.bench.ceilings import Ceilings, measure_ceilings, timed
 
 # Seconds for the timed calls of one contender in one pass.
@@ -125,7 +125,7 @@ def measure(
     found = {"contender": contender, "seconds": seconds, "error": error, "bar": bar}
     found |= {"peak_bytes": peak_bytes, "moved_bytes": problem.moved_bytes, "curve": row.curve}
     if contender == OURS:
-        flops = remembered(f"flops {row.name}", lambda: count_flops(call)) if problem.is_counted else {}
+        flops = kept(f"flops {row.name}", lambda: count_flops(call)) if problem.is_counted else {}
         double = flops.get("float64", 0.0)
         floor_seconds = ceilings.floor_seconds(problem.moved_bytes, sum(flops.values()) - double, double)
         found |= {"flops": flops, "floor_seconds": floor_seconds}

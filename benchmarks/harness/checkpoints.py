@@ -32,7 +32,9 @@ def make_checkpoint(folder: Path, shapes: Shapes, seed: int) -> Path:
         tensors = {}
         for name in names:
             turn += 7919
-            tensors[name] = around(pool, -turn, prod(shapes[name])).reshape(shapes[name])
+            start, count = -turn % drawn, prod(shapes[name])
+            rest = [pool] * ((start + count) // drawn)  # which begins anew at its end
+            tensors[name] = torch.cat([pool[start : start + count], *rest])[:count].reshape(shapes[name])
         save_file(tensors, folder / file, metadata={"format": "pt"})
     vocabulary, width = shapes["model.embed_tokens.weight"]
     config = {
@@ -76,16 +78,6 @@ def make_adapter(folder: Path, base: Path, shapes: Shapes, rank: int, seed: int)
     (folder / "adapter_config.json").write_text(json.dumps(settings))
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     return folder
-
-
-def around(pool: torch.Tensor, start: int, count: int) -> torch.Tensor:
-    """Return ``count`` numbers of ``pool`` from ``start`` on, as if it began anew at its end."""
-    parts, start = [], start % len(pool)
-    while count > 0:
-        parts.append(pool[start : start + count])
-        count -= len(parts[-1])
-        start = 0
-    return torch.cat(parts)
 
 
 def family(root: Path, name: str, shapes: Shapes, tasks: int) -> list[Path]:

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from isomerge_fast.bench.problems import relative_error
+
 OURS = "ours"
 # Smallest first: ``tiny`` is for tests of the benchmarks themselves, ``full`` adds to ``short``.
 LEVELS = ("tiny", "short", "full")
@@ -86,3 +88,9 @@ def absence(contender: str) -> str | None:
     if module not in sys.modules and find_spec(module) is None:
         return f"{contender} is not installed: pip install 'isomerge-fast[{extra}]'"
     return None
+
+
+def error_against(exact: Any, result: Any) -> float:
+    """Return the relative error of a contender's tensor, array, or list of tensors."""
+    value = torch.stack(result) if isinstance(result, list) else torch.as_tensor(result)
+    return relative_error(value.cpu(), torch.as_tensor(exact))

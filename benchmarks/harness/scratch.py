@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
+import pickle
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
-import numpy as np
-
+Value = TypeVar("Value")
 VARIABLE = "ISOMERGE_BENCH_SCRATCH"
 
 
@@ -18,21 +17,9 @@ def scratch() -> Path:
     return Path(os.environ[VARIABLE])
 
 
-def remembered(name: str, make: Callable[[], Any]) -> Any:
-    """Return a value that JSON can hold, made once for all passes."""
-    path = _file(name, ".json")
+def kept(name: str, make: Callable[[], Value]) -> Value:
+    """Return a value that is made once, and kept on disk for all passes of ``benchmarks.run``."""
+    path = scratch() / f"{name.replace('/', '-').replace(' ', '_')}.pickle"
     if not path.exists():
-        path.write_text(json.dumps(make()))
-    return json.loads(path.read_text())
-
-
-def kept(name: str, make: Callable[[], np.ndarray]) -> np.ndarray:
-    """Return an array that is made once, and kept on disk for all passes of ``benchmarks.run``."""
-    path = _file(name, ".npy")
-    if not path.exists():
-        np.save(path, make())
-    return np.load(path)
-
-
-def _file(name: str, suffix: str) -> Path:
-    return scratch() / (name.replace("/", "-").replace(" ", "_") + suffix)
+        path.write_bytes(pickle.dumps(make()))
+    return pickle.loads(path.read_bytes())
