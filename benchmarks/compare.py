@@ -144,7 +144,7 @@ def main() -> int:
     options = parser.parse_args()
     try:
         old, new = Results.load(options.old), Results.load(options.new)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError) as error:
         print(f"compare: {error}", file=sys.stderr)
         return 2
     differences = compare(old, new)

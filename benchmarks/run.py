@@ -13,6 +13,7 @@ spread is what another run on the same machine stays within (``results.Results.r
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import subprocess
 import sys
@@ -23,7 +24,6 @@ from pathlib import Path
 
 from benchmarks.harness.markdown import write_between
 from benchmarks.harness.pictures import draw
-from benchmarks.harness.readings import read_rows
 from benchmarks.harness.results import Results, gather, machine_label
 from benchmarks.harness.rows import LEVELS, SUITES
 from benchmarks.harness.scratch import VARIABLE
@@ -62,13 +62,13 @@ def run(
                 print(f"{number} of {passes} passes: another would take more than {minutes:g} minutes", flush=True)
                 break
             files.append(Path(folder) / f"pass-{number}.json")
-            words = ["--readings", str(files[-1]), *(["--later-pass"] if number else [])]
+            words = ["--benchmark-json", str(files[-1]), *(["--later-pass"] if number else [])]
             outcome = subprocess.run([*command, *words], cwd=ROOT, env=environment, capture_output=True, text=True)
             if outcome.returncode:
                 print(outcome.stdout[-6000:], outcome.stderr[-2000:], sep="\n", file=sys.stderr)
                 raise RuntimeError(f"pass {number + 1} failed (exit code {outcome.returncode})")
             took = time.monotonic() - started - elapsed
-            count = sum("seconds" in row for row in read_rows(files[-1]))
+            count = len(json.loads(files[-1].read_text())["benchmarks"])
             print(f"pass {number + 1} of {passes}: {count} measured, {took:.0f} s", flush=True)
         return gather(files, level=level, seconds=time.monotonic() - started)
 
