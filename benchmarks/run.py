@@ -42,9 +42,8 @@ def run(
 ) -> Results:
     """Return the results of all passes that fit into ``minutes``, the first in any case.
 
-    Raises:
-        RuntimeError: a pass failed, because a result was not as exact as it must be, or for another reason; what it
-            said is on standard error.
+    Where a pass fails, as for a result that is not as exact as it must be, what it said goes to standard error, and
+    RuntimeError is raised.
     """
     started = time.monotonic()
     # The script and not ``python -m pytest``, which would put the checkout on sys.path, and with it a namespace package

@@ -100,10 +100,7 @@ def device_seconds(calls: Sequence[Callable[[], Any]], device: torch.device) -> 
     """Return the median seconds of a call on the device itself, of calls in turn; on a CPU those of every call.
 
     A small kernel has ended before the host has queued the next, so that events around plain calls show the host. Here
-    a GPU copies until all of a batch are queued.
-
-    Raises:
-        RuntimeError: copies that last for any number of calls are still too short.
+    a GPU copies until all of a batch are queued; RuntimeError is raised where no number of copies lasts so long.
     """
     turns = itertools.cycle(calls)
     if device.type != "cuda":

@@ -25,22 +25,14 @@ SPREAD = 3.0
 
 @dataclass(frozen=True)
 class Measured:
-    """Hold what was measured of one contender of a row.
+    """Hold what was measured of one contender of a row; the last two of ours only."""
 
-    Attributes:
-        seconds: median of every pass.
-        error: relative to float64; bar: the most it may be.
-        peak_bytes: of memory beyond the inputs.
-        flops: by dtype, of ours.
-        floor_seconds: the least time that the ceilings of each pass leave, of ours.
-    """
-
-    seconds: tuple[float, ...]
-    error: float | None = None
-    bar: float | None = None
-    peak_bytes: int | None = None
-    flops: Mapping[str, float] = field(default_factory=dict)
-    floor_seconds: tuple[float, ...] = ()
+    seconds: tuple[float, ...]  # the median of every pass
+    error: float | None = None  # relative to float64
+    bar: float | None = None  # the most that it may be
+    peak_bytes: int | None = None  # of memory beyond the inputs
+    flops: Mapping[str, float] = field(default_factory=dict)  # by dtype
+    floor_seconds: tuple[float, ...] = ()  # the least time that the ceilings of each pass leave
 
     @property
     def median(self) -> float:
@@ -141,11 +133,7 @@ class Results:
 
     @classmethod
     def load(cls, path: Path) -> Results:
-        """Read a result file.
-
-        Raises:
-            ValueError: a file of another kind.
-        """
+        """Read a result file; raise ValueError for a file of another kind."""
         data = json.loads(path.read_text())
         if not isinstance(data, dict) or data.pop("format", None) != FORMAT:
             raise ValueError(f"{path}: not a result file of these benchmarks (format {FORMAT})")

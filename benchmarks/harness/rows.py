@@ -23,53 +23,32 @@ PEERS = {"fusion-bench": "fusion_bench", "mergekit": "mergekit"}
 
 @dataclass
 class Problem:
-    """Hold inputs and contenders, ready to be timed.
+    """Hold inputs and contenders, ready to be timed."""
 
-    Attributes:
-        calls: what each contender does.
-        error: of a result, relative to float64; None, or gives None, where there is nothing to be off by.
-        bars: the largest error allowed to a contender, checked before it is timed.
-        moved_bytes: what has to be read and written at least.
-        is_counted: whether the operations that this process asks torch for tell how much is computed.
-        before: done before every timed call, untimed.
-        peak: takes the peak memory from a result, where that was measured in another process.
-        absent: contenders that cannot take part here, and why.
-        close: removes what was made on disk.
-    """
-
-    calls: Mapping[str, Callable[[], Any]]
+    calls: Mapping[str, Callable[[], Any]]  # what each contender does
+    # Takes a result, and compares it with float64; it is or gives None where there is nothing to be off by.
     error: Callable[[Any], float | None] | None = None
-    bars: Mapping[str, float] = field(default_factory=dict)
-    moved_bytes: float = 0.0
-    is_counted: bool = True
-    before: Callable[[], None] = lambda: None
-    peak: Callable[[Any], int] | None = None
-    absent: Mapping[str, str] = field(default_factory=dict)
-    close: Callable[[], None] = lambda: None
+    bars: Mapping[str, float] = field(default_factory=dict)  # the largest errors allowed, checked before the timing
+    moved_bytes: float = 0.0  # what has to be read and written at least
+    is_counted: bool = True  # whether the operations that this process asks torch for tell how much is computed
+    before: Callable[[], None] = lambda: None  # done before every timed call, untimed
+    peak: Callable[[Any], int] | None = None  # takes the peak memory from a result, measured in another process
+    absent: Mapping[str, str] = field(default_factory=dict)  # contenders that cannot take part here, and why
+    close: Callable[[], None] = lambda: None  # removes what was made on disk
 
 
 @dataclass(frozen=True)
 class Row:
-    """Describe one line of the tables.
-
-    Attributes:
-        contenders: by name; where ``OURS`` is among them, the others are what it is compared to.
-        make: its problem, on a device.
-        level: see ``LEVELS``.
-        slow: contenders that take seconds: called once, and that call is timed.
-        once: measured in the first of several passes only.
-        gpu_only: too large for a CPU.
-        curve: (name, variable, value) where the row is a point of a growth curve.
-    """
+    """Describe one line of the tables."""
 
     name: str
-    contenders: tuple[str, ...]
+    contenders: tuple[str, ...]  # by name; where ``OURS`` is among them, the others are what it is compared to
     make: Callable[[torch.device], Problem]
-    level: str = "short"
-    slow: frozenset[str] = frozenset()
-    once: bool = False
-    gpu_only: bool = False
-    curve: tuple[str, str, float] | None = None
+    level: str = "short"  # see ``LEVELS``
+    slow: frozenset[str] = frozenset()  # contenders that take seconds: called once, and that call is timed
+    once: bool = False  # measured in the first of several passes only
+    gpu_only: bool = False  # too large for a CPU
+    curve: tuple[str, str, float] | None = None  # (name, variable, value) of a point of a growth curve
 
 
 def is_wanted(row: Row, level: str, *, later_pass: bool, on_gpu: bool) -> bool:
