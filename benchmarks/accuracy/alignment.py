@@ -11,6 +11,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from scipy import stats
@@ -99,7 +100,8 @@ def correlate(points: Sequence[tuple[float, float]]) -> Correlation:
     if len(points) < 3 or any(len(set(values)) == 1 for values in coordinates):
         return Correlation(len(points), None, None)
     xs, ys = coordinates
-    return Correlation(len(points), float(stats.pearsonr(xs, ys)[0]), float(stats.spearmanr(xs, ys)[0]))
+    found: list[Any] = [measure(xs, ys)[0] for measure in (stats.pearsonr, stats.spearmanr)]
+    return Correlation(len(points), *map(float, found))
 
 
 def without_group_means(groups: Sequence[Sequence[tuple[float, float]]]) -> list[tuple[float, float]]:
