@@ -23,8 +23,7 @@ import isomerge_fast as imf
 from benchmarks.harness.checkpoints import SMALL, family, weights
 from benchmarks.harness.peers import fusion_bench, mergekit, task_arithmetic_recipe
 from benchmarks.harness.processes import merged
-from benchmarks.harness.rows import OURS, Problem, Row
-from benchmarks.harness.scratch import kept, scratch
+from benchmarks.harness.rows import OURS, Problem, Row, kept, scratch
 from benchmarks.shapes import Shapes, llama
 from isomerge_fast.bench import published
 from isomerge_fast.checkpoint.state_dict import open_state_dict

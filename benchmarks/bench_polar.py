@@ -11,8 +11,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.harness.rows import OURS, Problem, Row, error_against
-from benchmarks.harness.scratch import kept
+from benchmarks.harness.rows import OURS, Problem, Row, error_against, kept
 from benchmarks.shapes import shape_of
 from isomerge_fast.bench import published
 from isomerge_fast.bench.problems import Kind, deltas_like_fine_tuning

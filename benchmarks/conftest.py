@@ -11,8 +11,7 @@ import pytest
 import torch
 
 from benchmarks.harness.machine import machine
-from benchmarks.harness.rows import LEVELS, SUITES, is_wanted
-from benchmarks.harness.scratch import VARIABLE
+from benchmarks.harness.rows import LEVELS, SCRATCH_VARIABLE, SUITES, is_wanted
 from isomerge_fast.execution.malloc import set_heap_thresholds
 
 # Threads that wait give way soon, as under the command line (see ``isomerge_fast.cli.application.main``).
@@ -28,10 +27,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if VARIABLE not in os.environ:  # ``benchmarks.run`` has one folder for all passes
+    if SCRATCH_VARIABLE not in os.environ:  # ``benchmarks.run`` has one folder for all passes
         folder = tempfile.TemporaryDirectory(prefix="isomerge-bench-")
         config.add_cleanup(folder.cleanup)
-        os.environ[VARIABLE] = folder.name
+        os.environ[SCRATCH_VARIABLE] = folder.name
     # glibc moves its thresholds as it goes, and with them what a large temporary costs: plain torch's sum of eight bf16
     # experts took 25 or 110 ms, depending on what had been freed before. Fixed where they end up.
     set_heap_thresholds(eager=False)

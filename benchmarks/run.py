@@ -25,8 +25,7 @@ from pathlib import Path
 from benchmarks.harness.markdown import write_between
 from benchmarks.harness.pictures import draw
 from benchmarks.harness.results import Results, gather, machine_label
-from benchmarks.harness.rows import LEVELS, SUITES
-from benchmarks.harness.scratch import VARIABLE
+from benchmarks.harness.rows import LEVELS, SCRATCH_VARIABLE, SUITES
 from benchmarks.harness.table import markdown, print_results, summary
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -52,7 +51,7 @@ def run(
     command += ["--benchmark-quiet", "--level", level, "--device", device, "--suites", only or SUITES]
     command += [word for plugin in plugins for word in ("-p", plugin)]
     with tempfile.TemporaryDirectory(prefix="isomerge-bench-") as folder:
-        environment = {VARIABLE: folder, **os.environ}
+        environment = {SCRATCH_VARIABLE: folder, **os.environ}
         files, took = [], 0.0
         for number in range(passes):
             elapsed = time.monotonic() - started

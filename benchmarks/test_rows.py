@@ -14,8 +14,7 @@ from typing import Any
 import pytest
 
 from benchmarks.harness.counting import count_flops, peak_memory
-from benchmarks.harness.rows import OURS, Problem, Row, absence
-from benchmarks.harness.scratch import kept
+from benchmarks.harness.rows import OURS, Problem, Row, absence, kept
 from isomerge_fast.bench.ceilings import Ceilings, measure_ceilings, timed
 
 # Seconds for the timed calls of one contender in one pass.

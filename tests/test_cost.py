@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from benchmarks.headers import save_headers
+from benchmarks.harness.checkpoints import save_headers
 from benchmarks.shapes import MODELS, Shapes
 from isomerge_fast.bench.outlook import predict
 from isomerge_fast.cli.render import duration

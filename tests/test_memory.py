@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.headers import save_headers
+from benchmarks.harness.checkpoints import save_headers
 from checkpoints import save_folder
 from isomerge_fast.execution.engine import run
 from isomerge_fast.planning import budget as budgets_module, planner as planning

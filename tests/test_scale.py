@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from benchmarks import shapes as model_shapes
-from benchmarks.headers import save_headers
+from benchmarks.harness.checkpoints import save_headers
 from benchmarks.shapes import qwen3_moe
 from isomerge_fast.config import MergeConfig
 from isomerge_fast.errors import ResourceError

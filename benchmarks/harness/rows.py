@@ -1,24 +1,29 @@
-"""Describe what is measured: rows of contenders, each at one problem."""
+"""Describe what is measured: rows of contenders, each at one problem, and what their passes share on disk."""
 
 from __future__ import annotations
 
+import os
+import pickle
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.util import find_spec
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 
 from isomerge_fast.bench.problems import relative_error
 
+Value = TypeVar("Value")
 OURS = "ours"
 # Smallest first: ``tiny`` is for tests of the benchmarks themselves, ``full`` adds to ``short``.
 LEVELS = ("tiny", "short", "full")
 SUITES = "kernels,polar,subspace,methods,merge,io"
 # Contenders that come from a package of their own, an extra of that name: its module.
 PEERS = {"fusion-bench": "fusion_bench", "mergekit": "mergekit"}
+SCRATCH_VARIABLE = "ISOMERGE_BENCH_SCRATCH"
 
 
 @dataclass
@@ -73,3 +78,16 @@ def error_against(exact: Any, result: Any) -> float:
     """Return the relative error of a contender's tensor, array, or list of tensors."""
     value = torch.stack(result) if isinstance(result, list) else torch.as_tensor(result)
     return relative_error(value.cpu(), torch.as_tensor(exact))
+
+
+def scratch() -> Path:
+    """Return the folder of all passes of ``benchmarks.run``, or of one ``pytest benchmarks``."""
+    return Path(os.environ[SCRATCH_VARIABLE])
+
+
+def kept(name: str, make: Callable[[], Value]) -> Value:
+    """Return a value that is made once, and kept on disk for all passes of ``benchmarks.run``."""
+    path = scratch() / f"{name.replace('/', '-').replace(' ', '_')}.pickle"
+    if not path.exists():
+        path.write_bytes(pickle.dumps(make()))
+    return pickle.loads(path.read_bytes())

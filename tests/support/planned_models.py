@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from benchmarks.headers import save_headers
+from benchmarks.harness.checkpoints import save_headers
 from benchmarks.shapes import Shapes, attention, mlp, norms, tables
 from isomerge_fast.config import MergeConfig
 
