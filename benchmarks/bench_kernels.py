@@ -1,7 +1,6 @@
 """Time the passes over the bytes and the symmetric products of ``ops``: Triton on a GPU, plain forms on a CPU.
 
 Beside them stands what one writes in numpy and in torch; numpy has no bf16 and is given the same numbers in float32.
-Inputs come in several sets, taken in turn, so that no cache holds what is read.
 """
 
 from __future__ import annotations

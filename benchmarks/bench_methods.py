@@ -1,8 +1,4 @@
-"""Time Iso-C and Iso-CTS beside the published algorithms: in numpy, in plain torch, and FusionBench's own functions.
-
-All take the same float32 deltas, in one process, with the same threads. Errors are relative to the published algorithm
-in numpy float64 by full SVD.
-"""
+"""Time Iso-C and Iso-CTS of float32 deltas beside the published algorithms and FusionBench's own functions."""
 
 from __future__ import annotations
 

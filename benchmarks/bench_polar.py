@@ -1,7 +1,4 @@
-"""Time polar factors: the solver that a merge takes, every other one, and full SVDs by torch and numpy.
-
-X is the sum of eight deltas in float64, Q is asked for in float32. Errors are relative to numpy's float64 SVD.
-"""
+"""Time float32 polar factors of a float64 sum: by the solver that a merge takes, every other one, and full SVDs."""
 
 from __future__ import annotations
 

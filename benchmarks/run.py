@@ -2,12 +2,10 @@
 
     python -m benchmarks.run [--level short] [--passes 3] [--device cpu] [--only methods,polar] [--out FILE]
 
-Each pass is a process of its own (``pytest benchmarks``) that measures every contender of every row, those of
-a row right after each other. A ratio is the median over the passes of (seconds of the baseline / seconds of ours); its
-spread is what another run on the same machine stays within (``results.Results.ratio``).
-
     python -m benchmarks.run --table FILE                         the tables of a result file once more
     python -m benchmarks.run --table FILE --write README.md …     into these files, between their marks; and pictures
+
+Each pass is a process of its own (``pytest benchmarks``); docs/benchmarks.md, "How it is measured".
 """
 
 from __future__ import annotations

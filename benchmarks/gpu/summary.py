@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from benchmarks.gpu.schedule import CALLS, STAGES
+from benchmarks.gpu.shapes import NAMES
 from benchmarks.harness.markdown import table
 from benchmarks.harness.readings import Row
 from benchmarks.shapes import dimensions, llama
@@ -15,7 +16,6 @@ MAX_LINES, LINE, MAX_FAILURES = 130, 220, 12
 MAX_CHARACTERS = 11_000
 # Who does the same, by what is said and what their rows are called. FusionBench takes torch's default driver.
 BASELINES = {"FusionBench": "fusion-bench {}", "published by default": "{}, default", "published by gesvd": "{}, gesvd"}
-METHODS = ("iso-c", "iso-cts")
 # How often a layer of Llama-3-8B has a matrix of each shape.
 LAYER = Counter(
     dimensions(shape) for name, shape in llama(4096, 14_336, 1, kv=1024).items() if "layers" in name and len(shape) == 2
@@ -186,7 +186,7 @@ def _profiles(readings: Readings) -> Iterator[str]:
 
 def outlook(readings: Readings) -> Iterator[str]:
     """Yield what all layers of Llama-3-8B would take: each of its shapes as often as it is there, and the disk."""
-    for method in METHODS:
+    for method in NAMES:
         ours = [readings.row("methods", f"{method} {shape}") for shape in LAYER]
         line = f"{method:8} arithmetic {_whole(ours)} s"
         rows = [readings.baselines(f"{method} {shape}") for shape in LAYER]
