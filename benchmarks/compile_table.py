@@ -138,7 +138,7 @@ def forms() -> Iterator[Form]:
     first = task_sum.CONFIGS[torch.float32][0]
     yield sum_form(["fp16", "bf16"], "fp32", first, "added to S")
     yield sum_form(["bf16"], "fp32", first, "not aligned", elements=8)
-    *_, added = launches(task_sum.task_sum, [empty("bf16", 64)])
+    *_, added = launches(task_sum.task_sum, [empty("bf16", 64)], None, [1.0], empty("fp32", 64))
     # A member's blocks begin anywhere: no vectors.
     config = f"{task_sum.ADDED_BLOCK}, {task_sum.ADDED_WARPS} warps"
     yield Form(label="statistics of blocks", config=config, vector_loads=0, vector_stores=0, **added)
@@ -165,8 +165,8 @@ def sum_form(
 ) -> Form:
     """Return ``task_sum`` of lines of so many elements: the launch for the last expert, whose dtype the base has."""
     tensors = [empty(expert, 2, elements) for expert in experts]
-    options = {"dtype": DTYPES[total], "batch_dims": 1, "config": config}
-    *_, launch, _ = launches(task_sum.task_sum, tensors, tensors[-1] if has_base else None, **options)
+    arguments = [tensors, tensors[-1] if has_base else None, [1.0] * len(tensors), empty(total, 2, elements)]
+    *_, launch, _ = launches(task_sum.task_sum, *arguments, batch_dims=1, config=config)
     warps = f"{config.num_warps} warp{'s' if config.num_warps > 1 else ''}"
     return Form(
         label=f"{experts[-1]} → {total}" + (f", {note}" if note else ""),
