@@ -3,8 +3,6 @@
     python -m benchmarks.adapters [--folder DIR] [--rows solve,merge,forward] [--small] [--out JSON]
     python -m benchmarks.adapters --table JSON --write PAGE     its table into a page, between the marks there
 
-The base has the shapes of Llama-3.2-1B (random weights), with 8 adapters of rank 16 of all seven projections:
-
 ``solve``   one matrix of each shape, the factors at hand, against the dense default with all Δ_t at hand in float32;
             the error between the two, relative to the merged Δ; and what that makes for the whole model.
 ``merge``   ``isomerge run`` of the adapters, full checkpoint out and adapter out, as whole processes, with peak memory.

@@ -19,8 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from benchmarks.harness.rows import OURS, Problem, Row
-from benchmarks.harness.scratch import scratch
+from benchmarks.harness.rows import OURS, Problem, Row, scratch
 from isomerge_fast.bench.ceilings import forget, read_blocks, write_blocks
 from isomerge_fast.checkpoint.io.direct_io import open_direct
 from isomerge_fast.checkpoint.io.read_ahead import THREADS, Bundle, ReadAhead
@@ -118,9 +117,8 @@ def writing(level: str, device: torch.device) -> Problem:
     def library() -> Path:
         path = folder / "library.safetensors"
         save_file(tensors, path, metadata={"format": "pt"})
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
         return path
 
     expected = library().read_bytes()

@@ -1,7 +1,6 @@
 """Time the passes over the bytes and the symmetric products of ``ops``: Triton on a GPU, plain forms on a CPU.
 
 Beside them stands what one writes in numpy and in torch; numpy has no bf16 and is given the same numbers in float32.
-Inputs come in several sets, taken in turn, so that no cache holds what is read.
 """
 
 from __future__ import annotations
@@ -14,10 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.harness.rows import OURS, Problem, Row
+from benchmarks.harness.rows import OURS, Problem, Row, error_against
 from benchmarks.shapes import shape_of
 from isomerge_fast import ops
-from isomerge_fast.bench.problems import relative_error
 
 TORCH, NUMPY = "torch", "numpy"
 TASKS = 8
@@ -109,12 +107,6 @@ def product_problem(shape: tuple[int, int], dtype: torch.dtype, device: torch.de
     }
     bar = 1e-5 if dtype == torch.float32 else 1e-13
     return Problem(calls, partial(error_against, (a @ a.mT).cpu()), {OURS: bar}, size)
-
-
-def error_against(exact: Tensor, result: Any) -> float:
-    """Return the error of a contender's first result."""
-    value = torch.stack(result) if isinstance(result, list) else torch.as_tensor(result)
-    return relative_error(value.cpu(), exact)
 
 
 def rows() -> Iterator[Row]:

@@ -8,7 +8,7 @@ the first layer, one of every shape, relative to float64; of Δ where the output
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -16,19 +16,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import isomerge_fast as imf
-from benchmarks import reference_numpy
 from benchmarks.harness.checkpoints import SMALL, family, weights
 from benchmarks.harness.peers import fusion_bench, mergekit, task_arithmetic_recipe
 from benchmarks.harness.processes import merged
-from benchmarks.harness.rows import OURS, Problem, Row
-from benchmarks.harness.scratch import kept, scratch
+from benchmarks.harness.rows import OURS, Problem, Row, kept, scratch
 from benchmarks.shapes import Shapes, llama
 from isomerge_fast.bench import published
+from isomerge_fast.checkpoint.state_dict import open_state_dict
 from isomerge_fast.linalg.auto import TOLERANCES
 
 TORCH, FUSION_BENCH, MERGEKIT, MERGEKIT_32 = "torch", "fusion-bench", "mergekit", "mergekit-fp32"
@@ -36,8 +34,8 @@ SCALING = 0.3
 CEILING = "600MiB"
 State = dict[str, Tensor]
 EXACT: dict[str, Callable[..., np.ndarray]] = {
-    "iso-c": reference_numpy.iso_c,
-    "iso-cts": reference_numpy.iso_cts,
+    "iso-c": published.iso_c,
+    "iso-cts": published.iso_cts,
     "mean": partial(np.mean, axis=0),
     "task-arithmetic": partial(np.sum, axis=0),
 }
@@ -68,14 +66,6 @@ def combine(method: str, deltas: list[State]) -> State:
     return {name: (of_matrices if stack[0].ndim == 2 else mean)(stack) for name, stack in stacks.items()}
 
 
-def tensor(folder: Path, name: str) -> Tensor:
-    for file in weights(folder):
-        with safe_open(file, "pt") as opened:
-            if name in opened.keys():  # noqa: SIM118  # the handle is no dict
-                return opened.get_tensor(name)
-    raise KeyError(name)
-
-
 def error_of(method: str, models: Sequence[Path], shapes: Shapes, *, of_delta: bool) -> Callable[[Path], float]:
     """Return what gives ‖found − exact‖_F / ‖exact‖_F of an output: of θ, or of Δ = (θ − θ₀) / α.
 
@@ -85,7 +75,7 @@ def error_of(method: str, models: Sequence[Path], shapes: Shapes, *, of_delta: b
     by_shape = {s: name for name, s in shapes.items() if name.startswith("model.layers.0.") and len(s) == 2}
 
     def exact_delta(name: str) -> np.ndarray:
-        base, *experts = (tensor(model, name).double().numpy() for model in models)
+        base, *experts = (open_state_dict(model)[name].double().numpy() for model in models)
         return EXACT[method]([expert - base for expert in experts])
 
     exact = {
@@ -96,10 +86,9 @@ def error_of(method: str, models: Sequence[Path], shapes: Shapes, *, of_delta: b
     def error(out: Path) -> float:
         squares, scale = 0.0, 0.0
         for name, delta in exact.items():
-            base = tensor(models[0], name).double()
+            base, merged = (open_state_dict(folder)[name].double() for folder in (models[0], out))
             expected = SCALING * delta if of_delta else base + SCALING * delta
-            found = tensor(out, name).double() - (base if of_delta else 0.0)
-            squares += (found - expected).square().sum().item()
+            squares += (merged - base * of_delta - expected).square().sum().item()
             scale += expected.square().sum().item()
         return (squares / scale) ** 0.5
 
@@ -114,18 +103,18 @@ def moved_bytes(shapes: Shapes, experts: int, out_itemsize: int) -> float:
 def in_process(method: str, label: str, shapes: Shapes, experts: int, device: torch.device) -> Problem:
     """Make a merge to float32 files, called as a function."""
     models = family(scratch(), label, shapes, experts)
-    outs = {name: scratch() / f"{label}-{method}-{name}" for name in (OURS, TORCH, FUSION_BENCH)}
+    out = scratch() / f"{label}-{method}"
     config = {"base": str(models[0]), "experts": [str(model) for model in models[1:]], "method": method}
-    config |= {"scaling": SCALING, "dtype": "float32", "out": str(outs[OURS])}
+    config |= {"scaling": SCALING, "dtype": "float32", "out": str(out / OURS)}
 
     def ours() -> Path:
         imf.merge(config, device=str(device), overwrite=True)
-        return outs[OURS]
+        return out / OURS
 
     calls = {
         OURS: ours,
-        TORCH: partial(plain_merge, models, outs[TORCH], partial(combine, method)),
-        FUSION_BENCH: partial(plain_merge, models, outs[FUSION_BENCH], partial(fusion_bench, method)),
+        TORCH: partial(plain_merge, models, out / TORCH, partial(combine, method)),
+        FUSION_BENCH: partial(plain_merge, models, out / FUSION_BENCH, partial(fusion_bench, method)),
     }
     return Problem(
         calls,
@@ -134,28 +123,25 @@ def in_process(method: str, label: str, shapes: Shapes, experts: int, device: to
         {OURS: TOLERANCES["default"]},
         moved_bytes(shapes, experts, 4),
         is_counted=method.startswith("iso"),
-        close=partial(remove, outs),
+        close=partial(shutil.rmtree, out, True),
     )
 
 
 def processes(label: str, shapes: Shapes, experts: int, device: torch.device) -> Problem:
     """Make task arithmetic to bf16 files, by the programs that users start."""
     models = family(scratch(), label, shapes, experts)
-    outs = {name: scratch() / f"{label}-{name}" for name in (OURS, MERGEKIT, MERGEKIT_32)}
+    out = scratch() / f"{label}-processes"
+    out.mkdir(exist_ok=True)
     options = ("--method", "task-arithmetic", "--scaling", str(SCALING), "--max-ram", CEILING, "--device", str(device))
 
     def ours() -> tuple[Path, dict[str, Any]]:
-        return outs[OURS], merged(models, outs[OURS], *options)
+        return out / OURS, merged(models, out / OURS, *options)
 
-    def theirs(name: str, dtype: str) -> tuple[Path, dict[str, Any]]:
-        shutil.rmtree(outs[name], ignore_errors=True)
-        return outs[name], mergekit(task_arithmetic_recipe(models, SCALING, dtype), outs[name])
+    def theirs(dtype: str) -> tuple[Path, dict[str, Any]]:
+        shutil.rmtree(out / dtype, ignore_errors=True)
+        return out / dtype, mergekit(task_arithmetic_recipe(models, SCALING, dtype), out / dtype)
 
-    calls = {
-        OURS: ours,
-        MERGEKIT: partial(theirs, MERGEKIT, "bfloat16"),
-        MERGEKIT_32: partial(theirs, MERGEKIT_32, "float32"),
-    }
+    calls = {OURS: ours, MERGEKIT: partial(theirs, "bfloat16"), MERGEKIT_32: partial(theirs, "float32")}
     of_weights = error_of("task-arithmetic", models, shapes, of_delta=False)
     return Problem(
         calls,
@@ -164,13 +150,8 @@ def processes(label: str, shapes: Shapes, experts: int, device: torch.device) ->
         moved_bytes(shapes, experts, 2),
         is_counted=False,
         peak=lambda result: result[1]["peak_bytes"],
-        close=partial(remove, outs),
+        close=partial(shutil.rmtree, out, True),
     )
-
-
-def remove(outs: Mapping[str, Path]) -> None:
-    for folder in outs.values():
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def of_equal_bytes(count: int) -> Shapes:

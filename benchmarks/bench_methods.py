@@ -1,8 +1,4 @@
-"""Time Iso-C and Iso-CTS beside the published algorithms: in numpy, in plain torch, and FusionBench's own functions.
-
-All take the same float32 deltas, in one process, with the same threads. Errors are relative to the published algorithm
-in numpy float64 by full SVD.
-"""
+"""Time Iso-C and Iso-CTS of float32 deltas beside the published algorithms and FusionBench's own functions."""
 
 from __future__ import annotations
 
@@ -12,16 +8,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 import isomerge_fast as imf
-from benchmarks import reference_numpy
 from benchmarks.harness import peers
-from benchmarks.harness.rows import OURS, Problem, Row
-from benchmarks.harness.scratch import kept
+from benchmarks.harness.rows import OURS, Problem, Row, error_against, kept
 from benchmarks.shapes import shape_of
 from isomerge_fast.bench import published
-from isomerge_fast.bench.problems import Kind, deltas_like_fine_tuning, relative_error
+from isomerge_fast.bench.problems import Kind, deltas_like_fine_tuning
 from isomerge_fast.linalg.auto import TOLERANCES
 
 METHODS = ("iso-c", "iso-cts")
@@ -45,24 +38,21 @@ def problem(method: str, shape: tuple[int, int], tasks: int, kind: Kind, device:
     deltas = made(*shape, tasks, kind, device=device)
     singles = [delta.cpu().numpy() for delta in deltas]
     function = method.replace("-", "_")
-    by_numpy = getattr(reference_numpy, function)
+    as_published = getattr(published, function)
 
     def in_double() -> np.ndarray:
-        return by_numpy([single.astype(np.float64) for single in singles])
+        return as_published([single.astype(np.float64) for single in singles])
 
-    exact = torch.from_numpy(kept(f"{method} {shape[0]}x{shape[1]} T={tasks} {kind} {device.type}", in_double))
-
-    def error(result: Tensor | np.ndarray) -> float:
-        return relative_error(torch.as_tensor(result).cpu(), exact)
-
+    exact = kept(f"{method} {shape[0]}x{shape[1]} T={tasks} {kind} {device.type}", in_double)
     calls: dict[str, Callable[[], Any]] = {
         OURS: partial(getattr(imf, function), deltas),
-        TORCH: partial(getattr(published, function), deltas),
+        TORCH: partial(as_published, deltas),
         FUSION_BENCH: lambda: peers.fusion_bench(method, [{"w": delta} for delta in deltas], str(device))["w"],
-        NUMPY_32: partial(by_numpy, singles),
+        NUMPY_32: partial(as_published, singles),
         NUMPY_64: in_double,
     }
-    return Problem(calls, error, {OURS: TOLERANCES["default"]}, 4.0 * shape[0] * shape[1] * (tasks + 1))
+    moved_bytes = 4.0 * shape[0] * shape[1] * (tasks + 1)
+    return Problem(calls, partial(error_against, exact), {OURS: TOLERANCES["default"]}, moved_bytes)
 
 
 def row(

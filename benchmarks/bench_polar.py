@@ -1,7 +1,4 @@
-"""Time polar factors: the solver that a merge takes, every other one, and full SVDs by torch and numpy.
-
-X is the sum of eight deltas in float64, Q is asked for in float32. Errors are relative to numpy's float64 SVD.
-"""
+"""Time float32 polar factors of a float64 sum: by the solver that a merge takes, every other one, and full SVDs."""
 
 from __future__ import annotations
 
@@ -9,15 +6,12 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 
-from benchmarks import reference_numpy
-from benchmarks.harness.rows import OURS, Problem, Row
-from benchmarks.harness.scratch import kept
+from benchmarks.harness.rows import OURS, Problem, Row, error_against, kept
 from benchmarks.shapes import shape_of
 from isomerge_fast.bench import published
-from isomerge_fast.bench.problems import Kind, deltas_like_fine_tuning, relative_error
+from isomerge_fast.bench.problems import Kind, deltas_like_fine_tuning
 from isomerge_fast.linalg.auto import TOLERANCES, polar_candidates
 from isomerge_fast.linalg.gram_eigh import GramEigh
 from isomerge_fast.linalg.polar_express import PolarExpress
@@ -40,8 +34,7 @@ SOLVERS: dict[str, tuple[PolarSolver, float]] = {
 def make(shape: tuple[int, int], kind: Kind, device: torch.device) -> Problem:
     total = torch.stack(deltas_like_fine_tuning(*shape, 8, kind, device=device)).double().sum(0)
     single, array = total.float(), total.cpu().numpy()
-    name = f"polar {shape[0]}x{shape[1]} {kind} {device.type}"
-    exact = torch.from_numpy(kept(name, partial(reference_numpy.polar, array)))
+    exact = kept(f"polar {shape[0]}x{shape[1]} {kind} {device.type}", partial(published.polar, array))
 
     def taken_first() -> torch.Tensor:
         choice = polar_candidates("default", shape, torch.float32, device)[0]
@@ -50,13 +43,9 @@ def make(shape: tuple[int, int], kind: Kind, device: torch.device) -> Problem:
     calls: dict[str, Callable[[], Any]] = {OURS: taken_first}
     for label, (solver, _) in SOLVERS.items():
         calls[label] = partial(lambda solver: solver.polar(total, dtype=torch.float32)[0], solver)
-    calls |= {TORCH: partial(published.polar, single), NUMPY: partial(reference_numpy.polar, array)}
+    calls |= {TORCH: partial(published.polar, single), NUMPY: partial(published.polar, array)}
     bars = {OURS: TOLERANCES["default"]} | {label: bar for label, (_, bar) in SOLVERS.items()}
-
-    def error(result: torch.Tensor | np.ndarray) -> float:
-        return relative_error(torch.as_tensor(result).cpu(), exact)
-
-    return Problem(calls, error, bars, 4.0 * 3 * shape[0] * shape[1])
+    return Problem(calls, partial(error_against, exact), bars, 4.0 * 3 * shape[0] * shape[1])
 
 
 CASES: tuple[tuple[str, Kind, str], ...] = (

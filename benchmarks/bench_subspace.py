@@ -15,8 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.harness.rows import OURS, Problem, Row
-from benchmarks.harness.scratch import kept
+from benchmarks.harness.rows import OURS, Problem, Row, kept
 from benchmarks.shapes import shape_of
 from isomerge_fast.bench.problems import Kind, deltas_like_fine_tuning
 from isomerge_fast.linalg.auto import subspace_candidates

@@ -2,10 +2,9 @@
 
     python -m benchmarks.compare OLD NEW [--all]
 
-Times are compared as ratios to each baseline, which are from one run each and hold across machines of a kind; rows
-without a baseline by their share of the roofline that was measured in the same run. A change counts where it is beyond
-the spreads of both, taken together, and more than 5 %. Exit code 1 where something of ours became slower, less exact,
-or is missing; 2 for files that cannot be compared.
+A change of a ratio, or of the share of the roofline where there is no baseline, counts where it is beyond the spreads
+of both, taken together, and more than 5 %. Exit code 1 where something of ours became slower, less exact, or is
+missing; 2 for files that cannot be compared.
 """
 
 from __future__ import annotations
@@ -14,14 +13,13 @@ import argparse
 import math
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
-
-from rich.console import Console
-from rich.table import Table
 
 from benchmarks.harness.results import SPREAD, Ratio, ResultRow, Results
 from benchmarks.harness.rows import OURS
+from benchmarks.harness.table import print_lines
+from isomerge_fast.cli.screen import Screen
 
 LEAST_CHANGE = 1.05
 # Errors of the same computation differ by a few roundings from one BLAS to another; a lost digit is ten.
@@ -109,7 +107,7 @@ def outside(old: Results, new: Results) -> list[str]:
 
 def print_comparison(old: Results, new: Results, differences: list[Difference], *, everything: bool) -> None:
     """Print the machines, the differences, and how many there are."""
-    out = Console(width=160, soft_wrap=True, highlight=False)
+    out = Screen()
     for label, results in (("old", old), ("new", new)):
         versions = results.machine["versions"]
         out.print(
@@ -118,15 +116,8 @@ def print_comparison(old: Results, new: Results, differences: list[Difference], 
         )
     if (old.machine["device"], old.machine["threads"]) != (new.machine["device"], new.machine["threads"]):
         out.print("note: two machines: their ratios differ for other reasons than ours too")
-    shown = [entry for entry in differences if everything or entry.verdict != SAME]
-    if shown:
-        table = Table(box=None, pad_edge=False, header_style="bold")
-        for column in ("row", "figure", "old", "new", "verdict"):
-            table.add_column(column, no_wrap=True)
-        for entry in shown:
-            verdict = f"[red]{entry.verdict}[/red]" if entry.verdict in BAD else entry.verdict
-            table.add_row(entry.row, entry.figure, entry.old, entry.new, verdict)
-        out.print(table)
+    shown = [astuple(entry) for entry in differences if everything or entry.verdict != SAME]
+    print_lines(out, ("row", "figure", "old", "new", "verdict"), shown)
     counts = {verdict: sum(entry.verdict == verdict for entry in differences) for verdict in (SAME, *sorted(BAD))}
     out.print(", ".join(f"{count} {verdict}" for verdict, count in counts.items()))
     strays = outside(old, new)
@@ -144,7 +135,7 @@ def main() -> int:
     options = parser.parse_args()
     try:
         old, new = Results.load(options.old), Results.load(options.new)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError) as error:
         print(f"compare: {error}", file=sys.stderr)
         return 2
     differences = compare(old, new)

@@ -1,11 +1,8 @@
 """Compile every form of every kernel ahead of time for the GPUs it is meant for, and show what came of it.
 
-    python -m benchmarks.compile_table                          the table; exit code 1 where a row is not as it must be
-    python -m benchmarks.compile_table --write docs/kernels.md  into that file too
-    python -m benchmarks.compile_table --json                   every row, for programs
-
 No GPU is needed. "It compiled" proves little: a row counts when nothing spills to local memory, shared memory fits the
-target, and the instructions that make the kernel fast are there: 16-byte loads and stores, matrix instructions.
+target, and the instructions that make the kernel fast are there: 16-byte loads and stores, matrix instructions. Exit
+code 1 where a row is not as it must be.
 """
 
 from __future__ import annotations
@@ -17,26 +14,27 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 os.environ.pop("TRITON_INTERPRET", None)  # decided at import
 
 import torch
 import triton
-import triton.language as tl
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
 
 from benchmarks.harness.markdown import table, write_between
 from isomerge_kernels import apply_delta, symmetric_matmul, task_sum
-from isomerge_kernels._launch import OPTIONS, Config
+from isomerge_kernels._launch import TRITON_DTYPES, Config
 
 MARKS = ("<!-- compile table -->", "<!-- end of compile table -->")
 KIB = 1024
@@ -67,26 +65,18 @@ TARGETS = (
 
 @dataclass(frozen=True)
 class Form:
-    """Hold one compiled form of a kernel: its arguments' types, its constants and its options.
-
-    Attributes:
-        aligned: the 32-bit integers and pointers that the launcher makes multiples of 16.
-        vector_loads, vector_stores: how many there must be at least.
-        dots: what is multiplied ("half", "tf32x3", …), or "".
-        but_not_on: targets whose launcher never takes it.
-    """
+    """Hold one compiled form of a kernel, as its launcher asks for it."""
 
     kernel: str
     label: str
     config: str
-    signature: dict[str, str]
+    signature: dict[str, str]  # the types of arguments
     constants: dict[str, Any]
-    options: dict[str, int | None]
-    aligned: tuple[str, ...]
-    vector_loads: int
+    options: dict[str, Any]
+    vector_loads: int  # at least
     vector_stores: int
-    dots: str = ""
-    but_not_on: tuple[str, ...] = ()
+    dots: str = ""  # what is multiplied ("half", "tf32x3", …)
+    but_not_on: tuple[str, ...] = ()  # targets whose launcher never takes it
 
 
 @dataclass
@@ -103,9 +93,39 @@ class Row:
     wrong: list[str] = field(default_factory=list)
 
 
-TL = {"fp64": tl.float64, "fp32": tl.float32, "bf16": tl.bfloat16, "fp16": tl.float16}
+DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SUMS = "bf16 fp32, bf16 fp64, fp16 fp32, fp32 fp32, fp32 fp64, fp64 fp64"
 UPDATES = "bf16 fp32 bf16, bf16 fp64 bf16, fp16 fp32 fp16, fp32 fp32 fp32, fp32 fp32 bf16, fp64 fp64 fp64"
+# Integers of 32 bits; all others have 64, as those of the largest tensors do.
+NARROW = {"n_tasks", "n_blocks", "n_outputs", "n", "k", "tiles"}
+# All other pointers and integers are multiples of 16.
+ANY_NUMBER = {"scalings", "n_tasks", "n_blocks", "n_outputs", "tiles", "seed", "first", "kind_stride", "task_stride"}
+
+
+def empty(dtype: str, *shape: int) -> torch.Tensor:
+    return torch.empty(shape, dtype=DTYPES[dtype], device="meta")
+
+
+def launches(launcher: Callable[..., Any], *arguments: Any, **options: Any) -> list[dict[str, Any]]:
+    """Return the ``Form`` fields of every kernel that a launcher starts: types, constants and options."""
+    found = []
+
+    def record(kernel: Any, *values: Any, grid: Any, warmup: Any, **named: Any) -> None:
+        form: dict[str, Any] = {"signature": {}, "constants": {}, "options": {}}
+        for name, value in zip(kernel.arg_names, values, strict=False):
+            if name.endswith(("_row", "_column")) and value == 1:  # for which Triton compiles a form of its own
+                form["constants"][name] = 1
+            elif isinstance(value, torch.Tensor):
+                form["signature"][name] = f"*{TRITON_DTYPES.get(value.dtype, 'i64')}"
+            else:
+                form["signature"][name] = "fp64" if isinstance(value, float) else "i32" if name in NARROW else "i64"
+        for name, value in named.items():
+            form["constants" if name in kernel.arg_names else "options"][name] = value
+        found.append({"kernel": kernel.__name__.removesuffix("_kernel"), **form})
+
+    with mock.patch.object(JITFunction, "run", record):
+        launcher(*arguments, **options)
+    return found
 
 
 def forms() -> Iterator[Form]:
@@ -113,17 +133,20 @@ def forms() -> Iterator[Form]:
     for expert, total in map(str.split, SUMS.split(",")):
         configs = task_sum.CONFIGS[torch.float64 if expert == "fp64" else torch.float32]
         for config in configs:
-            yield sum_form(expert, total, config)
-        yield sum_form(expert, total, configs[0], "deltas", HAS_BASE=False)
+            yield sum_form([expert], total, config)
+        yield sum_form([expert], total, configs[0], "deltas", has_base=False)
     first = task_sum.CONFIGS[torch.float32][0]
-    yield sum_form("bf16", "fp32", first, "added to S", ADD=True)
-    yield sum_form("bf16", "fp32", first, "not aligned", ALIGNMENT=1)
-    yield added_form()
+    yield sum_form(["fp16", "bf16"], "fp32", first, "added to S")
+    yield sum_form(["bf16"], "fp32", first, "not aligned", elements=8)
+    *_, added = launches(task_sum.task_sum, [empty("bf16", 64)], None, [1.0], empty("fp32", 64))
+    # A member's blocks begin anywhere: no vectors.
+    config = f"{task_sum.ADDED_BLOCK}, {task_sum.ADDED_WARPS} warps"
+    yield Form(label="statistics of blocks", config=config, vector_loads=0, vector_stores=0, **added)
     for base, delta, out in map(str.split, UPDATES.split(",")):
         for config in apply_delta.CONFIGS:
             yield apply_form(base, delta, out, config)
     for config in apply_delta.CONFIGS:
-        yield apply_form("bf16", "fp32", "bf16", config, "stochastic", STOCHASTIC=True)
+        yield apply_form("bf16", "fp32", "bf16", config, seed=1)
     for key, configs in symmetric_matmul.CONFIGS.items():
         for config in configs:
             for transposed in (False, True):
@@ -131,90 +154,55 @@ def forms() -> Iterator[Form]:
             yield product_form(key, config, False, has_c=False)
 
 
-def typed(**names_by_type: str) -> dict[str, str]:
-    return {name: kind for kind, names in names_by_type.items() for name in names.split()}
-
-
-def sum_form(expert: str, total: str, config: task_sum.SumConfig, note: str = "", **changes: Any) -> Form:
-    """Return ``task_sum`` of experts and a base of one dtype; ``changes`` to its constants, which ``note`` names."""
-    constants: dict[str, Any] = {"EXPERT": TL[expert], "COMPUTE": TL["fp64" if expert == "fp64" else "fp32"]}
-    constants |= {"BLOCK": config.block, "STAGES": config.num_stages}
-    constants |= {"HAS_BASE": True, "ADD": False, "ALIGNMENT": 16} | changes
-    pointers = {"table": "*i64", "base": f"*{expert}", "out": f"*{total}", "of_blocks": "*fp64"}
+def sum_form(
+    experts: list[str],
+    total: str,
+    config: task_sum.SumConfig,
+    note: str = "",
+    *,
+    has_base: bool = True,
+    elements: int = 64,
+) -> Form:
+    """Return ``task_sum`` of lines of so many elements: the launch for the last expert, whose dtype the base has."""
+    tensors = [empty(expert, 2, elements) for expert in experts]
+    arguments = [tensors, tensors[-1] if has_base else None, [1.0] * len(tensors), empty(total, 2, elements)]
+    *_, launch, _ = launches(task_sum.task_sum, *arguments, batch_dims=1, config=config)
+    warps = f"{config.num_warps} warp{'s' if config.num_warps > 1 else ''}"
     return Form(
-        "task_sum",
-        f"{expert} → {total}" + (f", {note}" if note else ""),
-        f"{config.block}, {config.num_warps} warp{'s' if config.num_warps > 1 else ''}, {config.num_stages} stages",
-        pointers | typed(i32="n_tasks n_blocks", i64="elements base_stride out_stride kind_stride task_stride"),
-        constants,
-        {"num_warps": config.num_warps},
-        (*pointers, "elements", "base_stride", "out_stride"),
+        label=f"{experts[-1]} → {total}" + (f", {note}" if note else ""),
+        config=f"{config.block}, {warps}, {config.num_stages} stages",
         # Of the base and of the experts, which are read in vectors only where their addresses allow it.
-        vector_loads=int(constants["HAS_BASE"]) + int(constants["ALIGNMENT"] == 16),
+        vector_loads=has_base + (launch["constants"]["ALIGNMENT"] == 16),
         vector_stores=1,
+        **launch,
     )
 
 
-def added_form() -> Form:
-    """Return the second kernel of ``task_sum``, which adds up what the first saw."""
-    pointers = {**dict.fromkeys(("of_blocks", "squares", "largest"), "*fp64"), "nonfinite": "*i64"}
-    return Form(
-        "add_up",
-        "statistics of blocks",
-        f"{task_sum.ADDED_BLOCK}, {task_sum.ADDED_WARPS} warps",
-        pointers | typed(i32="n_blocks", i64="kind_stride"),
-        {"BLOCK": task_sum.ADDED_BLOCK},
-        {"num_warps": task_sum.ADDED_WARPS},
-        tuple(pointers),
-        vector_loads=0,  # a member's blocks begin anywhere
-        vector_stores=0,
-    )
-
-
-def apply_form(base: str, delta: str, out: str, config: Config, note: str = "", **changes: Any) -> Form:
-    """Return ``apply_delta``; ``changes`` to its constants, which ``note`` names."""
-    pointers = {"base": f"*{base}", "delta": f"*{delta}", "out": f"*{out}"}
-    strides = "base_stride delta_stride out_stride output_stride"
-    return Form(
-        "apply_delta",
-        f"{base} + {delta} → {out}" + (f", {note}" if note else ""),
-        f"{config.block}, {config.num_warps} warps",
-        {**pointers, "scalings": "*fp64"} | typed(i32="n_outputs n_blocks", i64=f"seed first elements {strides}"),
-        {"STOCHASTIC": False, "BLOCK": config.block} | changes,
-        {"num_warps": config.num_warps},
-        (*pointers, "elements", *strides.split()),
-        vector_loads=2,
-        vector_stores=1,
-    )
+def apply_form(base: str, delta: str, out: str, config: Config, seed: int | None = None) -> Form:
+    options = {"scalings": [1.0], "dtype": DTYPES[out], "seed": seed, "config": config}
+    (launch,) = launches(apply_delta.apply_delta, empty(base, 64), empty(delta, 64), **options)
+    label = f"{base} + {delta} → {out}" + (", stochastic" if seed else "")
+    shape = f"{config.block}, {config.num_warps} warps"
+    return Form(label=label, config=shape, vector_loads=2, vector_stores=1, **launch)
 
 
 def product_form(key: str, config: symmetric_matmul.TileConfig, transposed: bool, *, has_c: bool = True) -> Form:
     """Return A Aᵀ of a matrix with its rows side by side, or Aᵀ A of it."""
     element = {"fp64": "fp64", "half": "bf16"}.get(key, "fp32")
     on_sm_80 = symmetric_matmul.default_config(key, (8, 0), symmetric_matmul.LARGE_TILES)
+    a = empty(element, 48, 64).mT if transposed else empty(element, 64, 48)
+    options = {"precision": key if element == "fp32" else "ieee", "config": config}
+    (launch,) = launches(symmetric_matmul.symmetric_matmul, a, c=empty(element, 64, 64) if has_c else None, **options)
+    launch["options"]["maxnreg"] = config.max_registers  # on NVIDIA, which a tensor without memory is not on
     shape = f"{config.block} × {config.block} × {config.block_k}"
-    ones, strides = ("a_row b_column", "a_column b_row") if transposed else ("a_column b_row", "a_row b_column")
-    pointers, sizes = dict.fromkeys("abc", f"*{element}") | {"out": f"*{element}"}, "n k"
-    strides = f"a_batch b_batch c_batch c_row out_batch out_row {strides}"
     return Form(
-        "symmetric_matmul",
-        {"half": "bf16"}.get(key, key) + (", Aᵀ A" if transposed else ", A Aᵀ") + ("" if has_c else ", no C"),
-        f"{shape}, {config.num_warps} warps, {config.num_stages} stages",
-        pointers | typed(i32=f"{sizes} tiles", i64=strides, fp64="alpha beta gamma"),
-        {
-            **dict.fromkeys(ones.split(), 1),
-            "HAS_C": has_c,
-            "PRECISION": key if element == "fp32" else "ieee",
-            "BLOCK": config.block,
-            "BLOCK_K": config.block_k,
-            "GROUP": symmetric_matmul.GROUP,
-        },
-        {"num_warps": config.num_warps, "num_stages": config.num_stages, "maxnreg": config.max_registers},
-        (*pointers, *sizes.split(), *strides.split()),
+        label={"half": "bf16"}.get(key, key) + (", Aᵀ A" if transposed else ", A Aᵀ") + ("" if has_c else ", no C"),
+        config=f"{shape}, {config.num_warps} warps, {config.num_stages} stages",
         vector_loads=2,
         vector_stores=2,  # the tile and its mirror
         dots=key,
         but_not_on=("sm_80",) if key in ("tf32x3", "bf16x3") and config != on_sm_80 else (),
+        **launch,
     )
 
 
@@ -268,12 +256,13 @@ def compile_row(form: Form, target: Target) -> Row:
     row = Row(form.kernel, form.label, form.config, target.name)
     kernel = KERNELS[form.kernel]
     names = kernel.arg_names
-    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in form.aligned}
+    aligned = [name for name, kind in form.signature.items() if kind[0] in "*i" and name not in ANY_NUMBER]
+    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
     signature = {name: form.signature.get(name, "constexpr") for name in names}
     source = ASTSource(kernel, signature, constexprs=form.constants, attrs=attributes)
     try:
         compiled = triton.compile(
-            source, target=GPUTarget(target.backend, target.arch, target.warp), options=form.options | OPTIONS
+            source, target=GPUTarget(target.backend, target.arch, target.warp), options=form.options
         )
     except Exception as error:  # whatever the compiler raises is what the table is for
         row.wrong.append(f"{type(error).__name__}: {str(error).splitlines()[0][:200]}")

@@ -2,17 +2,16 @@
 
     python -m benchmarks.run [--level short] [--passes 3] [--device cpu] [--only methods,polar] [--out FILE]
 
-Each pass is a process of its own (``pytest benchmarks``) that measures every contender of every row, those of
-a row right after each other. A ratio is the median over the passes of (seconds of the baseline / seconds of ours); its
-spread is what another run on the same machine stays within (``results.Results.ratio``).
-
     python -m benchmarks.run --table FILE                         the tables of a result file once more
     python -m benchmarks.run --table FILE --write README.md …     into these files, between their marks; and pictures
+
+Each pass is a process of its own (``pytest benchmarks``); docs/benchmarks.md, "How it is measured".
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import subprocess
 import sys
@@ -23,10 +22,8 @@ from pathlib import Path
 
 from benchmarks.harness.markdown import write_between
 from benchmarks.harness.pictures import draw
-from benchmarks.harness.readings import read_rows
 from benchmarks.harness.results import Results, gather, machine_label
-from benchmarks.harness.rows import LEVELS, SUITES
-from benchmarks.harness.scratch import VARIABLE
+from benchmarks.harness.rows import LEVELS, SCRATCH_VARIABLE, SUITES
 from benchmarks.harness.table import markdown, print_results, summary
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -42,9 +39,8 @@ def run(
 ) -> Results:
     """Return the results of all passes that fit into ``minutes``, the first in any case.
 
-    Raises:
-        RuntimeError: a pass failed, because a result was not as exact as it must be, or for another reason; what it
-            said is on standard error.
+    Where a pass fails, as for a result that is not as exact as it must be, what it said goes to standard error, and
+    RuntimeError is raised.
     """
     started = time.monotonic()
     # The script and not ``python -m pytest``, which would put the checkout on sys.path, and with it a namespace package
@@ -53,7 +49,7 @@ def run(
     command += ["--benchmark-quiet", "--level", level, "--device", device, "--suites", only or SUITES]
     command += [word for plugin in plugins for word in ("-p", plugin)]
     with tempfile.TemporaryDirectory(prefix="isomerge-bench-") as folder:
-        environment = {VARIABLE: folder, **os.environ}
+        environment = {SCRATCH_VARIABLE: folder, **os.environ}
         files, took = [], 0.0
         for number in range(passes):
             elapsed = time.monotonic() - started
@@ -62,13 +58,13 @@ def run(
                 print(f"{number} of {passes} passes: another would take more than {minutes:g} minutes", flush=True)
                 break
             files.append(Path(folder) / f"pass-{number}.json")
-            words = ["--readings", str(files[-1]), *(["--later-pass"] if number else [])]
+            words = ["--benchmark-json", str(files[-1]), *(["--later-pass"] if number else [])]
             outcome = subprocess.run([*command, *words], cwd=ROOT, env=environment, capture_output=True, text=True)
             if outcome.returncode:
                 print(outcome.stdout[-6000:], outcome.stderr[-2000:], sep="\n", file=sys.stderr)
                 raise RuntimeError(f"pass {number + 1} failed (exit code {outcome.returncode})")
             took = time.monotonic() - started - elapsed
-            count = sum("seconds" in row for row in read_rows(files[-1]))
+            count = len(json.loads(files[-1].read_text())["benchmarks"])
             print(f"pass {number + 1} of {passes}: {count} measured, {took:.0f} s", flush=True)
         return gather(files, level=level, seconds=time.monotonic() - started)
 

@@ -25,65 +25,35 @@ def llama(
     width: int, inner: int, layers: int, vocabulary: int = 128_256, *, kv: int | None = None, tied: bool = False
 ) -> Shapes:
     """Return the tensors of a Llama; ``kv`` is the width of keys and values, ``width`` by default."""
-    shapes = _tables(width, vocabulary, tied)
+    shapes = tables(width, vocabulary, tied)
     for layer in range(layers):
-        shapes |= _attention(layer, width, width, kv or width)
-        shapes |= _mlp(f"model.layers.{layer}.mlp.", width, inner)
-        shapes |= _norms(layer, width)
+        shapes |= attention(layer, width, width, kv or width)
+        shapes |= mlp(f"model.layers.{layer}.mlp.", width, inner)
+        shapes |= norms(layer, width)
     return shapes
 
 
 def qwen3_moe(layers: int = 48, experts: int = 128) -> Shapes:
     """Return the tensors of Qwen3-30B-A3B."""
     width, inner, heads, kv_heads, head = 2048, 768, 32, 4, 128
-    shapes = _tables(width, 151_936)
+    shapes = tables(width, 151_936)
     for layer in range(layers):
-        mlp = f"model.layers.{layer}.mlp."
-        shapes |= _attention(layer, width, heads * head, kv_heads * head, head_norm=head)
-        shapes[f"{mlp}gate.weight"] = (experts, width)
+        place = f"model.layers.{layer}.mlp."
+        shapes |= attention(layer, width, heads * head, kv_heads * head, head_norm=head)
+        shapes[f"{place}gate.weight"] = (experts, width)
         for expert in range(experts):
-            shapes |= _mlp(f"{mlp}experts.{expert}.", width, inner)
-        shapes |= _norms(layer, width)
+            shapes |= mlp(f"{place}experts.{expert}.", width, inner)
+        shapes |= norms(layer, width)
     return shapes
 
 
-def glm4_moe() -> Shapes:
-    """Return the tensors of GLM-4.5 (zai-org/GLM-4.5): 358,337,791,296 parameters, 160 experts in each layer.
-
-    Layer 92 is for multi-token prediction and has token tables of its own. The published 355 billion count neither
-    these nor the model's. (One float32 vector a layer, ``e_score_correction_bias``, is bf16 here.)
-    """
-    width, inner, expert_inner, experts = 5120, 12_288, 1536, 160
-    heads, kv_heads, head, vocabulary = 96, 8, 128, 151_552
-    dense_layers, layers = 3, 92
-    shapes = _tables(width, vocabulary)
-    for layer in range(layers + 1):
-        prefix = f"model.layers.{layer}."
-        shapes |= _attention(layer, width, heads * head, kv_heads * head, head_norm=head)
-        shapes[f"{prefix}self_attn.q_proj.bias"] = (heads * head,)
-        shapes |= {f"{prefix}self_attn.{name}_proj.bias": (kv_heads * head,) for name in "kv"}
-        if layer < dense_layers:
-            shapes |= _mlp(f"{prefix}mlp.", width, inner)
-        else:
-            shapes[f"{prefix}mlp.gate.weight"] = (experts, width)
-            shapes[f"{prefix}mlp.gate.e_score_correction_bias"] = (experts,)
-            for expert in range(experts):
-                shapes |= _mlp(f"{prefix}mlp.experts.{expert}.", width, expert_inner)
-            shapes |= _mlp(f"{prefix}mlp.shared_experts.", width, expert_inner)
-        shapes |= _norms(layer, width)
-    prefix = f"model.layers.{layers}."
-    shapes[f"{prefix}eh_proj.weight"] = (width, 2 * width)
-    shapes |= {f"{prefix}{name}.weight": (width,) for name in ("enorm", "hnorm", "shared_head.norm")}
-    return shapes | {f"{prefix}{name}.weight": (vocabulary, width) for name in ("embed_tokens", "shared_head.head")}
-
-
-def _tables(width: int, vocabulary: int, tied: bool = False) -> Shapes:
+def tables(width: int, vocabulary: int, tied: bool = False) -> Shapes:
     """Return the token tables and the last norm."""
     names = ("model.embed_tokens.weight",) if tied else ("model.embed_tokens.weight", "lm_head.weight")
     return {**dict.fromkeys(names, (vocabulary, width)), "model.norm.weight": (width,)}
 
 
-def _attention(layer: int, width: int, queries: int, keys: int, *, head_norm: int | None = None) -> Shapes:
+def attention(layer: int, width: int, queries: int, keys: int, *, head_norm: int | None = None) -> Shapes:
     """Return the projections of grouped queries, and the norms of queries and keys where there are some."""
     prefix = f"model.layers.{layer}.self_attn."
     shapes: Shapes = {f"{prefix}q_proj.weight": (queries, width), f"{prefix}o_proj.weight": (width, queries)}
@@ -91,12 +61,14 @@ def _attention(layer: int, width: int, queries: int, keys: int, *, head_norm: in
     return shapes | ({f"{prefix}{name}_norm.weight": (head_norm,) for name in "qk"} if head_norm else {})
 
 
-def _mlp(prefix: str, width: int, inner: int) -> Shapes:
+def mlp(prefix: str, width: int, inner: int) -> Shapes:
+    """Return the three projections of a gated MLP."""
     shapes: Shapes = {f"{prefix}{name}_proj.weight": (inner, width) for name in ("gate", "up")}
     return shapes | {f"{prefix}down_proj.weight": (width, inner)}
 
 
-def _norms(layer: int, width: int) -> Shapes:
+def norms(layer: int, width: int) -> Shapes:
+    """Return the two norms of a layer."""
     return {f"model.layers.{layer}.{name}.weight": (width,) for name in ("input_layernorm", "post_attention_layernorm")}
 
 
@@ -107,7 +79,6 @@ MODELS: dict[str, Callable[[], Shapes]] = {
     "llama-3-8b": partial(llama, 4096, 14_336, 32, kv=1024),
     "llama-3-70b": partial(llama, 8192, 28_672, 80, kv=1024),
     "qwen3-30b-a3b": qwen3_moe,
-    "glm-4.5": glm4_moe,
 }
 
 

@@ -1,24 +1,20 @@
 """Time every contender of every row with pytest-benchmark, those of a row right after each other.
 
-    pytest benchmarks --level short --suites polar,methods [--benchmark-json FILE] [--readings FILE]
+    pytest benchmarks --level short --suites polar,methods [--benchmark-json FILE]
 
-Accuracy comes first, then time. ``benchmarks.run`` starts one such process for each pass and reads FILE of --readings.
+Accuracy comes first, then time. ``benchmarks.run`` starts one such process for each pass and reads FILE.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from benchmarks.harness.counting import count_flops, peak_memory
-from benchmarks.harness.machine import machine
-from benchmarks.harness.readings import Rows
-from benchmarks.harness.rows import OURS, Problem, Row, absence
-from benchmarks.harness.scratch import remembered
+from benchmarks.harness.rows import OURS, Problem, Row, absence, kept
 from isomerge_fast.bench.ceilings import Ceilings, measure_ceilings, timed
 
 # Seconds for the timed calls of one contender in one pass.
@@ -36,55 +32,23 @@ def ceilings(pytestconfig: pytest.Config) -> Ceilings:
 
 
 @pytest.fixture(scope="session")
-def readings(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Rows:
-    """Return the collected readings; the first is of the machine."""
-    options = pytestconfig.option
-    file: Path = options.readings or tmp_path_factory.mktemp("readings") / "rows.json"
-    rows = Rows("machine", file, device=str(options.device), small=False, seconds=float("inf"))
-    rows.note("machine", **machine(options.device))
-    return rows
-
-
-@pytest.fixture(scope="session")
-def problem_of(pytestconfig: pytest.Config) -> Iterator[Callable[[Row], Problem]]:
-    """Yield a function that makes the problem of a row. One is kept at a time: a row's contenders follow each other."""
-    kept: dict[int, Problem] = {}
-
-    def drop() -> None:
-        for problem in kept.values():
-            problem.close()
-        kept.clear()
-
-    def problem_of(row: Row) -> Problem:
-        if id(row) not in kept:
-            drop()
-            kept[id(row)] = row.make(pytestconfig.option.device)
-        return kept[id(row)]
-
-    yield problem_of
-    drop()
+def problem(request: pytest.FixtureRequest, pytestconfig: pytest.Config) -> Iterator[Problem]:
+    """Yield the problem of a row, until that of another is asked for."""
+    made = request.param.make(pytestconfig.option.device)
+    yield made
+    made.close()
 
 
 def test_row(
-    suite: str,
-    row: Row,
-    contender: str,
-    benchmark: Any,
-    ceilings: Ceilings,
-    readings: Rows,
-    problem_of: Callable[[Row], Problem],
-    pytestconfig: pytest.Config,
+    problem: Problem, case: tuple[str, Row, str], benchmark: Any, ceilings: Ceilings, pytestconfig: pytest.Config
 ) -> None:
-    readings.stage = suite
-    reason = absence(contender) or problem_of(row).absent.get(contender)
-    if reason:
+    suite, row, contender = case
+    if reason := absence(contender) or problem.absent.get(contender):
         benchmark.skipped = True
-        readings.note(row.name, contender=contender, skipped=reason)
         pytest.skip(reason)
     benchmark.group = row.name
-    found = measure(row, contender, problem_of(row), ceilings, benchmark, pytestconfig.option)
-    benchmark.extra_info.update(found)
-    readings.note(row.name, **found)
+    found = measure(row, contender, problem, ceilings, benchmark, pytestconfig.option)
+    benchmark.extra_info.update(suite=suite, **found)
 
 
 def measure(
@@ -125,7 +89,7 @@ def measure(
     found = {"contender": contender, "seconds": seconds, "error": error, "bar": bar}
     found |= {"peak_bytes": peak_bytes, "moved_bytes": problem.moved_bytes, "curve": row.curve}
     if contender == OURS:
-        flops = remembered(f"flops {row.name}", lambda: count_flops(call)) if problem.is_counted else {}
+        flops = kept(f"flops {row.name}", lambda: count_flops(call)) if problem.is_counted else {}
         double = flops.get("float64", 0.0)
         floor_seconds = ceilings.floor_seconds(problem.moved_bytes, sum(flops.values()) - double, double)
         found |= {"flops": flops, "floor_seconds": floor_seconds}

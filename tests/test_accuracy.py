@@ -25,7 +25,6 @@ from benchmarks.accuracy.alignment import (
     correlate,
     kept_rank,
     range_basis,
-    ranks,
     without_group_means,
 )
 from benchmarks.accuracy.networks import initial_transformer, patches
@@ -147,7 +146,8 @@ def test_accuracy_improvement(base: float, expert: float, merged: float, improve
 
 
 def test_correlations() -> None:
-    assert ranks([10.0, 30.0, 20.0, 20.0]) == [1.0, 4.0, 2.5, 2.5]
+    tied = correlate([*zip((1.0, 2.0, 3.0, 4.0), (10.0, 30.0, 20.0, 20.0), strict=True)])
+    assert tied.spearman == pytest.approx(np.corrcoef([1, 2, 3, 4], [1, 4, 2.5, 2.5])[0, 1])
     cubes = correlate([(x, x**3) for x in (-3.0, -2.0, 0.0, 5.0)])
     assert cubes.spearman == pytest.approx(1)
     assert cubes.pearson == pytest.approx(np.corrcoef([-3, -2, 0, 5], [-27, -8, 0, 125])[0, 1])

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from benchmarks.headers import config_of, save_headers
+from benchmarks.harness.checkpoints import save_headers
 from benchmarks.shapes import MODELS, Shapes
 from isomerge_fast.bench.outlook import predict
 from isomerge_fast.cli.render import duration
@@ -32,6 +32,7 @@ from isomerge_fast.planning.cost import (
 )
 from isomerge_fast.planning.plan import Plan, TensorPlan
 from isomerge_fast.planning.planner import make_plan
+from planned_models import config_of, glm4_moe
 
 METHODS = ("iso-c", "iso-cts", "task-arithmetic")
 WORKERS = st.integers(1, 300)
@@ -295,7 +296,7 @@ def test_the_page_shows_what_is_predicted(llama: Planned) -> None:
 
 def test_dividing_takes_no_time(llama: Planned, tmp_path: Path) -> None:
     """About 0.02 and 0.4 s on one core."""
-    moe = make_plan(config_of(tmp_path, MODELS["glm-4.5"](), 1, method="iso-c", out=None))
+    moe = make_plan(config_of(tmp_path, glm4_moe(), 1, method="iso-c", out=None))
     assert len(moe.tensors) > 40_000
     for plan in (llama("iso-c"), moe):
         for rates in (rates_of(1e12), even_rates(plan)):

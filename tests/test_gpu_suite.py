@@ -208,8 +208,8 @@ def test_the_summary_ends_with_what_matters_and_is_short() -> None:
     assert len(lines) <= MAX_LINES
     assert not [line for line in lines if "\n" in line]
     assert sum(map(len, lines)) < 12_000  # of which the end is seen
-    assert "sums: 4096 x 4096: 0.90 / 1.00 by 1024/4 (0.80)" in lines
-    assert "a call with the host, us: sums 100" in lines
+    assert "| sums | 0.80 / 1.00 (0.90 / 1.00 by 1024/4) |" in lines
+    assert "A call with the host, µs: sums 100." in lines
     # What failed comes last; before that 32 layers of 2 + 2 + 2 + 1 matrices, FusionBench's 9 s and gesvd's 3 s.
     end = lines.index("== correctness, once more")
     assert "kernels 40 (40 FAILED)" in lines[end + 1]
@@ -218,8 +218,8 @@ def test_the_summary_ends_with_what_matters_and_is_short() -> None:
     whole = "iso-c    arithmetic 224.0 s; FusionBench 2016.0 s (in part estimated); published by gesvd 672.0 s"
     assert lines[end - 5].startswith(whole)
     assert lines[end - 4] == "iso-c    32 layers as the two merged above: 32 s"
-    methods = next(line for line in lines if line.startswith("iso-c 4096 x 4096 "))
-    assert methods.endswith("1000.00; FusionBench 9000, 9.0 x (estimated); published by gesvd 3000, 3.0 x (estimated)")
+    estimate = "9000 (9 ×; estimated: 11 x one SVD) | 3000 (3 ×; estimated: 11 x one SVD)"
+    assert f"| iso-c 4096 x 4096 | 1000 |  | {estimate} |" in lines
     assert lines[end - 2] == "disk     145 + 16 GB: 80 s at 2 GB/s"
     assert lines[end - 1] == "disk     145 + 16 GB: 40 s at the rate of task-arithmetic above"
     without = summary([row for row in readings() if row["name"] != "iso-c 1024 x 4096"])
@@ -353,9 +353,11 @@ def of_every_section() -> list[dict[str, Any]]:
         {"stage": "threads", "name": "iso-c 768 x 768, 4 threads", "threads": 4, "seconds": 0.5, "speedup": 3.5},
     ]
     for config, ratio in (("64x32/8/2", 0.84), ("64x16/8/2", 0.95)):
-        rows.append({"stage": "products", "name": f"fp64, 4096, {config}", "seconds": 1e-3, "ratio": ratio})
+        row = {"stage": "products", "name": f"fp64, 4096, {config}", "seconds": 1e-3, "ratio": ratio}
+        rows.append(row | {"tflop_per_s": 137.4, "error": 1e-14, "torch_error": 2e-14})
     for shape in ("4096 x 4096", "1024 x 4096"):
-        rows.append({"stage": "bandwidths", "name": f"task_sum, {shape}, 2048/4", "seconds": 1e-4, "of_copy": 0.88})
+        row = {"stage": "bandwidths", "name": f"task_sum, {shape}, 2048/4", "seconds": 1e-4, "of_copy": 0.88}
+        rows.append(row | {"of_copy_as_large": 0.9, "host_seconds": 2e-4})
     return rows
 
 
@@ -368,8 +370,10 @@ def test_the_table_says_what_the_rows_say() -> None:
     estimate = "9000 (9 ×; estimated: 11 x one SVD) | 3000 (3 ×; estimated: 11 x one SVD)"
     assert f"| iso-c 4096 x 4096 | 1000 | 90% | {estimate} |" in lines
     assert "| one SVD 4096 x 4096, default | 2500 | 3e-04 | 2e-03 |" in lines
-    assert "| fp64 | 0.84 (0.95 by 64x16/8/2) |" in lines
-    assert "| task_sum | 0.88 | 0.88 |" in lines
+    assert "| fp64 | 0.84, 137 (0.95, 137 by 64x16/8/2) |" in lines
+    assert "Largest errors, ours / torch's: fp64 1e-14 / 2e-14." in lines
+    assert "| task_sum | 0.88 / 0.90 | 0.88 / 0.90 |" in lines
+    assert "A call with the host, µs: sums 100, task_sum 200." in lines
     assert "| task-arithmetic, again | 1.00 | 4.00 |  | 0 |" in lines
     assert "| iso-c 768 x 768, 4 threads | 500 | 3.50 |" in lines
     assert lines[-1].strip() == "disk     145 + 16 GB: 40 s at the rate of task-arithmetic above"

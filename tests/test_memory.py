@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.headers import config_of, save_headers
+from benchmarks.harness.checkpoints import save_headers
 from checkpoints import save_folder
 from isomerge_fast.execution.engine import run
 from isomerge_fast.planning import budget as budgets_module, planner as planning
+from planned_models import config_of
 
 CEILING_BYTES = 600 << 20
 # A Llama of 106 M parameters with 6 layers, of 162 M with 12; a base and 4 experts of either are above the ceiling.

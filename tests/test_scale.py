@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from benchmarks import shapes as model_shapes
-from benchmarks.headers import config_of, save_headers
+from benchmarks.harness.checkpoints import save_headers
 from benchmarks.shapes import qwen3_moe
 from isomerge_fast.config import MergeConfig
 from isomerge_fast.errors import ResourceError
@@ -22,6 +22,7 @@ from isomerge_fast.planning.cost import estimate_seconds
 from isomerge_fast.planning.planner import METADATA_IN_BASELINE_BYTES, make_plan
 from isomerge_fast.planning.resources import check_resources
 from isomerge_kernels import devices
+from planned_models import config_of, glm4_moe
 from pretend_gpu import H100
 
 # Experts merged, billions of parameters: as published; of GLM-4.5 as stored, with its layer for multi-token prediction.
@@ -35,7 +36,7 @@ MODELS: dict[str, tuple[int, float]] = {
 
 @pytest.mark.parametrize("model", MODELS)
 def test_a_plan_of_headers_alone_has_the_right_totals(tmp_path: Path, model: str) -> None:
-    shapes, (tasks, billions) = model_shapes.MODELS[model](), MODELS[model]
+    shapes, (tasks, billions) = (model_shapes.MODELS | {"glm-4.5": glm4_moe})[model](), MODELS[model]
     elements = {name: torch.Size(shape).numel() for name, shape in shapes.items()}
     assert sum(elements.values()) / 1e9 == pytest.approx(billions, abs=0.005)
     config = config_of(tmp_path, shapes, tasks, method="iso-c", out=None)

@@ -1,12 +1,8 @@
-"""Compute the paper's two measures of a merge, task by task, and their correlation.
+"""Compute the paper's two measures of a merge, task by task, and their correlation (docs/accuracy.md).
 
     SAR(Δ_t, Δ_M) = ‖U_k U_kᵀ Δ_t‖_F / ‖Δ_t‖_F    NAI_t = (merged_t − base_t) / (expert_t − base_t)
 
-SAR is the subspace alignment ratio: how much of a task's update lies in the range of the merged one. NAI is the
-normalised accuracy improvement: how much of what the expert gains over the base the merge gains too.
-
-Reference: arXiv 2502.04959. The plotting script released with it keeps the directions that hold 90 % of the energy,
-and takes the basis of the merged update for the first task only; here the definition in the paper is followed.
+Reference: arXiv 2502.04959.
 """
 
 from __future__ import annotations
@@ -15,8 +11,10 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from scipy import stats
 from torch import Tensor
 
 TAIL = 0.05  # the paper's ε: what U_k may leave of ‖Δ_M‖_F
@@ -29,47 +27,29 @@ DECIMALS = 5
 
 @dataclass(frozen=True)
 class Alignment:
-    """Hold how the tasks' updates are aligned with one merged update: means over its matrices.
+    """Hold how the tasks' updates are aligned with one merged update: means over its matrices."""
 
-    Args:
-        by_task: SAR of each task.
-        chance: √(k / M), the SAR (root mean square) of updates in random directions, which have nothing to do with the
-            merged one.
-        rank_share: k / min(M, N).
-    """
-
-    by_task: tuple[float, ...]
-    chance: float
-    rank_share: float
+    by_task: tuple[float, ...]  # SAR of each task
+    chance: float  # √(k / M), the SAR (root mean square) of updates in random directions
+    rank_share: float  # k / min(M, N)
 
 
 def kept_rank(singular_values: Tensor, tail: float = TAIL) -> int:
-    """Return the smallest k with √(Σ_{i>k} σ_i²) ≤ tail · √(Σ_i σ_i²).
-
-    Args:
-        singular_values: `[r]`, largest first.
-
-    Returns:
-        0 … r; 0 where all are zero.
-    """
+    """Return the smallest k with √(Σ_{i>k} σ_i²) ≤ tail · √(Σ_i σ_i²) of σ `[r]`, largest first; 0 where all are 0."""
     squares = singular_values.double().square()
     # left[k] is what the first k leave; summed from the smallest, so that small ones are not lost beside large ones.
     left = torch.cat([squares.flip(0).cumsum(0).flip(0), squares.new_zeros(1)])
     return int((left > tail**2 * left[0]).sum())
 
 
-def range_basis(merged: Tensor, tail: float = TAIL) -> Tensor:
+def range_basis(merged: Tensor) -> Tensor:
     """Return U_k `[M, k]` in float64, the leading left singular vectors of Δ_M `[M, N]`; k as in ``kept_rank``."""
     left, values, _ = torch.linalg.svd(merged.double(), full_matrices=False)
-    return left[:, : kept_rank(values, tail)]
+    return left[:, : kept_rank(values)]
 
 
 def alignment_ratio(delta: Tensor, basis: Tensor) -> float:
-    """Return ‖U_k U_kᵀ Δ_t‖_F / ‖Δ_t‖_F of Δ_t `[M, N]` and U_k `[M, k]`.
-
-    Raises:
-        ValueError: Δ_t is zero, and the ratio undefined.
-    """
+    """Return ‖U_k U_kᵀ Δ_t‖_F / ‖Δ_t‖_F of Δ_t `[M, N]` and U_k `[M, k]`; raise ValueError where Δ_t is zero."""
     exact = delta.double()
     norm = torch.linalg.vector_norm(exact)
     if norm == 0:
@@ -77,19 +57,14 @@ def alignment_ratio(delta: Tensor, basis: Tensor) -> float:
     return float(torch.linalg.vector_norm(basis.mT @ exact) / norm)
 
 
-def align(deltas: Sequence[Mapping[str, Tensor]], merged: Mapping[str, Tensor], tail: float = TAIL) -> Alignment:
-    """Return the mean over all matrices of SAR(Δ_t, Δ_M), for every task.
-
-    Args:
-        deltas: per task, its update of every tensor; only the `[M, N]` ones count.
-        merged: the merged update of every tensor, before or after α: SAR does not depend on it.
-    """
+def align(deltas: Sequence[Mapping[str, Tensor]], merged: Mapping[str, Tensor]) -> Alignment:
+    """Return the mean over all matrices of SAR(Δ_t, Δ_M), for every task; Δ_M may have its α or not."""
     ratios: list[list[float]] = [[] for _ in deltas]
     chances, shares = [], []
     for name, update in merged.items():
         if update.ndim != 2:
             continue
-        basis = range_basis(update, tail)
+        basis = range_basis(update)
         chances.append(math.sqrt(basis.shape[1] / update.shape[0]))
         shares.append(basis.shape[1] / min(update.shape))
         for of_task, delta in zip(ratios, deltas, strict=True):
@@ -110,11 +85,6 @@ def accuracy_improvement(base: float, expert: float, merged: float) -> float | N
     return (merged - base) / gain if gain >= SMALLEST_GAIN - 1e-12 else None
 
 
-def ranks(values: Sequence[float]) -> list[float]:
-    """Return the ranks from 1 on, smallest first; equal values share the mean of their ranks."""
-    return [sum(other < value for other in values) + (values.count(value) + 1) / 2 for value in values]
-
-
 @dataclass(frozen=True)
 class Correlation:
     """Hold Pearson's and Spearman's coefficients of ``n`` points; None where a coordinate is constant or n < 3."""
@@ -125,18 +95,13 @@ class Correlation:
 
 
 def correlate(points: Sequence[tuple[float, float]]) -> Correlation:
-    """Return Pearson's ρ of the points, and of their ranks."""
-    if len(points) < 3:
+    """Return Pearson's ρ of the points, and of their ranks, where equal values share the mean of theirs."""
+    coordinates = list(zip(*points, strict=True))
+    if len(points) < 3 or any(len(set(values)) == 1 for values in coordinates):
         return Correlation(len(points), None, None)
-    xs, ys = (list(coordinates) for coordinates in zip(*points, strict=True))
-    return Correlation(len(points), _pearson(xs, ys), _pearson(ranks(xs), ranks(ys)))
-
-
-def _pearson(xs: Sequence[float], ys: Sequence[float]) -> float | None:
-    try:
-        return statistics.correlation(xs, ys)
-    except statistics.StatisticsError:  # a constant coordinate
-        return None
+    xs, ys = coordinates
+    found: list[Any] = [measure(xs, ys)[0] for measure in (stats.pearsonr, stats.spearmanr)]
+    return Correlation(len(points), *map(float, found))
 
 
 def without_group_means(groups: Sequence[Sequence[tuple[float, float]]]) -> list[tuple[float, float]]:

@@ -78,9 +78,7 @@ class DigitsTransformer(nn.Module):
 
 def patches(images: Tensor) -> Tensor:
     """Return the 2×2 patches `[n, 16, 4]` of images `[n, 64]`, row by row."""
-    per_edge = SIDE // PATCH
-    grid = images.reshape(-1, per_edge, PATCH, per_edge, PATCH)
-    return grid.transpose(2, 3).reshape(-1, N_PATCHES, PATCH * PATCH)
+    return F.unfold(images.reshape(-1, 1, SIDE, SIDE), PATCH, stride=PATCH).mT.contiguous()
 
 
 def initial_transformer(width: int, depth: int, n_heads: int, seed: int) -> DigitsTransformer:

@@ -66,7 +66,7 @@ def _draw_scatter(panel: Any, result: SettingResult) -> None:
                 linewidths=0,
             )
     found = result.correlations["all points"]
-    coefficients = f"Pearson {shown(found.pearson, 1)}, Spearman {shown(found.spearman, 1)}"
+    coefficients = f"Pearson {shown(found.pearson)}, Spearman {shown(found.spearman)}"
     panel.set_title(f"{result.setting.title}\n{coefficients}", fontsize=9)
     panel.axhline(0.0, color="black", linewidth=0.8)
     panel.axhline(1.0, color="black", linewidth=0.8, linestyle=(0, (4, 3)))

@@ -19,29 +19,17 @@ from isomerge_fast.demo.tasks import TaskSuite, load_tasks
 
 @dataclass(frozen=True)
 class MergeScore:
-    """Hold the scores of one method's merge of one seed's experts.
+    """Hold the scores of one method's merge of one seed's experts."""
 
-    Args:
-        scaling: the chosen α.
-        at_grid_end: α is the smallest or the largest of several candidates: a better one may lie beyond.
-        validation: accuracy at that α, the mean over the tasks.
-        test: the same on test digits.
-        normalised: mean over the tasks of (test accuracy / the expert's test accuracy).
-        test_by_task: the accuracies that ``test`` is the mean of.
-        alignment: SAR of every task.
-        improvement_by_task: NAI of every task, None where the expert gains too little over the base.
-        validation_by_scaling: (α, validation accuracy) of every candidate.
-    """
-
-    scaling: float
-    at_grid_end: bool
-    validation: float
-    test: float
-    normalised: float
-    test_by_task: tuple[float, ...]
-    alignment: Alignment
-    improvement_by_task: tuple[float | None, ...]
-    validation_by_scaling: tuple[tuple[float, float], ...]
+    scaling: float  # the chosen α
+    at_grid_end: bool  # α is the smallest or the largest of several candidates: a better one may lie beyond
+    validation: float  # accuracy at that α, the mean over the tasks
+    test: float  # the same on test digits
+    normalised: float  # mean over the tasks of (test accuracy / the expert's test accuracy)
+    test_by_task: tuple[float, ...]  # the accuracies that ``test`` is the mean of
+    alignment: Alignment  # SAR of every task
+    improvement_by_task: tuple[float | None, ...]  # NAI of every task, None where the expert gains too little
+    validation_by_scaling: tuple[tuple[float, float], ...]  # (α, validation accuracy) of every candidate
 
     def points(self) -> list[tuple[float, float]]:
         """Return (SAR_t, NAI_t) of every task that has both."""

@@ -54,11 +54,7 @@ def run_study(
 ) -> list[SettingResult]:
     """Run all seeds of all settings; give table, JSON and picture after every setting.
 
-    Args:
-        out: of the JSON; the picture lies beside it.
-        common_fractions: of additional rows of Iso-CTS.
-        processes: seeds at once. Each uses one thread, so that figures do not depend on it.
-        say: receives lines of progress and the tables.
+    ``processes`` seeds run at once, each on one thread, so that figures do not depend on it.
     """
     results: list[SettingResult] = []
     jobs = [(setting, seed, tuple(common_fractions)) for setting in settings for seed in seeds]

@@ -10,6 +10,7 @@ from statistics import fmean
 from benchmarks.accuracy.alignment import DECIMALS, SMALLEST_GAIN, Correlation, correlate, without_group_means
 from benchmarks.accuracy.scores import SeedScore
 from benchmarks.accuracy.settings import METHODS, Setting, candidates
+from benchmarks.harness import markdown
 from isomerge_fast.demo.model import normalised
 
 
@@ -32,45 +33,35 @@ class Spread:
 class Row:
     """Hold a line of the table: a method, or the base or the experts, of which only the accuracies are set.
 
-    Args:
-        scalings: the chosen α of every seed.
-        at_grid_end: the number of seeds whose α is at an end of its range.
-        alignment, chance, rank_share: mean over tasks and seeds of SAR, of its chance level, and of k / min(M, N).
-        improvement: mean over tasks and seeds of NAI, where there is one.
+    Figures are means, the last four over tasks and seeds.
     """
 
     name: str
     method: str
     test: Spread
     normalised: Spread
-    scalings: tuple[float, ...] = ()
-    at_grid_end: int = 0
-    alignment: float | None = None
-    chance: float | None = None
-    rank_share: float | None = None
-    improvement: float | None = None
+    scalings: tuple[float, ...] = ()  # the chosen α of every seed
+    at_grid_end: int = 0  # the number of seeds whose α is at an end of its range
+    alignment: float | None = None  # SAR
+    chance: float | None = None  # SAR of updates in random directions
+    rank_share: float | None = None  # k / min(M, N)
+    improvement: float | None = None  # NAI, where there is one
 
 
 @dataclass(frozen=True)
 class SettingResult:
-    """Hold all seeds of a setting, and what the table says of them.
-
-    Args:
-        left_out: (task, seed) pairs, of ``n_pairs``, without NAI: their experts gain less than ``SMALLEST_GAIN``.
-        correlations: of SAR_t with NAI_t: over all points; within methods (each method's mean taken off its points);
-            over the methods' means; over the points of Iso-C and Iso-CTS alone.
-        flat_difference: of Iso-CTS's test accuracy less Iso-C's, seed by seed: the two share what a seed makes easy.
-        flat_higher: the number of seeds in which Iso-CTS's is higher.
-    """
+    """Hold all seeds of a setting, and what the table says of them."""
 
     setting: Setting
     seeds: tuple[SeedScore, ...]
     rows: tuple[Row, ...]
-    n_pairs: int
-    left_out: int
+    n_pairs: int  # of (task, seed)
+    left_out: int  # of those: pairs without NAI, whose experts gain less than ``SMALLEST_GAIN``
+    # Of SAR_t with NAI_t: over all points; within methods (each method's mean taken off its points); over the methods'
+    # means; over the points of Iso-C and Iso-CTS alone.
     correlations: dict[str, Correlation]
-    flat_difference: Spread
-    flat_higher: int
+    flat_difference: Spread  # Iso-CTS's test accuracy less Iso-C's, seed by seed: the two share what a seed makes easy
+    flat_higher: int  # the number of seeds in which Iso-CTS's is higher
 
 
 def summarise(setting: Setting, seeds: Sequence[SeedScore], common_fractions: Sequence[float] = ()) -> SettingResult:
@@ -125,35 +116,32 @@ def summarise(setting: Setting, seeds: Sequence[SeedScore], common_fractions: Se
 
 
 def table(result: SettingResult) -> str:
-    """Return one setting as aligned text."""
-    width = max(len(row.name) for row in result.rows)
-    lines = [
-        result.setting.title + f", {len(result.seeds)} seed{'s' * (len(result.seeds) != 1)}",
-        f"{'':{width}}  {'test accuracy':>13}  {'normalised':>13}  {'SAR':>5}  {'chance':>6}  {'k/r':>5}  {'NAI':>6}"
-        "  α",
-    ]
+    """Return one setting as text."""
+    head = ("", "test accuracy", "normalised", "SAR", "chance", "k/r", "NAI", "α")
+    lines = []
     for row in result.rows:
-        figures = f"{row.name:{width}}  {row.test!s:>13}  {row.normalised!s:>13}"
-        if row.scalings:
-            ratios = f"{shown(row.alignment, 5)}  {shown(row.chance, 6)}  {shown(row.rank_share, 5)}"
-            scalings = " ".join(f"{scaling:g}" for scaling in row.scalings)
-            mark = f"  ({row.at_grid_end} at an end of the grid)" if row.at_grid_end else ""
-            figures += f"  {ratios}  {shown(row.improvement, 6)}  {scalings}{mark}"
-        lines.append(figures)
-    lines.append(
-        f"Iso-CTS less Iso-C, seed by seed: {result.flat_difference}; "
-        f"higher in {result.flat_higher} of {len(result.seeds)}"
-    )
-    for name, found in result.correlations.items():
-        coefficients = f"Pearson {shown(found.pearson, 6)}  Spearman {shown(found.spearman, 6)}"
-        lines.append(f"SAR with NAI, {name:14}  {coefficients}  ({found.n} points)")
-    if result.left_out:
+        means = [shown(mean) for mean in (row.alignment, row.chance, row.rank_share, row.improvement)]
+        scalings = " ".join(f"{scaling:g}" for scaling in row.scalings)
+        mark = f" ({row.at_grid_end} at an end of the grid)" if row.at_grid_end else ""
         lines.append(
+            (row.name, f"{row.test}", f"{row.normalised}", *(means if row.scalings else [""] * 4), scalings + mark)
+        )
+    text = [
+        f"{result.setting.title}, {len(result.seeds)} seed{'s' * (len(result.seeds) != 1)}",
+        markdown.table(head, lines),
+        f"Iso-CTS less Iso-C, seed by seed: {result.flat_difference}; "
+        f"higher in {result.flat_higher} of {len(result.seeds)}",
+    ]
+    for name, found in result.correlations.items():
+        coefficients = f"Pearson {shown(found.pearson)}, Spearman {shown(found.spearman)}"
+        text.append(f"SAR with NAI, {name}: {coefficients} ({found.n} points)")
+    if result.left_out:
+        text.append(
             f"NAI leaves out {result.left_out} of {result.n_pairs} (task, seed) pairs: "
             f"the expert gains less than {SMALLEST_GAIN:g} over the base"
         )
-    return "\n".join(lines)
+    return "\n".join(text)
 
 
-def shown(value: float | None, width: int) -> str:
-    return f"{value:{width}.3f}" if value is not None else f"{'–':>{width}}"
+def shown(value: float | None) -> str:
+    return f"{value:.3f}" if value is not None else "–"

@@ -1,12 +1,4 @@
-"""Prove and measure everything on this machine's GPU:
-
-    python -m benchmarks.gpu [--call a|b] [--out DIR]     both calls one after the other, or one of them
-    python -m benchmarks.gpu --stage methods --out DIR    one stage again; the other rows in DIR stay
-    python -m benchmarks.gpu --device cpu --small         every line that a CPU can run; its times mean nothing
-
-Needs torch, Triton, numpy and safetensors, for the streamed merge xxhash too, and nothing installed. Exit code 1 where
-a row failed, 2 where there is no GPU. docs/gpu.md says how to read it.
-"""
+"""Prove and measure everything on this machine's GPU: ``python -m benchmarks.gpu``; docs/gpu.md says how to read it."""
 
 from __future__ import annotations
 

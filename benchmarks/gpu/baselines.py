@@ -33,17 +33,11 @@ MOST_SVDS = 3.0
 
 @dataclass(frozen=True)
 class Baseline:
-    """Name an implementation that runs on torch.
+    """Name an implementation that runs on torch."""
 
-    Attributes:
-        label: of its rows, with the method and the shape in it.
-        merge: (a method's name, T deltas) to the merged Δ.
-        driver: of torch.linalg.svd, by which it takes its SVDs.
-    """
-
-    label: str
-    merge: Callable[[str, list[Tensor]], Tensor]
-    driver: str | None
+    label: str  # of its rows, a format of the method and the shape
+    merge: Callable[[str, list[Tensor]], Tensor]  # takes a method's name and T deltas; returns the merged Δ
+    driver: str | None  # of torch.linalg.svd, by which it takes its SVDs
 
 
 def by_driver(driver: str | None) -> Baseline:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -97,11 +98,8 @@ def _profiled(name: str, deltas: list[Tensor]) -> dict[str, Any]:
 
 def _in_blocks(elements: int, deltas: list[Tensor]) -> dict[str, Any]:
     """Time Iso-CTS with ``GPU_BLOCK_ELEMENTS`` set to ``elements``, to choose that constant by."""
-    before, devices.GPU_BLOCK_ELEMENTS = devices.GPU_BLOCK_ELEMENTS, elements
-    try:
+    with mock.patch.object(devices, "GPU_BLOCK_ELEMENTS", elements):
         return _merged("iso-cts", deltas)
-    finally:
-        devices.GPU_BLOCK_ELEMENTS = before
 
 
 def _by_threads(threads: int, name: str, deltas: list[Tensor], alone: float | None) -> dict[str, Any]:

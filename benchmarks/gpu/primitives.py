@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.gpu.shapes import DTYPES, TASKS
+from benchmarks.gpu.shapes import TASKS
 from benchmarks.harness.readings import Rows
 from benchmarks.shapes import dimensions
 from isomerge_fast.bench.ceilings import median_seconds, result_and_seconds
@@ -19,6 +19,7 @@ from isomerge_fast.linalg.gram_eigh import GramEigh
 from isomerge_fast.linalg.polar_express import PolarExpress
 from isomerge_fast.linalg.protocol import PolarSolver
 from isomerge_fast.linalg.thin import flagged_qr, thin_qrs
+from isomerge_kernels._launch import TRITON_DTYPES
 
 QR: dict[str, Callable[[Tensor], tuple[Tensor, ...]]] = {
     "Householder": torch.linalg.qr,
@@ -93,7 +94,7 @@ def _eigenproblems(rows: Rows, timed: Callable[..., None], random: Callable[...,
     for side in (48,) if rows.small else (768, 1024, 4096):
         for dtype in (torch.float64, torch.float32):
             x = symmetric(side, side, dtype=dtype)
-            timed(f"eigh {side}, {DTYPES[dtype]}", partial(torch.linalg.eigh, x), partial(_not_eigen, x))
+            timed(f"eigh {side}, {TRITON_DTYPES[dtype]}", partial(torch.linalg.eigh, x), partial(_not_eigen, x))
     solvers: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {"torch": torch.linalg.eigh, "rule": cusolver.eigh}
     if rows.device.startswith("cuda"):
         if cusolver.xsyev() is not None:
@@ -115,7 +116,7 @@ def _factorisations(rows: Rows, timed: Callable[..., None], random: Callable[...
         gram = x @ x.mT + torch.eye(shape[-1], dtype=torch.float64, device=x.device)
         factor, b = torch.linalg.cholesky(gram), random(*shape, 8)
         inverse = torch.linalg.inv(factor)
-        label, residual = dimensions((*shape, side)), partial(_residual, gram, b)
+        label, residual = dimensions((*shape, side)), partial(lambda gram, b, x: relative_error(gram @ x, b), gram, b)
         rebuilt = partial(lambda gram, found: relative_error(found @ found.mT, gram), gram)
         timed(f"cholesky, {label}", partial(torch.linalg.cholesky, gram), rebuilt)
         timed(f"solve {label}, 8 columns, factor", partial(torch.cholesky_solve, b, factor), residual)
@@ -125,10 +126,6 @@ def _factorisations(rows: Rows, timed: Callable[..., None], random: Callable[...
         x = random(*shape)
         for name, factorise in QR.items():
             timed(f"QR {dimensions(shape)}, {name}", partial(factorise, x), lambda found: _not_orthogonal(found[0]))
-
-
-def _residual(gram: Tensor, b: Tensor, found: Tensor) -> float:
-    return relative_error(gram @ found, b)
 
 
 def _not_eigen(x: Tensor, found: tuple[Tensor, Tensor]) -> float:

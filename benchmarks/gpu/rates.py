@@ -12,12 +12,13 @@ import numpy
 import torch
 from torch import Tensor
 
-from benchmarks.gpu.shapes import DTYPES, TASKS
+from benchmarks.gpu.shapes import TASKS
 from benchmarks.harness.readings import Rows
 from benchmarks.shapes import dimensions
 from isomerge_fast.bench.ceilings import copy_rate, float32_matmul, matmul_rate, median_seconds, transfer_rates
 from isomerge_fast.bench.problems import relative_error
 from isomerge_kernels import apply_delta, symmetric_matmul, task_sum
+from isomerge_kernels._launch import TRITON_DTYPES
 from isomerge_kernels.devices import traits_of
 
 # To a pass over bytes 4096 x 14336 is 14336 x 4096.
@@ -80,7 +81,7 @@ def bandwidths(rows: Rows) -> None:
             out = torch.empty(shape, dtype=total, device=device)
             for config in task_sum.CONFIGS[torch.float32]:
                 calls = [partial(task_sum.task_sum, x[1:], x[0], [1.0] * TASKS, out, config=config) for x in inputs]
-                rated(f"task_sum {DTYPES[dtype]} to {DTYPES[total]}", shape, size, calls, config)
+                rated(f"task_sum {TRITON_DTYPES[dtype]} to {TRITON_DTYPES[total]}", shape, size, calls, config)
             del inputs, out
         for scalings, seed in (([1.0], None), ([0.8, 1.0, 1.3], None), ([1.0], 7)):
             size = elements * (2 + 4 + 2 * len(scalings))
@@ -100,10 +101,7 @@ def device_seconds(calls: Sequence[Callable[[], Any]], device: torch.device) -> 
     """Return the median seconds of a call on the device itself, of calls in turn; on a CPU those of every call.
 
     A small kernel has ended before the host has queued the next, so that events around plain calls show the host. Here
-    a GPU copies until all of a batch are queued.
-
-    Raises:
-        RuntimeError: copies that last for any number of calls are still too short.
+    a GPU copies until all of a batch are queued; RuntimeError is raised where no number of copies lasts so long.
     """
     turns = itertools.cycle(calls)
     if device.type != "cuda":

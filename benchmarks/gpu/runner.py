@@ -7,12 +7,14 @@ is killed itself, the pipe to the stage's standard input ends, upon which the st
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -20,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.schedule import Stage
-from benchmarks.harness.readings import Row, read_rows
+from benchmarks.harness.readings import Row, Rows, read_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 POLL_SECONDS = 0.1
@@ -46,7 +48,7 @@ def child_environment(device: str, shares: int) -> dict[str, str]:
 def child_command(stage: Stage, file: Path, **settings: Any) -> list[str]:
     """Return the command of one process of a stage; its ``Rows`` have these settings and go to ``file``."""
     words = json.dumps({"stage": stage.name, **settings})
-    return [sys.executable, "-m", "benchmarks.gpu.child", stage.function, str(file), words]
+    return [sys.executable, "-m", "benchmarks.gpu.runner", stage.function, str(file), words]
 
 
 class Process:
@@ -117,3 +119,23 @@ def run_stage(stage: Stage, add: Callable[[Row], None], *, device: str, small: b
             process.pass_on(add)
             if failure:
                 add({"stage": stage.name, "name": f"process {share}", **failure})
+
+
+def end_with_parent() -> None:
+    """Kill this session when standard input ends, as it does when the process that holds its other end is gone."""
+    while os.read(0, 1):
+        pass
+    os.killpg(0, signal.SIGKILL)
+
+
+def main() -> None:
+    """Run one process of a stage, as ``child_command`` asks."""
+    function, file, settings = sys.argv[1:]
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    rows = Rows(file=Path(file), **json.loads(settings))  # first: its seconds are the process's, imports included
+    module, _, name = function.partition(":")
+    getattr(importlib.import_module(module), name)(rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -7,18 +7,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Stage:
-    """Name a function that makes rows, and what it may take.
-
-    Attributes:
-        function: ``module:function``, called with a ``readings.Rows``.
-        seconds: after which its processes are killed.
-        processes: run at once, of which each takes its share.
-    """
+    """Name a function that makes rows, and what it may take."""
 
     name: str
-    function: str
-    seconds: float
-    processes: int = 1
+    function: str  # ``module:function``, called with a ``readings.Rows``
+    seconds: float  # after which its processes are killed
+    processes: int = 1  # run at once, of which each takes its share
 
 
 CALL_SECONDS = {"a": 420.0, "b": 200.0}

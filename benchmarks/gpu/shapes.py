@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-
 from benchmarks.shapes import shape_of
 
 Shape = tuple[int, int]
@@ -13,4 +11,3 @@ TASKS = 8
 LLAMA = tuple(shape_of(f"Llama-3-8B {name}_proj") for name in ("q", "k", "gate", "down"))
 VIT = (shape_of("ViT-B/32 q_proj"), shape_of("ViT-B/32 fc1"))
 SMALL: tuple[Shape, ...] = ((96, 96), (160, 64))
-DTYPES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from benchmarks.gpu.schedule import CALLS, STAGES
+from benchmarks.gpu.shapes import NAMES
+from benchmarks.harness.markdown import table
 from benchmarks.harness.readings import Row
 from benchmarks.shapes import dimensions, llama
 
-MAX_LINES, LINE, MAX_FAILURES = 100, 180, 12
+MAX_LINES, LINE, MAX_FAILURES = 130, 220, 12
 # Of the end of a long output no more may be seen.
 MAX_CHARACTERS = 11_000
 # Who does the same, by what is said and what their rows are called. FusionBench takes torch's default driver.
 BASELINES = {"FusionBench": "fusion-bench {}", "published by default": "{}, default", "published by gesvd": "{}, gesvd"}
-METHODS = ("iso-c", "iso-cts")
 # How often a layer of Llama-3-8B has a matrix of each shape.
 LAYER = Counter(
     dimensions(shape) for name, shape in llama(4096, 14_336, 1, kv=1024).items() if "layers" in name and len(shape) == 2
@@ -85,87 +85,108 @@ def _lines(contenders: Iterable[Sequence[str]]) -> Iterator[str]:
     yield from (f"{name}: {', '.join(found)}" for name, found in groups.items())
 
 
-def best_and_used(readings: Readings, stage: str, key: str) -> Iterator[tuple[str, str, Row, Row, str]]:
-    """Yield (form, shape, row of the configuration in use, row and name of the best) where rows differ in their
-    configuration; the one in use comes first.
+def milliseconds(seconds: float) -> str:
+    return f"{1e3 * seconds:.4g}" if seconds < 10 else f"{1e3 * seconds:.0f}"
+
+
+def methods(readings: Readings) -> str:
+    """Return ours, and of every baseline its time, the ratio and the distance of the two."""
+    rows = readings.timed("methods")
+    theirs = {row["name"]: readings.baselines(row["name"]) for row in rows}
+    labels = [label for label in BASELINES if any(label in found for found in theirs.values())]
+
+    def compared(ours: Row, theirs: Row) -> str:
+        how = f"estimated: {theirs['estimated']}" if "estimated" in theirs else f"{theirs['distance']:.0e}"
+        return f"{milliseconds(theirs['seconds'])} ({theirs['seconds'] / ours['seconds']:.3g} ×; {how})"
+
+    def cells(row: Row) -> Iterator[str]:
+        name = row["name"]
+        yield name
+        yield milliseconds(row["seconds"]) + ("" if row["certified"] else " not certified")
+        busy = readings.row("methods", f"{name}, profile").get("busy")
+        yield "" if busy is None else f"{busy:.0%}"
+        yield from (compared(row, theirs[name][label]) if label in theirs[name] else "" for label in labels)
+
+    head = ["8 tasks", "ours, ms", "GPU busy", *(f"{label}, ms (ratio; distance)" for label in labels)]
+    return table(head, [list(cells(row)) for row in rows])
+
+
+def kernels(title: str, rows: Sequence[Row], key: str, shown: Callable[[Row], str]) -> str:
+    """Return one line for each form, one column for each shape: the configuration in use, and a better one.
+
+    ``rows`` of one form and shape differ in their configuration; the one in use comes first, the best has most of
+    ``key``.
     """
-    groups: dict[tuple[str, str], list[Row]] = {}
-    for row in readings.of(stage):
-        if key in row:
-            form, shape, _ = row["name"].split(", ")
-            groups.setdefault((form, shape), []).append(row)
-    for (form, shape), rows in groups.items():
-        best = max(rows, key=lambda row: row[key])
-        yield form, shape, rows[0], best, best["name"].rsplit(", ")[-1]
+    cells: dict[str, dict[str, list[Row]]] = {}
+    for row in rows:
+        form, shape, _ = row["name"].split(", ")
+        cells.setdefault(form, {}).setdefault(shape, []).append(row)
+
+    def cell(found: Sequence[Row]) -> str:
+        best = max(found, key=lambda row: row[key])
+        other = "" if best is found[0] else f" ({shown(best)} by {best['name'].rsplit(', ')[-1]})"
+        return shown(found[0]) + other
+
+    shapes = list(dict.fromkeys(shape for found in cells.values() for shape in found))
+    lines = [
+        (form, *(cell(found[shape]) if shape in found else "" for shape in shapes)) for form, found in cells.items()
+    ]
+    return table((title, *shapes), lines)
 
 
-def _bandwidths(readings: Readings) -> Iterator[str]:
-    def shown(used: Row, best: Row, config: str) -> str:
-        as_large = f" / {best['of_copy_as_large']:.2f}" if "of_copy_as_large" in best else ""
-        return f"{best['of_copy']:.2f}{as_large} by {config}" + ("" if best is used else f" ({used['of_copy']:.2f})")
-
-    found = best_and_used(readings, "bandwidths", "of_copy")
-    yield from _lines((form, f"{shape}:", shown(used, best, name)) for form, shape, used, best, name in found)
+def bandwidths(readings: Readings) -> str:
+    """Return shares of the copy, and the least time of a call of each form with the host."""
+    rows = [row for row in readings.of("bandwidths") if "of_copy" in row]
     hosts: dict[str, float] = {}
-    for row in readings.of("bandwidths"):
-        if "host_seconds" in row:
-            form = row["name"].split(", ")[0]
-            hosts[form] = min(hosts.get(form, math.inf), row["host_seconds"])
-    if hosts:
-        yield "a call with the host, us: " + ", ".join(f"{form} {1e6 * host:.0f}" for form, host in hosts.items())
+    for row in rows:
+        form = row["name"].split(", ")[0]
+        hosts[form] = min(hosts.get(form, row["host_seconds"]), row["host_seconds"])
+    title = "share of the copy / of a copy as large"
+    shares = kernels(title, rows, "of_copy", lambda row: f"{row['of_copy']:.2f} / {row['of_copy_as_large']:.2f}")
+    calls = ", ".join(f"{form} {1e6 * host:.0f}" for form, host in hosts.items())
+    return shares and f"{shares}\n\nA call with the host, µs: {calls}."
 
 
-def _products(readings: Readings) -> Iterator[str]:
+def products(readings: Readings) -> str:
+    """Return speeds over torch.matmul, with the largest errors of a form."""
+    rows = [row for row in readings.of("products") if "ratio" in row]
     worst: dict[str, tuple[float, float]] = {}
-    for row in readings.of("products"):
-        if "error" in row:
-            form = row["name"].split(", ")[0]
-            ours, theirs = worst.get(form, (0.0, 0.0))
-            worst[form] = max(ours, row["error"]), max(theirs, row["torch_error"])
-    for line in _lines(
-        (form, f"{side}:", f"{best['ratio']:.2f} {best['tflop_per_s']:.3g} by {config}")
-        for form, side, _, best, config in best_and_used(readings, "products", "ratio")
-    ):
-        form, _, shown = line.partition(":")
-        yield f"{form} ({worst[form][0]:.0e} / {worst[form][1]:.0e}):{shown}"
+    for row in rows:
+        form = row["name"].split(", ")[0]
+        ours, theirs = worst.get(form, (0.0, 0.0))
+        worst[form] = max(ours, row["error"]), max(theirs, row["torch_error"])
+    title = "`symmetric_matmul`, times as fast as `torch.matmul`, TFLOP/s"
+    text = kernels(title, rows, "ratio", lambda row: f"{row['ratio']:.2f}, {row['tflop_per_s']:.3g}")
+    errors = "; ".join(f"{form} {ours:.0e} / {theirs:.0e}" for form, (ours, theirs) in worst.items())
+    return text and f"{text}\n\nLargest errors, ours / torch's: {errors}."
 
 
-def _threads(readings: Readings) -> Iterator[str]:
+def merges(readings: Readings) -> str:
+    head = ("2 layers of Llama-3-8B, 8 experts, streamed", "s", "GB/s read", "peak GiB of the GPU", "not certified")
+    lines = []
+    for row in readings.timed("merge"):
+        peak = f"{row['peak_vram_bytes'] / 2**30:.2f}" if "peak_vram_bytes" in row else ""
+        rates = f"{row['seconds']:.2f}", f"{row['read_gb_per_s']:.2f}"
+        lines.append((row["name"], *rates, peak, str(row["uncertified"])))
+    return table(head, lines)
+
+
+def threads(readings: Readings) -> str:
     rows = readings.timed("threads")
-    yield from _lines((*row["name"].rsplit(", ", 1), f"{1e3 * row['seconds']:.0f} ms") for row in rows)
-
-
-def _methods(readings: Readings) -> Iterator[str]:
-    for row in readings.timed("methods"):
-        line = f"{row['name']:34} {1e3 * row['seconds']:9.2f}{'' if row['certified'] else ' NOT CERTIFIED'}"
-        for label, theirs in readings.baselines(row["name"]).items():
-            how = "estimated" if "estimated" in theirs else f"{theirs['distance']:.0e}"
-            line += f"; {label} {1e3 * theirs['seconds']:.0f}, {theirs['seconds'] / row['seconds']:.1f} x ({how})"
-        yield line
+    lines = [(row["name"], milliseconds(row["seconds"]), f"{row['speedup']:.2f}") for row in rows]
+    return table(("on this machine's CPU", "ms", "times as fast as by one thread"), lines)
 
 
 def _profiles(readings: Readings) -> Iterator[str]:
     for row in readings.of("methods"):
         if "busy" in row:
             name, counts = row["name"].removesuffix(", profile"), f"{row['launches']} launches, {row['waits']} waits"
-            yield f"{name:22} {row['device_ms']:.1f} ms of the device, busy {row['busy']:.0%}; {counts}"
-
-
-def vram(row: Row) -> str:
-    """Return the peak of the GPU's memory in GiB."""
-    return f"{row['peak_vram_bytes'] / 2**30:.2f}" if "peak_vram_bytes" in row else ""
-
-
-def _merges(readings: Readings) -> Iterator[str]:
-    for row in readings.timed("merge"):
-        peak = f", {vram(row)} GiB" if vram(row) else ""
-        rate = f"{row['read_gb_per_s']:.2f} GB/s read"
-        yield f"{row['name']:22} {row['seconds']:.2f} s, {rate}{peak}, {row['uncertified']} not certified"
+            yield f"{name:22} {row['device_ms']:.1f} ms of the device; {counts}"
 
 
 def outlook(readings: Readings) -> Iterator[str]:
     """Yield what all layers of Llama-3-8B would take: each of its shapes as often as it is there, and the disk."""
-    for method in METHODS:
+    for method in NAMES:
         ours = [readings.row("methods", f"{method} {shape}") for shape in LAYER]
         line = f"{method:8} arithmetic {_whole(ours)} s"
         rows = [readings.baselines(f"{method} {shape}") for shape in LAYER]
@@ -193,24 +214,26 @@ def _whole(rows: Sequence[Row]) -> str:
     return f"{LAYERS * sum(count * row['seconds'] for count, row in zip(LAYER.values(), rows, strict=True)):.1f}"
 
 
-SECTIONS = (
+SECTIONS: tuple[tuple[str, Callable[[Readings], str | Iterable[str]]], ...] = (
     ("correctness: rows (failed)", _correctness),
     ("ceilings, primitives: ms (relative error)", _primitives),
-    ("CPU, by threads", _threads),
-    ("share of the copy / of a copy as large: the best configuration (the one in use)", _bandwidths),
-    ("symmetric_matmul: speed over torch.matmul, TFLOP/s; errors ours / torch's", _products),
+    ("CPU, by threads", threads),
+    ("bandwidths: the configuration in use (a better one)", bandwidths),
+    ("products: the configuration in use (a better one)", products),
     ("profiles", _profiles),
-    ("methods: ours ms; theirs ms, ratio (distance of the two)", _methods),
-    ("streamed merge, 2 layers of Llama-3-8B, 8 experts", _merges),
+    ("methods", methods),
+    ("streamed merge", merges),
     ("Llama-3-8B x 8 experts by these readings", outlook),
+    ("correctness, once more", _correctness),
 )
 
 
 def summary(rows: Sequence[Row]) -> list[str]:
-    readings = Readings(rows)
-    lines = [line for title, section in SECTIONS for line in (f"== {title}", *section(readings))]
-    last = [line[:LINE].replace("\n", " ") for line in (*lines, "== correctness, once more", *_correctness(readings))]
-    last = last[-MAX_LINES:]
+    readings, last = Readings(rows), []
+    for title, section in SECTIONS:
+        found = section(readings)
+        last += [f"== {title}", *(filter(None, found.split("\n")) if isinstance(found, str) else found)]
+    last = [line[:LINE].replace("\n", " ") for line in last[-MAX_LINES:]]
     while sum(len(line) + 1 for line in last) > MAX_CHARACTERS:
         del last[0]
     return last

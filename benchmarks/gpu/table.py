@@ -8,11 +8,11 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.gpu.schedule import STAGES
-from benchmarks.gpu.summary import BASELINES, Readings, best_and_used, outlook, vram
+from benchmarks.gpu.summary import Readings, bandwidths, merges, methods, milliseconds, outlook, products, threads
 from benchmarks.harness.markdown import table, write_between
 from benchmarks.harness.readings import Row
 
@@ -48,70 +48,13 @@ def _machine(device: str, readings: Readings) -> str:
     return f"**{device}**: {', '.join(said)}. Rows (failed): {', '.join(counts)}."
 
 
-def _methods(readings: Readings) -> str:
-    """Return ours, and of every baseline its time, the ratio and the distance of the two."""
-    rows = readings.timed("methods")
-    theirs = {row["name"]: readings.baselines(row["name"]) for row in rows}
-    labels = [label for label in BASELINES if any(label in found for found in theirs.values())]
-
-    def cells(row: Row) -> Iterator[str]:
-        name = row["name"]
-        yield name
-        yield _ms(row["seconds"]) + ("" if row["certified"] else " not certified")
-        busy = readings.row("methods", f"{name}, profile").get("busy")
-        yield "" if busy is None else f"{busy:.0%}"
-        yield from (_compared(row, theirs[name][label]) if label in theirs[name] else "" for label in labels)
-
-    head = ["8 tasks", "ours, ms", "GPU busy", *(f"{label}, ms (ratio; distance)" for label in labels)]
-    return table(head, [list(cells(row)) for row in rows])
-
-
-def _compared(ours: Row, theirs: Row) -> str:
-    how = f"estimated: {theirs['estimated']}" if "estimated" in theirs else f"{theirs['distance']:.0e}"
-    return f"{_ms(theirs['seconds'])} ({theirs['seconds'] / ours['seconds']:.3g} ×; {how})"
-
-
-def _ms(seconds: float) -> str:
-    return f"{1e3 * seconds:.4g}" if seconds < 10 else f"{1e3 * seconds:.0f}"
-
-
 def _svds(readings: Readings) -> str:
     rows = [row for row in readings.of("published") if "orthogonality" in row]
-    lines = [(row["name"], _ms(row["seconds"]), f"{row['error']:.0e}", f"{row['orthogonality']:.0e}") for row in rows]
-    return table(("float32", "ms", "error", "orthogonality"), lines)
-
-
-def _kernels(readings: Readings, stage: str, key: str, title: str) -> str:
-    """Return one line for each form, one column for each shape: the configuration in use, and a better one."""
-    cells: dict[str, dict[str, str]] = {}
-    for form, shape, used, best, config in best_and_used(readings, stage, key):
-        other = "" if best is used else f" ({best[key]:.2f} by {config})"
-        cells.setdefault(form, {})[shape] = f"{used[key]:.2f}{other}"
-    shapes = list(dict.fromkeys(shape for found in cells.values() for shape in found))
-    lines = [(form, *(found.get(shape, "") for shape in shapes)) for form, found in cells.items()]
-    return table((title, *shapes), lines)
-
-
-def _bandwidths(readings: Readings) -> str:
-    return _kernels(readings, "bandwidths", "of_copy", "share of the copy")
-
-
-def _products(readings: Readings) -> str:
-    return _kernels(readings, "products", "ratio", "`symmetric_matmul`, times as fast as `torch.matmul`")
-
-
-def _merges(readings: Readings) -> str:
-    head = ("2 layers of Llama-3-8B, 8 experts, streamed", "s", "GB/s read", "peak GiB of the GPU", "not certified")
     lines = [
-        (row["name"], f"{row['seconds']:.2f}", f"{row['read_gb_per_s']:.2f}", vram(row), str(row["uncertified"]))
-        for row in readings.timed("merge")
+        (row["name"], milliseconds(row["seconds"]), f"{row['error']:.0e}", f"{row['orthogonality']:.0e}")
+        for row in rows
     ]
-    return table(head, lines)
-
-
-def _threads(readings: Readings) -> str:
-    lines = [(row["name"], _ms(row["seconds"]), f"{row['speedup']:.2f}") for row in readings.timed("threads")]
-    return table(("on this machine's CPU", "ms", "times as fast as by one thread"), lines)
+    return table(("float32", "ms", "error", "orthogonality"), lines)
 
 
 def _outlook(readings: Readings) -> str:
@@ -121,7 +64,7 @@ def _outlook(readings: Readings) -> str:
     return f"Llama-3-8B, 8 experts, all layers, by these readings:\n\n{lines}"
 
 
-SECTIONS = (_methods, _svds, _bandwidths, _products, _merges, _threads, _outlook)
+SECTIONS = (methods, _svds, bandwidths, products, merges, threads, _outlook)
 
 
 def table_of(file: Path) -> str:

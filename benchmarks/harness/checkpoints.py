@@ -1,20 +1,58 @@
-"""Write checkpoints and adapters to merge: random weights in the shapes of real models, as Hugging Face stores them."""
+"""Write checkpoints and adapters to merge in the shapes of real models, as Hugging Face stores them.
+
+Their weights are random; of checkpoints that are only planned, which may be of any size, the headers alone exist.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from math import prod
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
-from benchmarks.headers import shards_of, write_index
 from benchmarks.shapes import Shapes, llama
+from isomerge_fast.checkpoint.io.writer import OutputTensor, file_layout
 
 SHARD_BYTES = 2 << 30
 POOL_ELEMENTS = 1 << 25
 SMALL = llama(768, 3072, 12, 32_000)  # 162 M parameters
+
+
+def shards_of(shapes: Shapes, shard_bytes: int) -> dict[str, list[str]]:
+    """Return the names of bf16 tensors by the file that holds them; a file holds ``shard_bytes`` or one tensor."""
+    shards: list[list[str]] = [[]]
+    spent = 0  # on the last shard
+    for name, shape in shapes.items():
+        if shards[-1] and spent + 2 * prod(shape) > shard_bytes:
+            shards.append([])
+            spent = 0
+        shards[-1].append(name)
+        spent += 2 * prod(shape)
+    return {f"model-{number:05}-of-{len(shards):05}.safetensors": names for number, names in enumerate(shards, 1)}
+
+
+def write_index(folder: Path, shards: Mapping[str, list[str]]) -> None:
+    """Write the index that says which file holds which tensor."""
+    weight_map = {name: file for file, names in shards.items() for name in names}
+    index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def save_headers(folder: Path, shapes: Shapes, shard_bytes: int = 5 << 30) -> Path:
+    """Write a sharded bf16 checkpoint of sparse files, which has everything but the data."""
+    folder.mkdir()
+    shards = shards_of(shapes, shard_bytes)
+    for file, names in shards.items():
+        tensors = [OutputTensor(name, torch.bfloat16, shapes[name]) for name in names]
+        prefix, _, size = file_layout(folder / file, tensors)
+        with open(folder / file, "wb") as opened:
+            opened.write(prefix)
+            opened.truncate(size)
+    write_index(folder, shards)
+    return folder
 
 
 def make_checkpoint(folder: Path, shapes: Shapes, seed: int) -> Path:
@@ -32,7 +70,9 @@ def make_checkpoint(folder: Path, shapes: Shapes, seed: int) -> Path:
         tensors = {}
         for name in names:
             turn += 7919
-            tensors[name] = around(pool, -turn, prod(shapes[name])).reshape(shapes[name])
+            start, count = -turn % drawn, prod(shapes[name])
+            rest = [pool] * ((start + count) // drawn)  # which begins anew at its end
+            tensors[name] = torch.cat([pool[start : start + count], *rest])[:count].reshape(shapes[name])
         save_file(tensors, folder / file, metadata={"format": "pt"})
     vocabulary, width = shapes["model.embed_tokens.weight"]
     config = {
@@ -76,16 +116,6 @@ def make_adapter(folder: Path, base: Path, shapes: Shapes, rank: int, seed: int)
     (folder / "adapter_config.json").write_text(json.dumps(settings))
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     return folder
-
-
-def around(pool: torch.Tensor, start: int, count: int) -> torch.Tensor:
-    """Return ``count`` numbers of ``pool`` from ``start`` on, as if it began anew at its end."""
-    parts, start = [], start % len(pool)
-    while count > 0:
-        parts.append(pool[start : start + count])
-        count -= len(parts[-1])
-        start = 0
-    return torch.cat(parts)
 
 
 def family(root: Path, name: str, shapes: Shapes, tasks: int) -> list[Path]:

@@ -13,11 +13,7 @@ def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
 
 
 def write_between(page: Path, marks: tuple[str, str], text: str) -> None:
-    """Replace what stands between two marks of a page.
-
-    Raises:
-        ValueError: the page does not have them.
-    """
+    """Replace what stands between two marks of a page; raise ValueError where it does not have them."""
     begin, end = marks
     head, found, rest = page.read_text(encoding="utf-8").partition(begin)
     _, closed, tail = rest.partition(end)

@@ -32,9 +32,7 @@ def iso_utils() -> tuple[Any, str]:
     """Return FusionBench's module of ``iso_c`` and ``iso_cts``, and how it was loaded.
 
     The package imports much that a GPU machine may lack: where it does not import, the file is executed by itself.
-
-    Raises:
-        ImportError: not even the file is there.
+    Where not even the file is there, its ImportError is raised.
     """
     try:
         return importlib.import_module(ISO_UTILS), "the package"

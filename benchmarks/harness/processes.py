@@ -23,11 +23,7 @@ sys.exit(outcome.returncode)
 
 
 def measured(command: Sequence[str | Path]) -> dict[str, Any]:
-    """Return the wall time, the peak memory and the output of a process.
-
-    Raises:
-        RuntimeError: it failed.
-    """
+    """Return the wall time, the peak memory and the output of a process; raise RuntimeError where it failed."""
     words = [sys.executable, "-c", MEASURED, *map(str, command)]
     outcome = subprocess.run(words, capture_output=True, text=True)
     if outcome.returncode:

@@ -29,11 +29,8 @@ def read_rows(file: Path) -> list[Row]:
 class Rows:
     """Collect the rows of a stage, and tell it how it is to run.
 
-    Attributes:
-        stage: which its next rows belong to.
-        device: as torch names it.
-        small: whether sizes need only show that everything runs.
-        share, shares: which part of the stage this process does, of how many.
+    ``stage`` is that of the next rows; sizes of a ``small`` run need only show that everything runs; this process does
+    part number ``share`` of ``shares`` of the stage.
     """
 
     def __init__(
@@ -49,12 +46,7 @@ class Rows:
         return self._end - time.monotonic()
 
     def note(self, name: str, /, **values: Any) -> None:
-        """Add a row.
-
-        Raises:
-            ValueError: values that would take the place of the row's own.
-            TypeError: values that JSON does not have.
-        """
+        """Add a row; raise ValueError for values named as the row's own, TypeError for what JSON does not have."""
         row: Row = {"stage": self.stage, "name": name}
         if taken := row.keys() & values.keys():
             raise ValueError(f"a row has a {' and a '.join(sorted(taken))} of its own: these values need other names")
@@ -64,18 +56,18 @@ class Rows:
 
     def attempt(self, name: str, function: Callable[[], dict[str, Any]], /) -> dict[str, Any]:
         """Add the row that a function makes and return its values; after an error add that, and return none."""
-        values: dict[str, Any] = {}
         try:
             found = function()
             if _cuda_in_use():
                 sys.modules["torch"].cuda.synchronize()  # what went wrong goes wrong in its own row
             self.note(name, **found)
-            values = found
+            return found
         except Exception as error:  # every row is to be tried
             self.note(name, failed=f"{type(error).__name__}: {error}"[:500])
-        if _cuda_in_use():
-            sys.modules["torch"].cuda.empty_cache()
-        return values
+            return {}
+        finally:
+            if _cuda_in_use():
+                sys.modules["torch"].cuda.empty_cache()
 
 
 def _cuda_in_use() -> bool:

@@ -11,7 +11,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness.readings import read_rows
+from pydantic import TypeAdapter
+
 from benchmarks.harness.rows import OURS
 
 FORMAT = 1
@@ -24,22 +25,14 @@ SPREAD = 3.0
 
 @dataclass(frozen=True)
 class Measured:
-    """Hold what was measured of one contender of a row.
+    """Hold what was measured of one contender of a row; the last two of ours only."""
 
-    Attributes:
-        seconds: median of every pass.
-        error: relative to float64; bar: the most it may be.
-        peak_bytes: of memory beyond the inputs.
-        flops: by dtype, of ours.
-        floor_seconds: the least time that the ceilings of each pass leave, of ours.
-    """
-
-    seconds: tuple[float, ...]
-    error: float | None = None
-    bar: float | None = None
-    peak_bytes: int | None = None
-    flops: Mapping[str, float] = field(default_factory=dict)
-    floor_seconds: tuple[float, ...] = ()
+    seconds: tuple[float, ...]  # the median of every pass
+    error: float | None = None  # relative to float64
+    bar: float | None = None  # the most that it may be
+    peak_bytes: int | None = None  # of memory beyond the inputs
+    flops: Mapping[str, float] = field(default_factory=dict)  # by dtype
+    floor_seconds: tuple[float, ...] = ()  # the least time that the ceilings of each pass leave
 
     @property
     def median(self) -> float:
@@ -140,36 +133,23 @@ class Results:
 
     @classmethod
     def load(cls, path: Path) -> Results:
-        """Read a result file.
-
-        Raises:
-            ValueError: a file of another kind.
-        """
-        data = _with_tuples(json.loads(path.read_text()))
+        """Read a result file; raise ValueError for a file of another kind."""
+        data = json.loads(path.read_text())
         if not isinstance(data, dict) or data.pop("format", None) != FORMAT:
             raise ValueError(f"{path}: not a result file of these benchmarks (format {FORMAT})")
-        for row in data["rows"]:
-            row["contenders"] = {name: Measured(**found) for name, found in row["contenders"].items()}
-        return cls(**{**data, "rows": tuple(ResultRow(**row) for row in data["rows"])})
-
-
-def _with_tuples(value: Any) -> Any:
-    """Return a value of JSON with tuples for its lists."""
-    if isinstance(value, dict):
-        return {key: _with_tuples(part) for key, part in value.items()}
-    return tuple(map(_with_tuples, value)) if isinstance(value, list) else value
+        return TypeAdapter(cls).validate_python(data)
 
 
 def gather(files: Sequence[Path], *, level: str, seconds: float) -> Results:
     """Return the readings of each pass, put together."""
-    passes = [read_rows(file) for file in files]
-    machine = {key: value for key, value in passes[0][0].items() if key not in ("stage", "name")}
+    passes = [json.loads(file.read_text()) for file in files]
     found: dict[str, dict[str, list[dict[str, Any]]]] = {}
-    for entry in (entry for rows in passes for entry in rows if "seconds" in entry):
-        found.setdefault(entry["name"], {}).setdefault(entry["contender"], []).append(entry)
-    skipped = sorted({entry["skipped"] for entry in passes[0] if "skipped" in entry})
+    for entry in (entry for each in passes for entry in each["benchmarks"]):
+        values = entry["extra_info"]
+        found.setdefault(entry["group"], {}).setdefault(values["contender"], []).append(values)
     rows = tuple(_row(name, contenders) for name, contenders in found.items())
-    return Results(machine, level, len(passes), round(seconds, 1), rows, tuple(skipped))
+    first = passes[0]
+    return Results(first["machine_info"], level, len(passes), round(seconds, 1), rows, tuple(first["skipped"]))
 
 
 def _row(name: str, contenders: Mapping[str, list[dict[str, Any]]]) -> ResultRow:
@@ -188,7 +168,7 @@ def _row(name: str, contenders: Mapping[str, list[dict[str, Any]]]) -> ResultRow
         for contender, entries in contenders.items()
     }
     first = next(iter(contenders.values()))[0]
-    return ResultRow(first["stage"], name, first["moved_bytes"], _with_tuples(first["curve"]), measured)
+    return ResultRow(first["suite"], name, first["moved_bytes"], first["curve"] and tuple(first["curve"]), measured)
 
 
 @dataclass(frozen=True)

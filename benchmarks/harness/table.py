@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-
-from rich.console import Console
-from rich.table import Table
+from operator import itemgetter
 
 from benchmarks.harness import markdown as page
 from benchmarks.harness.results import Measured, ResultRow, Results, growth
 from benchmarks.harness.rows import OURS
 from isomerge_fast.cli.render import brief, size
+from isomerge_fast.cli.screen import Screen
 
 # In a README's table, with their names there.
 SUMMARISED = {"torch": "torch SVD", "fusion-bench": "FusionBench", "numpy-fp32": "numpy fp32", "mergekit": "mergekit"}
@@ -46,33 +45,33 @@ def heading(results: Results) -> str:
 
 def print_results(results: Results) -> None:
     """Print all there is: one line for each contender, under the row's name, and the growth curves."""
-    out = Console(width=140, soft_wrap=True, highlight=False)
-    out.print(heading(results))
+    out = Screen()
+    for line in heading(results).splitlines():
+        out.print(line)
+    head = (">seconds", ">times ours", ">error", ">peak", ">bytes", ">operations", ">of roofline")
     for suite, rows in results.suites().items():
-        head = ("", "seconds", "times ours", "error", "peak", "bytes", "operations", "of roofline")
-        table = _table(suite, head, justify="right")
+        lines = []
         for row in rows:
-            table.add_row(f"[bold]{row.name}[/bold]")
+            lines.append([row.name, *[""] * len(head)])
             for name, measured in row.contenders.items():
                 ratio = str(results.ratio(row, name)) if name in row.baselines else ""
                 cells = (brief(measured.median), ratio, error(measured.error))
-                table.add_row(f"  {name}", *cells, *rates(row, measured, ("GB/s", "GFLOP/s")))
-        out.print("", table, sep="\n")
-    if curves := growth(results):
-        table = _table("growth", ("curve", "contender", "seconds grow like", "from", "to"))
-        for curve in curves:
-            ends = [f"{brief(t)} at {x:g}" for x, t in (curve.points[0], curve.points[-1])]
-            table.add_row(curve.curve, curve.contender, f"{curve.variable}^{curve.exponent:.2f}", *ends)
-        out.print("", table, sep="\n")
+                lines.append([f"  {name}", *cells, *rates(row, measured, ("GB/s", "GFLOP/s"))])
+        print_lines(out, (suite, *head), lines)
+    curves = []
+    for curve in growth(results):
+        ends = [f"{brief(t)} at {x:g}" for x, t in (curve.points[0], curve.points[-1])]
+        curves.append([curve.curve, curve.contender, f"{curve.variable}^{curve.exponent:.2f}", *ends])
+    print_lines(out, ("growth", "contender", "seconds grow like", "from", "to"), curves)
     for line in results.skipped:
         out.print(f"skipped: {line}")
 
 
-def _table(title: str, head: Sequence[str], justify: str = "left") -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold", title=title, title_justify="left")
-    for column in head:
-        table.add_column(column, justify="right" if column and justify == "right" else "left", no_wrap=True)
-    return table
+def print_lines(out: Screen, head: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
+    """Print a table of these cells, and an empty line before it; nothing where there are no lines."""
+    if lines:
+        out.print()
+        out.print_table(lines, *((title, itemgetter(index)) for index, title in enumerate(head)))
 
 
 def markdown(results: Results) -> str:
