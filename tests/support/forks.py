@@ -23,15 +23,15 @@ ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_
 
 
 class Forks:
-    """A context manager around the process that forks; ``warm`` is the code that it runs before."""
+    """A context manager around the process that forks, with these variables; ``warm`` is the code it runs before."""
 
-    def __init__(self, warm: str) -> None:
-        self._warm = warm
+    def __init__(self, warm: str, **variables: str) -> None:
+        self._warm, self._environment = warm, {**os.environ, **ONE_THREAD, **variables}
 
     def __enter__(self) -> Forks:
         self._process = subprocess.Popen(
             [sys.executable, __file__, self._warm],
-            env={**os.environ, **ONE_THREAD},
+            env=self._environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
