@@ -26,6 +26,31 @@ _spec = importlib.util.spec_from_file_location(
 assert _spec is not None
 sys.modules["benchmarks"] = importlib.util.module_from_spec(_spec)
 
+# What takes longest, first: with `--dist loadfile --no-loadscope-reorder` (make test) a worker takes the next file when
+# it is done, and what comes last decides how long one waits for the other. Seconds of processor time, roughly.
+LONGEST = {
+    "test_memory.py": 150,
+    "test_numerics.py": 120,
+    "test_compile.py": 100,
+    "test_faults.py": 70,
+    "test_kernels.py": 60,
+    "test_benchmarks.py": 30,
+    "test_gpu_suite.py": 30,
+    "test_doors.py": 25,
+    "test_solvers.py": 25,
+    "test_pretend_gpu.py": 20,
+    "test_models.py": 20,
+    "test_minilm.py": 20,
+    "test_cost.py": 15,
+    "test_accuracy.py": 15,
+    "test_cli.py": 15,
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the files that take longest first; the others stay in their order, and so do the tests of a file."""
+    items.sort(key=lambda item: -LONGEST.get(item.path.name, 0))
+
 
 @pytest.fixture
 def two_threads() -> Iterator[None]:

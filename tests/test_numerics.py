@@ -114,9 +114,10 @@ def test_what_a_gram_matrix_hides_is_left_to_the_svd(method: str) -> None:
 
 @lru_cache(maxsize=1)
 def lora_sum(shape: tuple[int, int], rank: int, tasks: int) -> tuple[list[Tensor], np.ndarray]:
-    """Return T adapters of low rank, and Iso-C of their sum A B by small factors: A = Q R, B = (Q' R')ᵀ, A B = Q (R R'ᵀ) Q'ᵀ.
+    """Return T adapters of low rank, and Iso-C of their sum A B by small factors.
 
-    Multiplied in float64: a float32 product has rounding of its own, of full rank and above that of its entries.
+    A = Q R, B = (Q' R')ᵀ, A B = Q (R R'ᵀ) Q'ᵀ. Multiplied in float64: a float32 product has
+    rounding of its own, of full rank and above that of its entries.
     """
     generator = torch.Generator().manual_seed(rank)
     left = torch.randn(shape[0], tasks * rank, generator=generator).double()
