@@ -19,9 +19,10 @@ from isomerge_fast.execution.engine import run
 from isomerge_fast.planning import budget as budgets_module, planner as planning
 
 CEILING_BYTES = 600 << 20
-# A Llama of 100 M parameters with 12 layers, of 162 M with 27; a base and 4 experts of either are above the ceiling.
-# Narrow, with a large vocabulary: the largest tensor has 49 MB as that of a width of 768 has, and costs half as much.
-LAYERS, MORE_LAYERS, WIDTH, INNER, VOCABULARY = 12, 27, 512, 2048, 48_000
+# A base and 4 experts of either are above the ceiling, and the largest tensor of either has 49 MB. What a merge
+# computes for every byte grows as the width.
+NARROW = {"layers": 48, "width": 256, "vocabulary": 96_000}  # 99 M parameters
+WIDE = {"layers": 12, "width": 768, "vocabulary": 32_000}  # 162 M
 TASKS = 4
 
 
@@ -34,31 +35,34 @@ sys.exit(code)
 """
 
 
-def llama_tensors(seed: int, layers: int) -> dict[str, torch.Tensor]:
+def llama_tensors(seed: int, *, layers: int, width: int, vocabulary: int) -> dict[str, torch.Tensor]:
+    """Return the tensors of a Llama whose inner width is four times its width."""
     generator = torch.Generator().manual_seed(seed)
 
     def random(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=torch.bfloat16).normal_(0.0, 0.02, generator=generator)
 
-    tensors = {"model.embed_tokens.weight": random(VOCABULARY, WIDTH), "lm_head.weight": random(VOCABULARY, WIDTH)}
-    tensors["model.norm.weight"] = random(WIDTH)
+    tensors = {"model.embed_tokens.weight": random(vocabulary, width), "lm_head.weight": random(vocabulary, width)}
+    tensors["model.norm.weight"] = random(width)
     for layer in range(layers):
         prefix = f"model.layers.{layer}."
         for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-            tensors[f"{prefix}self_attn.{name}.weight"] = random(WIDTH, WIDTH)
+            tensors[f"{prefix}self_attn.{name}.weight"] = random(width, width)
         for name in ("gate_proj", "up_proj"):
-            tensors[f"{prefix}mlp.{name}.weight"] = random(INNER, WIDTH)
-        tensors[f"{prefix}mlp.down_proj.weight"] = random(WIDTH, INNER)
-        tensors[f"{prefix}input_layernorm.weight"] = random(WIDTH)
-        tensors[f"{prefix}post_attention_layernorm.weight"] = random(WIDTH)
+            tensors[f"{prefix}mlp.{name}.weight"] = random(4 * width, width)
+        tensors[f"{prefix}mlp.down_proj.weight"] = random(width, 4 * width)
+        tensors[f"{prefix}input_layernorm.weight"] = random(width)
+        tensors[f"{prefix}post_attention_layernorm.weight"] = random(width)
     return tensors
 
 
-@pytest.fixture(scope="module", params=[LAYERS, pytest.param(MORE_LAYERS, marks=pytest.mark.long)])
+@pytest.fixture(
+    scope="module", params=[NARROW, pytest.param(WIDE, marks=pytest.mark.long)], ids=lambda llama: f"{llama['layers']}"
+)
 def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Return a base and 4 experts in bf16: 1.0 GB, or 1.6 GB."""
-    root = tmp_path_factory.mktemp(f"llama-{request.param}")
-    return [save_folder(root / str(seed), llama_tensors(seed, request.param), shards=2) for seed in range(TASKS + 1)]
+    root = tmp_path_factory.mktemp("llama")
+    return [save_folder(root / str(seed), llama_tensors(seed, **request.param), shards=2) for seed in range(TASKS + 1)]
 
 
 @pytest.mark.slow
