@@ -22,7 +22,7 @@ demo: $(VENV)/.installed-demo ## fine-tune experts on real data, merge them, pri
 # The script and not `python -m pytest`, which would put the checkout on sys.path, and with it a namespace package named
 # `kernels`.
 test: $(VENV)/.installed-test ## run the test suite, on two cores: make test WORKERS=4
-	$(BIN)/pytest -n $(WORKERS) --dist loadfile
+	$(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-peers: $(VENV)/.installed-peers ## run what is tested inside and beside mergekit, FusionBench, PEFT and Ray
 	ISOMERGE_REQUIRE_PEERS=1 $(BIN)/pytest -m 'peer and not long'

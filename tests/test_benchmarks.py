@@ -8,19 +8,32 @@ import math
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 import oracle
+from forks import ONE_THREAD, Forks
 
 pytest.importorskip("matplotlib")
 
 from benchmarks import adapters, bench_io, bench_merge, shapes
-from benchmarks.compare import FASTER, LESS_EXACT, MISSING, MORE_EXACT, NEW, SAME, SLOWER, compare, outside
+from benchmarks.compare import (
+    FASTER,
+    LESS_EXACT,
+    MISSING,
+    MORE_EXACT,
+    NEW,
+    SAME,
+    SLOWER,
+    compare,
+    main as compare_main,
+    outside,
+)
 from benchmarks.harness.counting import count_flops, peak_memory
 from benchmarks.harness.markdown import write_between
 from benchmarks.harness.pictures import draw
@@ -35,27 +48,57 @@ ROOT = Path(__file__).resolve().parents[1]
 # --- whole runs, in small -------------------------------------------------------------------------------------------
 
 
+# What a pass loads, and what the first count of operations loads.
+WARM = f"""
+import sys
+import numpy, pytest, pytest_benchmark.plugin, scipy.linalg, torch
+import isomerge_fast.api, isomerge_fast.methods
+sys.path.insert(1, {str(ROOT)!r})
+from benchmarks.harness.counting import count_flops
+count_flops(lambda: torch.ones(2, 2) @ torch.ones(2, 2))
+"""
+
+
 @pytest.fixture(scope="module")
-def alone() -> pytest.MonkeyPatch:
-    """One thread: beside another process, two that wait for each other take a hundred times as long now and then."""
-    patch = pytest.MonkeyPatch()
-    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
-        patch.setenv(name, "1")
-    patch.setenv("PYTHONPATH", str(ROOT / "tests" / "support"))
-    return patch
+def forks() -> Iterator[Forks]:
+    """Give the passes one thread: beside another process, two that wait for each other take a hundred times as long
+    now and then.
+    """
+    with Forks(WARM) as forks:
+        yield forks
 
 
-def tiny_run(passes: int = 1, **variables: str) -> Results:
-    """The smallest rows of the methods, with the plugin that spoils Iso-C as ``variables`` ask."""
+def tiny_run(forks: Forks, passes: int = 1, **variables: str) -> Results:
+    """Run the smallest rows of the methods, with the plugin that spoils Iso-C as ``variables`` ask."""
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in variables.items():
+        patch.setattr("benchmarks.run.subprocess", SimpleNamespace(run=forks.run))
+        for name, value in {**ONE_THREAD, "PYTHONPATH": str(ROOT / "tests" / "support"), **variables}.items():
             patch.setenv(name, value)
         return run(level="tiny", passes=passes, device="cpu", minutes=5, only="methods", plugins=["slowed_solver"])
 
 
 @pytest.fixture(scope="module")
-def results(alone: pytest.MonkeyPatch) -> Results:
-    return tiny_run(passes=2)
+def results(forks: Forks) -> Results:
+    return tiny_run(forks, passes=2)
+
+
+@pytest.fixture(scope="module")
+def spoilt(forks: Forks) -> Results:
+    """Run with an Iso-C that takes 0.1 s longer and is off by 5e-6, within what it promises."""
+    return tiny_run(forks, ISOMERGE_TEST_SLEEP="0.1", ISOMERGE_TEST_ERROR="5e-6")
+
+
+def with_figures(results: Results, other: Results, *figures: str) -> Results:
+    """Return ``results`` with these figures of every contender from another run."""
+    rows = []
+    for row, theirs in zip(results.rows, other.rows, strict=True):
+        assert row.contenders.keys() == theirs.contenders.keys()
+        contenders = {
+            name: dataclasses.replace(measured, **{key: getattr(theirs.contenders[name], key) for key in figures})
+            for name, measured in row.contenders.items()
+        }
+        rows.append(dataclasses.replace(row, contenders=contenders))
+    return dataclasses.replace(results, rows=tuple(rows))
 
 
 def test_every_row_has_time_ratio_error_rate_and_memory(results: Results) -> None:
@@ -143,50 +186,67 @@ def test_a_file_is_what_was_saved(results: Results, tmp_path: Path) -> None:
         Results.load(tmp_path / "other.json")
 
 
-def compared(old: Results, new: Results, folder: Path) -> tuple[int, str]:
-    """(exit code, output) of ``python -m benchmarks.compare``."""
+def compared(
+    old: Results, new: Results, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> tuple[int, str]:
+    """Return exit code and output of ``python -m benchmarks.compare``."""
     old.save(folder / "old.json")
     new.save(folder / "new.json")
-    command = [sys.executable, "-m", "benchmarks.compare", str(folder / "old.json"), str(folder / "new.json"), "--all"]
-    outcome = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    return outcome.returncode, outcome.stdout + outcome.stderr
+    monkeypatch.setattr(sys, "argv", ["compare", str(folder / "old.json"), str(folder / "new.json"), "--all"])
+    code, told = compare_main(), capsys.readouterr()
+    return code, told.out + told.err
 
 
-def test_a_slowed_solver_is_caught(results: Results, tmp_path: Path) -> None:
-    slowed = tiny_run(ISOMERGE_TEST_SLEEP="0.1")
+def test_a_slowed_solver_is_caught(
+    results: Results,
+    spoilt: Results,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    slowed = with_figures(spoilt, results, "error")
     verdicts = {(d.row, d.figure): d.verdict for d in compare(results, slowed)}
     iso_c = [row.name for row in results.rows if row.name.startswith("iso-c ")]
     assert iso_c
     for name in iso_c:
         assert verdicts[name, "torch / ours"] == SLOWER, name
-    code, said = compared(results, slowed, tmp_path)
+    code, said = compared(results, slowed, tmp_path, monkeypatch, capsys)
     assert code == 1
     assert "slower" in said
 
 
-def test_a_perturbed_solver_is_caught(results: Results, tmp_path: Path) -> None:
+def test_a_perturbed_solver_is_caught(
+    results: Results,
+    spoilt: Results,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     """By 5e-6, within what it promises: nothing else would notice."""
-    perturbed = tiny_run(ISOMERGE_TEST_ERROR="5e-6")
+    perturbed = with_figures(results, spoilt, "error")
     found = [d for d in compare(results, perturbed) if d.figure == "error" and d.row.startswith("iso-c ")]
     assert found
     assert {d.verdict for d in found} == {LESS_EXACT}
-    code, said = compared(results, perturbed, tmp_path)
+    code, said = compared(results, perturbed, tmp_path, monkeypatch, capsys)
     assert code == 1
     assert "less exact" in said
 
 
-def test_a_wrong_solver_is_not_timed(alone: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_wrong_solver_is_not_timed(forks: Forks, capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(RuntimeError, match="pass 1 failed"):
-        tiny_run(ISOMERGE_TEST_ERROR="1e-3")
+        tiny_run(forks, ISOMERGE_TEST_ERROR="1e-3")
     assert "off by 1.00e-03, at most 1e-05 is right" in capfd.readouterr().err
 
 
-def test_nothing_changed_is_no_change(results: Results, tmp_path: Path) -> None:
+def test_nothing_changed_is_no_change(
+    results: Results, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert {difference.verdict for difference in compare(results, results)} == {SAME}
-    assert compared(results, results, tmp_path)[0] == 0
+    assert compared(results, results, tmp_path, monkeypatch, capsys)[0] == 0
 
 
 def test_compare_refuses_other_files(results: Results, tmp_path: Path) -> None:
+    """In a process of its own, as people compare."""
     results.save(tmp_path / "old.json")
     (tmp_path / "new.json").write_text("{}")
     command = [sys.executable, "-m", "benchmarks.compare", str(tmp_path / "old.json"), str(tmp_path / "new.json")]

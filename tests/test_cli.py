@@ -19,13 +19,14 @@ from isomerge_fast.cli.commands import app
 from isomerge_fast.cli.options import parse_bytes
 from isomerge_fast.cli.render import group_tensors
 from isomerge_fast.errors import ConfigError
+from isomerge_fast.execution import engine
 from isomerge_fast.planning.planner import make_plan
 
 
-def isomerge(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """The installed console script, in a process of its own."""
+def isomerge(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run the installed console script, in a process of its own."""
     script = Path(sys.executable).parent / "isomerge"
-    return subprocess.run([script, *map(str, arguments)], capture_output=True, text=True, cwd=cwd, check=False)
+    return subprocess.run([script, *map(str, arguments)], capture_output=True, text=True, check=False)
 
 
 def invoke(*arguments: object) -> tuple[int, str, str]:
@@ -79,13 +80,14 @@ def test_run_from_a_file_and_from_flags(tmp_path: Path) -> None:
     assert many == (tmp_path / "a/model.safetensors").read_bytes()
 
 
-def test_paths_are_relative_to_the_working_folder(tmp_path: Path) -> None:
+def test_paths_are_relative_to_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_family(tmp_path, tasks=2)
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs/m.yml").write_text("base: base\nexperts: [expert0, expert1]\nmethod: mean\nout: merged/\n")
-    assert isomerge("run", "configs/m.yml", cwd=tmp_path).returncode == 0
+    monkeypatch.chdir(tmp_path)
+    assert invoke("run", "configs/m.yml")[0] == 0
     assert (tmp_path / "merged/model.safetensors").exists()
-    assert isomerge("verify", "merged", cwd=tmp_path).returncode == 0
+    assert invoke("verify", "merged")[0] == 0
 
 
 def test_plan_writes_nothing_and_tells_every_fate(tmp_path: Path) -> None:
@@ -262,8 +264,7 @@ def test_progress_is_drawn_where_a_person_watches(tmp_path: Path) -> None:
     os.close(parent)
     assert b"10/10 tensors" in drawn
     assert b"GB/s" in drawn
-    quiet = isomerge("run", *arguments, "--overwrite")
-    assert quiet.stderr == ""
+    assert invoke("run", *arguments, "--overwrite")[2] == ""
 
 
 def test_certificates_are_reported(tmp_path: Path) -> None:
@@ -316,16 +317,18 @@ def test_what_torch_is_told_before_it_is_loaded(given: dict[str, str], expected:
     assert told.stdout.split() == [str(value) for value in expected]
 
 
-def test_what_cannot_wait_is_said_on_standard_error(tmp_path: Path) -> None:
+def test_what_cannot_wait_is_said_on_standard_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A resume that keeps to its threads: before the report, and beside JSON on standard output."""
     base, experts = make_family(tmp_path, tasks=1)
     config = {"base": str(base), "experts": [str(experts[0])], "method": "mean", "out": str(tmp_path / "out")}
-    stopped = (
-        "import sys, isomerge_fast as imf\nfrom isomerge_fast.execution import engine\n"
-        "def stop(*_): raise SystemExit\nengine.merge_item = stop\n"
-        f"imf.merge({config!r}, threads=1)"
-    )
-    subprocess.run([sys.executable, "-c", stopped], check=True)
+
+    def stop(*_: object) -> None:
+        raise SystemExit
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "merge_item", stop)
+        with pytest.raises(SystemExit):
+            imf.merge(config, threads=1)
     arguments = flags((base, experts), "--method", "mean", "--out", tmp_path / "out", "--resume")
     done = isomerge("run", *arguments, "--threads", 2, "--format", "json")
     said = f"{tmp_path / 'out'}: computed with 1 thread(s), with which the merge began, and not with 2: "

@@ -9,23 +9,24 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks.gpu import baselines, environment, rates
+from benchmarks.gpu import __main__ as gpu_command, baselines, environment, rates
 from benchmarks.gpu.__main__ import run_stages
-from benchmarks.gpu.runner import ROOT, child_environment
+from benchmarks.gpu.runner import ROOT, child_command, child_environment
 from benchmarks.gpu.schedule import CALL_SECONDS, CALLS, DEVICE, Stage
 from benchmarks.gpu.summary import MAX_LINES, summary
 from benchmarks.gpu.table import MARKS, readings_table, table_of
 from benchmarks.harness import peers as harness
 from benchmarks.harness.machine import installed
 from benchmarks.harness.markdown import write_between
-from benchmarks.harness.readings import Results, Rows
+from benchmarks.harness.readings import Results, Row, Rows, read_rows
+from forks import Forks
 from isomerge_fast.bench.ceilings import median_seconds
 
 
@@ -438,17 +439,56 @@ def test_device_seconds_are_those_of_the_device(monkeypatch: pytest.MonkeyPatch,
         assert rates.device_seconds(calls, torch.device("cuda:0")) == pytest.approx(3e-6)
 
 
+def in_forks(forks: Forks, folder: Path) -> Callable[..., None]:
+    """Return a ``run_stage`` whose stages are forks of a process that has loaded torch, and call everything once."""
+
+    def run(stage: Stage, add: Callable[[Row], None], **settings: Any) -> None:
+        file = folder / f"{stage.name}.json"
+        _, _, function, *words = child_command(stage, file, **settings)[1:]
+        module, _, name = function.partition(":")
+        code = f"""
+import importlib, json, sys
+from pathlib import Path
+from benchmarks.harness.readings import Rows
+from isomerge_fast.bench import ceilings
+ceilings.median_seconds = lambda call, device, **_: ceilings.timed(call, device)[1]
+file, settings = sys.argv[1:]
+importlib.import_module({module!r}).{name}(Rows(file=Path(file), **json.loads(settings)))
+"""
+        environment = child_environment("cpu", 1)
+        done = forks.run([sys.executable, "-c", code, *words], cwd=ROOT, env=environment)
+        assert done.returncode == 0, done.stdout + done.stderr
+        for row in read_rows(file):
+            add(row)
+
+    return run
+
+
 @pytest.mark.slow
-def test_the_suite_runs_dry(tmp_path: Path) -> None:
-    """Every stage but the checks of tests/test_kernels.py, and the short ones: each costs the start of a process."""
+def test_the_suite_runs_dry(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every stage but the checks of tests/test_kernels.py, and the short ones; then one by the command itself."""
     left_out = {"kernels", "memcheck", "environment", "ceilings", "threads"}
     stages = [stage.name for found in CALLS.values() for stage in found if stage.name not in left_out]
-    command = [sys.executable, "-m", "benchmarks.gpu", "--device", "cpu", "--small", "--out", str(tmp_path)]
-    command += [word for stage in stages for word in ("--stage", stage)]
+    (tmp_path / "rows").mkdir()
+    out = tmp_path / "out"
+    arguments = ["--device", "cpu", "--small", "--out", str(out)]
+    warm = "import torch, torch.profiler, isomerge_fast.execution.engine, isomerge_fast.methods"
+    with Forks(warm, TRITON_INTERPRET="1") as forks:
+        monkeypatch.setattr(gpu_command, "run_stage", in_forks(forks, tmp_path / "rows"))
+        monkeypatch.setattr(signal, "signal", lambda *_: None)
+        monkeypatch.setattr(
+            sys, "argv", ["gpu", *arguments, *(word for stage in stages for word in ("--stage", stage))]
+        )
+        assert gpu_command.main() == 0
+    files = sorted(out.iterdir())
+    assert [re.fullmatch(r"[A-Za-z0-9-]+\.(json|txt)", file.name) is not None for file in files] == [True, True]
+    told = capsys.readouterr().out
+    command = [sys.executable, "-m", "benchmarks.gpu", *arguments, "--stage", "primitives"]
     outcome = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": ""})
     assert outcome.returncode == 0, outcome.stdout[-2000:] + outcome.stderr[-2000:]
-    files = sorted(tmp_path.iterdir())
-    assert [re.fullmatch(r"[A-Za-z0-9-]+\.(json|txt)", file.name) is not None for file in files] == [True, True]
+    assert sorted(out.iterdir()) == files
     rows = json.loads(files[0].read_text())["rows"]
     assert {row["stage"] for row in rows} == set(stages)
     assert not [row for row in rows if "failed" in row]
@@ -459,4 +499,4 @@ def test_the_suite_runs_dry(tmp_path: Path) -> None:
     assert {"iso-cts 96 x 96, noise", "iso-cts 160 x 64, fast", "polar 3 x 48 x 48, gram-eigh-fp64"} <= names
     merge = next(row for row in rows if (row["stage"], row["name"]) == ("merge", "iso-cts"))
     assert merge["uncertified"] == 0
-    assert files[1].read_text() == outcome.stdout
+    assert files[1].read_text() == told + outcome.stdout

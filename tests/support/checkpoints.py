@@ -85,6 +85,11 @@ def load_folder(folder: Path) -> dict[str, Tensor]:
     return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
 
 
+def rewrite(folder: Path, **changes: Tensor | None) -> None:
+    tensors = {**load_folder(folder), **changes}
+    save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, folder / "model.safetensors")
+
+
 def listing(folder: Path) -> dict[str, bytes]:
     """Every file below ``folder`` with its bytes."""
     return {

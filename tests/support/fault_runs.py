@@ -165,7 +165,7 @@ def merged(config: dict[str, Any], *, units: int = 0, **options: Any) -> Outcome
 
 
 def warm_up() -> None:
-    """What a fork is to find loaded. No parallel work: its threads would be missing from the fork."""
+    """Load what a fork is to find loaded. No parallel work: its threads would be missing from the fork."""
     import torch
 
     torch.set_num_threads(1)
@@ -173,9 +173,16 @@ def warm_up() -> None:
 
     import executors  # noqa: F401 - likewise
     import isomerge_fast as imf
-    from isomerge_fast.execution import engine  # noqa: F401 - likewise
+    from checkpoints import make_family
+    from isomerge_fast import api  # noqa: F401 - likewise
+    from isomerge_fast.config import load_config
+    from isomerge_fast.planning.planner import make_plan
 
     imf.iso_c(torch.randn(2, 4, 6))  # loads what the solvers load
+    with tempfile.TemporaryDirectory() as folder:  # loads pydantic and more: else three quarters of a small merge
+        base, experts = make_family(Path(folder), tasks=1)
+        (base / "notes.txt").touch()  # is compared with the patterns of all companions
+        make_plan(load_config({"base": base, "experts": experts}))
     gc.collect()
     gc.freeze()  # a collection in a fork would copy every page that holds an object
 

@@ -229,7 +229,7 @@ class Doors:
             path.symlink_to("nowhere")
         elif kind == "file" and content is not None:
             path.write_bytes(content)
-        self._damaged[name] = contents(self.root).get(name)
+        self._damaged[name] = content_of(path)
 
     _damaged: dict[str, Any] = {}  # noqa: RUF012 - emptied after each draw
 
@@ -271,16 +271,28 @@ class Doors:
 
 
 def contents(root: Path) -> dict[str, Any]:
-    """Return every file below a folder with its bytes; of all else, what it is."""
+    """Return every file below a folder with its bytes; of all else, what it is. By name, folder by folder."""
     found: dict[str, Any] = {}
-    for path in sorted(root.rglob("*")):
-        name = path.relative_to(root).as_posix()
-        if path.is_symlink() or path.is_fifo():
-            found[name] = "a link" if path.is_symlink() else "a fifo"
-        elif path.is_file():
-            size = path.stat().st_size
-            found[name] = path.read_bytes() if size < MOST_BYTES else f"{size} bytes"
-    return found
+    folders = [""]
+    while folders:
+        inside = folders.pop()
+        with os.scandir(root / inside) as entries:
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    folders.append(f"{inside}{entry.name}/")
+                else:
+                    found[inside + entry.name] = content_of(entry)
+    return {name: found[name] for name in sorted(found, key=lambda name: name.split("/")) if found[name] is not None}
+
+
+def content_of(entry: os.DirEntry[str] | Path) -> Any:
+    """Return the bytes of a file that is not too large; else what it is, or None for a folder and what is absent."""
+    if entry.is_symlink():
+        return "a link"
+    if entry.is_file():
+        size = entry.stat().st_size
+        return Path(entry).read_bytes() if size < MOST_BYTES else f"{size} bytes"
+    return "a fifo" if Path(entry).is_fifo() else None
 
 
 def safe(value: Any) -> str:
