@@ -32,6 +32,16 @@ class TestOutputFolder:
             imf.merge(config_of(family, out), overwrite=True)
         assert listing(tmp_path) == before
 
+    @pytest.mark.parametrize("target", ["out", "other"], ids=["to-itself", "to-each-other"])
+    def test_links_in_a_circle_are_refused_before_the_work(self, tmp_path: Path, target: str) -> None:
+        family = make_family(tmp_path)
+        (tmp_path / "out").symlink_to(target)
+        if target == "other":
+            (tmp_path / "other").symlink_to("out")
+        with pytest.raises(imf.ConfigError, match="exists and is not a folder"):
+            imf.merge(config_of(family, tmp_path / "out"))
+        assert not [path for path in tmp_path.iterdir() if path.name.endswith(".isomerge")]
+
     @pytest.mark.parametrize("added", ["thesis.tex", ".git/HEAD", "data", "model-old.safetensors", "1_Pooling/x"])
     def test_overwrite_takes_only_what_a_merge_has_written(self, tmp_path: Path, added: str) -> None:
         """A file, a folder, a link to one, a stale shard: none of them is in the manifest."""

@@ -281,7 +281,7 @@ class Staging:
             self._delete(f"{self.folder.name}/{OLD}")
 
     def _check_target(self, is_unfinished: bool) -> None:
-        if not self.out.exists():
+        if not os.path.lexists(self.out):  # a link that leads to itself is there, and leads nowhere
             return
         if not self.out.is_dir():
             raise ConfigError(f"{self.out}: exists and is not a folder")
