@@ -15,7 +15,7 @@ import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 from safetensors.torch import load_file, save_file
 
-from checkpoints import make_base, save_folder, write_tensor
+from checkpoints import entry, make_base, raw_file, save_folder, write_tensor
 from isomerge_fast.checkpoint.io.reader import Reader, files_of, whole
 from isomerge_fast.checkpoint.io.writer import OutputTensor, ShardWriter, create_shard
 from isomerge_fast.checkpoint.layout import DTYPES, FileIdentity, open_checkpoint, read_header
@@ -73,15 +73,6 @@ def test_files_have_the_mode_of_the_umask(tmp_path: Path, umask: int) -> None:
     finally:
         os.umask(before)
     assert (tmp_path / "a.safetensors").stat().st_mode & 0o777 == 0o666 & ~umask
-
-
-def raw_file(header: object, data: bytes = b"\0" * 8, *, text: bytes | None = None) -> bytes:
-    encoded = json.dumps(header).encode() if text is None else text
-    return struct.pack("<Q", len(encoded)) + encoded + data
-
-
-def entry(dtype: str = "F32", shape: object = (2,), offsets: object = (0, 8)) -> dict[str, object]:
-    return {"dtype": dtype, "shape": shape, "data_offsets": offsets}
 
 
 W = '{"dtype":"F32","shape":[2],"data_offsets":[0,8]}'

@@ -10,12 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
 import isomerge_fast as imf
 from cases import Case
 from checkpoints import load_folder, make_family, save_folder
-from isomerge_fast.cli.commands import app
+from command_lines import flags, invoke
 from isomerge_fast.cli.options import parse_bytes
 from isomerge_fast.cli.render import group_tensors
 from isomerge_fast.errors import ConfigError
@@ -27,16 +26,6 @@ def isomerge(*arguments: object) -> subprocess.CompletedProcess[str]:
     """Run the installed console script, in a process of its own."""
     script = Path(sys.executable).parent / "isomerge"
     return subprocess.run([script, *map(str, arguments)], capture_output=True, text=True, check=False)
-
-
-def invoke(*arguments: object) -> tuple[int, str, str]:
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    return result.exit_code, result.stdout, result.stderr
-
-
-def flags(family: tuple[Path, list[Path]], *more: object) -> list[object]:
-    pairs = [("--expert", expert) for expert in family[1]]
-    return ["--base", family[0], *(part for pair in pairs for part in pair), *more]
 
 
 def test_help_is_fast_and_light() -> None:

@@ -7,7 +7,6 @@ import tracemalloc
 from pathlib import Path
 
 import pytest
-from test_irregular_files import companion_files, open_all
 
 from checkpoints import make_base, save_folder
 from isomerge_fast.checkpoint.io.checksum import Checksum
@@ -16,6 +15,7 @@ from isomerge_fast.checkpoint.lora.adapter import open_adapter
 from isomerge_fast.checkpoint.output.companions import copy_companions
 from isomerge_fast.checkpoint.output.model_config import config_with_dtype
 from isomerge_fast.errors import InputError, ResourceError
+from openings import companion_files, open_all
 
 
 def test_companions(tmp_path: Path) -> None:

@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_cli import flags, invoke
 
 import fuzz_doors
 import isomerge_fast as imf
 from checkpoints import listing, make_base, make_expert, make_family, save_folder
+from command_lines import flags, invoke
 from isomerge_fast import functional
 from isomerge_fast.checkpoint.output.json_files import write_with_digest
 from isomerge_fast.config import load_config

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_inputs_refused import problems
 from torch import Tensor
 
 import isomerge_fast as imf
@@ -19,6 +18,7 @@ from isomerge_fast.config import load_config
 from isomerge_fast.execution.verify import verify
 from isomerge_fast.planning.plan import Plan
 from isomerge_fast.planning.planner import make_plan
+from openings import problems
 
 N = 8
 

@@ -16,6 +16,7 @@ import isomerge_fast as imf
 from checkpoints import save_folder
 from isomerge_fast.config import load_config
 from isomerge_fast.planning.planner import make_plan
+from openings import problems
 
 N = 16
 FLOATS = {"model.embed_tokens.weight": torch.ones(N, N), "model.norm.weight": torch.ones(N)}
@@ -24,13 +25,6 @@ OUT = "dequantize them and save in float first, or take the float weights that t
 
 def of(dtype: torch.dtype, *shape: int) -> Tensor:
     return torch.ones(shape).to(dtype)
-
-
-def problems(base: Path, *experts: Path, **changes: object) -> list[str]:
-    with pytest.raises(imf.InputError) as caught:
-        make_plan(load_config({"base": base, "experts": list(experts), "method": "mean", **changes}))
-    assert caught.value.exit_code == 3
-    return caught.value.problems
 
 
 I8, U8, I16, I32, U32 = torch.int8, torch.uint8, torch.int16, torch.int32, torch.uint32

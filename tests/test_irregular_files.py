@@ -14,14 +14,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from test_checkpoint import entry, raw_file
 
-from checkpoints import make_base, save_folder
+from checkpoints import entry, make_base, raw_file, save_folder
 from isomerge_fast.checkpoint.layout import open_checkpoint
 from isomerge_fast.checkpoint.lora.adapter import open_adapter
-from isomerge_fast.checkpoint.output.companions import sort_folder
 from isomerge_fast.errors import InputError
 from isomerge_fast.parsing.regular_files import IrregularFileError, open_regular
+from openings import open_all
 
 
 @pytest.fixture
@@ -66,16 +65,6 @@ IRREGULAR: dict[str, tuple[Callable[[Path], None], str]] = {
     "folder": (lambda path: path.symlink_to("."), "a folder, not a regular file|out of its"),
     "dangling": (lambda path: path.symlink_to("nowhere"), "cannot be read"),
 }
-
-
-def companion_files(folder: Path) -> list[str]:
-    return list(sort_folder(folder).companions)
-
-
-def open_all(folder: Path) -> None:
-    """As a plan opens a base."""
-    open_checkpoint(folder)
-    companion_files(folder)
 
 
 @pytest.mark.usefixtures("impatient")

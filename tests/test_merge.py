@@ -15,16 +15,12 @@ from safetensors.torch import load_file
 
 import isomerge_fast as imf
 import oracle
-from checkpoints import listing, load_folder, make_base, make_expert, make_family, rewrite, save_folder
+from checkpoints import config_of, listing, load_folder, make_base, make_expert, make_family, rewrite, save_folder
 from isomerge_fast.errors import ConfigError
 from isomerge_fast.execution.verify import verify
 from isomerge_fast.planning.planner import make_plan
 
 METHODS = ["iso-c", "iso-cts", "mean", "task-arithmetic"]
-
-
-def config_of(family: tuple[Path, list[Path]], out: Path, **changes: object) -> dict[str, object]:
-    return {"base": family[0], "experts": family[1], "out": out, "method": "iso-cts", **changes}
 
 
 @pytest.mark.parametrize("shards", [1, 3], ids=["one-file", "sharded"])

@@ -11,11 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from test_merge import config_of
 
 import isomerge_fast as imf
 import oracle
-from checkpoints import load_folder, make_base, make_family, rewrite, save_folder
+from checkpoints import config_of, damage_nan, load_folder, make_base, make_family, rewrite, save_folder
 from isomerge_fast.checkpoint.output.json_files import to_json
 from isomerge_fast.errors import ConfigError
 from isomerge_fast.execution.verify import verify
@@ -52,12 +51,6 @@ def damage_vocabulary(family: tuple[Path, list[Path]]) -> None:
 
 def damage_kind(family: tuple[Path, list[Path]]) -> None:
     rewrite(family[1][1], **{"layers.0.norm.weight": torch.ones(16, dtype=torch.int32)})
-
-
-def damage_nan(family: tuple[Path, list[Path]]) -> None:
-    tensor = load_folder(family[1][1])["layers.0.up.weight"]
-    tensor[1, 2] = tensor[3, 4] = float("nan")
-    rewrite(family[1][1], **{"layers.0.up.weight": tensor})
 
 
 def damage_inf_in_base(family: tuple[Path, list[Path]]) -> None:

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from test_cli import flags, invoke
 
 from checkpoints import make_family
+from command_lines import flags, invoke
 from isomerge_fast.bench.outlook import SAMPLE_BYTES, measure_rates, predict, read_rate
 from isomerge_fast.cli.render import print_report
 from isomerge_fast.config import MergeConfig

@@ -10,11 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from test_merge import config_of
-from test_merge_refused import damage_nan
 
 import isomerge_fast as imf
-from checkpoints import listing, make_base, make_family, save_folder
+from checkpoints import config_of, damage_nan, listing, make_base, make_family, save_folder
 from isomerge_fast.execution import engine
 from isomerge_fast.execution.verify import verify
 

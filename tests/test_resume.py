@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_merge import config_of
 
 import isomerge_fast as imf
-from checkpoints import listing, load_folder, make_base, make_family
+from checkpoints import config_of, listing, load_folder, make_base, make_family
 from isomerge_fast.checkpoint.output.staging import run_folders
 from isomerge_fast.errors import InputChangedError
 from isomerge_fast.execution import engine

@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_merge import config_of
 
 import isomerge_fast as imf
-from checkpoints import listing, make_base, make_family
+from checkpoints import config_of, listing, make_base, make_family
 from isomerge_fast.checkpoint.io import writer as writing
 from isomerge_fast.checkpoint.output.journal import Entries
 from isomerge_fast.checkpoint.output.staging import Staging, run_folders, staging_folder

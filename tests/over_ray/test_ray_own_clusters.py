@@ -13,11 +13,11 @@ from pathlib import Path
 
 import psutil
 import pytest
-import test_memory
 
 import isomerge_fast as imf
 import peers
 from checkpoints import save_folder
+from llama_tensors import TASKS, WIDE, llama_tensors
 from ray_faults import Machine
 
 peers.need("ray", "ray")
@@ -48,8 +48,7 @@ def test_a_model_of_162_million_parameters(
 ) -> None:
     """On a cluster that is started for it, one core a worker; shows how much sooner it is done."""
     folders = [
-        save_folder(tmp_path / f"model{seed}", test_memory.llama_tensors(seed, **test_memory.WIDE), shards=2)
-        for seed in range(test_memory.TASKS + 1)
+        save_folder(tmp_path / f"model{seed}", llama_tensors(seed, **WIDE), shards=2) for seed in range(TASKS + 1)
     ]
     merge = Merge(tmp_path / "merge", (folders[0], folders[1:]), scaling=0.3)
     seconds = {}
@@ -65,7 +64,7 @@ def test_a_model_of_162_million_parameters(
         ray.shutdown()
     seconds["two workers"] = time.perf_counter() - started
     merge.expect_done()
-    expect_accounts(report, len(test_memory.llama_tensors(0, **test_memory.WIDE)), 2)
+    expect_accounts(report, len(llama_tensors(0, **WIDE)), 2)
     with capsys.disabled():
         told = ", ".join(f"{name} {value:.1f} s" for name, value in seconds.items())
         ratio = seconds["one process"] / seconds["two workers"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -103,3 +104,26 @@ def write_tensor(writer: ShardWriter, name: str, value: Tensor) -> None:
     assert (value.dtype, tuple(value.shape)) == (stored.dtype, stored.shape), name
     writer.write_part(name, value, 0)
     writer.finish(name)
+
+
+def config_of(family: tuple[Path, list[Path]], out: Path, **changes: object) -> dict[str, object]:
+    """Return the config of a merge of a family by Iso-CTS."""
+    return {"base": family[0], "experts": family[1], "out": out, "method": "iso-cts", **changes}
+
+
+def damage_nan(family: tuple[Path, list[Path]]) -> None:
+    """Write NaN in two places of the second expert."""
+    tensor = load_folder(family[1][1])["layers.0.up.weight"]
+    tensor[1, 2] = tensor[3, 4] = float("nan")
+    rewrite(family[1][1], **{"layers.0.up.weight": tensor})
+
+
+def raw_file(header: object, data: bytes = b"\0" * 8, *, text: bytes | None = None) -> bytes:
+    """Return the bytes of a safetensors file with any header."""
+    encoded = json.dumps(header).encode() if text is None else text
+    return struct.pack("<Q", len(encoded)) + encoded + data
+
+
+def entry(dtype: str = "F32", shape: object = (2,), offsets: object = (0, 8)) -> dict[str, object]:
+    """Return what a header says of a tensor."""
+    return {"dtype": dtype, "shape": shape, "data_offsets": offsets}
