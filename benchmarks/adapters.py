@@ -87,7 +87,7 @@ def solve(root: Path, small: bool) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def merge(root: Path, small: bool) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Merge to a checkpoint and to adapters of both ranks, each by a process of its own."""
+    """Merge adapters to a checkpoint, and to adapters of the ranks of ``ranks_of``; yield (name, values of its row)."""
     shapes = shapes_of(small)
     base = make_checkpoint(root / "base", shapes, 0)
     experts = [make_adapter(root / f"adapter-of-task-{seed}", base, shapes, RANK, seed) for seed in range(ADAPTERS)]

@@ -41,7 +41,11 @@ def tensors_of(side: int) -> dict[str, Tensor]:
 
 
 def reading(level: str, cold: bool, device: torch.device) -> Problem:
-    """Make a file to read, from the page cache or past it."""
+    """Return the benchmark of reading a safetensors file by us, by safetensors and without a format.
+
+    ``level`` is a key of ``SIDES``, which has the sizes. A ``cold`` file is dropped from the page cache before every
+    call; a warm one is read from there.
+    """
     side = SIDES[level]
     file = scratch() / f"io-{side}.safetensors"
     if not file.exists():

@@ -161,7 +161,10 @@ def _with_origin(plan: Plan, then: MergeConfig, folder: Path, manifest: Manifest
 
 
 def _with_checksums(tensor: TensorPlan, folder: Path, manifest: Manifest) -> TensorPlan:
-    """Return the tensor's plan, with the checksums that base and Δ had in the merge that kept Δ."""
+    """Return a tensor's plan with the checksums of its base and its Δ, from the manifest of the merge that kept Δ.
+
+    A checksum that is missing there raises VerificationError.
+    """
     try:
         kept = manifest["outputs"][DELTA_FOLDER]["tensors"]
         delta = [kept[expert.name]["checksum"] for expert in tensor.experts]

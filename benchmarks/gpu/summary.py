@@ -90,7 +90,7 @@ def milliseconds(seconds: float) -> str:
 
 
 def methods(readings: Readings) -> str:
-    """Return ours, and of every baseline its time, the ratio and the distance of the two."""
+    """Return a table with a row per method: our time and GPU use, and each baseline's time (ratio; distance)."""
     rows = readings.timed("methods")
     theirs = {row["name"]: readings.baselines(row["name"]) for row in rows}
     labels = [label for label in BASELINES if any(label in found for found in theirs.values())]

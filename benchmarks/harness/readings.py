@@ -22,7 +22,7 @@ def write_whole(file: Path, text: str) -> None:
 
 
 def read_rows(file: Path) -> list[Row]:
-    """Return the rows of a file, none where it is not there."""
+    """Return the list ``rows`` of a JSON file; an empty one where the file does not exist."""
     return json.loads(file.read_text(encoding="utf-8"))["rows"] if file.exists() else []
 
 
@@ -88,7 +88,7 @@ class Results:
         self.rows = read_rows(self._file)
 
     def begin(self, stage: str) -> None:
-        """Forget the rows that a stage had."""
+        """Drop a stage's rows before it runs again; the file changes when the next row is added."""
         self.rows = [row for row in self.rows if row["stage"] != stage]
 
     def add(self, row: Row) -> None:

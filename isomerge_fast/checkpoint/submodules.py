@@ -42,8 +42,11 @@ class Submodule:
         return [f"{self.folder}/{file}" for file in self.files]
 
 
-def loaded_weights(names: Iterable[str]) -> list[str]:
-    """Return the files of weights that are loaded from a folder with these names, with indexes and settings."""
+def loaded_weights(names: Collection[str]) -> list[str]:
+    """Return the files that a loader takes of a folder with these names: those of the first format that is there.
+
+    Formats are safetensors before pickles. Indexes and an adapter's settings are among the files.
+    """
     found = ([name for name in names if re.search(pattern, name)] for pattern in _FORMATS)
     weights = next((files for files in found if files), [])
     return [*weights, ADAPTER_CONFIG_FILE] if weights and ADAPTER_CONFIG_FILE in names else weights

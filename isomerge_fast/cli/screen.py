@@ -32,7 +32,11 @@ class Screen(Console):
         return super().render_str(visible(text), **options)
 
     def print_table(self, rows: Iterable[Any], *columns: Column) -> None:
-        """Print a table with one line for each row; columns whose head begins with ``>`` are set to the right."""
+        """Print a table with one line for each row.
+
+        A column is (head, cell): the cell is a format string for ``format_map(row)``, or a function of the row. A head
+        that begins with ``>`` aligns its column to the right.
+        """
         table = Table(box=None, pad_edge=False, header_style="bold")
         for head, _ in columns:
             table.add_column(head.lstrip(">"), justify="right" if head.startswith(">") else "left", overflow="fold")

@@ -210,7 +210,7 @@ def _compare(plan: TensorPlan, output: Output, reader: Reader, found: list[Tenso
 
 
 def _compare_factors(plan: TensorPlan, output: Output, reader: Reader, found: list[Tensor]) -> Judgement:
-    """Judge ‖α·Δ − B A‖_F / ‖α·Δ‖_F of an adapter.
+    """Return how far an adapter's B A, ``found`` as [A, B], is from α·Δ: (‖α·Δ − B A‖_F, allowed, ‖α·Δ‖_F, gap 1).
 
     Allowed is what the best approximation of its rank leaves (Eckart-Young), the default precision's tolerance and the
     rounding of both factors.

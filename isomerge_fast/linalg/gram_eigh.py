@@ -146,7 +146,7 @@ class GramEigh(Solver):
         return self.noise * sigma[..., :1].square().sum(-1) + info.tiny / info.eps
 
     def unresolved(self, sigma: Tensor, tolerance: Tensor) -> Tensor:
-        """Count the directions that the noise may hide (see ``_hidden``)."""
+        """Count the σ of each matrix, [..., r] -> [...], that the noise may hide: σ² is within twice the noise."""
         return _hidden(sigma, self.blur(sigma), tolerance)
 
     def seen(self, unresolved: Tensor, products: tuple[Product, Product], kept: Tensor, tolerance: Tensor) -> Tensor:

@@ -139,5 +139,5 @@ def inverse_size(gram: Tensor) -> Tensor:
 
 
 def largest_block(rows: int, columns: int, device: torch.device) -> int:
-    """Return the elements of one block of the long side."""
+    """Return the most elements that a block of ``blockwise`` has: at least one line of the short side."""
     return min(rows * columns, max(block_elements(device), min(rows, columns)))

@@ -165,7 +165,11 @@ def merge_factors(
 
 
 def _cores(factors: Sequence[Factors | None], left: Tensor, right: Tensor) -> list[Tensor]:
-    """Return C_t of every task, its scale included; zero where it has no factors."""
+    """Return C_t = scale_t L_t R_tᵀ of every task; zero where a task has no factors.
+
+    ``left`` and ``right`` are the coordinates of the stacked factors in their common bases; L_t and R_t are the columns
+    of task t.
+    """
     ranks = [0 if factor is None else factor.rank for factor in factors]
     scales = [0.0 if factor is None else factor.scale for factor in factors]
     pieces = zip(scales, left.split(ranks, dim=1), right.split(ranks, dim=1), strict=True)

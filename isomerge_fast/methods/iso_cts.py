@@ -292,7 +292,10 @@ def most_that_fit(tasks: int, room: float, bytes_of: Callable[[int], int]) -> in
 
 
 def share_at_cut(delta: Tensor, total: Tensor, common: Subspace) -> Tensor:
-    """Return max ‖u_iᵀ Δ‖ over the last few of U_k, [...]: an error at the cut turns these into what lies beyond it."""
+    """Return max_i ‖u_iᵀ Δ‖ [...] over the last ``CUT_COLUMNS`` directions u_i of U_k.
+
+    It bounds what of Δ an error of U_k at its cut moves between U_k and the residual of Δ.
+    """
     if common.wide:
         share = to_long_side(delta, common.short[..., -CUT_COLUMNS:], torch.float64)
     else:

@@ -70,7 +70,7 @@ class Route(ABC):
         return self.method
 
     def parts(self) -> Iterator[slice]:
-        """Yield the rows of ``view_shape`` in parts, in order."""
+        """Yield consecutive slices of ``part_rows`` rows that cover ``view_shape[0]``; the last may be shorter."""
         for start in range(0, self.view_shape[0], self.part_rows):
             yield slice(start, min(start + self.part_rows, self.view_shape[0]))
 

@@ -131,7 +131,7 @@ def labels_of(checkpoint: Checkpoint) -> list[str] | None:
 
 
 def _numbers(config: Mapping[str, Any], depth: int = 0) -> Iterator[tuple[str, int]]:
-    """Yield every whole number of a config, of nested ones too, with its key."""
+    """Yield (key, number) of the whole numbers of a config and of the dicts in it, except its tables of labels."""
     for key, value in config.items():
         if type(value) is int:
             yield key, value

@@ -212,10 +212,10 @@ def _renaming(file: Path, names: list[str], base: Checkpoint) -> Callable[[str],
 
 
 def _oriented(file: Path, pairs: Mapping[str, LoraPair], base: Checkpoint, fan_in_fan_out: bool) -> dict[str, LoraPair]:
-    """Return the pairs with ``transposed`` decided.
+    """Return the pairs with ``transposed`` decided: by the shapes, or by ``fan_in_fan_out`` where the layer is square.
 
-    PEFT sets ``fan_in_fan_out`` anew for every layer that it meets, so that the file tells of the last one only. The
-    shapes tell, but for square ones; these follow the setting, where no other layer speaks against it.
+    PEFT sets ``fan_in_fan_out`` anew for every layer that it meets, so that the file tells of the last one only. Where
+    the shapes of another layer contradict it, square layers are refused by an InputError.
     """
     oriented: dict[str, LoraPair] = {}
     square: list[str] = []

@@ -297,7 +297,11 @@ def _task_gram(
 
 
 def learning_bytes(spec: TensorSpec, tasks: int, s: int, at_once: int, device: torch.device) -> int:
-    """Return the peak bytes of ``RowwiseIsoCTS.learn``: the largest of its steps, in their order."""
+    """Return the peak bytes of ``RowwiseIsoCTS.learn``: the maximum over its steps, which are listed in their order.
+
+    ``s`` directions of every task are kept, and N − T·s of the sum. One pass adds up the Gram matrices of ``at_once``
+    tasks.
+    """
     rows, columns = spec.shape
     square, thin = 8 * columns**2, 8 * columns * tasks * s
     k = columns - tasks * s
