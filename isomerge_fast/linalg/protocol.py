@@ -231,7 +231,7 @@ def default_tolerance(x: Tensor) -> Tensor:
 
 
 def relative_gap(sigma: Tensor, k: int) -> Tensor:
-    """Return (σ_k − σ_{k+1}) / σ_k of descending singular values, [..., r] -> [...]; 1 without a cut or where σ_k is 0."""
+    """Return (σ_k − σ_{k+1}) / σ_k of descending σ, [..., r] -> [...]; 1 where σ_k is 0, or k is 0 or r."""
     if k <= 0 or k >= sigma.shape[-1]:
         return torch.ones(sigma.shape[:-1], dtype=torch.float64, device=sigma.device)
     upper, lower = sigma[..., k - 1], sigma[..., k]

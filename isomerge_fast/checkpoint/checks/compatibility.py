@@ -30,7 +30,7 @@ _WRAPPERS = {
 
 
 def problems_of(base: Checkpoint, experts: Sequence[Checkpoint], on_extra: str) -> list[list[str]]:
-    """Return one line per problem with the base, which names all experts that have it; grouped by the first of these."""
+    """Return a line per problem with the base, which names all experts that have it; grouped by the first of these."""
     owners: dict[str, list[str]] = {}
     for expert in experts:
         for cause in _causes(base, expert, on_extra):
