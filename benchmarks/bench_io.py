@@ -88,7 +88,7 @@ def reading(level: str, cold: bool, device: torch.device) -> Problem:
 
 
 def without_direct_io(file: Path) -> dict[str, str]:
-    """Return who cannot take part where the file system, such as a tmpfs, has no direct I/O."""
+    """Return {contender: why it takes no part} where the file system, such as a tmpfs, has no direct I/O."""
     descriptor = open_direct(file, os.O_RDONLY)
     if descriptor is None:
         return {"disk-direct": "disk-direct: no direct I/O in the temporary folder; TMPDIR names another"}
@@ -97,7 +97,7 @@ def without_direct_io(file: Path) -> dict[str, str]:
 
 
 def touched(tensor: Tensor) -> float:
-    """Return a sum that depends on every page, by one number in 32 bytes: what a mapping puts off is done now."""
+    """Return the sum of one number in 32 bytes, which reads every page: a mapped file is read only then."""
     return tensor.view(-1)[::16].double().sum().item()
 
 
@@ -145,7 +145,7 @@ def writing(level: str, device: torch.device) -> Problem:
 
 
 def rows() -> Iterator[Row]:
-    """Yield reading of cached and of cold files, and writing."""
+    """Yield the rows of reading cached and cold files, and of writing."""
     for level, side in SIDES.items():
         size = f"{TENSORS * 2 * side**2 / 1e9:.2g} GB"
         for cold in (False, True):

@@ -24,18 +24,18 @@ SETS_BYTES, MOST_SETS = 1 << 29, 64
 
 
 def in_turn(function: Callable[..., Any], sets: list[tuple[Any, ...]]) -> Callable[[], Any]:
-    """Return calls on one set after the other, from the first on, which the error is judged on."""
+    """Return a function that calls ``function`` with one set after the other; the error is judged on the first."""
     turns = itertools.cycle(sets)
     return lambda: function(*next(turns))
 
 
 def sets_of(size_bytes: float, make: Callable[[int], tuple[Any, ...]]) -> list[tuple[Any, ...]]:
-    """Return as many sets of so many bytes as no cache holds."""
+    """Return so many sets of inputs that all together are larger than a cache."""
     return [make(seed) for seed in range(max(1, min(MOST_SETS, round(SETS_BYTES / size_bytes))))]
 
 
 def draw(seed: int, device: torch.device) -> Callable[..., Tensor]:
-    """Return what draws normal numbers of a shape."""
+    """Return a function that draws a tensor of normal numbers of the shape that it is given."""
     return partial(torch.randn, generator=torch.Generator(device=device).manual_seed(seed), device=device)
 
 
@@ -77,7 +77,7 @@ def sum_problem(shape: tuple[int, int], dtype: torch.dtype, device: torch.device
 
 
 def apply_problem(shape: tuple[int, int], scalings: tuple[float, ...], device: torch.device) -> Problem:
-    """Make θ_i = θ₀ + α_i Δ in bf16: θ₀ and Δ are read once, every output is written once."""
+    """Return the benchmark of θ_i = θ₀ + α_i Δ in bf16; the least traffic is θ₀ and Δ read, every θ_i written."""
     size = shape[0] * shape[1] * (2.0 + 4.0 + 2.0 * len(scalings))
 
     def inputs(seed: int) -> tuple[Tensor, Tensor]:
@@ -98,7 +98,7 @@ def apply_problem(shape: tuple[int, int], scalings: tuple[float, ...], device: t
 
 
 def product_problem(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Problem:
-    """Make A Aᵀ, [M, K] -> [M, M], of which half is enough."""
+    """Return the benchmark of A Aᵀ, [M, K] -> [M, M], of which half has to be computed."""
     rows, columns = shape
     size = float(dtype.itemsize * (rows * columns + rows**2))
     sets = sets_of(size, lambda seed: (draw(seed, device)(*shape).to(dtype),))
@@ -113,7 +113,7 @@ def product_problem(shape: tuple[int, int], dtype: torch.dtype, device: torch.de
 
 
 def rows() -> Iterator[Row]:
-    """Yield the sums, the applications and the products of a shape for each level."""
+    """Yield the rows of sums, applications and products, by level."""
     levels = {"tiny": "tiny", "short": "ViT-L/14 fc1", "full": "Llama-3.2-1B gate_proj"}
     for level, label in levels.items():
         shape = (64, 96) if level == "tiny" else shape_of(label)

@@ -67,7 +67,7 @@ def combine(method: str, deltas: list[State]) -> State:
 
 
 def error_of(method: str, models: Sequence[Path], shapes: Shapes, *, of_delta: bool) -> Callable[[Path], float]:
-    """Return what gives ‖found − exact‖_F / ‖exact‖_F of an output: of θ, or of Δ = (θ − θ₀) / α.
+    """Return a function that computes ‖found − exact‖_F / ‖exact‖_F of an output, of θ or of Δ = (θ − θ₀) / α.
 
     The tensors judged are one matrix of every shape in the first layer; without layers, the first few tensors.
     """
@@ -101,7 +101,7 @@ def moved_bytes(shapes: Shapes, experts: int, out_itemsize: int) -> float:
 
 
 def in_process(method: str, label: str, shapes: Shapes, experts: int, device: torch.device) -> Problem:
-    """Make a merge to float32 files, called as a function."""
+    """Return the benchmark of a merge to float32 files, each contender called in this process."""
     models = family(scratch(), label, shapes, experts)
     out = scratch() / f"{label}-{method}"
     config = {"base": str(models[0]), "experts": [str(model) for model in models[1:]], "method": method}
@@ -128,7 +128,7 @@ def in_process(method: str, label: str, shapes: Shapes, experts: int, device: to
 
 
 def processes(label: str, shapes: Shapes, experts: int, device: torch.device) -> Problem:
-    """Make task arithmetic to bf16 files, by the programs that users start."""
+    """Return the benchmark of task arithmetic to bf16 files by ``isomerge run`` and ``mergekit-yaml``, as processes."""
     models = family(scratch(), label, shapes, experts)
     out = scratch() / f"{label}-processes"
     out.mkdir(exist_ok=True)
@@ -163,7 +163,7 @@ def of_equal_bytes(count: int) -> Shapes:
 
 
 def rows() -> Iterator[Row]:
-    """Yield merges by the methods, beside mergekit, and of more and more tensors."""
+    """Yield the rows of merges by our methods, of merges beside mergekit, and of merges of more and more tensors."""
     for level, label, shapes, experts in (
         ("tiny", "llama-tiny", llama(64, 160, 1, 96), 2),
         ("short", "llama-9m", llama(768, 3072, 1, 512), 4),

@@ -34,7 +34,7 @@ made = lru_cache(maxsize=1)(deltas_like_fine_tuning)
 
 
 def problem(method: str, shape: tuple[int, int], tasks: int, kind: Kind, device: torch.device) -> Problem:
-    """Make T deltas, those who merge them, and what float64 gives."""
+    """Return the benchmark of a method on T deltas by ours, torch, FusionBench and numpy, judged by float64 numpy."""
     deltas = made(*shape, tasks, kind, device=device)
     singles = [delta.cpu().numpy() for delta in deltas]
     function = method.replace("-", "_")
@@ -117,7 +117,7 @@ def of_growth() -> Iterator[Row]:
 
 
 def tiny() -> Iterator[Row]:
-    """Yield what tests of the benchmarks run."""
+    """Yield rows on small matrices, for the tests of the benchmarks."""
     for method in METHODS:
         yield row(method, "tiny", 3, contenders=EVERY, shape=(48, 80), level="tiny")
     for side in (16, 32, 64):

@@ -39,7 +39,7 @@ def left_vectors(x: np.ndarray, count: int) -> np.ndarray:
 
 
 def task_part(shape: tuple[int, int], kind: Kind, device: torch.device) -> Problem:
-    """Make the top s of R = Δ − U_k U_kᵀ Δ, tall; everybody is given U_k, and forms R or does without."""
+    """Return the benchmark of the top s left vectors of a tall R = Δ − U_k U_kᵀ Δ; every contender is given U_k."""
     deltas = deltas_like_fine_tuning(*shape, TASKS, kind, device=device)
     delta, total = deltas[0], torch.stack(deltas).double().sum(0)
     k, s = split_rank(min(shape), TASKS, 0.8)
@@ -72,7 +72,7 @@ def task_part(shape: tuple[int, int], kind: Kind, device: torch.device) -> Probl
 
 
 def common_part(shape: tuple[int, int], kind: Kind, device: torch.device) -> Problem:
-    """Make the top k = 0.8 r of S, both sides."""
+    """Return the benchmark of the top k = 0.8 r triplets of S, both sides."""
     total = torch.stack(deltas_like_fine_tuning(*shape, TASKS, kind, device=device)).double().sum(0)
     k, _ = split_rank(min(shape), TASKS, 0.8)
     single, exactly = total.float(), partial(left_vectors, total.cpu().numpy(), k)

@@ -107,7 +107,7 @@ class Comparison:
 
 
 def drivers(device: str) -> tuple[str | None, ...]:
-    """Return those of torch.linalg.svd, its default first. A CPU has one.
+    """Return the drivers of torch.linalg.svd on a device, the default first; a CPU has that alone.
 
     gesvda is nobody's default: an SVD by the Gram matrix, whose small singular vectors are not orthogonal.
     """

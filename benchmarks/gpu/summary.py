@@ -112,7 +112,7 @@ def methods(readings: Readings) -> str:
 
 
 def kernels(title: str, rows: Sequence[Row], key: str, shown: Callable[[Row], str]) -> str:
-    """Return one line for each form, one column for each shape: the configuration in use, and a better one.
+    """Return a table with a line per form and a column per shape: the configuration in use, and any faster one.
 
     ``rows`` of one form and shape differ in their configuration; the one in use comes first, the best has most of
     ``key``.
@@ -135,7 +135,7 @@ def kernels(title: str, rows: Sequence[Row], key: str, shown: Callable[[Row], st
 
 
 def bandwidths(readings: Readings) -> str:
-    """Return shares of the copy, and the least time of a call of each form with the host."""
+    """Return a table of bandwidths as shares of a copy's, with the least time of a call, the host included."""
     rows = [row for row in readings.of("bandwidths") if "of_copy" in row]
     hosts: dict[str, float] = {}
     for row in rows:
@@ -148,7 +148,7 @@ def bandwidths(readings: Readings) -> str:
 
 
 def products(readings: Readings) -> str:
-    """Return speeds over torch.matmul, with the largest errors of a form."""
+    """Return a table of speeds relative to torch.matmul, with each form's largest error."""
     rows = [row for row in readings.of("products") if "ratio" in row]
     worst: dict[str, tuple[float, float]] = {}
     for row in rows:

@@ -93,7 +93,7 @@ class Results:
 
     @property
     def common_deviation(self) -> float:
-        """Return the standard deviation of a log ratio from pass to pass, the middle one of all; 5 % of one pass.
+        """Return the typical standard deviation of a log ratio between passes; 0.05 where there is one pass.
 
         It comes from the median of their variances, which a few disturbed ones do not move: s² of n passes is
         distributed as σ² χ²/(n − 1), whose median is near σ² (1 − 2/(9 (n − 1)))³.
@@ -105,7 +105,7 @@ class Results:
         return math.sqrt(statistics.median(variances)) if variances else 0.05
 
     def ratio(self, row: ResultRow, baseline: str) -> Ratio:
-        """Return the median over the passes, within ``SPREAD`` standard deviations.
+        """Return a baseline's ratio to ours: the median over the passes, and ``SPREAD`` standard deviations around it.
 
         Three passes alone say little about a deviation: a row's own is drawn towards that of all.
         """

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def parsed(read: Reader, *bounds: int) -> dict[str, Any]:
-    """Return the declarations of an option whose value ``read`` reads."""
+    """Return typer's arguments for an option whose text ``read`` turns into its value."""
 
     def parse(text: Any) -> Any:
         try:

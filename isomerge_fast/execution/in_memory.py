@@ -190,7 +190,7 @@ class MemorySink:
 
     @cached_property
     def merged(self) -> Tensor:
-        """Return the tensor, made when its first rows come: after what the method takes to make them."""
+        """Return the merged tensor, allocated when its first rows come: the method has freed its own memory by then."""
         return torch.empty(self._base.shape, dtype=self._dtype, device=self._base.device)
 
     def add(self, block: RowBlock, value: Callable[[RowBlock], Tensor], *, shared: bool) -> None:

@@ -48,7 +48,7 @@ def symmetry(x: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def asymmetry_of(omega: Tensor, image: Tensor, mirrored: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
-    """Return what ``symmetry`` does, from H Ω, Hᵀ Ω and ‖X‖_F."""
+    """Return the estimates of ``symmetry`` from H Ω, Hᵀ Ω and ‖X‖_F."""
     scale = torch.where(norm > 0, norm, 1.0)
     asymmetry = torch.linalg.matrix_norm(image - mirrored) / scale
     quotients = (omega * image).sum(-2) / omega.square().sum(-2)

@@ -73,7 +73,7 @@ class GramEigh(Solver):
 
     @property
     def noise(self) -> float:
-        """Return the error of eigenvalues relative to λ₁, a few ε: σ below √(2 noise) σ₁ are in it, and truncated."""
+        """Return the error of eigenvalues relative to λ₁, a few ε; σ below √(2 noise) σ₁ drown in it: truncated."""
         return 8.0 * torch.finfo(self.dtype).eps
 
     def factorize(self, x: Tensor, *, tolerance: Tensor | None = None) -> GramFactorization:

@@ -40,7 +40,7 @@ class MergeStats:
     remarks: tuple[str, ...] = ()  # for the report, beside the evidence
 
     def read(self) -> MergeStats:
-        """Return this with everything on the CPU. One read of the device."""
+        """Return the evidence with all its tensors on the CPU, by one read of the device."""
         found = {("value", key): value for key, value in self.values.items() if isinstance(value, Tensor)}
         found |= {("check", key): check.value for key, check in self.checks.items()}
         away = {key: value for key, value in found.items() if value.device.type != "cpu"}
@@ -74,11 +74,11 @@ class MergeStats:
         return ", ".join(f"{name} {value:.1e} > {self.checks[name].limit:.0e}" for name, value in worst.items())
 
     def after(self, before: MergeStats, remark: str) -> MergeStats:
-        """Return this, with the escalations of ``before`` and one more."""
+        """Return this evidence with the escalations of ``before`` and one more, ``remark``."""
         return replace(self, escalations=(*before.escalations, remark))
 
     def replaced(self, rows: Tensor, part: MergeStats) -> MergeStats:
-        """Return this, with the entries of the matrices ``rows`` (a mask over the batch) from ``part``."""
+        """Return this evidence with the entries of the matrices in the mask ``rows`` replaced by those of ``part``."""
 
         zero = torch.zeros((), device="cpu")
 

@@ -138,7 +138,7 @@ class Rowwise(Route):
         return super().passed_bytes(base_bytes, trained_bytes) * (1 + self.merging.rowwise_passes)
 
     def reason(self, spec: TensorSpec, tasks: int, device: torch.device, given: str) -> str:
-        """Return why the tensor goes this way; that a matrix goes by rows is said whatever was given."""
+        """Return why the tensor goes this way: of a matrix always the ceiling, and else what is ``given``."""
         if self.merging.any_shape:
             return super().reason(spec, tasks, device, given)
         return "by rows, to keep to the ceiling: float64 Gram matrices"

@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def deep(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Return [..., m, 3k] and [..., 3k, n] of bf16 whose product is A B of float32 to 2⁻¹⁶, rows times columns."""
+    """Split float32 A, B into bf16 [..., m, 3k] and [..., 3k, n] whose product is A B to 2⁻¹⁶ of rows times columns."""
     (a_high, a_low), (b_high, b_low) = _parts(a), _parts(b)
     return torch.cat([a_high, a_high, a_low], dim=-1), torch.cat([b_high, b_low, b_high], dim=-2)
 

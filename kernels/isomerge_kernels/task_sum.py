@@ -54,7 +54,7 @@ TINY = tl.constexpr(2.0**-1022)
 
 @triton.jit
 def scaled_squares(x, largest):
-    """Return Σ x² in float64 of float32 with max |x| = ``largest``: right from 1e-30 on to the largest numbers."""
+    """Return Σ x² in float64 of float32 x with max |x| = ``largest``; no square under- or overflows from 1e-30 on."""
     is_small = largest <= SPLIT
     scaled = x * tl.where(is_small, SMALL, LARGE)
     return tl.sum(scaled * scaled, axis=0).to(tl.float64) * tl.where(is_small, OF_SMALL, OF_LARGE)
