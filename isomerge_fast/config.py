@@ -361,6 +361,14 @@ def _problems(config: MergeConfig) -> Iterator[str]:
         yield f"out is a folder ({config.out}); the weights go into model.safetensors inside it"
 
 
+def _is_possible(path: str) -> bool:
+    """Return whether a file can have this path."""
+    try:
+        return "\0" not in path and len(os.fsencode(path)) <= MAX_PATH_BYTES
+    except UnicodeEncodeError:  # half of a surrogate pair
+        return False
+
+
 def _value_problems(config: MergeConfig) -> Iterator[str]:
     """Yield paths that no file can have, options that are no plain values, and what cannot be written as JSON."""
     out = [] if config.out is None else [config.out]
@@ -368,7 +376,7 @@ def _value_problems(config: MergeConfig) -> Iterator[str]:
         for each in paths:
             if not each:
                 yield f"{key} has an empty path"
-            if "\0" in each or len(each.encode(errors="surrogatepass")) > MAX_PATH_BYTES:
+            if not _is_possible(each):
                 yield f"{key} is {shown(each)}, not a path that a file can have"
     for options in (config.options, *(override.options for override in config.overrides)):
         for key, value in options.items():

@@ -139,7 +139,7 @@ class Execution:
         plan, out = self.plan, self.plan.config.out
         if out is None:
             raise ConfigError("out is not given: the folder that the merge is written into (a plan alone needs none)")
-        if self.io not in IO:
+        if not isinstance(self.io, str) or self.io not in IO:
             raise ConfigError(f"io {shown(self.io)} is unknown{nearest(self.io, IO)}")
         self.threads = None if self.threads is None else whole_number(self.threads, "threads", 1, MOST_THREADS)
         self.resume, self.overwrite = flag(self.resume, "resume"), flag(self.overwrite, "overwrite")
