@@ -163,7 +163,7 @@ class MergeConfig:
         return {**asdict(self), "scaling": 1.0 if self.scaling is None else self.scaling}
 
     def weights_of(self, name: str) -> tuple[float, ...] | None:
-        """Return w_t of a tensor, or None where none are given."""
+        """Return w_t of a tensor, or None where none are given; refuse to divide them by a sum of 0."""
         if self.weights is None and not self.normalize_weights:
             return None
         entries = self.weights or [1.0] * len(self.experts)

@@ -123,7 +123,7 @@ def apply_delta(
     """
     backend = _backend(base)
     check_apply(base, delta, dtype, seed, first)
-    if 0 in base.shape or not scalings:
+    if 0 in base.shape or len(scalings) == 0:
         return [torch.empty(base.shape, dtype=dtype, device=base.device) for _ in scalings]
     return backend.apply_delta(base, delta, scalings, dtype, seed, first)
 

@@ -426,6 +426,29 @@ def test_adapters_beside_the_weights(tmp_path: Path) -> None:
     assert caught.value.problems[-1] == (f"cp -rL {given['experts'][1]}/vision-lora merged/ (or another expert's)")
 
 
+def test_an_adapter_inside_one_that_no_expert_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is copied where an expert has it; the one around it is counted anew, whatever else lies in the folder."""
+    given = family(tmp_path)
+
+    def add(folder: Path) -> None:
+        folder.mkdir(parents=True)
+        (folder / "adapter_config.json").write_text("{}")
+        (folder / "adapter_model.safetensors").write_text("x")
+
+    add(given["base"] / "lora")
+    add(given["base"] / "lora/both")
+    (given["base"] / ".git").mkdir()
+    monkeypatch.setattr(companions, "MAX_WALKED_NAMES", 15)
+    for index in range(13):
+        (given["base"] / f".git/{index}").touch()
+    add(given["experts"][1] / "lora/both")
+    (given["experts"][1] / "lora").joinpath("notes.txt").write_text("x")
+    plan = make_plan(load_config(given))
+    assert plan.companions == ("lora/both/adapter_config.json", "lora/both/adapter_model.safetensors")
+    (stray,) = [each for each in plan.left_behind if each.name == "lora/"]
+    assert (stray.files, stray.bytes) == (4, 6)
+
+
 def test_a_merged_sentence_transformer_loads(tmp_path: Path) -> None:
     """With its dense module, merged apart, and with one that nothing has changed."""
     library = pytest.importorskip("sentence_transformers")

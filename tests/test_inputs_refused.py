@@ -192,6 +192,8 @@ NOT_QUANTIZED: dict[str, dict[str, Tensor]] = {
         "logit_scale": of(F32),
     },
     "a-float-matrix-called-W_q": {"attn.W_q": of(F32, N, N), "attn.scale": of(F32, 1)},
+    "W_q-of-no-module": {"W_q": of(F16, N, N), "scale": of(F16, 1, N), "zero": of(F16, 1, N)},
+    "a-quant_map-of-integers": {"attn.weight": of(BF16, N, N), "attn.weight.quant_map": of(U8, N)},
     "a-lookup-table": {"lookup.weight": of(torch.int64, N, N)},
     "long-indices": {"router.expert_map": of(torch.int64, N, 2), "router.scale": of(F32, 1)},
 }

@@ -40,6 +40,16 @@ class TestOutputFolder:
             imf.merge(config_of(family, tmp_path / "out"))
         assert not [path for path in tmp_path.iterdir() if path.name.endswith(".isomerge")]
 
+    def test_an_input_in_a_deep_folder(self, tmp_path: Path) -> None:
+        """Whose parents are all looked at."""
+        deep = tmp_path.joinpath(*["d"] * 800)
+        base = make_base()
+        save_folder(tmp_path / "base", base)
+        save_folder(deep, base)
+        imf.merge(config_of((tmp_path / "base", [deep]), tmp_path / "out", method="mean"))
+        with pytest.raises(imf.ConfigError, match="is or contains the input"):
+            imf.merge(config_of((tmp_path / "base", [deep]), tmp_path / "d", method="mean"))
+
     @pytest.mark.parametrize("added", ["thesis.tex", ".git/HEAD", "data", "model-old.safetensors", "1_Pooling/x"])
     def test_overwrite_takes_only_what_a_merge_has_written(self, tmp_path: Path, added: str) -> None:
         """A file, a folder, a link to one, a stale shard: none of them is in the manifest."""

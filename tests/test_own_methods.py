@@ -14,7 +14,16 @@ import isomerge_fast as imf
 from allocation import peak_bytes
 from isomerge_fast import methods
 from isomerge_fast.errors import ConfigError
-from isomerge_fast.methods import DeltaSource, Elementwise, MemoryDeltas, MergeStats, Method, NotFiniteError, TensorSpec
+from isomerge_fast.methods import (
+    DeltaSource,
+    Elementwise,
+    Mean,
+    MemoryDeltas,
+    MergeStats,
+    Method,
+    NotFiniteError,
+    TensorSpec,
+)
 from isomerge_fast.methods.factors import Factors, merge_factors
 
 CPU = torch.device("cpu")
@@ -111,6 +120,20 @@ def test_a_method_of_single_elements_keeps_to_its_memory(
     promised = method.rowwise_bytes(spec, 5, spec.elements, CPU)
     assert promised is not None
     assert peak <= promised <= 2.5 * peak
+
+
+@pytest.mark.parametrize("method", [Mean(), Median()], ids=lambda method: method.name)
+def test_many_blocks_keep_to_the_memory_of_one(method: Method) -> None:
+    base, experts = torch.zeros(4096, 700), draw(4096, 700)
+    spec = TensorSpec("w", (4096, 700), torch.float32)
+    peak, _ = peak_bytes(lambda: method.merge(MemoryDeltas(experts, base, block_rows=1024)))
+    assert peak <= 1.1 * method.workspace_bytes(spec, 5, CPU)
+
+
+def test_deltas_of_parameters() -> None:
+    """Outside ``no_grad``, as a training loop has them."""
+    base, expert = (torch.nn.Parameter(torch.randn(5, 3)) for _ in range(2))
+    assert torch.equal(MemoryDeltas([expert], base).delta(0), expert - base)
 
 
 def test_the_defaults_of_a_method() -> None:

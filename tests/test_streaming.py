@@ -6,6 +6,7 @@ import json
 import os
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
@@ -440,6 +441,28 @@ def test_a_write_that_fails_stops_the_others_and_is_raised() -> None:
             with pytest.raises(imf.ResourceError, match="no space left"):
                 writes.put(lambda: done.append(2), size=1)
     assert done == [1]
+
+
+def test_after_a_failed_write_what_waits_is_freed_and_a_room_tells() -> None:
+    started = threading.Event()
+
+    def fail() -> None:
+        started.wait()
+        raise imf.ResourceError("no space left")
+
+    with WriteBehind(3 * 4096) as writes:
+        writes.put(fail, size=1)
+        waiting = torch.zeros(8)
+        freed = weakref.ref(waiting)
+        writes.put(lambda waiting=waiting: None, size=32)
+        del waiting
+        started.set()
+        patience = time.monotonic() + 10.0
+        while freed() is not None:  # until the other thread has dropped it
+            assert time.monotonic() < patience
+            time.sleep(0.001)
+        with pytest.raises(imf.ResourceError, match="no space left"):
+            writes.room(8)
 
 
 def test_after_an_error_what_waits_is_not_written() -> None:

@@ -137,7 +137,7 @@ class Results:
         data = json.loads(path.read_text())
         if not isinstance(data, dict) or data.pop("format", None) != FORMAT:
             raise ValueError(f"{path}: not a result file of these benchmarks (format {FORMAT})")
-        return TypeAdapter(cls).validate_python(data)
+        return TypeAdapter(cls).validate_python(data, extra="forbid")
 
 
 def gather(files: Sequence[Path], *, level: str, seconds: float) -> Results:

@@ -83,7 +83,8 @@ class Uploads:
 class Download:
     """Copy a tensor to the host when it is called, in the thread that wants it, which alone waits for the device.
 
-    The copy lies within its page as its bytes at ``position`` of a file do, so that it can be written as it is.
+    The copy begins at the same offset within a page as ``position`` in the file, so that a direct write takes it as it
+    is.
     """
 
     def __init__(self, tensor: Tensor, position: int = 0) -> None:

@@ -80,7 +80,7 @@ class FileSink:
     def _make(self, block: RowBlock, action: Callable[[RowBlock, Mapping[str, Tensor]], None], *, shared: bool) -> None:
         """Fill the outputs of every part of a block by ``action``; write them and count what is not finite.
 
-        Parts that are not shared among threads are as large as there is room for, one after the other.
+        Shared, several threads fill parts at once; else parts as large as there is room for are filled one by one.
         """
         for group in self._groups(self._threads.parts(block)) if shared else ([piece] for piece in self._pieces(block)):
             rows = slice(group[0].rows.start, group[-1].rows.stop)

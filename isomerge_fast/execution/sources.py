@@ -41,7 +41,8 @@ def first_pass(plan: TensorPlan) -> Iterator[Bundle]:
 class PlannedSource(DeltaSource):
     """Read one planned tensor, its first pass from ``ahead``, where the bundles of ``first_pass`` come next.
 
-    ``reader`` and ``readers`` read later passes, in parts of ``budget``.
+    Later passes are read through ``reader`` by the pool ``readers``, in parts of ``budget``; ``threads`` share out the
+    computing.
     """
 
     wants_largest = True

@@ -73,7 +73,10 @@ class GramEigh(Solver):
 
     @property
     def noise(self) -> float:
-        """Return the error of eigenvalues relative to λ₁, a few ε; σ below √(2 noise) σ₁ drown in it: truncated."""
+        """Return the rounding error of eigenvalues relative to λ₁, a few ε.
+
+        Singular values below √(2 noise) σ₁ cannot be told from it, and are truncated.
+        """
         return 8.0 * torch.finfo(self.dtype).eps
 
     def factorize(self, x: Tensor, *, tolerance: Tensor | None = None) -> GramFactorization:
@@ -82,7 +85,7 @@ class GramEigh(Solver):
     def long_dtypes(
         self, wide: bool, dtype: torch.dtype, device: torch.device
     ) -> tuple[torch.dtype | None, torch.dtype]:
-        """Return (None, the dtype of S's long side): without it ``residual`` holds nothing as large as S beside Δ_t.
+        """Return None, as ``residual`` needs no long side of S to be held beside Δ_t, and the dtype of the result's.
 
         V enters the recombination's small factors, whose conditioning float32 would not survive; U only products.
         """
@@ -236,7 +239,9 @@ class GramFactorization(Factorization):
             unresolved = solver.seen(unresolved, _products(self.x), top, limit)
         return Subspace(
             short=top,
+            long=None,
             sigma=kept_sigma,
+            complement=None,
             gap=relative_gap(sigma, k),
             angle=rounding_angle(sigma, k, limit, solver.blur(sigma)),
             unresolved=unresolved,
@@ -303,6 +308,7 @@ class GramFactorization(Factorization):
             short=top,
             long=residual(top * reciprocal(kept_sigma)[..., None, :]),
             sigma=kept_sigma,
+            complement=None,
             gap=relative_gap(sigma, s),
             angle=rounding_angle(sigma, s, tolerance, noise),
             unresolved=unresolved,

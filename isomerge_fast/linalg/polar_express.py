@@ -132,7 +132,7 @@ class PolarExpress(PolarIteration):
         return f"polar-express-{self.products or dtype_suffix(self.dtype)}"
 
     def iterate(self, x: Tensor, bounds: Bounds, grams: list[Tensor], dtype: torch.dtype) -> tuple[Tensor, PolarStats]:
-        """Iterate on X itself, unless more than ``largest_error`` is predicted, which reads a flag from the device."""
+        """Iterate on X itself; raise LinAlgError where more than ``largest_error`` is predicted, which is one read."""
         error = self._rounding(bounds, grams[0], x)
         if self.largest_error is not None and bool((error > self.largest_error).all()):
             raise torch.linalg.LinAlgError(

@@ -57,7 +57,7 @@ class GramNewtonSchulz(PolarIteration):
         return q, self.evidence(q, x, bounds)
 
     def iterating_bytes(self, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> int:
-        """Return the bytes of the iterate, where there is a restart, with four r x r or with the result."""
+        """Return the bytes of the iterate, which a restart needs, with four r x r or with the result."""
         short, elements, size = min(rows, columns), rows * columns, self.dtype.itemsize
         applying = dtype.itemsize * elements + size * (short**2 + largest_block(rows, columns, device))
         return size * elements + max(4 * size * short**2, applying)

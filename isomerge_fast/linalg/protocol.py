@@ -33,7 +33,7 @@ class HeatTraces:
     values: Tensor  # the traces, [..., nodes]
 
     def sums(self, ones: int) -> tuple[Tensor, Tensor]:
-        """Return (Σ_{i≠j} 2/(σ_i + σ_j)² as if ``ones`` more σ were 1, Σ 1/σ²), [...] each."""
+        """Return (Σ_{i≠j} 2/(σ_i + σ_j)², Σ 1/σ²), [...] each; the former with ``ones`` further σ of 1."""
         squares = (self.weights * self.values).sum(-1)
         # Of pairs with i = j the term would be 2 / (2 σ)².
         pairs = 2.0 * (self.weights * self.values.square()).sum(-1) - 0.5 * squares
@@ -45,21 +45,31 @@ class HeatTraces:
 
 @dataclass(frozen=True)
 class PolarStats:
-    """Hold the evidence of one (batched) polar solve, on the device until it is read: no solve synchronises for it."""
+    """Hold the evidence of one (batched) polar solve, on the device until it is read: no solve synchronises for it.
+
+    Attributes:
+        nuclear_norm: ‖X‖_* = Σσ over the kept directions, shape [...].
+        rank: number of kept directions, shape [...].
+        orthogonality: ‖QᵀQ − P‖_F / √r on the short side, P the projector on the kept directions, shape [...].
+        unresolved: number of directions left out that may lie above the tolerance, hidden by the solver's own rounding,
+            shape [...].
+        error: ‖dQ‖_F / √rank that the solver's own rounding leaves, estimated from σ, shape [...]. ``orthogonality``
+            does not see its skew part, and ``asymmetry`` hardly where σ is small.
+        sigma: kept singular values, zero where truncated, shape [..., r]; None where the solver does not see σ.
+        spread: rms(σ) · rms(1/σ) over the kept directions, shape [...]: rounding X to ε moves Q by about ε times this,
+            relative to ‖Q‖. None where the solver does not see σ.
+        traces: give the sums over pairs of σ in place of ``sigma``; None where nobody asks for them.
+    """
 
     solver: str
-    nuclear_norm: Tensor  # ‖X‖_* = Σσ over the kept directions, [...]
-    rank: Tensor  # number of kept directions, [...]
-    orthogonality: Tensor  # ‖QᵀQ − P‖_F / √r on the short side, P the projector on the kept directions, [...]
-    # Number of directions left out that may lie above the tolerance, hidden by the solver's own rounding, [...].
+    nuclear_norm: Tensor
+    rank: Tensor
+    orthogonality: Tensor
     unresolved: Tensor | int = 0
-    # ‖dQ‖_F / √rank that the solver's own rounding leaves, estimated from σ, [...]. ``orthogonality`` does not see its
-    # skew part, and ``asymmetry`` hardly where σ is small.
     error: Tensor | float = 0.0
-    sigma: Tensor | None = None  # kept σ, zero where truncated, [..., r]; None where the solver does not see σ
-    # rms(σ) · rms(1/σ) over the kept directions, [...]: rounding X to ε moves Q by about ε times this, relative to ‖Q‖.
-    spread: Tensor | None = None  # None where the solver does not see σ
-    traces: HeatTraces | None = None  # for sums over pairs of σ in place of ``sigma``; None where nobody asks for them
+    sigma: Tensor | None = None
+    spread: Tensor | None = None
+    traces: HeatTraces | None = None
 
     def growth(self, short: int, long: int, *, ones: int = 0) -> Tensor:
         """Return ``polar_growth`` from σ, or from the traces: [...]."""
@@ -72,23 +82,32 @@ class PolarStats:
 
 @dataclass(frozen=True)
 class Subspace:
-    """Hold the top ``k`` singular triplets of X [..., M, N], by side."""
+    """Hold the top ``k`` singular triplets of X [..., M, N], by side.
 
-    short: Tensor  # [..., r, k] float64, the singular vectors of the short side (left when wide); zero where truncated
-    sigma: Tensor  # [..., k] float64, descending; zero where truncated
-    gap: Tensor  # (σ_k − σ_{k+1}) / σ_k, how well the split is determined, [...]; 1 where nothing lies beyond the cut
-    # ‖sin θ‖_F / √k between this subspace and the true one, [...]: a bound from the residual where it was searched for,
-    # an estimate from the solver's rounding and the gap where all directions were computed.
+    Attributes:
+        short: [..., r, k] float64, the singular vectors of the short side (left when wide); zero where truncated.
+        long: [..., max(M, N), k], those of the long side; zero where truncated. None until ``Factorization.complete``:
+            it is the only part that is as large as X.
+        sigma: [..., k] float64, descending; zero where truncated.
+        complement: [..., r, c] float64, columns that span the short side's other directions: an orthonormal basis,
+            c = r − k, or where directions were truncated the projector itself, c = r. None where nobody needs it.
+        gap: (σ_k − σ_{k+1}) / σ_k, how well the split is determined, shape [...]; 1 where nothing lies beyond the cut.
+        angle: ‖sin θ‖_F / √k between this subspace and the true one, shape [...]: a bound from the residual where it
+            was searched for, an estimate from the solver's rounding and the gap where all directions were computed.
+        unresolved: as in ``PolarStats``, of the k.
+        wide: whether the short side is the left one.
+        is_whole: whether none of the k directions of any matrix was truncated; None where nobody has looked.
+    """
+
+    short: Tensor
+    long: Tensor | None
+    sigma: Tensor
+    complement: Tensor | None
+    gap: Tensor
     angle: Tensor
-    unresolved: Tensor  # as in ``PolarStats``, of the k
-    wide: bool  # whether the short side is the left one
-    # [..., max(M, N), k], the singular vectors of the long side; zero where truncated. None until
-    # ``Factorization.complete``: it is the only part that is as large as X.
-    long: Tensor | None = None
-    # [..., r, c] float64, columns that span the short side's other directions: an orthonormal basis, c = r − k, or the
-    # projector itself, c = r, where directions were truncated. None where nobody needs it.
-    complement: Tensor | None = None
-    is_whole: bool | None = None  # whether no direction of any matrix was truncated; None where nobody has looked
+    unresolved: Tensor
+    wide: bool
+    is_whole: bool | None = None
 
     @cached_property
     def whitened(self) -> Tensor:
@@ -98,8 +117,12 @@ class Subspace:
     def unbind(self) -> list[Subspace]:
         """Return the members along the first batch dimension."""
         assert self.long is not None
-        members = zip(self.long, self.short, self.sigma, self.gap, self.angle, self.unresolved, strict=True)
-        return [Subspace(*rest, wide=self.wide, long=long, is_whole=self.is_whole) for long, *rest in members]
+        return [
+            Subspace(short, long, sigma, None, gap, angle, unresolved, self.wide, self.is_whole)
+            for short, long, sigma, gap, angle, unresolved in zip(
+                self.short, self.long, self.sigma, self.gap, self.angle, self.unresolved, strict=True
+            )
+        ]
 
     @property
     def u(self) -> Tensor:

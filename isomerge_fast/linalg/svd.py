@@ -97,7 +97,9 @@ class SvdFactorization(Factorization):
         kept_sigma = sigma[..., :k] * keep
         return Subspace(
             short=self._sides[0][..., :, :k] * keep[..., None, :],
+            long=None,
             sigma=kept_sigma,
+            complement=None,
             gap=relative_gap(sigma, k),
             # A few ε₆₄ σ₁ in X are twice that, times σ_k, in σ_k².
             angle=rounding_angle(sigma, k, tolerance, 2.0 * NOISE * sigma[..., 0] * sigma[..., max(0, k - 1)]),

@@ -95,7 +95,7 @@ def _next(
     before: Result | None,
     missed: dict[str, Tensor],
 ) -> Result:
-    """Run one more solver, and return the result ``before`` with its matrices that ``missed`` a check replaced."""
+    """Run the next solver on the matrices that ``missed`` a check; return the result ``before`` with these replaced."""
     rows = torch.stack(list(missed.values())).any(0) if missed else None
     if before is None or rows is None or rows.ndim == 0 or bool(rows.all()):
         value, stats = attempt(deltas, candidate)

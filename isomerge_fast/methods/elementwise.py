@@ -23,18 +23,13 @@ STACKS = 6
 
 @dataclass(frozen=True)
 class AnyShape(Method):
-    """Merge tensors of any shape row by row, from the sums of their deltas. A method states ``finish``."""
+    """Merge tensors of any shape: ``finish`` gets a block of rows and their Σ_t Δ_t, and returns their merged Δ."""
 
     any_shape: ClassVar[bool] = True
 
     @abstractmethod
     def finish(self, block: RowBlock, total: Tensor) -> Tensor:
         """Return the merged Δ of some rows, of which ``total`` is Σ_t Δ_t; it may be overwritten."""
-
-    def merge(self, deltas: DeltaSource) -> tuple[Tensor, MergeStats]:
-        rowwise, threads = self.rowwise(deltas), deltas.threads
-        parts = [rows for block in deltas.blocks() for rows in threads.map(rowwise.rows, threads.parts(block))]
-        return parts[0] if len(parts) == 1 else torch.cat(parts), rowwise.stats()
 
     def rowwise(self, source: DeltaSource) -> RowwiseMerge:
         return RowwiseSum(source, self)
@@ -68,6 +63,17 @@ class Elementwise(AnyShape):
 
     def workspace_bytes(self, spec: TensorSpec, tasks: int, device: torch.device) -> int:
         return 2 * spec.bytes + _combining_bytes(spec, tasks, spec.elements)  # parts, and all of them in one
+
+    def merge(self, deltas: DeltaSource) -> tuple[Tensor, MergeStats]:
+        rowwise, threads = self.rowwise(deltas), deltas.threads
+        value = torch.empty(deltas.shape, dtype=deltas.dtype, device=deltas.device)
+
+        def fill(part: RowBlock) -> None:
+            value[part.rows] = rowwise.rows(part)
+
+        for block in deltas.blocks():
+            threads.map(fill, threads.parts(block))
+        return value, rowwise.stats()
 
     def rowwise_bytes(self, spec: TensorSpec, tasks: int, block_elements: int, device: torch.device) -> int | None:
         return spec.dtype.itemsize * block_elements + _combining_bytes(spec, tasks, block_elements)

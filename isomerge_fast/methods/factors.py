@@ -1,6 +1,7 @@
 """Merge deltas that are products of thin factors (LoRA): Δ_t = w_t B_t A_t = Q_b C_t Q_aᵀ in the range of them all.
 
-See docs/peft.md, "In factor space". No matrix of the tensor's size is ever factored.
+With [B_1 … B_T] = Q_b R_b and [A_1ᵀ … A_Tᵀ] = Q_a R_a, C_t = w_t R_b[:, t] R_a[:, t]ᵀ; see docs/peft.md, "In factor
+space". No matrix of the tensor's size is ever factored.
 
 Reference: Panariello et al., "Accurate and Efficient Low-Rank Model Merging in Core Space", arXiv 2509.17786 (the
 coordinates, there for any method).
@@ -133,6 +134,11 @@ def merge_factors(
 
     The tensor's own ``shape`` decides r, and with it k and s. ``dtype`` is that of the deltas, were they computed: it
     decides what counts as rounding.
+
+    Raises:
+        ConfigError: as ``require_basis_free``.
+        ValueError: factors that do not fit ``shape`` or each other.
+        NotFiniteError: naming the tasks that hold NaN or Inf.
     """
     require_basis_free(method)
     rows, columns = shape

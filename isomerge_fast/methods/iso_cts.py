@@ -211,6 +211,8 @@ class IsoCTS(Spectral):
         spec = TensorSpec("", tuple(deltas.shape), deltas.dtype)
         at_once = self._tasks_at_once(solver, spec, tasks, k, s, deltas.device)
         parts = self._task_parts(factors, deltas, common, s, squares.sqrt(), at_once)
+        # The short form needs every direction of every matrix of the batch.
+        is_whole = all(each.is_whole for each in (common, *parts))
         nonzero = torch.linalg.vector_norm(total, dim=(-2, -1)) > 0
         if common.long is None:
             common = factors.complete(common, long_dtype)
@@ -229,8 +231,6 @@ class IsoCTS(Spectral):
             orthogonality = polar_orthogonality(value).double()
         else:
             of_tasks = s * sum(part.angle.square() for part in parts)
-            # The short form needs every direction of every matrix of the batch.
-            is_whole = all(each.is_whole for each in (common, *parts))
             joined = (recombine if is_whole else recombine_literally)(common, parts, dtype, solver)
             value, orthogonality, same_directions = joined.value, joined.orthogonality, joined.same_directions
             angles = angles + joined.growth.square() * of_tasks + joined.error.square()

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from .elementwise import AnyShape
-from .source import RowBlock, TensorSpec
+from .source import DeltaSource, RowBlock, TensorSpec
+from .stats import MergeStats
+from .sums import delta_sizes
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,12 @@ class Linear(AnyShape):
 
     def workspace_bytes(self, spec: TensorSpec, tasks: int, device: torch.device) -> int:
         return spec.bytes
+
+    def merge(self, deltas: DeltaSource) -> tuple[Tensor, MergeStats]:
+        found = deltas.sum(deltas.dtype)
+        divisor = self.divisor(deltas.n_tasks)
+        value = found.total if divisor == 1 else found.total.div_(divisor)
+        return value, MergeStats(self.name, delta_sizes(found))
 
     def rowwise_bytes(self, spec: TensorSpec, tasks: int, block_elements: int, device: torch.device) -> int | None:
         return spec.dtype.itemsize * block_elements

@@ -187,7 +187,7 @@ class DeltaSource(ABC):
     def sum(self, dtype: torch.dtype, batch_dims: int = 0) -> TaskSum:
         """Return S = Σ_t Δ_t in ``dtype``, fresh: it may be overwritten; with what was seen of every Δ_t.
 
-        That is kept apart for the members of a batch, of which there are ``batch_dims`` first dimensions.
+        The first ``batch_dims`` dimensions are a batch: what is seen is [T, *batch], else [T].
         """
         total = torch.empty(self.shape, dtype=dtype, device=self.device)
 
@@ -319,7 +319,7 @@ def check_finite(what: str, values: Iterable[float], dtype: torch.dtype) -> None
 def checked_weights(weights: Sequence[float] | None, dtype: torch.dtype, where: str = "") -> tuple[float, ...] | None:
     """Return w_t of one tensor, or None where all are 1; each has to be finite in ``dtype``, which is computed in.
 
-    ``where`` begins the message of the ConfigError that a weight raises which is not.
+    Another weight raises a ConfigError; ``where`` begins its message.
     """
     check_finite(f"{where}weight", weights or (), dtype)
     return None if weights is None or all(weight == 1.0 for weight in weights) else tuple(weights)

@@ -76,8 +76,8 @@ class Budget:
 def budgets_to_try(largest: int, *, host: int | None, vram: int | None, on_gpu: bool) -> Iterator[Budget]:
     """Yield budgets in the order in which they are tried: what is read ahead shrinks until the tensors fit beside it.
 
-    ``largest`` is the bytes of all copies of the largest tensor that would be resident. Ceilings in bytes: ``host`` for
-    all that a merge holds on the host, on a CPU with the work; ``vram`` for the work on a GPU.
+    ``largest`` is the bytes of all copies of the largest tensor that would be resident. ``host`` bounds all that is
+    held on the host, on a CPU the work too; ``vram`` bounds the work on a GPU; both are bytes.
     """
     ceiling = vram if on_gpu else host
     if ceiling is None:

@@ -64,17 +64,14 @@ def check_out(out: Path, inputs: Iterable[Checkpoint]) -> None:
     there = [os.stat(folder) for folder in taken if folder.is_dir()]
 
     @cache
-    def is_inside(folder: Path) -> bool:
-        return (
-            folder in taken
-            or any(os.path.samestat(os.stat(folder), each) for each in there)
-            or (folder.parent != folder and is_inside(folder.parent))
-        )
+    def is_taken(folder: Path) -> bool:
+        return folder in taken or any(os.path.samestat(os.stat(folder), each) for each in there)
 
     for checkpoint in inputs:
         for path in (checkpoint.path, *checkpoint.files):
             real = Path(os.path.realpath(path))
-            if is_inside(real if real.is_dir() else real.parent):
+            folder = real if real.is_dir() else real.parent
+            if any(map(is_taken, (folder, *folder.parents))):
                 what = f"the input {checkpoint.path}" + (f" ({path.name})" if path != checkpoint.path else "")
                 raise ConfigError(f"out ({out}) is or contains {what}; choose another folder")
 

@@ -61,7 +61,12 @@ class Route(ABC):
 
     @abstractmethod
     def run(self, source: DeltaSource, sink: Sink) -> MergeStats:
-        """Merge one tensor: take its deltas from ``source``, write the merged rows to ``sink``, return the evidence."""
+        """Merge one tensor: take its deltas from ``source``, write the merged rows to ``sink``, return the evidence.
+
+        Raises:
+            NotFiniteError, OutOfRangeError, UnsolvedError: see ``methods``.
+            torch.OutOfMemoryError: of a GPU.
+        """
 
     @property
     def merging(self) -> Method:
@@ -201,7 +206,10 @@ class Streamed(Whole):
         return cls(spec.shape, rows, chosen, work + rereading)
 
     def passed_bytes(self, base_bytes: int, trained_bytes: Sequence[int]) -> int:
-        """Return the bytes that all passes read: for the sum, for each Δ_t once a use, and the base when writing."""
+        """Return the bytes that all passes read.
+
+        Every copy is read once for the sum, an expert and the base for every Δ_t taken, and the base once for writing.
+        """
         deltas = sum(trained_bytes) + len(trained_bytes) * base_bytes
         return super().passed_bytes(base_bytes, trained_bytes) + deltas * self.merging.deltas_taken + base_bytes
 

@@ -7,7 +7,7 @@ the tensor's size: a 128256 x 4096 embedding needs its fp32 sum once, not three 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy
 import torch
@@ -25,20 +25,24 @@ BLOCK_ELEMENTS = 1 << 18
 SUM_BLOCK_ELEMENTS = 1 << 17
 
 
-def row_blocks(x: Tensor, elements: int) -> tuple[Tensor, ...]:
-    """Return blocks of rows of about so many elements each."""
-    return x.split(max(1, elements // max(1, x[:1].numel())))
+def row_blocks(x: Tensor, elements: int) -> Iterator[slice]:
+    """Yield slices of the rows of ``x``, of about so many elements each."""
+    step = max(1, elements // max(1, x[:1].numel()))
+    for start in range(0, len(x), step):
+        yield slice(start, start + step)
 
 
 def subtract(expert: Tensor, base: Tensor, *, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-    """Return Δ = θ_t − θ₀, both widened to ``dtype`` before the subtraction (never rounded to the inputs' dtype)."""
+    """Return Δ = θ_t − θ₀, both widened to ``dtype`` before the subtraction (never rounded to the inputs' dtype).
+
+    ``dtype`` is at least as wide as both.
+    """
     out = torch.empty(base.shape, dtype=dtype, device=base.device) if out is None else out
     if base.ndim == 0:
         return out.copy_(expert.to(dtype) - base.to(dtype))
-    elements = traits_of(base.device).block_elements(BLOCK_ELEMENTS)
-    for part, trained, origin in zip(*(row_blocks(x, elements) for x in (out, expert, base)), strict=True):
+    for rows in row_blocks(base, traits_of(base.device).block_elements(BLOCK_ELEMENTS)):
         # copy_ widens block by block: no second full-size tensor in `dtype`.
-        part.copy_(trained).sub_(origin.to(dtype))
+        out[rows].copy_(expert[rows]).sub_(base[rows].to(dtype))
     return out
 
 
@@ -181,7 +185,7 @@ def count_nonfinite(x: Tensor) -> Tensor:
         return torch.zeros((), dtype=torch.int64, device=x.device)
     x = x[None] if x.ndim == 0 else x
     elements = traits_of(x.device).block_elements(4 * BLOCK_ELEMENTS)
-    return torch.stack([(~torch.isfinite(rows)).sum() for rows in row_blocks(x, elements)]).sum()
+    return torch.stack([(~torch.isfinite(x[rows])).sum() for rows in row_blocks(x, elements)]).sum()
 
 
 # From this many rows on a symmetric product is made of panels. At 768 four panels take 0.78 of a full product's time in

@@ -95,14 +95,15 @@ def _packed(tensors: Mapping[str, StoredTensor]) -> _Evidence | None:
 
 
 def _evidence(stored: StoredTensor, tensors: Mapping[str, StoredTensor]) -> _Evidence | None:
-    """Return a packed tensor, the tool, and the name of what shows it, if a tensor is packed or shows it."""
+    """Return (packed tensor, tool, name of the tensor that shows it) where ``stored`` looks packed, else None."""
     name = stored.name
     module, _, last = name.rpartition(".")
     inside = f"{module}." if module else ""
     if stored.dtype in FLOAT_DTYPES:  # bitsandbytes and HQQ may pack four bits into them
-        if f"{name}.quant_map" in tensors:
-            return stored, "bitsandbytes 4-bit", f"{name}.quant_map"
-        is_hqq = last == "W_q" and {f"{inside}scale", f"{inside}zero"} <= tensors.keys()
+        table = tensors.get(f"{name}.quant_map")
+        if table is not None and table.dtype in FLOAT_DTYPES:
+            return stored, "bitsandbytes 4-bit", table.name
+        is_hqq = module and last == "W_q" and {f"{inside}scale", f"{inside}zero"} <= tensors.keys()
         return (stored, "HQQ", f"{inside}scale") if is_hqq else None
     is_float8 = stored.dtype in _FLOAT8_DTYPES
     if not is_float8 and (stored.dtype not in COPIED_DTYPES or stored.dtype == torch.bool or len(stored.shape) < 2):

@@ -50,8 +50,8 @@ def open_direct(path: str | Path, flags: int) -> int | None:
 def drop_cache(descriptor: int) -> None:
     """Have the next reads of a file come from the disk, where the system can.
 
-    A page whose writing failed stays in the page cache as if it were on the disk, and fsync tells of it only once. An
-    OSError means that what waited to be written cannot be, or could not be before.
+    A page whose writing failed stays in the page cache as if it were on the disk, and fsync tells of it only once:
+    an OSError means that a write which waited fails now, or has failed since the last fsync.
     """
     os.fsync(descriptor)
     if hasattr(os, "posix_fadvise"):

@@ -58,7 +58,7 @@ class WriteBehind:
         """
         if size > self.room_bytes:
             return None
-        self._raise()
+        self._take_results()
         while (room := self._ring.take(size)) is None:
             self._settle()
         return room
@@ -66,10 +66,11 @@ class WriteBehind:
     def put(self, action: Callable[[], None], *, size: int = 0, in_room: bool = False) -> None:
         """Have ``action`` done; wait while the budget is used up.
 
-        Until then it holds ``size`` bytes of its own, or with ``in_room`` those of the ``room`` taken last.
+        Until it is done it uses ``size`` bytes of the budget; with ``in_room`` it writes from the ``room`` taken last,
+        which is then given back.
         """
-        self._raise()
-        while self._pending and (not self._results.empty() or (self._bytes and self._bytes + size > self._budget)):
+        self._take_results()
+        while self._bytes and self._bytes + size > self._budget:
             self._settle()
         self._pending.append((size, in_room))
         self._bytes += size
@@ -84,6 +85,12 @@ class WriteBehind:
     def _raise(self) -> None:
         if self._failure is not None:
             raise self._failure
+
+    def _take_results(self) -> None:
+        """Take back the bytes of all writes that have ended by now; raise a failure."""
+        self._raise()
+        while not self._results.empty():
+            self._settle()
 
     def _settle(self) -> None:
         """Wait for the oldest write, and take back its bytes; raise its failure."""
@@ -105,3 +112,6 @@ class WriteBehind:
             del action  # and with it the bytes
             self.busy_seconds += time.perf_counter() - started
             self._results.put(failure)
+        while action is not None:  # after a failure: what still waits would keep its bytes
+            del action
+            action = self._actions.get()

@@ -55,32 +55,47 @@ class FolderContents:
     left_behind: tuple[LeftBehind, ...] = ()
     submodules: tuple[Submodule, ...] = ()  # sub-folders whose weights may belong to the model
 
+    def without_folder(self, left: LeftBehind) -> FolderContents:
+        """Return the same with a whole folder left behind."""
+        others = [each for each in self.left_behind if not each.name.startswith(left.name)]
+        return replace(
+            self,
+            companions=tuple(name for name in self.companions if not name.startswith(left.name)),
+            left_behind=_by_name([*others, left]),
+        )
+
 
 def contents_of(base: Path, merged: Collection[str], experts: Sequence[Path], method: str) -> FolderContents:
     """Return which files of the base's folder the output gets, and the weights in its sub-folders that it may have.
 
-    The sub-folders of ``experts``, those that are checkpoints, are compared with the base's; advice in errors names
-    ``method``. Files that are ``merged`` are none of these.
+    ``merged`` names the files of weights that the merge reads: they are neither copied nor left behind. The sub-folders
+    of ``experts``, those that are checkpoints, are compared with the base's; advice in errors names ``method``.
     """
-    contents = sort_folder(base, merged, experts)
-    check_same_weights(base, contents.submodules, experts, method)
-    names = [name for each in contents.submodules for name in each.names]
+    contents = sort_folder(base, merged)
+    strays = [each for each in contents.submodules if each.is_adapter and experts and not experts_with(each, experts)]
+    for stray in strays:
+        contents = contents.without_folder(measure(base, stray.folder, _STRAY, MAX_WALKED_NAMES))
+    kept = [each for each in contents.submodules if each not in strays]
+    check_same_weights(base, kept, experts, method)
+    names = [name for each in kept for name in each.names]
     for name in names:
         _readable_bytes(base, name)
     return replace(contents, companions=tuple(sorted({*contents.companions, *names})))
 
 
-def sort_folder(folder: Path, merged: Collection[str] = (), experts: Sequence[Path] = ()) -> FolderContents:
+def sort_folder(folder: Path, merged: Collection[str] = ()) -> FolderContents:
     """Return what lies in a checkpoint's folder beside the files that are merged, ``merged``.
 
-    Adapters in it that none of the ``experts`` has are left behind. So are files that cannot be read, are no regular
-    files, lead out of the folder, or differ from another one in case alone; where such a file is essential, and where
-    the folder cannot be listed, it raises InputError.
+    Files that cannot be read, are no regular files, lead out of the folder, or differ from another one in case alone
+    are left behind; where such a file is essential, and where the folder cannot be listed, it raises InputError.
     """
-    sorter = _Sorter(folder, merged, experts)
+    sorter = _Sorter(folder, merged)
     sorter.sort()
-    left = sorted(sorter.left, key=lambda each: each.name)
-    return FolderContents(tuple(sorted(sorter.copied)), tuple(left), tuple(sorter.submodules))
+    return FolderContents(tuple(sorted(sorter.copied)), _by_name(sorter.left), tuple(sorter.submodules))
+
+
+def _by_name(left: Iterable[LeftBehind]) -> tuple[LeftBehind, ...]:
+    return tuple(sorted(left, key=lambda each: each.name))
 
 
 def _readable_bytes(folder: Path, name: str) -> int:
@@ -118,11 +133,11 @@ def measure(folder: Path, name: str, why: str, most: int) -> LeftBehind:
 class _Sorter:
     """Sort one folder, the essential files first: of two names that differ in case alone they are kept."""
 
-    def __init__(self, folder: Path, merged: Collection[str], experts: Sequence[Path]) -> None:
+    def __init__(self, folder: Path, merged: Collection[str]) -> None:
         self.copied: list[str] = []
         self.left: list[LeftBehind] = []
         self.submodules: list[Submodule] = []
-        self._folder, self._merged, self._experts = folder, merged, experts
+        self._folder, self._merged = folder, merged
         self._home = Path(os.path.realpath(folder))
         self._modules: frozenset[str] = frozenset()
         self._small: list[str] = []
@@ -184,10 +199,7 @@ class _Sorter:
         weights = loaded_weights(names)
         is_module = any(f"{path}/".startswith(f"{module}/") for module in self._modules)
         if weights and (is_module or "adapter_config.json" in names):
-            found = Submodule(path, tuple(weights), is_adapter=not is_module)
-            if found.is_adapter and self._experts and not experts_with(found, self._experts):
-                return self._leave(path, _STRAY)
-            self.submodules.append(found)
+            self.submodules.append(Submodule(path, tuple(weights), is_adapter=not is_module))
         elif not is_module and any(map(is_weights, names)):
             return self._leave(path, OTHER_WEIGHTS)
         return self._sort_names(path, [name for name in names if name not in weights])

@@ -48,8 +48,8 @@ class Journal:
     """Begin or continue the journals of a merge, in files of ``folder``.
 
     ``journal.jsonl`` has what earlier runs finished, ``journal-<number>.jsonl`` what each work item of this run has
-    finished. The first line names the merge by its ``fingerprint``, ``key``, each other line a tensor. Every line
-    begins with its own checksum. Resuming checks the bytes of a tensor that an entry names.
+    finished. The first line holds the merge's ``fingerprint``, ``key``; each other line is a finished tensor. Every
+    line begins with its own checksum. Resuming checks the bytes of a tensor that an entry names.
 
     LAPACK's last digits depend on the number of threads, so a merge continues with the number that it began with:
     attribute ``threads``. Journals of another merge are refused, naming the input that has changed, or with

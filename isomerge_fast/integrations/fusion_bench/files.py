@@ -53,7 +53,7 @@ class Entry:
 class StoredExpert(StoredStateDict):
     """Read an expert's tensors when they are asked for, with the names and dtype of the model that would be loaded.
 
-    ``names`` has the name in the files by that in the model.
+    ``names`` maps each name in the model to its name in the files.
     """
 
     def __init__(self, checkpoint: Checkpoint, names: Mapping[str, str], dtype: torch.dtype) -> None:

@@ -152,8 +152,8 @@ class HeadWatch:
     """Ask the cluster's head again and again, in a thread of its own: Ray waits in the call for a head that is gone."""
 
     def __init__(self, ask: Callable[[], int], workers: int) -> None:
-        # By its last answer: how many work items the cluster could work on at a time.
-        self._ask, self.workers = ask, workers
+        self._ask = ask
+        self.workers = workers  # by its last answer: how many work items the cluster could work on at a time
         self.address = ray.get_runtime_context().gcs_address
         self._answered = time.monotonic()
         self._stopped = threading.Event()

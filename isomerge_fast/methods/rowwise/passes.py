@@ -199,7 +199,7 @@ class RowwiseSpectral(ABC):
 
 
 def chunk_bytes(rows: int, columns: int, matrices: int, products: int, device: torch.device) -> int:
-    """Return the bytes of ``matrices`` chunks, with those of making them, or of so many ``products`` of their size."""
+    """Return the bytes of ``matrices`` chunks and of the larger of: making one, ``products`` tensors of its size."""
     elements = columns * chunk_rows(rows, columns, device)
     making = max(12 * min(BLOCK_ELEMENTS, elements), 4 * elements + 4 * min(BLOCK_ELEMENTS, elements))
     return 8 * elements * matrices + max(making, 8 * elements * products)
