@@ -72,6 +72,7 @@ def tiny_run(forks: Forks, passes: int = 1, **variables: str) -> Results:
     """Run the smallest rows of the methods, with the plugin that spoils Iso-C as ``variables`` ask."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("benchmarks.run.subprocess", SimpleNamespace(run=forks.run))
+        patch.delenv("PYTEST_XDIST_WORKER", raising=False)  # with which pytest-benchmark times nothing
         for name, value in {**ONE_THREAD, "PYTHONPATH": str(ROOT / "tests" / "support"), **variables}.items():
             patch.setenv(name, value)
         return run(level="tiny", passes=passes, device="cpu", minutes=5, only="methods", plugins=["slowed_solver"])

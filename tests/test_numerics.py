@@ -601,7 +601,7 @@ class Calls(TorchDispatchMode):
         self.names: list[str] = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if "slice" not in str(function) and "empty" not in str(function):
+        if not any(view in str(function) for view in ("slice", "split", "empty")):
             self.names.append(str(function))
         return function(*args, **(kwargs or {}))
 
