@@ -246,11 +246,6 @@ def matrix_instructions(form: Form, target: Target) -> tuple[str, int]:
     return pattern, products * depth // element_depth
 
 
-def is_supported(form: Form, target: Target) -> bool:
-    """Return whether a target has a form: gfx942 has no tf32; everything else exists everywhere."""
-    return (target.is_nvidia or not form.dots.startswith("tf32")) and target.name not in form.but_not_on
-
-
 def compile_row(form: Form, target: Target) -> Row:
     """Compile one form for one target; the compiler's own failure is a wrong row too."""
     row = Row(form.kernel, form.label, form.config, target.name)
@@ -304,7 +299,8 @@ def nvidia_usage(cubin: bytes) -> tuple[int, int]:
 
 def all_rows() -> list[Row]:
     """Compile every form for every target that has it, on all cores; Triton's cache makes a second run fast."""
-    jobs = [(form, target) for form in forms() for target in TARGETS if is_supported(form, target)]
+    pairs = [(form, target) for form in forms() for target in TARGETS if target.name not in form.but_not_on]
+    jobs = [(form, target) for form, target in pairs if target.is_nvidia or not form.dots.startswith("tf32")]
     with ProcessPoolExecutor(max_workers=os.cpu_count(), mp_context=get_context("spawn")) as pool:
         return list(pool.map(compile_row, *zip(*jobs, strict=True), chunksize=8))
 

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,11 +28,11 @@ from benchmarks.accuracy.alignment import (
     range_basis,
     without_group_means,
 )
-from benchmarks.accuracy.networks import initial_transformer, patches
+from benchmarks.accuracy.networks import DigitsTransformer, patches
 from benchmarks.accuracy.scores import score_merges
 from benchmarks.accuracy.settings import METHODS, Setting, candidates, full_settings, quick_settings
 from benchmarks.accuracy.study import run_study
-from isomerge_fast.demo.model import accuracies, one_thread
+from isomerge_fast.demo.model import accuracies, initial, one_thread
 from isomerge_fast.demo.tasks import N_PIXELS, TRANSFORMS, Split, load_tasks
 
 SETTINGS = [Setting("residual", 3, 12, 15), Setting("transformer", 2, 12, 8)]
@@ -200,9 +201,9 @@ def test_patches_are_squares_of_neighbours() -> None:
 def test_transformer_has_the_networks_interface() -> None:
     torch.manual_seed(5)
     random_state = torch.get_rng_state()
-    model = initial_transformer(16, 1, 2, seed=0)
+    model = initial(partial(DigitsTransformer, 16, 1, 2), 0)
     assert torch.equal(torch.get_rng_state(), random_state)
-    assert torch.equal(model.stem.weight, initial_transformer(16, 1, 2, seed=0).stem.weight)
+    assert torch.equal(model.stem.weight, initial(partial(DigitsTransformer, 16, 1, 2), 0).stem.weight)
     pixels = torch.rand(3, 5, N_PIXELS)
     features = model(pixels)
     assert features.shape == (3, 5, 16)
@@ -211,14 +212,14 @@ def test_transformer_has_the_networks_interface() -> None:
     # The same patches in other places, two rows of pixels lower, are another image.
     assert not torch.allclose(model(pixels), model(pixels.roll(16, -1)), atol=1e-4)
     with pytest.raises(ValueError, match="width 16 is not a multiple of n_heads 3"):
-        initial_transformer(16, 1, 3, seed=0)
+        initial(partial(DigitsTransformer, 16, 1, 3), 0)
 
 
 @pytest.mark.parametrize("method", list(METHODS))
 def test_transformer_checkpoints_merge(method: str) -> None:
-    base, *experts = (initial_transformer(16, 1, 2, seed) for seed in range(4))
+    base, *experts = (initial(partial(DigitsTransformer, 16, 1, 2), seed) for seed in range(4))
     merged = imf.merge_state_dicts(base.state_dict(), [expert.state_dict() for expert in experts], method)
-    model = initial_transformer(16, 1, 2, seed=9)
+    model = initial(partial(DigitsTransformer, 16, 1, 2), 9)
     model.load_state_dict(merged)
     assert all(torch.isfinite(tensor).all() for tensor in merged.values())
     assert torch.isfinite(model(torch.rand(2, N_PIXELS))).all()
@@ -229,7 +230,7 @@ def test_transformer_checkpoints_merge(method: str) -> None:
 
 @pytest.mark.parametrize("candidate", candidates([0.5]).values(), ids=lambda candidate: candidate.name)
 def test_one_merge_serves_every_scaling(candidate: settings.Candidate) -> None:
-    base, *experts = (initial_transformer(16, 1, 2, seed) for seed in range(4))
+    base, *experts = (initial(partial(DigitsTransformer, 16, 1, 2), seed) for seed in range(4))
     state = {name: tensor.clone() for name, tensor in base.state_dict().items()}
     states = [expert.state_dict() for expert in experts]
     update = scores.merged_update(state, states, candidate)

@@ -15,7 +15,7 @@ pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 
 from isomerge_fast.demo import DemoResult, run_demo
-from isomerge_fast.demo.model import DigitsNetwork, accuracies, initial_network, load_state
+from isomerge_fast.demo.model import DigitsNetwork, accuracies, initial, load_state
 from isomerge_fast.demo.picture import singular_values
 from isomerge_fast.demo.run import METHODS, PICTURED_LAYERS
 from isomerge_fast.demo.tasks import TRANSFORMS, TaskSuite, load_tasks
@@ -137,7 +137,7 @@ def test_same_seed_same_weights(result: DemoResult, tmp_path: Path) -> None:
 
 
 def test_seed_changes_the_start() -> None:
-    first, second = (initial_network(16, 1, seed).stem.weight for seed in (0, 1))
+    first, second = (initial(lambda: DigitsNetwork(16, 1), seed).stem.weight for seed in (0, 1))
     assert not torch.equal(first, second)
 
 

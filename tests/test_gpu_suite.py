@@ -23,11 +23,10 @@ from benchmarks.gpu.schedule import CALL_SECONDS, CALLS, DEVICE, Stage
 from benchmarks.gpu.summary import MAX_LINES, summary
 from benchmarks.gpu.table import MARKS, readings_table, table_of
 from benchmarks.harness import peers as harness
-from benchmarks.harness.machine import installed
 from benchmarks.harness.markdown import write_between
 from benchmarks.harness.readings import Results, Row, Rows, read_rows
 from forks import Forks
-from isomerge_fast.bench.ceilings import median_seconds
+from isomerge_fast.bench.ceilings import installed, median_seconds
 
 
 def fake(name: str, *, seconds: float = 30.0, processes: int = 1) -> Stage:

@@ -79,10 +79,3 @@ class DigitsTransformer(nn.Module):
 def patches(images: Tensor) -> Tensor:
     """Return the 2×2 patches `[n, 16, 4]` of images `[n, 64]`, row by row."""
     return F.unfold(images.reshape(-1, 1, SIDE, SIDE), PATCH, stride=PATCH).mT.contiguous()
-
-
-def initial_transformer(width: int, depth: int, n_heads: int, seed: int) -> DigitsTransformer:
-    """Return an untrained network whose weights depend on `seed` alone; the caller's random state does not change."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return DigitsTransformer(width, depth, n_heads)

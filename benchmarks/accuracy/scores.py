@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import isomerge_fast as imf
 from benchmarks.accuracy.alignment import Alignment, accuracy_improvement, align
 from benchmarks.accuracy.settings import RECIPES, Candidate, Setting, candidates
-from isomerge_fast.demo.model import accuracies, normalised, one_thread, own_accuracies, train_family
+from isomerge_fast.demo.model import accuracies, initial, normalised, one_thread, own_accuracies, train_family
 from isomerge_fast.demo.tasks import TaskSuite, load_tasks
 
 
@@ -52,7 +52,7 @@ def train_all(setting: Setting, suite: TaskSuite, seed: int) -> tuple[nn.Module,
     """Train the base and one expert a task, with seeds as in the demo."""
     recipe = RECIPES[setting.recipe]
     training = replace(recipe.training, base_steps=setting.base_steps, expert_steps=setting.expert_steps)
-    base, *experts = train_family(recipe.initial(seed), suite, training, seed)
+    base, *experts = train_family(initial(recipe.make, seed), suite, training, seed)
     return base, experts
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from torch import nn
 
-from benchmarks.accuracy.networks import initial_transformer
+from benchmarks.accuracy.networks import DigitsTransformer
 from isomerge_fast.demo import run as demo
-from isomerge_fast.demo.model import Training, initial_network
+from isomerge_fast.demo.model import DigitsNetwork, Training
 
 
 @dataclass(frozen=True)
@@ -37,17 +38,15 @@ class Recipe:
 
     title: str
     width: int
-    initial: Callable[[int], nn.Module]
+    make: Callable[[], nn.Module]
     training: Training
 
 
 RECIPES = {
-    "residual": Recipe(
-        "residual network", demo.WIDTH, lambda seed: initial_network(demo.WIDTH, demo.DEPTH, seed), demo.TRAINING
-    ),
+    "residual": Recipe("residual network", demo.WIDTH, partial(DigitsNetwork, demo.WIDTH, demo.DEPTH), demo.TRAINING),
     # Rates and steps by validation accuracy of seed 0; 64 images a step, since a token costs what an image costs above.
     "transformer": Recipe(
-        "vision transformer", 64, lambda seed: initial_transformer(64, 2, 4, seed), Training(250, 4e-3, 200, 1e-3, 64)
+        "vision transformer", 64, partial(DigitsTransformer, 64, 2, 4), Training(250, 4e-3, 200, 1e-3, 64)
     ),
 }
 

@@ -12,9 +12,8 @@ from typing import Any
 import torch
 
 import isomerge_fast
-from benchmarks.harness.machine import installed
 from benchmarks.harness.readings import Rows
-from isomerge_fast.bench.ceilings import device_name
+from isomerge_fast.bench.ceilings import device_name, installed
 
 # What is asked of nvidia-smi; its "name" is that of the GPU.
 QUERY = (

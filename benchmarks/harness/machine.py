@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 import platform
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 
-from isomerge_fast.bench.ceilings import device_name
+from isomerge_fast.bench.ceilings import device_name, installed
 
 PACKAGES = ("isomerge-fast", "torch", "numpy", "triton", "safetensors", "fusion-bench", "mergekit", "pytest-benchmark")
 
@@ -25,16 +24,6 @@ def machine(device: torch.device) -> dict[str, Any]:
         "versions": {name: installed(name) for name in PACKAGES},
         "numpy_blas": _numpy_blas(),
     }
-
-
-def installed(*distributions: str) -> str | None:
-    """Return the version of the first distribution that is installed, None where none is."""
-    for name in distributions:
-        try:
-            return version(name)
-        except PackageNotFoundError:
-            continue
-    return None
 
 
 def _numpy_blas() -> str:

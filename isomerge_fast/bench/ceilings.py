@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -46,6 +47,14 @@ def device_name(device: torch.device) -> str:
 def machine(device: torch.device) -> dict[str, Any]:
     """Return what every figure depends on: the device, the threads and the release of torch."""
     return {"device": device_name(device), "threads": torch.get_num_threads(), "torch": torch.__version__}
+
+
+def installed(*distributions: str) -> str | None:
+    """Return the version of the first distribution that is installed, None where none is."""
+    for name in distributions:
+        with contextlib.suppress(PackageNotFoundError):
+            return version(name)
+    return None
 
 
 def timed(function: Callable[[], Result], device: torch.device) -> tuple[Result, float]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 import shutil
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 
 from .. import __version__
+from ..bench.ceilings import installed
 from ..bench.problems import relative_error
 from ..methods import METHODS, MemoryDeltas
 
@@ -35,11 +35,7 @@ def examine() -> dict[str, Any]:
     ``healthy`` is whether all checks are right.
     """
     versions = {"isomerge-fast": __version__, "python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = "not installed"
+    versions |= {package: installed(package) or "not installed" for package in _PACKAGES}
     machine: dict[str, Any] = {
         "system": f"{platform.system()} {platform.machine()}",
         "cpu threads": torch.get_num_threads(),

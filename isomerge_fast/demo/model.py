@@ -2,7 +2,7 @@
 
 import copy
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -82,11 +82,11 @@ def load_state(folder: Path) -> dict[str, Tensor]:
     return {name: tensor for shard in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(shard).items()}
 
 
-def initial_network(width: int, depth: int, seed: int) -> DigitsNetwork:
+def initial(make: Callable[[], Network], seed: int) -> Network:
     """Return an untrained network whose weights depend on `seed` alone; the caller's random state does not change."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return DigitsNetwork(width, depth)
+        return make()
 
 
 @contextmanager

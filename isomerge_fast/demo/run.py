@@ -6,6 +6,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -14,7 +15,7 @@ from safetensors.torch import save_file
 
 from ..errors import ConfigError, MissingPackageError, ResourceError
 from ..parsing.values import LARGEST_WHOLE, path_text, whole_number
-from .model import DigitsNetwork, Training, accuracies, initial_network, normalised, own_accuracies, train_family
+from .model import DigitsNetwork, Training, accuracies, initial, normalised, own_accuracies, train_family
 from .picture import draw_singular_values
 from .tasks import TRANSFORMS, TaskSuite, load_tasks
 
@@ -173,7 +174,7 @@ def _train_all(
     suite: TaskSuite, out: Path, seed: int, training: Training, say: Callable[[str], None]
 ) -> tuple[DigitsNetwork, list[DigitsNetwork]]:
     """Train the base and the experts, and save them with their heads beside them."""
-    networks = train_family(initial_network(WIDTH, DEPTH, seed), suite, training, seed)
+    networks = train_family(initial(partial(DigitsNetwork, WIDTH, DEPTH), seed), suite, training, seed)
     base = next(networks)
     base.save(out / "base")
     save_file(dict(zip(suite.names, suite.heads.unbind(), strict=True)), out / "heads.safetensors")

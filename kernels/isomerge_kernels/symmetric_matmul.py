@@ -127,11 +127,6 @@ def symmetric_matmul_kernel(
         tl.store(mirror, tl.trans(value), mask=inside)
 
 
-def config_key(dtype: torch.dtype, precision: str) -> str:
-    """Return the key of ``CONFIGS`` for products of ``dtype`` in ``precision``."""
-    return {torch.float64: "fp64", torch.float32: precision}.get(dtype, "half")
-
-
 def default_config(key: str, capability: tuple[int, int] | None, entries: int) -> TileConfig:
     """Return the first config that suits: large tiles of split float32 are for large results, and never for sm_80."""
     is_split = key in ("tf32x3", "bf16x3")
@@ -164,7 +159,8 @@ def symmetric_matmul(
     if out.numel() == 0:
         return out
     capability = traits_of(a.device).capability
-    config = config or default_config(config_key(a.dtype, precision), capability, out.numel())
+    key = {torch.float64: "fp64", torch.float32: precision}.get(a.dtype, "half")
+    config = config or default_config(key, capability, out.numel())
     left, right, target = (_members(matrix, batch) for matrix in (a, b, out))
     addend = target if c is None else _members(c, batch)
     tiles = triton.cdiv(n, config.block)
