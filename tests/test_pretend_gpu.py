@@ -93,8 +93,8 @@ def test_directions_that_tasks_share_do_not_stop_the_search_of_a_tall_matrix(
 def test_parts_of_wide_matrices_are_searched_for_where_an_eigensolver_would_take_longer(
     monkeypatch: pytest.MonkeyPatch, kind: Kind
 ) -> None:
-    monkeypatch.setattr(subspace_chebyshev, "SMALLEST_WIDE_PART", 150)
-    deltas = deltas_like_fine_tuning(800, 900, TASKS, kind)
+    monkeypatch.setattr(subspace_chebyshev, "SMALLEST_WIDE_PART", 90)
+    deltas = deltas_like_fine_tuning(480, 540, TASKS, kind)
     eigensolver = GramFactorization._top_of_projected
     monkeypatch.setattr(GramFactorization, "_top_of_projected", lambda *_: pytest.fail("all directions are computed"))
     expected, _ = IsoCTS(precision="reference").merge(MemoryDeltas(deltas))
