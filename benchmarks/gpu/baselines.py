@@ -115,7 +115,10 @@ def drivers(device: str) -> tuple[str | None, ...]:
 
 
 def baselines(rows: Rows) -> None:
-    """Compare what matters most first: square matrices, then what is short, then what is long."""
+    """Time Iso-C and Iso-CTS of FusionBench, and as published by drivers of torch.linalg.svd, beside our results.
+
+    What matters most comes first: square matrices, then short ones, then long ones, estimated from one SVD.
+    """
     square, *short = (SMALL[0], SMALL[1]) if rows.small else (LLAMA[0], LLAMA[1], *VIT)
     long = [(shape[1], shape[0]) for shape in short] if rows.small else LLAMA[2:]
     known = drivers(rows.device)

@@ -221,7 +221,7 @@ def hash_header(descriptor: int) -> str:
 def _parse_entry(
     path: Path, name: str, entry: Any, data_start: int, shapes: dict[tuple[int, ...], tuple[int, ...]]
 ) -> StoredTensor:
-    """Return the tensor of a header entry. Equal names, of all checkpoints, and equal ``shapes`` are one object."""
+    """Check a header entry and return its tensor. To save memory, equal names and equal ``shapes`` are one object."""
     if len(name) > MAX_NAME_CHARACTERS:
         raise InputError(
             f"{path}: tensor {shown(name)} has a name of {len(name)} characters; refused above {MAX_NAME_CHARACTERS}"

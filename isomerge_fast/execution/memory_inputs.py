@@ -92,7 +92,7 @@ def _check_state(state: object, what: str) -> None:
 
 
 def _check_value(name: str, value: object, what: str) -> None:
-    """Raise InputError where a state dict holds what is no tensor, as whole checkpoints and modules' states do."""
+    """Raise InputError where a value is no tensor or numpy array: whole checkpoints and modules' states have some."""
     if isinstance(value, Mapping):
         raise InputError(
             f"{what}[{name!r}] is itself a mapping; where a checkpoint keeps its tensors under {name!r}, give "

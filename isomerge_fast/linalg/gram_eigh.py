@@ -266,11 +266,11 @@ class GramFactorization(Factorization):
         return replace(top, long=to_long_side(self.x, scaled, dtype))
 
     def residual(self, delta: Tensor, common: Subspace, s: int, *, norm: Tensor, tolerance: Tensor) -> Subspace:
-        """Return the top ``s`` triplets of R; R itself is never formed, and all that is N x N or smaller is float64.
+        """Return the top ``s`` triplets of R = Δ − U_k U_kᵀ Δ, U_k of ``common``; R itself is never formed.
 
-        Wide: with Q_c = ``common.complement``, C = Q_cᵀ Δ has few rows and R = Q_c C.
-        Tall: U_kᵀ Δ = Y = Σ_k⁻¹ V_kᵀ (SᵀΔ), RᵀR = ΔᵀΔ − YᵀY, and R E = Δ E − S V_k Σ_k⁻¹ Y E for the s directions E
-        kept.
+        Wide, in ``parts_dtype``: with Q_c = ``common.complement``, C = Q_cᵀ Δ has few rows and R = Q_c C.
+        Tall, in float64: U_kᵀ Δ = Y = Σ_k⁻¹ V_kᵀ (SᵀΔ), RᵀR = ΔᵀΔ − YᵀY, and R E = Δ E − S V_k Σ_k⁻¹ Y E for the s
+        directions E kept.
         """
         solver, total = self.solver, self.x
         if common.wide:

@@ -106,7 +106,10 @@ class PolarIteration(PolarSolver):
         return max(SMALLEST_TARGET, PRODUCT_EPS.get(products or "", 0.0), *roundings)
 
     def evidence(self, q: Tensor, x: Tensor, bounds: Bounds) -> PolarStats:
-        """Return ‖X‖_* = ⟨Q, X⟩ and ‖QQᵀ − I‖_F/√r of the final Q."""
+        """Return ‖X‖_* = ⟨Q, X⟩, the rank, and ‖QQᵀ − I‖_F/√r of the final Q.
+
+        A matrix that ``bounds`` has as unsolved has rank 0 and an infinite defect, or none where it is empty.
+        """
         short = min(x.shape[-2:])
         nuclear_norm = torch.zeros(x.shape[:-2], dtype=torch.float64, device=x.device)
         for (_, left), (_, right) in zip(

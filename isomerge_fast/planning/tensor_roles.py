@@ -66,7 +66,7 @@ class Roles:
         self._role_of = cache(self._role)  # the layers of a model are looked at once
 
     def of(self, name: str, shape: Sequence[int]) -> str | None:
-        """Return the role of a tensor; None where it is no matrix, or one like all others."""
+        """Return TOKENS, POSITIONS, SEGMENTS, ROUTERS or HEADS of such a matrix; None of any other tensor."""
         return self._role_of(_NUMBER.sub("#", name), (shape[0], shape[1])) if len(shape) == 2 else None
 
     def _role(self, name: str, shape: tuple[int, int]) -> str | None:

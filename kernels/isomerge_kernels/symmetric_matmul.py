@@ -200,7 +200,7 @@ def _batch(a: Tensor, b: Tensor, precision: str) -> torch.Size | tuple[int, ...]
 
 
 def _check_square(c: Tensor | None, out: Tensor, shape: tuple[int, ...]) -> None:
-    """Raise ValueError where the kernel cannot read ``c`` or write ``out``."""
+    """Raise ValueError unless ``c`` and ``out`` have ``shape``, rows side by side, and batches without gaps."""
     for name, matrix in (("c", c), ("out", out)):
         if matrix is not None and matrix.shape != shape:
             raise ValueError(f"{name} is {list(matrix.shape)}, expected {list(shape)}")

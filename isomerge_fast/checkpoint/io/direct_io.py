@@ -71,7 +71,7 @@ def open_on_disk(path: Path) -> int:
 
 
 def disk_blocks(path: Path) -> Iterator[memoryview]:
-    """Yield a file's bytes as they are on its disk, in blocks that are valid until the next one."""
+    """Yield the bytes of a file opened by ``open_on_disk``, in blocks valid until this thread reads again."""
     descriptor = open_on_disk(path)
     try:
         yield from read_pages(descriptor, 0, os.fstat(descriptor).st_size)
@@ -80,7 +80,7 @@ def disk_blocks(path: Path) -> Iterator[memoryview]:
 
 
 def read_pages(descriptor: int, start: int, end: int) -> Iterator[memoryview]:
-    """Yield a file's bytes from ``start`` to ``end``, or to its end, in blocks that are valid until the next one."""
+    """Yield the bytes from ``start`` to ``end`` or the file's end, in blocks valid until this thread reads again."""
     position = start
     while position < end:
         pages = page_buffer()

@@ -162,7 +162,7 @@ class Reader:
         return count
 
     def _open(self, path: Path) -> tuple[int, int | None]:
-        """Return a descriptor through the page cache, and one past it or None."""
+        """Return a descriptor through the page cache, and one past it or None; refuse a file that was changed."""
         with self._lock:
             if path not in self._descriptors:
                 descriptor, status = open_regular(path)

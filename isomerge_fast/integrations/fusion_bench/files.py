@@ -228,7 +228,7 @@ def _checkpoint(folder: Path) -> Checkpoint:
 
 
 def _loaded_dtype(options: Mapping[str, Any], checkpoint: Checkpoint) -> torch.dtype:
-    """Return the dtype that the entry names; else config.json; else the files, where all their float tensors agree."""
+    """Return the dtype that the entry names, else config.json, else all floats of the files; else raise MustLoad."""
     said = [options[key] for key in DTYPE_KEYS if options.get(key) not in (None, "auto")]
     config = checkpoint.config or {}
     if not said:

@@ -106,7 +106,7 @@ class RayExecutor:
             )
 
     def workers(self, plan: Plan, threads: int) -> int:
-        """Return how many work items of the plan the cluster can work on at a time."""
+        """Return how many work items of ``threads`` threads the cluster can work on at a time; 0 where none fits."""
         request = self._request(plan, threads)
         return sum(machine.holds(request) for machine in cluster.machines())
 
