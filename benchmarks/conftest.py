@@ -41,6 +41,7 @@ def pytest_benchmark_generate_machine_info(config: pytest.Config) -> dict[str, A
 
 
 def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, Any]) -> None:
+    # The terminal's plugin is always there; its type says that it may be None.
     reports = config.pluginmanager.get_plugin("terminalreporter").stats.get("skipped", [])  # type: ignore[union-attr]
     output_json["skipped"] = sorted({report.longrepr[2].removeprefix("Skipped: ") for report in reports})
 

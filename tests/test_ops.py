@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -158,3 +160,12 @@ def test_the_library_of_a_gpu_adds_in_place(batch: tuple[int, ...], gamma: float
         assert isinstance(found, PretendTensor)
         assert gpu.launch_count == 1 + bool(gamma)
     torch.testing.assert_close(found.held, expected)
+
+
+@pytest.mark.parametrize("scalings", [[0.0], [0.0, 2.0]], ids=str)
+def test_scalings_may_be_an_array(scalings: list[float]) -> None:
+    """Of one α that is 0, too: it is not the same as none."""
+    base, delta = torch.full((3, 2), 5.0), torch.ones(3, 2)
+    given: Any = np.array(scalings)
+    found = ops.apply_delta(base, delta, scalings=given, dtype=torch.float32)
+    assert [value.unique().item() for value in found] == [5.0 + scaling for scaling in scalings]

@@ -311,9 +311,9 @@ def test_what_a_worker_says_of_other_errors(tmp_path: Path, monkeypatch: pytest.
         with pytest.raises(imf.ResourceError) as raised:
             worker.merge_there(job, unit, imf.__version__, ".")  # type: ignore[arg-type]  # not looked into
         assert str(raised.value) == said
-        assert raised.value.host == socket.gethostname()  # type: ignore[attr-defined]
+        assert raised.value.host == socket.gethostname()  # type: ignore[attr-defined]  # set there
     with pytest.raises(imf.ConfigError, match=r"isomerge-fast .* is installed there; the driver has 0\.0\.1"):
-        worker.merge_there(job, unit, "0.0.1", ".")  # type: ignore[arg-type]
+        worker.merge_there(job, unit, "0.0.1", ".")  # type: ignore[arg-type]  # not looked into
 
 
 # --- requests that cannot be met --------------------------------------------------------------------------------------
