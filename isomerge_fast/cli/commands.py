@@ -81,11 +81,9 @@ def plan(
     from .render import print_plan
 
     rates = outlook.rates()
-    made, device = _plan(merge, target)
+    made, device = _plan(merge, target, threads)
     found = {**made.to_dict(), "estimated_seconds": estimate_seconds(made)}
     if outlook.ray is not None:
-        import torch
-
         from ..bench.outlook import WORKERS, measure_rates, predict
         from ..integrations.ray.session import ray_executor
 
@@ -94,7 +92,7 @@ def plan(
             with ray_executor(outlook.ray, device=device.type, threads=threads) as executor:
                 counts.add(here := executor.workers(made, executor.threads))
             found["cluster_workers"] = here
-        measured = measure_rates(made, device, threads or torch.get_num_threads(), **rates)
+        measured = measure_rates(made, device, made.cores, **rates)
         found["outlook"] = predict(made, measured, counts - {0})
     return Answer(found, lambda: print_plan(made, found))
 
@@ -202,7 +200,7 @@ def bench(
 
     if tasks is not None:
         raise ConfigError("--tasks is for a bench without a merge; a merge has as many as it has experts")
-    made, _ = _plan(merge, target)
+    made, _ = _plan(merge, target, None)
     found = estimate_merge(made, device, **common)
     return Answer(found, lambda: print_estimate(found))
 
@@ -223,14 +221,14 @@ def demo(
     return Answer(result.to_dict(), lambda: None)
 
 
-def _plan(merge: MergeOptions, target: DeviceOptions) -> tuple[Plan, torch.device]:
+def _plan(merge: MergeOptions, target: DeviceOptions, threads: int | None) -> tuple[Plan, torch.device]:
     """Return the plan of a merge, its resources checked, and the device it is for."""
     from ..execution.engine import resolve_device
     from ..planning.planner import make_plan
     from ..planning.resources import check_resources
 
     config, device, ceilings = merge.merge_config(), resolve_device(target.device), target.ceilings()
-    made = make_plan(config, device, **ceilings)
+    made = make_plan(config, device, threads=threads, **ceilings)
     check_resources(made, device=device, **ceilings)
     return made, device
 

@@ -33,6 +33,7 @@ from ..methods import origins_of
 from ..ops import indexed
 from ..parsing.values import flag, refuse, whole_number
 from ..planning.plan import Plan
+from ..planning.planner import scheduled
 from ..planning.resources import check_resources
 from .finalize import read_report, write_metadata
 from .report import PHASES, Observer, Report
@@ -88,8 +89,9 @@ class Execution:
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         max_ram, max_vram: ceilings in bytes for each process; a plan that needs more is refused before anything is
             written.
-        threads: CPU threads that each process computes with; as many as torch takes when None. The last digits of
-            spectral methods depend on it, so an unfinished merge goes on with the number that it began with.
+        threads: CPU cores that each process computes with; as many as the plan is for when None. Where a tensor is
+            computed by several, its last digits depend on how many: then an unfinished merge goes on with the number
+            that it began with.
         resume: continue an unfinished merge of the same config and inputs; a finished one is left as it is.
         overwrite: replace a finished output (at the commit, not before) or discard an unfinished one.
         io: ``auto``: files past the page cache where that is faster and the file system can; ``buffered``: never.
@@ -169,19 +171,27 @@ class Execution:
 
     def _merge(self, staging: Staging, description: dict[str, Any], target: torch.device) -> Report:
         started = time.perf_counter()
-        plan, key, notes = self.plan, fingerprint(description), []
+        key, notes, threads = fingerprint(description), [], self.threads or self.plan.cores
+
+        def with_cores(count: int) -> Plan:
+            return scheduled(self.plan, count, target, self.max_ram)
+
         journal = Journal(
             staging.folder,
             key,
             description["inputs"],
-            threads=self.threads or torch.get_num_threads(),
+            threads=threads,
+            is_alike=lambda before: with_cores(before).cores_of_tensors == with_cores(threads).cores_of_tensors,
             resume=self.resume,
             overwrite=self.overwrite,
         )
-        if self.threads is not None and self.threads != journal.threads:
+        plan = with_cores(journal.threads)
+        if threads != journal.threads:
+            several = sum(tensor.cores > 1 for tensor in plan.tensors)
             notes.append(
-                f"computed with {journal.threads} thread(s), with which the merge began, and not with {self.threads}: "
-                "the last digits of spectral methods depend on it (--overwrite instead of --resume begins anew)"
+                f"computed with {journal.threads} thread(s), with which the merge began, and not with {threads}: the "
+                f"last digits of {several or 'some'} tensor(s) depend on it (--overwrite instead of --resume begins "
+                "anew)"
             )
             LOG.warning("%s: %s", visible(str(staging.out)), notes[-1])
         shards = _create_files(plan, staging, journal, self.resume)

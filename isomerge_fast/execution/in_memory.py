@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from math import prod
 from typing import Any
 
@@ -27,15 +28,22 @@ from ..methods import (
 )
 from ..methods.source import Factors, MemoryFactors, check_finite, checked_weights
 from ..parsing.values import dtype_name, list_of, number, pattern, whole_number
+from ..planning.budget import TOGETHER_SHARE, memory_bytes
 from ..planning.drafts import tensor_seed
 from ..planning.factor_routes import ToAdapter
 from ..planning.part_sizes import ROW_STEP
 from ..planning.pattern_checks import require_matches
 from ..planning.routes import memory_route
+from ..planning.schedule import cores_of, default_cores
+from .in_order import Task, in_order
+from .jobs import Demand
 from .memory_inputs import Array, as_tensor, check_fit, read_experts, read_weights, shapes_of
 
 # So much of a tensor is rounded at once.
 PART_ELEMENTS = 1 << 22
+# Tensors with fewer elements of all experts together are made by the calling thread, which takes as long for them as
+# for handing them to another.
+LEAST_ELEMENTS = 1 << 12
 
 
 @dataclass
@@ -78,22 +86,48 @@ class StateDictMerge:
                     "stochastic_rounding: no merged tensor becomes bfloat16 (dtype=torch.bfloat16 does that)"
                 )
 
-        def make(name: str, tensor: Tensor) -> Tensor:
+        share = self._operations_a_core(known, dtypes, len(states))
+
+        def task(name: str, tensor: Tensor) -> Task[Tensor]:
+            """Return what makes a tensor; its inputs are read at once, by the thread that asks."""
             origin = as_tensor(base[name], f"base: tensor {name!r}") if isinstance(base, StoredStateDict) else tensor
             if name not in dtypes:
-                return origin.detach().clone()
+                return Task(lambda: origin.detach().clone())
             bits = tensor_seed(seed, name) if (wanted or tensor.dtype) == torch.bfloat16 else None
             spec = TensorSpec(name, tuple(tensor.shape), ops.compute_dtype(*dtypes[name]))
-            return self._merge_tensor(spec, origin, states, weights[spec.dtype], bits)
+            given = [as_tensor(state[name], f"experts[{index}]: tensor {name!r}") for index, state in enumerate(states)]
+            make = partial(self._merge_tensor, spec, origin, given, weights[spec.dtype], bits)
+            return Task(make, self._demand(spec, origin, len(states), share))
 
-        return _once_for_tied(known, make)
+        return _once_for_tied(known, task)
+
+    def _operations_a_core(
+        self, known: Mapping[str, Tensor], dtypes: Mapping[str, Collection[torch.dtype]], tasks: int
+    ) -> float:
+        """Return the operations of all matrices together, over the number of cores."""
+        specs = (
+            TensorSpec(name, tuple(known[name].shape), ops.compute_dtype(*found)) for name, found in dtypes.items()
+        )
+        chosen = ((method_for(self.method, spec, self.exclude), spec) for spec in specs)
+        return math.fsum(method.flops(spec, tasks) for method, spec in chosen if not method.any_shape) / default_cores()
+
+    def _demand(self, spec: TensorSpec, base: Tensor, tasks: int, share: float) -> Demand | None:
+        """Return what a thread takes that makes the tensor; None where the calling thread is to make it."""
+        device = self.device or base.device
+        if device.type != "cpu" or base.is_meta or spec.elements * tasks < LEAST_ELEMENTS:
+            return None
+        method = method_for(self.method, spec, self.exclude)
+        if not method.any_shape:
+            method.check(spec, tasks)
+        cores = 1 if method.any_shape else cores_of(method.flops(spec, tasks), share, default_cores())
+        return Demand(cores, method.workspace_bytes(spec, tasks, device))
 
     @torch.no_grad()
     def _merge_tensor(
         self,
         spec: TensorSpec,
         base: Tensor,
-        experts: Sequence[Mapping[str, Array]],
+        experts: Sequence[Tensor],
         weights: Sequence[float] | None,
         seed: int | None,
     ) -> Tensor:
@@ -107,17 +141,13 @@ class StateDictMerge:
                 chosen.check(spec, len(experts))
                 return torch.empty(base.shape, dtype=out_dtype, device="meta")
             origin = base.to(self.device or base.device)
-            tensors = [
-                as_tensor(expert[name], f"experts[{index}]: tensor {name!r}").to(origin.device)
-                for index, expert in enumerate(experts)
-            ]
+            tensors = [expert.to(origin.device) for expert in experts]
             if base.ndim == 0:  # tensors are walked by rows, of which it has none
                 origin, tensors = origin[None], [tensor[None] for tensor in tensors]
             source = MemoryDeltas(tensors, origin, weights=weights, dtype=spec.dtype, full_spec=spec)
             merged = merge_source(chosen, source, origin, scaling=scaling, dtype=out_dtype, seed=seed)
         except NotFiniteError as error:
-            inputs = [base, *(as_tensor(expert[name], f"tensor {name!r}") for expert in experts)]
-            held = any(bool(ops.count_nonfinite(tensor)) for tensor in inputs)
+            held = any(bool(ops.count_nonfinite(tensor)) for tensor in (base, *experts))
             what = "hold NaN or Inf" if held else f"are too far apart for {ops.dtype_name(spec.dtype)}"
             raise InputError(f"tensor {name!r}: base or experts{error.tasks} {what}") from error
         except OutOfRangeError as error:
@@ -132,17 +162,22 @@ class StateDictMerge:
 
 
 def _once_for_tied(
-    tensors: Mapping[str, Tensor], make: Callable[[str, Tensor], Tensor]
+    tensors: Mapping[str, Tensor], task_of: Callable[[str, Tensor], Task[Tensor]]
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield (name, made tensor); names of the same memory (tied weights) share what is made for the first of them."""
     names = Counter(map(_place, tensors.values()))
+    firsts = {_place(tensor): name for name, tensor in reversed(list(tensors.items()))}
     tied: dict[tuple[Any, ...], Tensor] = {}
+    tasks = (task_of(name, tensor) for name, tensor in tensors.items() if firsts[_place(tensor)] == name)
+    made = in_order(tasks, default_cores(), int(TOGETHER_SHARE * memory_bytes()))
     for name, tensor in tensors.items():
         place = _place(tensor)
-        made = tied[place] if place in tied else make(name, tensor)
+        result = tied[place] if place in tied else next(made)
         if names[place] > 1:
-            tied[place] = made
-        yield name, made
+            tied[place] = result
+        yield name, result
+    for _ in made:  # to its end
+        raise AssertionError
 
 
 def _place(tensor: Tensor) -> tuple[Any, ...]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from threading import Lock, get_ident
 from typing import Any, NotRequired, TypedDict
 
 from ..parsing.json_types import check
@@ -64,9 +65,10 @@ class Report:
         outputs: the folders written, one a scaling.
         tensors: one dict a tensor: name, action, algorithm, its evidence (see ``MergeStats``), read_bytes, write_bytes,
             seconds, and ``remarks`` where something out of the ordinary happened.
-        seconds: of the thread that computes, by what it did: ``prepare`` (all that is nothing of the following: made
-            files and threads, page-locked memory), ``read`` (waited for bytes), ``compute``, ``write`` (waited until
-            there was room for more, and at the end until all was on disk); and ``total``, of one process their sum.
+        seconds: by what was done: ``prepare`` (all that is nothing of the following: made files and threads,
+            page-locked memory), ``read`` (waited for bytes), ``compute``, ``write`` (waited until there was room for
+            more, and at the end until all was on disk); and ``total``, of one process their sum: where cores do
+            different things at a time, each counts for its share.
         io: how files were read and written (``direct`` or ``page-cache``), and the seconds that the threads which do
             it were busy, together; on a GPU ``peak_vram_bytes``, the most that was allocated.
         left_out: one dict an expert that has tensors which the output has not: its path, and their shapes by name.
@@ -143,26 +145,80 @@ class Progress:
 Observer = Callable[[Progress], None]
 
 
-class PhaseTimer:
-    """Measure seconds by phase. Phases nest, and time is counted for the innermost."""
+@dataclass
+class _Seat:
+    """Hold what a thread is at: its phase, and how many cores it computes the tensor with."""
 
-    def __init__(self, progress: Progress, observer: Observer | None) -> None:
-        self._progress, self._observer = progress, observer
+    tensor: str
+    cores: int
+    phase: str = ""
+
+
+class PhaseTimer:
+    """Measure seconds by phase, of ``cores`` cores together: each counts for its share, so that the sum is the time.
+
+    Phases nest, and time is counted for the innermost. Threads in a ``job`` have phases of their own, for the cores
+    that they compute with; what is left counts for that of the thread which made the timer. That thread alone calls the
+    observer: of a change in another one when its own phase changes, or in ``tell``.
+    """
+
+    def __init__(self, progress: Progress, observer: Observer | None, cores: int = 1) -> None:
+        self._progress, self._observer, self._cores = progress, observer, cores
+        self._own = _Seat("", cores)
+        self._jobs: dict[int, _Seat] = {}  # by thread
+        self._changes: deque[tuple[str, str]] = deque()  # in other threads, that the observer is to be told of
         self._since = time.perf_counter()
+        self._lock = Lock()  # guards the seats, and the seconds
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        outer = self._progress.phase
-        self._switch(name)
+        seat = self._jobs.get(get_ident(), self._own)
+        outer = seat.phase
+        self._switch(seat, name)
         try:
             yield
         finally:
-            self._switch(outer)
+            self._switch(seat, outer)
 
-    def _switch(self, name: str) -> None:
-        now = time.perf_counter()
-        if self._progress.phase:
-            self._progress.seconds[self._progress.phase] += now - self._since
-        self._since, self._progress.phase = now, name
-        if self._observer is not None:
+    @contextmanager
+    def job(self, tensor: str, cores: int) -> Iterator[None]:
+        """Count the calling thread for so many cores that merge a tensor."""
+        with self._lock:
+            self._count()
+            self._jobs[get_ident()] = _Seat(tensor, cores, "compute")
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._count()
+                del self._jobs[get_ident()]
+
+    def tell(self) -> None:
+        """Call the observer for what has changed in other threads."""
+        while self._changes and self._observer is not None:
+            self._progress.tensor, self._progress.phase = self._changes.popleft()
             self._observer(self._progress)
+
+    def _switch(self, seat: _Seat, name: str) -> None:
+        with self._lock:
+            self._count()
+            seat.phase = name
+        if self._observer is None:
+            return
+        if seat is not self._own:
+            self._changes.append((seat.tensor, name))
+            return
+        self.tell()
+        self._progress.phase = name
+        self._observer(self._progress)
+
+    def _count(self) -> None:
+        """Count the time since the last change."""
+        now, seconds = time.perf_counter(), self._progress.seconds
+        share, left = (now - self._since) / self._cores, self._cores
+        for seat in self._jobs.values():
+            seconds[seat.phase] += share * seat.cores
+            left -= seat.cores
+        if self._own.phase:
+            seconds[self._own.phase] += share * left
+        self._since = now

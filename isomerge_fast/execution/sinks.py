@@ -42,7 +42,7 @@ class FileSink:
         self._dtypes = {output.folder: output.dtype for output in self._outputs}
         self._scalings = {folder: scaling for folder, scaling in plan.scalings.items() if scaling is not None}
         self._kept = next((folder for folder, scaling in plan.scalings.items() if scaling is None), None)  # Δ itself
-        self._in_room = False
+        self._rented: Tensor | None = None  # of ``writes``, for the rows that are made
         self._row_elements = prod(plan.route.view_shape[1:])
         # By folder, of everything made: how many entries are NaN or infinite, on the device that computes.
         self._not_finite: dict[str, list[Tensor]] = {folder: [] for folder in writers}
@@ -125,7 +125,7 @@ class FileSink:
                     writer.write_part(name, download(), 0)
 
                 with self._phase("write"):
-                    self._writes.put(write, size=made.nbytes, in_room=False)
+                    self._writes.put(write, size=made.nbytes)
 
     def overflows(self) -> str | None:
         """Return in words how many merged weights are NaN or infinite, or None. One read of the device."""
@@ -167,12 +167,11 @@ class FileSink:
         """Return memory for these rows by folder, on the device that computes."""
         count = rows.stop - rows.start
         shape = (count, *self._plan.route.view_shape[1:])
-        self._in_room = False
+        self._rented = None
         if device.type == "cpu":
             with self._phase("write"):
-                room = self._writes.room(self._bytes_of(count))
+                self._rented = room = self._writes.room(self._bytes_of(count))
             if room is not None:
-                self._in_room = True
                 outputs, end = {}, 0
                 for folder, dtype in self._dtypes.items():
                     # As it will lie within a page of the file, so that it can be written without a copy.
@@ -190,11 +189,12 @@ class FileSink:
     def _write(self, rows: slice, outputs: dict[str, Tensor]) -> None:
         """Have rows of ``Route.view_shape`` fetched and written by the thread that writes."""
         downloads = {folder: Download(out, self._position(folder, rows)) for folder, out in outputs.items()}
-        size = 0 if self._in_room else sum(out.nbytes for out in outputs.values())
+        room = self._rented
+        size = 0 if room is not None else sum(out.nbytes for out in outputs.values())
 
         def write() -> None:
             for folder, download in downloads.items():
                 self._writers[folder].write_part(self._names[folder], download(), rows.start * self._row_elements)
 
         with self._phase("write"):
-            self._writes.put(write, size=size, in_room=self._in_room)
+            self._writes.put(write, size=size, room=room)

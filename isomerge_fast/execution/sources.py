@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from math import prod
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from ..checkpoint.io.read_ahead import Bundle, ReadAhead
+from ..checkpoint.io.read_ahead import Bundle, Lease, ReadAhead
 from ..checkpoint.io.reader import Piece, Reader, whole
 from ..methods import DeltaSource, RowBlock
 from ..methods.source import Factors, Threads
@@ -38,11 +40,64 @@ def first_pass(plan: TensorPlan) -> Iterator[Bundle]:
         yield bundle_of(plan, rows, range(len(plan.experts)))
 
 
+class Bundles(Protocol):
+    """Hand out bundles in order, each valid until the next one is taken."""
+
+    def take(self) -> list[Tensor]:
+        """Return the next one."""
+        ...
+
+
+class FirstPass:
+    """Hand out the bundles of one tensor's first pass, to any one thread, while others wait for theirs; a ``Bundles``.
+
+    They are the next ones of ``ahead``, so those of the tensor that follows can be taken when these ``are_taken``.
+    """
+
+    def __init__(self, ahead: ReadAhead, plan: TensorPlan, taken: Callable[[], None] = lambda: None) -> None:
+        self._ahead, self._taken = ahead, taken
+        self._left = sum(1 for _ in first_pass(plan))
+        self._fetched: deque[Lease] = deque()
+        self._held: Lease | None = None
+
+    @property
+    def are_taken(self) -> bool:
+        return not self._left
+
+    def fetch(self) -> None:
+        """Take them all, before they are asked for."""
+        while self._left:
+            self._fetched.append(self._next())
+
+    def take(self) -> list[Tensor]:
+        self._give_back()
+        self._held = self._fetched.popleft() if self._fetched else self._next()
+        return self._held.tensors
+
+    def close(self) -> None:
+        """Give back all that was taken."""
+        self._give_back()
+        while self._fetched:
+            self._fetched.popleft().give_back()
+
+    def _next(self) -> Lease:
+        lease = self._ahead.lease()
+        self._left -= 1
+        if not self._left:
+            self._taken()
+        return lease
+
+    def _give_back(self) -> None:
+        held, self._held = self._held, None
+        if held is not None:
+            held.give_back()
+
+
 class PlannedSource(DeltaSource):
     """Read one planned tensor, its first pass from ``ahead``, where the bundles of ``first_pass`` come next.
 
     Later passes are read through ``reader`` by the pool ``readers``, in parts of ``budget``; ``threads`` share out the
-    computing.
+    computing, ``phase`` is ``PhaseTimer.phase``.
     """
 
     wants_largest = True
@@ -50,7 +105,7 @@ class PlannedSource(DeltaSource):
     def __init__(
         self,
         plan: TensorPlan,
-        ahead: Uploads,
+        ahead: Bundles,
         reader: Reader,
         readers: ThreadPoolExecutor,
         threads: Threads,
@@ -68,7 +123,7 @@ class PlannedSource(DeltaSource):
         self._held: list[Tensor] | None = None
         self.read_bytes = 0
 
-    def _take(self, ahead: Uploads) -> list[Tensor]:
+    def _take(self, ahead: Bundles) -> list[Tensor]:
         with self._phase("read"):
             self._read = []  # the next may need its room
             self._read = ahead.take()

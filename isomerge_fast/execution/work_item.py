@@ -27,7 +27,7 @@ class MergeSettings:
     direct: bool  # read and write past the page cache where that is faster
     records_base: bool  # whether the checksums of the base's tensors are recorded, for ``apply``
     budget: Budget
-    peak_work_bytes: int  # of the merge's largest tensor
+    together_bytes: int  # that all tensors which are merged at once may take
     max_vram: int | None  # ceiling in bytes for the memory of a GPU
     arithmetic: str  # see ``Plan``
 
@@ -39,7 +39,7 @@ class MergeSettings:
             key,
             records_base=plan.config.save_delta,
             budget=plan.budget,
-            peak_work_bytes=plan.peak_work_bytes,
+            together_bytes=plan.together_bytes,
             arithmetic=plan.arithmetic,
             **given,
         )

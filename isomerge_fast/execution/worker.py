@@ -1,4 +1,4 @@
-"""Merge the tensors of one work item: read, compute and write them one after the other, into files that exist already.
+"""Merge the tensors of one work item: read ahead, compute and write behind, into files that exist already.
 
 A merge by one process is one work item; over several processes each gets work items of its own.
 """
@@ -6,9 +6,9 @@ A merge by one process is one work item; over several processes each gets work i
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,24 +18,21 @@ from ..checkpoint.io.read_ahead import GPU_THREADS, THREADS, InputChecksums, Rea
 from ..checkpoint.io.reader import Reader, allow_open_files
 from ..checkpoint.io.write_behind import WriteBehind
 from ..checkpoint.io.writer import ShardWriter
-from ..checkpoint.layout import StoredTensor
 from ..checkpoint.output.journal import Entries, ItemJournal
-from ..errors import InputError, ResourceError
+from ..errors import ResourceError
 from ..linalg.cusolver import describe_arithmetic
-from ..methods import NotFiniteError, OutOfRangeError
-from ..methods.certified import UnsolvedError
+from ..methods.source import Threads
+from ..planning.budget import Budget
 from ..planning.plan import TensorPlan
+from ..planning.schedule import longest_first
 from .device_copies import Uploads
-from .input_damage import absurd_deltas, out_of_range, require_checksums, require_finite
 from .malloc import set_heap_thresholds
 from .report import Observer, PhaseTimer, Progress
-from .sinks import FileSink
-from .sources import FactorSource, FileSource, PlannedSource, first_pass
+from .sources import Bundles, FactorSource, FileSource, Phase, PlannedSource, first_pass
+from .tensor_merge import TensorMerge, summed_inputs
+from .tensor_queue import TensorQueue
 from .threads import ComputeThreads
 from .work_item import MergeSettings, WorkItem, WorkResult, this_process
-
-# About what glibc's heap may keep of freed blocks. Tensors that come so close to the plan's peak return theirs at once.
-HEAP_RESIDUE_BYTES = 128 << 20
 
 
 def merge_item(settings: MergeSettings, item: WorkItem, observer: Observer | None = None) -> WorkResult:
@@ -54,7 +51,8 @@ class _ItemRun:
         self._device = ops.indexed(torch.device(settings.device))
         moved = sum(tensor.moved_bytes for tensor in item.tensors)
         self._progress = Progress(len(item.tensors), moved)
-        self._timer = PhaseTimer(self._progress, observer)
+        self._cores = 1 if self._device.type == "cuda" else settings.threads
+        self._timer = PhaseTimer(self._progress, observer, self._cores)
         self._writers: dict[tuple[str, str], ShardWriter] = {}
         self._entries = Entries()
         self._io: dict[str, Any] = {}
@@ -71,7 +69,8 @@ class _ItemRun:
         settings = self._settings
         completed = False
         threads = torch.get_num_threads()
-        torch.set_num_threads(settings.threads)
+        # On a CPU each of ``ComputeThreads`` has one core, and this one makes small things only.
+        torch.set_num_threads(settings.threads if self._device.type == "cuda" else 1)
         with ExitStack() as closing:
             closing.callback(torch.set_num_threads, threads)
             self._limit_vram(closing)
@@ -128,17 +127,19 @@ class _ItemRun:
             )
 
     def _merge_all(self, journal: ItemJournal) -> None:
-        """Read ahead, merge and write behind, tensor after tensor.
+        """Read ahead, merge and write behind.
 
         A tensor that has a journal entry stays as it is, where the files hold its bytes.
         """
-        settings, tensors, budget = self._settings, self._item.tensors, self._settings.budget
-        for tensor in tensors:
+        settings, budget, progress = self._settings, self._settings.budget, self._progress
+        for tensor in self._item.tensors:
             entry = journal.finished.get(tensor.name) or self._item.journal_entries.get(tensor.name)
             if entry is not None and self._is_intact(tensor, entry):
                 self._entries.add(entry)
-        to_do = [tensor for tensor in tensors if tensor.name not in self._entries]
-        checksums = InputChecksums(stored for tensor in to_do for stored in self._summed_inputs(tensor))
+                self._count(tensor)
+        left = [tensor for tensor in self._item.tensors if tensor.name not in self._entries]
+        to_do = longest_first(left, self._cores)
+        checksums = InputChecksums(stored for tensor in to_do for stored in summed_inputs(tensor, settings))
         on_gpu = self._device.type == "cuda"
         with (
             Reader(self._item.files, direct=settings.direct) as reader,
@@ -147,25 +148,29 @@ class _ItemRun:
                 reader,
                 readers,
                 (bundle for tensor in to_do for bundle in first_pass(tensor)),
-                budget_bytes=budget.read_ahead,
+                budget_bytes=budget.ring,
                 part_bytes=budget.gpu_part,
                 pinned=on_gpu,
                 checksums=checksums,
             ) as ahead,
             Uploads(ahead, self._device) as uploads,
             WriteBehind(budget.write_behind) as writes,
-            ComputeThreads(1 if on_gpu else None) as threads,
+            ComputeThreads(self._cores) as threads,
         ):
-            self._reader, self._checksums, self._writes, self._journal = reader, checksums, writes, journal
-            names = {tensor.name for tensor in to_do}
-            for tensor in tensors:
-                self._progress.tensor = tensor.name
-                if tensor.name in names:
-                    kind = FactorSource if tensor.pairs else FileSource
-                    source = kind(tensor, uploads, reader, readers, threads, budget, self._device, self._timer.phase)
-                    self._merge_tensor(tensor, source)
-                self._progress.done_tensors += 1
-                self._progress.done_bytes += tensor.moved_bytes
+            merge = TensorMerge(settings, reader, checksums, writes, self._writers, journal, self._entries, self._timer)
+            made = {"reader": reader, "readers": readers, "budget": budget, "phase": self._timer.phase}
+            source_of = partial(_source_of, device=self._device, **made)
+            queue = TensorQueue(
+                merge.merge, source_of, ahead, threads, settings.together_bytes, self._timer, self._progress
+            )
+            for tensor in to_do:
+                progress.tensor = tensor.name
+                if on_gpu:
+                    merge.merge(tensor, source_of(tensor, uploads, threads))
+                    self._count(tensor)
+                else:
+                    queue.add(tensor)
+            queue.end()
             with self._timer.phase("write"):
                 writes.drain()
             reader.check_unchanged()
@@ -178,11 +183,9 @@ class _ItemRun:
             if on_gpu:
                 self._io["peak_vram_bytes"] = torch.cuda.max_memory_allocated(self._device)
 
-    def _summed_inputs(self, tensor: TensorPlan) -> tuple[StoredTensor, ...]:
-        """Return the inputs whose checksums are made: to be compared, or recorded for ``apply``."""
-        if tensor.checksums:
-            return (tensor.base, *tensor.experts)
-        return (tensor.base,) if self._settings.records_base else ()
+    def _count(self, done: TensorPlan) -> None:
+        self._progress.done_tensors += 1
+        self._progress.done_bytes += done.moved_bytes
 
     def _is_intact(self, tensor: TensorPlan, entry: dict[str, Any]) -> bool:
         """Return whether the staged shards hold the bytes that a journal entry tells of."""
@@ -194,63 +197,18 @@ class _ItemRun:
                 for name in output.names
             )
 
-    def _merge_tensor(self, plan: TensorPlan, source: PlannedSource) -> None:
-        started = time.perf_counter()
-        work, peak = plan.route.work_bytes, self._settings.peak_work_bytes
-        set_heap_thresholds(eager=work > max(HEAP_RESIDUE_BYTES, peak - HEAP_RESIDUE_BYTES))
-        writers = {folder: self._writers[folder, plan.shard] for folder in plan.scalings}
-        sink = FileSink(plan, writers, self._writes, source.threads, self._timer.phase)
-        with self._timer.phase("compute"), self._explained(plan):
-            stats = plan.route.run(source, sink)
-            evidence = stats.to_dict()
-            require_finite(evidence)
-            if (overflow := sink.overflows()) is not None:
-                raise OutOfRangeError(overflow)
-            remarks = [*stats.remarks, *absurd_deltas(plan, evidence, self._reader)]
-        found = {stored: self._checksums.take(stored) for stored in self._summed_inputs(plan)}
-        require_checksums(plan, found)
-        report = {"name": plan.name, "action": plan.action, "route": plan.route.name, **evidence}
-        if remarks:
-            report["remarks"] = "; ".join(remarks)
-        report["read_bytes"] = source.read_bytes
-        report["write_bytes"] = plan.write_bytes
-        report["seconds"] = round(time.perf_counter() - started, 6)
-        entry = {"name": plan.name, "report": report, "process": this_process()}
-        if self._settings.records_base:
-            entry["base_checksum"] = found[plan.base]
 
-        def finish() -> None:
-            entry["checksum"] = sink.checksums()
-            self._entries.add(entry)
-            self._journal.add(entry)
-
-        with self._timer.phase("write"):
-            self._writes.put(finish)
-
-    @contextmanager
-    def _explained(self, plan: TensorPlan) -> Iterator[None]:
-        """Turn the errors of a merge into those that name the tensor, its files and what to do."""
-        try:
-            yield
-        except NotFiniteError as error:
-            dtype = ops.dtype_name(plan.spec.dtype)
-            raise out_of_range(plan, self._reader, f"the deltas overflow {dtype}") from error
-        except OutOfRangeError as error:
-            raise out_of_range(plan, self._reader, str(error)) from error
-        except UnsolvedError as error:
-            raise InputError(f"tensor {plan.name!r}: {error}") from error
-        except torch.OutOfMemoryError as error:
-            raise ResourceError(
-                f"{self._device} is out of memory at tensor {plan.name!r}, which was planned to take "
-                f"{plan.route.work_bytes} bytes beside {self._settings.budget.in_transfer} in transfer "
-                f"({str(error).splitlines()[0]}); what else runs on it takes room: --resume continues when there is "
-                "more, --max-vram plans with less"
-            ) from error
-        except (MemoryError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and "alloc_cpu" not in str(error):  # torch's allocator has no class
-                raise
-            reason = f" ({str(error).splitlines()[0]})" if str(error) else ""
-            raise ResourceError(
-                f"out of memory at tensor {plan.name!r}, which was planned to take {plan.route.work_bytes} bytes"
-                f"{reason}; --resume continues when there is more, --max-ram plans with less"
-            ) from error
+def _source_of(
+    plan: TensorPlan,
+    first: Bundles,
+    threads: Threads,
+    *,
+    reader: Reader,
+    readers: ThreadPoolExecutor,
+    budget: Budget,
+    device: torch.device,
+    phase: Phase,
+) -> PlannedSource:
+    """Return the source of a tensor whose first pass comes from ``first``."""
+    kind = FactorSource if plan.pairs else FileSource
+    return kind(plan, first, reader, readers, threads, budget, device, phase)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from threading import Lock
 from typing import Any, TypeVar
 
 import torch
@@ -26,11 +27,40 @@ class UnsolvedError(InputError):
 
 @contextmanager
 def exact_products(device: torch.device) -> Iterator[None]:
-    """Multiply matrices in their own dtype, whatever autocast and TF32 settings the surrounding program has.
+    """Multiply matrices in their own dtype, whatever autocast and TF32 settings the surrounding program has."""
+    with torch.autocast(device.type, enabled=False), _EXACT:
+        yield
 
-    torch keeps two sets of TF32 settings, and cuBLAS products fail where they disagree. The old function sets both;
-    they are put back one after the other.
+
+class _ExactSettings:
+    """Hold the process's TF32 settings at exact products while any thread wants that.
+
+    torch keeps two sets of them, and cuBLAS products fail where they disagree. The old function sets both; they are put
+    back one after the other.
     """
+
+    def __init__(self) -> None:
+        self._lock, self._users = Lock(), 0
+        self._put_back: Callable[[], None] = lambda: None
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._users == 0:
+                self._put_back = _set_exact()
+            self._users += 1
+
+    def __exit__(self, *exception: object) -> None:
+        with self._lock:
+            self._users -= 1
+            if self._users == 0:
+                self._put_back()
+
+
+_EXACT = _ExactSettings()
+
+
+def _set_exact() -> Callable[[], None]:
+    """Set exact products; return what puts the settings back."""
     backends: Any = torch.backends  # whose types do not tell of these settings
     settings = (backends.cuda.matmul, backends.mkldnn.matmul)
     general = backends.fp32_precision
@@ -39,19 +69,17 @@ def exact_products(device: torch.device) -> Iterator[None]:
         old = torch.get_float32_matmul_precision()
     except RuntimeError:  # only the new settings are in use, at another value than the old default
         old = "highest"
-    is_exact = old == "highest" and all(precision in ("none", "ieee") for precision in before)
-    with torch.autocast(device.type, enabled=False):
-        if is_exact:
-            yield
-            return
-        torch.set_float32_matmul_precision("highest")
-        try:
-            yield
-        finally:
-            torch.set_float32_matmul_precision(old)
-            for setting, precision in zip(settings, before, strict=True):
-                # A setting that only repeats the general one goes on following it.
-                setting.fp32_precision = "none" if precision == general else precision
+    if old == "highest" and all(precision in ("none", "ieee") for precision in before):
+        return lambda: None
+    torch.set_float32_matmul_precision("highest")
+
+    def put_back() -> None:
+        torch.set_float32_matmul_precision(old)
+        for setting, precision in zip(settings, before, strict=True):
+            # A setting that only repeats the general one goes on following it.
+            setting.fp32_precision = "none" if precision == general else precision
+
+    return put_back
 
 
 def run_with_fallback(

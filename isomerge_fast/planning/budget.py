@@ -22,6 +22,8 @@ PARTS_AHEAD = 4
 PINNED_BYTES = 512 * MIB
 # Without a ceiling tensors are resident whose copies take up to this share of the machine's memory.
 RESIDENT_SHARE = 1 / 32
+# Without a ceiling, tensors that are merged at once take up to this share together.
+TOGETHER_SHARE = 1 / 2
 # Resident memory of Python, torch and BLAS: 234 MB before the first tensor, about 350 MB after a merge with the heap
 # trimmed (BLAS keeps buffers), of which the estimates of single tensors cover some. With 335 MB the promise lies above
 # the peaks seen: 603 MB promised, 580 to 596 MB seen in merges of the 162 M parameter test model by Iso-CTS under 600
@@ -42,6 +44,13 @@ class Budget:
     read_ahead: int  # on the host
     work: int | None  # ceiling for a tensor that is merged, on the device that computes; None where there is none
     on_gpu: int | None = None  # for the copies of the tensor that comes next; None on a CPU, which needs no copies
+    copies: int = 0  # beside ``read_ahead``, for the copies of tensors that are merged at once
+    together: int = 0  # ceiling for the work of all tensors that are merged at once; on a GPU there is one
+
+    @property
+    def ring(self) -> int:
+        """Return the bytes of all copies on the host: those read ahead, and those of tensors that are merged."""
+        return self.read_ahead + self.copies
 
     @property
     def write_behind(self) -> int:
@@ -81,7 +90,7 @@ def budgets_to_try(largest: int, *, host: int | None, vram: int | None, on_gpu: 
     """
     ceiling = vram if on_gpu else host
     if ceiling is None:
-        most = int(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * RESIDENT_SHARE)
+        most = int(memory_bytes() * RESIDENT_SHARE)
     else:
         most = ceiling // 4
     resident = min(largest, most)
@@ -100,6 +109,10 @@ def budgets_to_try(largest: int, *, host: int | None, vram: int | None, on_gpu: 
             return
         size //= 2
         held = None if held is None else held // 2
+
+
+def memory_bytes() -> int:
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def usable_memory_bytes(device: torch.device) -> int:

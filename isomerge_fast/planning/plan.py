@@ -32,6 +32,7 @@ class TensorPlan(PlannedTensor):
     flops: float
     experts_are_deltas: bool = False
     checksums: tuple[str, ...] = ()  # that base and experts are known to have, where they are
+    cores: int = 1  # that compute it, where its route does not share its blocks
 
     @property
     def method(self) -> Method | None:
@@ -77,6 +78,7 @@ class TensorPlan(PlannedTensor):
             "reason": self.reason,
             "route": self.route.name,
             "work_bytes": self.route.work_bytes,
+            "cores": self.cores,
         }
 
 
@@ -114,6 +116,7 @@ class Plan:
     metadata_bytes: int  # of what is held of all tensors beside their bytes, as far as the baseline has no room for it
     arithmetic: str  # see ``describe_arithmetic``
     device_bytes: int  # that a merge may take of the GPU it is planned for; 0 on a CPU
+    cores: int = 1  # CPU cores of a process
     notes: tuple[str, ...] = field(default=())
     buffers: Buffers = field(default=Buffers())  # that are not merged, since base and experts disagree about them
     original_merge: OriginalMerge | None = None  # where the plan applies a Δ that was kept
@@ -196,12 +199,12 @@ class Plan:
     @property
     def peak_ram_bytes(self) -> int:
         """Estimate the process's peak resident memory on a CPU."""
-        return self.host_buffer_bytes + self.peak_work_bytes
+        return self.host_buffer_bytes + self.together_bytes
 
     @property
     def host_buffer_bytes(self) -> int:
         """Estimate the bytes on the host without the tensor that is merged: process, metadata, reads and writes."""
-        return PROCESS_BYTES + self.metadata_bytes + self.budget.read_ahead + self.budget.write_behind
+        return PROCESS_BYTES + self.metadata_bytes + self.budget.ring + self.budget.write_behind
 
     @property
     def peak_vram_bytes(self) -> int:
@@ -212,6 +215,16 @@ class Plan:
     def peak_work_bytes(self) -> int:
         """Return the largest working set of one tensor, on the device that computes."""
         return max((plan.route.work_bytes for plan in self.tensors), default=0)
+
+    @property
+    def cores_of_tensors(self) -> list[int]:
+        """Return how many cores compute each tensor, on which alone its last digits depend."""
+        return [tensor.cores for tensor in self.tensors]
+
+    @property
+    def together_bytes(self) -> int:
+        """Return the largest working set of all tensors that are merged at once."""
+        return max(self.budget.together, self.peak_work_bytes)
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -232,6 +245,8 @@ class Plan:
             "peak_ram_bytes": self.peak_ram_bytes,
             "peak_vram_bytes": self.peak_vram_bytes,
             "peak_work_bytes": self.peak_work_bytes,
-            "read_ahead_bytes": self.budget.read_ahead,
+            "together_bytes": self.together_bytes,
+            "cores": self.cores,
+            "read_ahead_bytes": self.budget.ring,
             "metadata_bytes": self.metadata_bytes,
         }

@@ -22,7 +22,7 @@ from ..config import MergeConfig
 from ..errors import ConfigError, bounded, visible
 from ..linalg.cusolver import describe_arithmetic
 from ..methods import make_method
-from .budget import PROCESS_BYTES, Budget, budgets_to_try, usable_memory_bytes
+from .budget import PROCESS_BYTES, TOGETHER_SHARE, Budget, budgets_to_try, memory_bytes, usable_memory_bytes
 from .drafts import Draft, Drafter
 from .factor_routes import factor_route
 from .inputs import Inputs, adapts, open_inputs, require_possible_rank
@@ -32,6 +32,7 @@ from .part_sizes import PartSizes
 from .pattern_checks import require_matches, rules_of
 from .plan import LeftOut, Plan, TensorPlan
 from .routes import Copied, Route, choose_route
+from .schedule import default_cores, schedule
 
 # What is held of all tensors beside their bytes: of each copy where it lies; of the merged one its plan, journal entry
 # and report, in which there are numbers of every task; of each output where it will lie, and its checksum. A name is
@@ -50,13 +51,15 @@ def make_plan(
     *,
     max_ram: int | None = None,
     max_vram: int | None = None,
+    threads: int | None = None,
     is_new: bool = True,
 ) -> Plan:
     """Read headers, decide what becomes of every tensor, and find every error that can be found that way.
 
     The device, by default the CPU, decides the solvers; the ceilings in bytes leave out those that need more, and
-    ``check_resources`` refuses what cannot be met. Of a merge that is done (``is_new`` is False) patterns may match
-    nothing: earlier releases took that.
+    ``check_resources`` refuses what cannot be met. ``threads`` are the CPU cores of a process, by default
+    ``default_cores``. Of a merge that is done (``is_new`` is False) patterns may match nothing: earlier releases took
+    that.
     """
     device = device or torch.device("cpu")
     method = make_method(config.method, config.options)
@@ -90,8 +93,19 @@ def make_plan(
         buffers=inputs.buffers,
         left_out=left_out,
     )
+    made = scheduled(made, default_cores() if threads is None else threads, device, max_ram)
     # Names of files may hold bytes that are no text, and no JSON.
     return replace(made, notes=tuple(bounded(map(visible, notes_of(made)))))
+
+
+def scheduled(plan: Plan, cores: int, device: torch.device, max_ram: int | None) -> Plan:
+    """Return the plan for so many CPU cores of a process; what a GPU computes does not depend on them."""
+    if device.type == "cuda":
+        return replace(plan, cores=cores)
+    most = int(TOGETHER_SHARE * memory_bytes()) if max_ram is None else max_ram
+    room = most - PROCESS_BYTES - plan.metadata_bytes
+    tensors, budget = schedule(plan.tensors, plan.budget, cores, room)
+    return replace(plan, budget=budget, tensors=tensors, cores=cores)
 
 
 def _contents(base: Checkpoint, experts: Sequence[Checkpoint], config: MergeConfig) -> FolderContents:

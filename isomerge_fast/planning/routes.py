@@ -59,6 +59,11 @@ class Route(ABC):
     holds_copies: ClassVar[bool] = False
     writes_factors: ClassVar[bool] = False
 
+    @property
+    def shares_blocks(self) -> bool:
+        """Return whether all that is done is done block by block, which all cores share, and none alone."""
+        return False
+
     @abstractmethod
     def run(self, source: DeltaSource, sink: Sink) -> MergeStats:
         """Merge one tensor: take its deltas from ``source``, write the merged rows to ``sink``, return the evidence.
@@ -108,6 +113,10 @@ class Copied(Route):
         rows = sizes.part_rows(view_shape)
         return cls(view_shape, rows, None, rows * sizes.traffic.written)
 
+    @property
+    def shares_blocks(self) -> bool:
+        return True
+
     def run(self, source: DeltaSource, sink: Sink) -> MergeStats:
         for block in source.blocks(()):
             sink.copy(block)
@@ -131,6 +140,10 @@ class Rowwise(Route):
         if learning is None and not method.any_shape:
             return None
         return cls(view_shape, rows, chosen, (learning or 0) + beside)
+
+    @property
+    def shares_blocks(self) -> bool:
+        return self.merging.any_shape
 
     def run(self, source: DeltaSource, sink: Sink) -> MergeStats:
         rowwise = self.merging.rowwise(source)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from threading import Condition
 
 import torch
 from torch import Tensor
@@ -105,12 +106,20 @@ class _Reading:
     parts: list[Future[float]]
 
 
+@dataclass(frozen=True)
+class Lease:
+    """Hold the pieces of a bundle, or of a part of one, until they are given back."""
+
+    tensors: list[Tensor]
+    give_back: Callable[[], None]
+
+
 class ReadAhead:
     """Hand out ``bundles`` in their order while the next ones are being read, as a context manager.
 
-    The bundle taken last and those ahead have ``budget_bytes`` together. A larger bundle has a buffer of its own, and
-    none is held beside it. Bundles are cut into parts of at most ``part_bytes``, each taken by itself, and what is
-    taken is added to ``checksums``. ``pinned`` buffers are page-locked, for asynchronous copies to a GPU.
+    The bundles that are out and those ahead have ``budget_bytes`` together. A larger bundle has a buffer of its own,
+    and none is held beside it. Bundles are cut into parts of at most ``part_bytes``, each handed out by itself, and
+    what is handed out is added to ``checksums``. ``pinned`` buffers are page-locked, for asynchronous copies to a GPU.
     """
 
     def __init__(
@@ -127,18 +136,24 @@ class ReadAhead:
         self._reader, self._threads, self._pinned = reader, threads, pinned
         self._checksums = checksums
         self._ring = RingBuffer(budget_bytes, pinned=pinned)
+        self.budget_bytes = budget_bytes
         self.part_bytes = part_bytes
         self._bundles = ((bundle, part) for bundle in bundles for part in bundle.parts(part_bytes))
         self._next = next(self._bundles, None)
         self._ahead: deque[_Reading] = deque()
-        self._taken: _Reading | None = None
+        self._out = 0  # how many are handed out and not given back
+        self._changed = Condition()  # guards all of these: a bundle is given back by the thread that used it
+        self._taken: Lease | None = None
         self.busy_seconds = 0.0  # of all threads together
 
     def __enter__(self) -> ReadAhead:
-        self._top_up()
+        with self._changed:
+            self._top_up()
         return self
 
     def __exit__(self, *exception: object) -> None:
+        with self._changed:
+            self._next = None  # what is given back from now on makes room for nothing
         parts = [part for reading in self._ahead for part in reading.parts]
         wait([part for part in parts if not part.cancel()])  # the buffer must outlive the read
         self._ahead.clear()
@@ -152,24 +167,43 @@ class ReadAhead:
         return None if self._next is None else self._next[0]
 
     def take(self) -> list[Tensor]:
-        """Return the pieces of the next bundle, or of its next part, valid until the next call.
-
-        It raises what ``Reader.read`` does.
-        """
-        if self._taken is not None and self._taken.in_ring:
-            self._ring.give_back()
+        """Return the pieces of the next bundle, or of its next part, valid until the next call (see ``lease``)."""
+        if self._taken is not None:
+            self._taken.give_back()
         self._taken = None
-        self._top_up()
-        self._taken = reading = self._ahead.popleft()
+        self._taken = self.lease()
+        return self._taken.tensors
+
+    def lease(self) -> Lease:
+        """Return the pieces of the next bundle, or of its next part, valid until they are given back in any thread.
+
+        One thread at a time may ask. It waits for what others have to give back first, and raises what ``Reader.read``
+        does.
+        """
+        with self._changed:
+            self._top_up()
+            while not self._ahead:
+                self._changed.wait()
+            reading = self._ahead.popleft()
+            self._out += 1
         for part in reading.parts:
             self.busy_seconds += part.result()
-        # Read on while this bundle is used.
-        self._top_up()
+        with self._changed:
+            self._top_up()  # read on while this bundle is used
         placed = list(_placed(reading.bundle, reading.buffer))
         if self._checksums is not None:
             for piece, data in placed:
                 self._checksums.add(piece, data)
-        return [piece.view(data) for piece, data in placed]
+
+        def give_back() -> None:
+            with self._changed:
+                self._out -= 1
+                if reading.in_ring:
+                    self._ring.give_back(reading.buffer)
+                self._top_up()
+                self._changed.notify_all()
+
+        return Lease([piece.view(data) for piece, data in placed], give_back)
 
     def _top_up(self) -> None:
         while self._next is not None:
@@ -178,7 +212,7 @@ class ReadAhead:
             buffer = self._ring.take(size)
             in_ring = buffer is not None
             if buffer is None:
-                if size <= self._ring.size or self._ahead or self._taken:
+                if size <= self._ring.size or self._ahead or self._out:
                     return
                 self._ring.release()
                 buffer = torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=self._pinned)

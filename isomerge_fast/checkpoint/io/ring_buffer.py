@@ -1,4 +1,4 @@
-"""Hold memory for what streams through: taken in order, given back in order, and never from the heap.
+"""Hold memory for what streams through: taken in order, given back in any order, and never from the heap.
 
 Buffers of many sizes that come and go leave holes in the heap: 70 to 100 MB of them in a merge of the 162 M parameter
 test model, on top of 160 MB that were in use; and fresh memory costs a page fault every 4 KiB.
@@ -25,7 +25,8 @@ class RingBuffer:
         self.size = page_ceiling(max(1, size))
         self._pinned = pinned
         self._memory: Tensor | None = None
-        self._taken: deque[tuple[int, int]] = deque()
+        self._taken: deque[tuple[int, int]] = deque()  # start and end of each part, in the order in which it was taken
+        self._returned: set[int] = set()  # where parts start that are given back, and others before them are not
 
     def take(self, size: int) -> Tensor | None:
         """Return ``size`` bytes after those taken last, or None where there is no room for them at this moment."""
@@ -38,9 +39,11 @@ class RingBuffer:
         self._taken.append((start, start + wanted))
         return self._memory[start : start + size]
 
-    def give_back(self) -> None:
-        """Give back the oldest part that is still taken."""
-        self._taken.popleft()
+    def give_back(self, part: Tensor) -> None:
+        """Give back a part; its room can be used again when those taken before it are given back too."""
+        self._returned.add(int(part.storage_offset()))
+        while self._taken and self._taken[0][0] in self._returned:
+            self._returned.remove(self._taken.popleft()[0])
 
     def release(self) -> None:
         """Give the memory back to the system, while nothing is taken; the next ``take`` allocates it again."""

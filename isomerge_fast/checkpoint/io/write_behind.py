@@ -6,7 +6,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from queue import SimpleQueue
 
 from torch import Tensor
 
@@ -17,21 +16,21 @@ ROOM_SHARE = 3
 
 
 class WriteBehind:
-    """Do writes behind their caller, as a context manager; raise the first failure at the next call.
+    """Do writes behind their callers, as a context manager; raise the first failure at the next call.
 
-    At most ``budget_bytes`` wait to be written, but one write is taken whatever its size. All that was put is done when
-    ``drain`` returns.
+    Any thread may call. At most ``budget_bytes`` wait to be written, but one write is taken whatever its size. All that
+    was put is done when ``drain`` returns.
     """
 
     def __init__(self, budget_bytes: int) -> None:
         self._budget = budget_bytes
         self._ring = RingBuffer(budget_bytes)
-        self._actions: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
-        self._results: SimpleQueue[BaseException | None] = SimpleQueue()  # of each action, in order: its failure
-        self._pending: deque[tuple[int, bool]] = deque()  # ``put``'s size and in_room, of actions without a result yet
-        self._bytes = 0  # of what is pending
+        self._actions: deque[tuple[Callable[[], None], int, Tensor | None]] = deque()
+        self._bytes = 0  # of what was put and is not done, without the rooms
+        self._changed = threading.Condition()  # guards all of these
+        self._is_busy = False
         self._failure: BaseException | None = None
-        self._stopped = False
+        self._ended = False
         # A daemon: a write that hangs must not keep the process from ending.
         self._thread = threading.Thread(target=self._work, name="isomerge-write", daemon=True)
         self.busy_seconds = 0.0
@@ -42,8 +41,11 @@ class WriteBehind:
 
     def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
         """End the thread. After an error what still waits is not written."""
-        self._stopped = kind is not None
-        self._actions.put(None)
+        with self._changed:
+            if kind is not None:
+                self._actions.clear()
+            self._ended = True
+            self._changed.notify_all()
         self._thread.join()
 
     @property
@@ -52,66 +54,71 @@ class WriteBehind:
         return self._budget // ROOM_SHARE
 
     def room(self, size: int) -> Tensor | None:
-        """Return ``size`` bytes for what the next ``put`` writes, or None where that is more than ``room_bytes``.
+        """Return ``size`` bytes for what this thread's next ``put`` writes, or None where that is above ``room_bytes``.
 
         It waits while others are being written.
         """
         if size > self.room_bytes:
             return None
-        self._take_results()
-        while (room := self._ring.take(size)) is None:
-            self._settle()
+        with self._changed:
+            self._raise()
+            while (room := self._ring.take(size)) is None:
+                self._wait()
         return room
 
-    def put(self, action: Callable[[], None], *, size: int = 0, in_room: bool = False) -> None:
+    def put(self, action: Callable[[], None], *, size: int = 0, room: Tensor | None = None) -> None:
         """Have ``action`` done; wait while the budget is used up.
 
-        Until it is done it uses ``size`` bytes of the budget; with ``in_room`` it writes from the ``room`` taken last,
-        which is then given back.
+        Until it is done it uses ``size`` bytes of the budget; it writes from ``room``, which is then given back.
         """
-        self._take_results()
-        while self._bytes and self._bytes + size > self._budget:
-            self._settle()
-        self._pending.append((size, in_room))
-        self._bytes += size
-        self._actions.put(action)
+        with self._changed:
+            self._raise()
+            while self._bytes and self._bytes + size > self._budget:
+                self._wait()
+            self._bytes += size
+            self._actions.append((action, size, room))
+            self._changed.notify_all()
 
     def drain(self) -> None:
         """Wait until everything is done."""
+        with self._changed:
+            self._raise()
+            while self._actions or self._is_busy:
+                self._wait()
+
+    def _wait(self) -> None:
+        self._changed.wait()
         self._raise()
-        while self._pending:
-            self._settle()
 
     def _raise(self) -> None:
         if self._failure is not None:
             raise self._failure
 
-    def _take_results(self) -> None:
-        """Take back the bytes of all writes that have ended by now; raise a failure."""
-        self._raise()
-        while not self._results.empty():
-            self._settle()
-
-    def _settle(self) -> None:
-        """Wait for the oldest write, and take back its bytes; raise its failure."""
-        self._failure = self._results.get()
-        self._raise()
-        size, in_room = self._pending.popleft()
-        self._bytes -= size
-        if in_room:
-            self._ring.give_back()
-
     def _work(self) -> None:
-        failure = None
-        while (action := self._actions.get()) is not None and failure is None and not self._stopped:
-            started = time.perf_counter()
+        while True:
+            with self._changed:
+                while not self._actions and not self._ended:
+                    self._changed.wait()
+                if not self._actions:
+                    return
+                action, size, room = self._actions.popleft()
+                self._is_busy = True
+            started, failure = time.perf_counter(), None
             try:
                 action()
             except BaseException as error:
                 failure = error
             del action  # and with it the bytes
             self.busy_seconds += time.perf_counter() - started
-            self._results.put(failure)
-        while action is not None:  # after a failure: what still waits would keep its bytes
-            del action
-            action = self._actions.get()
+            with self._changed:
+                self._is_busy = False
+                self._bytes -= size
+                if room is not None:
+                    self._ring.give_back(room)
+                del room
+                if failure is not None:
+                    self._failure = failure
+                    self._actions.clear()  # nothing is written after a failure
+                self._changed.notify_all()
+            if failure is not None:
+                return

@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from collections import UserDict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -51,9 +51,9 @@ class Journal:
     finished. The first line holds the merge's ``fingerprint``, ``key``; each other line is a finished tensor. Every
     line begins with its own checksum. Resuming checks the bytes of a tensor that an entry names.
 
-    LAPACK's last digits depend on the number of threads, so a merge continues with the number that it began with:
-    attribute ``threads``. Journals of another merge are refused, naming the input that has changed, or with
-    ``overwrite`` discarded.
+    The last digits of what several threads compute depend on their number. So a merge continues with the number that it
+    began with, attribute ``threads``, unless results with that one are said to be alike, by ``is_alike``. Journals of
+    another merge are refused, naming the input that has changed, or with ``overwrite`` discarded.
     """
 
     def __init__(
@@ -63,6 +63,7 @@ class Journal:
         inputs: list[dict[str, Any]],
         *,
         threads: int,
+        is_alike: Callable[[int], bool] = lambda before: False,
         resume: bool,
         overwrite: bool = False,
     ) -> None:
@@ -72,10 +73,11 @@ class Journal:
         lines = _read_lines(path) if resume else iter(())
         first = next(lines, None)  # without it nothing is known of the rest
         if first is not None and first.get("fingerprint") == key:
-            self.threads = first["threads"]
             self.finished = Entries(lines)
             for part in sorted(folder.glob(_item_file("*"))):
-                self.finished |= _entries_of_merge(part, key, self.threads)
+                self.finished |= _entries_of_merge(part, key, first["threads"])
+            if not is_alike(first["threads"]):
+                self.threads = first["threads"]
         elif first is not None and not overwrite:
             raise ConfigError(
                 f"{folder}: the unfinished merge was of other inputs, options, devices or versions"

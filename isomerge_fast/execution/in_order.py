@@ -1,0 +1,65 @@
+"""Compute results in several threads, and hand them out in their order."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from typing import Generic, TypeVar
+
+from .jobs import Demand, Jobs
+from .threads import ComputeThreads
+
+# So many results for every core may wait to be taken, beside those that are computed.
+AHEAD = 2
+
+Result = TypeVar("Result")
+
+
+class Task(Generic[Result]):
+    """Hold what makes one result, and what it takes; where that is None, it is made by the thread that asks for it."""
+
+    def __init__(self, make: Callable[[], Result], demand: Demand | None = None) -> None:
+        self.demand, self._make = demand, make
+        self.results: list[Result] = []
+
+    def run(self) -> None:
+        self.results.append(self._make())
+
+
+def in_order(tasks: Iterable[Task[Result]], cores: int, together_bytes: int) -> Iterator[Result]:
+    """Yield the results of ``tasks`` in their order, while ``cores`` threads compute those that follow.
+
+    Tasks are asked for when there is room for them: those that are computed at once demand ``together_bytes`` at most,
+    unless one alone does. Where several fail, the error is that of the first.
+    """
+    if cores == 1:
+        for task in tasks:
+            task.run()
+            yield task.results.pop()
+        return
+    with ComputeThreads(cores) as threads:
+        jobs = Jobs(threads, together_bytes, lambda: None)
+        begun: deque[Task[Result]] = deque()
+        for number, task in enumerate(tasks):
+            begun.append(task)
+            if task.demand is None:
+                try:
+                    task.run()
+                except Exception:
+                    jobs.end()  # what came before may have failed as well, and is told of first
+                    raise
+            else:
+                jobs.wait_for_room(task.demand)
+                jobs.start(number, task.demand, task.run)
+            while begun[0].results or len(begun) > AHEAD * cores:
+                yield _taken(begun, jobs)
+                if not begun:
+                    break
+        while begun:
+            yield _taken(begun, jobs)
+
+
+def _taken(begun: deque[Task[Result]], jobs: Jobs) -> Result:
+    first = begun.popleft()
+    jobs.wait_until(lambda: bool(first.results))
+    return first.results.pop()

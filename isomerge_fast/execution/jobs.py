@@ -1,0 +1,103 @@
+"""Run the merges of several tensors at once, as far as cores and memory go, with the errors of one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from threading import Condition
+
+import torch
+
+from .threads import Abandoned, ComputeThreads
+
+# How often the thread that waits looks for changes to tell the observer of.
+TELL_SECONDS = 0.05
+
+
+@dataclass(frozen=True)
+class Demand:
+    """Hold what a tensor's merge takes: cores, and bytes of ``Budget.together``."""
+
+    cores: int
+    work_bytes: int
+
+
+class Jobs:
+    """Start jobs in the threads of ``threads``, each when there are cores and memory for it, in the order of numbers.
+
+    One thread starts them all, and ``tell`` is called in it while it waits. Where a job fails none is started any more,
+    those before it come to their end, and the error of the first that failed is raised.
+    """
+
+    def __init__(self, threads: ComputeThreads, together_bytes: int, tell: Callable[[], None]) -> None:
+        self._threads, self._tell = threads, tell
+        self._free = Demand(threads.count, together_bytes)
+        self._running: dict[int, Demand] = {}
+        self._failures: dict[int, BaseException] = {}
+        self._changed = Condition()  # guards all of these
+
+    @property
+    def work_bytes(self) -> int:
+        """Return the bytes that those which run take together."""
+        return sum(demand.work_bytes for demand in self._running.values())
+
+    def wait_for_room(self, demand: Demand) -> None:
+        """Wait until what runs leaves so many cores and bytes; a job alone is let in whatever it takes."""
+        self.wait_until(lambda: not self._running or self._fits(demand))
+
+    def start(self, number: int, demand: Demand, job: Callable[[], None]) -> None:
+        """Run a job for which there is room, in a thread that computes with its cores."""
+        with self._changed:
+            self._running[number] = demand
+
+        def run() -> None:
+            failure: BaseException | None = None
+            if demand.cores > 1:
+                torch.set_num_threads(demand.cores)
+            try:
+                job()
+            except BaseException as error:
+                failure = error
+            if demand.cores > 1:
+                torch.set_num_threads(1)
+            with self._changed:
+                del self._running[number]
+                if failure is not None:
+                    self._failures[number] = failure
+                self._changed.notify_all()
+            if isinstance(failure, Abandoned):
+                raise failure
+
+        self._threads.start(run)
+
+    def wait_until(self, is_so: Callable[[], bool]) -> None:
+        """Wait for a change in what runs; raise the first error of those that have failed."""
+        while True:
+            self._tell()
+            with self._changed:
+                self._raise_first()
+                if is_so():
+                    return
+                self._changed.wait(TELL_SECONDS)
+
+    def changed(self) -> None:
+        """Have ``wait_until`` look again."""
+        with self._changed:
+            self._changed.notify_all()
+
+    def end(self) -> None:
+        """Wait until all have come to their end; raise the first error."""
+        self.wait_until(lambda: not self._running)
+
+    def _fits(self, demand: Demand) -> bool:
+        cores = sum(each.cores for each in self._running.values()) + demand.cores
+        return cores <= self._free.cores and self.work_bytes + demand.work_bytes <= self._free.work_bytes
+
+    def _raise_first(self) -> None:
+        if not self._failures:
+            return
+        first = min(self._failures)
+        while any(number < first for number in self._running):
+            self._changed.wait()
+            first = min(self._failures)
+        raise self._failures[first]

@@ -1,0 +1,120 @@
+"""Merge one planned tensor from its source into the files of all outputs, and write down that it is finished."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+
+from .. import ops
+from ..checkpoint.io.read_ahead import InputChecksums
+from ..checkpoint.io.reader import Reader
+from ..checkpoint.io.write_behind import WriteBehind
+from ..checkpoint.io.writer import ShardWriter
+from ..checkpoint.layout import StoredTensor
+from ..checkpoint.output.journal import Entries, ItemJournal
+from ..errors import InputError, ResourceError
+from ..methods import NotFiniteError, OutOfRangeError
+from ..methods.certified import UnsolvedError
+from ..planning.plan import TensorPlan
+from .input_damage import absurd_deltas, out_of_range, require_checksums, require_finite
+from .report import PhaseTimer
+from .sinks import FileSink
+from .sources import PlannedSource
+from .work_item import MergeSettings, this_process
+
+
+def summed_inputs(plan: TensorPlan, settings: MergeSettings) -> tuple[StoredTensor, ...]:
+    """Return the inputs whose checksums are made: to be compared, or recorded for ``apply``."""
+    if plan.checksums:
+        return (plan.base, *plan.experts)
+    return (plan.base,) if settings.records_base else ()
+
+
+class TensorMerge:
+    """Merge tensors of one work item, several at once where several threads ask.
+
+    What is finished is added to ``entries``, by the thread that writes.
+    """
+
+    def __init__(
+        self,
+        settings: MergeSettings,
+        reader: Reader,
+        checksums: InputChecksums,
+        writes: WriteBehind,
+        writers: Mapping[tuple[str, str], ShardWriter],
+        journal: ItemJournal,
+        entries: Entries,
+        timer: PhaseTimer,
+    ) -> None:
+        self._settings, self._timer = settings, timer
+        self._reader, self._checksums = reader, checksums
+        self._writes, self._writers = writes, writers
+        self._journal, self._entries = journal, entries
+
+    def merge(self, plan: TensorPlan, source: PlannedSource) -> None:
+        """Merge a tensor; when this returns, its bytes and its journal entry wait to be written.
+
+        Raises:
+            InputError, ResourceError: naming the tensor, and what can be done.
+        """
+        started = time.perf_counter()
+        writers = {folder: self._writers[folder, plan.shard] for folder in plan.scalings}
+        sink = FileSink(plan, writers, self._writes, source.threads, self._timer.phase)
+        with self._timer.phase("compute"), self._explained(plan):
+            stats = plan.route.run(source, sink)
+            evidence = stats.to_dict()
+            require_finite(evidence)
+            if (overflow := sink.overflows()) is not None:
+                raise OutOfRangeError(overflow)
+            remarks = [*stats.remarks, *absurd_deltas(plan, evidence, self._reader)]
+        found = {stored: self._checksums.take(stored) for stored in summed_inputs(plan, self._settings)}
+        require_checksums(plan, found)
+        report = {"name": plan.name, "action": plan.action, "route": plan.route.name, **evidence}
+        if remarks:
+            report["remarks"] = "; ".join(remarks)
+        report["read_bytes"] = source.read_bytes
+        report["write_bytes"] = plan.write_bytes
+        report["seconds"] = round(time.perf_counter() - started, 6)
+        entry = {"name": plan.name, "report": report, "process": this_process()}
+        if self._settings.records_base:
+            entry["base_checksum"] = found[plan.base]
+
+        def finish() -> None:
+            entry["checksum"] = sink.checksums()
+            self._entries.add(entry)
+            self._journal.add(entry)
+
+        with self._timer.phase("write"):
+            self._writes.put(finish)
+
+    @contextmanager
+    def _explained(self, plan: TensorPlan) -> Iterator[None]:
+        """Turn the errors of a merge into those that name the tensor, its files and what to do."""
+        try:
+            yield
+        except NotFiniteError as error:
+            dtype = ops.dtype_name(plan.spec.dtype)
+            raise out_of_range(plan, self._reader, f"the deltas overflow {dtype}") from error
+        except OutOfRangeError as error:
+            raise out_of_range(plan, self._reader, str(error)) from error
+        except UnsolvedError as error:
+            raise InputError(f"tensor {plan.name!r}: {error}") from error
+        except torch.OutOfMemoryError as error:
+            raise ResourceError(
+                f"{self._settings.device} is out of memory at tensor {plan.name!r}, which was planned to take "
+                f"{plan.route.work_bytes} bytes beside {self._settings.budget.in_transfer} in transfer "
+                f"({str(error).splitlines()[0]}); what else runs on it takes room: --resume continues when there is "
+                "more, --max-vram plans with less"
+            ) from error
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "alloc_cpu" not in str(error):  # torch's allocator has no class
+                raise
+            reason = f" ({str(error).splitlines()[0]})" if str(error) else ""
+            raise ResourceError(
+                f"out of memory at tensor {plan.name!r}, which was planned to take {plan.route.work_bytes} bytes"
+                f"{reason}; --resume continues when there is more, --max-ram plans with less"
+            ) from error

@@ -1,0 +1,117 @@
+"""Decide how many tensors are merged at once on a CPU, and by how many cores each.
+
+A matrix is computed by one core: eigensolvers gain little by more, wait at barriers for cores that others use, and end
+in other last digits. More cores take one together where there is no memory for as many matrices as cores, and where one
+takes longer than a core's share of the whole merge. Which solver a tensor gets, and which way it goes through memory,
+is decided before, and does not depend on the number of cores.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from .budget import Budget
+from .plan import TensorPlan
+
+# Of smaller matrices each takes a core a few seconds at most: they wait for memory, and are computed by one.
+LEAST_OPERATIONS = 3e11
+
+
+def default_cores() -> int:
+    """Return how many CPU cores a merge takes where nothing is said: as many as torch."""
+    return torch.get_num_threads()
+
+
+def schedule(
+    tensors: Sequence[TensorPlan], budget: Budget, cores: int, most_bytes: int
+) -> tuple[tuple[TensorPlan, ...], Budget]:
+    """Return the plans with the cores that compute each tensor, and the budget with what is merged at once.
+
+    Beside ``read_ahead`` and ``write_behind``, the copies and the work of all tensors that are merged at once keep to
+    ``most_bytes``, unless one alone takes more.
+    """
+    largest = max((tensor.route.work_bytes for tensor in tensors), default=0)
+    free = max(largest, most_bytes - budget.read_ahead - budget.write_behind)
+    held = sum(heapq.nlargest(cores + 1, map(copies_of, tensors))) if cores > 1 else 0
+    copies = max(0, min(held - budget.read_ahead, free // 3, free - largest))
+    room = replace(budget, copies=copies, together=free - copies)
+    share = math.fsum(tensor.flops for tensor in tensors if not tensor.route.shares_blocks) / cores
+    planned = tuple(_with_cores(tensor, room, cores, share) for tensor in tensors)
+    return planned, replace(room, together=max(largest, Simulation.of(planned, room, cores).together))
+
+
+def _with_cores(tensor: TensorPlan, budget: Budget, cores: int, share: float) -> TensorPlan:
+    wanted = 1
+    if not tensor.route.shares_blocks and tensor.flops >= LEAST_OPERATIONS:
+        by_work = budget.together // max(1, tensor.route.work_bytes)
+        by_copies = budget.ring // max(1, copies_of(tensor))
+        at_once = max(1, min(cores, by_work, by_copies))
+        wanted = max(cores // at_once, cores_of(tensor.flops, share, cores))
+    return tensor if wanted == tensor.cores else replace(tensor, cores=wanted)
+
+
+def cores_of(flops: float, share: float, cores: int) -> int:
+    """Return how many cores take a matrix together, of ``share`` operations for every core in all."""
+    return 1 if flops < LEAST_OPERATIONS else min(cores, math.ceil(flops / share))
+
+
+def copies_of(tensor: TensorPlan) -> int:
+    """Return the bytes of the copies that are held while a tensor is merged."""
+    return tensor.read_bytes if tensor.route.holds_copies else 0
+
+
+def longest_first(tensors: Sequence[TensorPlan], cores: int) -> list[TensorPlan]:
+    """Return the tensors in their order, but first those that others could not be computed beside at the end.
+
+    Such a one takes longer than all that come after it would take on the other cores.
+    """
+    after = 0.0  # operations of what comes later
+    late: list[TensorPlan] = []
+    rest: list[TensorPlan] = []
+    for tensor in reversed(tensors):
+        is_late = cores > 1 and not tensor.route.shares_blocks and tensor.flops / tensor.cores > after / cores
+        (late if is_late else rest).append(tensor)
+        after += tensor.flops
+    return [*sorted(late, key=lambda tensor: -tensor.flops / tensor.cores), *reversed(rest)]
+
+
+@dataclass
+class Simulation:
+    """Hold what a merge by so many cores comes to, if all that takes time is operations, as many a second for each."""
+
+    together: int = 0  # bytes, the most work of tensors that are merged at once
+    seconds: float = 0.0  # of one operation a second
+    at_once: int = 0  # matrices, the most
+
+    @classmethod
+    def of(cls, tensors: Sequence[TensorPlan], budget: Budget, cores: int) -> Simulation:
+        """Begin each tensor, in the order of ``longest_first``, as soon as there are cores and memory for it."""
+        found = cls()
+        running: list[tuple[float, int, int, int]] = []  # end, cores, work, copies
+        free, work, copies, now = cores, 0, 0, 0.0
+        for tensor in longest_first(tensors, cores):
+            is_shared = tensor.route.shares_blocks
+            needs, own_work, own_copies = (0 if is_shared else tensor.cores), tensor.route.work_bytes, copies_of(tensor)
+            while running and (needs > free or work + own_work > budget.together or copies + own_copies > budget.ring):
+                now, *given = heapq.heappop(running)
+                free, work, copies = free + given[0], work - given[1], copies - given[2]
+            found.together = max(found.together, work + own_work)
+            if is_shared:
+                now += tensor.flops / cores
+                found.seconds = max(found.seconds, now)
+                continue
+            heapq.heappush(running, (now + tensor.flops / tensor.cores, needs, own_work, own_copies))
+            free, work, copies = free - needs, work + own_work, copies + own_copies
+            found.seconds = max(found.seconds, now + tensor.flops / tensor.cores)
+            found.at_once = max(found.at_once, len(running))
+        return found
+
+
+def by_several(tensors: Sequence[TensorPlan]) -> Iterator[TensorPlan]:
+    """Yield the tensors that several cores compute, whose last digits depend on how many."""
+    return (tensor for tensor in tensors if tensor.cores > 1)
