@@ -12,7 +12,7 @@ import torch
 
 import isomerge_fast as imf
 from checkpoints import listing, make_family, save_folder
-from isomerge_fast.checkpoint.io.ring_buffer import RingBuffer
+from isomerge_fast.checkpoint.io.buffer_pool import BufferPool
 from isomerge_fast.checkpoint.io.writer import ShardWriter
 from isomerge_fast.execution.engine import resolve_device, run
 from isomerge_fast.execution.verify import verify
@@ -57,13 +57,13 @@ def test_a_merge_of_files_on_a_gpu(tmp_path: Path, method: str, max_vram: int | 
 def test_matrices_larger_than_what_is_page_locked_are_read_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
-    """And put together on the GPU: the same bytes. What is held of a tensor is the GPU's memory, not the ring's."""
+    """And put together on the GPU: the same bytes. What is held of a tensor is the GPU's memory, not the pool's."""
     models = [{"w": torch.randn(160, 96, generator=torch.Generator().manual_seed(seed))} for seed in range(3)]
     base, *experts = [save_folder(tmp_path / str(index), model) for index, model in enumerate(models)]
     family = base, experts
     sizes: list[int] = []
-    allocate = RingBuffer._allocate
-    monkeypatch.setattr(RingBuffer, "_allocate", lambda ring: sizes.append(ring.size) or allocate(ring))
+    allocate = BufferPool._allocate
+    monkeypatch.setattr(BufferPool, "_allocate", lambda pool: sizes.append(pool.size) or allocate(pool))
     with pretend_gpu():
         whole = merge(family, tmp_path / "whole", method=method)
         for constant in ("READ_AHEAD_BYTES", "LEAST_READ_AHEAD_BYTES", "PINNED_BYTES"):

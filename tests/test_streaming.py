@@ -21,11 +21,11 @@ from torch import Tensor
 import isomerge_fast as imf
 from checkpoints import save_folder, write_tensor
 from isomerge_fast.checkpoint.io import reader as reader_module
+from isomerge_fast.checkpoint.io.buffer_pool import BufferPool
 from isomerge_fast.checkpoint.io.checksum import Checksum
 from isomerge_fast.checkpoint.io.direct_io import copy_bytes, page_ceiling
 from isomerge_fast.checkpoint.io.read_ahead import Bundle, ReadAhead
 from isomerge_fast.checkpoint.io.reader import Piece, Reader, files_of, whole
-from isomerge_fast.checkpoint.io.ring_buffer import RingBuffer
 from isomerge_fast.checkpoint.io.write_behind import WriteBehind
 from isomerge_fast.checkpoint.io.writer import OutputTensor, ShardWriter, create_shard, tensor_bytes
 from isomerge_fast.checkpoint.layout import Checkpoint, StoredTensor, open_checkpoint
@@ -136,7 +136,7 @@ def test_bundles_come_in_order_whatever_the_budget(checkpoint: Checkpoint, budge
             assert ahead.upcoming is not None
             found = ahead.take()
             assert all(same(tensor, expected[name]) for tensor, name in zip(found, pair, strict=True))
-            if budget == 1 << 30:  # all in the ring, where memory lies like the file within its pages
+            if budget == 1 << 30:  # all in the pool, where memory lies like the file within its pages
                 for tensor, name in zip(found, pair, strict=True):
                     apart = tensor.data_ptr() - checkpoint.tensors[name].start
                     assert apart % 4096 == 0 or tensor.numel() == 0
@@ -163,20 +163,20 @@ def test_no_more_is_read_ahead_than_the_budget_allows(checkpoint: Checkpoint, mo
         assert len(started) == 12
 
 
-def test_a_ring_gives_every_byte_to_one_only() -> None:
-    """Against a model that knows nothing of rings: places in use never overlap, and what fits is given."""
+def test_a_pool_gives_every_byte_to_one_only() -> None:
+    """Against a model that knows nothing of gaps: places in use never overlap, and what fits is given."""
     generator = torch.Generator().manual_seed(0)
-    ring = RingBuffer(4096 * 100)
+    pool = BufferPool(4096 * 100)
     taken: list[Tensor] = []
     given = 0
     for _ in range(3000):
         size = int(torch.randint(0, 4096 * 40, (1,), generator=generator))
-        found = ring.take(size)
+        found = pool.take(size)
         if found is None:
-            assert taken  # an empty ring takes whatever is no larger than itself
+            assert taken  # an empty pool takes whatever is no larger than itself
             part = taken.pop(int(torch.randint(0, len(taken), (1,), generator=generator)))
             assert (part == 7).all()
-            ring.give_back(part)
+            pool.give_back(part)
             continue
         assert found.numel() == size
         assert found.data_ptr() % 4096 == 0
@@ -191,7 +191,7 @@ def test_a_ring_gives_every_byte_to_one_only() -> None:
         given += 1
         assert sum(page_ceiling(max(1, each.numel())) for each in taken) <= 4096 * 100
     assert given > 1000
-    assert ring.take(4096 * 100 + 1) is None
+    assert pool.take(4096 * 100 + 1) is None
 
 
 def test_a_read_that_fails_is_raised_where_its_bundle_is_taken(
@@ -494,7 +494,7 @@ def test_what_lies_like_the_file_is_written_without_a_copy(tmp_path: Path, monke
         create_shard(tmp_path / f"at-{shift}", outputs, resume=False)
         writer = ShardWriter(tmp_path / f"at-{shift}", outputs)
         place = writer.position("w", 0) % 4096 + shift
-        memory = RingBuffer(16 * MIB).take(16 * MIB)
+        memory = BufferPool(16 * MIB).take(16 * MIB)
         assert memory is not None
         placed = memory[place : place + value.nbytes].view(torch.bfloat16)
         placed.copy_(value)

@@ -77,12 +77,12 @@ def plan(
     """Show what a run would do with every tensor: reads headers only, writes nothing. With --ray also how long it would
     take so many workers, for which a second of the inputs is read.
     """
-    from ..planning.cost import estimate_seconds
+    from ..planning.cost import estimate_seconds, matrices_at_once
     from .render import print_plan
 
     rates = outlook.rates()
     made, device = _plan(merge, target, threads)
-    found = {**made.to_dict(), "estimated_seconds": estimate_seconds(made)}
+    found = {**made.to_dict(), "estimated_seconds": estimate_seconds(made), "at_once": matrices_at_once(made)}
     if outlook.ray is not None:
         from ..bench.outlook import WORKERS, measure_rates, predict
         from ..integrations.ray.session import ray_executor

@@ -15,6 +15,8 @@ from .screen import Column, Screen, brief, duration, size
 
 # How many reasons are shown, and how many names for each, of the files that are left behind.
 LEFT_BEHIND_SHOWN = 20
+# Of the tensors that several cores compute, so many are named.
+CORES_SHOWN = 3
 
 
 def group_tensors(tensors: tuple[TensorPlan, ...]) -> list[tuple[str, list[TensorPlan]]]:
@@ -67,14 +69,31 @@ def print_plan(plan: Plan, found: dict[str, Any]) -> None:
     )
     held = f", {size(plan.metadata_bytes)} for names and places" if plan.metadata_bytes else ""
     screen.print(
-        f"peak memory ≈ {size(plan.peak_ram_bytes)} on a CPU: {size(plan.peak_work_bytes)} for the largest tensor, "
-        f"{size(plan.budget.read_ahead)} for reading ahead{held}"
+        f"peak memory ≈ {size(plan.peak_ram_bytes)} on a CPU: {size(plan.together_bytes)} for tensors merged at once "
+        f"({size(plan.peak_work_bytes)} for the largest), {size(plan.budget.read_pool)} for their copies and reading "
+        f"ahead{held}"
     )
+    _print_cores(screen, plan, found["at_once"])
     screen.print(f"estimated on this CPU, bytes at 1 GB/s: {parts}")
     if "outlook" in found:
         _print_outlook(screen, found["outlook"], found.get("cluster_workers"))
     _print_left_behind(screen, [left.to_dict() for left in plan.left_behind])
     _print_notes(screen, plan.notes)
+
+
+def _print_cores(screen: Screen, plan: Plan, at_once: int) -> None:
+    """Print how many matrices are computed at once, and which by several cores."""
+    text = f"by {plan.cores} CPU core(s): up to {at_once} matrices at once, a core each" if at_once else ""
+    several = [tensor for tensor in plan.tensors if tensor.cores > 1]
+    if several:
+        first = ", ".join(f"{tensor.name} by {tensor.cores}" for tensor in several[:CORES_SHOWN])
+        more = f" and {len(several) - CORES_SHOWN} more" if len(several) > CORES_SHOWN else ""
+        text += (
+            f"; but {first}{more}, where there is no memory for as many as cores, or one takes longer than its share: "
+            "their last digits depend on the number of cores"
+        )
+    if text:
+        screen.print(text)
 
 
 def _print_left_behind(screen: Screen, left_behind: list[dict[str, Any]]) -> None:

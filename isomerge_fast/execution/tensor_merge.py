@@ -74,6 +74,8 @@ class TensorMerge:
         found = {stored: self._checksums.take(stored) for stored in summed_inputs(plan, self._settings)}
         require_checksums(plan, found)
         report = {"name": plan.name, "action": plan.action, "route": plan.route.name, **evidence}
+        if plan.cores > 1:
+            report["cores"] = plan.cores
         if remarks:
             report["remarks"] = "; ".join(remarks)
         report["read_bytes"] = source.read_bytes

@@ -148,7 +148,7 @@ class _ItemRun:
                 reader,
                 readers,
                 (bundle for tensor in to_do for bundle in first_pass(tensor)),
-                budget_bytes=budget.ring,
+                budget_bytes=budget.read_pool,
                 part_bytes=budget.gpu_part,
                 pinned=on_gpu,
                 checksums=checksums,

@@ -48,7 +48,7 @@ class Budget:
     together: int = 0  # ceiling for the work of all tensors that are merged at once; on a GPU there is one
 
     @property
-    def ring(self) -> int:
+    def read_pool(self) -> int:
         """Return the bytes of all copies on the host: those read ahead, and those of tensors that are merged."""
         return self.read_ahead + self.copies
 

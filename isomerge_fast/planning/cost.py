@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from .plan import Plan, TensorPlan
+from .schedule import Simulation
 
 # What is assumed of a worker where nothing was measured: a file system of 1 GB/s; of a GPU, products in float32.
 ASSUMED_BYTES_PER_SECOND = 1e9
@@ -91,19 +92,24 @@ def least_seconds(items: Sequence[TensorCost], workers: int, rates: Rates) -> tu
     return walls[wall], wall
 
 
-def assumed_rates(device: torch.device) -> Rates:
-    """Return the rates of products timed now on this CPU, or assumed of a GPU; bytes are assumed."""
-    return Rates(_measured_flops() if device.type == "cpu" else ASSUMED_GPU_FLOPS_PER_SECOND)
+def assumed_rates(device: torch.device, cores: int = 1) -> Rates:
+    """Return the rates of products timed now on ``cores`` of this CPU, or assumed of a GPU; bytes are assumed."""
+    return Rates(cores * _measured_flops() if device.type == "cpu" else ASSUMED_GPU_FLOPS_PER_SECOND)
 
 
 def _measured_flops() -> float:
-    """Measure the operations a second of a float32 product on this CPU.
+    """Measure the operations a second of a float32 product on one core of this CPU.
 
     (A merge of the 162 M parameter test model, 4 experts, on one core of an AMD EPYC: predicted by these 17.9 s by
     Iso-C and 53 s by Iso-CTS, took 15.4 and 55; by float64 products, in which the methods do some of it, 36 and 106.)
     """
     sample = torch.ones(SAMPLE_SIDE, SAMPLE_SIDE, device="cpu")
-    return 2 * SAMPLE_SIDE**3 / min(timeit.repeat(lambda: torch.mm(sample, sample), number=1, repeat=4))
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return 2 * SAMPLE_SIDE**3 / min(timeit.repeat(lambda: torch.mm(sample, sample), number=1, repeat=4))
+    finally:
+        torch.set_num_threads(before)
 
 
 def estimate_seconds(plan: Plan) -> dict[str, float]:
@@ -111,10 +117,15 @@ def estimate_seconds(plan: Plan) -> dict[str, float]:
     rates = assumed_rates(torch.device("cpu"))
     total = cost_of(plan.tensors)
     return {
-        "compute": total.compute_seconds(rates),
+        "compute": Simulation.of(plan.tensors, plan.budget, plan.cores).seconds / rates.flops_per_second,
         "read": total.read_bytes / rates.read_bytes_per_second,
         "write": total.write_bytes / rates.write_bytes_per_second,
     }
+
+
+def matrices_at_once(plan: Plan) -> int:
+    """Return how many matrices are computed at once on a CPU, the most."""
+    return Simulation.of(plan.tensors, plan.budget, plan.cores).at_once
 
 
 def divide(plan: Plan, workers: int, rates: Rates) -> list[tuple[TensorPlan, ...]]:

@@ -204,7 +204,7 @@ class Plan:
     @property
     def host_buffer_bytes(self) -> int:
         """Estimate the bytes on the host without the tensor that is merged: process, metadata, reads and writes."""
-        return PROCESS_BYTES + self.metadata_bytes + self.budget.ring + self.budget.write_behind
+        return PROCESS_BYTES + self.metadata_bytes + self.budget.read_pool + self.budget.write_behind
 
     @property
     def peak_vram_bytes(self) -> int:
@@ -247,6 +247,6 @@ class Plan:
             "peak_work_bytes": self.peak_work_bytes,
             "together_bytes": self.together_bytes,
             "cores": self.cores,
-            "read_ahead_bytes": self.budget.ring,
+            "read_ahead_bytes": self.budget.read_pool,
             "metadata_bytes": self.metadata_bytes,
         }

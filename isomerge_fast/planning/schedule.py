@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,6 +20,8 @@ from .plan import TensorPlan
 
 # Of smaller matrices each takes a core a few seconds at most: they wait for memory, and are computed by one.
 LEAST_OPERATIONS = 3e11
+# Of smaller matrices, of a few tenths of a second each, none is merged before its turn.
+MOVED_OPERATIONS = 1e10
 
 
 def default_cores() -> int:
@@ -49,7 +51,7 @@ def _with_cores(tensor: TensorPlan, budget: Budget, cores: int, share: float) ->
     wanted = 1
     if not tensor.route.shares_blocks and tensor.flops >= LEAST_OPERATIONS:
         by_work = budget.together // max(1, tensor.route.work_bytes)
-        by_copies = budget.ring // max(1, copies_of(tensor))
+        by_copies = budget.read_pool // max(1, copies_of(tensor))
         at_once = max(1, min(cores, by_work, by_copies))
         wanted = max(cores // at_once, cores_of(tensor.flops, share, cores))
     return tensor if wanted == tensor.cores else replace(tensor, cores=wanted)
@@ -66,17 +68,19 @@ def copies_of(tensor: TensorPlan) -> int:
 
 
 def longest_first(tensors: Sequence[TensorPlan], cores: int) -> list[TensorPlan]:
-    """Return the tensors in their order, but first those that others could not be computed beside at the end.
+    """Return the tensors in their order, but first those that would leave cores without work later on.
 
-    Such a one takes longer than all that come after it would take on the other cores.
+    Such a one takes longer than all that come after it would take on the other cores; or it takes several cores, of
+    which the first that are free would wait for the last.
     """
-    after = 0.0  # operations of what comes later
+    after = 0.0  # operations of what stays and comes later
     late: list[TensorPlan] = []
     rest: list[TensorPlan] = []
     for tensor in reversed(tensors):
-        is_late = cores > 1 and not tensor.route.shares_blocks and tensor.flops / tensor.cores > after / cores
+        is_large = tensor.flops >= MOVED_OPERATIONS and not tensor.route.shares_blocks
+        is_late = is_large and cores > 1 and (tensor.cores > 1 or tensor.flops > after / cores)
         (late if is_late else rest).append(tensor)
-        after += tensor.flops
+        after += 0.0 if is_late else tensor.flops
     return [*sorted(late, key=lambda tensor: -tensor.flops / tensor.cores), *reversed(rest)]
 
 
@@ -97,7 +101,8 @@ class Simulation:
         for tensor in longest_first(tensors, cores):
             is_shared = tensor.route.shares_blocks
             needs, own_work, own_copies = (0 if is_shared else tensor.cores), tensor.route.work_bytes, copies_of(tensor)
-            while running and (needs > free or work + own_work > budget.together or copies + own_copies > budget.ring):
+            most_work, most_copies = budget.together - own_work, budget.read_pool - own_copies
+            while running and (needs > free or work > most_work or copies > most_copies):
                 now, *given = heapq.heappop(running)
                 free, work, copies = free + given[0], work - given[1], copies - given[2]
             found.together = max(found.together, work + own_work)
@@ -110,8 +115,3 @@ class Simulation:
             found.seconds = max(found.seconds, now + tensor.flops / tensor.cores)
             found.at_once = max(found.at_once, len(running))
         return found
-
-
-def by_several(tensors: Sequence[TensorPlan]) -> Iterator[TensorPlan]:
-    """Yield the tensors that several cores compute, whose last digits depend on how many."""
-    return (tensor for tensor in tensors if tensor.cores > 1)

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from ..layout import StoredTensor
+from .buffer_pool import BufferPool
 from .checksum import Checksum
 from .direct_io import PAGE, READ_BYTES
 from .reader import Piece, Reader
-from .ring_buffer import RingBuffer
 
 # More threads than cores: they wait for the disk, not for each other.
 THREADS = 4
@@ -102,7 +102,7 @@ class _Reading:
     whole: Bundle
     bundle: Bundle  # that, or a part of it
     buffer: Tensor
-    in_ring: bool
+    in_pool: bool
     parts: list[Future[float]]
 
 
@@ -135,7 +135,7 @@ class ReadAhead:
     ) -> None:
         self._reader, self._threads, self._pinned = reader, threads, pinned
         self._checksums = checksums
-        self._ring = RingBuffer(budget_bytes, pinned=pinned)
+        self._pool = BufferPool(budget_bytes, pinned=pinned)
         self.budget_bytes = budget_bytes
         self.part_bytes = part_bytes
         self._bundles = ((bundle, part) for bundle in bundles for part in bundle.parts(part_bytes))
@@ -198,8 +198,8 @@ class ReadAhead:
         def give_back() -> None:
             with self._changed:
                 self._out -= 1
-                if reading.in_ring:
-                    self._ring.give_back(reading.buffer)
+                if reading.in_pool:
+                    self._pool.give_back(reading.buffer)
                 self._top_up()
                 self._changed.notify_all()
 
@@ -209,15 +209,15 @@ class ReadAhead:
         while self._next is not None:
             whole, bundle = self._next
             size = bundle.bytes
-            buffer = self._ring.take(size)
-            in_ring = buffer is not None
+            buffer = self._pool.take(size)
+            in_pool = buffer is not None
             if buffer is None:
-                if size <= self._ring.size or self._ahead or self._out:
+                if size <= self._pool.size or self._ahead or self._out:
                     return
-                self._ring.release()
+                self._pool.release()
                 buffer = torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=self._pinned)
             parts = [self._threads.submit(self._load, items) for items in _jobs(bundle, buffer)]
-            self._ahead.append(_Reading(whole, bundle, buffer, in_ring, parts))
+            self._ahead.append(_Reading(whole, bundle, buffer, in_pool, parts))
             self._next = next(self._bundles, None)
 
     def _load(self, items: list[tuple[Piece, int, Tensor]]) -> float:

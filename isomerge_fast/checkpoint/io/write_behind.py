@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from .ring_buffer import RingBuffer
+from .buffer_pool import BufferPool
 
 # A room has at most one part in so many of the memory, so that one is filled while others are written.
 ROOM_SHARE = 3
@@ -24,7 +24,7 @@ class WriteBehind:
 
     def __init__(self, budget_bytes: int) -> None:
         self._budget = budget_bytes
-        self._ring = RingBuffer(budget_bytes)
+        self._pool = BufferPool(budget_bytes)
         self._actions: deque[tuple[Callable[[], None], int, Tensor | None]] = deque()
         self._bytes = 0  # of what was put and is not done, without the rooms
         self._changed = threading.Condition()  # guards all of these
@@ -62,7 +62,7 @@ class WriteBehind:
             return None
         with self._changed:
             self._raise()
-            while (room := self._ring.take(size)) is None:
+            while (room := self._pool.take(size)) is None:
                 self._wait()
         return room
 
@@ -114,7 +114,7 @@ class WriteBehind:
                 self._is_busy = False
                 self._bytes -= size
                 if room is not None:
-                    self._ring.give_back(room)
+                    self._pool.give_back(room)
                 del room
                 if failure is not None:
                     self._failure = failure

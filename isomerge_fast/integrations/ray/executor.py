@@ -122,7 +122,7 @@ class RayExecutor:
         workers = self.workers(plan, threads)
         if not workers:
             raise ResourceError(self._too_small(plan, threads))
-        parts = divide(plan, workers, assumed_rates(torch.device(self.device)))
+        parts = divide(plan, workers, assumed_rates(torch.device(self.device), threads))
         items = [WorkItem.of(plan, number, tensors, journal_entries) for number, tensors in enumerate(parts, 1)]
         again: dict[str, Any] = {"max_retries": RETRIES, "retry_exceptions": [InputChangedError, UnreadableError]}
         task: Any = ray.remote(**self._request(plan, threads), **again)(worker.merge_there)
