@@ -309,7 +309,7 @@ def test_what_torch_is_told_before_it_is_loaded(given: dict[str, str], expected:
 def test_what_cannot_wait_is_said_on_standard_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A resume that keeps to its threads: before the report, and beside JSON on standard output."""
     base, experts = make_family(tmp_path, tasks=1)
-    config = {"base": str(base), "experts": [str(experts[0])], "method": "mean", "out": str(tmp_path / "out")}
+    config = {"base": str(base), "experts": [str(experts[0])], "method": "iso-c", "out": str(tmp_path / "out")}
 
     def stop(*_: object) -> None:
         raise SystemExit
@@ -318,8 +318,15 @@ def test_what_cannot_wait_is_said_on_standard_error(tmp_path: Path, monkeypatch:
         patch.setattr(engine, "merge_item", stop)
         with pytest.raises(SystemExit):
             imf.merge(config, threads=1)
-    arguments = flags((base, experts), "--method", "mean", "--out", tmp_path / "out", "--resume")
-    done = isomerge("run", *arguments, "--threads", 2, "--format", "json")
-    said = f"{tmp_path / 'out'}: computed with 1 thread(s), with which the merge began, and not with 2: "
-    assert done.stderr.startswith(said)
-    assert json.loads(done.stdout)["method"] == "mean"
+    # As if all matrices were so large that several cores compute them.
+    code = """if True:
+        from isomerge_fast.planning import schedule
+        schedule.LEAST_OPERATIONS, schedule.cores_of = 0.0, lambda flops, share, cores: cores
+        from isomerge_fast.cli.application import main
+        main()
+    """
+    arguments = flags((base, experts), "--method", "iso-c", "--out", tmp_path / "out", "--resume")
+    command = [sys.executable, "-c", code, "run", *map(str, arguments), "--threads", "2", "--format", "json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stderr.startswith(f"{tmp_path / 'out'}: computed with 1 thread(s), with which the merge began, and not")
+    assert json.loads(done.stdout)["method"] == "iso-c"

@@ -533,17 +533,15 @@ def test_where_every_solver_gives_up_the_tensor_is_named(tmp_path: Path, monkeyp
 
 
 def test_the_same_bytes_whatever_the_hash_seed_and_the_order_of_reads(tmp_path: Path) -> None:
-    """And whatever the number of threads, where no solver is at work: LAPACK's last digits depend on it."""
+    """And whatever the number of threads, as each tensor is computed by one of them."""
     tensors = {**make_base(), "large.weight": torch.randn(700, 500)}
     base = save_folder(tmp_path / "base", tensors, shards=2)
     family = (base, [save_folder(tmp_path / f"e{index}", make_expert(tensors, index)) for index in range(2)])
     code = """if True:
         import sys, json, torch, isomerge_fast as imf
-        spectral, linear = json.loads(sys.argv[1])
-        torch.set_num_threads(2)
-        imf.merge(spectral, io=sys.argv[2])
         torch.set_num_threads(int(sys.argv[3]))
-        imf.merge(linear, io=sys.argv[2])
+        for config in json.loads(sys.argv[1]):
+            imf.merge(config, io=sys.argv[2])
     """
     runs = []
     for seed, threads, io in (("0", "1", "auto"), ("4711", "2", "buffered"), ("1", "5", "auto")):
@@ -554,13 +552,11 @@ def test_the_same_bytes_whatever_the_hash_seed_and_the_order_of_reads(tmp_path: 
     assert [run.wait(120) for run in runs] == [0, 0, 0]
     for seed in ("4711", "1"):
         expect_same(tmp_path / seed / "spectral", tmp_path / "0/spectral")
-        linear, expected = listing(tmp_path / seed / "linear"), listing(tmp_path / "0/linear")
-        del linear["report.json"], expected["report.json"]  # norms of deltas are sums over threads
-        assert linear == expected
+        expect_same(tmp_path / seed / "linear", tmp_path / "0/linear")
 
 
-def test_resume_goes_on_with_the_threads_it_began_with(tmp_path: Path, warm: WarmProcess) -> None:
-    """LAPACK's last digits depend on their number."""
+def test_resume_goes_on_with_any_number_of_threads(tmp_path: Path, warm: WarmProcess) -> None:
+    """Each tensor is computed by one of them."""
     tensors = {"a.weight": torch.randn(8, 8), "b.weight": torch.randn(700, 500), "c.weight": torch.randn(500, 500)}
     base = save_folder(tmp_path / "base", tensors)
     family = (base, [save_folder(tmp_path / "expert", make_expert(tensors, 0))])
@@ -568,9 +564,8 @@ def test_resume_goes_on_with_the_threads_it_began_with(tmp_path: Path, warm: War
     journal_lines = [index for index, line in enumerate(point.unharmed.log, 1) if "journal-1.jsonl " in line]
     assert point.run("kill-after", journal_lines[1]).status == "killed"
     point.resume(threads=2)
-    assert point.run(overwrite=True, threads=2).status == "done"
-    if state_of(point.out) == state_of(point.whole):
-        pytest.skip("with this LAPACK the number of threads does not matter: nothing was to be seen")
+    assert point.run(overwrite=True, threads=3).status == "done"
+    assert state_of(point.out) == state_of(point.whole)
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o077], ids=oct)

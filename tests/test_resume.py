@@ -16,6 +16,8 @@ from isomerge_fast.errors import InputChangedError
 from isomerge_fast.execution import engine
 from isomerge_fast.execution.report import PHASES, Progress
 from isomerge_fast.execution.verify import verify
+from isomerge_fast.execution.worker import merge_item
+from isomerge_fast.planning import schedule
 from isomerge_fast.planning.planner import make_plan
 
 # --- interrupted ------------------------------------------------------------------------------------------------------
@@ -69,14 +71,21 @@ def test_resume_is_byte_identical(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_a_resume_that_keeps_its_threads_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """At once and in the report; not where no other number was asked for."""
+    """At once and in the report; not where no other number was asked for, or where every tensor is one core's."""
     config = config_of(make_family(tmp_path), tmp_path / "out")
+    alike = {**config, "out": str(tmp_path / "alike")}
 
     def stopped(*_: object) -> None:
         raise Killed
 
     with monkeypatch.context() as patch:
         patch.setattr(engine, "merge_item", stopped)
+        for threads, resume in ((1, False), (2, True), (1, True)):
+            with pytest.raises(Killed):
+                imf.merge(alike, threads=threads, resume=resume)
+        assert not caplog.messages
+        patch.setattr(schedule, "cores_of", lambda flops, share, cores: cores)
+        patch.setattr(schedule, "LEAST_OPERATIONS", 0.0)
         with pytest.raises(Killed):
             imf.merge(config, threads=1)
         for again in (None, 1):
@@ -84,13 +93,15 @@ def test_a_resume_that_keeps_its_threads_says_so(
                 imf.merge(config, threads=again, resume=True)
         assert not caplog.messages
         said = (
-            "computed with 1 thread(s), with which the merge began, and not with 2: the last digits of spectral "
-            "methods depend on it (--overwrite instead of --resume begins anew)"
+            "computed with 1 thread(s), with which the merge began, and not with 2: the last digits of 4 tensor(s) "
+            "depend on it (--overwrite instead of --resume begins anew)"
         )
         with pytest.raises(Killed):
             imf.merge(config, threads=2, resume=True)
         assert caplog.messages == [f"{tmp_path / 'out'}: {said}"]
-    assert said in imf.merge(config, threads=2, resume=True).notes
+        patch.setattr(engine, "merge_item", merge_item)
+        report = imf.merge(config, threads=2, resume=True)
+    assert said in report.notes
 
 
 def test_resume_does_not_trust_the_journal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

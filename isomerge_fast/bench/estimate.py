@@ -1,14 +1,15 @@
 """Estimate the time of a merge on this machine (``isomerge bench``): time made-up tensors like those of its plan.
 
-    total = max(Σ count · seconds, (bytes read + bytes read again) / reading rate + bytes written / writing rate)
+    total = max(seconds of all tensors, (bytes read + bytes read again) / reading rate + bytes written / writing rate)
 
-as reads run ahead and writes behind while tensors are computed.
+as reads run ahead and writes behind while tensors are computed, on a CPU several at once.
 """
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -17,10 +18,12 @@ from typing import Any
 import torch
 
 from ..checkpoint.layout import DTYPE_NAMES
-from ..execution.threads import ComputeThreads
+from ..execution.threads import ComputeThreads, OneCore
+from ..methods.source import Threads
 from ..ops import dtype_name
 from ..planning.plan import Plan, TensorPlan
 from ..planning.routes import Resident, Streamed
+from ..planning.schedule import Simulation
 from .ceilings import machine, measure_disk, timed
 from .samples import MEASURED, Sample, Size, memory_for_samples, sample_bytes, sizes_of
 
@@ -57,9 +60,7 @@ class _Timing:
     spent_seconds: float
 
 
-def _time(
-    tensor: TensorPlan, plan: Plan, device: torch.device, workers: ComputeThreads, allowance_seconds: float
-) -> _Timing:
+def _time(tensor: TensorPlan, plan: Plan, device: torch.device, workers: Threads, allowance_seconds: float) -> _Timing:
     """Time the smallest size, then again and again the largest one that is expected to fit into the time left."""
     room = memory_for_samples(device)
     sizes = sizes_of(tensor, device)
@@ -118,6 +119,26 @@ def _group(members: Sequence[TensorPlan], timing: _Timing) -> dict[str, Any]:
     }
 
 
+@contextmanager
+def _as_merged(tensor: TensorPlan, workers: ComputeThreads, device: torch.device) -> Iterator[Threads]:
+    """Compute with the cores that compute such a tensor in a merge; yield the threads that share its blocks."""
+    before = torch.get_num_threads()
+    is_alone = device.type == "cpu" and not tensor.route.shares_blocks
+    torch.set_num_threads(tensor.cores if is_alone else before)
+    try:
+        yield OneCore() if is_alone and tensor.cores == 1 else workers
+    finally:
+        torch.set_num_threads(before)
+
+
+def _compute_seconds(plan: Plan, groups: Sequence[dict[str, Any]], device: torch.device) -> float:
+    """Return how long all tensors take: on a CPU several at once, on a GPU one after the other."""
+    if device.type != "cpu":
+        return sum(group["seconds"] for group in groups)
+    each = {name: group["seconds_each"] for group in groups for name in group["tensors"]}
+    return Simulation.of(plan.tensors, plan.budget, plan.cores, lambda tensor: each[tensor.name]).seconds
+
+
 def estimate_merge(
     plan: Plan,
     device: torch.device,
@@ -136,15 +157,16 @@ def estimate_merge(
     disk = measure_disk(folder)
     spent, groups = 0.0, []
     pending = sorted(group_plans(plan), key=lambda members: (members[0].flops, members[0].base.bytes))
-    with ComputeThreads() as workers, torch.no_grad():
+    with ComputeThreads(plan.cores) as workers, torch.no_grad():
         for index, members in enumerate(pending):
             say(f"{members[0].action} of {list(members[0].base.shape)}")
             allowance = max(0.0, budget_seconds - spent) / (len(pending) - index)
-            timing = _time(members[0], plan, device, workers, allowance)
+            with _as_merged(members[0], workers, device) as own_workers:
+                timing = _time(members[0], plan, device, own_workers, allowance)
             spent += timing.spent_seconds
             groups.append(_group(members, timing))
     groups.sort(key=lambda group: -group["seconds"])
-    compute = sum(group["seconds"] for group in groups)
+    compute = _compute_seconds(plan, groups, device)
     again = sum(group["read_again_bytes"] for group in groups)
     reading = (plan.read_bytes + again) / disk["read_bytes_per_second"]
     writing = plan.write_bytes / disk["write_bytes_per_second"]

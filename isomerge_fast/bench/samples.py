@@ -16,9 +16,8 @@ from torch import Tensor
 from ..checkpoint.io.write_behind import ROOM_SHARE
 from ..errors import ConfigError
 from ..execution.sinks import FileSink
-from ..execution.threads import ComputeThreads
 from ..methods import MemoryDeltas, Method, RowBlock, TensorSpec
-from ..methods.source import Factors, MemoryFactors
+from ..methods.source import Factors, MemoryFactors, Threads
 from ..planning.plan import Plan, TensorPlan
 from .problems import deltas_like_fine_tuning
 
@@ -41,7 +40,7 @@ class _Unwritten:
     def room(self, size: int) -> Tensor | None:
         return self._memory[:size] if size <= self.room_bytes else None
 
-    def put(self, action: Callable[[], None], *, size: int = 0, in_room: bool = False) -> None:
+    def put(self, action: Callable[[], None], *, size: int = 0, room: Tensor | None = None) -> None:
         pass
 
 
@@ -128,9 +127,7 @@ def _solver(tensor: TensorPlan, shape: tuple[int, ...], device: torch.device) ->
 class Sample:
     """Make a tensor like a planned one, of a given size, and merge it."""
 
-    def __init__(
-        self, tensor: TensorPlan, size: Size, plan: Plan, device: torch.device, workers: ComputeThreads
-    ) -> None:
+    def __init__(self, tensor: TensorPlan, size: Size, plan: Plan, device: torch.device, workers: Threads) -> None:
         self._tensor, self._workers = tensor, workers
         self._method = method_at(tensor, size.shape)
         whole = tensor.route

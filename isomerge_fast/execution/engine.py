@@ -187,11 +187,11 @@ class Execution:
         )
         plan = with_cores(journal.threads)
         if threads != journal.threads:
-            several = sum(tensor.cores > 1 for tensor in plan.tensors)
+            cores = zip(plan.cores_of_tensors, with_cores(threads).cores_of_tensors, strict=True)
             notes.append(
                 f"computed with {journal.threads} thread(s), with which the merge began, and not with {threads}: the "
-                f"last digits of {several or 'some'} tensor(s) depend on it (--overwrite instead of --resume begins "
-                "anew)"
+                f"last digits of {sum(then != now for then, now in cores)} tensor(s) depend on it (--overwrite instead "
+                "of --resume begins anew)"
             )
             LOG.warning("%s: %s", visible(str(staging.out)), notes[-1])
         shards = _create_files(plan, staging, journal, self.resume)

@@ -95,7 +95,8 @@ class StateDictMerge:
                 return Task(lambda: origin.detach().clone())
             bits = tensor_seed(seed, name) if (wanted or tensor.dtype) == torch.bfloat16 else None
             spec = TensorSpec(name, tuple(tensor.shape), ops.compute_dtype(*dtypes[name]))
-            given = [as_tensor(state[name], f"experts[{index}]: tensor {name!r}") for index, state in enumerate(states)]
+            read = enumerate(states if tensor.numel() else ())
+            given = [as_tensor(state[name], f"experts[{index}]: tensor {name!r}") for index, state in read]
             make = partial(self._merge_tensor, spec, origin, given, weights[spec.dtype], bits)
             return Task(make, self._demand(spec, origin, len(states), share))
 

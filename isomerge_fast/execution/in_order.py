@@ -19,11 +19,12 @@ class Task(Generic[Result]):
     """Hold what makes one result, and what it takes; where that is None, it is made by the thread that asks for it."""
 
     def __init__(self, make: Callable[[], Result], demand: Demand | None = None) -> None:
-        self.demand, self._make = demand, make
+        self.demand = demand
+        self._make = [make]
         self.results: list[Result] = []
 
     def run(self) -> None:
-        self.results.append(self._make())
+        self.results.append(self._make.pop()())  # what it holds goes with it
 
 
 def in_order(tasks: Iterable[Task[Result]], cores: int, together_bytes: int) -> Iterator[Result]:

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
@@ -86,20 +87,30 @@ def longest_first(tensors: Sequence[TensorPlan], cores: int) -> list[TensorPlan]
 
 @dataclass
 class Simulation:
-    """Hold what a merge by so many cores comes to, if all that takes time is operations, as many a second for each."""
+    """Hold what a merge by so many cores comes to: by default if all that takes time is operations, one a second."""
 
     together: int = 0  # bytes, the most work of tensors that are merged at once
-    seconds: float = 0.0  # of one operation a second
+    seconds: float = 0.0
     at_once: int = 0  # matrices, the most
 
     @classmethod
-    def of(cls, tensors: Sequence[TensorPlan], budget: Budget, cores: int) -> Simulation:
-        """Begin each tensor, in the order of ``longest_first``, as soon as there are cores and memory for it."""
+    def of(
+        cls,
+        tensors: Sequence[TensorPlan],
+        budget: Budget,
+        cores: int,
+        seconds_of: Callable[[TensorPlan], float] | None = None,
+    ) -> Simulation:
+        """Begin each tensor, in the order of ``longest_first``, as soon as there are cores and memory for it.
+
+        ``seconds_of`` says how long a tensor's own cores take, or all of them where they share it.
+        """
         found = cls()
+        seconds_of = seconds_of or partial(_operations_a_core, cores=cores)
         running: list[tuple[float, int, int, int]] = []  # end, cores, work, copies
         free, work, copies, now = cores, 0, 0, 0.0
         for tensor in longest_first(tensors, cores):
-            is_shared = tensor.route.shares_blocks
+            is_shared = tensor.route.shares_blocks and cores > 1
             needs, own_work, own_copies = (0 if is_shared else tensor.cores), tensor.route.work_bytes, copies_of(tensor)
             most_work, most_copies = budget.together - own_work, budget.read_pool - own_copies
             while running and (needs > free or work > most_work or copies > most_copies):
@@ -107,11 +118,16 @@ class Simulation:
                 free, work, copies = free + given[0], work - given[1], copies - given[2]
             found.together = max(found.together, work + own_work)
             if is_shared:
-                now += tensor.flops / cores
+                now += seconds_of(tensor)
                 found.seconds = max(found.seconds, now)
                 continue
-            heapq.heappush(running, (now + tensor.flops / tensor.cores, needs, own_work, own_copies))
+            end = now + seconds_of(tensor)
+            heapq.heappush(running, (end, needs, own_work, own_copies))
             free, work, copies = free - needs, work + own_work, copies + own_copies
-            found.seconds = max(found.seconds, now + tensor.flops / tensor.cores)
+            found.seconds = max(found.seconds, end)
             found.at_once = max(found.at_once, len(running))
         return found
+
+
+def _operations_a_core(tensor: TensorPlan, cores: int) -> float:
+    return tensor.flops / (cores if tensor.route.shares_blocks else tensor.cores)
