@@ -244,7 +244,7 @@ class TestInMemory:
         weights = [[1.0 + 0.1 * index, 0.5, 2.0 - 0.1 * index] for index in range(len(TENSORS))]
         parameters = {"weight": kit.PerGroupValues(weights), "lambda": 0.7}
         batched = merge_states(given, method, parameters=parameters)
-        assert sorted(shapes) == [(3, 24, 16), (16, 24)]  # of one matrix no batch is made
+        assert sorted(shapes) == [(16, 24), *[(24, 16)] * 3]  # on a CPU each by itself
         single = merge_states(given, method, parameters=parameters, batch_options=kit.BatchOptions(max_groups=1))
         for index, (name, start) in enumerate(before[0].items()):
             origin = start.double().numpy()
@@ -265,7 +265,7 @@ class TestInMemory:
         merge_states(states(), "iso_c", parameters={"weight": 0.5})
         # One of the matrices is averaged for its name.
         averaged = [(1, 24, 16), (1, 16), (1, 3, 2, 2, 2), (1,)]
-        assert sorted(seen) == sorted((shape, 3) for shape in [(3, 24, 16), (16, 24), *averaged])
+        assert sorted(seen) == sorted((shape, 3) for shape in [*[(24, 16)] * 3, (16, 24), *averaged])
 
     def test_options_reach_the_method(self) -> None:
         base, *experts = [state["a.weight"] for state in states()]

@@ -170,7 +170,7 @@ def _once_for_tied(
     firsts = {_place(tensor): name for name, tensor in reversed(list(tensors.items()))}
     tied: dict[tuple[Any, ...], Tensor] = {}
     tasks = (task_of(name, tensor) for name, tensor in tensors.items() if firsts[_place(tensor)] == name)
-    made = in_order(tasks, default_cores(), int(TOGETHER_SHARE * memory_bytes()))
+    made = in_order(tasks, default_cores(), together_bytes())
     for name, tensor in tensors.items():
         place = _place(tensor)
         result = tied[place] if place in tied else next(made)
@@ -199,6 +199,32 @@ def merge_source(
     sink = MemorySink(base, scaling, dtype, seed)
     memory_route(method, base.shape).run(source, sink)
     return sink.merged
+
+
+def merge_matrices(
+    method: Method, sources: Sequence[MemoryDeltas], scaling: float, dtype: torch.dtype
+) -> Iterator[Tensor]:
+    """Yield ``merge_source`` of matrices, each beside its base, in their order; on a CPU several at once, a core each.
+
+    All have one shape; the method is one for matrices.
+    """
+
+    def task(source: MemoryDeltas) -> Task[Tensor]:
+        assert source.base is not None
+        make = torch.no_grad()(partial(merge_source, method, source, source.base, scaling=scaling, dtype=dtype))
+        if source.device.type != "cpu":
+            return Task(make)
+        flops = method.flops(source.full_spec, source.n_tasks)
+        demand = method.workspace_bytes(source.full_spec, source.n_tasks, source.device)
+        return Task(make, Demand(cores_of(flops, len(sources) * flops / cores, cores), demand))
+
+    cores = default_cores()
+    yield from in_order(map(task, sources), cores, together_bytes())
+
+
+def together_bytes() -> int:
+    """Return how many bytes the tensors that are merged at once in memory may take."""
+    return int(TOGETHER_SHARE * memory_bytes())
 
 
 def merge_to_factors(

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ... import ops
 from ...errors import ConfigError, InputError
-from ...execution.in_memory import merge_source
+from ...execution.in_memory import merge_matrices, merge_source
 from ...methods import (
     Mean,
     MemoryDeltas,
@@ -147,15 +147,28 @@ class IsotropicMergeMethod(MergeMethod):
                 raise ConfigError(f"{_name(group)}: {error}") from error
         given = zip(groups, values[WEIGHT].tolist(), strict=True)
         weights = [checked_weights(each, compute, f"{_name(group)}: ") for group, each in given]
-        full_spec = TensorSpec(", ".join(group.metadata.name or "" for group in groups), tuple(base.shape), compute)
-        source = _Batch(experts, base, weights, dtype=compute, full_spec=full_spec)
-        if by_method and len(base) == 1:  # as the matrix itself: products of one are not made by routines for batches
-            base, full_spec = base[0], replace(full_spec, shape=tuple(base.shape[1:]))
-            experts = [expert[0] for expert in experts]
-            source = MemoryDeltas(experts, base, weights=weights[0], dtype=compute, full_spec=full_spec)
+        specs = [TensorSpec(group.metadata.name or "", tuple(base.shape[1:]), compute) for group in groups]
+        full_spec = TensorSpec(", ".join(spec.name for spec in specs), tuple(base.shape), compute)
         with torch.no_grad(), torch.autocast(base.device.type, enabled=False):
             try:
-                merged = merge_source(method, source, base, scaling=values[LAMBDA], dtype=out_dtype)
+                if by_method and (base.device.type == "cpu" or len(base) == 1):
+                    # As the matrices themselves: products of one are not made by routines for batches.
+                    sources = [
+                        MemoryDeltas(
+                            [expert[member] for expert in experts],
+                            base[member],
+                            weights=own,
+                            dtype=compute,
+                            full_spec=spec,
+                        )
+                        for member, (own, spec) in enumerate(zip(weights, specs, strict=True))
+                    ]
+                    merged = torch.empty(base.shape, dtype=out_dtype, device=base.device)
+                    for member, made in enumerate(merge_matrices(method, sources, values[LAMBDA], out_dtype)):
+                        merged[member] = made
+                else:
+                    source = _Batch(experts, base, weights, dtype=compute, full_spec=full_spec)
+                    merged = merge_source(method, source, base, scaling=values[LAMBDA], dtype=out_dtype)
             except NotFiniteError as error:
                 raise InputError(_not_finite(batch, groups)) from error
             except OutOfRangeError as error:
