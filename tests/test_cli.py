@@ -15,6 +15,7 @@ import isomerge_fast as imf
 from cases import Case
 from checkpoints import load_folder, make_family, save_folder
 from command_lines import flags, invoke
+from isomerge_fast import machine
 from isomerge_fast.cli.options import parse_bytes
 from isomerge_fast.cli.render import group_tensors
 from isomerge_fast.errors import ConfigError
@@ -196,6 +197,8 @@ def test_doctor() -> None:
     assert findings["healthy"]
     assert {check["method"] for check in findings["checks"]} == {"iso-c", "iso-cts", "mean", "task-arithmetic"}
     assert findings["versions"]["torch"] == torch.__version__
+    assert findings["machine"]["usable cpus"] == machine.describe_cpus()
+    assert findings["machine"]["memory"] == machine.describe_memory()
     assert "ok: error" in invoke("doctor")[1]
 
 

@@ -106,7 +106,7 @@ def ends_well(code: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("module", ["isomerge_fast", "isomerge_fast.cli"])
+@pytest.mark.parametrize("module", ["isomerge_fast", "isomerge_fast.cli", "isomerge_fast.machine"])
 def test_import_does_not_load_torch(module: str) -> None:
     ends_well(f"import sys, {module}; sys.exit('torch' in sys.modules)")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -16,6 +15,7 @@ from torch import Tensor
 from ..checkpoint.io.write_behind import ROOM_SHARE
 from ..errors import ConfigError
 from ..execution.sinks import FileSink
+from ..machine import memory_bytes
 from ..methods import MemoryDeltas, Method, RowBlock, TensorSpec
 from ..methods.source import Factors, MemoryFactors, Threads
 from ..planning.plan import Plan, TensorPlan
@@ -25,7 +25,7 @@ from .problems import deltas_like_fine_tuning
 # a side of 256, 92 at 384, 110 at 512, 114 to 126 from 768 on (one thread of a Xeon); and the solvers search for
 # subspaces from 256 columns on. Passes over less than a few parts a thread are all overhead.
 SMALLEST_SIDE, SMALLEST_ELEMENTS = 512, 1 << 21
-# Share of the machine's memory for made-up weights and their merge.
+# Share of the memory that this process may use, for made-up weights and their merge.
 MEMORY_SHARE = 0.25
 MEASURED = "measured"
 
@@ -207,4 +207,4 @@ def sample_bytes(tensor: TensorPlan, size: Size, device: torch.device) -> int:
 def memory_for_samples(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] // 2
-    return int(MEMORY_SHARE * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    return int(MEMORY_SHARE * memory_bytes())

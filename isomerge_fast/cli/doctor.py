@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import shutil
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from .. import __version__
 from ..bench.ceilings import installed
 from ..bench.problems import relative_error
+from ..machine import describe_cpus, describe_memory
 from ..methods import METHODS, MemoryDeltas
 
 _PACKAGES = (
@@ -39,7 +39,8 @@ def examine() -> dict[str, Any]:
     machine: dict[str, Any] = {
         "system": f"{platform.system()} {platform.machine()}",
         "cpu threads": torch.get_num_threads(),
-        "memory": f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.1f} GiB",
+        "usable cpus": describe_cpus(),
+        "memory": describe_memory(),
         "free disk here": f"{shutil.disk_usage('.').free / 2**30:.1f} GiB",
     }
     devices = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]

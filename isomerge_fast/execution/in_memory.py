@@ -16,6 +16,7 @@ from torch import Tensor
 from .. import ops
 from ..checkpoint.state_dict import StoredStateDict
 from ..errors import ConfigError, InputError
+from ..machine import memory_bytes
 from ..methods import (
     DeltaSource,
     MemoryDeltas,
@@ -28,7 +29,7 @@ from ..methods import (
 )
 from ..methods.source import Factors, MemoryFactors, check_finite, checked_weights
 from ..parsing.values import dtype_name, list_of, number, pattern, whole_number
-from ..planning.budget import TOGETHER_SHARE, memory_bytes
+from ..planning.budget import TOGETHER_SHARE
 from ..planning.drafts import tensor_seed
 from ..planning.factor_routes import ToAdapter
 from ..planning.part_sizes import ROW_STEP

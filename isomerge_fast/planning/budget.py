@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -10,6 +9,7 @@ import torch
 
 from ..checkpoint.io.direct_io import READ_BYTES
 from ..checkpoint.io.read_ahead import THREADS as READ_THREADS
+from ..machine import memory_bytes
 from ..ops import traits_of
 
 MIB = 1 << 20
@@ -20,7 +20,7 @@ PARTS_AHEAD = 4
 # two. Parts are a quarter of it: each takes 3.5 ms of launches and of waiting for Python's lock there. At 32 MiB a part
 # that was four fifths of a merge that only reads and writes.
 PINNED_BYTES = 512 * MIB
-# Without a ceiling tensors are resident whose copies take up to this share of the machine's memory.
+# Without a ceiling tensors are resident whose copies take up to this share of the memory that the process may use.
 RESIDENT_SHARE = 1 / 32
 # Without a ceiling, tensors that are merged at once take up to this share together.
 TOGETHER_SHARE = 1 / 2
@@ -109,10 +109,6 @@ def budgets_to_try(largest: int, *, host: int | None, vram: int | None, on_gpu: 
             return
         size //= 2
         held = None if held is None else held // 2
-
-
-def memory_bytes() -> int:
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def usable_memory_bytes(device: torch.device) -> int:

@@ -21,8 +21,9 @@ from ..checkpoint.output.companions import FolderContents, contents_of
 from ..config import MergeConfig
 from ..errors import ConfigError, bounded, visible
 from ..linalg.cusolver import describe_arithmetic
+from ..machine import memory_bytes
 from ..methods import make_method
-from .budget import PROCESS_BYTES, TOGETHER_SHARE, Budget, budgets_to_try, memory_bytes, usable_memory_bytes
+from .budget import PROCESS_BYTES, TOGETHER_SHARE, Budget, budgets_to_try, usable_memory_bytes
 from .drafts import Draft, Drafter
 from .factor_routes import factor_route
 from .inputs import Inputs, adapts, open_inputs, require_possible_rank

@@ -16,6 +16,7 @@ from functools import partial
 
 import torch
 
+from ..machine import usable_cpus
 from .budget import Budget
 from .plan import TensorPlan
 
@@ -26,8 +27,8 @@ MOVED_OPERATIONS = 1e10
 
 
 def default_cores() -> int:
-    """Return how many CPU cores a merge takes where nothing is said: as many as torch."""
-    return torch.get_num_threads()
+    """Return how many CPU cores a merge takes where nothing is said: as many as torch, and no more than are usable."""
+    return min(torch.get_num_threads(), usable_cpus())
 
 
 def schedule(
