@@ -14,7 +14,7 @@ _ROOT = Path("/")
 
 
 def usable_cpus(root: Path = _ROOT) -> int:
-    """Return how many threads can compute at once: the least of affinity, CPU quota and ``OMP_NUM_THREADS``.
+    """Return how many threads can compute at once: the lesser of affinity and CPU quota.
 
     Args:
         root: where ``proc`` and ``sys`` lie.
@@ -23,8 +23,14 @@ def usable_cpus(root: Path = _ROOT) -> int:
 
 
 def describe_cpus(root: Path = _ROOT) -> str:
-    """Return ``usable_cpus`` and what bounds them, in words: ``1 (CPU quota of the control group: 1.5)``."""
+    """Return ``usable_cpus`` and what bounds them, in words: ``1 (CPU quota of the control group: 1.5)``.
+
+    Where ``OMP_NUM_THREADS``, which torch goes by, asks for less, that is told of.
+    """
     count, why = _cpus(root)
+    asked = re.match(r"\s*(\d+)\s*(,|$)", os.environ.get("OMP_NUM_THREADS", ""), re.ASCII)
+    if asked and 0 < int(asked[1]) < count:
+        count, why = int(asked[1]), "OMP_NUM_THREADS"
     return f"{count} ({why})"
 
 
@@ -58,9 +64,6 @@ def _cpus(root: Path) -> tuple[int, str]:
     # the period ends, up to 0.1 s, those too that read and write files beside the computing ones.
     if quota < count:
         count, why = max(1, int(quota)), f"CPU quota of the control group: {quota:g}"
-    asked = re.match(r"\s*(\d+)\s*(,|$)", os.environ.get("OMP_NUM_THREADS", ""), re.ASCII)
-    if asked and 0 < int(asked[1]) < count:
-        count, why = int(asked[1]), "OMP_NUM_THREADS"
     return count, why
 
 

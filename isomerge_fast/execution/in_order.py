@@ -6,6 +6,8 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Generic, TypeVar
 
+import torch
+
 from .jobs import Demand, Jobs
 from .threads import ComputeThreads
 
@@ -33,7 +35,7 @@ def in_order(tasks: Iterable[Task[Result]], cores: int, together_bytes: int) -> 
     Tasks are asked for when there is room for them: those that are computed at once demand ``together_bytes`` at most,
     unless one alone does. Where several fail, the error is that of the first.
     """
-    if cores == 1:
+    if cores == torch.get_num_threads() == 1:
         for task in tasks:
             task.run()
             yield task.results.pop()
