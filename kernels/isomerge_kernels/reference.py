@@ -6,6 +6,7 @@ the tensor's size: a 128256 x 4096 embedding needs its fp32 sum once, not three 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 
@@ -20,9 +21,12 @@ MASK = 0xFFFFFFFF
 # 1 MiB of fp32. Both passes take the same time from 2^16 to 2^19 (32000 x 768 bf16, 2-core CPU); larger blocks only
 # cost memory, smaller ones time.
 BLOCK_ELEMENTS = 1 << 18
-# 8 tasks of 3072 x 768 take 7.4 ms in blocks of 2^16 or 2^17, 18 at 2^18, 52 at 2^15 (threads are woken too often), and
-# 26 where every task is added to the whole sum.
-SUM_BLOCK_ELEMENTS = 1 << 17
+# 8 tasks of 4096 x 1024 in float32 take 28.1 ms of one core in blocks of 2^16, 23.0 at 2^17, 20.9 at 2^18, 19.5 at 2^19
+# (AMD EPYC, 1 MiB of L2): smaller ones cost calls, larger ones memory.
+SUM_BLOCK_ELEMENTS = 1 << 18
+# Over 2^17 normal numbers dot in float32 is right to 1.1e-6 (MKL on that AMD, 4e-8 on Intel), over twice as many to
+# 1.9e-6; vector_norm to 2e-6.
+DOT_ELEMENTS = 1 << 17
 
 
 def row_blocks(x: Tensor, elements: int) -> Iterator[slice]:
@@ -60,30 +64,37 @@ def task_sum(
     members = batch.numel()
     sources = [expert.reshape(members, -1) for expert in experts]
     origin = None if base is None else base.reshape(members, -1)
+    room = min(SUM_BLOCK_ELEMENTS, out.numel() // members)
+    dots = math.ceil(room / DOT_ELEMENTS)
+    none = torch.zeros((), dtype=compute, device=out.device)
+    # Taken once: a block's own temporaries, and views of it cut one by one, are a quarter of the time.
+    wide_delta, wide_base = (torch.empty(room, dtype=compute, device=out.device) for _ in range(2))
     seen = []
-    for member, total in enumerate(out.view(members, -1)):
+    for member, total in enumerate(out.view(members, -1).unbind()):
         # All tasks over one block before the next block: S stays in the cache, where a pass over the whole of S for
         # each task would move it T times.
-        for start in range(0, len(total), SUM_BLOCK_ELEMENTS):
-            block = slice(start, start + SUM_BLOCK_ELEMENTS)
-            target = total[block]
-            from_base = None if origin is None else origin[member, block].to(compute)
-            for task, source in enumerate(sources):
-                delta = source[member, block].to(compute)
-                if from_base is not None:
-                    delta = delta - from_base
+        of_tasks = zip(*(source[member].split(SUM_BLOCK_ELEMENTS) for source in sources), strict=True)
+        of_base = itertools.repeat(None) if origin is None else origin[member].split(SUM_BLOCK_ELEMENTS)
+        for target, parts, part_of_base in zip(total.split(SUM_BLOCK_ELEMENTS), of_tasks, of_base, strict=False):
+            spare = wide_delta[: len(target)]
+            from_base = None if part_of_base is None else _widened(part_of_base, wide_base[: len(target)])
+            for task, part in enumerate(parts):
+                is_first = task == 0 and weights[0] == 1.0
+                delta = _delta(part, from_base, target if is_first and target.dtype == compute else spare)
                 if task:
                     target.add_(delta, alpha=weights[task])
-                elif weights[0] == 1.0:
-                    target.copy_(delta)
-                else:
+                elif not is_first:
                     torch.mul(delta, weights[0], out=target)
-                # Over a block of 2^17, dot is right to 4e-8 and vector_norm to 2e-6. The largest takes 20 us by
-                # aminmax, 210 by vector_norm.
-                seen += [torch.dot(delta, delta), *(torch.aminmax(delta) if largest else ())]
-    blocks = torch.stack(seen).double().view(members, -1, tasks, 3 if largest else 1)
-    is_plain = _mend_squares(blocks, sources, origin, compute)
-    squares = blocks[..., 0].sum(1).mT.reshape(tasks, *batch).contiguous()
+                elif delta is not target:
+                    target.copy_(delta)
+                of_parts = [torch.dot(part, part) for part in delta.split(DOT_ELEMENTS)]
+                seen += [*of_parts, *[none] * (dots - len(of_parts))]
+                if largest:  # which takes 20 us of 2^17 by aminmax, 210 by vector_norm
+                    seen += torch.aminmax(delta)
+    blocks = torch.stack(seen).double().view(members, -1, tasks, dots + (2 if largest else 0))
+    of_blocks, extremes = blocks[..., :dots].sum(-1), blocks[..., dots:]
+    is_plain = _mend_squares(of_blocks, extremes if largest else None, sources, origin, compute)
+    squares = of_blocks.sum(1).mT.reshape(tasks, *batch).contiguous()
     nonfinite = torch.zeros_like(squares, dtype=torch.int64)
     # NaN and Inf show in the squares; counted only where there are any.
     for task in () if is_plain or bool(squares.isfinite().all()) else range(tasks):
@@ -91,23 +102,38 @@ def task_sum(
         nonfinite[task] = (~delta.isfinite()).reshape(*batch, -1).sum(-1)
     if not largest:
         return TaskSum(out, squares, None, nonfinite)
-    most = blocks[..., 1:].abs().amax((1, 3)).mT.reshape(squares.shape)
+    most = extremes.abs().amax((1, 3)).mT.reshape(squares.shape)
     return TaskSum(out, squares, most.masked_fill(nonfinite > 0, torch.nan), nonfinite)
 
 
-def _mend_squares(blocks: Tensor, sources: Sequence[Tensor], origin: Tensor | None, compute: torch.dtype) -> bool:
-    """Compute the squares anew that underflowed or overflowed; return whether there were none.
+def _widened(x: Tensor, room: Tensor) -> Tensor:
+    """Return a block in the dtype of ``room``: itself, or a copy there."""
+    return x if x.dtype == room.dtype else room.copy_(x)
 
-    ``blocks`` [members, blocks, T, 1 or 3] are float64: of every block of a Δ_t ‖·‖², and its least and largest entry.
-    Experts and base are [members, elements] each.
+
+def _delta(expert: Tensor, base: Tensor | None, room: Tensor) -> Tensor:
+    """Return a block's θ_t − θ₀ in the dtype of ``room``, there; without ``base`` θ_t, itself if it has that dtype."""
+    if base is None:
+        return _widened(expert, room)
+    if expert.dtype == room.dtype:
+        return torch.sub(expert, base, out=room)
+    return room.copy_(expert).sub_(base)
+
+
+def _mend_squares(
+    squares: Tensor, extremes: Tensor | None, sources: Sequence[Tensor], origin: Tensor | None, compute: torch.dtype
+) -> bool:
+    """Compute the squares anew that underflowed or overflowed, in place; return whether there were none.
+
+    ``squares`` [members, blocks, T] are ‖·‖² of every block of a Δ_t, ``extremes`` [..., 2] its least and largest
+    entry, all float64. Experts and base are [members, elements] each.
     """
-    squares = blocks[..., 0]
     # Squares below this are lost among what ``compute`` cannot tell from 0; those above may have overflowed.
     smallest = 1e8 * SUM_BLOCK_ELEMENTS * torch.finfo(compute).tiny
     if smallest <= float(squares.amin()) and float(squares.amax()) < math.inf:
         return True
     for member, block, task in torch.nonzero(~((squares >= smallest) & squares.isfinite())):
-        if blocks.shape[-1] > 1 and not blocks[member, block, task, 1:].any():
+        if extremes is not None and not extremes[member, block, task].any():
             continue
         place = slice(int(block) * SUM_BLOCK_ELEMENTS, (int(block) + 1) * SUM_BLOCK_ELEMENTS)
         delta = sources[int(task)][member, place].to(compute)
