@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import threading
@@ -12,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +22,7 @@ from torch import Tensor
 
 import isomerge_fast as imf
 from checkpoints import save_folder, write_tensor
-from isomerge_fast.checkpoint.io import reader as reader_module
+from isomerge_fast.checkpoint.io import direct_io, reader as reader_module
 from isomerge_fast.checkpoint.io.buffer_pool import BufferPool
 from isomerge_fast.checkpoint.io.checksum import Checksum
 from isomerge_fast.checkpoint.io.direct_io import copy_bytes, page_ceiling
@@ -111,6 +113,30 @@ def test_what_is_cached_is_read_from_the_cache(checkpoint: Checkpoint) -> None:
     with Reader(files_of(checkpoint)) as reader:
         reader.read(whole(checkpoint.tensors["large"]))
         assert reader.direct_files == 0
+
+
+@pytest.mark.parametrize(("share", "is_cached"), [(0.0, False), (0.4, False), (0.6, True), (1.0, True)])
+def test_a_file_of_which_half_was_read_is_cached(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: float, is_cached: bool
+) -> None:
+    path, size = tmp_path / "file", 3 * MIB + 5
+    path.write_bytes(bytes(size))
+    looked_at: list[int] = []
+
+    def mincore(address: int, length: int, result: int) -> int:
+        looked_at.append(address)
+        # The first page that is looked at lies within the first hundredth of the file.
+        ctypes.c_uint8.from_address(result).value = 0xFE | (address - looked_at[0] < share * size)
+        return 0
+
+    monkeypatch.setattr(direct_io.ctypes, "CDLL", lambda name: SimpleNamespace(mincore=mincore))
+    with path.open("rb") as file:
+        assert direct_io.is_cached(file.fileno(), size) == is_cached
+    assert looked_at == sorted(set(looked_at))
+    assert len(looked_at) == direct_io.CACHE_SAMPLES
+    assert 0.98 * size < looked_at[-1] - looked_at[0] < size
+    with open(os.devnull, "rb") as file:
+        assert direct_io.is_cached(file.fileno(), size)  # of what cannot be mapped nothing is known
 
 
 @contextmanager

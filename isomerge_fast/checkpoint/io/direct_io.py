@@ -16,6 +16,8 @@ import numpy
 PAGE = 4096
 # One read or write. Larger ones gain nothing, neither from the cache nor from the disk; smaller ones cost calls.
 READ_BYTES = 4 << 20
+# By which ``is_cached`` judges a file, in 0.4 ms.
+CACHE_SAMPLES = 128
 
 _buffers = threading.local()
 
@@ -94,17 +96,27 @@ def read_pages(descriptor: int, start: int, end: int) -> Iterator[memoryview]:
 
 
 def is_cached(descriptor: int, size: int) -> bool:
-    """Return whether half of the file or more is in the page cache; True where the system does not tell."""
+    """Return whether half of the file or more is in the page cache; True where the system does not tell.
+
+    It looks at ``CACHE_SAMPLES`` pages all over the file: at all of them, of 0.3 GB, it takes 4 ms, where reading them
+    from the cache takes 20.
+    """
     try:
         mapped = numpy.frombuffer(mmap.mmap(descriptor, size, prot=mmap.PROT_READ), numpy.uint8)
     except (OSError, ValueError):  # a file that has fewer bytes by now
         return True
-    resident = numpy.empty(-(-size // PAGE), numpy.uint8)
     mincore = ctypes.CDLL(None).mincore
     mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
-    if mincore(mapped.ctypes.data, size, resident.ctypes.data):
-        return True
-    return int(numpy.count_nonzero(resident & 1)) * 2 >= len(resident)
+    resident, count = ctypes.c_uint8(), 0
+    pages = -(-size // PAGE)
+    samples = min(pages, CACHE_SAMPLES)
+    for sample in range(samples):
+        # In the middle of equal parts, so that a file of which a part was read counts as what that is of it.
+        page = (2 * sample + 1) * pages // (2 * samples)
+        if mincore(mapped.ctypes.data + page * PAGE, 1, ctypes.addressof(resident)):
+            return True
+        count += resident.value & 1
+    return 2 * count >= samples
 
 
 def is_aligned_with(data: memoryview, position: int) -> bool:
