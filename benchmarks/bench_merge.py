@@ -30,6 +30,7 @@ from isomerge_fast.checkpoint.state_dict import open_state_dict
 from isomerge_fast.linalg.auto import TOLERANCES
 
 TORCH, FUSION_BENCH, MERGEKIT, MERGEKIT_32 = "torch", "fusion-bench", "mergekit", "mergekit-fp32"
+ONE_CORE = "ours-1-core"  # ours with ``threads=1``: what several matrices at once gain
 SCALING = 0.3
 CEILING = "600MiB"
 State = dict[str, Tensor]
@@ -105,14 +106,15 @@ def in_process(method: str, label: str, shapes: Shapes, experts: int, device: to
     models = family(scratch(), label, shapes, experts)
     out = scratch() / f"{label}-{method}"
     config = {"base": str(models[0]), "experts": [str(model) for model in models[1:]], "method": method}
-    config |= {"scaling": SCALING, "dtype": "float32", "out": str(out / OURS)}
+    config |= {"scaling": SCALING, "dtype": "float32"}
 
-    def ours() -> Path:
-        imf.merge(config, device=str(device), overwrite=True)
-        return out / OURS
+    def ours(name: str, threads: int | None) -> Path:
+        imf.merge({**config, "out": str(out / name)}, device=str(device), threads=threads, overwrite=True)
+        return out / name
 
     calls = {
-        OURS: ours,
+        OURS: partial(ours, OURS, None),
+        ONE_CORE: partial(ours, ONE_CORE, 1),
         TORCH: partial(plain_merge, models, out / TORCH, partial(combine, method)),
         FUSION_BENCH: partial(plain_merge, models, out / FUSION_BENCH, partial(fusion_bench, method)),
     }
@@ -120,7 +122,7 @@ def in_process(method: str, label: str, shapes: Shapes, experts: int, device: to
         calls,
         error_of(method, models, shapes, of_delta=True),
         # Beside the method's own error the float32 roundings of θ, 2^-24 of it, some thirty times as large as Δ.
-        {OURS: TOLERANCES["default"]},
+        dict.fromkeys((OURS, ONE_CORE), TOLERANCES["default"]),
         moved_bytes(shapes, experts, 4),
         is_counted=method.startswith("iso"),
         close=partial(shutil.rmtree, out, True),
@@ -173,7 +175,7 @@ def rows() -> Iterator[Row]:
             # FusionBench's functions take what plain torch takes, which `methods` shows; once is enough.
             peers = (TORCH,) if (level, method) == ("short", "iso-cts") else (TORCH, FUSION_BENCH)
             slow = frozenset(peers if level != "tiny" else ())
-            yield Row(f"merge {method} {label} T={experts}", (OURS, *peers), make, level, slow)
+            yield Row(f"merge {method} {label} T={experts}", (OURS, ONE_CORE, *peers), make, level, slow)
     make = partial(processes, "llama-162m", SMALL, 4)
     for level, theirs, precision in (("short", MERGEKIT, "bfloat16"), ("full", MERGEKIT_32, "float32")):
         name = f"merge task-arithmetic llama-162m T=4 --max-ram {CEILING}, mergekit in {precision}"
