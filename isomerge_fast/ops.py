@@ -155,6 +155,18 @@ def mm_add(
     return result if out is None else out.copy_(result)
 
 
+def thin_mm(a: Tensor, b: Tensor, *, c: Tensor | None = None, alpha: float = 1.0, beta: float = 1.0) -> Tensor:
+    """Return β C + α A B for a B of few columns; on a CPU the columns of the result follow each other in memory.
+
+    There it is made as (Bᵀ Aᵀ)ᵀ. With few columns on the right MKL takes two to seventeen times as long, by how A and B
+    lie: 8 or 61 ms instead of 3.5 for Xᵀ B of a 3072 x 768 X and 8 columns in float64 (one core of an AMD EPYC).
+    """
+    if traits_of(a.device).is_gpu:
+        return mm(a, b) if c is None else mm_add(c, a, b, alpha=alpha, beta=beta)
+    product = mm(b.mT, a.mT) if c is None else mm_add(c.mT, b.mT, a.mT, alpha=alpha, beta=beta)
+    return product.mT
+
+
 def sym_mm(a: Tensor, b: Tensor | None = None, *, out: Tensor | None = None, precision: str | None = None) -> Tensor:
     """Return A B where that is symmetric (polynomials of one symmetric matrix), A Aᵀ without ``b``: half the work.
 

@@ -106,6 +106,26 @@ def test_products_of_bf16_parts(batch: tuple[int, ...]) -> None:
         assert (product - (0.5 * exact - 2.0 * c)).abs().le(2**-16 * (size + c.abs())).all()
 
 
+@pytest.mark.parametrize("batch", [(), (2,), (2, 3)], ids=str)
+def test_products_with_few_columns(batch: tuple[int, ...]) -> None:
+    """On a CPU with the columns one after the other, however the operands lie; on a GPU as any product."""
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(rows: int, columns: int) -> list[torch.Tensor]:
+        x = torch.randn(*batch, rows, columns, generator=generator, dtype=torch.float64)
+        return [x, x.mT.contiguous().mT]
+
+    for a, b, c in zip(drawn(40, 30), drawn(30, 3), drawn(40, 3), strict=True):
+        for product, expected in (
+            (ops.thin_mm(a, b), a @ b),
+            (ops.thin_mm(a, b, c=c, alpha=0.5, beta=-2.0), 0.5 * (a @ b) - 2.0 * c),
+        ):
+            torch.testing.assert_close(product, expected, rtol=1e-13, atol=1e-13)
+            assert product.mT.is_contiguous()
+        with pretend_gpu(H100) as gpu:
+            assert ops.thin_mm(gpu.upload(a), gpu.upload(b)).is_contiguous()
+
+
 def test_products_of_bf16_parts_of_batches_on_a_gpu() -> None:
     """Whose library takes no batch beside a single matrix."""
     generator = torch.Generator().manual_seed(0)

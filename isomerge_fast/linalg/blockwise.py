@@ -13,7 +13,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from ..ops import mm, mm_add, sym_mm_add, traits_of
+from ..ops import mm, mm_add, sym_mm_add, thin_mm, traits_of
 
 # On a CPU a block of the long side holds about this many elements (8 MiB of float64). The Gram matrix of 32000 x 768
 # takes the same time to 6 % from 2^19 to 2^22 (2-core CPU), 26 % more at 2^17.
@@ -89,9 +89,13 @@ def project_short_side(a: Tensor, x: Tensor) -> Tensor:
 def to_long_side(x: Tensor, a: Tensor, dtype: torch.dtype) -> Tensor:
     """Return Xᵀ A when wide, X A when tall: [..., r, c] -> [..., max(M, N), c], computed in the dtype of ``a``."""
     shape = numpy.broadcast_shapes(a.shape[:-2], x.shape[:-2])
-    out = torch.empty(*shape, max(x.shape[-2:]), a.shape[-1], dtype=dtype, device=x.device)
+    long, columns = max(x.shape[-2:]), a.shape[-1]
+    if traits_of(x.device).is_gpu:
+        out = torch.empty(*shape, long, columns, dtype=dtype, device=x.device)
+    else:  # as ``thin_mm`` leaves it
+        out = torch.empty(*shape, columns, long, dtype=dtype, device=x.device).mT
     for block, part in long_side_blocks(x, a.dtype, whole=a.dtype == dtype):
-        out[..., block, :] = part.mT @ a
+        out[..., block, :] = thin_mm(part.mT, a)
     return out
 
 

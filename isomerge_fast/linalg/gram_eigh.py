@@ -19,7 +19,7 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor
 
-from ..ops import sym_mm, sym_mm_add, traits_of
+from ..ops import sym_mm, sym_mm_add, thin_mm, traits_of
 from .blockwise import (
     block_elements,
     multiply_short_side,
@@ -211,7 +211,7 @@ class GramFactorization(Factorization):
         if clean:
             probe = probes(sigma.shape[-1], dtype, x.device)
             defect = to_short_side(q, to_long_side(q, probe, dtype))
-            defect -= (vectors @ (keep[..., :, None] * (vectors.mT @ probe.to(vectors)))).to(dtype)
+            defect -= thin_mm(vectors, keep[..., :, None] * thin_mm(vectors.mT, probe.to(vectors))).to(dtype)
             return q, replace(stats, orthogonality=torch.linalg.matrix_norm(defect) / scale)
         step = short_side_gram(q, dtype=dtype)
         defect = step - sym_mm((vectors * keep[..., None, :]).to(dtype))
@@ -283,7 +283,7 @@ class GramFactorization(Factorization):
             visible = part.sigma > noise[..., None]
             return replace(
                 part,
-                short=common.complement @ (part.short * visible[..., None, :]),
+                short=thin_mm(common.complement, part.short * visible[..., None, :]),
                 long=None if part.long is None else part.long * visible[..., None, :],
                 sigma=part.sigma * visible,
                 angle=part.angle + rounding * reciprocal(part.sigma[..., -1] * part.gap) / math.sqrt(max(1, s)),
@@ -300,7 +300,7 @@ class GramFactorization(Factorization):
 
         def residual(v: Tensor) -> Tensor:
             product = to_long_side(delta, v, torch.float64)
-            return product.sub_(to_long_side(total, common.whitened @ (y @ v), torch.float64))
+            return product.sub_(to_long_side(total, thin_mm(common.whitened, thin_mm(y, v)), torch.float64))
 
         if bool((unresolved > 0).any()):
             unresolved = solver.seen(unresolved, (residual, partial(to_short_side, delta)), top, tolerance)

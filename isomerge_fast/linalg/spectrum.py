@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..ops import traits_of
+from ..ops import thin_mm, traits_of
 
 Product = Callable[[Tensor], Tensor]
 
@@ -38,7 +38,7 @@ def singular_range(gram: Tensor, *, tolerance: Tensor) -> tuple[Tensor, Tensor]:
     """
     start = _start_block(gram.shape[-1], gram.device)
     bound = torch.minimum(gram.diagonal(dim1=-2, dim2=-1).sum(-1), torch.linalg.matrix_norm(gram, ord=torch.inf))
-    largest = _largest_eigenvalue(lambda v: gram @ v, start, LARGEST_STEPS).sqrt()
+    largest = _largest_eigenvalue(lambda v: thin_mm(gram, v), start, LARGEST_STEPS).sqrt()
     largest = torch.minimum(LARGEST_MARGIN * largest, bound.sqrt())
 
     lower, failed = torch.linalg.cholesky_ex(gram)
@@ -69,7 +69,7 @@ def largest_beyond(forward: Product, backward: Product, vectors: Tensor) -> Tens
     """
 
     def without(v: Tensor) -> Tensor:
-        return v - vectors @ (vectors.mT @ v)
+        return v - thin_mm(vectors, thin_mm(vectors.mT, v))
 
     start = _start_block(vectors.shape[-2], vectors.device)
     largest = _largest_eigenvalue(lambda v: without(backward(forward(without(v)))), start, LARGEST_STEPS)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..ops import mm, mm_add, sym_mm_add, traits_of
+from ..ops import sym_mm_add, thin_mm, traits_of
 from .blockwise import block_elements, short_side_gram, to_long_side, to_short_side
 from .certificate import fixed_draw
 from .cusolver import eigh
@@ -70,7 +70,7 @@ def filtered_block(gram: Tensor, s: int, *, noise: Tensor, angle: float, oversam
     n, width = gram.shape[-1], s + oversampling
     block = fixed_draw(n, width, gram.dtype, gram.device).expand(*gram.shape[:-2], n, width)
     for _ in range(2):
-        block = mm(gram, block)
+        block = thin_mm(gram, block)
     ritz, missed = _ritz_in(gram, block)
     kept = torch.full(gram.shape[:-2], s, device=gram.device)
     degree = 0
@@ -121,9 +121,9 @@ def _chebyshev(gram: Tensor, x: Tensor, middle: Tensor, half: Tensor, degree: in
     """Return T_d((G − m I)/w) X by the three-term recurrence, one product with an addition a degree."""
     shifted = gram / half[..., None, None]
     shifted.diagonal(dim1=-2, dim2=-1).sub_((middle / half)[..., None])
-    before, now = x, mm(shifted, x)
+    before, now = x, thin_mm(shifted, x)
     for _ in range(degree - 1):
-        before, now = now, mm_add(before, shifted, now, alpha=2.0, beta=-1.0)
+        before, now = now, thin_mm(shifted, now, c=before, alpha=2.0, beta=-1.0)
     return now
 
 
@@ -134,12 +134,12 @@ def _ritz_in(gram: Tensor, block: Tensor) -> tuple[Ritz, Tensor]:
 
 
 def _rayleigh_ritz(gram: Tensor, x: Tensor) -> Ritz:
-    image = mm(gram, x)
+    image = thin_mm(gram, x)
     projected = x.mT @ image
     values, vectors = eigh((projected + projected.mT).mul_(0.5))
     values, vectors = values.flip(-1).clamp_min(0.0), vectors.flip(-1)
-    x = x @ vectors
-    return Ritz(x, values, torch.linalg.vector_norm(image @ vectors - x * values[..., None, :], dim=-2))
+    x = thin_mm(x, vectors)
+    return Ritz(x, values, torch.linalg.vector_norm(thin_mm(image, vectors) - x * values[..., None, :], dim=-2))
 
 
 def correction(gram: Tensor, x: Tensor, shifts: Tensor, w: Tensor, *, steps: int = 12) -> Tensor:
@@ -152,8 +152,8 @@ def correction(gram: Tensor, x: Tensor, shifts: Tensor, w: Tensor, *, steps: int
     c, r = torch.zeros_like(w), w
     p, rho = r, r.square().sum(-2)
     for _ in range(steps):
-        image = mm(gram, p)
-        image = p * shifts[..., None, :] - (image - x @ (x.mT @ image))
+        image = thin_mm(gram, p)
+        image = p * shifts[..., None, :] - (image - thin_mm(x, x.mT @ image))
         length = rho / (p * image).sum(-2).clamp_min(tiny)
         c = c + p * length[..., None, :]
         r = r - image * length[..., None, :]
@@ -313,13 +313,13 @@ class SearchedFactorization(GramFactorization):
         exact_delta = delta.double() if delta.numel() <= CONVERTED_ELEMENTS else delta
         x, _, missed = flagged_qr(block.double())
         image = to_long_side(exact_delta, x, torch.float64)
-        inside = common.whitened @ (common.whitened.mT @ to_short_side(total, image))
+        inside = thin_mm(common.whitened, thin_mm(common.whitened.mT, to_short_side(total, image)))
         image -= to_long_side(total, inside, torch.float64)
         corrections = 0 if y is None else CORRECTIONS
         for step in range(corrections + 1):
             values, vectors = eigh(image.mT @ image)
             values, vectors = values.flip(-1).clamp_min(0.0), vectors.flip(-1)
-            x, image = x @ vectors, image @ vectors
+            x, image = thin_mm(x, vectors), thin_mm(image, vectors)
             w = to_short_side(exact_delta, image) - x * values[..., None, :]
             sigma = values.sqrt()
             limit = torch.maximum(tolerance, math.sqrt(2.0 * solver.noise) * sigma[..., 0])[..., None]
@@ -343,7 +343,7 @@ class SearchedFactorization(GramFactorization):
                 narrow = (part.to(delta.dtype) for part in (x, values[..., :s], w[..., :, :s]))
                 c = correction(gram, *narrow)
                 x[..., :, :s] += c
-                image[..., :, :s] += delta @ c - common.long.to(delta.dtype) @ (y @ c)
+                image[..., :, :s] += thin_mm(delta, c) - thin_mm(common.long.to(delta.dtype), thin_mm(y, c))
                 x, r, again = flagged_qr(x)
                 missed = missed | again
                 image = torch.linalg.solve_triangular(r, image, upper=True, left=False)

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..linalg.certificate import orthogonality
 from ..linalg.protocol import PolarSolver, PolarStats, Solver, Subspace, reciprocal
 from ..linalg.thin import thin_qrs
+from ..ops import thin_mm
 
 # Two unit vectors closer than this are one direction. Bases are known to 1e-7 or better; distinct tasks of pure noise
 # come as close as 2e-5 in one of a hundred draws.
@@ -72,18 +73,18 @@ def recombine(common: Subspace, parts: list[Subspace], dtype: torch.dtype, solve
     del u_tasks
     u_polar = u_polar.to(dtype)
     v_k = common.v if common.wide else common.short
-    a = v_k.mT @ v_tasks
+    a = thin_mm(v_k.mT, v_tasks)
     # Once: what float64 leaves of V_k in it is ε₆₄, and its own singular values are above 1e-5 (see above).
-    rest = v_tasks - v_k @ a
+    rest = v_tasks - thin_mm(v_k, a)
     del v_tasks
     small = small_problem(a, rest, small_solver)
     del a, rest
     weights = small.weights.to(dtype)
-    left = u_polar @ weights[..., :tasks_width, :]
+    left = thin_mm(u_polar, weights[..., :tasks_width, :])
     del u_polar
     u_k = common.u.to(dtype)
-    _add_product(left, u_k @ small.q_a.to(dtype), weights[..., tasks_width:, :])
-    right = torch.cat([v_k @ small.q_a, small.q_r], dim=-1).to(dtype)
+    _add_product(left, thin_mm(u_k, small.q_a.to(dtype)), weights[..., tasks_width:, :])
+    right = torch.cat([thin_mm(v_k, small.q_a), small.q_r], dim=-1).to(dtype)
     # Repeated tasks share directions, and the result then is no isometry: only its factors can be judged.
     same = torch.maximum(tasks_width - u_stats.rank, small.same_directions)
     factors = torch.maximum(u_stats.orthogonality, small.stats.orthogonality)
@@ -196,12 +197,12 @@ def _polar_of_tasks(u_tasks: Tensor, common: Subspace, solver: PolarSolver) -> t
 
     Wide: [U_1 … U_T] = Q_c E with a square E, so it is Q_c polar(E).
     """
-    inside = u_tasks if common.complement is None else common.complement.mT @ u_tasks
+    inside = u_tasks if common.complement is None else thin_mm(common.complement.mT, u_tasks)
     polar, stats = solver.polar(inside, tolerance=_same(inside))
     long, width = inside.shape[-2:]
     growth = over_columns(stats.growth(width, long), long, width)
     if common.complement is not None:
-        polar = common.complement @ polar
+        polar = thin_mm(common.complement, polar)
     return polar, stats, growth
 
 
