@@ -122,6 +122,26 @@ def test_value(function, dtype: torch.dtype, shape: tuple[int, ...], solver: Ful
     assert (found.growth > 0).all()
 
 
+@pytest.mark.parametrize("smallest", [1.0, 1e-5], ids=["even", "uneven"])
+@pytest.mark.parametrize("dtype", [SINGLE, DOUBLE], ids=["fp32", "fp64"])
+@pytest.mark.parametrize("shape", [(40, 70), (40, 40), (3, 24, 40)], ids=str)
+def test_a_right_side_that_is_not_made(shape: tuple[int, ...], dtype: torch.dtype, smallest: float) -> None:
+    """V_k as factors of S: the same, in float64 where the σ of S are too far apart for a float32 product with it."""
+    common, parts, exact = problem(shape)
+    assert common.long is not None
+    sigma = common.sigma * torch.linspace(1.0, smallest, common.sigma.shape[-1], dtype=DOUBLE)
+    total = common.short @ (sigma[..., None] * common.long.mT)
+    factored = replace(common, sigma=sigma, long=None)
+    growth = recombine(common, list(parts), dtype, GramEigh()).growth
+    found = recombine(factored, parts, dtype, GramEigh(), total)
+    assert parts == []
+    assert found.value.dtype == dtype
+    # S itself is rounded to ε₆₄ σ₁, which in float64 is 1e-9 of the smallest direction.
+    assert oracle.relative_error(found.value.numpy(), exact) <= (2e-6 if dtype == SINGLE else 1e-8)
+    assert found.orthogonality.max() <= (1e-5 if dtype == SINGLE else 1e-8)
+    torch.testing.assert_close(found.growth, growth, rtol=1e-6, atol=0)
+
+
 @each_shape
 def test_growth_is_how_an_error_of_the_tasks_grows(shape: tuple[int, ...]) -> None:
     """Directions turned by a random θ move the result by about ``growth`` θ."""

@@ -261,7 +261,7 @@ class GramFactorization(Factorization):
         inverse = reciprocal(top.sigma)
         scaled = top.short * inverse[..., None, :]
         is_slow = dtype == torch.float32 and not traits_of(self.x.device).has_float64_tensor_cores
-        if is_slow and bool((PRODUCT * _spread(top.sigma, inverse) <= self.solver.rounding).all()):
+        if is_slow and bool((float32_rounding(top.sigma) <= self.solver.rounding).all()):
             scaled = scaled.to(dtype)
         return replace(top, long=to_long_side(self.x, scaled, dtype))
 
@@ -329,6 +329,11 @@ def skew_error(relative: Tensor) -> Tensor:
     """
     pairs = (relative.sum(-1).square() - relative.square().sum(-1)).clamp_min(0.0)
     return (pairs / (relative > 0).sum(-1).clamp_min(1)).sqrt() / (4.0 * math.sqrt(max(1, relative.shape[-1])))
+
+
+def float32_rounding(sigma: Tensor) -> Tensor:
+    """Return the error that a float32 product U Σ⁻¹ (Uᵀ X) leaves, relative to its norm."""
+    return PRODUCT * _spread(sigma, reciprocal(sigma))
 
 
 def _products(x: Tensor) -> tuple[Product, Product]:

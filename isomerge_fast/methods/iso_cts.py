@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..linalg.auto import Candidate, subspace_candidates
-from ..linalg.blockwise import short_side_gram, to_long_side, to_short_side
+from ..linalg.blockwise import block_elements, short_side_gram, to_long_side, to_short_side
 from ..linalg.certificate import orthogonality as polar_orthogonality
 from ..linalg.protocol import Factorization, Solver, Subspace, reciprocal
 from ..ops import traits_of
@@ -140,6 +140,10 @@ class IsoCTS(Spectral):
             small = 8 * 7 * min(short, 2 * s * tasks) ** 2 + 8 * short**2  # Z and its iterates, beside a basis or two
         if rows <= columns:  # V_k in float64, V_ts and what is left of it, then V_k in float32 and the result
             recombining = 8 * long * k + max(4 * thin, item * (long * k + elements) + 4 * left) + small
+            if not on_gpu:  # S in place of V_k, and blocks of it and of the result
+                blocks = 16 * min(elements, max(block_elements(device), short))
+                factored = 8 * elements + max(4 * thin, item * elements + 4 * left + blocks) + small
+                recombining = max(recombining, factored)
         else:  # U_k, then U_ts and its polar factor, then the result
             recombining = item * long * k + max(3 * thin, item * elements + 3 * left) + small
         return members * max(splitting, task_parts, recombining)
@@ -214,7 +218,10 @@ class IsoCTS(Spectral):
         # The short form needs every direction of every matrix of the batch.
         is_whole = all(each.is_whole for each in (common, *parts))
         nonzero = torch.linalg.vector_norm(total, dim=(-2, -1)) > 0
-        if common.long is None:
+        # On a CPU V_k = Sᵀ U_k Σ_k⁻¹ of a wide S takes part in the short form as these factors.
+        is_factored = is_whole and bool(parts) and common.wide and not traits_of(total.device).is_gpu
+        factor = total if is_factored and common.long is None else None
+        if common.long is None and factor is None:
             common = factors.complete(common, long_dtype)
         if not common.wide:
             common = replace(common, long=common.u.to(long_dtype))
@@ -231,7 +238,10 @@ class IsoCTS(Spectral):
             orthogonality = polar_orthogonality(value).double()
         else:
             of_tasks = s * sum(part.angle.square() for part in parts)
-            joined = (recombine if is_whole else recombine_literally)(common, parts, dtype, solver)
+            if is_whole:
+                joined = recombine(common, parts, dtype, solver, factor)
+            else:
+                joined = recombine_literally(common, parts, dtype, solver)
             value, orthogonality, same_directions = joined.value, joined.orthogonality, joined.same_directions
             angles = angles + joined.growth.square() * of_tasks + joined.error.square()
             del joined

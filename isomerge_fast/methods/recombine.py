@@ -8,16 +8,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..linalg.blockwise import multiply_short_side, to_long_side, to_short_side
 from ..linalg.certificate import orthogonality
+from ..linalg.gram_eigh import float32_rounding
 from ..linalg.protocol import PolarSolver, PolarStats, Solver, Subspace, reciprocal
 from ..linalg.thin import thin_qrs
-from ..ops import thin_mm
+from ..ops import sym_mm, thin_mm
 
 # Two unit vectors closer than this are one direction. Bases are known to 1e-7 or better; distinct tasks of pure noise
 # come as close as 2e-5 in one of a hundred draws.
 SAME_DIRECTION = 1e-6
 # Relative error that rounding the bases to float32 may leave.
 ROUNDING = 1e-6
+# As much as a float32 product with S may leave.
+PRODUCT_ROUNDING = 3e-6
 # Of a subspace's ``angle``, which takes the rounding of its matrix for one of full size at the cut, what is taken for
 # its share in the residuals; and ‖dR‖ over ‖Δ‖ in float64. With both, the error of 512 x 64 at κ = 1e6 is a third of
 # what is estimated, and that of most others far less.
@@ -56,13 +60,16 @@ def projection_angle(sigma: Tensor, gap: Tensor, turned: Tensor, share: Tensor, 
     return off * reciprocal(smallest * gap) / math.sqrt(max(1, min_dim) * max(1, kept.shape[-1]))
 
 
-def recombine(common: Subspace, parts: list[Subspace], dtype: torch.dtype, solver: Solver) -> Recombined:
+def recombine(
+    common: Subspace, parts: list[Subspace], dtype: torch.dtype, solver: Solver, total: Tensor | None = None
+) -> Recombined:
     """Return U° V°ᵀ = W_k − U_a V_aᵀ + [polar(U_ts), U_a] · polar(Z)ᵀ · [V_a, Q_r]ᵀ where every direction is there.
 
     With A = V_kᵀ V_ts = Q_a A' and V_ts − V_k A = Q_r B' (thin QRs), V_a = V_k Q_a, U_a = U_k Q_a, W_k = U_k V_kᵀ and
     Z = [[A', I], [B', 0]]: in the basis [V_a, Q_r, rest of V_k] the matrix [V_ts, V_k] is Z beside an identity.
 
-    ``parts`` is emptied, to be freed as soon as they are not needed. ``solver`` is that of the subspaces.
+    ``parts`` is emptied, to be freed as soon as they are not needed. ``solver`` is that of the subspaces. Where
+    ``common``, of a wide S = ``total``, has no long side, none is made of it (``FactoredRight``).
     """
     small_solver = solver.small_polar(common.sigma.device)
     u_tasks, v_tasks = _side_by_side(parts)
@@ -72,30 +79,93 @@ def recombine(common: Subspace, parts: list[Subspace], dtype: torch.dtype, solve
     tasks_width = u_tasks.shape[-1]
     del u_tasks
     u_polar = u_polar.to(dtype)
-    v_k = common.v if common.wide else common.short
-    a = thin_mm(v_k.mT, v_tasks)
+    side = MadeRight(common, dtype) if total is None else FactoredRight(common, dtype, total)
+    a = side.coordinates(v_tasks)
     # Once: what float64 leaves of V_k in it is ε₆₄, and its own singular values are above 1e-5 (see above).
-    rest = v_tasks - thin_mm(v_k, a)
+    rest = v_tasks - side.vectors(a)
+    columns = v_tasks.shape[-2]
     del v_tasks
     small = small_problem(a, rest, small_solver)
     del a, rest
     weights = small.weights.to(dtype)
     left = thin_mm(u_polar, weights[..., :tasks_width, :])
     del u_polar
-    u_k = common.u.to(dtype)
+    u_k = (common.short if common.wide else common.u).to(dtype)
     _add_product(left, thin_mm(u_k, small.q_a.to(dtype)), weights[..., tasks_width:, :])
-    right = torch.cat([thin_mm(v_k, small.q_a), small.q_r], dim=-1).to(dtype)
+    right = side.basis(small)
     # Repeated tasks share directions, and the result then is no isometry: only its factors can be judged.
     same = torch.maximum(tasks_width - u_stats.rank, small.same_directions)
     factors = torch.maximum(u_stats.orthogonality, small.stats.orthogonality)
-    v_growth = small.growth(v_k.shape[-2], v_k.shape[-1])
+    v_growth = small.growth(columns, common.sigma.shape[-1])
     error = _in_quadrature(u_stats.error * u_stats.rank.sqrt(), small.stats.error * small.stats.rank.sqrt())
     del small
-    value = u_k @ v_k.to(dtype).mT
-    _add_product(value, left, right.mT)
+    value = side.product(u_k, left, right)
     del left, right
     found = torch.where(same == 0, orthogonality(value).double(), factors)
     return Recombined(value, found, _in_quadrature(u_growth, v_growth), error, same)
+
+
+@dataclass(frozen=True)
+class MadeRight:
+    """Multiply with the right side V_k of ``common``, which it has."""
+
+    common: Subspace
+    dtype: torch.dtype  # of the result
+
+    @property
+    def v_k(self) -> Tensor:
+        return self.common.v if self.common.wide else self.common.short
+
+    def coordinates(self, x: Tensor) -> Tensor:
+        """Return V_kᵀ X in float64."""
+        return thin_mm(self.v_k.mT, x)
+
+    def vectors(self, coordinates: Tensor) -> Tensor:
+        """Return V_k C in float64."""
+        return thin_mm(self.v_k, coordinates)
+
+    def basis(self, small: SmallProblem) -> list[Tensor]:
+        """Return what ``product`` makes [V_a, Q_r] of."""
+        return [torch.cat([self.vectors(small.q_a), small.q_r], dim=-1).to(self.dtype)]
+
+    def product(self, u_k: Tensor, left: Tensor, right: list[Tensor]) -> Tensor:
+        """Return U_k V_kᵀ + left [V_a, Q_r]ᵀ."""
+        value = u_k @ self.v_k.to(self.dtype).mT
+        _add_product(value, left, right[0].mT)
+        return value
+
+
+@dataclass(frozen=True)
+class FactoredRight(MadeRight):
+    """Multiply with V_k = Sᵀ U_k Σ_k⁻¹ by its factors: of a wide S that is a third of the operations of making it.
+
+    U_k V_kᵀ and the part of V_a = V_k Q_a in the result are one product with S.
+    """
+
+    total: Tensor  # S
+
+    def coordinates(self, x: Tensor) -> Tensor:
+        return thin_mm(self.common.whitened.mT, to_short_side(self.total, x))
+
+    def vectors(self, coordinates: Tensor) -> Tensor:
+        return to_long_side(self.total, thin_mm(self.common.whitened, coordinates), torch.float64)
+
+    def basis(self, small: SmallProblem) -> list[Tensor]:
+        return [thin_mm(self.common.whitened, small.q_a), small.q_r.to(self.dtype)]
+
+    def product(self, u_k: Tensor, left: Tensor, right: list[Tensor]) -> Tensor:
+        """Return (U_k Σ_k⁻¹ U_kᵀ + left_a (U_k Σ_k⁻¹ Q_a)ᵀ) S + left_r Q_rᵀ, in float64 where float32 would show."""
+        common, total = self.common, self.total
+        is_narrow = self.dtype != torch.float64 and bool((float32_rounding(common.sigma) <= PRODUCT_ROUNDING).all())
+        factor, q_r = right
+        left_a, left_r = left.split([factor.shape[-1], q_r.shape[-1]], dim=-1)
+        dtype = self.dtype if is_narrow else torch.float64
+        coefficients = sym_mm((common.short * reciprocal(common.sigma).sqrt()[..., None, :]).to(dtype))
+        _add_product(coefficients, left_a.to(dtype), factor.to(dtype).mT)
+        value = torch.empty(total.shape, dtype=self.dtype, device=total.device)
+        multiply_short_side(coefficients, total, value)
+        _add_product(value, left_r, q_r.mT)
+        return value
 
 
 @dataclass(frozen=True)
