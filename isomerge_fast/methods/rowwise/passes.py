@@ -17,7 +17,7 @@ from ...linalg.certificate import PROBES, asymmetry_of, probes
 from ...linalg.gram_eigh import PRODUCT, GramEigh
 from ...linalg.gram_spectrum import GramSpectrum, gram_noise, spectrum_in_place
 from ...linalg.protocol import rounding_tolerance
-from ...ops import BLOCK_ELEMENTS, TaskSum, sym_mm_add, traits_of
+from ...ops import BLOCK_ELEMENTS, TaskSum, sym_mm_add, thin_mm, traits_of
 from ..certified import exact_products
 from ..source import DeltaSource, RowBlock, TensorSpec, joined
 from ..spectral import Spectral
@@ -147,11 +147,11 @@ class ResidualEstimator:
     def add(self, q: Tensor, total: Tensor | None = None) -> None:
         """Add some rows of Q in any dtype, and those of S in float64 where the symmetry is asked for."""
         q = q.double()
-        along = q @ self.omega
-        self._squared.addmm_(q.mT, along)
+        along = thin_mm(q, self.omega)
+        self._squared = thin_mm(q.mT, along, c=self._squared)
         if total is not None:
-            self._image.addmm_(q.mT, total @ self.omega)
-            self._mirrored.addmm_(total.mT, along)
+            self._image = thin_mm(q.mT, thin_mm(total, self.omega), c=self._image)
+            self._mirrored = thin_mm(total.mT, along, c=self._mirrored)
 
     def orthogonality(self, expected: Tensor) -> Tensor:
         """Estimate ‖QᵀQ − P‖_F / √N, where P Ω is ``expected``."""
