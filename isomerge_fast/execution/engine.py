@@ -174,7 +174,7 @@ class Execution:
         key, notes, threads = fingerprint(description), [], self.threads or self.plan.cores
 
         def with_cores(count: int) -> Plan:
-            return scheduled(self.plan, count, target, self.max_ram)
+            return self.plan if count == self.plan.cores else scheduled(self.plan, count, target, self.max_ram)
 
         journal = Journal(
             staging.folder,

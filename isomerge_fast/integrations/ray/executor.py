@@ -33,6 +33,7 @@ from ...execution.work_item import MergeSettings, WorkItem, WorkResult
 from ...planning.cost import assumed_rates, divide
 from ...planning.plan import Plan
 from ...planning.planner import make_plan
+from ...planning.schedule import default_cores
 from . import cluster, worker
 from .cluster import POLL_SECONDS, RETRIES
 
@@ -58,7 +59,7 @@ class RayExecutor:
         if device == "cuda" and gpus < 1:
             raise ResourceError("device 'cuda': no machine of the Ray cluster has a GPU")
         self.device = "cuda" if device == "cuda" or (device == "auto" and gpus >= 1) else "cpu"
-        self.threads = threads or (torch.get_num_threads() if self.device == "cpu" else self._cpus_a_gpu)
+        self.threads = threads or (default_cores() if self.device == "cpu" else self._cpus_a_gpu)
 
     def plan(self, config: MergeConfig, *, max_ram: int | None, max_vram: int | None) -> Plan:
         """Make the plan for the workers, and check that all machines see the same files as this one."""
@@ -69,7 +70,8 @@ class RayExecutor:
             except exceptions.RayTaskError as error:
                 raise _cause(error) from error
         else:
-            plan = make_plan(config, resolve_device(self.device), max_ram=max_ram, max_vram=max_vram)
+            given = {"max_ram": max_ram, "max_vram": max_vram, "threads": self.threads}
+            plan = make_plan(config, resolve_device(self.device), **given)
         if not self.workers(plan, self.threads):
             raise ResourceError(self._too_small(plan, self.threads))
         if config.out is not None:
