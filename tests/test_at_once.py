@@ -26,8 +26,9 @@ from isomerge_fast.execution.jobs import Demand, Jobs
 from isomerge_fast.execution.report import PhaseTimer, Progress
 from isomerge_fast.execution.sources import FirstPass, first_pass
 from isomerge_fast.execution.tensor_queue import TensorQueue
-from isomerge_fast.execution.threads import ComputeThreads
+from isomerge_fast.execution.threads import ComputeThreads, check_wanted
 from isomerge_fast.methods.iso_c import IsoC
+from isomerge_fast.planning.budget import THREAD_BYTES
 from isomerge_fast.planning.plan import Plan, TensorPlan
 from isomerge_fast.planning.planner import make_plan
 from isomerge_fast.planning.schedule import Simulation, longest_first
@@ -158,6 +159,7 @@ def test_a_job_that_computes_is_ended_at_its_next_step(family: Family, tmp_path:
 
     def compute() -> None:
         for _ in range(6000):
+            check_wanted()
             time.sleep(0.01)
 
     begun = time.monotonic()
@@ -389,9 +391,10 @@ def test_routes_and_solvers_do_not_depend_on_the_number_of_cores(
         for tensor, alone in zip(plan.tensors, found[0].tensors, strict=True):
             assert (tensor.route, tensor.reason) == (alone.route, alone.reason)
     assert {tensor.cores for tensor in found[0].tensors} == {1}
-    # All at once take no more than half of the memory, unless one alone does.
+    # All at once take no more than half of the memory, unless one alone does; then beside it what threads hold.
     for plan in found:
-        assert plan.peak_ram_bytes <= max(memory // 2, found[0].peak_ram_bytes)
+        threads = (plan.cores - 1) * THREAD_BYTES
+        assert plan.peak_ram_bytes <= max(memory // 2, found[0].peak_ram_bytes + threads)
 
 
 def test_a_matrix_gets_several_cores_where_there_is_no_memory_for_as_many(
@@ -409,6 +412,16 @@ def test_a_matrix_gets_several_cores_where_there_is_no_memory_for_as_many(
             fit = max(1, plan.together_bytes // tensor.route.work_bytes)
             assert tensor.cores <= 16
             assert tensor.cores == 1 or tensor.cores * fit >= 8 or tensor.flops > 0
+
+
+def test_a_low_ceiling_leaves_no_room_for_many_threads(llama: MergeConfig) -> None:
+    """Whatever number is asked for, what is promised stays below the ceiling."""
+    least = make_plan(replace(llama, method="iso-cts"), max_ram=1, threads=1).peak_ram_bytes
+    for ceiling in (least, least + (30 << 20), 2 * least):
+        plans = [make_plan(replace(llama, method="iso-cts"), max_ram=ceiling, threads=n) for n in (1, 8, 64)]
+        assert all(plan.peak_ram_bytes <= ceiling for plan in plans)
+        assert plans[0].cores == 1
+        assert plans[2].cores < 64 or ceiling == 2 * least
 
 
 def test_one_matrix_has_all_cores(tmp_path: Path) -> None:

@@ -331,5 +331,5 @@ def test_what_cannot_wait_is_said_on_standard_error(tmp_path: Path, monkeypatch:
     arguments = flags((base, experts), "--method", "iso-c", "--out", tmp_path / "out", "--resume")
     command = [sys.executable, "-c", code, "run", *map(str, arguments), "--threads", "2", "--format", "json"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stderr.startswith(f"{tmp_path / 'out'}: computed with 1 thread(s), with which the merge began, and not")
+    assert done.stderr.startswith(f"{tmp_path / 'out'}: 4 tensor(s) are computed by as many cores as when")
     assert json.loads(done.stdout)["method"] == "iso-c"

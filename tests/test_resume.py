@@ -93,8 +93,8 @@ def test_a_resume_that_keeps_its_threads_says_so(
                 imf.merge(config, threads=again, resume=True)
         assert not caplog.messages
         said = (
-            "computed with 1 thread(s), with which the merge began, and not with 2: the last digits of 4 tensor(s) "
-            "depend on it (--overwrite instead of --resume begins anew)"
+            "4 tensor(s) are computed by as many cores as when the merge began, and not by as many as threads and "
+            "memory suggest now: their last digits depend on it (--overwrite instead of --resume begins anew)"
         )
         with pytest.raises(Killed):
             imf.merge(config, threads=2, resume=True)

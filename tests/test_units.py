@@ -220,25 +220,25 @@ def entry(name: str) -> dict[str, Any]:
 
 
 def test_journals_of_units_are_gathered_and_those_of_other_merges_are_not(tmp_path: Path) -> None:
-    Journal(tmp_path, "key", [], threads=2, resume=False)
-    for unit, key, threads in ((1, "key", 2), (2, "key", 2)):
-        journal = ItemJournal(tmp_path, key, threads, unit, {})
+    Journal(tmp_path, "key", [], cores={"a": 2}, resume=False)
+    for unit in (1, 2):
+        journal = ItemJournal(tmp_path, "key", {"a": 2}, unit, {})
         journal.add(entry(f"of unit {unit}"))
         journal.close()
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    Journal(elsewhere, "yek", [], threads=2, resume=False)
-    journal = ItemJournal(elsewhere, "yek", 2, 3, {})
+    Journal(elsewhere, "yek", [], cores={"a": 2}, resume=False)
+    journal = ItemJournal(elsewhere, "yek", {"a": 2}, 3, {})
     journal.add(entry("of another merge"))
     journal.close()
     item_journal(elsewhere, 3).rename(item_journal(tmp_path, 3))
     shutil.rmtree(elsewhere)
     (tmp_path / "journal-4.jsonl").write_bytes(item_journal(tmp_path, 1).read_bytes()[:-20])  # torn
-    again = Journal(tmp_path, "key", [], threads=8, resume=True)
-    assert again.threads == 2
+    again = Journal(tmp_path, "key", [], cores={}, resume=True)
+    assert again.cores == {"a": 2}
     assert again.finished.keys() == {"of unit 1", "of unit 2"}
     assert sorted(os.listdir(tmp_path)) == ["journal.jsonl"]
-    assert Journal(tmp_path, "key", [], threads=8, resume=True).finished == again.finished
+    assert Journal(tmp_path, "key", [], cores={}, resume=True).finished == again.finished
 
 
 def test_journal_entries_are_read_as_they_were_added() -> None:
@@ -250,21 +250,21 @@ def test_journal_entries_are_read_as_they_were_added() -> None:
     assert pickle.loads(pickle.dumps(held)) == held
 
 
-@pytest.mark.parametrize(("key", "threads"), [("other", 2), ("key", 1)], ids=["another merge", "other threads"])
-def test_a_unit_that_is_not_of_this_merge_is_refused(tmp_path: Path, key: str, threads: int) -> None:
-    """Other threads: other last digits."""
-    Journal(tmp_path, "key", [], threads=2, resume=False)
+@pytest.mark.parametrize(("key", "cores"), [("other", {"a": 2}), ("key", {})], ids=["another merge", "other cores"])
+def test_a_unit_that_is_not_of_this_merge_is_refused(tmp_path: Path, key: str, cores: dict[str, int]) -> None:
+    """Other cores: other last digits."""
+    Journal(tmp_path, "key", [], cores={"a": 2}, resume=False)
     with pytest.raises(imf.ConfigError, match="another merge has taken the place"):
-        ItemJournal(tmp_path, key, threads, 1, {})
+        ItemJournal(tmp_path, key, cores, 1, {})
     assert os.listdir(tmp_path) == ["journal.jsonl"]
 
 
 def test_a_journal_is_followed_while_it_grows(tmp_path: Path) -> None:
-    Journal(tmp_path, "key", [], threads=1, resume=False)
+    Journal(tmp_path, "key", [], cores={}, resume=False)
     follower = ItemProgress(tmp_path, 7)
     follower.update()
     assert not follower.about
-    journal = ItemJournal(tmp_path, "key", 1, 7, {"pid": 5})
+    journal = ItemJournal(tmp_path, "key", {}, 7, {"pid": 5})
     follower.update()
     assert follower.about["pid"] == 5
     journal.add(entry("a"))
@@ -281,7 +281,7 @@ def test_a_journal_is_followed_while_it_grows(tmp_path: Path) -> None:
     path.write_bytes(whole + line)
     follower.update()
     assert follower.finished.keys() == {"a", "b"}
-    ItemJournal(tmp_path, "key", 1, 7, {"pid": 6}).close()  # a second attempt
+    ItemJournal(tmp_path, "key", {}, 7, {"pid": 6}).close()  # a second attempt
     follower.update()
     assert follower.about["pid"] == 6
     assert follower.finished.keys() == {"a", "b"}

@@ -171,31 +171,24 @@ class Execution:
 
     def _merge(self, staging: Staging, description: dict[str, Any], target: torch.device) -> Report:
         started = time.perf_counter()
-        key, notes, threads = fingerprint(description), [], self.threads or self.plan.cores
-
-        def with_cores(count: int) -> Plan:
-            return self.plan if count == self.plan.cores else scheduled(self.plan, count, target, self.max_ram)
-
+        key, notes, plan = fingerprint(description), [], self.plan
+        if self.threads not in (None, plan.cores):
+            plan = scheduled(plan, self.threads, target, self.max_ram)
+        cores = plan.cores_of_tensors
         journal = Journal(
-            staging.folder,
-            key,
-            description["inputs"],
-            threads=threads,
-            is_alike=lambda before: with_cores(before).cores_of_tensors == with_cores(threads).cores_of_tensors,
-            resume=self.resume,
-            overwrite=self.overwrite,
+            staging.folder, key, description["inputs"], cores=cores, resume=self.resume, overwrite=self.overwrite
         )
-        plan = with_cores(journal.threads)
-        if threads != journal.threads:
-            cores = zip(plan.cores_of_tensors, with_cores(threads).cores_of_tensors, strict=True)
+        if journal.cores != cores:
+            plan = plan.with_cores(journal.cores)
+            differ = sum(journal.cores.get(name, 1) != cores.get(name, 1) for name in {*cores, *journal.cores})
             notes.append(
-                f"computed with {journal.threads} thread(s), with which the merge began, and not with {threads}: the "
-                f"last digits of {sum(then != now for then, now in cores)} tensor(s) depend on it (--overwrite instead "
-                "of --resume begins anew)"
+                f"{differ} tensor(s) are computed by as many cores as when the merge began, and not by as many as "
+                "threads and memory suggest now: their last digits depend on it (--overwrite instead of --resume "
+                "begins anew)"
             )
             LOG.warning("%s: %s", visible(str(staging.out)), notes[-1])
         shards = _create_files(plan, staging, journal, self.resume)
-        given = {"device": str(target), "threads": journal.threads, "max_vram": self.max_vram}
+        given = {"device": str(target), "threads": plan.cores, "max_vram": self.max_vram}
         settings = MergeSettings.of(plan, staging.folder, key, direct=self.io == "auto", **given)
         prepared = time.perf_counter() - started
         results = (self.executor or merge_here)(plan, settings, journal.finished, self.observer)

@@ -39,6 +39,7 @@ from ..planning.schedule import cores_of, default_cores
 from .in_order import Task, in_order
 from .jobs import Demand
 from .memory_inputs import Array, as_tensor, check_fit, read_experts, read_weights, shapes_of
+from .threads import OneCore
 
 # So much of a tensor is rounded at once.
 PART_ELEMENTS = 1 << 22
@@ -60,9 +61,9 @@ class StateDictMerge:
     device: torch.device | None = None  # where to compute; the device of the base's tensor when None
 
     def merge(self, base: Mapping[str, Array], experts: Iterable[Mapping[str, Array]]) -> Iterator[tuple[str, Tensor]]:
-        """Return an iterator of (name, merged tensor) in the order of ``base``, each made when it is asked for.
+        """Return an iterator of (name, merged tensor) in the order of ``base``, made while they are asked for.
 
-        All checks come before that.
+        All checks come before that. On a CPU several threads make those that come next.
         """
         self.scaling = number(self.scaling, "scaling")
         self.exclude = list_of(pattern, "a list of patterns: ['*lm_head*', '*norm*']")(self.exclude, "exclude")
@@ -114,13 +115,15 @@ class StateDictMerge:
         return math.fsum(method.flops(spec, tasks) for method, spec in chosen if not method.any_shape) / default_cores()
 
     def _demand(self, spec: TensorSpec, base: Tensor, tasks: int, share: float) -> Demand | None:
-        """Return what a thread takes that makes the tensor; None where the calling thread is to make it."""
+        """Return what a thread takes that makes the tensor; None where the calling thread is to make it, or to fail."""
         device = self.device or base.device
         if device.type != "cpu" or base.is_meta or spec.elements * tasks < LEAST_ELEMENTS:
             return None
         method = method_for(self.method, spec, self.exclude)
-        if not method.any_shape:
+        try:
             method.check(spec, tasks)
+        except ConfigError:
+            return None
         cores = 1 if method.any_shape else cores_of(method.flops(spec, tasks), share, default_cores())
         return Demand(cores, method.workspace_bytes(spec, tasks, device))
 
@@ -197,6 +200,8 @@ def merge_source(
     ``source`` has all copies in memory as they are stored: no T deltas are made of them. ``base`` is its θ₀, and
     ``seed`` that of stochastic rounding.
     """
+    if source.device.type == "cpu":
+        source.threads = OneCore()
     sink = MemorySink(base, scaling, dtype, seed)
     memory_route(method, base.shape).run(source, sink)
     return sink.merged

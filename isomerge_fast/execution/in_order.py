@@ -11,7 +11,7 @@ import torch
 from .jobs import Demand, Jobs
 from .threads import ComputeThreads
 
-# So many results for every core may wait to be taken, beside those that are computed.
+# So many for every core are computed, or wait to be taken, beside the one that is asked for.
 AHEAD = 2
 
 Result = TypeVar("Result")
@@ -43,23 +43,21 @@ def in_order(tasks: Iterable[Task[Result]], cores: int, together_bytes: int) -> 
     with ComputeThreads(cores) as threads:
         jobs = Jobs(threads, together_bytes, lambda: None)
         begun: deque[Task[Result]] = deque()
-        for number, task in enumerate(tasks):
-            begun.append(task)
-            if task.demand is None:
-                try:
+        try:
+            for number, task in enumerate(tasks):
+                begun.append(task)
+                if task.demand is None:
                     task.run()
-                except Exception:
-                    jobs.end()  # what came before may have failed as well, and is told of first
-                    raise
-            else:
-                jobs.wait_for_room(task.demand)
-                jobs.start(number, task.demand, task.run)
-            while begun[0].results or len(begun) > AHEAD * cores:
+                else:
+                    jobs.wait_for_room(task.demand)
+                    jobs.start(number, task.demand, task.run)
+                while begun and (begun[0].results or len(begun) > AHEAD * cores):
+                    yield _taken(begun, jobs)
+            while begun:
                 yield _taken(begun, jobs)
-                if not begun:
-                    break
-        while begun:
-            yield _taken(begun, jobs)
+        except Exception:
+            jobs.end()  # what came before may have failed as well, and is told of first
+            raise
 
 
 def _taken(begun: deque[Task[Result]], jobs: Jobs) -> Result:

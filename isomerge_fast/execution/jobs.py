@@ -8,7 +8,7 @@ from threading import Condition
 
 import torch
 
-from .threads import Abandoned, ComputeThreads
+from .threads import ComputeThreads
 
 # How often the thread that waits looks for changes to tell the observer of.
 TELL_SECONDS = 0.05
@@ -31,24 +31,22 @@ class Jobs:
 
     def __init__(self, threads: ComputeThreads, together_bytes: int, tell: Callable[[], None]) -> None:
         self._threads, self._tell = threads, tell
-        self._free = Demand(threads.count, together_bytes)
-        self._running: dict[int, Demand] = {}
+        self._free_cores, self.free_bytes = threads.count, together_bytes
+        self._running: set[int] = set()
         self._failures: dict[int, BaseException] = {}
         self._changed = Condition()  # guards all of these
 
-    @property
-    def work_bytes(self) -> int:
-        """Return the bytes that those which run take together."""
-        return sum(demand.work_bytes for demand in self._running.values())
-
     def wait_for_room(self, demand: Demand) -> None:
         """Wait until what runs leaves so many cores and bytes; a job alone is let in whatever it takes."""
-        self.wait_until(lambda: not self._running or self._fits(demand))
+        self.wait_until(
+            lambda: not self._running or (demand.cores <= self._free_cores and demand.work_bytes <= self.free_bytes)
+        )
 
     def start(self, number: int, demand: Demand, job: Callable[[], None]) -> None:
         """Run a job for which there is room, in a thread that computes with its cores."""
         with self._changed:
-            self._running[number] = demand
+            self._running.add(number)
+            self._take(demand.cores, demand.work_bytes)
 
         def run() -> None:
             failure: BaseException | None = None
@@ -61,14 +59,18 @@ class Jobs:
             if demand.cores > 1:
                 torch.set_num_threads(1)
             with self._changed:
-                del self._running[number]
+                self._running.remove(number)
+                self._take(-demand.cores, -demand.work_bytes)
                 if failure is not None:
                     self._failures[number] = failure
                 self._changed.notify_all()
-            if isinstance(failure, Abandoned):
-                raise failure
+            failure = None  # a frame that its own traceback holds on to would keep all that the job held
 
         self._threads.start(run)
+
+    def _take(self, cores: int, work_bytes: int) -> None:
+        self._free_cores -= cores
+        self.free_bytes -= work_bytes
 
     def wait_until(self, is_so: Callable[[], bool]) -> None:
         """Wait for a change in what runs; raise the first error of those that have failed."""
@@ -89,15 +91,14 @@ class Jobs:
         """Wait until all have come to their end; raise the first error."""
         self.wait_until(lambda: not self._running)
 
-    def _fits(self, demand: Demand) -> bool:
-        cores = sum(each.cores for each in self._running.values()) + demand.cores
-        return cores <= self._free.cores and self.work_bytes + demand.work_bytes <= self._free.work_bytes
-
     def _raise_first(self) -> None:
         if not self._failures:
             return
-        first = min(self._failures)
-        while any(number < first for number in self._running):
+        while any(number < min(self._failures) for number in self._running):
             self._changed.wait()
-            first = min(self._failures)
-        raise self._failures[first]
+        failure = self._failures.pop(min(self._failures))
+        self._failures.clear()  # with all that their frames hold
+        try:
+            raise failure
+        finally:
+            del failure  # which would hold on to this frame, and be held by it

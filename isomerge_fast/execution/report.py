@@ -11,6 +11,7 @@ from threading import Lock, get_ident
 from typing import Any, NotRequired, TypedDict
 
 from ..parsing.json_types import check
+from .threads import check_wanted
 
 PHASES = ("prepare", "read", "compute", "write")
 
@@ -172,6 +173,7 @@ class PhaseTimer:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
+        check_wanted()
         seat = self._jobs.get(get_ident(), self._own)
         outer = seat.phase
         self._switch(seat, name)
@@ -179,6 +181,10 @@ class PhaseTimer:
             yield
         finally:
             self._switch(seat, outer)
+
+    def begin(self, tensor: str) -> None:
+        """Tell which tensor the thread that made the timer is at."""
+        self._own.tensor = self._progress.tensor = tensor
 
     @contextmanager
     def job(self, tensor: str, cores: int) -> Iterator[None]:
@@ -209,7 +215,7 @@ class PhaseTimer:
             self._changes.append((seat.tensor, name))
             return
         self.tell()
-        self._progress.phase = name
+        self._progress.tensor, self._progress.phase = self._own.tensor, name
         self._observer(self._progress)
 
     def _count(self) -> None:

@@ -96,7 +96,13 @@ class FileSink:
                 floats = {folder: out for folder, out in mine.items() if out.is_floating_point()}
                 return {folder: ops.count_nonfinite(out) for folder, out in floats.items()}
 
-            for counts in self._threads.map(fill, group):
+            try:
+                found = self._threads.map(fill, group)
+            except BaseException:
+                if self._rented is not None:
+                    self._writes.give_back(self._rented)
+                raise
+            for counts in found:
                 for folder, count in counts.items():
                     self._not_finite[folder].append(count)
             self._write(rows, outputs)

@@ -53,7 +53,7 @@ class TensorQueue:
         try:
             with self._timer.phase("compute"):
                 self._jobs.wait_for_room(demand)
-            in_use = self._jobs.work_bytes + demand.work_bytes
+            in_use = self._together_bytes - self._jobs.free_bytes + demand.work_bytes
             set_heap_thresholds(eager=in_use > max(HEAP_RESIDUE_BYTES, self._together_bytes - HEAP_RESIDUE_BYTES))
             if is_job:
                 self._begin(plan, demand)

@@ -24,6 +24,7 @@ class MergeSettings:
     key: str  # ``fingerprint`` of the merge
     device: str
     threads: int
+    cores: Mapping[str, int]  # of the tensors that more than one computes, whose last digits depend on it
     direct: bool  # read and write past the page cache where that is faster
     records_base: bool  # whether the checksums of the base's tensors are recorded, for ``apply``
     budget: Budget
@@ -40,6 +41,7 @@ class MergeSettings:
             records_base=plan.config.save_delta,
             budget=plan.budget,
             together_bytes=plan.together_bytes,
+            cores=plan.cores_of_tensors,
             arithmetic=plan.arithmetic,
             **given,
         )

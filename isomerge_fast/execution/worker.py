@@ -79,16 +79,15 @@ class _ItemRun:
             try:
                 # Before it is asked whose the folder is: what is opened after that may be another merge's.
                 self._open_writers()
-                journal = ItemJournal(
-                    settings.folder, settings.key, settings.threads, self._item.number, this_process()
-                )
+                journal = ItemJournal(settings.folder, settings.key, settings.cores, self._item.number, this_process())
                 closing.callback(journal.close)
                 self._merge_all(journal)
                 completed = True
             finally:
-                with self._timer.phase("write"), ExitStack() as writers:
+                with ExitStack() as writers:
                     for writer in self._writers.values():
                         writers.callback(writer.close, validate=completed)
+                    writers.enter_context(self._timer.phase("write"))
 
     def _require_same_arithmetic(self) -> None:
         """Raise ResourceError where this process would give other last digits than the plan was made for."""
@@ -131,7 +130,7 @@ class _ItemRun:
 
         A tensor that has a journal entry stays as it is, where the files hold its bytes.
         """
-        settings, budget, progress = self._settings, self._settings.budget, self._progress
+        settings, budget = self._settings, self._settings.budget
         for tensor in self._item.tensors:
             entry = journal.finished.get(tensor.name) or self._item.journal_entries.get(tensor.name)
             if entry is not None and self._is_intact(tensor, entry):
@@ -164,7 +163,7 @@ class _ItemRun:
                 merge.merge, source_of, ahead, threads, settings.together_bytes, self._timer, self._progress
             )
             for tensor in to_do:
-                progress.tensor = tensor.name
+                self._timer.begin(tensor.name)
                 if on_gpu:
                     merge.merge(tensor, source_of(tensor, uploads, threads))
                     self._count(tensor)

@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..ops import BLOCK_ELEMENTS
 from .elementwise import AnyShape
 from .source import DeltaSource, RowBlock, TensorSpec
 from .stats import MergeStats
@@ -25,7 +26,8 @@ class Linear(AnyShape):
         return 1
 
     def workspace_bytes(self, spec: TensorSpec, tasks: int, device: torch.device) -> int:
-        return spec.bytes
+        # With the block of a delta, and that of the base, in the dtype computed in.
+        return spec.bytes + 2 * spec.dtype.itemsize * min(spec.elements, BLOCK_ELEMENTS)
 
     def merge(self, deltas: DeltaSource) -> tuple[Tensor, MergeStats]:
         found = deltas.sum(deltas.dtype)

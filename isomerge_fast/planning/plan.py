@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -18,7 +18,7 @@ from ..checkpoint.output.companions import FolderContents, LeftBehind
 from ..checkpoint.output.model_config import output_config
 from ..config import MergeConfig
 from ..methods import Method
-from .budget import PROCESS_BYTES, Budget
+from .budget import PROCESS_BYTES, THREAD_BYTES, Budget
 from .outputs import PlannedTensor, scaling_folders
 from .routes import Route
 
@@ -204,7 +204,8 @@ class Plan:
     @property
     def host_buffer_bytes(self) -> int:
         """Estimate the bytes on the host without the tensor that is merged: process, metadata, reads and writes."""
-        return PROCESS_BYTES + self.metadata_bytes + self.budget.read_pool + self.budget.write_behind
+        threads = (self.cores - 1) * THREAD_BYTES if self.budget.on_gpu is None else 0
+        return PROCESS_BYTES + self.metadata_bytes + threads + self.budget.read_pool + self.budget.write_behind
 
     @property
     def peak_vram_bytes(self) -> int:
@@ -217,9 +218,13 @@ class Plan:
         return max((plan.route.work_bytes for plan in self.tensors), default=0)
 
     @property
-    def cores_of_tensors(self) -> list[int]:
-        """Return how many cores compute each tensor, on which alone its last digits depend."""
-        return [tensor.cores for tensor in self.tensors]
+    def cores_of_tensors(self) -> dict[str, int]:
+        """Return how many cores compute each of the tensors that more than one does: its last digits depend on it."""
+        return {tensor.name: tensor.cores for tensor in self.tensors if tensor.cores > 1}
+
+    def with_cores(self, cores: Mapping[str, int]) -> Plan:
+        """Return the plan with so many cores for these tensors, and one for each of the others."""
+        return replace(self, tensors=tuple(replace(each, cores=cores.get(each.name, 1)) for each in self.tensors))
 
     @property
     def together_bytes(self) -> int:

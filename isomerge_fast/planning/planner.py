@@ -104,8 +104,7 @@ def scheduled(plan: Plan, cores: int, device: torch.device, max_ram: int | None)
     if device.type == "cuda":
         return replace(plan, cores=cores)
     most = int(TOGETHER_SHARE * memory_bytes()) if max_ram is None else max_ram
-    room = most - PROCESS_BYTES - plan.metadata_bytes
-    tensors, budget = schedule(plan.tensors, plan.budget, cores, room)
+    tensors, budget, cores = schedule(plan.tensors, plan.budget, cores, most - PROCESS_BYTES - plan.metadata_bytes)
     return replace(plan, budget=budget, tensors=tensors, cores=cores)
 
 

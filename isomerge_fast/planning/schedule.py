@@ -17,7 +17,7 @@ from functools import partial
 import torch
 
 from ..machine import usable_cpus
-from .budget import Budget
+from .budget import THREAD_BYTES, Budget
 from .plan import TensorPlan
 
 # Of smaller matrices each takes a core a few seconds at most: they wait for memory, and are computed by one.
@@ -33,20 +33,25 @@ def default_cores() -> int:
 
 def schedule(
     tensors: Sequence[TensorPlan], budget: Budget, cores: int, most_bytes: int
-) -> tuple[tuple[TensorPlan, ...], Budget]:
-    """Return the plans with the cores that compute each tensor, and the budget with what is merged at once.
+) -> tuple[tuple[TensorPlan, ...], Budget, int]:
+    """Return the plans with the cores that compute each tensor, the budget with what is merged at once, and the cores.
 
-    Beside ``read_ahead`` and ``write_behind``, the copies and the work of all tensors that are merged at once keep to
-    ``most_bytes``, unless one alone takes more.
+    Beside ``read_ahead`` and ``write_behind``, the copies and the work of all tensors that are merged at once, and what
+    every thread holds, keep to ``most_bytes``, unless one tensor alone takes more. Under a ceiling there are fewer cores
+    than given where the largest tensor leaves no room for their threads.
     """
     largest = max((tensor.route.work_bytes for tensor in tensors), default=0)
-    free = max(largest, most_bytes - budget.read_ahead - budget.write_behind)
+    left = max(0, most_bytes - budget.read_ahead - budget.write_behind - largest)
+    if budget.work is not None:
+        cores = min(cores, 1 + left // THREAD_BYTES)
+    free = largest + max(0, left - (cores - 1) * THREAD_BYTES)
     held = sum(heapq.nlargest(cores + 1, map(copies_of, tensors))) if cores > 1 else 0
     copies = max(0, min(held - budget.read_ahead, free // 3, free - largest))
     room = replace(budget, copies=copies, together=free - copies)
     share = math.fsum(tensor.flops for tensor in tensors if not tensor.route.shares_blocks) / cores
     planned = tuple(_with_cores(tensor, room, cores, share) for tensor in tensors)
-    return planned, replace(room, together=max(largest, Simulation.of(planned, room, cores).together))
+    together = max(largest, Simulation.of(planned, room, cores).together)
+    return planned, replace(room, together=together), cores
 
 
 def _with_cores(tensor: TensorPlan, budget: Budget, cores: int, share: float) -> TensorPlan:

@@ -6,6 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import dataclass
 from threading import Condition
 
@@ -184,6 +185,7 @@ class ReadAhead:
             self._top_up()
             while not self._ahead:
                 self._changed.wait()
+                self._top_up()
             reading = self._ahead.popleft()
             self._out += 1
         for part in reading.parts:
@@ -200,7 +202,9 @@ class ReadAhead:
                 self._out -= 1
                 if reading.in_pool:
                     self._pool.give_back(reading.buffer)
-                self._top_up()
+                # Where there is no memory for it, whoever asks for it next is told.
+                with suppress(MemoryError, OSError, RuntimeError):
+                    self._top_up()
                 self._changed.notify_all()
 
         return Lease([piece.view(data) for piece, data in placed], give_back)

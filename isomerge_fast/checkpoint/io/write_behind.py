@@ -66,6 +66,12 @@ class WriteBehind:
                 self._wait()
         return room
 
+    def give_back(self, room: Tensor) -> None:
+        """Give back a room that nothing is written from."""
+        with self._changed:
+            self._pool.give_back(room)
+            self._changed.notify_all()
+
     def put(self, action: Callable[[], None], *, size: int = 0, room: Tensor | None = None) -> None:
         """Have ``action`` done; wait while the budget is used up.
 

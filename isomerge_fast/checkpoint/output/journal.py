@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from collections import UserDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -51,9 +51,9 @@ class Journal:
     finished. The first line holds the merge's ``fingerprint``, ``key``; each other line is a finished tensor. Every
     line begins with its own checksum. Resuming checks the bytes of a tensor that an entry names.
 
-    The last digits of what several threads compute depend on their number. So a merge continues with the number that it
-    began with, attribute ``threads``, unless results with that one are said to be alike, by ``is_alike``. Journals of
-    another merge are refused, naming the input that has changed, or with ``overwrite`` discarded.
+    The last digits of what several cores compute depend on their number: attribute ``cores`` has that of every tensor
+    that more than one computes, as the merge began. Journals of another merge are refused, naming the input that has
+    changed, or with ``overwrite`` discarded.
     """
 
     def __init__(
@@ -62,29 +62,27 @@ class Journal:
         key: str,
         inputs: list[dict[str, Any]],
         *,
-        threads: int,
-        is_alike: Callable[[int], bool] = lambda before: False,
+        cores: Mapping[str, int],
         resume: bool,
         overwrite: bool = False,
     ) -> None:
-        self.threads = threads
+        self.cores = dict(cores)
         self.finished = Entries()
         path = folder / JOURNAL_FILE
         lines = _read_lines(path) if resume else iter(())
         first = next(lines, None)  # without it nothing is known of the rest
         if first is not None and first.get("fingerprint") == key:
+            self.cores = first["cores"]
             self.finished = Entries(lines)
             for part in sorted(folder.glob(_item_file("*"))):
-                self.finished |= _entries_of_merge(part, key, first["threads"])
-            if not is_alike(first["threads"]):
-                self.threads = first["threads"]
+                self.finished |= _entries_of_merge(part, key, self.cores)
         elif first is not None and not overwrite:
             raise ConfigError(
                 f"{folder}: the unfinished merge was of other inputs, options, devices or versions"
                 f"{_changed_input(first.get('inputs', []), inputs)}; "
                 "run with --overwrite to discard it"
             )
-        head = {"fingerprint": key, "inputs": inputs, "threads": self.threads}
+        head = {"fingerprint": key, "inputs": inputs, "cores": self.cores}
         _replace(path, head, self.finished)
         for part in folder.glob(_item_file("*")):
             part.unlink()
@@ -96,12 +94,12 @@ class ItemJournal:
     ``about`` describes the process, in the first line. Where another merge has the folder by now it raises ConfigError.
     """
 
-    def __init__(self, folder: Path, key: str, threads: int, item: int, about: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, key: str, cores: Mapping[str, int], item: int, about: Mapping[str, Any]) -> None:
         path = item_journal(folder, item)
-        if not _is_of(next(_read_lines(folder / JOURNAL_FILE), None), key, threads):
+        if not _is_of(next(_read_lines(folder / JOURNAL_FILE), None), key, cores):
             raise ConfigError(f"{folder}: another merge has taken the place of this one")
-        self.finished = _entries_of_merge(path, key, threads)  # by an earlier attempt at the same work item
-        _replace(path, {"fingerprint": key, "threads": threads, **about}, self.finished)
+        self.finished = _entries_of_merge(path, key, cores)  # by an earlier attempt at the same work item
+        _replace(path, {"fingerprint": key, "cores": dict(cores), **about}, self.finished)
         self._file = open(path, "ab")  # noqa: SIM115 - closed by close()
 
     def add(self, entry: dict[str, Any]) -> None:
@@ -172,14 +170,14 @@ def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
                 return
 
 
-def _is_of(first: dict[str, Any] | None, key: str, threads: int) -> bool:
-    return first is not None and (first.get("fingerprint"), first.get("threads")) == (key, threads)
+def _is_of(first: dict[str, Any] | None, key: str, cores: Mapping[str, int]) -> bool:
+    return first is not None and (first.get("fingerprint"), first.get("cores")) == (key, cores)
 
 
-def _entries_of_merge(path: Path, key: str, threads: int) -> Entries:
+def _entries_of_merge(path: Path, key: str, cores: Mapping[str, int]) -> Entries:
     """Return the entries of a work item's journal, or none where it is of another merge."""
     lines = _read_lines(path)
-    return Entries(lines) if _is_of(next(lines, None), key, threads) else Entries()
+    return Entries(lines) if _is_of(next(lines, None), key, cores) else Entries()
 
 
 def _replace(path: Path, head: dict[str, Any], entries: Entries) -> None:
