@@ -37,8 +37,8 @@ def schedule(
     """Return the plans with the cores that compute each tensor, the budget with what is merged at once, and the cores.
 
     Beside ``read_ahead`` and ``write_behind``, the copies and the work of all tensors that are merged at once, and what
-    every thread holds, keep to ``most_bytes``, unless one tensor alone takes more. Under a ceiling there are fewer cores
-    than given where the largest tensor leaves no room for their threads.
+    every thread holds, keep to ``most_bytes``, unless one tensor alone takes more. Under a ceiling there are fewer
+    cores than given where the largest tensor leaves no room for their threads.
     """
     largest = max((tensor.route.work_bytes for tensor in tensors), default=0)
     left = max(0, most_bytes - budget.read_ahead - budget.write_behind - largest)
