@@ -87,8 +87,7 @@ class TensorMerge:
 
         def finish() -> None:
             entry["checksum"] = sink.checksums()
-            self._entries.add(entry)
-            self._journal.add(entry)
+            self._journal.add_texts([self._entries.add(entry)])
 
         with self._timer.phase("write"):
             self._writes.put(finish)
