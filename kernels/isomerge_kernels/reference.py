@@ -102,8 +102,7 @@ def _mend_squares(blocks: Tensor, sources: Sequence[Tensor], origin: Tensor | No
     Experts and base are [members, elements] each.
     """
     squares = blocks[..., 0]
-    # Squares below this are lost among what ``compute`` cannot tell from 0; those above may have overflowed.
-    smallest = 1e8 * SUM_BLOCK_ELEMENTS * torch.finfo(compute).tiny
+    smallest = least_squares(compute)
     if smallest <= float(squares.amin()) and float(squares.amax()) < math.inf:
         return True
     for member, block, task in torch.nonzero(~((squares >= smallest) & squares.isfinite())):
@@ -113,6 +112,11 @@ def _mend_squares(blocks: Tensor, sources: Sequence[Tensor], origin: Tensor | No
         delta = sources[int(task)][member, place].to(compute)
         squares[member, block, task] = sum_of_squares(delta if origin is None else delta - origin[member, place])
     return False
+
+
+def least_squares(compute: torch.dtype) -> float:
+    """Return below what a block's sum of squares is lost among what ``compute`` cannot tell from 0."""
+    return 1e8 * SUM_BLOCK_ELEMENTS * torch.finfo(compute).tiny
 
 
 def sum_of_squares(x: Tensor) -> Tensor:
