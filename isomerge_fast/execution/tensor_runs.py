@@ -103,13 +103,16 @@ def joined(
     )
     run: list[TensorPlan] = []
     total = [0] * len(most)
+    way = None  # of the run
     for tensor in tensors:
         own = (tensor.read_bytes, tensor.write_bytes, tensor.route.work_bytes, tensor.spec.elements)
         total = list(map(add, total, own))
-        if run and not (all(map(le, total, most)) and _is_next(run[-1], tensor, writers)):
+        if all(map(le, total, most)) and way is not None and way == _way(tensor) and _follow(run[-1], tensor, writers):
+            run.append(tensor)
+            continue
+        if run:
             yield _as_one(run)
-            run, total = [], list(own)
-        run.append(tensor)
+        run, total, way = [tensor], list(own), _way(tensor)
     if run:
         yield _as_one(run)
 
@@ -118,46 +121,51 @@ def _as_one(run: Sequence[TensorPlan]) -> TensorPlan:
     return run[0] if len(run) == 1 else TensorRun.of(run)
 
 
-def _is_next(before: TensorPlan, tensor: TensorPlan, writers: Writers) -> bool:
-    """Return whether a tensor is merged as the one before it, and follows it in every file."""
+def _way(tensor: TensorPlan) -> tuple[Any, ...] | None:
+    """Return what the tensors of a run have in common, but for their places in files.
+
+    None where what is made of an element may differ, in its last digit, by what comes with it. Of an ``Elementwise``
+    method that is not known: it may multiply by matrices.
+    """
+    if not tensor.spec.elements or tensor.pairs or tensor.rounding_seed is not None or len(tensor.merged) != 1:
+        return None
+    method = tensor.route.method
+    if isinstance(tensor.route, Rowwise):
+        kind = type(method)
+        if not (issubclass(kind, Linear) and kind.rowwise is Linear.rowwise and kind.finish is Linear.finish):
+            return None
+    elif not isinstance(tensor.route, Copied):
+        return None
     return (
-        _stands_alone(before)
-        and _stands_alone(tensor)
-        and type(tensor.route) is type(before.route)
-        and tensor.route.method == before.route.method
-        and tensor.shard == before.shard
-        and tensor.spec.dtype == before.spec.dtype
-        and tensor.out_dtype == before.out_dtype
-        and tensor.weights == before.weights
-        and tensor.experts_are_deltas == before.experts_are_deltas
-        and len(tensor.experts) == len(before.experts)
-        and tensor.scalings == before.scalings
-        and _follows(before.base, tensor.base)
-        and all(map(_follows, before.experts, tensor.experts))
-        and all(_are_neighbours(writers[folder, tensor.shard], folder, before, tensor) for folder in tensor.scalings)
+        type(tensor.route),
+        method,
+        tensor.weights,
+        tensor.experts_are_deltas,
+        len(tensor.experts),
+        tensor.spec.dtype,
+        tensor.out_dtype,
+        tensor.scalings,
+        tensor.shard,
     )
 
 
-def _stands_alone(tensor: TensorPlan) -> bool:
-    """Return whether what is made of an element is the same, to the last digit, whichever others come with it.
-
-    Of an ``Elementwise`` method that is not known: it may multiply by matrices.
-    """
-    if not tensor.spec.elements or tensor.pairs or tensor.rounding_seed is not None or len(tensor.merged) != 1:
-        return False
-    if not isinstance(tensor.route, Rowwise):
-        return isinstance(tensor.route, Copied)
-    kind = type(tensor.route.merging)
-    return issubclass(kind, Linear) and kind.rowwise is Linear.rowwise and kind.finish is Linear.finish
-
-
-def _are_neighbours(writer: ShardWriter, folder: str, before: TensorPlan, tensor: TensorPlan) -> bool:
-    names = [plan.tensors_in(folder)[0].name for plan in (before, tensor)]
-    return _follows(*(writer.tensors[name] for name in names))
+def _follow(before: TensorPlan, tensor: TensorPlan, writers: Writers) -> bool:
+    """Return whether a tensor comes next after another one, in all files that are read and written."""
+    return (
+        _is_next(before.base, tensor.base)
+        and all(map(_is_next, before.experts, tensor.experts))
+        and all(
+            _is_next(
+                *(writers[folder, tensor.shard].tensors[plan.tensors_in(folder)[0].name] for plan in (before, tensor))
+            )
+            for folder in tensor.scalings
+        )
+    )
 
 
-def _follows(before: StoredTensor, stored: StoredTensor) -> bool:
-    return before.dtype == stored.dtype and before.file == stored.file and before.end == stored.start
+def _is_next(before: StoredTensor, stored: StoredTensor) -> bool:
+    is_same = before.file is stored.file or before.file == stored.file
+    return is_same and before.dtype == stored.dtype and before.end == stored.start
 
 
 class RunSource(FileSource):
