@@ -24,8 +24,11 @@ from isomerge_kernels.protocol import (
 )
 from isomerge_kernels.reference import (
     BLOCK_ELEMENTS as BLOCK_ELEMENTS,
+    SUM_BLOCK_ELEMENTS as SUM_BLOCK_ELEMENTS,
     count_nonfinite as count_nonfinite,
+    least_squares as least_squares,
     subtract as subtract,
+    sum_of_squares as sum_of_squares,
 )
 
 from .errors import MissingPackageError

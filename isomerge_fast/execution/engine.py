@@ -195,6 +195,7 @@ class Execution:
         entries = Entries()
         for result in results:
             entries |= result.entries
+        reports, processes = _reports(plan, entries)
         seconds = {phase: sum(result.seconds[phase] for result in results) for phase in PHASES}
         seconds |= {"prepare": seconds["prepare"] + prepared, "total": time.perf_counter() - started}
         report = Report(
@@ -203,13 +204,13 @@ class Execution:
             scaling=list(plan.config.scalings),
             outputs=[str(staging.out / folder) for folder in plan.folders],
             device=settings.device,
-            tensors=[_interned(entries[tensor.name]["report"]) for tensor in plan.tensors],
+            tensors=reports,
             seconds=seconds,
             io=_io(results),
             notes=[*plan.notes, *staging.notes, *notes],
             left_out=[each.to_dict() for each in plan.left_out],
             left_behind=[left.to_dict() for left in plan.left_behind],
-            workers=_workers(results, entries),
+            workers=_workers(results, reports, processes),
         )
         write_metadata(plan, staging.new, description, entries, shards, report)
         staging.commit()
@@ -259,12 +260,26 @@ def _io(results: Sequence[WorkResult]) -> dict[str, Any]:
     return io
 
 
-def _interned(report: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a tensor's part of the report, where equal strings of all tensors are one object."""
-    return {sys.intern(key): sys.intern(value) if isinstance(value, str) else value for key, value in report.items()}
+def _reports(plan: Plan, entries: Entries) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Return every tensor's part of the report, where equal strings are one object, and the process that merged it."""
+    reports, processes = [], []
+    known: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for tensor in plan.tensors:
+        entry = entries[tensor.name]
+        reports.append(
+            {
+                sys.intern(key): sys.intern(value) if isinstance(value, str) else value
+                for key, value in entry["report"].items()
+            }
+        )
+        process = entry["process"]
+        processes.append(known.setdefault((process["host"], process["pid"]), process))
+    return reports, processes
 
 
-def _workers(results: Sequence[WorkResult], entries: Entries) -> list[dict[str, Any]]:
+def _workers(
+    results: Sequence[WorkResult], reports: Sequence[Mapping[str, Any]], processes: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
     """Return what each process did, also in earlier runs; the one that was busy longest comes first."""
     nothing = {"units": 0, "tensors": 0, "read_bytes": 0, "write_bytes": 0, "seconds": 0.0}
     found: dict[tuple[str, int], dict[str, Any]] = {}
@@ -272,8 +287,8 @@ def _workers(results: Sequence[WorkResult], entries: Entries) -> list[dict[str, 
     def of(process: Mapping[str, Any]) -> dict[str, Any]:
         return found.setdefault((process["host"], process["pid"]), {**process, **nothing})
 
-    for entry in entries.values():
-        worker, report = of(entry["process"]), entry["report"]
+    for process, report in zip(processes, reports, strict=True):
+        worker = of(process)
         worker["tensors"] += 1
         for key in ("read_bytes", "write_bytes", "seconds"):
             worker[key] += report[key]

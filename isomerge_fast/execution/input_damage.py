@@ -70,6 +70,8 @@ def absurd_deltas(plan: TensorPlan, evidence: Mapping[str, Any], reader: Reader)
     """
     kind, what = ("delta_norms", "‖Δ‖") if plan.pairs else ("delta_largest", "largest |Δ|")
     sizes: Sequence[float] = evidence.get(kind, ())
+    if max(sizes, default=0.0) <= ABSURD:
+        return
     of_base: float | None = None
     for task, size in enumerate(sizes):
         others = [other for index, other in enumerate(sizes) if index != task and other > 0]

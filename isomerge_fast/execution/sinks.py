@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from math import prod
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -12,13 +13,20 @@ from torch import Tensor
 from .. import ops
 from ..checkpoint.io.direct_io import PAGE, page_ceiling
 from ..checkpoint.io.write_behind import WriteBehind
-from ..checkpoint.io.writer import ShardWriter
 from ..methods import OutOfRangeError, RowBlock
 from ..methods.factors import product_bound
 from ..methods.source import Threads
 from ..planning.part_sizes import ROW_STEP
 from ..planning.plan import TensorPlan
 from .device_copies import Download
+
+
+class Writer(Protocol):
+    """Write the tensors of one file: what a sink needs of a ``ShardWriter``."""
+
+    def position(self, name: str, first: int) -> int: ...
+
+    def write_part(self, name: str, value: Tensor, first: int) -> None: ...
 
 
 class FileSink:
@@ -30,7 +38,7 @@ class FileSink:
     def __init__(
         self,
         plan: TensorPlan,
-        writers: Mapping[str, ShardWriter],
+        writers: Mapping[str, Writer],
         writes: WriteBehind,
         threads: Threads,
         phase: Callable[[str], AbstractContextManager[None]],
@@ -127,7 +135,7 @@ class FileSink:
                 self._not_finite[folder].append(ops.count_nonfinite(made))
                 download, writer = Download(made), self._writers[folder]
 
-                def write(name: str = output.name, download: Download = download, writer: ShardWriter = writer) -> None:
+                def write(name: str = output.name, download: Download = download, writer: Writer = writer) -> None:
                     writer.write_part(name, download(), 0)
 
                 with self._phase("write"):
@@ -143,13 +151,6 @@ class FileSink:
                 what = "in the merged Δ that is kept" if kept else f"at scaling {self._scalings[folder]:g}"
                 return f"{count} merged weights overflow {dtype} {what}"
         return None
-
-    def checksums(self) -> dict[str, dict[str, str]]:
-        """Return the checksums of what was written, by folder and name."""
-        return {
-            output.folder: {name: self._writers[output.folder].finish(name) for name in output.names}
-            for output in self._outputs
-        }
 
     def _groups(self, parts: Sequence[RowBlock]) -> Iterator[list[RowBlock]]:
         """Yield the parts that are written at once: as many as there is room for."""

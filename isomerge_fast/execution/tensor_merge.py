@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from typing import Any
 
 import torch
 
@@ -23,6 +24,7 @@ from .input_damage import absurd_deltas, out_of_range, require_checksums, requir
 from .report import PhaseTimer
 from .sinks import FileSink
 from .sources import PlannedSource
+from .tensor_runs import RunSource, RunWriter, TensorRun
 from .work_item import MergeSettings, this_process
 
 
@@ -53,14 +55,22 @@ class TensorMerge:
         self._settings, self._timer = settings, timer
         self._reader, self._checksums = reader, checksums
         self._writes, self._writers = writes, writers
-        self._journal, self._entries = journal, entries
+        self._journal, self._entries, self._process = journal, entries, this_process()
 
     def merge(self, plan: TensorPlan, source: PlannedSource) -> None:
-        """Merge a tensor; when this returns, its bytes and its journal entry wait to be written.
+        """Merge a tensor, or a run; when this returns, its bytes and its journal entry wait to be written.
 
         Raises:
             InputError, ResourceError: naming the tensor, and what can be done.
         """
+        if not isinstance(source, RunSource):
+            self._merge_one(plan, source)
+        elif not self._merge_run(source.run, source):
+            with closing(source.one_by_one(self._checksums)) as singles:
+                for tensor, own in singles:
+                    self._merge_one(tensor, own)
+
+    def _merge_one(self, plan: TensorPlan, source: PlannedSource) -> None:
         started = time.perf_counter()
         writers = {folder: self._writers[folder, plan.shard] for folder in plan.scalings}
         sink = FileSink(plan, writers, self._writes, source.threads, self._timer.phase)
@@ -73,22 +83,70 @@ class TensorMerge:
             remarks = [*stats.remarks, *absurd_deltas(plan, evidence, self._reader)]
         found = {stored: self._checksums.take(stored) for stored in summed_inputs(plan, self._settings)}
         require_checksums(plan, found)
+        seconds = time.perf_counter() - started
+        self._finish(writers, [(plan, self._entry(plan, evidence, remarks, source.read_bytes, seconds, found))])
+
+    def _merge_run(self, run: TensorRun, source: RunSource) -> bool:
+        """Merge tensors as one; return False where something is wrong with one, which merging it by itself tells."""
+        started = time.perf_counter()
+        names = {folder: [tensor.tensors_in(folder)[0].name for tensor in run.tensors] for folder in run.scalings}
+        writers = {folder: RunWriter(self._writers[folder, run.shard], own) for folder, own in names.items()}
+        sink = FileSink(run, writers, self._writes, source.threads, self._timer.phase)
+        with self._timer.phase("compute"), self._explained(run):
+            try:
+                algorithm = run.route.run(source, sink).algorithm
+            except (NotFiniteError, OutOfRangeError):
+                return False
+            sizes = source.sizes()
+            if sizes is None or sink.overflows() is not None:
+                return False
+            found = source.checksums(len(summed_inputs(run.tensors[0], self._settings)))
+            seconds = (time.perf_counter() - started) / run.spec.elements
+            made = []
+            for tensor, own, sums in zip(run.tensors, sizes, found, strict=True):
+                evidence = {"algorithm": algorithm, **own}
+                require_checksums(tensor, sums)
+                remarks = list(absurd_deltas(tensor, evidence, self._reader))
+                share = seconds * tensor.spec.elements
+                made.append((tensor, self._entry(tensor, evidence, remarks, tensor.read_bytes, share, sums)))
+        self._finish(writers, made)
+        return True
+
+    def _entry(
+        self,
+        plan: TensorPlan,
+        evidence: Mapping[str, Any],
+        remarks: Sequence[str],
+        read_bytes: int,
+        seconds: float,
+        found: Mapping[StoredTensor, str],
+    ) -> dict[str, Any]:
+        """Return the journal entry of a tensor, without the checksums of what is yet to be written."""
         report = {"name": plan.name, "action": plan.action, "route": plan.route.name, **evidence}
         if plan.cores > 1:
             report["cores"] = plan.cores
         if remarks:
             report["remarks"] = "; ".join(remarks)
-        report["read_bytes"] = source.read_bytes
+        report["read_bytes"] = read_bytes
         report["write_bytes"] = plan.write_bytes
-        report["seconds"] = round(time.perf_counter() - started, 6)
-        entry = {"name": plan.name, "report": report, "process": this_process()}
+        report["seconds"] = round(seconds, 6)
+        entry = {"name": plan.name, "report": report, "process": self._process}
         if self._settings.records_base:
             entry["base_checksum"] = found[plan.base]
+        return entry
+
+    def _finish(
+        self, writers: Mapping[str, ShardWriter | RunWriter], made: Sequence[tuple[TensorPlan, dict[str, Any]]]
+    ) -> None:
+        """Have the entries of tensors written down, after all that was put before."""
 
         def finish() -> None:
-            entry["checksum"] = sink.checksums()
-            self._entries.add(entry)
-            self._journal.add(entry)
+            for plan, entry in made:
+                entry["checksum"] = {
+                    folder: {tensor.name: writer.finish(tensor.name) for tensor in plan.tensors_in(folder)}
+                    for folder, writer in writers.items()
+                }
+            self._journal.add_texts([self._entries.add(entry) for _, entry in made])
 
         with self._timer.phase("write"):
             self._writes.put(finish)

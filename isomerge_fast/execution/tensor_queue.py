@@ -12,6 +12,7 @@ from .jobs import Demand, Jobs
 from .malloc import set_heap_thresholds
 from .report import PhaseTimer, Progress
 from .sources import FirstPass, PlannedSource, first_pass
+from .tensor_runs import TensorRun
 from .threads import ComputeThreads, OneCore
 
 # About what glibc's heap may keep of freed blocks. Tensors that come so close to the plan's peak return theirs at once.
@@ -92,5 +93,5 @@ class TensorQueue:
         finally:
             first.close()
         with self._counting:
-            self._progress.done_tensors += 1
+            self._progress.done_tensors += len(plan.tensors) if isinstance(plan, TensorRun) else 1
             self._progress.done_bytes += plan.moved_bytes

@@ -31,6 +31,7 @@ from .report import Observer, PhaseTimer, Progress
 from .sources import Bundles, FactorSource, FileSource, Phase, PlannedSource, first_pass
 from .tensor_merge import TensorMerge, summed_inputs
 from .tensor_queue import TensorQueue
+from .tensor_runs import RunSource, TensorRun, joined
 from .threads import ComputeThreads
 from .work_item import MergeSettings, WorkItem, WorkResult, this_process
 
@@ -137,9 +138,11 @@ class _ItemRun:
                 self._entries.add(entry)
                 self._count(tensor)
         left = [tensor for tensor in self._item.tensors if tensor.name not in self._entries]
-        to_do = longest_first(left, self._cores)
-        checksums = InputChecksums(stored for tensor in to_do for stored in summed_inputs(tensor, settings))
         on_gpu = self._device.type == "cuda"
+        checksums = InputChecksums(stored for tensor in left for stored in summed_inputs(tensor, settings))
+        to_do = longest_first(left, self._cores)
+        if not on_gpu:
+            to_do = list(joined(to_do, self._writers, budget, settings.together_bytes))
         with (
             Reader(self._item.files, direct=settings.direct) as reader,
             ThreadPoolExecutor(GPU_THREADS if on_gpu else THREADS, "isomerge-read") as readers,
@@ -209,5 +212,7 @@ def _source_of(
     phase: Phase,
 ) -> PlannedSource:
     """Return the source of a tensor whose first pass comes from ``first``."""
-    kind = FactorSource if plan.pairs else FileSource
-    return kind(plan, first, reader, readers, threads, budget, device, phase)
+    given = (first, reader, readers, threads, budget, device, phase)
+    if isinstance(plan, TensorRun):
+        return RunSource(plan, *given)
+    return (FactorSource if plan.pairs else FileSource)(plan, *given)

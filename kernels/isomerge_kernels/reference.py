@@ -132,8 +132,7 @@ def _mend_squares(
     ``squares`` [members, blocks, T] are ‖·‖² of every block of a Δ_t, ``extremes`` [..., 2] its least and largest
     entry, all float64. Experts and base are [members, elements] each.
     """
-    # Squares below this are lost among what ``compute`` cannot tell from 0; those above may have overflowed.
-    smallest = 1e8 * SUM_BLOCK_ELEMENTS * torch.finfo(compute).tiny
+    smallest = least_squares(compute)
     if smallest <= float(squares.amin()) and float(squares.amax()) < math.inf:
         return True
     for member, block, task in torch.nonzero(~((squares >= smallest) & squares.isfinite())):
@@ -143,6 +142,11 @@ def _mend_squares(
         delta = sources[int(task)][member, place].to(compute)
         squares[member, block, task] = sum_of_squares(delta if origin is None else delta - origin[member, place])
     return False
+
+
+def least_squares(compute: torch.dtype) -> float:
+    """Return below what a block's sum of squares is lost among what ``compute`` cannot tell from 0."""
+    return 1e8 * SUM_BLOCK_ELEMENTS * torch.finfo(compute).tiny
 
 
 def sum_of_squares(x: Tensor) -> Tensor:

@@ -26,31 +26,36 @@ class BufferPool:
         self.size = page_ceiling(max(1, size))
         self._pinned = pinned
         self._memory: Tensor | None = None
-        self._taken: list[tuple[int, int]] = []  # start and end of each part, in the order of their places
+        self._gaps: list[tuple[int, int]] = [(0, self.size)]  # start and end of each, in the order of their places
 
     def take(self, size: int) -> Tensor | None:
         """Return ``size`` bytes, or None where there is no gap for them at this moment."""
         wanted = page_ceiling(max(1, size))
-        ends = [0, *(end for _, end in self._taken)]
-        starts = [*(start for start, _ in self._taken), self.size]
-        gaps = [(stop - start, start) for start, stop in zip(ends, starts, strict=True) if stop - start >= wanted]
+        gaps = [(stop - start, index) for index, (start, stop) in enumerate(self._gaps) if stop - start >= wanted]
         if not gaps:
             return None
         if self._memory is None:
             self._memory = self._allocate()
-        _, start = min(gaps)
-        part = (start, start + wanted)
-        self._taken.insert(bisect(self._taken, part), part)
+        room, index = min(gaps)
+        start, stop = self._gaps[index]
+        self._gaps[index : index + 1] = [(start + wanted, stop)] if room > wanted else []
         return self._memory[start : start + size]
 
     def give_back(self, part: Tensor) -> None:
         """Give back a part that was taken."""
         start = int(part.storage_offset())
-        del self._taken[bisect(self._taken, (start, 0))]
+        stop = start + page_ceiling(max(1, part.numel()))
+        index = bisect(self._gaps, (start, stop))
+        first, last = index, index
+        if index and self._gaps[index - 1][1] == start:
+            first, start = index - 1, self._gaps[index - 1][0]
+        if index < len(self._gaps) and self._gaps[index][0] == stop:
+            last, stop = index + 1, self._gaps[index][1]
+        self._gaps[first:last] = [(start, stop)]
 
     def release(self) -> None:
         """Give the memory back to the system, while nothing is taken; the next ``take`` allocates it again."""
-        assert not self._taken
+        assert self._gaps == [(0, self.size)]
         self._memory = None
 
     def _allocate(self) -> Tensor:

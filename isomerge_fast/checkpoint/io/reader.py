@@ -111,10 +111,9 @@ class Reader:
         UnreadableError where it failed to read.
         """
         start, end = piece.start + offset, piece.start + offset + len(target)
-        file, name = piece.stored.file, piece.stored.name
+        file, position = piece.stored.file, start
         try:
             through_cache, direct = self._open(file)
-            position = start
             while position < end:
                 # Read up to a multiple of READ_BYTES, so that direct reads overlap no more than they must.
                 stop = min(end, (position // READ_BYTES + 1) * READ_BYTES)
@@ -124,10 +123,10 @@ class Reader:
                 else:
                     count = self._read_directly(direct, part, position)
                 if count <= 0:
-                    raise InputChangedError(f"{file}: ends inside tensor {name!r}")
+                    raise InputChangedError(f"{file}: ends inside tensor {piece.stored.name_at(position)!r}")
                 position += count
         except OSError as error:
-            raise _unreadable(f"{file}: tensor {name!r}", error) from error
+            raise _unreadable(f"{file}: tensor {piece.stored.name_at(position)!r}", error) from error
 
     def check_unchanged(self) -> None:
         """Raise InputChangedError where an input is another file than was planned, or was changed."""

@@ -13,6 +13,9 @@ from .buffer_pool import BufferPool
 
 # A room has at most one part in so many of the memory, so that one is filled while others are written.
 ROOM_SHARE = 3
+# The thread begins when so much waits, or for so long: to be woken for each of many small writes takes longer than they
+# do.
+GATHERED_BYTES, GATHERED_ACTIONS, GATHERING_SECONDS = 1 << 20, 256, 0.02
 
 
 class WriteBehind:
@@ -27,7 +30,11 @@ class WriteBehind:
         self._pool = BufferPool(budget_bytes)
         self._actions: deque[tuple[Callable[[], None], int, Tensor | None]] = deque()
         self._bytes = 0  # of what was put and is not done, without the rooms
-        self._changed = threading.Condition()  # guards all of these
+        self._gathered_bytes = 0  # of what was put and is not begun, with the rooms
+        self._lock = threading.Lock()  # guards all of these
+        self._put = threading.Condition(self._lock)  # for the thread
+        self._done = threading.Condition(self._lock)  # for its callers
+        self._waiting = 0  # callers
         self._is_busy = False
         self._failure: BaseException | None = None
         self._ended = False
@@ -41,11 +48,11 @@ class WriteBehind:
 
     def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
         """End the thread. After an error what still waits is not written."""
-        with self._changed:
+        with self._lock:
             if kind is not None:
                 self._actions.clear()
             self._ended = True
-            self._changed.notify_all()
+            self._put.notify()
         self._thread.join()
 
     @property
@@ -60,7 +67,7 @@ class WriteBehind:
         """
         if size > self.room_bytes:
             return None
-        with self._changed:
+        with self._lock:
             self._raise()
             while (room := self._pool.take(size)) is None:
                 self._wait()
@@ -68,32 +75,44 @@ class WriteBehind:
 
     def give_back(self, room: Tensor) -> None:
         """Give back a room that nothing is written from."""
-        with self._changed:
+        with self._lock:
             self._pool.give_back(room)
-            self._changed.notify_all()
+            self._done.notify_all()
 
     def put(self, action: Callable[[], None], *, size: int = 0, room: Tensor | None = None) -> None:
         """Have ``action`` done; wait while the budget is used up.
 
         Until it is done it uses ``size`` bytes of the budget; it writes from ``room``, which is then given back.
         """
-        with self._changed:
+        with self._lock:
             self._raise()
             while self._bytes and self._bytes + size > self._budget:
                 self._wait()
             self._bytes += size
+            self._gathered_bytes += size if room is None else room.nbytes
             self._actions.append((action, size, room))
-            self._changed.notify_all()
+            # Else the thread looks by itself.
+            if not self._is_busy and (len(self._actions) == 1 or self._is_enough):
+                self._put.notify()
 
     def drain(self) -> None:
         """Wait until everything is done."""
-        with self._changed:
+        with self._lock:
             self._raise()
             while self._actions or self._is_busy:
                 self._wait()
 
+    @property
+    def _is_enough(self) -> bool:
+        """Return whether the thread is to begin with what was put."""
+        gathered = self._gathered_bytes >= GATHERED_BYTES or len(self._actions) >= GATHERED_ACTIONS
+        return gathered or self._waiting > 0 or self._ended
+
     def _wait(self) -> None:
-        self._changed.wait()
+        self._waiting += 1
+        self._put.notify()
+        self._done.wait()
+        self._waiting -= 1
         self._raise()
 
     def _raise(self) -> None:
@@ -102,13 +121,28 @@ class WriteBehind:
 
     def _work(self) -> None:
         while True:
-            with self._changed:
-                while not self._actions and not self._ended:
-                    self._changed.wait()
+            with self._lock:
+                self._is_busy = False
+                while not (self._actions or self._ended):
+                    self._put.wait()
+                if not self._is_enough:
+                    self._put.wait_for(lambda: self._is_enough, GATHERING_SECONDS)
                 if not self._actions:
                     return
-                action, size, room = self._actions.popleft()
                 self._is_busy = True
+            if not self._do_all():
+                return
+
+    def _do_all(self) -> bool:
+        """Do what was put, until there is nothing; return whether all went well."""
+        while True:
+            with self._lock:
+                if not self._actions:
+                    self._is_busy = False
+                    self._done.notify_all()
+                    return True
+                action, size, room = self._actions.popleft()
+                self._gathered_bytes -= size if room is None else room.nbytes
             started, failure = time.perf_counter(), None
             try:
                 action()
@@ -116,15 +150,15 @@ class WriteBehind:
                 failure = error
             del action  # and with it the bytes
             self.busy_seconds += time.perf_counter() - started
-            with self._changed:
-                self._is_busy = False
+            with self._lock:
                 self._bytes -= size
                 if room is not None:
                     self._pool.give_back(room)
                 del room
                 if failure is not None:
-                    self._failure = failure
+                    self._failure, self._is_busy = failure, False
                     self._actions.clear()  # nothing is written after a failure
-                self._changed.notify_all()
+                if self._waiting:
+                    self._done.notify_all()
             if failure is not None:
-                return
+                return False

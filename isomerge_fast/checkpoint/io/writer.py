@@ -149,6 +149,18 @@ class ShardWriter:
             self._write_at(data, start)
         self._running[name].update(data)
 
+    def write_run(self, names: Sequence[str], value: Tensor) -> None:
+        """Write whole tensors that lie one after the other, all of them in one vector."""
+        placed, data = [self.tensors[name] for name in names], tensor_bytes(value)
+        start = placed[0].start
+        assert all(before.end == after.start for before, after in pairwise(placed)), names
+        assert {value.dtype} == {stored.dtype for stored in placed}, names
+        assert len(data) == placed[-1].end - start, names
+        with _resource_errors(self.path):
+            self._write_at(data, start)
+        for stored in placed:
+            self._running[stored.name] = Checksum([data[stored.start - start : stored.end - start]])
+
     def finish(self, name: str) -> str:
         """Return the checksum of a tensor that is written."""
         running = self._running.pop(name, None) or Checksum()  # of an empty one no part came

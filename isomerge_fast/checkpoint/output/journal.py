@@ -30,9 +30,10 @@ class Entries(UserDict[str, Any]):
         for entry in entries:
             self.add(entry)
 
-    def add(self, entry: dict[str, Any]) -> None:
-        """Add an entry, or replace that of the same tensor."""
-        self.data[sys.intern(entry["name"])] = to_json(entry, indent=None)
+    def add(self, entry: dict[str, Any]) -> bytes:
+        """Add an entry, or replace that of the same tensor; return its JSON."""
+        text = self.data[sys.intern(entry["name"])] = to_json(entry, indent=None)
+        return text
 
     def of(self, names: Iterable[str]) -> Entries:
         """Return the entries of those tensors that have one."""
@@ -103,7 +104,11 @@ class ItemJournal:
         self._file = open(path, "ab")  # noqa: SIM115 - closed by close()
 
     def add(self, entry: dict[str, Any]) -> None:
-        self._file.write(_line(entry))
+        self.add_texts([to_json(entry, indent=None)])
+
+    def add_texts(self, entries: Iterable[bytes]) -> None:
+        """Add entries, each as its JSON (see ``Entries.add``)."""
+        self._file.write(b"".join(map(_line, entries)))
         self._file.flush()
 
     def close(self) -> None:
@@ -183,13 +188,12 @@ def _entries_of_merge(path: Path, key: str, cores: Mapping[str, int]) -> Entries
 def _replace(path: Path, head: dict[str, Any], entries: Entries) -> None:
     """Write a journal anew, so that a line torn by a kill does not swallow the next one."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.new")
-    write_blocks_durably(temporary, chain([_line(head)], map(_line, entries.values())))
+    write_blocks_durably(temporary, map(_line, chain([to_json(head, indent=None)], entries.data.values())))
     rename(temporary, path)
     sync_folder(path.parent)
 
 
-def _line(entry: dict[str, Any]) -> bytes:
-    text = to_json(entry, indent=None)
+def _line(text: bytes) -> bytes:
     return f"{Checksum([text.rstrip()]).text} ".encode() + text
 
 

@@ -6,8 +6,10 @@ Of a model's tensors, neither the values nor the text are ever held in whole.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from json.encoder import encode_basestring
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +24,14 @@ _DIGEST = re.compile(rb',\n "digest": "([0-9a-f]{32})"\n}\n\Z')
 _MOST_DIGEST_BYTES = 64
 _END = b"\n}\n"
 MOST_VALUES = 10_000_000  # a report of 45,000 tensors of eight experts has 900,000
+# On one line; ``json.dumps`` would make one every time, which takes longer than the JSON of a tensor.
+_ENCODER = json.JSONEncoder(sort_keys=True, ensure_ascii=False, allow_nan=False)
 
 
 def to_json(value: Any, indent: int | None = 1) -> bytes:
     """Return ``value`` as JSON, the same bytes every time; raise ValueError for NaN and Infinity."""
-    return (json.dumps(value, indent=indent, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    text = _ENCODER.encode(value) if indent is None else _text(value, indent, "\n")
+    return f"{text}\n".encode()
 
 
 class LazyMapping(Mapping[str, Any]):
@@ -48,8 +53,8 @@ class LazyMapping(Mapping[str, Any]):
 def json_blocks(value: Any, indent: int = 1) -> Iterator[bytes]:
     """Yield the bytes of ``to_json(value, indent)``, block by block.
 
-    Mappings, lazy ones too, are walked value by value and lists item by item. (Items are plain, and written as a whole,
-    which is twice as fast.)
+    Mappings, lazy ones too, are walked value by value and lists item by item. (The values of lazy ones, and items, are
+    plain and made as a whole, which is faster.)
     """
     parts: list[str] = []
     for part in _parts(value, indent, "\n"):
@@ -66,20 +71,37 @@ def _parts(value: Any, indent: int, line: str) -> Iterator[str]:
     if isinstance(value, Mapping) and value:
         opening = "{"
         for key in sorted(value):
-            yield f"{opening}{inner}{json.dumps(key, ensure_ascii=False)}: "
-            yield from _parts(value[key], indent, inner)
-            opening = ","
+            beginning, opening = f"{opening}{inner}{encode_basestring(key)}: ", ","
+            item = value[key]
+            if isinstance(value, LazyMapping) or not isinstance(item, Mapping | list | tuple):
+                yield beginning + _text(item, indent, inner)
+            else:
+                yield beginning
+                yield from _parts(item, indent, inner)
         yield line + "}"
     elif isinstance(value, list | tuple) and value:
         opening = "["
         for item in value:
-            # Every line end is part of the layout: within strings they are escaped.
-            text = json.dumps(item, indent=indent, sort_keys=True, ensure_ascii=False, allow_nan=False)
-            yield opening + inner + text.replace("\n", inner)
+            yield opening + inner + _text(item, indent, inner)
             opening = ","
         yield line + "]"
     else:
-        yield json.dumps({} if isinstance(value, Mapping) else value, ensure_ascii=False, allow_nan=False)
+        yield _text({} if isinstance(value, Mapping) else value, indent, line)
+
+
+def _text(value: Any, indent: int, line: str) -> str:
+    """Return a plain value as ``json.dumps`` has it, which takes 13 us for a tensor's report, and this 8."""
+    if isinstance(value, str):
+        return encode_basestring(value)
+    if type(value) is int or (type(value) is float and math.isfinite(value)):
+        return repr(value)
+    if isinstance(value, dict | list | tuple) and value:
+        inner = line + " " * indent
+        if isinstance(value, dict):
+            items = [f"{encode_basestring(key)}: {_text(value[key], indent, inner)}" for key in sorted(value)]
+            return f"{{{inner}{f',{inner}'.join(items)}{line}}}"
+        return f"[{inner}{f',{inner}'.join([_text(item, indent, inner) for item in value])}{line}]"
+    return _ENCODER.encode(value)
 
 
 def write_with_digest(path: Path, text: Iterable[bytes]) -> str:
