@@ -64,9 +64,14 @@ class MergeStats:
         """Return the checks that miss their limit, as booleans per matrix on the CPU. One read of the device."""
         if not self.checks:
             return {}
-        # Not `>`: NaN has missed.
-        flags = torch.stack([~(check.value <= check.limit) for check in self.checks.values()]).cpu()
-        return {name: flag for name, flag in zip(self.checks, flags, strict=True) if bool(flag.any())}
+        # Not `>` for those that missed: NaN has.
+        if all(check.value.ndim == 0 and check.value.is_cpu for check in self.checks.values()):
+            found = [name for name, check in self.checks.items() if not float(check.value) <= check.limit]
+            return {name: torch.ones((), dtype=torch.bool, device="cpu") for name in found}
+        held = torch.stack([check.value <= check.limit for check in self.checks.values()]).cpu()
+        if bool(held.all()):
+            return {}
+        return {name: ~flag for name, flag in zip(self.checks, held, strict=True) if not bool(flag.all())}
 
     def describe(self, missed: Mapping[str, Tensor]) -> str:
         """Return the worst value of every check that was missed, with its limit."""
@@ -129,7 +134,7 @@ class OutOfRangeError(InputError):
 def require_kept(stats: MergeStats) -> None:
     """Raise OutOfRangeError where nothing was kept of the only Δ_t that is not 0. (Several may cancel.)"""
     rank, norms = stats.values.get("rank"), stats.values.get("delta_norms")
-    if rank is None or norms is None or int((norms > 0).sum()) != 1:
+    if rank is None or norms is None or sum(norm > 0 for norm in norms.tolist()) != 1:
         return
     if not bool(torch.as_tensor(rank).any()):
         raise OutOfRangeError(f"‖Δ‖ of the tasks is {shown_norms(norms)}: no direction of it is told from rounding")

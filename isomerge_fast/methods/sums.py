@@ -29,14 +29,16 @@ def spectral_sum(deltas: DeltaSource, dtype: torch.dtype) -> tuple[Tensor, Tenso
 
 def delta_sizes(seen: TaskSum) -> dict[str, Any]:
     """Return the entries of ``MergeStats.values`` about the Δ_t, which have to be finite. One read of the device."""
-    rows = [_by_task(seen.nonfinite).sum(1).double(), _by_task(seen.squares).sum(1).sqrt()]
+    is_batch = seen.squares.ndim > 1
+    nonfinite, squares = (x.flatten(1).sum(1) if is_batch else x for x in (seen.nonfinite, seen.squares))
+    rows = [nonfinite.double(), squares.sqrt()]
     if seen.largest is not None and seen.largest.numel():
-        rows.append(_by_task(seen.largest).amax(1).double())
+        rows.append((seen.largest.flatten(1).amax(1) if is_batch else seen.largest).double())
     counts, norms, *rest = torch.stack(rows).cpu()
-    bad = torch.nonzero(counts).flatten().tolist()
+    bad = [task for task, count in enumerate(counts.tolist()) if count]
     if bad:
         raise NotFiniteError(bad)
-    if not bool(norms.isfinite().all()):
+    if not all(map(math.isfinite, norms.tolist())):
         raise OutOfRangeError(f"‖Δ‖ of the tasks is {shown_norms(norms)}: more than float64 holds the squares of")
     return {"delta_norms": norms, **({"delta_largest": rest[0]} if rest else {})}
 
@@ -52,16 +54,13 @@ def require_comparable(norms: Tensor, spec: TensorSpec) -> None:
     dtype = dtype_name(spec.dtype)
     if not (total == 0 or least <= total <= min(most, torch.finfo(spec.dtype).max)):
         raise OutOfRangeError(f"‖Δ‖ of the tasks is {shown_norms(norms)}: out of the range of {dtype} arithmetic")
+    if total <= LARGEST_TRAINED_NORM:
+        return
     rounding = rounding_of(norms.square().sum().sqrt(), spec)
-    if total > LARGEST_TRAINED_NORM and bool(((norms > 0) & (norms <= rounding)).any()):
+    if bool(((norms > 0) & (norms <= rounding)).any()):
         raise OutOfRangeError(
             f"‖Δ‖ of the tasks is {shown_norms(norms)}: the small ones are lost in what {dtype} rounds of the largest"
         )
-
-
-def _by_task(seen: Tensor) -> Tensor:
-    """Return [T] or [T, B, ...] as [T, members]."""
-    return seen[:, None].flatten(1)
 
 
 def rounding_of(norm: Tensor, spec: TensorSpec) -> Tensor:
