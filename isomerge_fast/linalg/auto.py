@@ -35,13 +35,23 @@ FAST_ANGLE = 5e-4
 S = TypeVar("S", bound=PolarSolver, covariant=True)
 
 
+# One matrix on a CPU is small below this side, up to so many elements of all tasks together (for the memory's sake),
+# and up to this for elements times side: 63 x 1040 still takes Iso-C 0.8 of the general form's time and Iso-CTS 0.6,
+# 63 x 2000 takes both about as long (one thread, T = 2 and 8).
+SMALL_SIDE, SMALL_ELEMENTS, SMALL_PRODUCT = 64, 1 << 18, 1 << 22
+
+
 @dataclass(frozen=True)
 class Candidate(Generic[S]):
-    """Pair a solver with the reason for it, as ``isomerge plan`` prints it; ``sum_dtype`` is the dtype of S."""
+    """Pair a solver with the reason for it, as ``isomerge plan`` prints it; ``sum_dtype`` is the dtype of S.
+
+    Where ``is_small``, a method first tries its form for small matrices (``methods/small.py``), and then the solver.
+    """
 
     solver: S
     reason: str
     sum_dtype: torch.dtype = torch.float64
+    is_small: bool = False
 
 
 Choice = Candidate  # as it was called before, for one release more
@@ -63,6 +73,16 @@ def _svd(precision: str, dtype: torch.dtype) -> tuple[Candidate[FullSvd], bool]:
     return Candidate(FullSvd(), "the last resort"), False
 
 
+def small_candidate(shape: tuple[int, ...], tasks: int, device: torch.device) -> Candidate[GramEigh] | None:
+    """Return the candidate of one small matrix on a CPU, None for others."""
+    if len(shape) != 2 or traits_of(device).is_gpu:
+        return None
+    short, elements = min(shape), shape[0] * shape[1]
+    if not 0 < short < SMALL_SIDE or tasks * elements > SMALL_ELEMENTS or elements * short > SMALL_PRODUCT:
+        return None
+    return Candidate(GramEigh(), f"float64 Gram matrices, in few calls: a side is below {SMALL_SIDE}", is_small=True)
+
+
 def polar_candidates(
     precision: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
 ) -> tuple[Candidate[PolarSolver], ...]:
@@ -78,6 +98,8 @@ def polar_candidates(
     exact = Candidate(GramEigh(), "float64 Gram matrix: resolves float32 input")
     careful = Candidate(GramEigh(rounding=0.0), "float64 products, and a Newton-Schulz step whatever is predicted")
     candidates: list[Candidate[PolarSolver]] = [exact, careful, svd]
+    if (small := small_candidate(shape, 1, device)) is not None:
+        return (small, careful, svd)
     traits = traits_of(device)
     if traits.is_gpu and short >= ITERATION_SIDE and math.prod(shape[:-2]) * short >= ITERATION_COLUMNS:
         tiers = ("fast", "default") if precision == "fast" else (precision,)
@@ -112,16 +134,23 @@ def _iteration(precision: str, is_long: bool, traits: DeviceTraits) -> Candidate
 
 
 def subspace_candidates(
-    precision: str, dtype: torch.dtype, *, lean: bool = False, tall: bool = False
+    precision: str,
+    dtype: torch.dtype,
+    *,
+    lean: bool = False,
+    tall: bool = False,
+    small: Candidate[GramEigh] | None = None,
 ) -> tuple[Candidate[Solver], ...]:
     """Return the solvers for the common and the task subspaces of Iso-CTS, in order as ``polar_candidates``.
 
-    ``lean`` leaves out the search, which needs U_k beside S and Δ_t. Where matrices are ``tall`` and it may run, the
-    Gram matrices of all directions follow, which find what it misses.
+    ``small`` is the candidate of a small matrix. ``lean`` leaves out the search, which needs U_k beside S and Δ_t.
+    Where matrices are ``tall`` and it may run, the Gram matrices of all directions follow, which find what it misses.
     """
     svd, only = _svd(precision, dtype)
     if only:
         return (svd,)
+    if small is not None:
+        return (small, svd)
     if lean:
         return (Candidate(GramEigh(), "float64 Gram matrices, in blocks: less memory than the search"), svd)
     exact = Candidate(ChebyshevSubspace(), "float64 Gram matrices; tall task parts by a certified search")

@@ -16,6 +16,7 @@ from ..linalg.protocol import PolarSolver
 from .base import RowwiseMerge
 from .rowwise.iso_c import RowwiseIsoC, rowwise_iso_c_bytes
 from .rowwise.passes import fits_rowwise
+from .small import small_iso_c
 from .source import DeltaSource, TensorSpec
 from .spectral import Spectral, polar_checks, spectral_mean
 from .stats import Check, MergeStats
@@ -62,6 +63,10 @@ class IsoC(Spectral):
         dtype = self.result_dtype(deltas.dtype)
         if 0 in total.shape:
             return total.to(dtype), MergeStats(self.name, of_deltas)
+        if candidate.is_small and deltas.shape == deltas.full_spec.shape:
+            found = small_iso_c(total, float(zero_limit))
+            if found is not None and found.holds(self.tolerance):
+                return found.merged(f"{self.name}/{candidate.solver.name}", dtype, self.tolerance, of_deltas)
         min_dim = min(deltas.full_spec.shape[-2:])
         q, stats = candidate.solver.polar(total, tolerance=zero_limit, dtype=dtype)
         symmetric = symmetry(total, q)

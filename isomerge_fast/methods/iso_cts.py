@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..linalg.auto import Candidate, subspace_candidates
+from ..linalg.auto import Candidate, small_candidate, subspace_candidates
 from ..linalg.blockwise import block_elements, short_side_gram, to_long_side, to_short_side
 from ..linalg.certificate import orthogonality as polar_orthogonality
 from ..linalg.protocol import Factorization, Solver, Subspace, reciprocal
@@ -22,6 +22,7 @@ from .recombine import projection_angle, recombine, recombine_literally
 from .rowwise.iso_c import RowwiseIsoC, rowwise_iso_c_bytes
 from .rowwise.iso_cts import RowwiseIsoCTS, learning_bytes, mapping_bytes
 from .rowwise.passes import fits_rowwise
+from .small import small_iso_cts
 from .source import DeltaSource, TensorSpec
 from .spectral import Spectral, require_matrices, spectral_mean
 from .stats import Check, MergeStats
@@ -87,7 +88,8 @@ class IsoCTS(Spectral):
 
     def solvers(self, spec: TensorSpec, tasks: int, device: torch.device) -> Sequence[Candidate[Solver]]:
         rows, columns = spec.shape[-2:]
-        solvers = subspace_candidates(self.precision, spec.dtype, tall=rows > columns)
+        small = small_candidate(spec.shape, tasks, device)
+        solvers = subspace_candidates(self.precision, spec.dtype, tall=rows > columns, small=small)
         if self.memory_bytes is None or self.solving_bytes(solvers[0], spec, tasks, device) <= self.memory_bytes:
             return solvers
         return subspace_candidates(self.precision, spec.dtype, lean=True)
@@ -103,7 +105,8 @@ class IsoCTS(Spectral):
     def solving_bytes(self, candidate: Candidate[Solver], spec: TensorSpec, tasks: int, device: torch.device) -> int:
         k, s = split_rank(min(spec.shape[-2:]), tasks, self.common_fraction)
         at_once = self._tasks_at_once(candidate.solver, spec, tasks, k, s, device)
-        return self._bytes_with(candidate.solver, spec, tasks, k, s, at_once, device)
+        all_deltas = 16 * tasks * spec.elements if candidate.is_small else 0  # as they are and in float64, or R_t
+        return all_deltas + self._bytes_with(candidate.solver, spec, tasks, k, s, at_once, device)
 
     def _tasks_at_once(self, solver: Solver, spec: TensorSpec, tasks: int, k: int, s: int, device: torch.device) -> int:
         """Return how many tasks' small problems are solved as one batch.
@@ -203,6 +206,12 @@ class IsoCTS(Spectral):
         # In float64: rounding S to float32 alone was an error of 6e-5 (768 x 300, gap at the cut 0.3 %).
         total, squares, zero_limit, of_deltas = spectral_sum(deltas, torch.float64)
         dtype = self.result_dtype(deltas.dtype)
+        if candidate.is_small and deltas.shape == deltas.full_spec.shape:
+            norms = of_deltas["delta_norms"].tolist()
+            found = small_iso_cts(deltas, total, k, s, norms, float(zero_limit))
+            if found is not None and found.holds(self.tolerance):
+                values = {"k": k, "s": s, **of_deltas}
+                return found.merged(f"{self.name}/{solver.name}", dtype, self.tolerance, values)
         factors = solver.factorize(total, tolerance=zero_limit)
         common = factors.top(k)
         if common.wide:

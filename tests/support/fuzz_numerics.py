@@ -5,7 +5,7 @@ determines the answer (``oracle.judge``); one that is not finite; an error of an
 
 A *family* is a spectrum, how the experts relate to each other, the dtype that they are stored in and their scale. One
 input of a family is merged by both methods in all tiers, in every form there is for it: dense, in a batch beside a
-tame one, by rows, as factors.
+tame one, by rows, as factors; a small matrix also in the form of larger ones.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -26,8 +27,8 @@ from torch import Tensor
 
 import oracle
 from isomerge_fast.errors import IsomergeError
-from isomerge_fast.linalg import subspace_chebyshev
-from isomerge_fast.linalg.auto import TOLERANCES
+from isomerge_fast.linalg import auto, subspace_chebyshev
+from isomerge_fast.linalg.auto import TOLERANCES, small_candidate
 from isomerge_fast.methods import MemoryDeltas, MergeStats, TensorSpec, make_method
 from isomerge_fast.methods.factors import Factors, merge_factors
 from isomerge_fast.methods.rowwise.passes import fits_rowwise
@@ -237,6 +238,10 @@ def forms(given: Input, precision: str) -> Iterator[tuple[str, Solve]]:
         value, stats = method.merge(MemoryDeltas(given.deltas))
         return value, not stats.missed(), stats
 
+    def in_general(method: Any) -> tuple[Tensor, bool, MergeStats]:
+        with mock.patch.object(auto, "SMALL_SIDE", 0):
+            return dense(method)
+
     def batch(method: Any) -> tuple[Tensor, bool, MergeStats]:
         tame = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
         value, stats = method.merge(MemoryDeltas([torch.stack([tame.to(x.dtype), x]) for x in given.deltas]))
@@ -248,6 +253,8 @@ def forms(given: Input, precision: str) -> Iterator[tuple[str, Solve]]:
 
     yield "dense", dense
     yield "batch", batch
+    if small_candidate((rows, columns), len(given.deltas), torch.device("cpu")) and precision != "reference":
+        yield "not as a small matrix", in_general
     if given.deltas[0].dtype != torch.float64 and fits_rowwise(
         TensorSpec("", (rows, columns), torch.float32), precision
     ):
