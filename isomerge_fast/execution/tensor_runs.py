@@ -233,7 +233,8 @@ class RunSource(FileSource):
                 parts = list(delta.split(self._sizes))
                 if delta.data_ptr() != expert.data_ptr():
                     # A product's last digits may depend on where it begins in memory: as it does for one tensor.
-                    parts = [part.clone() if part.data_ptr() % ALIGNMENT else part for part in parts]
+                    for index in numpy.flatnonzero(self._starts * delta.itemsize % ALIGNMENT):
+                        parts[index] = parts[index].clone()
                 squares = torch.stack([torch.dot(part, part) for part in parts]).double().numpy()
                 for index in numpy.flatnonzero(~((squares >= least_squares(self.dtype)) & numpy.isfinite(squares))):
                     if largest[index] > 0:
