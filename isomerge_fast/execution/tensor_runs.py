@@ -1,7 +1,7 @@
 """Merge small tensors that lie one after the other, in every file, as one vector: the same bytes in less time.
 
-What is done once for every tensor (a buffer, a reading, 60 calls of torch, a write) took 0.6 ms of a tensor of 768
-weights and four experts; done once for a run of them it takes 0.04.
+So a buffer, a reading, 60 calls of torch and a write are needed once a run, not once a tensor. 4,096 tensors of 768
+weights with four experts took 1.0 to 1.2 ms of a core each, and 0.17 to 0.25 in runs (beside busy processes).
 """
 
 from __future__ import annotations
@@ -27,8 +27,7 @@ from ..planning.plan import TensorPlan
 from ..planning.routes import Copied, Rowwise
 from .sources import FileSource, FirstPass, first_pass
 
-# All copies of a run. It is no more than a part of any budget; from 1 MiB on a run's own costs are lost among its
-# tensors'.
+# All copies of a run: no more than a part of the smallest budget.
 RUN_BYTES = 2 << 20
 # What a run takes beside its copies, where its tensors one by one take less and were planned for. The buffers of the
 # threads that read have more, which small tensors leave unused (``budget.PROCESS_BYTES``).
