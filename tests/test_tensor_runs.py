@@ -135,7 +135,7 @@ def test_a_kept_delta_is_applied_as_one_by_one(
     imf.merge({**family, "method": "mean", "scaling": 0.3, "save_delta": True, "out": tmp_path / "merged"})
     runs.clear()
     both(lambda out: imf.apply(tmp_path / "merged", 1.7, out), tmp_path, monkeypatch, runs)
-    assert all(tensor.checksums for tensor in runs[0].tensors)  # type: ignore[attr-defined]
+    assert all(tensor.checksums for tensor in runs[0].tensors)  # type: ignore[attr-defined]  # of a run, which a plan may be
 
 
 def nan(value: Tensor) -> Tensor:
