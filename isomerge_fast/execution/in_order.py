@@ -32,8 +32,8 @@ class Task(Generic[Result]):
 def in_order(tasks: Iterable[Task[Result]], cores: int, together_bytes: int) -> Iterator[Result]:
     """Yield the results of ``tasks`` in their order, while ``cores`` threads compute those that follow.
 
-    Tasks are asked for when there is room for them: those that are computed at once demand ``together_bytes`` at most,
-    unless one alone does. Where several fail, the error is that of the first.
+    A task begins when there is room for it: those that are computed at once demand ``together_bytes`` at most, unless
+    one alone demands more. Where several fail, the error is that of the first.
     """
     if cores == torch.get_num_threads() == 1:
         for task in tasks:
