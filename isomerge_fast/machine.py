@@ -50,6 +50,12 @@ def describe_memory(root: Path = _ROOT) -> str:
     return _gib(usable) + of
 
 
+def cpu_maker(root: Path = _ROOT) -> str:
+    """Return what the CPU calls its maker, ``AuthenticAMD`` for one; empty where the system does not tell."""
+    lines = (line.partition(":") for line in _lines(root / "proc/cpuinfo"))
+    return next((value.strip() for key, _, value in lines if key.strip() == "vendor_id"), "")
+
+
 def _gib(size: int) -> str:
     return f"{size / 2**30:.1f} GiB"
 

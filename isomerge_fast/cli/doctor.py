@@ -11,6 +11,7 @@ import torch
 from .. import __version__
 from ..bench.ceilings import installed
 from ..bench.problems import relative_error
+from ..linalg.cusolver import describe_eigensolvers
 from ..machine import describe_cpus, describe_memory
 from ..methods import METHODS, MemoryDeltas
 
@@ -25,7 +26,7 @@ _PACKAGES = (
     "mergekit",
     "fusion-bench",
 )
-_TASKS, _ROWS, _COLUMNS = 4, 96, 160
+_TASKS, _ROWS, _COLUMNS = 4, 160, 200
 _ALLOWED = 1e-5
 
 
@@ -40,6 +41,7 @@ def examine() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "cpu threads": torch.get_num_threads(),
         "usable cpus": describe_cpus(),
+        "eigenvectors by": describe_eigensolvers(torch.device("cpu")),
         "memory": describe_memory(),
         "free disk here": f"{shutil.disk_usage('.').free / 2**30:.1f} GiB",
     }

@@ -7,7 +7,7 @@ decide who solves it:
 1. ``cusolverDnXsyevBatched`` (tridiagonalisation; cuSOLVER 11.7.1 and newer), from the library that torch itself
    brings: sides of ``SMALLEST`` to ``LARGEST``;
 2. without that, ``syevjBatched`` (Jacobi) through cupy, if it is installed: up to ``LARGEST_JACOBI``;
-3. ``torch.linalg.eigh``: everything else, single matrices, and whatever is not on CUDA.
+3. everything else, by ``torch.linalg.eigh``, or on a CPU by ``openblas`` where that serves.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from ..ops import traits_of
+from . import openblas
 
 # torch batches smaller ones itself. In ms on an H200, batched tridiagonalisation / torch / Jacobi: 8 of side 64
 # 0.4 / 5.6 / 1.1, of 152 7.7 / 9.2 / 10, of 512 23 / 37 / 56, of 816 49 / 66 / –; 48 of side 768 66 / 364 / –. One
@@ -103,6 +104,8 @@ def describe_eigensolvers(device: torch.device) -> str:
         return f"xsyev-batched {_version(library)} | torch"
     if device.type == "cuda" and (package := cupy()) is not None:
         return f"cupy-syevj {package.__version__} | torch"
+    if device.type == "cpu" and (blas := openblas.library()) is not None:
+        return f"openblas {blas.version} of numpy | torch"
     return "torch"
 
 
@@ -114,7 +117,7 @@ def eigh(x: Tensor) -> tuple[Tensor, Tensor]:
     """
     stacked = x.ndim > 2 and x.shape[:-2].numel() > 1
     if x.device.type != "cuda" or not stacked or x.shape[-1] < SMALLEST:
-        return torch.linalg.eigh(x)
+        return openblas.eigh(x) or torch.linalg.eigh(x)
     if xsyev() is not None:
         return batched_syev(x) if x.shape[-1] <= LARGEST else torch.linalg.eigh(x)
     if cupy() is not None and x.shape[-1] <= LARGEST_JACOBI:

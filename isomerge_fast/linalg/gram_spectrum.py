@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..ops import sym_mm
+from . import openblas
 from .gram_eigh import GramEigh, skew_error
 from .protocol import reciprocal, rounding_angle
 
@@ -120,9 +121,11 @@ def spectrum_in_place(gram: Tensor, tolerance: Tensor, noise: float, *, scale: T
     σ up to ``tolerance`` [] counts as zero. ``noise`` is the error of the eigenvalues, relative to λ₁; to ``scale``²
     where ``gram`` is a difference of larger matrices. One number is copied to the host, for which a GPU is waited for.
     """
-    eigenvalues = torch.empty(len(gram), dtype=gram.dtype, device=gram.device)
-    # Column by column, as LAPACK has it: anything else is copied first.
-    torch.linalg.eigh(gram.mT, out=(eigenvalues, gram.mT))
+    eigenvalues = openblas.eigh_in_place(gram)
+    if eigenvalues is None:
+        eigenvalues = torch.empty(len(gram), dtype=gram.dtype, device=gram.device)
+        # Column by column, as LAPACK has it: anything else is copied first.
+        torch.linalg.eigh(gram.mT, out=(eigenvalues, gram.mT))
     sigma = eigenvalues.flip(0).clamp_min_(0.0).sqrt_()
     off = noise * (sigma[0] if scale is None else scale).square()
     squares = sigma.square()

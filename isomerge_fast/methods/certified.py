@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from ..linalg import openblas
 from ..linalg.auto import Candidate
 from ..linalg.protocol import PolarSolver
 from .source import DeltaSource
@@ -27,8 +28,11 @@ class UnsolvedError(InputError):
 
 @contextmanager
 def exact_products(device: torch.device) -> Iterator[None]:
-    """Multiply matrices in their own dtype, whatever autocast and TF32 settings the surrounding program has."""
-    with torch.autocast(device.type, enabled=False), _EXACT:
+    """Multiply matrices in their own dtype, whatever autocast and TF32 settings the surrounding program has.
+
+    On a CPU solve eigenproblems with the calling thread's number of threads, by whichever library solves them.
+    """
+    with torch.autocast(device.type, enabled=False), _EXACT, openblas.held(torch.get_num_threads()):
         yield
 
 

@@ -222,9 +222,10 @@ def count_nonfinite(x: Tensor) -> Tensor:
     return torch.stack([(~torch.isfinite(x[rows])).sum() for rows in row_blocks(x, elements)]).sum()
 
 
-# From this many rows on a symmetric product is made of panels. At 768 four panels take 0.78 of a full product's time in
-# float32 and float64, at 2048 0.72 (2-core CPU); at 304 they take longer.
-PANELS, PANEL_ROWS = 4, 512
+# From this many rows on a symmetric product is made of panels. Eight take 0.63 of a full product's time at 768, 0.58 at
+# 2048, and with a long side of four times as many 0.66 to 0.7; four take 0.67, 0.64 and the same (float32 and float64,
+# one core of an AMD EPYC). At 304 they take longer.
+PANELS, PANEL_ROWS = 8, 512
 
 
 def symmetric_matmul(
