@@ -7,9 +7,9 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import pytest
 import torch
@@ -27,6 +27,8 @@ from isomerge_fast.execution.report import PhaseTimer, Progress
 from isomerge_fast.execution.sources import FirstPass, first_pass
 from isomerge_fast.execution.tensor_queue import TensorQueue
 from isomerge_fast.execution.threads import ComputeThreads, check_wanted
+from isomerge_fast.methods import Elementwise
+from isomerge_fast.methods.elementwise import STACKED_ELEMENTS, STACKS
 from isomerge_fast.methods.iso_c import IsoC
 from isomerge_fast.planning.budget import THREAD_BYTES
 from isomerge_fast.planning.plan import Plan, TensorPlan
@@ -361,6 +363,35 @@ def test_sixteen_cores_are_busy(llama: MergeConfig, method: str, monkeypatch: py
         found.append(share_of_busy_cores(plan, 16, 3.0))
     print(f"{method}: {found} of 16 cores busy")
     assert max(found) >= 0.9
+
+
+@dataclass(frozen=True)
+class Median(Elementwise):
+    """Of all tasks' deltas: a stack of them for every thread."""
+
+    name: ClassVar[str] = "median-of-tasks"
+
+    def combine(self, deltas: Tensor) -> Tensor:
+        return deltas.median(0).values
+
+
+def test_the_stacks_of_all_threads_are_counted(llama: MergeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever torch's own number of threads is when the plan is made."""
+    monkeypatch.setattr("isomerge_fast.methods.registry._registered", {})
+    imf.register_method(Median)
+    config, stack = replace(llama, method=Median.name), STACKS * 4 * STACKED_ELEMENTS
+    one, many = (make_plan(config, threads=threads, max_ram=4 << 30) for threads in (1, 16))
+    assert many.cores == 16
+    assert many.peak_ram_bytes - one.peak_ram_bytes >= 15 * (stack + THREAD_BYTES)
+    tight = make_plan(config, threads=16, max_ram=one.peak_ram_bytes + 4 * (stack + THREAD_BYTES))
+    assert 1 < tight.cores <= 6  # what is read ahead may have given way too
+    assert tight.peak_ram_bytes <= one.peak_ram_bytes + 4 * (stack + THREAD_BYTES)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1 if before > 1 else 2)
+        assert make_plan(config, threads=16, max_ram=4 << 30).peak_ram_bytes == many.peak_ram_bytes
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_no_more_cores_are_taken_than_are_usable(

@@ -135,6 +135,10 @@ class Method(ABC):
         """
         return None
 
+    def thread_bytes(self, spec: TensorSpec, tasks: int) -> int:
+        """Return the bytes of ``RowwiseMerge.rows`` of every thread beside the first, where threads share a block."""
+        return 0
+
 
 def read_option(method: str, option: Field[Any], value: Any) -> Any:
     """Return an option of a method as its field's type; a text becomes the number that it stands for.

@@ -78,6 +78,9 @@ class Elementwise(AnyShape):
     def rowwise_bytes(self, spec: TensorSpec, tasks: int, block_elements: int, device: torch.device) -> int | None:
         return spec.dtype.itemsize * block_elements + _combining_bytes(spec, tasks, block_elements)
 
+    def thread_bytes(self, spec: TensorSpec, tasks: int) -> int:
+        return _combining_bytes(spec, tasks, spec.elements)
+
     def finish(self, block: RowBlock, total: Tensor) -> Tensor:
         tasks = len(block.experts)
         step = max(1, STACKED_ELEMENTS // (tasks * max(1, total[:1].numel())))
@@ -90,6 +93,5 @@ class Elementwise(AnyShape):
 
 
 def _combining_bytes(spec: TensorSpec, tasks: int, elements: int) -> int:
-    """Return the bytes of the stacks of all threads, for so many elements."""
-    at_once = min(tasks * elements, torch.get_num_threads() * STACKED_ELEMENTS)
-    return STACKS * spec.dtype.itemsize * at_once
+    """Return the bytes of one thread's stacks, for so many elements."""
+    return STACKS * spec.dtype.itemsize * min(tasks * elements, STACKED_ELEMENTS)

@@ -49,6 +49,7 @@ class Budget:
     on_gpu: int | None = None  # for the copies of the tensor that comes next; None on a CPU, which needs no copies
     copies: int = 0  # beside ``read_ahead``, for the copies of tensors that are merged at once
     together: int = 0  # ceiling for the work of all tensors that are merged at once; on a GPU there is one
+    thread: int = THREAD_BYTES  # of every thread that computes, beside the first
 
     @property
     def read_pool(self) -> int:

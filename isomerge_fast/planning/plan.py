@@ -18,7 +18,7 @@ from ..checkpoint.output.companions import FolderContents, LeftBehind
 from ..checkpoint.output.model_config import output_config
 from ..config import MergeConfig
 from ..methods import Method
-from .budget import PROCESS_BYTES, THREAD_BYTES, Budget
+from .budget import PROCESS_BYTES, Budget
 from .outputs import PlannedTensor, scaling_folders
 from .routes import Route
 
@@ -204,7 +204,7 @@ class Plan:
     @property
     def host_buffer_bytes(self) -> int:
         """Estimate the bytes on the host without the tensor that is merged: process, metadata, reads and writes."""
-        threads = (self.cores - 1) * THREAD_BYTES if self.budget.on_gpu is None else 0
+        threads = (self.cores - 1) * self.budget.thread if self.budget.on_gpu is None else 0
         return PROCESS_BYTES + self.metadata_bytes + threads + self.budget.read_pool + self.budget.write_behind
 
     @property

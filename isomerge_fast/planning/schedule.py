@@ -41,17 +41,26 @@ def schedule(
     cores than given where the largest tensor leaves no room for their threads.
     """
     largest = max((tensor.route.work_bytes for tensor in tensors), default=0)
+    thread = THREAD_BYTES + max(map(_shared_bytes, tensors), default=0)
     left = max(0, most_bytes - budget.read_ahead - budget.write_behind - largest)
     if budget.work is not None:
-        cores = min(cores, 1 + left // THREAD_BYTES)
-    free = largest + max(0, left - (cores - 1) * THREAD_BYTES)
+        cores = min(cores, 1 + left // thread)
+    free = largest + max(0, left - (cores - 1) * thread)
     held = sum(heapq.nlargest(cores + 1, map(copies_of, tensors))) if cores > 1 else 0
     copies = max(0, min(held - budget.read_ahead, free // 3, free - largest))
-    room = replace(budget, copies=copies, together=free - copies)
+    room = replace(budget, copies=copies, together=free - copies, thread=thread)
     share = math.fsum(tensor.flops for tensor in tensors if not tensor.route.shares_blocks) / cores
     planned = tuple(_with_cores(tensor, room, cores, share) for tensor in tensors)
     together = max(largest, Simulation.of(planned, room, cores).together)
     return planned, replace(room, together=together), cores
+
+
+def _shared_bytes(tensor: TensorPlan) -> int:
+    """Return what every thread beside the first takes of a tensor whose blocks they share."""
+    method = tensor.route.method
+    if method is None or not tensor.route.shares_blocks:
+        return 0
+    return method.thread_bytes(tensor.spec, tensor.tasks)
 
 
 def _with_cores(tensor: TensorPlan, budget: Budget, cores: int, share: float) -> TensorPlan:
