@@ -264,6 +264,23 @@ def test_results_come_in_order_and_not_far_ahead(cores: int) -> None:
     assert taken == 60
 
 
+@pytest.mark.parametrize(("result_bytes", "most"), [(0, 12), (10, 2), (100, 1)])
+def test_large_results_are_not_computed_far_ahead(result_bytes: int, most: int) -> None:
+    """Of a first result that takes long, and 100 bytes for the work at once: a quarter of that waits."""
+    first, made, ahead = threading.Event(), [0], []
+
+    def make(number: int) -> int:
+        if number == 0:
+            first.wait(0.5)
+            ahead.append(made[0])
+        made[0] += 1
+        return number
+
+    tasks = (Task(lambda number=number: make(number), Demand(1, 1), result_bytes) for number in range(40))
+    assert list(in_order(tasks, 6, 100)) == list(range(40))
+    assert ahead == [most]
+
+
 def test_the_first_result_that_fails_is_raised() -> None:
     def fail(number: int, wait: float) -> None:
         time.sleep(wait)

@@ -100,7 +100,8 @@ class StateDictMerge:
             read = enumerate(states if tensor.numel() else ())
             given = [as_tensor(state[name], f"experts[{index}]: tensor {name!r}") for index, state in read]
             make = partial(self._merge_tensor, spec, origin, given, weights[spec.dtype], bits)
-            return Task(make, self._demand(spec, origin, len(states), share))
+            result_bytes = tensor.numel() * (wanted or tensor.dtype).itemsize
+            return Task(make, self._demand(spec, origin, len(states), share), result_bytes)
 
         return _once_for_tied(known, task)
 
@@ -222,7 +223,8 @@ def merge_matrices(
             return Task(make)
         flops = method.flops(source.full_spec, source.n_tasks)
         demand = method.workspace_bytes(source.full_spec, source.n_tasks, source.device)
-        return Task(make, Demand(cores_of(flops, len(sources) * flops / cores, cores), demand))
+        result_bytes = source.base.numel() * dtype.itemsize
+        return Task(make, Demand(cores_of(flops, len(sources) * flops / cores, cores), demand), result_bytes)
 
     cores = default_cores()
     yield from in_order(map(task, sources), cores, together_bytes())

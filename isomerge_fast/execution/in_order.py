@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Generic, TypeVar
 
 import torch
@@ -11,17 +11,21 @@ import torch
 from .jobs import Demand, Jobs
 from .threads import ComputeThreads
 
-# So many for every core are computed, or wait to be taken, beside the one that is asked for.
-AHEAD = 2
+# So many for every core are computed, or wait to be taken, beside the one that is asked for; and so much of what may be
+# computed at once, in bytes.
+AHEAD, AHEAD_SHARE = 2, 1 / 4
 
 Result = TypeVar("Result")
 
 
 class Task(Generic[Result]):
-    """Hold what makes one result, and what it takes; where that is None, it is made by the thread that asks for it."""
+    """Hold what makes one result of ``result_bytes``, and what that takes.
 
-    def __init__(self, make: Callable[[], Result], demand: Demand | None = None) -> None:
-        self.demand = demand
+    Where ``demand`` is None, it is made by the thread that asks for it.
+    """
+
+    def __init__(self, make: Callable[[], Result], demand: Demand | None = None, result_bytes: int = 0) -> None:
+        self.demand, self.result_bytes = demand, result_bytes
         self._make = [make]
         self.results: list[Result] = []
 
@@ -51,13 +55,18 @@ def in_order(tasks: Iterable[Task[Result]], cores: int, together_bytes: int) -> 
                 else:
                     jobs.wait_for_room(task.demand)
                     jobs.start(number, task.demand, task.run)
-                while begun and (begun[0].results or len(begun) > AHEAD * cores):
+                while begun and (begun[0].results or _are_far_ahead(begun, cores, together_bytes)):
                     yield _taken(begun, jobs)
             while begun:
                 yield _taken(begun, jobs)
         except Exception:
             jobs.end()  # what came before may have failed as well, and is told of first
             raise
+
+
+def _are_far_ahead(begun: Collection[Task[Result]], cores: int, together_bytes: int) -> bool:
+    held = sum(task.result_bytes for task in begun)
+    return len(begun) > AHEAD * cores or (len(begun) > 1 and held > AHEAD_SHARE * together_bytes)
 
 
 def _taken(begun: deque[Task[Result]], jobs: Jobs) -> Result:
