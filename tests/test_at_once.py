@@ -441,7 +441,7 @@ def test_routes_and_solvers_do_not_depend_on_the_number_of_cores(
     assert {tensor.cores for tensor in found[0].tensors} == {1}
     # All at once take no more than half of the memory, unless one alone does; then beside it what threads hold.
     for plan in found:
-        threads = (plan.cores - 1) * THREAD_BYTES
+        threads = (plan.cores - 1) * plan.budget.thread
         assert plan.peak_ram_bytes <= max(memory // 2, found[0].peak_ram_bytes + threads)
 
 

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from ..ops import mm, mm_add, sym_mm_add, thin_mm, traits_of
 
-# On a CPU a block of the long side holds about this many elements (8 MiB of float64). The Gram matrix of 32000 x 768
-# takes the same time to 6 % from 2^19 to 2^22 (2-core CPU), 26 % more at 2^17.
-BLOCK_ELEMENTS = 1 << 20
+# On a CPU a block of the long side holds about this many elements (4 MiB of float64). The Gram matrix of 32000 x 768
+# takes the same time to 6 % from 2^19 to 2^22 (2-core CPU), 26 % more at 2^17; Iso-C and Iso-CTS of 768 x 3072 and
+# 3072 x 768 the same to 2 % from 2^19 to 2^21.
+BLOCK_ELEMENTS = 1 << 19
 
 
 def block_elements(device: torch.device) -> int:

@@ -100,10 +100,14 @@ class GramEigh(Solver):
         return TracedPolar(self) if traits_of(device).has_float64_tensor_cores else self
 
     def workspace_bytes(self, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> int:
-        """Return the peak bytes beyond X: the result, a few r x r (eigh's copy, vectors and 2 r² of work), blocks."""
+        """Return the peak bytes beyond X: the result, and a few r x r or blocks.
+
+        ``eigh`` has the Gram matrix, a copy, vectors and 2 r² of work; then products have vectors, G^(-1/2) and blocks.
+        """
         short = min(rows, columns)
         blocks = 3 * min(rows * columns, max(block_elements(device), short))
-        return dtype.itemsize * rows * columns + self.dtype.itemsize * (7 * short**2 + blocks) + 8 * short**2
+        largest = max(6 * short**2, 4 * short**2 + blocks)
+        return dtype.itemsize * rows * columns + self.dtype.itemsize * largest + 8 * short**2
 
     def part_bytes(
         self, rows: int, columns: int, k: int, s: int, at_once: int, dtype: torch.dtype, device: torch.device

@@ -32,6 +32,9 @@ BASELINE_BYTES = 335_000_000
 # What BLAS and the heap keep of every thread that has computed a matrix, beside the first, which the baseline has. (3.6
 # to 4.8 MB seen with 8 to 64 threads and matrices of 384 x 256.)
 THREAD_BYTES = 5 << 20
+# What OpenBLAS packs blocks in, of every thread that solves an eigenproblem: 2 MB of sides of 768 were touched, 7 of
+# 3000. (MKL's is in the two above.)
+SOLVER_BYTES = 6 << 20
 # With the page-aligned buffers of the threads that read and write.
 PROCESS_BYTES = BASELINE_BYTES + (READ_THREADS + 1) * READ_BYTES
 # Of a GPU's memory, where no ceiling is given: the rest is for its context, for libraries' workspaces, and for what
@@ -49,7 +52,8 @@ class Budget:
     on_gpu: int | None = None  # for the copies of the tensor that comes next; None on a CPU, which needs no copies
     copies: int = 0  # beside ``read_ahead``, for the copies of tensors that are merged at once
     together: int = 0  # ceiling for the work of all tensors that are merged at once; on a GPU there is one
-    thread: int = THREAD_BYTES  # of every thread that computes, beside the first
+    solving: int = 0  # of every thread that computes, where there are matrices
+    thread: int = THREAD_BYTES  # of every thread that computes beside the first
 
     @property
     def read_pool(self) -> int:

@@ -204,8 +204,9 @@ class Plan:
     @property
     def host_buffer_bytes(self) -> int:
         """Estimate the bytes on the host without the tensor that is merged: process, metadata, reads and writes."""
-        threads = (self.cores - 1) * self.budget.thread if self.budget.on_gpu is None else 0
-        return PROCESS_BYTES + self.metadata_bytes + threads + self.budget.read_pool + self.budget.write_behind
+        budget = self.budget
+        threads = budget.solving + (self.cores - 1) * budget.thread if budget.on_gpu is None else 0
+        return PROCESS_BYTES + self.metadata_bytes + threads + budget.read_pool + budget.write_behind
 
     @property
     def peak_vram_bytes(self) -> int:

@@ -23,7 +23,7 @@ from ..errors import ConfigError, bounded, visible
 from ..linalg.cusolver import describe_arithmetic
 from ..machine import memory_bytes
 from ..methods import make_method
-from .budget import PROCESS_BYTES, TOGETHER_SHARE, Budget, budgets_to_try, usable_memory_bytes
+from .budget import PROCESS_BYTES, SOLVER_BYTES, TOGETHER_SHARE, Budget, budgets_to_try, usable_memory_bytes
 from .drafts import Draft, Drafter
 from .factor_routes import factor_route
 from .inputs import Inputs, adapts, open_inputs, require_possible_rank
@@ -172,18 +172,19 @@ def _choose_routes(
     on_gpu = device.type == "cuda"
     if on_gpu and max_vram is None:
         max_vram = usable_memory_bytes(device)
-    host = None if max_ram is None else max(0, max_ram - PROCESS_BYTES)
     kinds: dict[tuple[Any, ...], Draft] = {}
     for draft in drafts:
         kinds.setdefault(draft.kind, draft)
     merged = [draft for draft in kinds.values() if draft.method and not draft.method.any_shape]
     largest = max((draft.spec.elements * sum(draft.traffic.read) for draft in merged), default=0)
+    solving = SOLVER_BYTES if merged and not on_gpu else 0
+    host = None if max_ram is None else max(0, max_ram - PROCESS_BYTES - solving)
     budget, routes = Budget(0, None), {}
     for budget in budgets_to_try(largest, host=host, vram=max_vram, on_gpu=on_gpu):
         routes = {kind: _route_of(draft, budget, device, adapter_rank) for kind, draft in kinds.items()}
         if budget.work is None or all(route.work_bytes <= budget.work for route in routes.values()):
             break
-    return budget, routes
+    return replace(budget, solving=solving), routes
 
 
 def _route_of(draft: Draft, budget: Budget, device: torch.device, adapter_rank: int | None) -> Route:

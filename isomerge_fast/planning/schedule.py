@@ -41,8 +41,8 @@ def schedule(
     cores than given where the largest tensor leaves no room for their threads.
     """
     largest = max((tensor.route.work_bytes for tensor in tensors), default=0)
-    thread = THREAD_BYTES + max(map(_shared_bytes, tensors), default=0)
-    left = max(0, most_bytes - budget.read_ahead - budget.write_behind - largest)
+    thread = THREAD_BYTES + budget.solving + max(map(_shared_bytes, tensors), default=0)
+    left = max(0, most_bytes - budget.read_ahead - budget.write_behind - largest - budget.solving)
     if budget.work is not None:
         cores = min(cores, 1 + left // thread)
     free = largest + max(0, left - (cores - 1) * thread)
