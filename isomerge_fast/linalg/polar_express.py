@@ -162,7 +162,8 @@ class PolarExpress(PolarIteration):
         step = size * (elements + short**2 + max(short**2, largest_block(rows, columns, device)))
         if self.products:
             step += 20 * (elements + short**2)
-        return max(step, (size + dtype.itemsize) * elements)
+        converted = 0 if dtype == self.dtype else dtype.itemsize * elements
+        return max(step, size * elements + converted)
 
     def _rounding(self, bounds: Bounds, gram: Tensor, x: Tensor) -> Tensor:
         """Estimate ``PolarStats.error``."""
