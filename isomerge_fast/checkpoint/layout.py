@@ -74,7 +74,7 @@ class OutputTensor:
 
     @property
     def bytes(self) -> int:
-        return self.elements * self.dtype.itemsize
+        return prod(self.shape) * self.dtype.itemsize  # asked for dozens of times a tensor
 
 
 @dataclass(frozen=True, slots=True)

@@ -102,13 +102,15 @@ class TensorMerge:
                 return False
             found = source.checksums(len(summed_inputs(run.tensors[0], self._settings)))
             seconds = (time.perf_counter() - started) / run.spec.elements
+            read_bytes = run.read_bytes // run.spec.elements
             made = []
             for tensor, own, sums in zip(run.tensors, sizes, found, strict=True):
                 evidence = {"algorithm": algorithm, **own}
                 require_checksums(tensor, sums)
                 remarks = list(absurd_deltas(tensor, evidence, self._reader))
-                share = seconds * tensor.spec.elements
-                made.append((tensor, self._entry(tensor, evidence, remarks, tensor.read_bytes, share, sums)))
+                elements = tensor.spec.elements
+                entry = self._entry(tensor, evidence, remarks, read_bytes * elements, seconds * elements, sums)
+                made.append((tensor, entry))
         self._finish(writers, made)
         return True
 

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
-from operator import add, le
+from itertools import islice, repeat
 from typing import Any
 
 import numpy
@@ -21,7 +20,7 @@ from ..checkpoint.io.read_ahead import InputChecksums, ReadAhead
 from ..checkpoint.io.writer import ShardWriter, tensor_bytes
 from ..checkpoint.layout import OutputTensor, StoredTensor
 from ..methods import Linear, RowBlock, TensorSpec
-from ..ops import SUM_BLOCK_ELEMENTS, least_squares, sum_of_squares
+from ..ops import SUM_BLOCK_ELEMENTS, TaskSum, least_squares, sum_of_squares
 from ..planning.budget import Budget
 from ..planning.plan import TensorPlan
 from ..planning.routes import Copied, Rowwise
@@ -96,27 +95,40 @@ def joined(
     tensors: Iterable[TensorPlan], writers: Writers, budget: Budget, together_bytes: int
 ) -> Iterator[TensorPlan]:
     """Yield the tensors in their order, but as a ``TensorRun`` those that are small and can be merged as one."""
-    most = (
-        min(RUN_BYTES, budget.part),
-        budget.write_behind // 4,  # less than a room
-        max(RUN_WORK_BYTES, together_bytes),
-        SUM_BLOCK_ELEMENTS,  # one part, and one block of its sums
-        RUN_TENSORS,
-    )
+    most_work_bytes = max(RUN_WORK_BYTES, together_bytes)
     run: list[TensorPlan] = []
-    total = [0] * len(most)
-    way = None  # of the run
+    # Of the run: what its tensors have in common, where its last one lies, how many elements it has and may have.
+    way, places, elements, most_elements, work_bytes = None, [], 0, 0, 0
     for tensor in tensors:
-        own = (tensor.read_bytes, tensor.write_bytes, tensor.route.work_bytes, tensor.spec.elements, 1)
-        total = list(map(add, total, own))
-        if all(map(le, total, most)) and way is not None and way == _way(tensor) and _follow(run[-1], tensor, writers):
+        own_way, own_elements = _way(tensor), tensor.spec.elements
+        own_places = [] if own_way is None else _places(tensor, writers)
+        if (
+            way is not None
+            and way == own_way
+            and elements + own_elements <= most_elements
+            and work_bytes + tensor.route.work_bytes <= most_work_bytes
+            and len(run) < RUN_TENSORS
+            and all(map(_is_next, places, repeat(run[-1].spec.elements), own_places))
+        ):
             run.append(tensor)
+            places, elements, work_bytes = own_places, elements + own_elements, work_bytes + tensor.route.work_bytes
             continue
         if run:
             yield _as_one(run)
-        run, total, way = [tensor], list(own), _way(tensor)
+        run, way, places, elements = [tensor], own_way, own_places, own_elements
+        most_elements, work_bytes = 0 if way is None else _most_elements(tensor, budget), tensor.route.work_bytes
     if run:
         yield _as_one(run)
+
+
+def _most_elements(tensor: TensorPlan, budget: Budget) -> int:
+    """Return how many elements of tensors like this one a run may have."""
+    elements = tensor.spec.elements
+    return min(
+        min(RUN_BYTES, budget.part) * elements // tensor.read_bytes,
+        budget.write_behind // 4 * elements // tensor.write_bytes,  # less than a room
+        SUM_BLOCK_ELEMENTS,  # one part, and one block of its sums
+    )
 
 
 def _as_one(run: Sequence[TensorPlan]) -> TensorPlan:
@@ -151,27 +163,40 @@ def _way(tensor: TensorPlan) -> tuple[Any, ...] | None:
     )
 
 
-def _follow(before: TensorPlan, tensor: TensorPlan, writers: Writers) -> bool:
-    """Return whether a tensor comes next after another one, in all files that are read and written."""
-    return (
-        _is_next(before.base, tensor.base)
-        and all(map(_is_next, before.experts, tensor.experts))
-        and all(
-            _is_next(
-                *(writers[folder, tensor.shard].tensors[plan.tensors_in(folder)[0].name] for plan in (before, tensor))
-            )
-            for folder in tensor.scalings
-        )
-    )
+def _places(tensor: TensorPlan, writers: Writers) -> list[StoredTensor]:
+    """Return where a tensor lies in all files that are read and written."""
+    files = [(writers[folder, tensor.shard], tensor.tensors_in(folder)[0].name) for folder in tensor.scalings]
+    return [tensor.base, *tensor.experts, *[writer.tensors[name] for writer, name in files]]
 
 
-def _is_next(before: StoredTensor, stored: StoredTensor) -> bool:
-    is_same = before.file is stored.file or before.file == stored.file
-    return is_same and before.dtype == stored.dtype and before.end == stored.start
+def _is_next(before: StoredTensor, elements: int, stored: StoredTensor) -> bool:
+    """Return whether a tensor comes next after one of so many elements."""
+    dtype = stored.dtype
+    is_same = before.dtype == dtype and (before.file is stored.file or before.file == stored.file)
+    return is_same and before.start + elements * dtype.itemsize == stored.start
+
+
+@dataclass(frozen=True)
+class _RunBlock(RowBlock):
+    """Hold the rows of a run, whose Δ_t the source measures tensor by tensor while it adds them up."""
+
+    source: RunSource | None = None
+
+    def sum(
+        self, dtype: torch.dtype, out: Tensor | None = None, *, batch_dims: int = 0, largest: bool = True
+    ) -> TaskSum:
+        """Return the sum alone: what is seen of the Δ_t of each tensor is told by ``RunSource.sizes``."""
+        assert self.source is not None
+        assert not batch_dims
+        assert not largest
+        total = torch.empty(self.like.shape, dtype=dtype, device="cpu") if out is None else out
+        self.source.add_up(self, total)
+        none = torch.zeros(len(self.experts), dtype=torch.float64, device="cpu")
+        return TaskSum(total, none, None, none.long())
 
 
 class RunSource(FileSource):
-    """Read a run, and measure the Δ_t of each of its tensors while it is passed over."""
+    """Read a run, and measure the Δ_t of each of its tensors while they are added up."""
 
     wants_largest = False  # of the run
 
@@ -181,6 +206,8 @@ class RunSource(FileSource):
         self._sizes = [tensor.spec.elements for tensor in run.tensors]
         self._ends = numpy.cumsum(self._sizes, dtype=numpy.int64)
         self._starts = self._ends - numpy.array(self._sizes, numpy.int64)
+        # In memory that is a run's own.
+        self._not_aligned = numpy.flatnonzero(self._starts * run.spec.dtype.itemsize % ALIGNMENT).tolist()
         self._last: RowBlock | None = None
         self._squares: list[Any] = []  # [tensors] for every task, in float64
         self._largest: list[Any] = []
@@ -188,8 +215,25 @@ class RunSource(FileSource):
     def blocks(self, tasks: Sequence[int] | None = None) -> Iterator[RowBlock]:
         for block in super().blocks(tasks):
             self._last = block
-            self._measure(replace(block, weights=None))
-            yield block
+            yield _RunBlock(block.rows, block.experts, block.base, block.are_deltas, block.weights, self)
+
+    def add_up(self, block: RowBlock, total: Tensor) -> None:
+        """Write Σ_t Δ_t to ``total``, as ``ops.task_sum`` does, and measure the Δ_t of every tensor."""
+        room, unweighted = torch.empty_like(total), replace(block, weights=None)
+        parts_of_room = room.split(self._sizes)
+        for task, weight in enumerate(block.weights or [1.0] * len(block.experts)):
+            is_expert = block.are_deltas and block.experts[task].dtype == total.dtype
+            delta = unweighted.delta(task, total.dtype, out=None if is_expert else room)
+            parts = list(delta.split(self._sizes) if is_expert else parts_of_room)
+            if not is_expert:
+                # A product's last digits may depend on where it begins in memory: as it does for one tensor.
+                for index in self._not_aligned:
+                    parts[index] = parts[index].clone()
+            self._measure(delta, parts)
+            if task:
+                total.add_(delta, alpha=weight)
+            else:
+                torch.mul(delta, weight, out=total)
 
     def sizes(self) -> list[dict[str, list[float]]] | None:
         """Return ``delta_sizes`` of every tensor, the same numbers as of it alone; None where one is not finite."""
@@ -226,35 +270,32 @@ class RunSource(FileSource):
                 yield tensor, FileSource(tensor, first, self._reader, self._readers, *given)
                 first.close()
 
-    def _measure(self, block: RowBlock) -> None:
+    def _measure(self, delta: Tensor, parts: Sequence[Tensor]) -> None:
+        """Keep ‖·‖² and max |·| of the parts of a Δ_t, one a tensor."""
         with numpy.errstate(all="ignore"):
-            for task, expert in enumerate(block.experts):
-                delta = block.delta(task, self.dtype)
-                most, least = (each.reduceat(delta.numpy(), self._starts) for each in (numpy.maximum, numpy.minimum))
-                largest = numpy.maximum(numpy.abs(most), numpy.abs(least)).astype(numpy.float64)
-                parts = list(delta.split(self._sizes))
-                if delta.data_ptr() != expert.data_ptr():
-                    # A product's last digits may depend on where it begins in memory: as it does for one tensor.
-                    for index in numpy.flatnonzero(self._starts * delta.itemsize % ALIGNMENT):
-                        parts[index] = parts[index].clone()
-                squares = torch.stack([torch.dot(part, part) for part in parts]).double().numpy()
-                for index in numpy.flatnonzero(~((squares >= least_squares(self.dtype)) & numpy.isfinite(squares))):
+            most, least = (each.reduceat(delta.numpy(), self._starts) for each in (numpy.maximum, numpy.minimum))
+            largest = numpy.maximum(numpy.abs(most), numpy.abs(least)).astype(numpy.float64)
+            squares = torch.stack([torch.dot(part, part) for part in parts]).double().numpy()
+            smallest = least_squares(self.dtype)
+            if not (smallest <= squares.min() and squares.max() < numpy.inf):
+                for index in numpy.flatnonzero(~((squares >= smallest) & numpy.isfinite(squares))).tolist():
                     if largest[index] > 0:
                         squares[index] = float(sum_of_squares(parts[index]))
-                self._squares.append(squares)
-                self._largest.append(largest)
+        self._squares.append(squares)
+        self._largest.append(largest)
 
 
 def _roots(squares: Any) -> Any:
     """Return the square roots of [tasks, tensors], of each tensor as they are taken of it alone.
 
-    By torch, whose roots are not all the nearest numbers, as numpy's are, and each from memory that begins alike.
+    By torch, whose roots are not all the nearest numbers, as numpy's are; and each from memory that begins alike. There
+    is a gap after each, so that torch takes the roots of one tensor after those of the other.
     """
     tasks, tensors = squares.shape
     step = ALIGNMENT // squares.itemsize
-    places = torch.zeros(tensors, -(-tasks // step) * step, dtype=torch.float64, device="cpu")[:, :tasks]
+    places = torch.zeros(tensors, (tasks // step + 1) * step, dtype=torch.float64, device="cpu")[:, :tasks]
     places[:] = torch.from_numpy(squares).mT
-    return torch.stack([place.sqrt() for place in places]).mT.numpy()
+    return places.sqrt_().mT.numpy()
 
 
 class RunWriter:
