@@ -28,8 +28,8 @@ from .sources import FileSource, FirstPass, first_pass
 
 # All copies of a run: no more than a part of the smallest budget.
 RUN_BYTES = 2 << 20
-# Of a run, whose reports and journal entries are held at once, as objects. (136 took a tenth less time.)
-RUN_TENSORS = 64
+# Of a run, whose reports and journal entries are held at once, as objects: 2 to 3 kB each. (64 take a tenth more time.)
+RUN_TENSORS = 128
 # What a run takes beside its copies, where its tensors one by one take less and were planned for. The buffers of the
 # threads that read have more, which small tensors leave unused (``budget.PROCESS_BYTES``).
 RUN_WORK_BYTES = 4 << 20
