@@ -63,6 +63,12 @@ def check_precision(precision: str) -> None:
         raise ConfigError(f"precision {precision!r} is unknown{nearest(precision, PRECISIONS)}")
 
 
+# The same of every matrix, and made once: for 16 x 16 numbers making them takes longer than choosing.
+_LAST = Candidate(FullSvd(), "the last resort")
+_CAREFUL = Candidate(GramEigh(rounding=0.0), "float64 products, and a Newton-Schulz step whatever is predicted")
+_SMALL = Candidate(GramEigh(), f"float64 Gram matrices, in few calls: a side is below {SMALL_SIDE}", is_small=True)
+
+
 def _svd(precision: str, dtype: torch.dtype) -> tuple[Candidate[FullSvd], bool]:
     """Return the full SVD as the last candidate, and whether it is the only one."""
     check_precision(precision)
@@ -70,7 +76,7 @@ def _svd(precision: str, dtype: torch.dtype) -> tuple[Candidate[FullSvd], bool]:
         return Candidate(FullSvd(), "precision is 'reference'"), True
     if dtype == torch.float64:
         return Candidate(FullSvd(), "float64 input, beyond a Gram matrix"), True
-    return Candidate(FullSvd(), "the last resort"), False
+    return _LAST, False
 
 
 def small_candidate(shape: tuple[int, ...], tasks: int, device: torch.device) -> Candidate[GramEigh] | None:
@@ -80,7 +86,7 @@ def small_candidate(shape: tuple[int, ...], tasks: int, device: torch.device) ->
     short, elements = min(shape), shape[0] * shape[1]
     if not 0 < short < SMALL_SIDE or tasks * elements > SMALL_ELEMENTS or elements * short > SMALL_PRODUCT:
         return None
-    return Candidate(GramEigh(), f"float64 Gram matrices, in few calls: a side is below {SMALL_SIDE}", is_small=True)
+    return _SMALL
 
 
 def polar_candidates(
@@ -93,13 +99,12 @@ def polar_candidates(
     svd, only = _svd(precision, dtype)
     if only:
         return (svd,)
+    if (small := small_candidate(shape, 1, device)) is not None:
+        return (small, _CAREFUL, svd)
     rows, columns = shape[-2:]
     short, aspect = min(rows, columns), max(rows, columns) / max(1, min(rows, columns))
     exact = Candidate(GramEigh(), "float64 Gram matrix: resolves float32 input")
-    careful = Candidate(GramEigh(rounding=0.0), "float64 products, and a Newton-Schulz step whatever is predicted")
-    candidates: list[Candidate[PolarSolver]] = [exact, careful, svd]
-    if (small := small_candidate(shape, 1, device)) is not None:
-        return (small, careful, svd)
+    candidates: list[Candidate[PolarSolver]] = [exact, _CAREFUL, svd]
     traits = traits_of(device)
     if traits.is_gpu and short >= ITERATION_SIDE and math.prod(shape[:-2]) * short >= ITERATION_COLUMNS:
         tiers = ("fast", "default") if precision == "fast" else (precision,)

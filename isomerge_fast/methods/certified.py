@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from threading import Lock
 from typing import Any, TypeVar
@@ -28,7 +28,8 @@ class UnsolvedError(InputError):
 @contextmanager
 def exact_products(device: torch.device) -> Iterator[None]:
     """Multiply matrices in their own dtype, whatever autocast and TF32 settings the surrounding program has."""
-    with torch.autocast(device.type, enabled=False), _EXACT:
+    is_on = torch.is_autocast_enabled(device.type)
+    with torch.autocast(device.type, enabled=False) if is_on else nullcontext(), _EXACT:
         yield
 
 
@@ -63,7 +64,6 @@ def _set_exact() -> Callable[[], None]:
     """Set exact products; return what puts the settings back."""
     backends: Any = torch.backends  # whose types do not tell of these settings
     settings = (backends.cuda.matmul, backends.mkldnn.matmul)
-    general = backends.fp32_precision
     before = [setting.fp32_precision for setting in settings]
     try:
         old = torch.get_float32_matmul_precision()
@@ -71,6 +71,7 @@ def _set_exact() -> Callable[[], None]:
         old = "highest"
     if old == "highest" and all(precision in ("none", "ieee") for precision in before):
         return lambda: None
+    general = backends.fp32_precision
     torch.set_float32_matmul_precision("highest")
 
     def put_back() -> None:
@@ -111,7 +112,8 @@ def run_with_fallback(
     if done is None:
         raise UnsolvedError(f"no solver gave a result for matrices {list(deltas.shape)}: {'; '.join(failures)}")
     value, stats = done
-    stats = replace(stats, escalations=(*failures, *stats.escalations))
+    if failures:
+        stats = replace(stats, escalations=(*failures, *stats.escalations))
     require_kept(stats)
     return value, stats
 
