@@ -35,10 +35,11 @@ FAST_ANGLE = 5e-4
 S = TypeVar("S", bound=PolarSolver, covariant=True)
 
 
-# One matrix on a CPU is small below this side, up to so many elements of all tasks together (for the memory's sake),
-# and up to this for elements times side: 63 x 1040 still takes Iso-C 0.8 of the general form's time and Iso-CTS 0.6,
-# 63 x 2000 takes both about as long (one thread, T = 2 and 8).
-SMALL_SIDE, SMALL_ELEMENTS, SMALL_PRODUCT = 64, 1 << 18, 1 << 22
+# One matrix on a CPU is small up to this side, up to so many elements of all tasks together (for the memory's sake), and
+# up to this for elements times side. Medians of the general form's time, square to 1:2 and 2:1, one thread, T = 2 and 8:
+# Iso-C 0.5 at 56 and 64, 0.6 to 0.7 at 96, 0.75 to 0.9 at 127; Iso-CTS 0.2 to 0.4, 0.3 to 0.6, 0.4 to 0.8. 63 x 1040
+# still takes Iso-C 0.8 and Iso-CTS 0.6, 63 x 2000 takes both about as long.
+SMALL_SIDE, SMALL_ELEMENTS, SMALL_PRODUCT = 128, 1 << 18, 1 << 22
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def check_precision(precision: str) -> None:
 # The same of every matrix, and made once: for 16 x 16 numbers making them takes longer than choosing.
 _LAST = Candidate(FullSvd(), "the last resort")
 _CAREFUL = Candidate(GramEigh(rounding=0.0), "float64 products, and a Newton-Schulz step whatever is predicted")
-_SMALL = Candidate(GramEigh(), f"float64 Gram matrices, in few calls: a side is below {SMALL_SIDE}", is_small=True)
+_SMALL = Candidate(GramEigh(), f"float64 Gram matrices, in few calls: a side is {SMALL_SIDE} at most", is_small=True)
 
 
 def _svd(precision: str, dtype: torch.dtype) -> tuple[Candidate[FullSvd], bool]:
@@ -84,7 +85,7 @@ def small_candidate(shape: tuple[int, ...], tasks: int, device: torch.device) ->
     if len(shape) != 2 or traits_of(device).is_gpu:
         return None
     short, elements = min(shape), shape[0] * shape[1]
-    if not 0 < short < SMALL_SIDE or tasks * elements > SMALL_ELEMENTS or elements * short > SMALL_PRODUCT:
+    if not 0 < short <= SMALL_SIDE or tasks * elements > SMALL_ELEMENTS or elements * short > SMALL_PRODUCT:
         return None
     return _SMALL
 
