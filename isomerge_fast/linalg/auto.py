@@ -38,7 +38,8 @@ S = TypeVar("S", bound=PolarSolver, covariant=True)
 # One matrix on a CPU is small up to this side, up to so many elements of all tasks together (for the memory's sake),
 # and up to this for elements times side. Of the general form's time it takes (1:1, 1:2 and 2:1, one thread, T = 2, 8)
 # Iso-C 0.5 at a side of 56 or 64, 0.6 to 0.7 at 96, 0.75 to 0.9 at 127, and Iso-CTS 0.2 to 0.4, 0.3 to 0.6 and 0.4 to
-# 0.8. 63 x 1040 still takes Iso-C 0.8 and Iso-CTS 0.6, 63 x 2000 takes both about as long.
+# 0.8. (Where the tier is fast, 127 x 254 takes Iso-C 1.0.) 63 x 1040 still takes Iso-C 0.8 and Iso-CTS 0.6, 63 x 2000
+# takes both about as long.
 SMALL_SIDE, SMALL_ELEMENTS, SMALL_PRODUCT = 128, 1 << 18, 1 << 22
 
 
