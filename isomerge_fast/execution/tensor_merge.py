@@ -65,6 +65,9 @@ class TensorMerge:
         """
         if not isinstance(source, RunSource):
             self._merge_one(plan, source)
+        elif source.run.is_apart:
+            for tensor, own in source.apart(self._checksums):
+                self._merge_one(tensor, own)
         elif not self._merge_run(source.run, source):
             with closing(source.one_by_one(self._checksums)) as singles:
                 for tensor, own in singles:
