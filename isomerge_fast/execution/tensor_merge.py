@@ -19,6 +19,7 @@ from ..checkpoint.output.journal import Entries, ItemJournal
 from ..errors import InputError, ResourceError
 from ..methods import NotFiniteError, OutOfRangeError
 from ..methods.certified import UnsolvedError
+from ..methods.source import Threads
 from ..planning.plan import TensorPlan
 from .input_damage import absurd_deltas, out_of_range, require_checksums, require_finite
 from .report import PhaseTimer
@@ -94,7 +95,8 @@ class TensorMerge:
         started = time.perf_counter()
         names = {folder: [tensor.tensors_in(folder)[0].name for tensor in run.tensors] for folder in run.scalings}
         writers = {folder: RunWriter(self._writers[folder, run.shard], own) for folder, own in names.items()}
-        sink = FileSink(run, writers, self._writes, source.threads, self._timer.phase)
+        # One part, for the calling thread, whatever the size of parts: its tensors are measured together.
+        sink = FileSink(run, writers, self._writes, Threads(), self._timer.phase)
         with self._timer.phase("compute"), self._explained(run):
             try:
                 algorithm = run.route.run(source, sink).algorithm
