@@ -261,8 +261,8 @@ def test_progress_is_drawn_where_a_person_watches(tmp_path: Path) -> None:
 
 def test_certificates_are_reported(tmp_path: Path) -> None:
     """An ill-conditioned sum in the fast tier: what was given up, what was taken, and that the result is certified."""
-    deltas = {"hard.weight": Case(0, 64, 512, 1e6, 3).deltas(), "easy.weight": Case(1, 64, 512, 2.0, 3).deltas()}
-    folders = [save_folder(tmp_path / "base", {name: torch.zeros(64, 512) for name in deltas})]
+    deltas = {"hard.weight": Case(0, 136, 1088, 1e6, 3).deltas(), "easy.weight": Case(1, 136, 1088, 2.0, 3).deltas()}
+    folders = [save_folder(tmp_path / "base", {name: torch.zeros(136, 1088) for name in deltas})]
     folders += [
         save_folder(tmp_path / f"expert-{task}", {name: parts[task] for name, parts in deltas.items()})
         for task in range(3)
@@ -271,7 +271,7 @@ def test_certificates_are_reported(tmp_path: Path) -> None:
     arguments += ["--method", "iso-c", "--option", "precision=fast"]
     plan = json.loads(invoke("plan", *arguments, "--format", "json")[1])
     assert {tensor["reason"] for tensor in plan["tensors"]} == {
-        "gram-eigh-fp32: float32 Gram matrix: 64 x 512 is tall or wide, and such sums are well-conditioned"
+        "gram-eigh-fp32: float32 Gram matrix: 136 x 1088 is tall or wide, and such sums are well-conditioned"
     }
     code, stdout, stderr = invoke("run", *arguments, "--out", tmp_path / "out")
     assert code == 0, stderr

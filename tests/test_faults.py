@@ -504,7 +504,7 @@ def give_up(*_: object, **__: object) -> None:
     raise torch.linalg.LinAlgError("linalg.eigh: The algorithm failed to converge\nmore of it")
 
 
-@pytest.mark.parametrize("shape", [(6, 9), (70, 90)], ids=str)  # small matrices have a form of their own
+@pytest.mark.parametrize("shape", [(6, 9), (70, 90), (140, 150)], ids=str)  # small matrices have a form of their own
 def test_after_a_solver_that_gives_up_comes_the_next(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     deltas = [torch.randn(shape) for _ in range(3)]
     expected, _ = imf.IsoC().merge(as_deltas(deltas))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
+from itertools import product
 
 import numpy as np
 import pytest
@@ -16,8 +17,8 @@ import isomerge_fast as imf
 import oracle
 from allocation import peak_bytes
 from cases import CASES, Case
-from isomerge_fast.linalg import subspace_chebyshev
-from isomerge_fast.linalg.auto import TOLERANCES, polar_candidates
+from isomerge_fast.linalg import auto, subspace_chebyshev
+from isomerge_fast.linalg.auto import TOLERANCES, polar_candidates, small_candidate
 from isomerge_fast.linalg.blockwise import long_side_blocks
 from isomerge_fast.linalg.certificate import PROBES, fixed_draw, orthogonality, probes, symmetry
 from isomerge_fast.linalg.gram_eigh import GramEigh
@@ -66,14 +67,17 @@ def rounding_level(deltas: list[Tensor]) -> float:
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_tiers_keep_their_promises(case: Case, method: str) -> None:
+def test_tiers_keep_their_promises(case: Case, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small matrices in the form of larger ones, too."""
     deltas = case.deltas()
     judge = expected(case, method)
     sigma = np.linalg.svd(np.sum(numpy(deltas), axis=0), compute_uv=False)
     rank = int((sigma > rounding_level(deltas)).sum())
     if method == "iso-c" and rank < sigma.size:
         judge = oracle.iso_c(numpy(deltas), rank=rank)  # the others are below the input's own rounding
-    for precision, promise in TOLERANCES.items():
+    sides = (auto.SMALL_SIDE, 0) if small_candidate((case.rows, case.columns), 1, CPU) else (auto.SMALL_SIDE,)
+    for side, (precision, promise) in product(sides, TOLERANCES.items()):
+        monkeypatch.setattr(auto, "SMALL_SIDE", side)
         value, stats = merge(deltas, method, precision=precision)
         evidence = stats.to_dict()
         error = oracle.relative_error(value.numpy(), judge)
@@ -88,7 +92,7 @@ def test_tiers_keep_their_promises(case: Case, method: str) -> None:
 
 def test_a_gram_matrix_in_float32_is_not_enough_at_condition_1e6() -> None:
     """The fast tier starts with one where the matrix is long, notices, and takes float64."""
-    case = Case(0, 64, 512, 1e6, 8)
+    case = Case(0, 136, 1088, 1e6, 8)
     value, stats = merge(case.deltas(), "iso-c", precision="fast")
     assert stats.escalations
     assert stats.to_dict()["certified"]
@@ -294,8 +298,8 @@ def test_nearly_opposite_experts() -> None:
 def test_experts_that_cancel_are_not_added_up_in_float32() -> None:
     """The rounding of a float32 sum is that of its largest partial sum."""
     generator = torch.Generator().manual_seed(0)
-    first = torch.randn(64, 240, generator=generator)
-    deltas = [sign * first + 1e-5 * torch.randn(64, 240, generator=generator) for sign in (1, -1) * 4]
+    first = torch.randn(136, 510, generator=generator)
+    deltas = [sign * first + 1e-5 * torch.randn(136, 510, generator=generator) for sign in (1, -1) * 4]
     value, stats = merge(deltas, "iso-c")
     assert any("sum_rounding" in remark for remark in stats.escalations)
     assert stats.to_dict()["certified"]
@@ -320,8 +324,9 @@ def test_tasks_as_many_as_matrices() -> None:
     assert stats.to_dict()["delta_norms"] == pytest.approx(norms, rel=1e-6)
 
 
-def test_batch_escalates_only_the_members_that_missed() -> None:
+def test_batch_escalates_only_the_members_that_missed(monkeypatch: pytest.MonkeyPatch) -> None:
     """An ill-conditioned member among others: its neighbours keep their results, and each is what it is alone."""
+    monkeypatch.setattr(auto, "SMALL_SIDE", 0)  # each alone in the form of the batch
     members = [Case(seed, 64, 150, 1e6 if seed == 1 else 2.0, 4).deltas() for seed in range(3)]
     batch = [torch.stack(parts) for parts in zip(*members, strict=True)]
     for method in METHODS:
@@ -649,7 +654,7 @@ def test_what_cuda_would_take_of_small_matrices(monkeypatch: pytest.MonkeyPatch)
     """Iterations from 256 columns of a batch on, which an eigensolver goes through one by one; else as on a CPU."""
     cuda, cpu = torch.device("cuda"), torch.device("cpu")
     monkeypatch.setitem(devices.KNOWN, cuda, H100)
-    for shape in ((256, 256), (768, 768), (48, 768, 768), (2, 128, 512), (2, 2, 512, 64)):
+    for shape in ((256, 256), (768, 768), (48, 768, 768), (2, 128, 512), (2, 2, 2048, 64)):
         assert (
             polar_candidates("default", shape, torch.float32, cuda)[1:]
             == (polar_candidates("default", shape[-2:], torch.float32, cpu)[-3:])

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -18,9 +19,27 @@ from isomerge_fast.checkpoint.io.reader import Piece, Reader
 from isomerge_fast.errors import InputChangedError
 from isomerge_fast.execution import worker
 from isomerge_fast.execution.tensor_runs import TensorRun, joined
+from isomerge_fast.methods import Elementwise, registry
 from isomerge_fast.planning.plan import TensorPlan
 
 TASKS = 3
+
+
+@dataclass(frozen=True)
+class LargestProduct(Elementwise):
+    """A method whose result for one element may depend, in its last digits, on those that come with it."""
+
+    name: ClassVar[str] = "largest-product"
+    seen: ClassVar[list[int]] = []
+
+    def combine(self, deltas: Tensor) -> Tensor:
+        self.seen.append(deltas.shape[1])
+        return (torch.ones(2, len(deltas), dtype=deltas.dtype) @ deltas).amax(0)
+
+
+@pytest.fixture(autouse=True)
+def _known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(registry.METHODS, LargestProduct.name, LargestProduct)
 
 
 def tensors_of(seed: int, dtype: torch.dtype, size: float = 1.0) -> dict[str, Tensor]:
@@ -101,8 +120,9 @@ def both(
         {"method": "task-arithmetic", "scaling": 0.3, "weights": [0.25, 1.0, -2.5]},
         {"method": "mean", "scaling": 0.3, "dtype": "bfloat16"},
         {"method": "task-arithmetic", "scaling": 0.7, "dtype": "float32", "experts_are_deltas": True},
+        {"method": "largest-product", "scaling": [0.3, 1.7], "save_delta": True},
     ],
-    ids=["plain", "delta-kept", "weights", "narrower", "deltas"],
+    ids=["plain", "delta-kept", "weights", "narrower", "deltas", "apart"],
 )
 def test_the_same_bytes_and_evidence_as_one_by_one(
     tmp_path: Path,
@@ -149,8 +169,9 @@ def nan(value: Tensor) -> Tensor:
         (nan, {"method": "mean"}),
         (lambda value: value.fill_(6e4), {"method": "task-arithmetic", "scaling": 5.0}),
         (lambda value: value.fill_(6e4), {"method": "mean", "scaling": 1.0}),
+        (nan, {"method": "largest-product"}),
     ],
-    ids=["nan", "overflow", "absurd"],
+    ids=["nan", "overflow", "absurd", "nan, apart"],
 )
 def test_a_damaged_tensor_is_told_of_as_alone(
     tmp_path: Path,
@@ -211,6 +232,19 @@ def test_a_file_that_ends_early_is_told_of_by_the_tensor_it_ends_in(
     monkeypatch.setattr(Reader, "read_into", cut)
     with pytest.raises(InputChangedError, match=r"ends inside tensor 'layer\.033\.weight'"):
         imf.merge({**family, "method": "mean", "out": tmp_path / "out"}, threads=1)
+
+
+def test_what_may_depend_on_its_company_is_read_as_one_and_merged_alone(
+    tmp_path: Path, runs: list[TensorPlan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+    monkeypatch.setattr(LargestProduct, "seen", sizes)
+    family = family_of(tmp_path, torch.float32)
+    imf.merge({**family, "method": "largest-product", "out": tmp_path / "out"}, threads=1)
+    apart = [run for run in runs if isinstance(run, TensorRun) and run.is_apart]
+    assert max(len(run.tensors) for run in apart) > 20
+    merged = [each for each in tensors_of(0, torch.float32).values() if each.is_floating_point() and each.numel()]
+    assert sorted(sizes) == sorted(map(Tensor.numel, merged))
 
 
 def names_of(runs: list[TensorPlan]) -> set[str]:

@@ -250,6 +250,14 @@ def test_journal_entries_are_read_as_they_were_added() -> None:
     assert pickle.loads(pickle.dumps(held)) == held
 
 
+def test_checksums_are_found_without_the_rest_of_an_entry() -> None:
+    name = 'a "checksum": {"'
+    known = {"name": name, "checksum": {"": {name: "1f"}}, "report": {"checksum": 0, "base_checksum": 1}}
+    held = Entries([known, {**known, "name": "b", "base_checksum": "2e"}])
+    assert held.checksums(name) == held.checksums("b") == {"": {name: "1f"}}
+    assert held.base_checksum("b") == "2e"
+
+
 @pytest.mark.parametrize(("key", "cores"), [("other", {"a": 2}), ("key", {})], ids=["another merge", "other cores"])
 def test_a_unit_that_is_not_of_this_merge_is_refused(tmp_path: Path, key: str, cores: dict[str, int]) -> None:
     """Other cores: other last digits."""

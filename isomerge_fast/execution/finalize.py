@@ -14,6 +14,7 @@ from ..checkpoint.io.checksum import ALGORITHM, Checksum
 from ..checkpoint.io.writer import write_blocks_durably
 from ..checkpoint.layout import ADAPTER_CONFIG_FILE, DTYPE_NAMES, OutputTensor
 from ..checkpoint.output.companions import copy_companions
+from ..checkpoint.output.journal import Entries
 from ..checkpoint.output.json_files import LazyMapping, json_blocks, read_with_digest, to_json, write_with_digest
 from ..checkpoint.output.manifest import (
     FORMAT,
@@ -41,7 +42,7 @@ def write_metadata(
     plan: Plan,
     folder: Path,
     description: Mapping[str, Any],
-    entries: Mapping[str, Mapping[str, Any]],
+    entries: Entries,
     shards: dict[str, ShardEntry],
     report: Report,
 ) -> None:
@@ -68,7 +69,7 @@ def write_metadata(
         "shards": shards,
     }
     if plan.config.save_delta:
-        checksums = LazyMapping(entries.keys(), lambda name: entries[name]["base_checksum"])
+        checksums = LazyMapping(entries.keys(), entries.base_checksum)
         manifest["base"] = cast(dict[str, str], checksums)
     digest = write_with_digest(folder / MANIFEST_FILE, json_blocks(manifest))
     write_with_digest(folder / REPORT_FILE, json_blocks({**report.to_dict(), "manifest": digest}))
@@ -100,7 +101,7 @@ def config_of(manifest: Manifest) -> MergeConfig:
     return config
 
 
-def _recorded(plan: Plan, folder: str, entries: Mapping[str, Mapping[str, Any]]) -> LazyMapping:
+def _recorded(plan: Plan, folder: str, entries: Entries) -> LazyMapping:
     """Return what the manifest says of a sub-folder's tensors, by their names there."""
     written = {made.name: (tensor, made) for tensor in plan.tensors for made in tensor.tensors_in(folder)}
 
@@ -111,7 +112,7 @@ def _recorded(plan: Plan, folder: str, entries: Mapping[str, Mapping[str, Any]])
             "action": tensor.action,
             "dtype": DTYPE_NAMES[made.dtype],
             "shape": list(made.shape),
-            "checksum": entries[tensor.name]["checksum"][folder][name],
+            "checksum": entries.checksums(tensor.name)[folder][name],
         }
 
     return LazyMapping(written, record)

@@ -19,6 +19,7 @@ from ..checkpoint.output.journal import Entries, ItemJournal
 from ..errors import InputError, ResourceError
 from ..methods import NotFiniteError, OutOfRangeError
 from ..methods.certified import UnsolvedError
+from ..methods.source import Threads
 from ..planning.plan import TensorPlan
 from .input_damage import absurd_deltas, out_of_range, require_checksums, require_finite
 from .report import PhaseTimer
@@ -65,6 +66,9 @@ class TensorMerge:
         """
         if not isinstance(source, RunSource):
             self._merge_one(plan, source)
+        elif source.run.is_apart:
+            for tensor, own in source.apart(self._checksums):
+                self._merge_one(tensor, own)
         elif not self._merge_run(source.run, source):
             with closing(source.one_by_one(self._checksums)) as singles:
                 for tensor, own in singles:
@@ -91,7 +95,8 @@ class TensorMerge:
         started = time.perf_counter()
         names = {folder: [tensor.tensors_in(folder)[0].name for tensor in run.tensors] for folder in run.scalings}
         writers = {folder: RunWriter(self._writers[folder, run.shard], own) for folder, own in names.items()}
-        sink = FileSink(run, writers, self._writes, source.threads, self._timer.phase)
+        # One part, for the calling thread, whatever the size of parts: its tensors are measured together.
+        sink = FileSink(run, writers, self._writes, Threads(), self._timer.phase)
         with self._timer.phase("compute"), self._explained(run):
             try:
                 algorithm = run.route.run(source, sink).algorithm
@@ -102,13 +107,15 @@ class TensorMerge:
                 return False
             found = source.checksums(len(summed_inputs(run.tensors[0], self._settings)))
             seconds = (time.perf_counter() - started) / run.spec.elements
+            read_bytes = run.read_bytes // run.spec.elements
             made = []
             for tensor, own, sums in zip(run.tensors, sizes, found, strict=True):
                 evidence = {"algorithm": algorithm, **own}
                 require_checksums(tensor, sums)
                 remarks = list(absurd_deltas(tensor, evidence, self._reader))
-                share = seconds * tensor.spec.elements
-                made.append((tensor, self._entry(tensor, evidence, remarks, tensor.read_bytes, share, sums)))
+                elements = tensor.spec.elements
+                entry = self._entry(tensor, evidence, remarks, read_bytes * elements, seconds * elements, sums)
+                made.append((tensor, entry))
         self._finish(writers, made)
         return True
 

@@ -132,7 +132,7 @@ class _ItemRun:
         A tensor that has a journal entry stays as it is, where the files hold its bytes.
         """
         settings, budget = self._settings, self._settings.budget
-        for tensor in self._item.tensors:
+        for tensor in self._item.tensors if journal.finished or self._item.journal_entries else ():
             entry = journal.finished.get(tensor.name) or self._item.journal_entries.get(tensor.name)
             if entry is not None and self._is_intact(tensor, entry):
                 self._entries.add(entry)

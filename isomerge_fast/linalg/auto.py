@@ -35,10 +35,12 @@ FAST_ANGLE = 5e-4
 S = TypeVar("S", bound=PolarSolver, covariant=True)
 
 
-# One matrix on a CPU is small below this side, up to so many elements of all tasks together (for the memory's sake),
-# and up to this for elements times side: 63 x 1040 still takes Iso-C 0.8 of the general form's time and Iso-CTS 0.6,
-# 63 x 2000 takes both about as long (one thread, T = 2 and 8).
-SMALL_SIDE, SMALL_ELEMENTS, SMALL_PRODUCT = 64, 1 << 18, 1 << 22
+# One matrix on a CPU is small up to this side, up to so many elements of all tasks together (for the memory's sake),
+# and up to this for elements times side. Of the general form's time it takes (1:1, 1:2 and 2:1, one thread, T = 2, 8)
+# Iso-C 0.5 at a side of 56 or 64, 0.6 to 0.7 at 96, 0.75 to 0.9 at 127, and Iso-CTS 0.2 to 0.4, 0.3 to 0.6 and 0.4 to
+# 0.8. (Where the tier is fast, 127 x 254 takes Iso-C 1.0.) 63 x 1040 still takes Iso-C 0.8 and Iso-CTS 0.6, 63 x 2000
+# takes both about as long.
+SMALL_SIDE, SMALL_ELEMENTS, SMALL_PRODUCT = 128, 1 << 18, 1 << 22
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,12 @@ def check_precision(precision: str) -> None:
         raise ConfigError(f"precision {precision!r} is unknown{nearest(precision, PRECISIONS)}")
 
 
+# The same of every matrix, and made once: for 16 x 16 numbers making them takes longer than choosing.
+_LAST = Candidate(FullSvd(), "the last resort")
+_CAREFUL = Candidate(GramEigh(rounding=0.0), "float64 products, and a Newton-Schulz step whatever is predicted")
+_SMALL = Candidate(GramEigh(), f"float64 Gram matrices, in few calls: a side is {SMALL_SIDE} at most", is_small=True)
+
+
 def _svd(precision: str, dtype: torch.dtype) -> tuple[Candidate[FullSvd], bool]:
     """Return the full SVD as the last candidate, and whether it is the only one."""
     check_precision(precision)
@@ -70,7 +78,7 @@ def _svd(precision: str, dtype: torch.dtype) -> tuple[Candidate[FullSvd], bool]:
         return Candidate(FullSvd(), "precision is 'reference'"), True
     if dtype == torch.float64:
         return Candidate(FullSvd(), "float64 input, beyond a Gram matrix"), True
-    return Candidate(FullSvd(), "the last resort"), False
+    return _LAST, False
 
 
 def small_candidate(shape: tuple[int, ...], tasks: int, device: torch.device) -> Candidate[GramEigh] | None:
@@ -78,9 +86,9 @@ def small_candidate(shape: tuple[int, ...], tasks: int, device: torch.device) ->
     if len(shape) != 2 or traits_of(device).is_gpu:
         return None
     short, elements = min(shape), shape[0] * shape[1]
-    if not 0 < short < SMALL_SIDE or tasks * elements > SMALL_ELEMENTS or elements * short > SMALL_PRODUCT:
+    if not 0 < short <= SMALL_SIDE or tasks * elements > SMALL_ELEMENTS or elements * short > SMALL_PRODUCT:
         return None
-    return Candidate(GramEigh(), f"float64 Gram matrices, in few calls: a side is below {SMALL_SIDE}", is_small=True)
+    return _SMALL
 
 
 def polar_candidates(
@@ -93,13 +101,12 @@ def polar_candidates(
     svd, only = _svd(precision, dtype)
     if only:
         return (svd,)
+    if (small := small_candidate(shape, 1, device)) is not None:
+        return (small, _CAREFUL, svd)
     rows, columns = shape[-2:]
     short, aspect = min(rows, columns), max(rows, columns) / max(1, min(rows, columns))
     exact = Candidate(GramEigh(), "float64 Gram matrix: resolves float32 input")
-    careful = Candidate(GramEigh(rounding=0.0), "float64 products, and a Newton-Schulz step whatever is predicted")
-    candidates: list[Candidate[PolarSolver]] = [exact, careful, svd]
-    if (small := small_candidate(shape, 1, device)) is not None:
-        return (small, careful, svd)
+    candidates: list[Candidate[PolarSolver]] = [exact, _CAREFUL, svd]
     traits = traits_of(device)
     if traits.is_gpu and short >= ITERATION_SIDE and math.prod(shape[:-2]) * short >= ITERATION_COLUMNS:
         tiers = ("fast", "default") if precision == "fast" else (precision,)

@@ -245,7 +245,7 @@ def rounding_tolerance(norm: Tensor, rows: int, columns: int, dtype: torch.dtype
     zero.
     """
     rms = norm.double() / math.sqrt(max(1, rows * columns))
-    return 2.0 * torch.finfo(dtype).eps * rms * (math.sqrt(rows) + math.sqrt(columns))
+    return rms * (2.0 * torch.finfo(dtype).eps * (math.sqrt(rows) + math.sqrt(columns)))
 
 
 def default_tolerance(x: Tensor) -> Tensor:

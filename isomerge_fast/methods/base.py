@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from abc import ABC, abstractmethod
 from dataclasses import Field, dataclass, fields
+from functools import cache
 from typing import Any, ClassVar, Protocol, Self
 
 import torch
@@ -71,7 +72,7 @@ class Method(ABC):
                 setattr(cls, new, cls.__dict__[old])
 
     def __post_init__(self) -> None:
-        for option in fields(self):
+        for option in _options(type(self)):
             object.__setattr__(self, option.name, read_option(self.name, option, getattr(self, option.name)))
 
     @property
@@ -138,6 +139,11 @@ class Method(ABC):
     def thread_bytes(self, spec: TensorSpec, tasks: int) -> int:
         """Return the bytes of ``RowwiseMerge.rows`` of every thread beside the first, where threads share a block."""
         return 0
+
+
+@cache
+def _options(kind: type[Method]) -> tuple[Field[Any], ...]:
+    return fields(kind)
 
 
 def read_option(method: str, option: Field[Any], value: Any) -> Any:

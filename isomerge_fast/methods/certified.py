@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from threading import Lock
 from typing import Any, TypeVar
@@ -32,7 +32,9 @@ def exact_products(device: torch.device) -> Iterator[None]:
 
     On a CPU solve eigenproblems with the calling thread's number of threads, by whichever library solves them.
     """
-    with torch.autocast(device.type, enabled=False), _EXACT, openblas.held(torch.get_num_threads()):
+    is_on = torch.is_autocast_enabled(device.type)
+    autocast = torch.autocast(device.type, enabled=False) if is_on else nullcontext()
+    with autocast, _EXACT, openblas.held(torch.get_num_threads()):
         yield
 
 
@@ -67,7 +69,6 @@ def _set_exact() -> Callable[[], None]:
     """Set exact products; return what puts the settings back."""
     backends: Any = torch.backends  # whose types do not tell of these settings
     settings = (backends.cuda.matmul, backends.mkldnn.matmul)
-    general = backends.fp32_precision
     before = [setting.fp32_precision for setting in settings]
     try:
         old = torch.get_float32_matmul_precision()
@@ -75,6 +76,7 @@ def _set_exact() -> Callable[[], None]:
         old = "highest"
     if old == "highest" and all(precision in ("none", "ieee") for precision in before):
         return lambda: None
+    general = backends.fp32_precision
     torch.set_float32_matmul_precision("highest")
 
     def put_back() -> None:
@@ -115,7 +117,8 @@ def run_with_fallback(
     if done is None:
         raise UnsolvedError(f"no solver gave a result for matrices {list(deltas.shape)}: {'; '.join(failures)}")
     value, stats = done
-    stats = replace(stats, escalations=(*failures, *stats.escalations))
+    if failures:
+        stats = replace(stats, escalations=(*failures, *stats.escalations))
     require_kept(stats)
     return value, stats
 

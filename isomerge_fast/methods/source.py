@@ -267,6 +267,12 @@ class MemoryDeltas(DeltaSource):
         whole = RowBlock(slice(0, self.shape[0]), experts, self.base, self._are_deltas, weights)
         return iter([whole]) if self._block_rows is None or not self.shape[0] else whole.parts(self._block_rows)
 
+    def sum(self, dtype: torch.dtype, batch_dims: int = 0) -> TaskSum:
+        if self._block_rows is not None or type(self.threads) is not Threads:
+            return super().sum(dtype, batch_dims)
+        (whole,) = self.blocks()
+        return whole.sum(dtype, batch_dims=batch_dims, largest=self.wants_largest)
+
     def delta(self, task: int) -> Tensor:
         """Return Δ_t; where it stands for itself, the expert or a copy in the compute dtype."""
         if not self._are_deltas or self.weights is not None:

@@ -43,7 +43,7 @@ class MergeStats:
         """Return the evidence with all its tensors on the CPU, by one read of the device."""
         found = {("value", key): value for key, value in self.values.items() if isinstance(value, Tensor)}
         found |= {("check", key): check.value for key, check in self.checks.items()}
-        away = {key: value for key, value in found.items() if value.device.type != "cpu"}
+        away = {key: value for key, value in found.items() if not value.is_cpu}
         if not away:
             return self
         # Counts are whole numbers that float64 holds.

@@ -31,10 +31,12 @@ def delta_sizes(seen: TaskSum) -> dict[str, Any]:
     """Return the entries of ``MergeStats.values`` about the Δ_t, which have to be finite. One read of the device."""
     is_batch = seen.squares.ndim > 1
     nonfinite, squares = (x.flatten(1).sum(1) if is_batch else x for x in (seen.nonfinite, seen.squares))
-    rows = [nonfinite.double(), squares.sqrt()]
+    rows = [nonfinite, squares.sqrt()]
     if seen.largest is not None and seen.largest.numel():
-        rows.append((seen.largest.flatten(1).amax(1) if is_batch else seen.largest).double())
-    counts, norms, *rest = torch.stack(rows).cpu()
+        rows.append(seen.largest.flatten(1).amax(1) if is_batch else seen.largest)
+    if not squares.is_cpu:
+        rows = torch.stack([row.double() for row in rows]).cpu().unbind()
+    counts, norms, *rest = rows
     bad = [task for task, count in enumerate(counts.tolist()) if count]
     if bad:
         raise NotFiniteError(bad)

@@ -89,8 +89,8 @@ class PlannedTensor:
     @property
     def write_bytes(self) -> int:
         """Return the bytes of all outputs."""
-        merged = sum([tensor.bytes for tensor in self.merged])
-        return sum([self.spec.bytes if scaling is None else merged for scaling in self.scalings.values()])
+        kept = [*self.scalings.values()].count(None)  # Δ itself
+        return (len(self.scalings) - kept) * sum([tensor.bytes for tensor in self.merged]) + kept * self.spec.bytes
 
     @property
     def tasks(self) -> int:

@@ -46,7 +46,7 @@ class TensorPlan(PlannedTensor):
     @property
     def read_bytes(self) -> int:
         """Return the bytes that are read at least once."""
-        return sum(stored.bytes for stored in self.inputs)
+        return sum([stored.bytes for stored in self.inputs])
 
     @property
     def passed_bytes(self) -> int:

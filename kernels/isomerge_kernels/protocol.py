@@ -30,11 +30,12 @@ def compute_dtype(*dtypes: torch.dtype) -> torch.dtype:
 
 def check_same(name: str, tensors: Sequence[Tensor], base: Tensor) -> None:
     """Raise ValueError where a tensor's shape or device is not that of ``base``, or its dtype not a float's."""
+    shape, device = base.shape, base.device
     for index, tensor in enumerate(tensors):
-        if tensor.shape != base.shape:
-            raise ValueError(f"{name}[{index}] has shape {list(tensor.shape)}, expected {list(base.shape)}")
-        if tensor.device != base.device:
-            raise ValueError(f"{name}[{index}] is on {tensor.device}, expected {base.device}")
+        if tensor.shape != shape:
+            raise ValueError(f"{name}[{index}] has shape {list(tensor.shape)}, expected {list(shape)}")
+        if tensor.device != device:
+            raise ValueError(f"{name}[{index}] is on {tensor.device}, expected {device}")
         if tensor.dtype not in FLOAT_DTYPES:
             raise ValueError(f"{name}[{index}] is {tensor.dtype}; expected one of {FLOAT_DTYPES}")
 
