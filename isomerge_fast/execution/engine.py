@@ -32,7 +32,6 @@ from ..errors import ConfigError, InputError, LostWritesError, ResourceError, Ve
 from ..methods import origins_of
 from ..ops import indexed
 from ..parsing.values import flag, refuse, whole_number
-from ..planning.garbage import older_objects_left_alone
 from ..planning.plan import Plan
 from ..planning.planner import scheduled
 from ..planning.resources import check_resources
@@ -112,7 +111,6 @@ class Execution:
     observer: Observer | None = None
     executor: Executor | None = None
 
-    @older_objects_left_alone()
     def run(self) -> Report:
         """Execute the plan (see ``run``)."""
         out, target = self._check()

@@ -26,7 +26,6 @@ from ..methods import make_method
 from .budget import PROCESS_BYTES, SOLVER_BYTES, TOGETHER_SHARE, Budget, budgets_to_try, usable_memory_bytes
 from .drafts import Draft, Drafter
 from .factor_routes import factor_route
-from .garbage import older_objects_left_alone
 from .inputs import Inputs, adapts, open_inputs, require_possible_rank
 from .notes import notes_of
 from .outputs import PlannedTensor
@@ -47,7 +46,6 @@ METADATA_IN_BASELINE_BYTES = 4_000_000
 _PLANNED = attrgetter(*(each.name for each in fields(PlannedTensor)))
 
 
-@older_objects_left_alone()
 def make_plan(
     config: MergeConfig,
     device: torch.device | None = None,
