@@ -29,6 +29,7 @@ from ..checkpoint.output.manifest import (
 )
 from ..checkpoint.output.staging import Staging, check_replaceable
 from ..errors import ConfigError, InputError, LostWritesError, ResourceError, VerificationError, nearest, shown, visible
+from ..linalg.cusolver import describe_eigensolvers
 from ..methods import origins_of
 from ..ops import indexed
 from ..parsing.values import flag, refuse, whole_number
@@ -175,9 +176,14 @@ class Execution:
         if self.threads not in (None, plan.cores):
             plan = scheduled(plan, self.threads, target, self.max_ram)
         cores = plan.cores_of_tensors
-        journal = Journal(
-            staging.folder, key, description["inputs"], cores=cores, resume=self.resume, overwrite=self.overwrite
-        )
+        library = describe_eigensolvers(target) if plan.budget.solving else ""
+        begun = {"resume": self.resume, "overwrite": self.overwrite}
+        journal = Journal(staging.folder, key, description["inputs"], cores=cores, eigenvectors=library, **begun)
+        if journal.eigenvectors != library:
+            notes.append(
+                f"eigenvectors were computed by {journal.eigenvectors} when the merge began, and are by {library} now: "
+                "the last digits of what is left differ from what they would have been"
+            )
         if journal.cores != cores:
             plan = plan.with_cores(journal.cores)
             differ = sum(journal.cores.get(name, 1) != cores.get(name, 1) for name in {*cores, *journal.cores})
@@ -186,7 +192,8 @@ class Execution:
                 "threads and memory suggest now: their last digits depend on it (--overwrite instead of --resume "
                 "begins anew)"
             )
-            LOG.warning("%s: %s", visible(str(staging.out)), notes[-1])
+        for note in notes:
+            LOG.warning("%s: %s", visible(str(staging.out)), note)
         shards = _create_files(plan, staging, journal, self.resume)
         given = {"device": str(target), "threads": plan.cores, "max_vram": self.max_vram}
         settings = MergeSettings.of(plan, staging.folder, key, direct=self.io == "auto", **given)

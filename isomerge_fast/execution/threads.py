@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from math import prod
 from threading import Barrier, BrokenBarrierError, Condition, Semaphore, Thread, local
 from typing import TypeVar
@@ -18,7 +18,6 @@ from typing import TypeVar
 import torch
 
 from ..errors import ResourceError
-from ..linalg import openblas
 from ..methods import RowBlock
 from ..methods.source import Threads
 from ..planning.part_sizes import ROW_STEP
@@ -75,7 +74,6 @@ class ComputeThreads(OneCore):
         self._changed = Condition()  # guards these
         self._ended = False
         self._threads: list[Thread] = []
-        self._holding = ExitStack()
 
     def __enter__(self) -> ComputeThreads:
         before, together = torch.get_num_threads(), Barrier(self.count + 1)
@@ -94,13 +92,10 @@ class ComputeThreads(OneCore):
         finally:
             # The setting is a thread's own, but new threads start with the one made last.
             torch.set_num_threads(before)
-        # For as long as there may be jobs of one core; those of several are left to torch.
-        self._holding.enter_context(openblas.held(1))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
         self._end(failed=kind is not None)
-        self._holding.close()
         torch.set_num_threads(torch.get_num_threads())  # for new threads, as above
 
     def start(self, job: Callable[[], None]) -> None:

@@ -6,17 +6,16 @@ kernels for CPUs without AVX-512 0.8 to 0.9 of MKL's time. In float32 MKL is the
 products take both as long to 5 %.
 
 How many threads OpenBLAS computes with is one number for the whole process, while torch has one for every thread of
-Python. So it serves those threads whose own number is the one at which it is ``held``; all else is left to torch.
+Python. So it serves only threads that have one core for torch, and its number is one while it solves: results do not
+depend on what other threads do. (With two threads MKL takes 66 ms at 768, where OpenBLAS with one takes 68.)
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+import os
+from contextlib import suppress
 from ctypes import byref, c_char_p, c_int, c_int64, c_size_t, c_void_p
-from functools import cache
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -28,7 +27,7 @@ from torch import Tensor
 from ..machine import cpu_maker
 
 # The side from which more is saved than the calls cost.
-LEAST_SIDE = 144
+LEAST_SIDE = 192
 # Between the ends of columns: where these are 2^k apart, they fall on the same lines of the cache (1024: 190 ms, not
 # 150).
 PADDING = 8
@@ -40,7 +39,7 @@ MAKERS = ("AuthenticAMD", "HygonGenuine")
 
 
 class OpenBlas:
-    """Call the functions of one OpenBLAS, and know at how many threads it is held."""
+    """Call the functions of one OpenBLAS; it computes with one thread in a ``with``, and then as it did before."""
 
     def __init__(self, library: Any, names: str) -> None:
         def function(name: str, result: Any, *arguments: Any) -> Any:
@@ -50,63 +49,64 @@ class OpenBlas:
 
         self.set_threads = function("openblas_set_num_threads", None, c_int)
         self.get_threads = function("openblas_get_num_threads", c_int)
-        self.version: str = function("openblas_get_config", c_char_p)().decode().split()[1]
+        # "OpenBLAS 0.3.31  USE64BITINT … SkylakeX …": the version, and the CPU that its kernels are for.
+        words = function("openblas_get_config", c_char_p)().decode().split()
+        kernels = function("openblas_get_corename", c_char_p)().decode()
+        self.version = f"{words[1] if len(words) > 1 else 'unknown'} ({kernels})"
         # Letters, numbers and arrays, then the lengths of the letters, as Fortran has them.
         self.dsytrd = function("dsytrd_", None, c_char_p, *[c_void_p] * 9, c_size_t)
         self.dstedc = function("dstedc_", None, c_char_p, *[c_void_p] * 10, c_size_t)
         self.dormtr = function("dormtr_", None, *[c_char_p] * 3, *[c_void_p] * 10, *[c_size_t] * 3)
-        self.held: int | None = None
-        self._holders: Counter[int] = Counter()
-        self._before = 0
-        self._lock = Lock()
+        self._begin()
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self._begin_again)
 
-    @contextmanager
-    def hold(self, threads: int) -> Iterator[None]:
-        """Have it compute with that many threads; with the fewest, where several hold it."""
+    def __enter__(self) -> None:
         with self._lock:
-            if not self._holders:
+            if self._users == 0:
                 self._before = self.get_threads()
-            self._holders[threads] += 1
-            self._settle()
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._holders -= Counter([threads])
-                self._settle()
+            self._users += 1
+            self.set_threads(1)
 
-    def _settle(self) -> None:
-        self.held = min(self._holders, default=None)
-        self.set_threads(self._before if self.held is None else self.held)
-        if self.held != self.get_threads():  # it has a largest number
-            self.held = None
+    def __exit__(self, *exception: object) -> None:
+        with self._lock:
+            self._users -= 1
+            if self._users == 0:
+                self.set_threads(self._before)
+
+    def _begin(self) -> None:
+        self._lock, self._users, self._before = Lock(), 0, 1
+
+    def _begin_again(self) -> None:
+        """Forget the other threads of the parent of this process, which may have been solving."""
+        if self._users:
+            self.set_threads(self._before)
+        self._begin()
 
 
-@cache
+_found: list[OpenBlas | None] = []  # one, when it has been looked for
+_finding = Lock()
+
+
 def library() -> OpenBlas | None:
     """Return numpy's OpenBLAS where it is the faster one, else None: on AMD's CPUs, where torch has MKL."""
-    return numpys() if torch.backends.mkl.is_available() and cpu_maker() in MAKERS else None
+    if not _found:
+        with _finding:  # one object for all threads, as it counts them
+            if not _found:
+                is_faster = torch.backends.mkl.is_available() and cpu_maker() in MAKERS
+                _found.append(numpys() if is_faster else None)
+    return _found[0]
 
 
 def numpys() -> OpenBlas | None:
     """Return the OpenBLAS that numpy's wheel brought; None where numpy is another build."""
     folder = Path(numpy.__file__).parents[1] / "numpy.libs"
     for pattern, names in WHEELS:
-        for path in folder.glob(pattern):
+        for path in sorted(folder.glob(pattern)):
             with suppress(OSError, AttributeError):
-                return OpenBlas(ctypes.CDLL(str(path)), names)
+                # The one that numpy has loaded: an older numpy may have left another.
+                return OpenBlas(ctypes.CDLL(str(path), mode=os.RTLD_NOLOAD | os.RTLD_NOW), names)
     return None
-
-
-@contextmanager
-def held(threads: int) -> Iterator[None]:
-    """Have ``library()``, if there is one, serve all threads whose ``torch.get_num_threads()`` is ``threads``."""
-    blas = library()
-    if blas is None:
-        yield
-        return
-    with blas.hold(threads):
-        yield
 
 
 def eigh(x: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -130,10 +130,9 @@ def eigh_in_place(x: Tensor) -> Tensor | None:
 
 def _serving(x: Tensor) -> OpenBlas | None:
     """Return the library where it serves the calling thread, and takes X."""
-    if x.ndim != 2 or x.device.type != "cpu" or x.dtype != torch.float64 or len(x) < LEAST_SIDE:
+    if x.ndim != 2 or x.device.type != "cpu" or x.dtype != torch.float64 or len(x) < LEAST_SIDE or x.requires_grad:
         return None
-    blas = library()
-    if blas is None or blas.held is None or blas.held != torch.get_num_threads():
+    if torch.get_num_threads() > 1 or (blas := library()) is None:
         return None
     least, most = (float(value) for value in x.diagonal().aminmax())
     # Of a Gram matrix no entry is larger than the diagonal's. Not `>`: NaN is left to torch too.
@@ -157,9 +156,10 @@ def _solved(blas: OpenBlas, x: Tensor) -> tuple[Tensor, Tensor]:
 
     ld, size = x.stride(0), work.numel()
     # By columns, as LAPACK has it, the lower triangle is the upper one.
-    solve(blas.dsytrd, b"U", n, x, ld, values, beside, tau, work, size)
-    solve(blas.dstedc, b"I", n, values, beside, vectors, vectors.stride(0), work, size, whole, whole.numel())
-    solve(blas.dormtr, b"L", b"U", b"N", n, n, x, ld, tau, vectors, vectors.stride(0), work, size)
+    with blas:
+        solve(blas.dsytrd, b"U", n, x, ld, values, beside, tau, work, size)
+        solve(blas.dstedc, b"I", n, values, beside, vectors, vectors.stride(0), work, size, whole, whole.numel())
+        solve(blas.dormtr, b"L", b"U", b"N", n, n, x, ld, tau, vectors, vectors.stride(0), work, size)
     return values, vectors.mT
 
 

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..linalg import openblas
 from ..linalg.auto import Candidate
 from ..linalg.protocol import PolarSolver
 from .source import DeltaSource
@@ -28,13 +27,10 @@ class UnsolvedError(InputError):
 
 @contextmanager
 def exact_products(device: torch.device) -> Iterator[None]:
-    """Multiply matrices in their own dtype, whatever autocast and TF32 settings the surrounding program has.
-
-    On a CPU solve eigenproblems with the calling thread's number of threads, by whichever library solves them.
-    """
+    """Multiply matrices in their own dtype, whatever autocast and TF32 settings the surrounding program has."""
     is_on = torch.is_autocast_enabled(device.type)
     autocast = torch.autocast(device.type, enabled=False) if is_on else nullcontext()
-    with autocast, _EXACT, openblas.held(torch.get_num_threads()):
+    with autocast, _EXACT:
         yield
 
 

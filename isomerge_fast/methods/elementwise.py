@@ -62,7 +62,9 @@ class Elementwise(AnyShape):
         """
 
     def workspace_bytes(self, spec: TensorSpec, tasks: int, device: torch.device) -> int:
-        return 2 * spec.bytes + _combining_bytes(spec, tasks, spec.elements)  # parts, and all of them in one
+        row = spec.elements // max(1, spec.shape[0]) if spec.shape else 1
+        stacks = _combining_bytes(spec, tasks, spec.elements, tasks * row)
+        return 2 * spec.bytes + stacks  # parts, and all of them in one
 
     def merge(self, deltas: DeltaSource) -> tuple[Tensor, MergeStats]:
         rowwise, threads = self.rowwise(deltas), deltas.threads
@@ -92,6 +94,6 @@ class Elementwise(AnyShape):
         return total
 
 
-def _combining_bytes(spec: TensorSpec, tasks: int, elements: int) -> int:
-    """Return the bytes of one thread's stacks, for so many elements."""
-    return STACKS * spec.dtype.itemsize * min(tasks * elements, STACKED_ELEMENTS)
+def _combining_bytes(spec: TensorSpec, tasks: int, elements: int, least: int = 0) -> int:
+    """Return the bytes of one thread's stacks, for so many elements; they have ``least`` elements if there are such."""
+    return STACKS * spec.dtype.itemsize * min(tasks * elements, max(STACKED_ELEMENTS, least))

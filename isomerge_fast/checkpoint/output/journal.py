@@ -67,7 +67,8 @@ class Journal:
     line begins with its own checksum. Resuming checks the bytes of a tensor that an entry names.
 
     The last digits of what several cores compute depend on their number: attribute ``cores`` has that of every tensor
-    that more than one computes, as the merge began. Journals of another merge are refused, naming the input that has
+    that more than one computes, as the merge began, and ``eigenvectors`` by which library they were computed. Journals
+    of another merge are refused, naming the input that has
     changed, or with ``overwrite`` discarded.
     """
 
@@ -78,16 +79,17 @@ class Journal:
         inputs: list[dict[str, Any]],
         *,
         cores: Mapping[str, int],
+        eigenvectors: str = "",
         resume: bool,
         overwrite: bool = False,
     ) -> None:
-        self.cores = dict(cores)
+        self.cores, self.eigenvectors = dict(cores), eigenvectors
         self.finished = Entries()
         path = folder / JOURNAL_FILE
         lines = _read_lines(path) if resume else iter(())
         first = next(lines, None)  # without it nothing is known of the rest
         if first is not None and first.get("fingerprint") == key:
-            self.cores = first["cores"]
+            self.cores, self.eigenvectors = first["cores"], first.get("eigenvectors", eigenvectors)
             self.finished = Entries(lines)
             for part in sorted(folder.glob(_item_file("*"))):
                 self.finished |= _entries_of_merge(part, key, self.cores)
@@ -97,7 +99,7 @@ class Journal:
                 f"{_changed_input(first.get('inputs', []), inputs)}; "
                 "run with --overwrite to discard it"
             )
-        head = {"fingerprint": key, "inputs": inputs, "cores": self.cores}
+        head = {"fingerprint": key, "inputs": inputs, "cores": self.cores, "eigenvectors": self.eigenvectors}
         _replace(path, head, self.finished)
         for part in folder.glob(_item_file("*")):
             part.unlink()
