@@ -1,7 +1,7 @@
 """Solve one symmetric eigenproblem on a CPU by OpenBLAS, which numpy's wheels bring, where MKL takes longer.
 
 torch's wheels bring MKL, whose best kernels are for Intel's CPUs. On one core of an AMD EPYC (Zen 4), ms by MKL and
-here, in float64: 46 and 29 at 512, 102 and 69 at 768, 242 and 150 at 1024, 2400 and 1260 at 2048; with OpenBLAS's
+here, in float64: 39 and 24 at 512, 100 and 68 at 768, 246 and 150 at 1024, 2160 and 1340 at 2048; with OpenBLAS's
 kernels for CPUs without AVX-512 0.8 to 0.9 of MKL's time. In float32 MKL is the faster one (60 ms and 78 at 768), and
 products take both as long to 5 %.
 

@@ -25,16 +25,16 @@ RESIDENT_SHARE = 1 / 32
 # Without a ceiling, tensors that are merged at once take up to this share together.
 TOGETHER_SHARE = 1 / 2
 # Resident memory of Python, torch and BLAS: 234 MB before the first tensor, about 350 MB after a merge with the heap
-# trimmed (BLAS keeps buffers), of which the estimates of single tensors cover some. With 335 MB the promise lies above
-# the peaks seen: 603 MB promised, 580 to 596 MB seen in merges of the 162 M parameter test model by Iso-CTS under 600
-# MiB, the most beside busy processes.
-BASELINE_BYTES = 335_000_000
+# trimmed (BLAS keeps buffers), of which the estimates of single tensors cover some. With 330 MB
+# and ``SOLVER_BYTES`` the promise lies above the peaks seen of the 162 M parameter test model under 600 MiB: 492 MB and
+# 382 to 418 by a mean, 619 and 580 to 611 by Iso-CTS, the most beside busy processes.
+BASELINE_BYTES = 330_000_000
 # What BLAS and the heap keep of every thread that has computed a matrix, beside the first, which the baseline has. (3.6
 # to 4.8 MB seen with 8 to 64 threads and matrices of 384 x 256.)
 THREAD_BYTES = 5 << 20
-# What OpenBLAS packs blocks in, of every thread that solves an eigenproblem: 2 MB of sides of 768 were touched, 7 of
-# 3000. (MKL's is in the two above.)
-SOLVER_BYTES = 6 << 20
+# What BLAS packs blocks in, of every thread that solves an eigenproblem, beyond what the two above have of it: OpenBLAS
+# 2 MB of sides of 768 and 7 of 3000, beside MKL for products.
+SOLVER_BYTES = 10 << 20
 # With the page-aligned buffers of the threads that read and write.
 PROCESS_BYTES = BASELINE_BYTES + (READ_THREADS + 1) * READ_BYTES
 # Of a GPU's memory, where no ceiling is given: the rest is for its context, for libraries' workspaces, and for what
