@@ -6,7 +6,8 @@ product is left to the vendor's library. Nothing falls back in silence: a GPU wi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from types import ModuleType
 
@@ -23,6 +24,7 @@ from isomerge_kernels.protocol import (
     compute_dtype as compute_dtype,
 )
 from isomerge_kernels.reference import (
+    ALIGNMENT as ALIGNMENT,
     BLOCK_ELEMENTS as BLOCK_ELEMENTS,
     SUM_BLOCK_ELEMENTS as SUM_BLOCK_ELEMENTS,
     count_nonfinite as count_nonfinite,
@@ -38,6 +40,17 @@ from .errors import MissingPackageError
 # members of 816 rows; tf32x3 0.9, 1.7 and 1.9. Below, our launch costs the host more (60 us) than torch's (20 us) and
 # its product together. No AMD GPU has been timed.
 SYMMETRIC_SIDE, SYMMETRIC_ENTRIES = 768, 1280 * 1280
+
+
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """Have torch compute with ``count`` threads for the calling thread, and then with as many as before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @cache

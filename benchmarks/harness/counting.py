@@ -74,11 +74,11 @@ class CountFlops(TorchDispatchMode):
 
 def count_flops(function: Callable[[], Any]) -> dict[str, float]:
     """Return the operations of a call by dtype; what torch is not asked for counts as the torch that it stands for."""
-    torch_alone = (
+    with (
+        CountFlops() as counted,
         mock.patch.object(ops, "_has_kernels", return_value=False),
         mock.patch.object(openblas, "_serving", return_value=None),
-    )
-    with CountFlops() as counted, torch_alone[0], torch_alone[1]:
+    ):
         function()
     return {str(dtype).removeprefix("torch."): count for dtype, count in counted.by_dtype.items()}
 

@@ -20,7 +20,7 @@ import torch
 from ..checkpoint.layout import DTYPE_NAMES
 from ..execution.threads import ComputeThreads, OneCore
 from ..methods.source import Threads
-from ..ops import dtype_name
+from ..ops import dtype_name, torch_threads
 from ..planning.plan import Plan, TensorPlan
 from ..planning.routes import Resident, Streamed
 from ..planning.schedule import Simulation
@@ -122,13 +122,9 @@ def _group(members: Sequence[TensorPlan], timing: _Timing) -> dict[str, Any]:
 @contextmanager
 def _as_merged(tensor: TensorPlan, workers: ComputeThreads, device: torch.device) -> Iterator[Threads]:
     """Compute with the cores that compute such a tensor in a merge; yield the threads that share its blocks."""
-    before = torch.get_num_threads()
     is_alone = device.type == "cpu" and not tensor.route.shares_blocks
-    torch.set_num_threads(tensor.cores if is_alone else before)
-    try:
+    with torch_threads(tensor.cores if is_alone else torch.get_num_threads()):
         yield OneCore() if is_alone and tensor.cores == 1 else workers
-    finally:
-        torch.set_num_threads(before)
 
 
 def _compute_seconds(plan: Plan, groups: Sequence[dict[str, Any]], device: torch.device) -> float:

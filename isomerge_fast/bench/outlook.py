@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ..checkpoint.io.direct_io import READ_BYTES, open_direct, page_buffer
+from ..ops import torch_threads
 from ..planning.cost import Rates, TensorCost, cost_of, divide, least_seconds
 from ..planning.plan import Plan
 from .ceilings import matmul_rate
@@ -61,12 +62,8 @@ def measure_rates(
     ``storage_bytes`` are those of all workers together, without a limit when None.
     """
     if flops is None:
-        before = torch.get_num_threads()
-        torch.set_num_threads(threads)
-        try:
+        with torch_threads(threads):
             flops = matmul_rate(device, 8192 if device.type == "cuda" else 1536, torch.float32)
-        finally:
-            torch.set_num_threads(before)
     each = read_rate(plan) if worker_bytes is None else worker_bytes
     return Rates(flops, each, each, math.inf if storage_bytes is None else storage_bytes)
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import platform
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,6 +14,7 @@ from ..bench.problems import relative_error
 from ..linalg.cusolver import describe_eigensolvers
 from ..machine import describe_cpus, describe_memory
 from ..methods import METHODS, MemoryDeltas
+from ..ops import torch_threads
 
 _PACKAGES = (
     "torch",
@@ -53,21 +52,10 @@ def examine() -> dict[str, Any]:
         machine[device] = f"{properties.name}, {properties.total_memory / 2**30:.1f} GiB"
     if len(devices) == 1:
         machine["cuda"] = "none; merges run on the CPU"
-    with _one_core():
+    with torch_threads(1):  # as merges compute: a matrix a core
         checks = [_check(name, device) for device in devices for name in METHODS]
     healthy = all(check["ok"] for check in checks)
     return {"versions": versions, "machine": machine, "checks": checks, "healthy": healthy}
-
-
-@contextmanager
-def _one_core() -> Iterator[None]:
-    """Compute as merges do, a matrix a core."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _check(name: str, device: str) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..ops import torch_threads
 from .tasks import N_PIXELS, Split, TaskSuite
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -96,12 +97,8 @@ def one_thread() -> Iterator[None]:
     These matrices are too small to share: two threads gain nothing on two idle cores and take 12 times as long when
     another process has one of the cores. And sums no longer depend on the number of cores.
     """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with torch_threads(1):
         yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 @one_thread()

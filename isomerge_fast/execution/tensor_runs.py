@@ -23,7 +23,7 @@ from ..checkpoint.io.reader import whole
 from ..checkpoint.io.writer import ShardWriter, tensor_bytes
 from ..checkpoint.layout import OutputTensor, StoredTensor
 from ..methods import Linear, RowBlock, TensorSpec
-from ..ops import SUM_BLOCK_ELEMENTS, TaskSum, least_squares, sum_of_squares
+from ..ops import ALIGNMENT, SUM_BLOCK_ELEMENTS, TaskSum, least_squares, sum_of_squares
 from ..planning.budget import Budget
 from ..planning.plan import TensorPlan
 from ..planning.routes import Copied, Rowwise
@@ -36,8 +36,6 @@ RUN_TENSORS = 128
 # What a run takes beside its copies, where its tensors one by one take less and were planned for. The buffers of the
 # threads that read have more, which small tensors leave unused (``budget.PROCESS_BYTES``).
 RUN_WORK_BYTES = 4 << 20
-# Of memory that torch allocates.
-ALIGNMENT = 64
 
 Writers = Mapping[tuple[str, str], ShardWriter]
 

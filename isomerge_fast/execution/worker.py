@@ -69,11 +69,9 @@ class _ItemRun:
     def _run(self) -> None:
         settings = self._settings
         completed = False
-        threads = torch.get_num_threads()
-        # On a CPU each of ``ComputeThreads`` has one core, and this one makes small things only.
-        torch.set_num_threads(settings.threads if self._device.type == "cuda" else 1)
         with ExitStack() as closing:
-            closing.callback(torch.set_num_threads, threads)
+            # On a CPU each of ``ComputeThreads`` has one core, and this one makes small things only.
+            closing.enter_context(ops.torch_threads(settings.threads if self._device.type == "cuda" else 1))
             self._limit_vram(closing)
             # As glibc's own threshold ends up; the process may go on without us.
             closing.callback(set_heap_thresholds, eager=False)

@@ -25,9 +25,9 @@ RESIDENT_SHARE = 1 / 32
 # Without a ceiling, tensors that are merged at once take up to this share together.
 TOGETHER_SHARE = 1 / 2
 # Resident memory of Python, torch and BLAS: 234 MB before the first tensor, about 350 MB after a merge with the heap
-# trimmed (BLAS keeps buffers), of which the estimates of single tensors cover some. With 330 MB
-# and ``SOLVER_BYTES`` the promise lies above the peaks seen of the 162 M parameter test model under 600 MiB: 492 MB and
-# 382 to 418 by a mean, 619 and 580 to 611 by Iso-CTS, the most beside busy processes.
+# trimmed (BLAS keeps buffers), of which the estimates of single tensors cover some. With 330 MB and
+# ``SOLVER_BYTES`` the promise lies above the peaks seen of the 162 M parameter test model under 600 MiB by two threads:
+# 494 MB above 382 to 418 by a mean or task arithmetic, 618 above 580 to 611 by Iso-CTS, the most beside busy processes.
 BASELINE_BYTES = 330_000_000
 # What BLAS and the heap keep of every thread that has computed a matrix, beside the first, which the baseline has. (3.6
 # to 4.8 MB seen with 8 to 64 threads and matrices of 384 x 256.)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..ops import torch_threads
 from .plan import Plan, TensorPlan
 from .schedule import Simulation
 
@@ -104,12 +105,8 @@ def _measured_flops() -> float:
     Iso-C and 53 s by Iso-CTS, took 15.4 and 55; by float64 products, in which the methods do some of it, 36 and 106.)
     """
     sample = torch.ones(SAMPLE_SIDE, SAMPLE_SIDE, device="cpu")
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with torch_threads(1):
         return 2 * SAMPLE_SIDE**3 / min(timeit.repeat(lambda: torch.mm(sample, sample), number=1, repeat=4))
-    finally:
-        torch.set_num_threads(before)
 
 
 def estimate_seconds(plan: Plan) -> dict[str, float]:

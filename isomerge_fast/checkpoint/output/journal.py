@@ -67,9 +67,8 @@ class Journal:
     line begins with its own checksum. Resuming checks the bytes of a tensor that an entry names.
 
     The last digits of what several cores compute depend on their number: attribute ``cores`` has that of every tensor
-    that more than one computes, as the merge began, and ``eigenvectors`` by which library they were computed. Journals
-    of another merge are refused, naming the input that has
-    changed, or with ``overwrite`` discarded.
+    that more than one computes, as the merge began, and ``eigenvectors`` the library that computed them. Journals of
+    another merge are refused, naming the input that has changed, or with ``overwrite`` discarded.
     """
 
     def __init__(
