@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import Field, dataclass, fields
 from functools import cache
 from typing import Any, ClassVar, Protocol, Self
@@ -124,6 +125,24 @@ class Method(ABC):
         Raises:
             NotFiniteError: naming the tasks that hold NaN or Inf.
         """
+
+    def stack_size(self, spec: TensorSpec, tasks: int, device: torch.device) -> int:
+        """Return how many places a stack has in which matrices of this shape are merged together; 1 where there is none.
+
+        It depends on these alone: neither on how many such matrices there are nor on the memory that is free.
+        """
+        return 1
+
+    def merge_stack(self, sources: Sequence[DeltaSource]) -> list[tuple[Tensor, MergeStats]]:
+        """Return ``merge`` of matrices of one shape, as many as ``stack_size`` at most.
+
+        Each result has the bytes that it has in any other company.
+        """
+        return [self.merge(source) for source in sources]
+
+    def stack_bytes(self, spec: TensorSpec, tasks: int, device: torch.device) -> int:
+        """Return the peak bytes inside ``merge_stack`` beyond what the sources hold, the results included."""
+        return self.workspace_bytes(spec, tasks, device)
 
     def rowwise(self, source: DeltaSource) -> RowwiseMerge:
         """Return the merged Δ as a function of rows, for tensors whose ``rowwise_bytes`` is a number."""
