@@ -127,7 +127,7 @@ class Method(ABC):
         """
 
     def stack_size(self, spec: TensorSpec, tasks: int, device: torch.device) -> int:
-        """Return how many places a stack has in which matrices of this shape are merged together; 1 where there is none.
+        """Return how many places a stack of matrices of this shape has; 1 where each is merged by itself.
 
         It depends on these alone: neither on how many such matrices there are nor on the memory that is free.
         """
