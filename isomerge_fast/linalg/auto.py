@@ -43,6 +43,12 @@ S = TypeVar("S", bound=PolarSolver, covariant=True)
 SMALL_SIDE, SMALL_ELEMENTS, SMALL_PRODUCT = 128, 1 << 18, 1 << 22
 
 
+# Matrices of one shape are merged as a stack up to this side and size, as many as are about so many elements together.
+# H200, ms a matrix one by one / in a stack: docs/gpu.md.
+STACK_SIDE, STACK_MATRIX_ELEMENTS, STACK_ELEMENTS = 1024, 1 << 23, 1 << 24
+SMALLEST_STACK, LARGEST_STACK = 8, 64
+
+
 @dataclass(frozen=True)
 class Candidate(Generic[S]):
     """Pair a solver with the reason for it, as ``isomerge plan`` prints it; ``sum_dtype`` is the dtype of S.
@@ -89,6 +95,20 @@ def small_candidate(shape: tuple[int, ...], tasks: int, device: torch.device) ->
     if not 0 < short <= SMALL_SIDE or tasks * elements > SMALL_ELEMENTS or elements * short > SMALL_PRODUCT:
         return None
     return _SMALL
+
+
+def stack_places(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> int:
+    """Return how many places a stack of matrices of this shape has on ``device``; 1 where there is none.
+
+    A power of two, by shape and device alone. Stacks are solved by float64 products.
+    """
+    if len(shape) != 2 or dtype == torch.float64 or not traits_of(device).has_float64_tensor_cores:
+        return 1
+    elements = shape[0] * shape[1]
+    if min(shape) > STACK_SIDE or not 0 < elements <= STACK_MATRIX_ELEMENTS:
+        return 1
+    places = 1 << max(0, (STACK_ELEMENTS // elements).bit_length() - 1)
+    return min(LARGEST_STACK, max(SMALLEST_STACK, places))
 
 
 def polar_candidates(

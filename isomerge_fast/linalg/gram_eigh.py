@@ -294,6 +294,18 @@ class GramFactorization(Factorization):
                 unresolved=part.unresolved + (~visible & (noise > tolerance)[..., None]).sum(-1),
             )
         y = common.whitened.mT @ short_side_gram(total, delta)
+
+        def residual(v: Tensor) -> Tensor:
+            product = to_long_side(delta, v, torch.float64)
+            return product.sub_(to_long_side(total, thin_mm(common.whitened, thin_mm(y, v)), torch.float64))
+
+        return self.tall_part(delta, y, residual, s, norm=norm, tolerance=tolerance)
+
+    def tall_part(
+        self, delta: Tensor, y: Tensor, residual: Product, s: int, *, norm: Tensor, tolerance: Tensor
+    ) -> Subspace:
+        """Return the top ``s`` triplets of a tall R with RᵀR = ΔᵀΔ − YᵀY, by all its eigenvalues, and products R V."""
+        solver = self.solver
         vectors, sigma, kept_sigma = solver.eigh(sym_mm_add(short_side_gram(delta), y.mT, alpha=-1.0), tolerance)
         # What cancels in ΔᵀΔ − YᵀY leaves rounding of the size of ‖Δ‖².
         noise = solver.noise * norm.square()
@@ -301,11 +313,6 @@ class GramFactorization(Factorization):
         unresolved = _hidden(sigma[..., :s], noise, tolerance)
         kept_sigma = torch.where(hidden, 0.0, kept_sigma[..., :s])
         top = vectors[..., :, :s] * (kept_sigma > 0)[..., None, :]
-
-        def residual(v: Tensor) -> Tensor:
-            product = to_long_side(delta, v, torch.float64)
-            return product.sub_(to_long_side(total, thin_mm(common.whitened, thin_mm(y, v)), torch.float64))
-
         if bool((unresolved > 0).any()):
             unresolved = solver.seen(unresolved, (residual, partial(to_short_side, delta)), top, tolerance)
         return Subspace(

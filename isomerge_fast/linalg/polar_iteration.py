@@ -36,13 +36,14 @@ class Bounds:
     solved: Tensor  # [...] bool, whether every singular value is above the tolerance
     empty: Tensor  # [...] bool, whether none is: the polar factor is 0
     lower: float  # ℓ, the smallest σ_r/σ₁ of the solved matrices
-    all_solved: bool  # whether ``solved`` holds for every matrix
+    all_solved: bool  # whether ``solved`` holds for every matrix, or is left to each by itself
 
 
-def bounds_and_gram(x: Tensor, tolerance: Tensor | None) -> tuple[Bounds, Tensor]:
+def bounds_and_gram(x: Tensor, tolerance: Tensor | None, lower: float | None = None) -> tuple[Bounds, Tensor]:
     """Return the bounds of X [..., M, N] and the float64 Gram matrix of X · scale on its short side, [..., r, r].
 
-    The one read of the device in a solve: ℓ of the whole batch, with a sign for ``all_solved``.
+    The one read of the device in a solve: ℓ of the whole batch, with a sign for ``all_solved``. There is none where ℓ
+    is given as ``lower``: then no matrix decides how many steps are made of its neighbours.
     """
     tolerance = default_tolerance(x) if tolerance is None else tolerance
     gram = short_side_gram(x)
@@ -50,8 +51,10 @@ def bounds_and_gram(x: Tensor, tolerance: Tensor | None) -> tuple[Bounds, Tensor
     solved, empty = smallest > 0.0, largest <= tolerance
     scale = torch.where(solved, 1.0 / largest, 0.0)
     gram *= scale.square()[..., None, None]
-    lower = torch.where(solved, smallest * scale, 1.0).amin()
-    signed = float(torch.where(solved.all(), lower, -lower))
+    if lower is not None:
+        return Bounds(smallest, scale, solved, empty, lower, all_solved=True), gram
+    least = torch.where(solved, smallest * scale, 1.0).amin()
+    signed = float(torch.where(solved.all(), least, -least))
     return Bounds(smallest, scale, solved, empty, abs(signed), signed > 0.0), gram
 
 
@@ -61,9 +64,12 @@ class PolarIteration(PolarSolver):
 
     Attributes:
         dtype: to iterate in, float64 or float32. Its rounding loses small directions: the error grows with κ.
+        lower: ℓ, where all matrices of a batch are to get the same steps. Of those with smaller σ_r/σ₁ the result is no
+            isometry, as its evidence says.
     """
 
     dtype: torch.dtype = torch.float64
+    lower: float | None = None
 
     def __post_init__(self) -> None:
         if self.dtype not in ITERATION_DTYPES:
@@ -84,7 +90,7 @@ class PolarIteration(PolarSolver):
         if 0 in x.shape:  # no direction is there, and none is missing
             zero = torch.zeros(x.shape[:-2], dtype=torch.float64, device=x.device)
             return torch.zeros(x.shape, dtype=dtype, device=x.device), PolarStats(self.name, zero, zero.long(), zero)
-        bounds, *grams = bounds_and_gram(x, tolerance)
+        bounds, *grams = bounds_and_gram(x, tolerance, self.lower)
         return self.iterate(x, bounds, grams, dtype)
 
     def workspace_bytes(self, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> int:

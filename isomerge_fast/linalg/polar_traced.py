@@ -33,6 +33,7 @@ class TracedPolar(PolarSolver):
     """Find polar(X) by ``PolarExpress`` in float64, with ``PolarStats.traces`` in place of ``PolarStats.sigma``."""
 
     otherwise: PolarSolver  # of a batch that has a matrix with a singular value at or below the tolerance
+    lower: float | None = None  # as of ``PolarIteration``; nothing is solved ``otherwise`` then
 
     @property
     def name(self) -> str:
@@ -44,7 +45,7 @@ class TracedPolar(PolarSolver):
         """Return (Q, evidence); read one number from the device, and what ``otherwise`` reads."""
         dtype = dtype or x.dtype
         if 0 not in x.shape:
-            bounds, *grams = bounds_and_gram(x, tolerance)
+            bounds, *grams = bounds_and_gram(x, tolerance, self.lower)
             if bounds.all_solved:
                 q, stats = PolarExpress().iterate(x, bounds, grams, torch.float64)
                 h = sym_mm(x, q.mT) if x.shape[-2] <= x.shape[-1] else sym_mm(q.mT, x)

@@ -97,6 +97,8 @@ class Subspace:
         unresolved: as in ``PolarStats``, of the k.
         wide: whether the short side is the left one.
         is_whole: whether none of the k directions of any matrix was truncated; None where nobody has looked.
+        isometry: U_k V_kᵀ [..., M, N] float64, where that was found in place of the k directions one by one. ``short``
+            then has the last few before the cut alone, and ``sigma`` k times the mean.
     """
 
     short: Tensor
@@ -108,6 +110,7 @@ class Subspace:
     unresolved: Tensor
     wide: bool
     is_whole: bool | None = None
+    isometry: Tensor | None = None
 
     @cached_property
     def whitened(self) -> Tensor:
@@ -236,6 +239,14 @@ class Solver(PolarSolver):
         return self
 
 
+def is_stack(x: Tensor) -> bool:
+    """Return whether X [..., M, N] is a stack on a GPU, for whose members nothing is decided together.
+
+    What has to be decided is decided for each by its evidence: a member that misses is solved by itself.
+    """
+    return x.ndim > 2 and traits_of(x.device).is_gpu
+
+
 def rounding_tolerance(norm: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     """Return the σ up to which the input's own rounding to ``dtype`` reaches: 2 ε · ‖X‖_F/√(MN) · (√M + √N).
 
@@ -311,7 +322,7 @@ def reciprocal(sigma: Tensor) -> Tensor:
 
 def complement_basis(rest: Tensor, top: Subspace) -> Tensor:
     """Return the short side's directions beyond ``top``: ``rest``, or I − W Wᵀ where some of W were truncated."""
-    if top.is_whole:
+    if top.is_whole or is_stack(rest):
         return rest.clone()
     projector = -(top.short @ top.short.mT)
     projector.diagonal(dim1=-2, dim2=-1).add_(1.0)

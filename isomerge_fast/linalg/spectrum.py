@@ -76,6 +76,13 @@ def largest_beyond(forward: Product, backward: Product, vectors: Tensor) -> Tens
     return LARGEST_MARGIN * largest.sqrt()
 
 
+def largest_eigenvalue(h: Tensor) -> Tensor:
+    """Return λ₁ of a symmetric H ≥ 0 [..., r, r] from above, [...], with the margin of ``singular_range``; never 0."""
+    bound = torch.linalg.matrix_norm(h, ord=torch.inf)
+    found = _largest_eigenvalue(lambda v: thin_mm(h, v), _start_block(h.shape[-1], h.device), LARGEST_STEPS)
+    return torch.minimum(LARGEST_MARGIN * found, bound).clamp_min(torch.finfo(h.dtype).tiny)
+
+
 def _start_block(rows: int, device: torch.device) -> Tensor:
     """Return [rows, BLOCK_COLUMNS] float64, the same on every device and call: cos(φ i²), whose spectrum is flat."""
     index = torch.arange(rows * BLOCK_COLUMNS, dtype=torch.float64, device=device)

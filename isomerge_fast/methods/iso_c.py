@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..linalg.auto import Candidate, polar_candidates
 from ..linalg.certificate import symmetry
+from ..linalg.filtered import polar_iteration
 from ..linalg.protocol import PolarSolver
 from .base import RowwiseMerge
 from .rowwise.iso_c import RowwiseIsoC, rowwise_iso_c_bytes
@@ -38,6 +39,10 @@ class IsoC(Spectral):
 
     def solvers(self, spec: TensorSpec, tasks: int, device: torch.device) -> Sequence[Candidate[PolarSolver]]:
         return polar_candidates(self.precision, spec.shape, spec.dtype, device)
+
+    def stack_candidate(self, spec: TensorSpec, tasks: int) -> Candidate[PolarSolver]:
+        solver = polar_iteration(*spec.shape, in_stack=True)
+        return Candidate(solver, "products only, the same steps for all matrices of a stack")
 
     def solving_bytes(
         self, candidate: Candidate[PolarSolver], spec: TensorSpec, tasks: int, device: torch.device

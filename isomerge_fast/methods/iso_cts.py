@@ -14,8 +14,9 @@ from ..errors import ConfigError
 from ..linalg.auto import Candidate, small_candidate, subspace_candidates
 from ..linalg.blockwise import block_elements, short_side_gram, to_long_side, to_short_side
 from ..linalg.certificate import orthogonality as polar_orthogonality
-from ..linalg.protocol import Factorization, Solver, Subspace, reciprocal
-from ..ops import traits_of
+from ..linalg.filtered import SpectralFilter
+from ..linalg.protocol import Factorization, Solver, Subspace, is_stack, reciprocal
+from ..ops import thin_mm, traits_of
 from .base import RowwiseMerge
 from .iso_c import IsoC
 from .recombine import projection_angle, recombine, recombine_literally
@@ -93,6 +94,12 @@ class IsoCTS(Spectral):
         if self.memory_bytes is None or self.solving_bytes(solvers[0], spec, tasks, device) <= self.memory_bytes:
             return solvers
         return subspace_candidates(self.precision, spec.dtype, lean=True)
+
+    def stack_candidate(self, spec: TensorSpec, tasks: int) -> Candidate[Solver] | None:
+        k, s = split_rank(min(spec.shape), tasks, self.common_fraction)
+        if s == 0 or k < s * tasks:
+            return None
+        return Candidate(SpectralFilter(in_stack=True), "products only, the same steps for all matrices of a stack")
 
     def explain(self, spec: TensorSpec, tasks: int, device: torch.device) -> str:
         if split_rank(min(spec.shape), tasks, self.common_fraction)[1] == 0:
@@ -214,6 +221,10 @@ class IsoCTS(Spectral):
                 return found.merged(f"{self.name}/{solver.name}", dtype, self.tolerance, values)
         factors = solver.factorize(total, tolerance=zero_limit)
         common = factors.top(k)
+        in_stack = is_stack(total)
+        if in_stack:  # of which each has to be whole by itself
+            lacking = (common.sigma <= 0).sum(-1)
+            common = replace(common, is_whole=True, unresolved=common.unresolved + lacking)
         if common.wide:
             common = replace(common, complement=factors.complement(common))
         early_dtype, long_dtype = solver.long_dtypes(common.wide, dtype, deltas.device)
@@ -229,10 +240,11 @@ class IsoCTS(Spectral):
         nonzero = torch.linalg.vector_norm(total, dim=(-2, -1)) > 0
         # On a CPU V_k = Sᵀ U_k Σ_k⁻¹ of a wide S takes part in the short form as these factors.
         is_factored = is_whole and bool(parts) and common.wide and not traits_of(total.device).is_gpu
+        is_factored = is_factored and common.isometry is None
         factor = total if is_factored and common.long is None else None
         if common.long is None and factor is None:
             common = factors.complete(common, long_dtype)
-        if not common.wide:
+        if not common.wide and common.isometry is None:
             common = replace(common, long=common.u.to(long_dtype))
         del total, factors
         sigma = torch.cat([common.sigma, *(part.sigma for part in parts)], dim=-1)
@@ -243,7 +255,7 @@ class IsoCTS(Spectral):
         angles = 2.0 * k * common.angle.square()
         same_directions = torch.zeros_like(rank)
         if not parts:
-            value = common.u.to(dtype) @ common.v.to(dtype).mT
+            value = isometry_of(common, dtype)
             orthogonality = polar_orthogonality(value).double()
         else:
             of_tasks = s * sum(part.angle.square() for part in parts)
@@ -297,12 +309,24 @@ class IsoCTS(Spectral):
         part = factors.residual(delta, common, s, norm=norm, tolerance=limit)
         # The error of U_k, first as if it concerned all of Δ; where that would matter, what it does concern.
         turned, min_dim = common.angle * math.sqrt(common.sigma.shape[-1]), common.short.shape[-2]
+        if is_stack(factors.x):
+            share = share_at_cut(delta, factors.x, common)
+            angle = part.angle + projection_angle(part.sigma, part.gap, turned, share, min_dim, norm)
+            unresolved = part.unresolved + (part.sigma <= 0).sum(-1)
+            return replace(part, angle=angle, unresolved=unresolved, is_whole=True)
         angle = projection_angle(part.sigma, part.gap, turned, norm, min_dim, norm)
         is_off, is_whole = torch.stack([(angle > 1e-3 * self.tolerance).any(), (part.sigma > 0).all()]).tolist()
         if is_off and common.sigma.shape[-1]:
             share = share_at_cut(delta, factors.x, common)
             angle = projection_angle(part.sigma, part.gap, turned, share, min_dim, norm)
         return replace(part, angle=part.angle + angle, is_whole=is_whole)
+
+
+def isometry_of(common: Subspace, dtype: torch.dtype) -> Tensor:
+    """Return U_k V_kᵀ in ``dtype``, fresh."""
+    if common.isometry is not None:
+        return common.isometry.to(dtype, copy=True)
+    return common.u.to(dtype) @ common.v.to(dtype).mT
 
 
 def most_that_fit(tasks: int, room: float, bytes_of: Callable[[int], int]) -> int:
@@ -318,7 +342,10 @@ def share_at_cut(delta: Tensor, total: Tensor, common: Subspace) -> Tensor:
     if common.wide:
         share = to_long_side(delta, common.short[..., -CUT_COLUMNS:], torch.float64)
     else:
-        u = to_long_side(total, common.whitened[..., -CUT_COLUMNS:], torch.float64)
+        if common.isometry is None:
+            u = to_long_side(total, common.whitened[..., -CUT_COLUMNS:], torch.float64)
+        else:
+            u = thin_mm(common.isometry, common.short[..., -CUT_COLUMNS:])
         share = to_short_side(delta, u)
     return torch.linalg.vector_norm(share, dim=-2).amax(-1)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -11,8 +11,8 @@ from torch import Tensor
 from ..linalg.blockwise import multiply_short_side, to_long_side, to_short_side
 from ..linalg.certificate import orthogonality
 from ..linalg.gram_eigh import float32_rounding
-from ..linalg.protocol import PolarSolver, PolarStats, Solver, Subspace, reciprocal
-from ..linalg.thin import thin_qrs
+from ..linalg.protocol import PolarSolver, PolarStats, Solver, Subspace, is_stack, reciprocal
+from ..linalg.thin import flagged_qr, thin_qrs
 from ..ops import sym_mm, thin_mm
 
 # Two unit vectors closer than this are one direction. Bases are known to 1e-7 or better; distinct tasks of pure noise
@@ -79,7 +79,7 @@ def recombine(
     tasks_width = u_tasks.shape[-1]
     del u_tasks
     u_polar = u_polar.to(dtype)
-    side = MadeRight(common, dtype) if total is None else FactoredRight(common, dtype, total)
+    side = _right_side(common, dtype, total)
     a = side.coordinates(v_tasks)
     # Once: what float64 leaves of V_k in it is ε₆₄, and its own singular values are above 1e-5 (see above).
     rest = v_tasks - side.vectors(a)
@@ -90,8 +90,7 @@ def recombine(
     weights = small.weights.to(dtype)
     left = thin_mm(u_polar, weights[..., :tasks_width, :])
     del u_polar
-    u_k = (common.short if common.wide else common.u).to(dtype)
-    _add_product(left, thin_mm(u_k, small.q_a.to(dtype)), weights[..., tasks_width:, :])
+    _add_product(left, side.left(small.q_a), weights[..., tasks_width:, :])
     right = side.basis(small)
     # Repeated tasks share directions, and the result then is no isometry: only its factors can be judged.
     same = torch.maximum(tasks_width - u_stats.rank, small.same_directions)
@@ -99,10 +98,16 @@ def recombine(
     v_growth = small.growth(columns, common.sigma.shape[-1])
     error = _in_quadrature(u_stats.error * u_stats.rank.sqrt(), small.stats.error * small.stats.rank.sqrt())
     del small
-    value = side.product(u_k, left, right)
+    value = side.product(left, right)
     del left, right
-    found = torch.where(same == 0, orthogonality(value).double(), factors)
+    found = torch.where((same == 0) & factors.isfinite(), orthogonality(value).double(), factors)
     return Recombined(value, found, _in_quadrature(u_growth, v_growth), error, same)
+
+
+def _right_side(common: Subspace, dtype: torch.dtype, total: Tensor | None) -> MadeRight:
+    if common.isometry is not None:
+        return IsometricRight(common, dtype)
+    return MadeRight(common, dtype) if total is None else FactoredRight(common, dtype, total)
 
 
 @dataclass(frozen=True)
@@ -111,6 +116,10 @@ class MadeRight:
 
     common: Subspace
     dtype: torch.dtype  # of the result
+
+    @property
+    def u_k(self) -> Tensor:
+        return (self.common.short if self.common.wide else self.common.u).to(self.dtype)
 
     @property
     def v_k(self) -> Tensor:
@@ -124,13 +133,41 @@ class MadeRight:
         """Return V_k C in float64."""
         return thin_mm(self.v_k, coordinates)
 
+    def left(self, coordinates: Tensor) -> Tensor:
+        """Return U_k C in the dtype of the result."""
+        return thin_mm(self.u_k, coordinates.to(self.dtype))
+
     def basis(self, small: SmallProblem) -> list[Tensor]:
         """Return what ``product`` makes [V_a, Q_r] of."""
         return [torch.cat([self.vectors(small.q_a), small.q_r], dim=-1).to(self.dtype)]
 
-    def product(self, u_k: Tensor, left: Tensor, right: list[Tensor]) -> Tensor:
+    def product(self, left: Tensor, right: list[Tensor]) -> Tensor:
         """Return U_k V_kᵀ + left [V_a, Q_r]ᵀ."""
-        value = u_k @ self.v_k.to(self.dtype).mT
+        value = self.u_k @ self.v_k.to(self.dtype).mT
+        _add_product(value, left, right[0].mT)
+        return value
+
+
+@dataclass(frozen=True)
+class IsometricRight(MadeRight):
+    """Multiply with V_k by W_k = U_k V_kᵀ alone: coordinates C of V_k are given and taken as U_k C."""
+
+    @property
+    def isometry(self) -> Tensor:
+        assert self.common.isometry is not None
+        return self.common.isometry
+
+    def coordinates(self, x: Tensor) -> Tensor:
+        return thin_mm(self.isometry, x)
+
+    def vectors(self, coordinates: Tensor) -> Tensor:
+        return thin_mm(self.isometry.mT, coordinates)
+
+    def left(self, coordinates: Tensor) -> Tensor:
+        return coordinates.to(self.dtype)
+
+    def product(self, left: Tensor, right: list[Tensor]) -> Tensor:
+        value = self.isometry.to(self.dtype, copy=True)
         _add_product(value, left, right[0].mT)
         return value
 
@@ -153,7 +190,7 @@ class FactoredRight(MadeRight):
     def basis(self, small: SmallProblem) -> list[Tensor]:
         return [thin_mm(self.common.whitened, small.q_a), small.q_r.to(self.dtype)]
 
-    def product(self, u_k: Tensor, left: Tensor, right: list[Tensor]) -> Tensor:
+    def product(self, left: Tensor, right: list[Tensor]) -> Tensor:
         """Return (U_k Σ_k⁻¹ U_kᵀ + left_a (U_k Σ_k⁻¹ Q_a)ᵀ) S + left_r Q_rᵀ, in float64 where float32 would show."""
         common, total = self.common, self.total
         is_narrow = self.dtype != torch.float64 and bool((float32_rounding(common.sigma) <= PRODUCT_ROUNDING).all())
@@ -192,16 +229,27 @@ def over_columns(growth: Tensor, long: int, width: int) -> Tensor:
 
 def small_problem(a: Tensor, rest: Tensor, solver: PolarSolver) -> SmallProblem:
     """Return polar(Z) and its bases from A = V_kᵀ V_ts and ``rest`` = V_ts − V_k A, both float64."""
-    (q_a, a_small), (q_r, b_small) = thin_qrs(a, rest)
+    (q_a, a_small), (q_r, b_small), missed = _bases(a, rest)
     width, tasks_width = q_a.shape[-1], a.shape[-1]
     z = torch.zeros(*a.shape[:-2], width + q_r.shape[-1], tasks_width + width, dtype=a.dtype, device=a.device)
     z[..., :width, :tasks_width] = a_small
     z[..., width:, :tasks_width] = b_small
     z[..., :width, tasks_width:].diagonal(dim1=-2, dim2=-1).fill_(1.0)
     z_polar, stats = solver.polar(z, tolerance=_same(z))
+    if missed is not None:
+        stats = replace(stats, orthogonality=stats.orthogonality.masked_fill(missed, torch.inf))
     weights = z_polar.mT
     weights[..., tasks_width:, :width].diagonal(dim1=-2, dim2=-1).sub_(1.0)
     return SmallProblem(q_a, q_r, weights, stats, min(z.shape[-2:]) - stats.rank)
+
+
+def _bases(a: Tensor, rest: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], Tensor | None]:
+    """Return the thin QRs of both, and of a stack which have none that is to be trusted, [...]."""
+    if not is_stack(a):
+        of_a, of_rest = thin_qrs(a, rest)
+        return of_a, of_rest, None
+    (q_a, a_small, missed), (q_r, b_small, also) = flagged_qr(a), flagged_qr(rest)
+    return (q_a, a_small), (q_r, b_small), missed | also
 
 
 def recombine_literally(common: Subspace, parts: list[Subspace], dtype: torch.dtype, solver: PolarSolver) -> Recombined:

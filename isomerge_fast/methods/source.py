@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -148,6 +149,7 @@ class DeltaSource(ABC):
 
     threads: Threads = Threads()  # share blocks out; a backend sets it that has more than the calling thread
     wants_largest = False  # whether sums look for max |Δ_t|, by which merges of files find damaged weights
+    is_stack = False  # whether what is seen of every Δ_t is told of each matrix of a batch
 
     def __init__(
         self,
@@ -182,6 +184,10 @@ class DeltaSource(ABC):
 
     def members(self, chosen: Tensor) -> DeltaSource:
         """Return some members of a batch, chosen by a mask over its dimensions."""
+        raise ValueError(f"deltas of shape {list(self.shape)} from {type(self).__name__} are no batch, but one tensor")
+
+    def member(self, place: int) -> DeltaSource:
+        """Return one matrix of a batch [..., M, N], the ``place``-th of all."""
         raise ValueError(f"deltas of shape {list(self.shape)} from {type(self).__name__} are no batch, but one tensor")
 
     def sum(self, dtype: torch.dtype, batch_dims: int = 0) -> TaskSum:
@@ -283,6 +289,12 @@ class MemoryDeltas(DeltaSource):
     def members(self, chosen: Tensor) -> MemoryDeltas:
         experts = [expert[chosen] for expert in self.experts]
         base = None if self.base is None else self.base[chosen]
+        return MemoryDeltas(experts, base, are_deltas=self._are_deltas, weights=self.weights, dtype=self.dtype)
+
+    def member(self, place: int) -> MemoryDeltas:
+        index = numpy.unravel_index(place, self.shape[:-2])
+        experts = [expert[index] for expert in self.experts]
+        base = None if self.base is None else self.base[index]
         return MemoryDeltas(experts, base, are_deltas=self._are_deltas, weights=self.weights, dtype=self.dtype)
 
 

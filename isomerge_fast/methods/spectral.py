@@ -6,19 +6,22 @@ import warnings
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from ..errors import ConfigError, InputError, nearest
-from ..linalg.auto import TOLERANCES, Candidate, check_precision, spectrum_candidates
+from ..linalg.auto import TOLERANCES, Candidate, check_precision, spectrum_candidates, stack_places
 from ..linalg.blockwise import multiply_short_side, to_long_side, to_short_side
 from ..linalg.certificate import probes, symmetry
 from ..linalg.protocol import PolarSolver, Solver, reciprocal
+from ..ops import traits_of
 from .base import Method
-from .certified import run_with_fallback
+from .certified import exact_products, run_with_fallback
 from .source import DeltaSource, TensorSpec
+from .stacks import DeltaStack, as_batch, merge_together
 from .stats import Check, MergeStats
 from .sums import spectral_sum
 
@@ -124,8 +127,58 @@ class Spectral(Method):
             ConfigError: as ``check``.
         """
         require_matrices(self.name, deltas.shape)
+        if len(deltas.shape) > 2 and 0 not in deltas.shape and traits_of(deltas.device).is_gpu:
+            return self._merge_batch(deltas)
         spec = TensorSpec("", tuple(deltas.shape), deltas.full_spec.dtype)
         return run_with_fallback(self.attempt, deltas, self.candidates(spec, deltas.n_tasks, deltas.device))
+
+    def stack_candidate(self, spec: TensorSpec, tasks: int) -> Candidate[Any] | None:
+        """Return the solver of a stack of such matrices, None where each is solved by itself."""
+        return None
+
+    def stack_size(self, spec: TensorSpec, tasks: int, device: torch.device) -> int:
+        is_open = self.solver is None and self.precision != "reference" and 0 not in spec.shape
+        size = stack_places(spec.shape, spec.dtype, device) if is_open else 1
+        return size if size > 1 and self.stack_candidate(spec, tasks) is not None else 1
+
+    def stack_bytes(self, spec: TensorSpec, tasks: int, device: torch.device) -> int:
+        size, candidate = self.stack_size(spec, tasks, device), self.stack_candidate(spec, tasks)
+        if size == 1 or candidate is None:
+            return self.workspace_bytes(spec, tasks, device)
+        stack = TensorSpec(spec.name, (size, *spec.shape), spec.dtype)
+        # Of one matrix what is made for its place, and what is merged alone after all.
+        beside = spec.dtype.itemsize * spec.elements
+        return beside + max(
+            self.solving_bytes(candidate, stack, tasks, device),
+            spec.dtype.itemsize * stack.elements + self.workspace_bytes(spec, tasks, device),
+        )
+
+    def merge_stack(self, sources: Sequence[DeltaSource]) -> list[tuple[Tensor, MergeStats]]:
+        first = sources[0]
+        spec = TensorSpec("", tuple(first.shape), first.full_spec.dtype)
+        size = self.stack_size(spec, first.n_tasks, first.device)
+        candidate = self.stack_candidate(spec, first.n_tasks)
+        if size == 1 or candidate is None:
+            return [self.merge(source) for source in sources]
+        with exact_products(first.device):
+            return merge_together(partial(self.attempt, candidate=candidate), self.merge, DeltaStack(sources, size))
+
+    def _merge_batch(self, deltas: DeltaSource) -> tuple[Tensor, MergeStats]:
+        """Return ``merge`` of a batch on a GPU, in stacks where its matrices have them."""
+        batch, count = deltas.shape[:-2], deltas.shape[:-2].numel()
+        members = [deltas.member(place) for place in range(count)]
+        spec = TensorSpec("", tuple(deltas.shape[-2:]), deltas.full_spec.dtype)
+        size = self.stack_size(spec, deltas.n_tasks, deltas.device)
+        if size > 1 and (self.memory_bytes is None or self.stack_bytes(spec, 1, deltas.device) <= self.memory_bytes):
+            starts = range(0, count, size)
+            return as_batch([each for at in starts for each in self.merge_stack(members[at : at + size])], batch)
+        if self.solver is not None:
+            return as_batch([self.merge(member) for member in members], batch)
+        whole = TensorSpec("", (count, *spec.shape), spec.dtype)
+        candidate = self.candidates(whole, deltas.n_tasks, deltas.device)[0]
+        with exact_products(deltas.device):
+            attempt = partial(self.attempt, candidate=candidate)
+            return as_batch(merge_together(attempt, self.merge, DeltaStack(members, count)), batch)
 
     def result_dtype(self, compute_dtype: torch.dtype) -> torch.dtype:
         """Return the dtype of the merged Δ. The reference judges the others: its result is never rounded."""

@@ -82,6 +82,16 @@ class MergeStats:
         """Return this evidence with the escalations of ``before`` and one more, ``remark``."""
         return replace(self, escalations=(*before.escalations, remark))
 
+    def member(self, place: int) -> MergeStats:
+        """Return the evidence of one matrix of a stack, whose numbers are [..., B]; once it is read."""
+
+        def own(value: Any) -> Any:
+            return value[..., place] if isinstance(value, Tensor) and value.ndim else value
+
+        values = {key: own(value) for key, value in self.values.items()}
+        checks = {key: Check(own(check.value), check.limit) for key, check in self.checks.items()}
+        return replace(self, values=values, checks=checks)
+
     def replaced(self, rows: Tensor, part: MergeStats) -> MergeStats:
         """Return this evidence with the entries of the matrices in the mask ``rows`` replaced by those of ``part``."""
 

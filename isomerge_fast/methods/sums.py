@@ -22,14 +22,19 @@ LARGEST_TRAINED_NORM = 1e5
 def spectral_sum(deltas: DeltaSource, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
     """Return (S, ‖Δ_t‖² [T, ...], the largest σ of S that counts as 0, ``delta_sizes``) of comparable deltas."""
     seen = deltas.sum(dtype, len(deltas.shape) - 2)
-    of_deltas = delta_sizes(seen)
-    require_comparable(of_deltas["delta_norms"], deltas.full_spec)
+    of_deltas = delta_sizes(seen, by_member=deltas.is_stack)
+    norms = of_deltas["delta_norms"]
+    for own in norms.unbind(1) if deltas.is_stack else (norms,):
+        require_comparable(own, deltas.full_spec)
     return seen.total, seen.squares, rounding_of(seen.squares.sum(0).sqrt(), deltas.full_spec), of_deltas
 
 
-def delta_sizes(seen: TaskSum) -> dict[str, Any]:
-    """Return the entries of ``MergeStats.values`` about the Δ_t, which have to be finite. One read of the device."""
-    is_batch = seen.squares.ndim > 1
+def delta_sizes(seen: TaskSum, *, by_member: bool = False) -> dict[str, Any]:
+    """Return the entries of ``MergeStats.values`` about the Δ_t, which have to be finite. One read of the device.
+
+    They are of every task [T], or ``by_member`` of every task of every matrix [T, B].
+    """
+    is_batch = seen.squares.ndim > 1 and not by_member
     nonfinite, squares = (x.flatten(1).sum(1) if is_batch else x for x in (seen.nonfinite, seen.squares))
     rows = [nonfinite, squares.sqrt()]
     if seen.largest is not None and seen.largest.numel():
@@ -37,11 +42,14 @@ def delta_sizes(seen: TaskSum) -> dict[str, Any]:
     if not squares.is_cpu:
         rows = torch.stack([row.double() for row in rows]).cpu().unbind()
     counts, norms, *rest = rows
-    bad = [task for task, count in enumerate(counts.tolist()) if count]
+    of_tasks = counts.sum(1) if by_member else counts
+    bad = [task for task, count in enumerate(of_tasks.tolist()) if count]
     if bad:
         raise NotFiniteError(bad)
-    if not all(map(math.isfinite, norms.tolist())):
-        raise OutOfRangeError(f"‖Δ‖ of the tasks is {shown_norms(norms)}: more than float64 holds the squares of")
+    if not all(map(math.isfinite, norms.flatten().tolist())):
+        raise OutOfRangeError(
+            f"‖Δ‖ of the tasks is {shown_norms(norms.flatten())}: more than float64 holds the squares of"
+        )
     return {"delta_norms": norms, **({"delta_largest": rest[0]} if rest else {})}
 
 

@@ -203,6 +203,11 @@ class _Batch(MemoryDeltas):
         weights = [weights for weights, keep in zip(self._member_weights, chosen.tolist(), strict=True) if keep]
         return _Batch([expert[chosen] for expert in self.experts], self.base[chosen], weights, dtype=self.dtype)
 
+    def member(self, place: int) -> MemoryDeltas:
+        assert self.base is not None
+        experts, weights = [expert[place] for expert in self.experts], self._member_weights[place]
+        return MemoryDeltas(experts, self.base[place], weights=weights, dtype=self.dtype)
+
 
 def _name(group: TensorGroup) -> str:
     return f"tensor {group.metadata.name!r} {list(group.tensors[0].shape)}"
