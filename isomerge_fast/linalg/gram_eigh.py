@@ -39,6 +39,7 @@ from .protocol import (
     Subspace,
     complement_basis,
     default_tolerance,
+    is_stack,
     reciprocal,
     relative_gap,
     rounding_angle,
@@ -304,16 +305,20 @@ class GramFactorization(Factorization):
     def tall_part(
         self, delta: Tensor, y: Tensor, residual: Product, s: int, *, norm: Tensor, tolerance: Tensor
     ) -> Subspace:
-        """Return the top ``s`` triplets of a tall R with RᵀR = ΔᵀΔ − YᵀY, by all its eigenvalues, and products R V."""
+        """Return the top ``s`` triplets of a tall R with RᵀR = ΔᵀΔ − YᵀY and products R V."""
         solver = self.solver
-        vectors, sigma, kept_sigma = solver.eigh(sym_mm_add(short_side_gram(delta), y.mT, alpha=-1.0), tolerance)
+        gram = sym_mm_add(short_side_gram(delta), y.mT, alpha=-1.0)
         # What cancels in ΔᵀΔ − YᵀY leaves rounding of the size of ‖Δ‖².
         noise = solver.noise * norm.square()
+        vectors, sigma, kept_sigma, angle, missed = self.part_vectors(gram, s, noise, tolerance)
+        del gram
         hidden = sigma[..., :s].square() <= 2.0 * noise[..., None]
         unresolved = _hidden(sigma[..., :s], noise, tolerance)
         kept_sigma = torch.where(hidden, 0.0, kept_sigma[..., :s])
         top = vectors[..., :, :s] * (kept_sigma > 0)[..., None, :]
-        if bool((unresolved > 0).any()):
+        if is_stack(self.x):
+            unresolved = unresolved + missed
+        elif bool((unresolved > 0).any()):
             unresolved = solver.seen(unresolved, (residual, partial(to_short_side, delta)), top, tolerance)
         return Subspace(
             short=top,
@@ -321,10 +326,19 @@ class GramFactorization(Factorization):
             sigma=kept_sigma,
             complement=None,
             gap=relative_gap(sigma, s),
-            angle=rounding_angle(sigma, s, tolerance, noise),
+            angle=angle + rounding_angle(sigma, s, tolerance, noise),
             unresolved=unresolved,
             wide=False,
         )
+
+    def part_vectors(
+        self, gram: Tensor, s: int, noise: Tensor, tolerance: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | float, Tensor | int]:
+        """Return (vectors, σ, kept σ, ‖sin θ‖_F/√s, missed) of the top ``s`` of a task part's Gram matrix, or of more.
+
+        Here of all, with nothing to be missed.
+        """
+        return *self.solver.eigh(gram, tolerance), 0.0, 0
 
     def _top_of_projected(self, projected: Tensor, s: int, tolerance: Tensor) -> Subspace:
         """Return the top s triplets of C = Q_cᵀ Δ, float64 vectors."""

@@ -14,7 +14,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ..ops import sym_mm, sym_mm_add, thin_mm
+from ..ops import mm_add, sym_mm, sym_mm_add, thin_mm
 from .certificate import fixed_draw
 from .cusolver import eigh
 from .polar_express import quintics
@@ -75,18 +75,17 @@ def bottom_block(h: Tensor, largest: Tensor, count: int, *, dtype: torch.dtype =
     scaled = h / largest[..., None, None]
     cut = counted_cut(scaled, (count + width) / 2.0)
     sign = sign_of(scaled, cut, dtype)
-    start = fixed_draw(side, width, torch.float64, h.device).expand(*h.shape[:-1], width)
-    x, _, missed = flagged_qr(_filtered(sign, start))
-    image = thin_mm(scaled, x)
-    _, turn = eigh(_symmetric(x.mT @ image))
-    x = thin_mm(x, turn)
-    # Once more, of what is wanted alone: what was left of the large σ is filtered away again.
-    x, _, again = flagged_qr(_filtered(sign, x))
+    x = fixed_draw(side, width, torch.float64, h.device).expand(*h.shape[:-1], width)
+    missed = torch.zeros(h.shape[:-2], dtype=torch.bool, device=h.device)
+    # Twice: what the first pass leaves of the large σ, 1e-8 of it, is filtered away by the second.
+    for _ in range(2):
+        x, _, again = flagged_qr(_filtered(sign, x))
+        missed |= again
     image = thin_mm(scaled, x)
     values, turn = eigh(_symmetric(x.mT @ image))
     x = thin_mm(x, turn)
     residuals = torch.linalg.vector_norm(thin_mm(image, turn) - x * values[..., None, :], dim=-2)
-    missed = missed | again | _is_incomplete(sign, x, count)
+    missed = missed | _is_incomplete(sign, x, count)
     # Of 2I − H the bottom is the top, above all that P leaves out.
     kept = torch.full(h.shape[:-2], count, device=h.device)
     angle = angle_bound(Ritz(x, 2.0 - values, residuals), kept)
@@ -109,8 +108,8 @@ def counted_cut(h: Tensor, below: float) -> Tensor:
     images = torch.empty(COUNTING_DEGREE + 1, *h.shape[:-1], COUNTING_VECTORS, dtype=torch.float64, device=device)
     images[0] = start
     images[1] = moved @ images[0]
-    for degree in range(1, COUNTING_DEGREE):
-        images[degree + 1] = thin_mm(moved, images[degree], c=images[degree - 1], alpha=2.0, beta=-1.0)
+    for before, now, out in zip(images, images[1:], images[2:], strict=False):
+        mm_add(before, moved, now, alpha=2.0, beta=-1.0, out=out)
     # T_2j = 2 T_j² − 1 and T_2j+1 = 2 T_j T_j+1 − T_1.
     even = 2.0 * images.square().sum((-2, -1)) - side
     odd = 2.0 * (images[:-1] * images[1:]).sum((-2, -1)) - (images[0] * images[1]).sum((-2, -1))

@@ -72,7 +72,7 @@ def filtered_block(gram: Tensor, s: int, *, noise: Tensor, angle: float, oversam
     block = fixed_draw(n, width, gram.dtype, gram.device).expand(*gram.shape[:-2], n, width)
     for _ in range(2):
         block = thin_mm(gram, block)
-    ritz, missed = _ritz_in(gram, block)
+    ritz, missed = ritz_in(gram, block)
     kept = torch.full(gram.shape[:-2], s, device=gram.device)
     degree = 0
     while degree < MAX_DEGREE:
@@ -94,7 +94,7 @@ def filtered_block(gram: Tensor, s: int, *, noise: Tensor, angle: float, oversam
             return None
         step = max(4, int(math.log(GROWTH[gram.dtype]) / math.acosh(max(1.05, ratio))))
         block = _chebyshev(gram, ritz.vectors, middle, half, step)
-        ritz, missed = _ritz_in(gram, block)
+        ritz, missed = ritz_in(gram, block)
         degree += step
     return ritz
 
@@ -128,7 +128,7 @@ def _chebyshev(gram: Tensor, x: Tensor, middle: Tensor, half: Tensor, degree: in
     return now
 
 
-def _ritz_in(gram: Tensor, block: Tensor) -> tuple[Ritz, Tensor]:
+def ritz_in(gram: Tensor, block: Tensor) -> tuple[Ritz, Tensor]:
     """Return the Ritz vectors in the span of ``block``, and which of a batch ``flagged_qr`` missed."""
     x, _, missed = flagged_qr(block)
     return _rayleigh_ritz(gram, x), missed
