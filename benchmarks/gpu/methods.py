@@ -112,7 +112,7 @@ def _by_threads(threads: int, name: str, deltas: list[Tensor], alone: float | No
 def cpu_threads(rows: Rows) -> None:
     """Time the methods on this machine's CPU, by one thread and by more."""
     available = len(os.sched_getaffinity(0))
-    for shape in SMALL if rows.small else VIT:
+    for shape in SMALL if rows.small else VIT[:2]:
         deltas = deltas_like_fine_tuning(*shape, TASKS, "decay")
         for name in NAMES:
             alone: float | None = None

@@ -9,5 +9,7 @@ NAMES = ("iso-c", "iso-cts")
 TASKS = 8
 # q and o, k and v, gate and up, down.
 LLAMA = tuple(shape_of(f"Llama-3-8B {name}_proj") for name in ("q", "k", "gate", "down"))
-VIT = (shape_of("ViT-B/32 q_proj"), shape_of("ViT-B/32 fc1"))
+VIT = (shape_of("ViT-B/32 q_proj"), shape_of("ViT-B/32 fc1"), shape_of("ViT-B/32 fc2"))
+# What stacks are for.
+STACKED = (*VIT, LLAMA[1])
 SMALL: tuple[Shape, ...] = ((96, 96), (160, 64))
