@@ -23,13 +23,14 @@ from torch import Tensor
 
 from benchmarks.gpu.estimate import Rates, seconds_a_launch, total_seconds
 from benchmarks.gpu.shapes import LLAMA, NAMES, STACKED, TASKS, VIT, Shape
+from benchmarks.gpu.stacks import places_of
 from benchmarks.gpu.summary import Readings, milliseconds
 from benchmarks.harness.markdown import table, write_between
 from benchmarks.shapes import dimensions
 from counted_gpu import Answers, CountedGpu, Work, counted_gpu  # type: ignore[import-not-found]  # see above
 from isomerge_fast.bench.problems import deltas_like_fine_tuning
 from isomerge_fast.linalg import subspace_chebyshev
-from isomerge_fast.methods import MemoryDeltas, TensorSpec, make_method
+from isomerge_fast.methods import MemoryDeltas, make_method
 from isomerge_kernels.devices import DeviceTraits
 
 MARKS = ("<!-- counts: made by benchmarks.gpu.counts -->", "<!-- end of counts -->")
@@ -112,17 +113,12 @@ def _merge(gpu: CountedGpu, method: str, deltas: Sequence[Sequence[Tensor]]) -> 
     assert not any(stats.missed() for _, stats in results), [stats.to_dict() for _, stats in results]
 
 
-def places_of(method: str, shape: Shape) -> int:
-    """Return how many matrices of a shape an H200 merges at once."""
-    with counted_gpu(H200) as gpu:
-        device = gpu.upload(torch.zeros(1)).device
-        return make_method(method).stack_size(TensorSpec("", shape, torch.float32), TASKS, device)
-
-
 def every_count() -> list[Counted]:
     """Return the counts of Llama's and a vision transformer's matrices, one by one and as stacks."""
     rows = [counted(name, shape) for shape in (*LLAMA, *VIT) for name in NAMES]
-    stacks = [(name, shape, places_of(name, shape)) for shape in STACKED for name in NAMES]
+    with counted_gpu(H200) as gpu:
+        device = gpu.upload(torch.zeros(1)).device
+        stacks = [(name, shape, places_of(name, shape, device)) for shape in STACKED for name in NAMES]
     return rows + [counted(name, shape, places) for name, shape, places in stacks if places > 1]
 
 
