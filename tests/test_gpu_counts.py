@@ -91,7 +91,7 @@ def test_products_of_a_larger_matrix_are_larger_by_the_cube() -> None:
 
 def test_matrices_at_once_are_counted_together() -> None:
     one, two = counted("iso-c", (96, 96)), counted("iso-c", (96, 96), 2)
-    assert two.name == "iso-c 96 x 96, 2 at once"
+    assert two.name == "iso-c 2 x 96 x 96, stack"  # as the readings call it
     assert one.launches < two.launches <= 2 * one.launches
     line = counts_table([counted("iso-c", (768, 768)), two], readings()).splitlines()[3]
     assert line.count(" each)") == 2

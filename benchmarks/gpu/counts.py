@@ -23,7 +23,7 @@ from torch import Tensor
 
 from benchmarks.gpu.estimate import Rates, seconds_a_launch, total_seconds
 from benchmarks.gpu.shapes import LLAMA, NAMES, STACKED, TASKS, VIT, Shape
-from benchmarks.gpu.stacks import places_of
+from benchmarks.gpu.stacks import places_of, stack_label
 from benchmarks.gpu.summary import Readings, milliseconds
 from benchmarks.harness.markdown import table, write_between
 from benchmarks.shapes import dimensions
@@ -77,8 +77,7 @@ def counted(method: str, shape: Shape, places: int = 1) -> Counted:
         deltas = _deltas(shape, places)
     with counted_gpu(H200, told) as gpu:
         _merge(gpu, method, deltas)
-    stacked = f", {places} at once" if places > 1 else ""
-    name = f"{method} {dimensions(shape)}{stacked}"
+    name = stack_label(method, shape, places) if places > 1 else f"{method} {dimensions(shape)}"
     return Counted(name, places, tuple(gpu.work), gpu.launch_count, gpu.read_count)
 
 

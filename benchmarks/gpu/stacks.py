@@ -30,6 +30,10 @@ def places_of(name: str, shape: Shape, device: torch.device) -> int:
     return make_method(name).stack_size(TensorSpec("", shape, torch.float32), TASKS, device)
 
 
+def stack_label(name: str, shape: Shape, places: int) -> str:
+    return f"{name} {places} x {dimensions(shape)}, stack"
+
+
 def some_sources(shape: Shape, count: int, device: torch.device, different: int = DIFFERENT) -> list[MemoryDeltas]:
     """Return so many matrices of a shape: ``different`` ones, again and again."""
     seeds = range(min(count, different))
@@ -51,7 +55,7 @@ def stacks(rows: Rows, alone: Alone) -> None:
         sources[shape] = some_sources(shape, max(places_of(name, shape, device) for name in NAMES), device)
         for name in NAMES:
             places = places_of(name, shape, device)
-            label = f"{name} {places} x {dimensions(shape)}, stack"
+            label = stack_label(name, shape, places)
             merge = partial(_merge_stacks, name, sources, {shape: places})
             seconds = _one_by_one(alone, name, {shape: places})
             rows.attempt(label, partial(_stacked, merge, device, places, seconds))
