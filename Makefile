@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL: # two pips in one environment would race
-.PHONY: help demo test test-peers test-slow faults fuzz-numerics fuzz-doors bench bench-full bench-compare accuracy gpu kernels numerics lint format venv clean
+.PHONY: help demo test test-peers test-slow faults fuzz-numerics fuzz-doors bench bench-full bench-compare accuracy gpu gpu-counts kernels numerics lint format venv clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -57,6 +57,9 @@ accuracy: $(VENV)/.installed-demo ## experts on real tasks, merged by every meth
 
 gpu: ## prove and measure everything on this machine's GPU (12 minutes; the python on PATH; docs/gpu.md)
 	$(PYTHON) -m benchmarks.gpu
+
+gpu-counts: $(VENV)/.installed-test ## count what merges ask of a GPU, on this CPU, and write the table of docs/gpu.md anew
+	PYTHONPATH=tests/support $(BIN)/python -m benchmarks.gpu.counts --write docs/gpu.md
 
 kernels: $(VENV)/.installed-test ## compile every kernel for every target and write the table of docs/kernels.md anew
 	$(BIN)/python -m benchmarks.compile_table --write docs/kernels.md

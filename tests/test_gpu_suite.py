@@ -352,6 +352,13 @@ def of_every_section() -> list[dict[str, Any]]:
         {"stage": "kernels", "name": "one", "failed": "wrong"},
         {"stage": "threads", "name": "iso-c 768 x 768, 4 threads", "threads": 4, "seconds": 0.5, "speedup": 3.5},
     ]
+    stack = {"stage": "methods", "name": "iso-c 16 x 768 x 768, stack", "matrices": 16, "one_by_one": 0.08}
+    rows.append(stack | {"seconds": 0.016, "certified": True, "escalations": 1})
+    rows.append({"stage": "methods", "name": f"{stack['name']}, profile", "busy": 0.75, "launches": 320} | {"waits": 3})
+    rows.append(stack | {"name": "iso-c, matrices of ViT-B/32", "matrices": 72, "one_by_one": None, "seconds": 0.072})
+    rows[-1] |= {"certified": False, "escalations": 0}
+    merge = {"stage": "merge", "name": "iso-c, ViT-B/32, again", "seconds": 0.5, "read_gb_per_s": 6.1, "uncertified": 0}
+    rows.append(merge | {"phases": {"prepare": 0.1, "read": 0.05, "compute": 0.3, "write": 0.05, "total": 0.5}})
     for config, ratio in (("64x32/8/2", 0.84), ("64x16/8/2", 0.95)):
         row = {"stage": "products", "name": f"fp64, 4096, {config}", "seconds": 1e-3, "ratio": ratio}
         rows.append(row | {"tflop_per_s": 137.4, "error": 1e-14, "torch_error": 2e-14})
@@ -375,6 +382,9 @@ def test_the_table_says_what_the_rows_say() -> None:
     assert "| task_sum | 0.88 / 0.90 | 0.88 / 0.90 |" in lines
     assert "A call with the host, µs: sums 100, task_sum 200." in lines
     assert "| task-arithmetic, again | 1.00 | 4.00 |  | 0 |" in lines
+    assert "| iso-c, again | 0.50 | 6.10 |  | 0 | 0.05 | 0.30 | 0.05 |" in lines
+    assert "| iso-c 16 x 768 x 768, stack | 16 | 1 | 80 (5 ×) | 75% | 20 | 1 |" in lines
+    assert "| iso-c, matrices of ViT-B/32 | 72 not certified | 1 |  |  |  | 0 |" in lines
     assert "| iso-c 768 x 768, 4 threads | 500 | 3.50 |" in lines
     assert lines[-1].strip() == "disk     145 + 16 GB: 40 s at the rate of task-arithmetic above"
 
@@ -492,10 +502,14 @@ def test_the_suite_runs_dry(
     assert {row["stage"] for row in rows} == set(stages)
     assert not [row for row in rows if "failed" in row]
     profiles = [row for row in rows if row["name"].endswith(", profile")]
-    assert len(profiles) == 4
+    assert len(profiles) == 4 + 4  # of matrices by themselves, and of stacks
     assert all(row["device_ms"] > 0 and row["busy"] > 0 for row in profiles)
     names = {row["name"] for row in rows if row["stage"] in ("methods", "primitives")}
     assert {"iso-cts 96 x 96, noise", "iso-cts 160 x 64, fast", "polar 3 x 48 x 48, gram-eigh-fp64"} <= names
-    merge = next(row for row in rows if (row["stage"], row["name"]) == ("merge", "iso-cts"))
-    assert merge["uncertified"] == 0
+    merges = {row["name"]: row for row in rows if row["stage"] == "merge"}
+    assert merges["iso-cts"]["uncertified"] == merges["iso-cts, ViT-B/32, again"]["uncertified"] == 0
+    at_once = [row for row in rows if "matrices" in row]
+    assert len(at_once) == 4 + 2
+    assert all(row["certified"] and row["one_by_one"] > 0 for row in at_once)
+    assert {"iso-c 160 x 64, any company", "iso-cts 160 x 64, any company"} <= {row["name"] for row in rows}
     assert files[1].read_text() == told + outcome.stdout

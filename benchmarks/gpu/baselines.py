@@ -119,7 +119,7 @@ def baselines(rows: Rows) -> None:
 
     What matters most comes first: square matrices, then short ones, then long ones, estimated from one SVD.
     """
-    square, *short = (SMALL[0], SMALL[1]) if rows.small else (LLAMA[0], LLAMA[1], *VIT)
+    square, *short = (SMALL[0], SMALL[1]) if rows.small else (LLAMA[0], LLAMA[1], *VIT[:2])
     long = [(shape[1], shape[0]) for shape in short] if rows.small else LLAMA[2:]
     known = drivers(rows.device)
     compared = [fusion_bench(rows) or by_driver(None), *(by_driver(driver) for driver in known if driver == "gesvd")]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from math import prod
 from operator import itemgetter
@@ -14,9 +16,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from benchmarks.gpu.shapes import TASKS
+from benchmarks.gpu.shapes import NAMES, TASKS
 from benchmarks.harness.readings import Rows
-from benchmarks.shapes import Shapes, llama
+from benchmarks.shapes import Shapes, clip_vision_tower, llama
 from isomerge_fast.bench import published
 from isomerge_fast.bench.problems import relative_error
 from isomerge_fast.config import MergeConfig
@@ -32,31 +34,56 @@ BAR = 2.0**-8
 def streamed_merge(rows: Rows) -> None:
     """Merge two layers of Llama-3-8B, 8 experts: by the method without arithmetic, then by Iso-C and Iso-CTS.
 
-    Each twice: the second time nothing has to be loaded, compiled or page-locked any more, as in most of a large merge.
+    Then a model of many small matrices by both. Each twice: the second time nothing has to be loaded, compiled or
+    page-locked any more, as in most of a large merge.
     """
-    device = torch.device(rows.device)
     model = llama(64, 160, 1, kv=16) if rows.small else llama(4096, 14_336, LAYERS, kv=1024)
     shapes = {name: shape for name, shape in model.items() if "layers" in name}
-    parameters = sum(map(prod, shapes.values()))
-    memory = Path("/dev/shm")
-    needed = 2 * parameters * (TASKS + 2)
+    with _checkpoints(rows, "checkpoints", shapes, torch.bfloat16) as folder:
+        for method in ("task-arithmetic", *NAMES):
+            _twice(rows, folder, method, "")
+            if method == "iso-c" and folder:
+                rows.attempt(f"{method}, error", partial(_judged, folder))
+    shapes = vision_layers(64, 2) if rows.small else vision_layers(768, 12)
+    with _checkpoints(rows, "checkpoints, ViT-B/32", shapes, torch.float32) as folder:
+        for method in NAMES:
+            _twice(rows, folder, method, ", ViT-B/32")
+
+
+def _twice(rows: Rows, folder: Path | None, method: str, model: str) -> None:
+    """Add rows of a merge and of the same once more, where there is something to merge."""
+    if folder is None:
+        return
+    for name in (f"{method}{model}", f"{method}{model}, again"):
+        rows.attempt(name, partial(_merged, folder, method, torch.device(rows.device)))
+
+
+def vision_layers(width: int, layers: int) -> Shapes:
+    """Return the layers of CLIP's vision tower: its matrices, a bias beside each, and two norms a layer."""
+    shapes = clip_vision_tower(width, layers)
+    shapes |= {name.replace(".weight", ".bias"): shape[:1] for name, shape in shapes.items()}
+    places = [f"vision_model.encoder.layers.{layer}.layer_norm{norm}" for layer in range(layers) for norm in (1, 2)]
+    return shapes | {f"{place}.{part}": (width,) for place in places for part in ("weight", "bias")}
+
+
+@contextmanager
+def _checkpoints(rows: Rows, name: str, shapes: Shapes, dtype: torch.dtype) -> Iterator[Path | None]:
+    """Add the row of a base and its experts, written in memory where that has room; yield their folder, or None where
+    that failed.
+    """
+    parameters, memory = sum(map(prod, shapes.values())), Path("/dev/shm")
+    needed = dtype.itemsize * parameters * (TASKS + 2)
     place = memory if memory.is_dir() and shutil.disk_usage(memory).free > 1.2 * needed else None
-    with tempfile.TemporaryDirectory(dir=place, prefix="isomerge-gpu-") as name:
-        folder = Path(name)
+    with tempfile.TemporaryDirectory(dir=place, prefix="isomerge-gpu-") as folder:
 
         def made() -> dict[str, Any]:
-            _write_checkpoints(folder, shapes, device)
-            return {"parameters": parameters, "experts": TASKS, "bytes": needed, "place": str(folder.parent)}
+            _write_checkpoints(Path(folder), shapes, dtype, torch.device(rows.device))
+            return {"parameters": parameters, "experts": TASKS, "bytes": needed, "place": str(Path(folder).parent)}
 
-        if rows.attempt("checkpoints", made):
-            for method in ("task-arithmetic", "iso-c", "iso-cts"):
-                for name in (method, f"{method}, again"):
-                    rows.attempt(name, partial(_merged, folder, method, device))
-                if method == "iso-c":
-                    rows.attempt(f"{method}, error", partial(_judged, folder))
+        yield Path(folder) if rows.attempt(name, made) else None
 
 
-def _write_checkpoints(folder: Path, shapes: Shapes, device: torch.device) -> None:
+def _write_checkpoints(folder: Path, shapes: Shapes, dtype: torch.dtype, device: torch.device) -> None:
     base: dict[str, Tensor] = {}
     for index in range(TASKS + 1):
         generator = torch.Generator(device=device).manual_seed(index)
@@ -64,7 +91,7 @@ def _write_checkpoints(folder: Path, shapes: Shapes, device: torch.device) -> No
         for name, shape in shapes.items():
             noise = torch.randn(shape, generator=generator, device=device)
             value = 0.02 * noise if index == 0 else base[name].to(device) + 2e-3 * noise
-            tensors[name] = value.bfloat16().cpu()
+            tensors[name] = value.to(dtype).cpu()
         base = base or tensors
         save_file(tensors, str(folder / f"{index}.safetensors"))
     if device.type == "cuda":

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from benchmarks.gpu.runner import child_command
 from benchmarks.gpu.schedule import Stage
+from benchmarks.gpu.shapes import NAMES, VIT, Shape
+from benchmarks.gpu.stacks import places_of, some_sources
 from benchmarks.harness.readings import Rows, read_rows
 from benchmarks.shapes import dimensions
 from isomerge_fast.bench import published
@@ -24,7 +26,7 @@ from isomerge_fast.linalg.polar_express import PolarExpress
 from isomerge_fast.linalg.polar_gram import GramNewtonSchulz
 from isomerge_fast.linalg.protocol import PolarSolver
 from isomerge_fast.linalg.svd import FullSvd
-from isomerge_fast.methods import MemoryDeltas, make_method
+from isomerge_fast.methods import DeltaSource, MemoryDeltas, make_method
 from isomerge_kernels import symmetric_matmul
 from kernel_checks import CHECKS  # type: ignore[import-not-found]  # tests/support is put on the path by runner
 
@@ -55,6 +57,8 @@ SHAPES = ((1100, 1100), (1024, 3072), (3072, 1024))
 HALVES = ((550, 550), (512, 1536), (1536, 512))
 BATCH = 3
 BATCHED_SHAPES = ((300, 300), (256, 640), (640, 256))
+# Different ones, of a matrix in a stack.
+NEIGHBOURS = 3
 SMALL_SHAPES = ((96, 96), (64, 160), (160, 64))
 
 
@@ -120,6 +124,30 @@ def solvers_and_methods(rows: Rows) -> None:
             _tiers(rows, name, members, batched=True)
         for shape in SMALL_SHAPES if rows.small else shapes:
             _tiers(rows, name, [deltas_like_fine_tuning(*shape, 4, "decay", device=device)], batched=False)
+    for shape in SMALL_SHAPES if rows.small else VIT:
+        for name in NAMES:
+            rows.attempt(f"{name} {dimensions(shape)}, any company", partial(_same_bytes, name, shape, device))
+
+
+def _same_bytes(name: str, shape: Shape, device: torch.device) -> dict[str, Any]:
+    """Check that a matrix has the same bytes in stacks of 1, 7 and as many members as there are places, at any place;
+    and beside some that are not regular.
+    """
+    method, places = make_method(name), places_of(name, shape, device)
+    judged, *regular = some_sources(shape, 1 + NEIGHBOURS, device)
+    odd = MemoryDeltas([delta[:, :1] * delta[:1] for delta in regular[0].experts])  # of rank 1
+    (alone, evidence), *_ = method.merge_stack([judged])
+    sizes = sorted({1, min(7, places), places})
+    stacks = [(regular, size, place) for size in sizes for place in sorted({0, size // 2, size - 1})]
+    stacks += [([odd, *regular], places, places // 2)] if places > 1 else []
+    for neighbours, size, place in stacks:
+        company: list[DeltaSource] = [neighbours[index % len(neighbours)] for index in range(size)]
+        company[place] = judged
+        value, stats = method.merge_stack(company)[place]
+        where = f"place {place} of {size}, beside {len(neighbours)} kinds"
+        assert torch.equal(value.view(torch.uint8), alone.view(torch.uint8)), f"{where}: other bytes than alone"
+        assert not stats.missed(), (where, stats.to_dict())
+    return {"places": places, "stacks": len(stacks), "algorithm": evidence.algorithm}
 
 
 def _polar(solver: PolarSolver, bar: float, x: Tensor, exact: Tensor) -> dict[str, Any]:

@@ -20,6 +20,7 @@ BASELINES = {"FusionBench": "fusion-bench {}", "published by default": "{}, defa
 LAYER = Counter(
     dimensions(shape) for name, shape in llama(4096, 14_336, 1, kv=1024).items() if "layers" in name and len(shape) == 2
 )
+VIT = "ViT-B/32"
 LAYERS, CHECKPOINT_BYTES, EXPERTS, DISK_GB_PER_S = 32, 16.06e9, 8, 2.0
 
 
@@ -91,7 +92,7 @@ def milliseconds(seconds: float) -> str:
 
 def methods(readings: Readings) -> str:
     """Return a table with a row per method: our time and GPU use, and each baseline's time (ratio; distance)."""
-    rows = readings.timed("methods")
+    rows = [row for row in readings.timed("methods") if "matrices" not in row]
     theirs = {row["name"]: readings.baselines(row["name"]) for row in rows}
     labels = [label for label in BASELINES if any(label in found for found in theirs.values())]
 
@@ -161,14 +162,45 @@ def products(readings: Readings) -> str:
     return text and f"{text}\n\nLargest errors, ours / torch's: {errors}."
 
 
+def stacks(readings: Readings) -> str:
+    """Return a table of matrices that were merged at once, beside the same ones one after the other."""
+
+    def cells(row: Row) -> Iterator[str]:
+        count, alone, profile = row["matrices"], row["one_by_one"], readings.row("methods", f"{row['name']}, profile")
+        yield row["name"]
+        yield milliseconds(row["seconds"]) + ("" if row["certified"] else " not certified")
+        yield milliseconds(row["seconds"] / count)
+        yield "" if alone is None else f"{milliseconds(alone)} ({alone / row['seconds']:.3g} ×)"
+        yield f"{profile['busy']:.0%}" if profile else ""
+        yield f"{profile['launches'] / count:.0f}" if profile else ""
+        yield str(row["escalations"])
+
+    head = ("8 tasks, at once", "ms", "ms a matrix", "one by one", "GPU busy", "launches a matrix", "solved again")
+    return table(head, [list(cells(row)) for row in readings.timed("methods") if "matrices" in row])
+
+
 def merges(readings: Readings) -> str:
-    head = ("2 layers of Llama-3-8B, 8 experts, streamed", "s", "GB/s read", "peak GiB of the GPU", "not certified")
-    lines = []
-    for row in readings.timed("merge"):
-        peak = f"{row['peak_vram_bytes'] / 2**30:.2f}" if "peak_vram_bytes" in row else ""
-        rates = f"{row['seconds']:.2f}", f"{row['read_gb_per_s']:.2f}"
-        lines.append((row["name"], *rates, peak, str(row["uncertified"])))
-    return table(head, lines)
+    """Return a table of streamed merges for each model, of the small one with what the merging thread waits for."""
+    head = ("s", "GB/s read", "peak GiB of the GPU", "not certified")
+    rows = readings.timed("merge")
+    small = [row for row in rows if VIT in row["name"]]
+    phases = ("read", "compute", "write")
+    tables = [
+        table(
+            ("2 layers of Llama-3-8B, 8 experts, streamed", *head), [_merge(row) for row in rows if row not in small]
+        ),
+        table(
+            (f"12 layers of {VIT}, 8 experts, streamed", *head, *(f"{phase}, s" for phase in phases)),
+            [[*_merge(row), *(f"{row['phases'][phase]:.2f}" for phase in phases)] for row in small],
+        ),
+    ]
+    return "\n\n".join(filter(None, tables))
+
+
+def _merge(row: Row) -> list[str]:
+    peak = f"{row['peak_vram_bytes'] / 2**30:.2f}" if "peak_vram_bytes" in row else ""
+    name = row["name"].replace(f", {VIT}", "")
+    return [name, f"{row['seconds']:.2f}", f"{row['read_gb_per_s']:.2f}", peak, str(row["uncertified"])]
 
 
 def threads(readings: Readings) -> str:
@@ -222,6 +254,7 @@ SECTIONS: tuple[tuple[str, Callable[[Readings], str | Iterable[str]]], ...] = (
     ("products: the configuration in use (a better one)", products),
     ("profiles", _profiles),
     ("methods", methods),
+    ("stacks", stacks),
     ("streamed merge", merges),
     ("Llama-3-8B x 8 experts by these readings", outlook),
     ("correctness, once more", _correctness),

@@ -12,7 +12,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.gpu.schedule import STAGES
-from benchmarks.gpu.summary import Readings, bandwidths, merges, methods, milliseconds, outlook, products, threads
+from benchmarks.gpu.summary import (
+    Readings,
+    bandwidths,
+    merges,
+    methods,
+    milliseconds,
+    outlook,
+    products,
+    stacks,
+    threads,
+)
 from benchmarks.harness.markdown import table, write_between
 from benchmarks.harness.readings import Row
 
@@ -64,7 +74,7 @@ def _outlook(readings: Readings) -> str:
     return f"Llama-3-8B, 8 experts, all layers, by these readings:\n\n{lines}"
 
 
-SECTIONS = (methods, _svds, bandwidths, products, merges, threads, _outlook)
+SECTIONS = (methods, stacks, _svds, bandwidths, products, merges, threads, _outlook)
 
 
 def table_of(file: Path) -> str:

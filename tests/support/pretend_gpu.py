@@ -51,6 +51,8 @@ READING = {
     "aten.linalg_inv",
     "aten._unique2",
 }
+# Whose result is the host's.
+READ_BY_HOST = ("aten._local_scalar_dense", "aten.equal")
 # Where a GPU takes operands from both sides.
 BOTH_SIDES = {"aten._to_copy", "aten.copy_", "aten.index", "aten.index_put_", "aten._index_put_impl_"}
 
@@ -136,9 +138,11 @@ class PretendGpu:
         reads: by operation.
         uploads: copies from the host.
         fractions: that the process was allowed of its memory, one after the other.
+        place: where what is on the GPU is held.
     """
 
     traits: DeviceTraits = H100
+    place: str = "cpu"
     launches: Counter[str] = field(default_factory=Counter)
     reads: Counter[str] = field(default_factory=Counter)
     uploads: int = 0
@@ -176,18 +180,28 @@ class PretendGpu:
         by_held = {id(tensor.held): tensor for tensor in ours}
         plain = dict(kwargs)
         if device is not None:
-            plain["device"] = "cpu"
+            plain["device"] = self.place
         if name == "aten._linalg_svd":
             plain.pop("driver", None)  # of cuSOLVER's
         args, plain = tree_map(lambda leaf: leaf.held if isinstance(leaf, PretendTensor) else leaf, (args, plain))
-        call: Any = MULTIPLIED_AS.get(function, function)
-        result = call(*args, **plain)
         target = args[0] if name == "aten.copy_" else None
         to_host = asked == "cpu" or (target is not None and id(target) not in by_held)
-        self._count(name, function, ours, tensors, to_host)
+        call: Any = MULTIPLIED_AS.get(function, function)
+        result = self.compute(name, call, args, plain, is_read=to_host or name in READ_BY_HOST)
+        if self._count(name, function, ours, tensors, to_host):
+            self.note(name, args, result)
         if to_host:
             return result
         return self._back(result, by_held)
+
+    def compute(
+        self, name: str, call: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any], *, is_read: bool
+    ) -> Any:
+        """Return what an operation makes of what is held; ``is_read`` where the host gets it."""
+        return call(*args, **options)
+
+    def note(self, name: str, operands: Sequence[Any], result: Any) -> None:
+        """See a launch, with its operands; who counts more than launches keeps them."""
 
     def _check(self, name: str, tensors: list[Tensor], asked: str | None) -> None:
         if name in BOTH_SIDES or asked is not None:
@@ -196,7 +210,8 @@ class PretendGpu:
             if not isinstance(tensor, PretendTensor) and tensor.ndim:
                 raise RuntimeError(f"{name}: expected all tensors to be on the same device, one is on {tensor.device}")
 
-    def _count(self, name: str, function: Any, ours: list[Any], tensors: list[Tensor], to_host: bool) -> None:
+    def _count(self, name: str, function: Any, ours: list[Any], tensors: list[Tensor], to_host: bool) -> bool:
+        """Count an operation; return whether it is a launch."""
         schema = function._schema
         is_view = any(value.alias_info is not None and not value.alias_info.is_write for value in schema.returns)
         with self._lock:
@@ -207,6 +222,8 @@ class PretendGpu:
                 self.uploads += 1
             elif not is_view and not name.startswith(NO_LAUNCH):
                 self.launches[name] += 1
+                return True
+        return False
 
     def on_host(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """With plain tensors, what is written to and what is returned on the GPU again; not counted."""
@@ -227,9 +244,11 @@ class PretendGpu:
 
         return tree_map(wrap, result)
 
-    def launched(self, name: str, count: int = 1) -> None:
+    def launched(self, name: str, operands: Sequence[Tensor | None], count: int = 1) -> None:
+        """Count launches of what torch does not see, with operands on the GPU."""
         with self._lock:
             self.launches[name] += count
+        self.note(name, operands, None)
 
     @property
     def launch_count(self) -> int:
@@ -266,11 +285,13 @@ class PretendKernels:
 
     def task_sum(self, *arguments: Any) -> ops.TaskSum:
         found = self._gpu.on_host(reference.task_sum, *arguments[:-1])  # the largest entries are always found
-        self._gpu.launched("task_sum", 2)  # the sum, and what blocks saw added up
+        self._gpu.launched(
+            "task_sum", [*arguments[0], arguments[1], found.total], 2
+        )  # the sum, and what blocks saw added up
         return found
 
     def apply_delta(self, *arguments: Any) -> list[Tensor]:
-        self._gpu.launched("apply_delta")
+        self._gpu.launched("apply_delta", arguments[:2])
         return self._gpu.on_host(reference.apply_delta, *arguments)
 
     def symmetric_matmul(
@@ -283,7 +304,7 @@ class PretendKernels:
         precision: str = "ieee",
         **factors: float,
     ) -> Tensor:
-        self._gpu.launched("symmetric_matmul")
+        self._gpu.launched("symmetric_matmul", [a, b, c])
         return self._gpu.on_host(reference.symmetric_matmul, a, b, c=c, out=out, **factors)
 
 
@@ -300,9 +321,12 @@ class _Stream:
 
 
 @contextmanager
-def pretend_gpu(traits: DeviceTraits = H100) -> Iterator[PretendGpu]:
-    """Pretends that there is a GPU, in this thread and in those of pools that are used meanwhile."""
-    gpu = PretendGpu(traits)
+def pretend_gpu(traits: DeviceTraits = H100, gpu: PretendGpu | None = None) -> Iterator[PretendGpu]:
+    """Pretends that there is a GPU, in this thread and in those of pools that are used meanwhile; ``gpu``, or a new one
+    of these ``traits``.
+    """
+    gpu = gpu or PretendGpu(traits)
+    traits = gpu.traits
     kernels = PretendKernels(gpu)
     submit = ThreadPoolExecutor.submit
 
@@ -327,7 +351,7 @@ def pretend_gpu(traits: DeviceTraits = H100) -> Iterator[PretendGpu]:
         return call
 
     def batched_syev(x: Tensor) -> tuple[Tensor, Tensor]:
-        gpu.launched("XsyevBatched")
+        gpu.launched("XsyevBatched", [x])
         return gpu.on_host(lambda x: tuple(torch.linalg.eigh(x)), x)
 
     def set_fraction(fraction: float, device: Any = None) -> None:
