@@ -65,7 +65,7 @@ def test_other_bytes_in_other_company_fail_a_row(
         with pytest.raises(AssertionError, match=f"{where}: other bytes than alone"):
             check()
         return
-    assert check() == {"places": PLACES, "stacks": 8, "algorithm": "in-stacks/gram-eigh-fp64"}
+    assert check() == {"places": PLACES, "stacks": 8, "algorithm": "in-stacks/polar-express-fp64"}
     assert method.asked == [1, 1, 7, 7, 7, PLACES, PLACES, PLACES, PLACES]
 
 
