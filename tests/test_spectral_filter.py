@@ -108,7 +108,7 @@ def test_the_cut_is_counted(side: int) -> None:
 
 def test_a_sign_is_one_and_knows_the_side() -> None:
     sigma = with_gap(1e-1)
-    sigma /= sigma[-1]
+    sigma = sigma / sigma[-1]
     h, vectors = symmetric(sigma)
     sign = sign_of(h, 0.5 * (sigma[COUNT - 1] + sigma[COUNT]))
     expected = (vectors * torch.where(torch.arange(SIDE) < COUNT, -1.0, 1.0)) @ vectors.mT
