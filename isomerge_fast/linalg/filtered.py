@@ -25,7 +25,7 @@ from .polar_gram import GramNewtonSchulz
 from .polar_iteration import PolarIteration
 from .polar_traced import TracedPolar
 from .protocol import PolarSolver, PolarStats, Subspace, default_tolerance
-from .spectral_filter import BottomBlock, bottom_block
+from .spectral_filter import COUNTING_BLOCK, COUNTING_VECTORS, BottomBlock, bottom_block
 from .spectrum import largest_eigenvalue
 from .subspace_alike import alike_block
 from .subspace_chebyshev import ChebyshevSubspace, angle_bound
@@ -88,7 +88,9 @@ class SpectralFilter(GramEigh):
         """Return the peak bytes beyond X: of the polar factor, or of that with U_k V_kᵀ, H and the filter."""
         short = min(rows, columns)
         polar = polar_iteration(rows, columns, in_stack=self.in_stack)
-        return max(polar.workspace_bytes(rows, columns, torch.float64, device), 8 * (2 * rows * columns + 8 * short**2))
+        counting = (COUNTING_BLOCK + 2) * COUNTING_VECTORS * short
+        filtering = 8 * (2 * rows * columns + 8 * short**2 + 2 * counting)
+        return max(polar.workspace_bytes(rows, columns, torch.float64, device), filtering)
 
     def part_bytes(
         self, rows: int, columns: int, k: int, s: int, at_once: int, dtype: torch.dtype, device: torch.device

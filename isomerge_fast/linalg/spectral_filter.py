@@ -29,6 +29,8 @@ PADDING, LEAST_PADDING = 0.08, 16
 SIGN_LOWER, SIGN_TARGET = 2e-4, 1e-8
 # Chebyshev polynomials and vectors by which the directions below μ are counted.
 COUNTING_DEGREE, COUNTING_VECTORS = 160, 8
+# Degrees whose images are held at once: all of them would be more than H where its side is below 1300.
+COUNTING_BLOCK = 32
 # Values of μ/‖H‖ that are looked at.
 COUNTING_GRID = 768
 SMALLEST_CUT = 1e-4
@@ -105,15 +107,19 @@ def counted_cut(h: Tensor, below: float) -> Tensor:
     moved.diagonal(dim1=-2, dim2=-1).sub_(1.0)
     draw = fixed_draw(side, COUNTING_VECTORS, torch.float64, device)
     start = draw * (math.sqrt(side / COUNTING_VECTORS) / torch.linalg.vector_norm(draw, dim=0))
-    images = torch.empty(COUNTING_DEGREE + 1, *h.shape[:-1], COUNTING_VECTORS, dtype=torch.float64, device=device)
+    images = torch.empty(COUNTING_BLOCK + 2, *h.shape[:-1], COUNTING_VECTORS, dtype=torch.float64, device=device)
     images[0] = start
     images[1] = moved @ images[0]
-    for before, now, out in zip(images, images[1:], images[2:], strict=False):
-        mm_add(before, moved, now, alpha=2.0, beta=-1.0, out=out)
-    # T_2j = 2 T_j² − 1 and T_2j+1 = 2 T_j T_j+1 − T_1.
-    even = 2.0 * images.square().sum((-2, -1)) - side
-    odd = 2.0 * (images[:-1] * images[1:]).sum((-2, -1)) - (images[0] * images[1]).sum((-2, -1))
-    moments = torch.cat([even, odd], dim=0)
+    first = (images[0] * images[1]).sum((-2, -1))
+    even, odd = [], []
+    for _ in range(0, COUNTING_DEGREE, COUNTING_BLOCK):
+        for before, now, out in zip(images, images[1:], images[2:], strict=False):
+            mm_add(before, moved, now, alpha=2.0, beta=-1.0, out=out)
+        # T_2j = 2 T_j² − 1 and T_2j+1 = 2 T_j T_j+1 − T_1.
+        even.append(2.0 * images[:-2].square().sum((-2, -1)) - side)
+        odd.append(2.0 * (images[:-2] * images[1:-1]).sum((-2, -1)) - first)
+        images[:2] = images[-2:].clone()
+    moments = torch.cat([*even, *odd], dim=0)
     grid, series = _counting_series(device)
     counts = (series @ moments.reshape(len(moments), -1)).view(-1, *h.shape[:-2])
     index = (counts < below).sum(0).clamp_max(len(grid) - 1)
@@ -124,7 +130,7 @@ def counted_cut(h: Tensor, below: float) -> Tensor:
 def _counting_series(device: torch.device) -> tuple[Tensor, Tensor]:
     """Return (μ [g], the coefficients c_j(μ) [g, moments]), even moments before odd ones; not to be written to."""
     with torch.inference_mode(False):
-        last = 2 * COUNTING_DEGREE + 1
+        last = 2 * COUNTING_DEGREE
         grid = torch.logspace(math.log10(SMALLEST_CUT), 0.0, COUNTING_GRID, dtype=torch.float64, device="cpu")
         j = torch.arange(last, dtype=torch.float64, device="cpu")
         step = math.pi / (last + 1)
