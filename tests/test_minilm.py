@@ -17,8 +17,10 @@ from torch.nn.functional import cosine_similarity, cross_entropy, normalize
 
 import isomerge_fast as imf
 import oracle
+from isomerge_fast.linalg import auto
 from isomerge_fast.linalg.auto import TOLERANCES
-from isomerge_fast.methods import as_deltas, make_method
+from isomerge_fast.methods import MemoryDeltas, as_deltas, make_method
+from pretend_gpu import pretend_gpu
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when transformers is imported: nothing here may ask a network
 transformers = pytest.importorskip("transformers", reason="the experts are fine-tuned with transformers")
@@ -226,6 +228,33 @@ def test_merged_delta_equals_oracle(
     value = SOLVERS[method](deltas)
     assert value.dtype == torch.float32
     assert oracle.relative_error(value.numpy(), judged(method, name)) <= DELTA_BOUND
+
+
+STACKED = {
+    "square": ("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense"),
+    "tall": ("intermediate.dense",),
+    "wide": ("output.dense",),
+}
+
+
+@pytest.mark.parametrize("method", SCALINGS)
+@pytest.mark.parametrize("names", STACKED.values(), ids=STACKED.keys())
+def test_a_gpu_merges_its_layers_in_stacks(
+    weights: Weights, method: str, names: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Six matrices of real fine-tuning as one stack: none has to be merged alone. The first and last are judged."""
+    monkeypatch.setattr(auto, "LARGEST_STACK", 8)
+    every = [f"encoder.layer.{layer}.{name}.weight" for layer in range(6) for name in names][-6:]
+    given = [[torch.from_numpy(delta.astype(np.float32)) for delta in weights.deltas(name)] for name in every]
+    with pretend_gpu() as gpu:
+        sources = [MemoryDeltas([gpu.upload(delta) for delta in deltas]) for deltas in given]
+        results = [(value.cpu(), stats) for value, stats in make_method(method).merge_stack(sources)]
+    for name, (value, stats) in zip(every, results, strict=True):
+        assert not stats.escalations, name
+        assert not stats.missed(), name
+        if name in (every[0], every[-1]):
+            judge = ORACLES[method](weights.deltas(name))
+            assert oracle.relative_error(value.numpy(), judge) <= 0.1 * DELTA_BOUND, name
 
 
 @pytest.mark.parametrize(("method", "name"), JUDGED)
