@@ -63,11 +63,13 @@ def block_width(side: int, count: int) -> int:
     return min(side, -(-(count + padding) // 8) * 8)
 
 
-def bottom_block(h: Tensor, largest: Tensor, count: int, *, dtype: torch.dtype = torch.float64) -> BottomBlock:
+def bottom_block(
+    h: Tensor, largest: Tensor, count: int, *, dtype: torch.dtype = torch.float64, products: str | None = None
+) -> BottomBlock:
     """Return the bottom ``count`` eigenvectors of H [..., r, r] float64, with some more, certified.
 
-    ``largest`` [...] bounds ‖H‖₂ from above. The filter is made in ``dtype``, all else in float64. Nothing is read from
-    the device, and nothing is decided for a batch as a whole.
+    ``largest`` [...] bounds ‖H‖₂ from above. The filter is made in ``dtype``, of float32 by ``products`` (``ops.mm``),
+    all else in float64. Nothing is read from the device, and nothing is decided for a batch as a whole.
     """
     side, width = h.shape[-1], block_width(h.shape[-1], count)
     if width == side:  # all of them
@@ -76,7 +78,7 @@ def bottom_block(h: Tensor, largest: Tensor, count: int, *, dtype: torch.dtype =
         return BottomBlock(vectors, values, whole, whole > 0)
     scaled = h / largest[..., None, None]
     cut = counted_cut(scaled, (count + width) / 2.0)
-    sign = sign_of(scaled, cut, dtype)
+    sign = sign_of(scaled, cut, dtype, products)
     x = fixed_draw(side, width, torch.float64, h.device).expand(*h.shape[:-1], width)
     missed = torch.zeros(h.shape[:-2], dtype=torch.bool, device=h.device)
     # Twice: what the first pass leaves of the large σ, 1e-8 of it, is filtered away by the second.
@@ -141,7 +143,7 @@ def _counting_series(device: torch.device) -> tuple[Tensor, Tensor]:
         return grid.to(device), torch.cat([series[:, ::2], series[:, 1::2]], dim=1).to(device)
 
 
-def sign_of(h: Tensor, cut: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
+def sign_of(h: Tensor, cut: Tensor, dtype: torch.dtype = torch.float64, products: str | None = None) -> Tensor:
     """Return sign(H − μI) in ``dtype`` of H [..., r, r] with ‖H‖ ≤ 1, by odd minimax quintics of symmetric products.
 
     What is nearer to μ than ``SIGN_LOWER`` ends between −1 and 1.
@@ -153,9 +155,9 @@ def sign_of(h: Tensor, cut: Tensor, dtype: torch.dtype = torch.float64) -> Tenso
     # Of those below μ the farthest is μ away, of those above it 1 − μ.
     x = (x / torch.maximum(cut, 1.0 - cut)[..., None, None]).to(dtype)
     for step in quintics(SIGN_LOWER, SIGN_TARGET):
-        square = sym_mm(x, x.mT)
-        polynomial = sym_mm_add(square, square.mT, alpha=step.c, beta=step.b, gamma=step.a)
-        x = sym_mm(x, polynomial.mT)
+        square = sym_mm(x, x.mT, precision=products)
+        polynomial = sym_mm_add(square, square.mT, alpha=step.c, beta=step.b, gamma=step.a, precision=products)
+        x = sym_mm(x, polynomial.mT, precision=products)
     return x
 
 
