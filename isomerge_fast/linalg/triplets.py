@@ -88,6 +88,7 @@ def rayleigh_ritz(a: Tensor, x: Tensor) -> tuple[Triplets, Tensor]:
 
 
 def column_norms(image: Tensor, side: Tensor, sigma: Tensor) -> Tensor:
+    """Return ‖y − σ x‖ of each pair of columns, [..., n, b] -> [..., b]."""
     return torch.linalg.vector_norm(image - side * sigma[..., None, :], dim=-2)
 
 
