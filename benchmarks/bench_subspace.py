@@ -1,5 +1,7 @@
 """Time the subspaces of Iso-CTS: the top s directions that a projection leaves of a tall Δ_t, and the top k of a sum.
 
+And ``randomized_svd``, the certified top triplets of any matrices.
+
 The searched and certified task part stands beside the exact ones, by our eigensolver, torch's and numpy's full SVDs,
 and beside torch's randomized ``svd_lowrank``. Errors are ‖sin θ‖_F/√s between the left subspace found and that of
 numpy's float64 SVD.
@@ -18,6 +20,7 @@ from torch import Tensor
 from benchmarks.harness.rows import OURS, Problem, Row, kept
 from benchmarks.shapes import shape_of
 from isomerge_fast.bench.problems import Kind, deltas_like_fine_tuning
+from isomerge_fast.functional import randomized_svd
 from isomerge_fast.linalg.auto import subspace_candidates
 from isomerge_fast.linalg.gram_eigh import GramEigh
 from isomerge_fast.linalg.protocol import Solver, default_tolerance
@@ -29,13 +32,13 @@ ANGLE = 1e-5  # what the default tier certifies a searched subspace to
 
 
 def angle_to(exact: Tensor, result: Any) -> float:
-    """Return ‖U − U* U*ᵀ U‖_F / √s of orthonormal U [M, s], U* ``exact``."""
+    """Return ‖U − U* U*ᵀ U‖_F / √s of orthonormal U [..., M, s], U* ``exact``, the largest of a batch."""
     u = torch.as_tensor(result).cpu().double()
-    return ((u - exact @ (exact.mT @ u)).norm() / math.sqrt(u.shape[1])).item()
+    return torch.linalg.matrix_norm(u - exact @ (exact.mT @ u)).max().item() / math.sqrt(u.shape[-1])
 
 
 def left_vectors(x: np.ndarray, count: int) -> np.ndarray:
-    return np.linalg.svd(x, full_matrices=False)[0][:, :count]
+    return np.linalg.svd(x, full_matrices=False)[0][..., :count]
 
 
 def task_part(shape: tuple[int, int], kind: Kind, device: torch.device) -> Problem:
@@ -86,6 +89,39 @@ def common_part(shape: tuple[int, int], kind: Kind, device: torch.device) -> Pro
     return Problem(calls, partial(angle_to, exact), {OURS: ANGLE}, 4.0 * shape[0] * (shape[1] + k))
 
 
+def top_triplets(shape: tuple[int, int, int], rank: int, kind: Kind | None, device: torch.device) -> Problem:
+    """Return the benchmark of the top ``rank`` triplets of one matrix or a batch; lowrank has its default of steps.
+
+    Without a kind matrices are products of two factors of ``rank`` columns, as adapters make them.
+    """
+    count, rows, columns = shape
+    if kind is None:
+        generator = torch.Generator(device=device).manual_seed(0)
+        left, right = (
+            torch.randn(count, side, rank, generator=generator, device=device, dtype=torch.float32)
+            for side in (rows, columns)
+        )
+        matrices = 0.01 * left @ right.mT
+    else:
+        matrices = torch.stack(deltas_like_fine_tuning(rows, columns, count, kind, device=device))
+    a = matrices[0] if count == 1 else matrices
+    exactly = partial(left_vectors, a.double().cpu().numpy(), rank)
+    exact = torch.from_numpy(kept(f"svd {count}x{rows}x{columns} {rank} {kind} {device.type}", exactly))
+
+    def ours() -> Tensor:
+        found = randomized_svd(a, rank)
+        assert bool(found.evidence.certified.all())
+        return found.u
+
+    calls = {
+        OURS: ours,
+        TORCH: lambda: torch.linalg.svd(a, full_matrices=False)[0][..., :rank],
+        TORCH_LOWRANK: lambda: torch.svd_lowrank(a, q=rank + 9)[0][..., :rank],
+        NUMPY: exactly,
+    }
+    return Problem(calls, partial(angle_to, exact), {OURS: ANGLE}, 4.0 * count * rows * (columns + rank))
+
+
 CASES: tuple[tuple[str, Kind, str], ...] = (
     ("tiny", "noise", "tiny"),
     ("ViT-B/32 fc1", "noise", "short"),
@@ -102,4 +138,23 @@ ROWS = [
         ("task-part", task_part, (OURS, EIGH, TORCH, TORCH_LOWRANK, NUMPY)),
         ("common-part", common_part, (OURS, TORCH, NUMPY)),
     )
+]
+SVD_CASES: tuple[tuple[tuple[int, int, int], int, Kind | None, str], ...] = (
+    ((2, 96, 48), 4, "noise", "tiny"),
+    ((1, 3072, 768), 19, "noise", "short"),
+    ((1, 3072, 768), 19, "decay", "full"),
+    ((1, 3072, 768), 76, "noise", "full"),
+    ((8, 768, 768), 19, "noise", "full"),
+    ((1, 3072, 768), 16, None, "full"),
+    ((1, 2048, 2048), 16, None, "full"),
+)
+ROWS += [
+    Row(
+        f"svd {'' if count == 1 else f'{count} of '}{m}x{n} rank {rank} {kind or 'factors'}",
+        (OURS, TORCH, TORCH_LOWRANK, NUMPY),
+        partial(top_triplets, (count, m, n), rank, kind),
+        level,
+        slow=frozenset({TORCH, NUMPY}) if min(m, n) > 1024 else frozenset(),
+    )
+    for (count, m, n), rank, kind, level in SVD_CASES
 ]

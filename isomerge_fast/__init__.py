@@ -14,7 +14,7 @@ _NAMES = {
     "config": "MergeConfig Override",
     "errors": "ConfigError InputError IsomergeError ResourceError VerificationError",
     "execution.report": "Report",
-    "functional": "iso_c iso_cts merge_state_dicts",
+    "functional": "iso_c iso_cts merge_state_dicts randomized_svd",
     "linalg": "ChebyshevSubspace FullSvd GramEigh GramNewtonSchulz PolarExpress",
     "methods": "IsoC IsoCTS Mean TaskArithmetic register_method",
 }
@@ -35,7 +35,12 @@ if TYPE_CHECKING:  # the same names, for type checkers: by PEP 484 `as` makes th
         VerificationError as VerificationError,
     )
     from .execution.report import Report as Report
-    from .functional import iso_c as iso_c, iso_cts as iso_cts, merge_state_dicts as merge_state_dicts
+    from .functional import (
+        iso_c as iso_c,
+        iso_cts as iso_cts,
+        merge_state_dicts as merge_state_dicts,
+        randomized_svd as randomized_svd,
+    )
     from .linalg import (
         ChebyshevSubspace as ChebyshevSubspace,
         FullSvd as FullSvd,

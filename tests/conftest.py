@@ -49,6 +49,7 @@ LONGEST = {
     "test_accuracy.py": 17,
     "test_streaming.py": 15,
     "test_cli.py": 13,
+    "test_randomized.py": 13,
 }
 
 

@@ -36,6 +36,11 @@ def main() -> None:
     print(f"one matrix: {list(delta.shape)} {delta.dtype}")
     print(f"arrays give the same: {torch.equal(imf.iso_cts([delta.numpy() for delta in deltas]), delta)}")
 
+    # Its top singular vectors, and how they are known to be these.
+    u, sigma, vh = found = imf.randomized_svd(delta, 8)
+    print(f"top 8 of {min(delta.shape)}: {list(u.shape)} {list(sigma.shape)} {list(vh.shape)}")
+    print(f"certified: {bool(found.evidence.certified)}, by {found.evidence.algorithm[0]}")
+
     # A whole model: matrices by the method, biases averaged.
     states = [expert.state_dict() for expert in experts]
     merged = imf.merge_state_dicts(base.state_dict(), states, method="iso-c", scaling=1.3)

@@ -380,6 +380,14 @@ def odd_deltas(doors: Doors, chance: random.Random) -> None:
     doors.call(function.__name__, function, deltas, **named)
 
 
+def odd_svd(doors: Doors, chance: random.Random) -> None:
+    """``randomized_svd``."""
+    named: dict[str, Any] = {"a": torch.ones(2, 4, 3), "rank": 2}
+    for _ in range(chance.choice([0, 1, 1, 2])):
+        named[chance.choice([*named, "n_oversamples", "tolerance"])] = odd_value(chance)
+    doors.call("randomized_svd", imf.randomized_svd, **named)
+
+
 def odd_state_dicts(doors: Doors, chance: random.Random) -> None:
     """``merge_state_dicts``."""
     base: Any = {"w": torch.ones(3, 2), "n": torch.ones(3), "i": torch.arange(3)}
@@ -517,6 +525,7 @@ DOORS: dict[str, tuple[float, Door]] = {
     "odd settings": (20, odd_settings),
     "odd merge": (14, odd_merge),
     "odd deltas": (10, odd_deltas),
+    "odd svd": (4, odd_svd),
     "odd state dicts": (14, odd_state_dicts),
     "odd paths": (8, odd_paths),
     "damaged input": (16, damaged_input),
