@@ -169,7 +169,8 @@ class Spectral(Method):
         members = [deltas.member(place) for place in range(count)]
         spec = TensorSpec("", tuple(deltas.shape[-2:]), deltas.full_spec.dtype)
         size = self.stack_size(spec, deltas.n_tasks, deltas.device)
-        if size > 1 and (self.memory_bytes is None or self.stack_bytes(spec, 1, deltas.device) <= self.memory_bytes):
+        needed = self.stack_bytes(spec, deltas.n_tasks, deltas.device)
+        if size > 1 and (self.memory_bytes is None or needed <= self.memory_bytes):
             starts = range(0, count, size)
             return as_batch([each for at in starts for each in self.merge_stack(members[at : at + size])], batch)
         if self.solver is not None:
