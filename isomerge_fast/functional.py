@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .execution.in_memory import StateDictMerge
 from .execution.memory_inputs import Array, read_deltas, read_weights
+from .execution.state_dicts import StateDictMerge
 from .methods import MemoryDeltas, Method, TensorSpec, given_method, make_method
 from .methods.source import checked_weights
 from .planning.routes import merge_with_retry

@@ -22,7 +22,7 @@ from ..methods import NotFiniteError, OutOfRangeError
 from ..methods.certified import UnsolvedError
 from ..methods.source import Threads
 from ..planning.plan import TensorPlan
-from ..planning.routes import Made, Stacked, merge_stack_with_retry
+from ..planning.routes import Made, Stacked, merge_stack_with_retry, out_of_memory_at_once
 from .input_damage import absurd_deltas, out_of_range, require_checksums, require_finite
 from .report import PhaseTimer
 from .sinks import FileSink
@@ -94,8 +94,7 @@ class TensorMerge:
             except (NotFiniteError, OutOfRangeError, UnsolvedError):
                 pass
             except torch.OutOfMemoryError:
-                what = f"{self._settings.device} was out of memory for {len(tensors)} tensors at once"
-                remarks.append(f"{what} and each is merged by itself: what else runs on it takes room")
+                remarks.append(out_of_memory_at_once(torch.device(self._settings.device), len(tensors)))
         if made:
             seconds = (time.perf_counter() - started) / len(made)
             for tensor, own, result in zip(tensors, source.members, made, strict=True):

@@ -337,3 +337,9 @@ def _with_retry(merge: Callable[[], list[Made]], sources: Sequence[DeltaSource],
     remark = f"{first.device} was out of memory and {what} merged once more: what else runs on it takes room"
     LOG.warning("tensor %s: %s", visible(repr(first.full_spec.name)), remark)
     return [(value, replace(stats, remarks=(remark,))) for value, stats in merge()]
+
+
+def out_of_memory_at_once(device: torch.device, count: int) -> str:
+    """Return the remark on tensors of a stack for which there was no room twice."""
+    what = f"{device} was out of memory for {count} tensors at once"
+    return f"{what} and each is merged by itself: what else runs on it takes room"
