@@ -33,7 +33,7 @@ from .outputs import PlannedTensor
 from .part_sizes import PartSizes
 from .pattern_checks import require_matches, rules_of
 from .plan import LeftOut, Plan, TensorPlan
-from .routes import LEAST_ALIKE, Copied, Route, choose_route, places_of
+from .routes import LEAST_ALIKE, Copied, Route, choose_route, places_of, stack_route
 from .schedule import default_cores, schedule
 
 # What is held of all tensors beside their bytes: of each copy where it lies; of the merged one its plan, journal entry
@@ -202,7 +202,7 @@ def _route_of(draft: Draft, budget: Budget, device: torch.device, adapter_rank: 
     if draft.method is None:
         return Copied.plan(draft.base.shape, sizes)
     if not draft.pairs:
-        return choose_route(draft.method, draft.spec, sizes, alike)
+        return stack_route(draft.method, draft.spec, sizes, alike) or choose_route(draft.method, draft.spec, sizes)
     ranks = {"rank": draft.rank, "adapter_rank": adapter_rank}
     return factor_route(draft.method, draft.spec, sizes, tasks=len(draft.pairs), **ranks)
 

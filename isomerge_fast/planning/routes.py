@@ -282,16 +282,17 @@ def places_of(method: Method, spec: TensorSpec, tasks: int, device: torch.device
     return method.stack_size(spec, tasks, device) if device.type == "cuda" else 1
 
 
-def choose_route(method: Method, spec: TensorSpec, sizes: PartSizes, alike: int = 1) -> Route:
-    """Return the fastest route that keeps to ``budget.work``; where none does, the one that takes least.
+def stack_route(method: Method, spec: TensorSpec, sizes: PartSizes, alike: int) -> Stacked | None:
+    """Return the route of a matrix of which the plan has so many ``alike``, where stacks keep to ``budget.work``."""
+    if method.any_shape or alike < LEAST_ALIKE:
+        return None
+    route, work = Stacked.plan(method, spec, sizes), sizes.budget.work
+    return route if route is not None and (work is None or route.work_bytes <= work) else None
 
-    ``alike`` is how many tensors of the plan are of this one's kind.
-    """
+
+def choose_route(method: Method, spec: TensorSpec, sizes: PartSizes) -> Route:
+    """Return the fastest route by itself that keeps to ``budget.work``; where none does, the one that takes least."""
     work = sizes.budget.work
-    if not method.any_shape and alike >= LEAST_ALIKE:
-        stacked = Stacked.plan(method, spec, sizes)
-        if stacked is not None and (work is None or stacked.work_bytes <= work):
-            return stacked
     routes: list[Route] = []
     for strategy in (Rowwise,) if method.any_shape else (Resident, Streamed, Rowwise):
         route = strategy.plan(method, spec, sizes)
