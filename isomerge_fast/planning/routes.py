@@ -249,7 +249,8 @@ class Stacked(Resident):
         return [stats for _, stats in made]
 
     def reason(self, spec: TensorSpec, tasks: int, device: torch.device, given: str) -> str:
-        return given if given else f"stacked: {self.places} at once"
+        """Return how many are merged at once, which may change last digits, beside why the tensor goes this way."""
+        return f"stacked: {self.places} at once; {super().reason(spec, tasks, device, given)}"
 
 
 class Streamed(Whole):
