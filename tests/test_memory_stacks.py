@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 import isomerge_fast as imf
-from checkpoints import make_expert
+from checkpoints import make_expert, save_folder
 from isomerge_fast.execution import memory_stacks, state_dicts
 from isomerge_fast.execution.in_memory import are_merged_apart, merge_matrices
 from isomerge_fast.execution.memory_stacks import Stackable, stacks_of
@@ -97,6 +98,23 @@ def test_tied_weights_are_merged_once(monkeypatch: pytest.MonkeyPatch) -> None:
         found = dict(merged(InStacks(), base, experts))
     assert found["tied"] is found["11.up"]
     assert sum(InStacks.seen) == 2 * LAYERS
+
+
+def test_state_dicts_in_files_are_read_in_stacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As FusionBench gives them: no more is read at once than a stack."""
+    base, experts = states()
+    folders = [save_folder(tmp_path / str(index), state) for index, state in enumerate((base, *experts))]
+    opened = [imf.open_state_dict(folder) for folder in folders]
+    for each in opened:  # what is on the meta device the pretended GPU takes for its own
+        known = each.meta()
+        monkeypatch.setattr(each, "meta", lambda known=known: known)
+    with pretend_gpu():
+        results = StateDictMerge(InStacks(), device=CUDA).merge(opened[0], opened[1:])
+        found = dict(results)
+        expected = dict(merged(InStacks(), base, experts))
+    assert sum(InStacks.seen) == 4 * LAYERS
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_the_cpu_merges_each_by_itself() -> None:
