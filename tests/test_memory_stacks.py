@@ -1,4 +1,4 @@
-"""State dicts and batches of matrices that a GPU merges in stacks: the results, in their order, and whose errors."""
+"""State dicts whose matrices a GPU merges in stacks: the results, in their order, and whose errors."""
 
 from __future__ import annotations
 
@@ -13,10 +13,9 @@ from torch import Tensor
 import isomerge_fast as imf
 from checkpoints import make_expert, save_folder
 from isomerge_fast.execution import memory_stacks, state_dicts
-from isomerge_fast.execution.in_memory import are_merged_apart, merge_matrices
 from isomerge_fast.execution.memory_stacks import Stackable, stacks_of
 from isomerge_fast.execution.state_dicts import StateDictMerge
-from isomerge_fast.methods import IsoC, MemoryDeltas, Method, NotFiniteError, TensorSpec
+from isomerge_fast.methods import Method, TensorSpec
 from isomerge_fast.methods.source import DeltaSource
 from pretend_gpu import CUDA, pretend_gpu
 from stacked_methods import PLACES, InStacks, ManyLaunches
@@ -214,32 +213,3 @@ def test_no_stack_takes_more_than_its_share_of_the_memory(monkeypatch: pytest.Mo
     for more, expected in ((0.999, []), (1.001, [["a0", "a1", "a2"]])):
         monkeypatch.setattr(memory_stacks, "STACK_SHARE", more * taken / room)
         assert names_of(tensors) == expected
-
-
-@pytest.mark.parametrize("count", [2, 3, 7])
-def test_matrices_of_a_batch(count: int) -> None:
-    generator = torch.Generator().manual_seed(0)
-    with pretend_gpu() as gpu:
-        made = [[gpu.upload(torch.randn(24, 16, generator=generator)) for _ in range(1 + TASKS)] for _ in range(count)]
-        sources = [MemoryDeltas(experts, base) for base, *experts in made]
-        found = [each.cpu() for each in merge_matrices(InStacks(), sources, 0.7, torch.float32)]
-        assert InStacks.seen == {2: [], 3: [3], 7: [PLACES, 2]}[count]
-        alone = [each.cpu() for each in merge_matrices(IsoC(), sources[:2], 0.7, torch.float32)]
-        assert are_merged_apart(InStacks(), sources[0].full_spec, TASKS, CUDA, count) == (count > 2)
-    assert all(map(torch.equal, found, alone))
-    assert len(found) == count
-
-
-def test_one_of_a_batch_that_holds_nan_fails_in_its_turn() -> None:
-    generator = torch.Generator().manual_seed(0)
-    with pretend_gpu() as gpu:
-        made = [[torch.randn(24, 16, generator=generator) for _ in range(1 + TASKS)] for _ in range(7)]
-        made[3][2][1, 1] = torch.nan
-        sources = [
-            MemoryDeltas([gpu.upload(expert) for expert in experts], gpu.upload(base)) for base, *experts in made
-        ]
-        results = merge_matrices(InStacks(), sources, 0.7, torch.float32)
-        for _ in range(3):
-            next(results)
-        with pytest.raises(NotFiniteError):
-            next(results)

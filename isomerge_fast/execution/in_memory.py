@@ -16,11 +16,10 @@ from ..methods.source import Factors, MemoryFactors
 from ..planning.budget import TOGETHER_SHARE
 from ..planning.factor_routes import ToAdapter
 from ..planning.part_sizes import ROW_STEP
-from ..planning.routes import LEAST_ALIKE, Stacked, memory_route, places_of
+from ..planning.routes import Stacked, memory_route
 from ..planning.schedule import cores_of, default_cores
 from .in_order import Task, in_order
 from .jobs import Demand
-from .memory_stacks import Stackable, Together
 from .threads import OneCore
 
 # So much of a tensor is rounded at once.
@@ -69,16 +68,8 @@ def merge_matrices(
 ) -> Iterator[Tensor]:
     """Yield ``merge_source`` of matrices, each beside its base, in their order; on a CPU several at once, a core each.
 
-    On a GPU they are merged in stacks. All have one shape; the method is one for matrices.
+    All have one shape; the method is one for matrices.
     """
-    first = sources[0]
-    assert first.base is not None
-    dtypes = (first.base.dtype, *(expert.dtype for expert in first.experts))
-    stackable = Stackable(first.full_spec, method, ops.indexed(first.device), dtypes)
-    places = stackable.places if len(sources) >= LEAST_ALIKE else 1
-    if places > 1:
-        yield from _merge_in_stacks(method, sources, places, scaling, dtype)
-        return
 
     def task(source: MemoryDeltas) -> Task[Tensor]:
         assert source.base is not None
@@ -92,32 +83,6 @@ def merge_matrices(
 
     cores = default_cores()
     yield from in_order(map(task, sources), cores, together_bytes())
-
-
-def are_merged_apart(method: Method, spec: TensorSpec, tasks: int, device: torch.device, count: int) -> bool:
-    """Return whether so many matrices are merged by ``merge_matrices``, and not as one batch.
-
-    On a CPU each by itself; on a GPU in stacks, whose results do not depend on the number of matrices.
-    """
-    if device.type == "cpu" or count == 1:
-        return True
-    return count >= LEAST_ALIKE and places_of(method, spec, tasks, device) > 1
-
-
-@torch.no_grad()
-def _merge_in_stacks(
-    method: Method, sources: Sequence[MemoryDeltas], places: int, scaling: float, dtype: torch.dtype
-) -> Iterator[Tensor]:
-    def merge(chosen: Sequence[MemoryDeltas]) -> list[Tensor]:
-        return merge_stack(method, chosen, places, scaling=scaling, dtype=dtype, seeds=[None] * len(chosen))
-
-    for start in range(0, len(sources), places):
-        chosen = sources[start : start + places]
-        names = [source.full_spec.name for source in chosen]
-        made = Together(
-            chosen[0].device, names, partial(merge, chosen), lambda index, own=chosen: merge([own[index]])[0]
-        )
-        yield from map(made.make, range(len(chosen)))
 
 
 def together_bytes() -> int:
