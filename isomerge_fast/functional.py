@@ -10,8 +10,8 @@ from torch import Tensor
 
 from . import ops
 from .errors import InputError
-from .execution.in_memory import StateDictMerge
 from .execution.memory_inputs import Array, as_tensor, read_deltas, read_weights
+from .execution.state_dicts import StateDictMerge
 from .linalg.auto import TOLERANCES
 from .linalg.randomized import SvdResult, top_triplets
 from .methods import MemoryDeltas, Method, TensorSpec, given_method, make_method

@@ -23,9 +23,13 @@ from isomerge_fast.bench.short import Shape, measure_short
 from isomerge_fast.cli.commands import app
 from isomerge_fast.errors import VerificationError
 from isomerge_fast.execution.engine import run
+from isomerge_fast.execution.threads import OneCore
 from isomerge_fast.linalg import auto
+from isomerge_fast.methods import registry
 from isomerge_fast.planning.plan import Plan
 from isomerge_fast.planning.planner import make_plan
+from pretend_gpu import CUDA, pretend_gpu
+from stacked_methods import PLACES, InStacks
 
 CPU = torch.device("cpu")
 TINY = (Shape(48, 48, "square"), Shape(40, 80, "wide"), Shape(80, 40, "tall"), Shape(48, 48, "GPU", on_cpu=False))
@@ -220,6 +224,26 @@ def test_no_size_takes_another_solver(wide_family: list[object], monkeypatch: py
     bounded = replace(up, route=replace(up.route, method=imf.IsoC(memory_bytes=4000)))
     assert method_at(bounded, (32, 64)) == imf.IsoC(memory_bytes=1000)
     assert method_at(up, (32, 64)) == up.method
+
+
+@pytest.mark.parametrize(("count", "at_once"), [(3, 3), (7, PLACES)])
+def test_a_stack_is_timed_and_shared_out(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, count: int, at_once: int
+) -> None:
+    """As it is planned for a GPU, timed here on a CPU."""
+    monkeypatch.setitem(registry.METHODS, InStacks.name, InStacks)
+    monkeypatch.setattr(InStacks, "seen", [])
+    monkeypatch.setattr(estimate, "timed", ticking(lambda _: 6.0))
+    base = {f"{index}.weight": torch.randn(64, 48) for index in range(count)}
+    options = ["--base", *(save_folder(tmp_path / name, base) for name in "abc")]
+    config = imf.MergeConfig(str(options[1]), [str(path) for path in options[2:]], method=InStacks.name)
+    with pretend_gpu():
+        plan = make_plan(config, CUDA)
+    (members,) = group_plans(plan)
+    timing = estimate._time(members, plan, CPU, OneCore(), 0.0)
+    assert {*InStacks.seen} == {at_once}
+    assert timing.seconds == 6.0 / at_once
+    assert timing.passed_bytes == 0
 
 
 @pytest.mark.parametrize("method", ["iso-c", "iso-cts"])

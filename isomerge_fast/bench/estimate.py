@@ -22,14 +22,14 @@ from ..execution.threads import ComputeThreads, OneCore
 from ..methods.source import Threads
 from ..ops import dtype_name, torch_threads
 from ..planning.plan import Plan, TensorPlan
-from ..planning.routes import Resident, Streamed
+from ..planning.routes import Resident, Stacked, Streamed
 from ..planning.schedule import Simulation
 from .ceilings import machine, measure_disk, timed
 from .samples import MEASURED, Sample, Size, memory_for_samples, sample_bytes, sizes_of
 
 CALLS = 5
 # Routes of whole matrices: what takes their time is operations, not passes over bytes.
-SCALED_BY_FLOPS = (Resident.name, Streamed.name)
+SCALED_BY_FLOPS = (Resident.name, Stacked.name, Streamed.name)
 NOTES = (
     "made-up weights: full-rank deltas with noise; sums of low rank (LoRA) can take other solvers",
     "copies are timed as what they are, a pass over their bytes",
@@ -51,7 +51,7 @@ def group_plans(plan: Plan) -> list[list[TensorPlan]]:
 
 @dataclass(frozen=True)
 class _Timing:
-    """Hold the largest size timed of a group, its seconds and bytes, and the seconds that all sizes took."""
+    """Hold the largest size timed of a group, its seconds and bytes a tensor, and the seconds that all sizes took."""
 
     size: Size
     seconds: float
@@ -60,14 +60,18 @@ class _Timing:
     spent_seconds: float
 
 
-def _time(tensor: TensorPlan, plan: Plan, device: torch.device, workers: Threads, allowance_seconds: float) -> _Timing:
+def _time(
+    members: Sequence[TensorPlan], plan: Plan, device: torch.device, workers: Threads, allowance_seconds: float
+) -> _Timing:
     """Time the smallest size, then again and again the largest one that is expected to fit into the time left."""
+    tensor = members[0]
+    at_once = min(tensor.route.places, len(members)) if isinstance(tensor.route, Stacked) else 1
     room = memory_for_samples(device)
     sizes = sizes_of(tensor, device)
     sizes = [size for size in sizes if sample_bytes(tensor, size, device) <= room] or sizes[:1]
     spent, size, first = 0.0, sizes[0], True
     while True:
-        sample, making = timed(lambda size=size: Sample(tensor, size, plan, device, workers), device)
+        sample, making = timed(lambda size=size: Sample(tensor, size, plan, device, workers, at_once), device)
         (algorithm, passed), seconds = timed(sample.merge, device)
         spent += making
         # The first call compiles on a GPU, and takes memory from the system: repeated where there is time.
@@ -91,7 +95,7 @@ def _time(tensor: TensorPlan, plan: Plan, device: torch.device, workers: Threads
         _, seconds = timed(sample.merge, device)
         times.append(seconds)
         spent += seconds
-    return _Timing(size, statistics.median(times), algorithm, passed, spent)
+    return _Timing(size, statistics.median(times) / at_once, algorithm, passed // at_once, spent)
 
 
 def _group(members: Sequence[TensorPlan], timing: _Timing) -> dict[str, Any]:
@@ -158,7 +162,7 @@ def estimate_merge(
             say(f"{members[0].action} of {list(members[0].base.shape)}")
             allowance = max(0.0, budget_seconds - spent) / (len(pending) - index)
             with _as_merged(members[0], workers, device) as own_workers:
-                timing = _time(members[0], plan, device, own_workers, allowance)
+                timing = _time(members, plan, device, own_workers, allowance)
             spent += timing.spent_seconds
             groups.append(_group(members, timing))
     groups.sort(key=lambda group: -group["seconds"])

@@ -19,6 +19,7 @@ from ..machine import memory_bytes
 from ..methods import MemoryDeltas, Method, RowBlock, TensorSpec
 from ..methods.source import Factors, MemoryFactors, Threads
 from ..planning.plan import Plan, TensorPlan
+from ..planning.routes import Stacked
 from .problems import deltas_like_fine_tuning
 
 # Smaller sizes tell little of larger ones. Iso-C of square matrices went through 62 GFLOP/s of ``Method.flops`` at
@@ -125,10 +126,12 @@ def _solver(tensor: TensorPlan, shape: tuple[int, ...], device: torch.device) ->
 
 
 class Sample:
-    """Make a tensor like a planned one, of a given size, and merge it."""
+    """Make a tensor like a planned one, of a given size, and merge it; ``at_once`` of them, of a stack."""
 
-    def __init__(self, tensor: TensorPlan, size: Size, plan: Plan, device: torch.device, workers: Threads) -> None:
-        self._tensor, self._workers = tensor, workers
+    def __init__(
+        self, tensor: TensorPlan, size: Size, plan: Plan, device: torch.device, workers: Threads, at_once: int = 1
+    ) -> None:
+        self._tensor, self._workers, self._at_once = tensor, workers, at_once
         self._method = method_at(tensor, size.shape)
         whole = tensor.route
         view_shape = size.shape if len(whole.view_shape) == len(size.shape) > 1 else (prod(size.shape),)
@@ -189,7 +192,11 @@ class Sample:
         planned = replace(self._tensor, route=self._route)
         output = FileSink(planned, writers, self._writes, self._workers, lambda _: nullcontext())
         before = self._source.passed_bytes
-        algorithm = self._route.run(self._source, output).algorithm
+        if isinstance(self._route, Stacked):
+            sources = [self._source] * self._at_once
+            algorithm = self._route.run_all(sources, [output] * self._at_once)[0].algorithm
+        else:
+            algorithm = self._route.run(self._source, output).algorithm
         return algorithm, self._source.passed_bytes - before
 
 

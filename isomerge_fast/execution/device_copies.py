@@ -56,6 +56,16 @@ class Uploads:
             self._next = self._thread.submit(self._upload_if_room)
         return tensors
 
+    def skip(self) -> None:
+        """Read past the next bundle, for which there need be no room on the device."""
+        begun, self._next = self._next, None
+        if begun is not None and begun.result() is not None:
+            return
+        bundle = self._ahead.upcoming
+        assert bundle is not None
+        for _ in bundle.parts(self._ahead.part_bytes):
+            self._ahead.take()
+
     def _upload_if_room(self) -> list[Tensor] | None:
         with suppress(torch.OutOfMemoryError):
             return self._upload()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
@@ -16,17 +17,21 @@ from ..checkpoint.io.write_behind import WriteBehind
 from ..checkpoint.io.writer import ShardWriter
 from ..checkpoint.layout import StoredTensor
 from ..checkpoint.output.journal import Entries, ItemJournal
-from ..errors import InputError, ResourceError
+from ..errors import InputError, ResourceError, visible
 from ..methods import NotFiniteError, OutOfRangeError
 from ..methods.certified import UnsolvedError
 from ..methods.source import Threads
 from ..planning.plan import TensorPlan
+from ..planning.routes import Made, Stacked, merge_stack_with_retry, out_of_memory_at_once
 from .input_damage import absurd_deltas, out_of_range, require_checksums, require_finite
 from .report import PhaseTimer
 from .sinks import FileSink
 from .sources import PlannedSource
 from .tensor_runs import RunSource, RunWriter, TensorRun
+from .tensor_stacks import StackSource
 from .work_item import MergeSettings, this_process
+
+LOG = logging.getLogger("isomerge_fast")
 
 
 def summed_inputs(plan: TensorPlan, settings: MergeSettings) -> tuple[StoredTensor, ...]:
@@ -74,17 +79,57 @@ class TensorMerge:
                 for tensor, own in singles:
                     self._merge_one(tensor, own)
 
-    def _merge_one(self, plan: TensorPlan, source: PlannedSource) -> None:
-        started = time.perf_counter()
+    def merge_stack(self, source: StackSource) -> None:
+        """Merge the tensors of a stack, as ``merge`` does one.
+
+        Where something is wrong with one, each is merged by itself, so that those before it are finished and the error
+        is its own; so, too, where there is no room for all. Their bytes are the same.
+        """
+        started, tensors = time.perf_counter(), source.stack.tensors
+        made: list[Made] = []
+        remarks: list[str] = []
+        with self._timer.phase("compute"), self._explained(tensors[0]):
+            try:
+                made = merge_stack_with_retry(source.stack.route.merging, source.members)
+            except (NotFiniteError, OutOfRangeError, UnsolvedError):
+                pass
+            except torch.OutOfMemoryError:
+                remarks.append(out_of_memory_at_once(torch.device(self._settings.device), len(tensors)))
+        if made:
+            seconds = (time.perf_counter() - started) / len(made)
+            for tensor, own, result in zip(tensors, source.members, made, strict=True):
+                self._merge_one(tensor, own, result, seconds)
+            return
+        for remark in remarks:
+            LOG.warning("tensor %s: %s", visible(repr(tensors[0].name)), remark)
+        with closing(source.one_by_one(self._checksums)) as singles:
+            for tensor, own in singles:
+                self._merge_one(tensor, own, remarks=remarks)
+
+    def _merge_one(
+        self,
+        plan: TensorPlan,
+        source: PlannedSource,
+        made: Made | None = None,
+        seconds: float = 0.0,
+        remarks: Sequence[str] = (),
+    ) -> None:
+        """Merge a tensor, or write what was ``made`` of it in so many seconds, with ``remarks`` beside its own."""
+        started = time.perf_counter() - seconds
         writers = {folder: self._writers[folder, plan.shard] for folder in plan.scalings}
         sink = FileSink(plan, writers, self._writes, source.threads, self._timer.phase)
         with self._timer.phase("compute"), self._explained(plan):
-            stats = plan.route.run(source, sink)
+            if made is None:
+                stats = plan.route.run(source, sink)
+            else:
+                assert isinstance(plan.route, Stacked)
+                value, stats = made
+                plan.route.write(value, source, sink)
             evidence = stats.to_dict()
             require_finite(evidence)
             if (overflow := sink.overflows()) is not None:
                 raise OutOfRangeError(overflow)
-            remarks = [*stats.remarks, *absurd_deltas(plan, evidence, self._reader)]
+            remarks = [*remarks, *stats.remarks, *absurd_deltas(plan, evidence, self._reader)]
         found = {stored: self._checksums.take(stored) for stored in summed_inputs(plan, self._settings)}
         require_checksums(plan, found)
         seconds = time.perf_counter() - started

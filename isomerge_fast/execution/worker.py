@@ -6,6 +6,7 @@ A merge by one process is one work item; over several processes each gets work i
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 
 from .. import ops
-from ..checkpoint.io.read_ahead import GPU_THREADS, THREADS, InputChecksums, ReadAhead
+from ..checkpoint.io.read_ahead import GPU_THREADS, THREADS, Bundle, InputChecksums, ReadAhead
 from ..checkpoint.io.reader import Reader, allow_open_files
 from ..checkpoint.io.write_behind import WriteBehind
 from ..checkpoint.io.writer import ShardWriter
@@ -32,6 +33,7 @@ from .sources import Bundles, FactorSource, FileSource, Phase, PlannedSource, fi
 from .tensor_merge import TensorMerge, summed_inputs
 from .tensor_queue import TensorQueue
 from .tensor_runs import RunSource, TensorRun, joined
+from .tensor_stacks import StackSource, TensorStack, stacked
 from .threads import ComputeThreads
 from .work_item import MergeSettings, WorkItem, WorkResult, this_process
 
@@ -138,16 +140,17 @@ class _ItemRun:
         left = [tensor for tensor in self._item.tensors if tensor.name not in self._entries]
         on_gpu = self._device.type == "cuda"
         checksums = InputChecksums(stored for tensor in left for stored in summed_inputs(tensor, settings))
-        to_do = longest_first(left, self._cores)
-        if not on_gpu:
-            to_do = list(joined(to_do, self._writers, budget, settings.together_bytes))
+        in_order = longest_first(left, self._cores)
+        to_do: list[TensorPlan | TensorStack] = list(
+            stacked(in_order) if on_gpu else joined(in_order, self._writers, budget, settings.together_bytes)
+        )
         with (
             Reader(self._item.files, direct=settings.direct) as reader,
             ThreadPoolExecutor(GPU_THREADS if on_gpu else THREADS, "isomerge-read") as readers,
             ReadAhead(
                 reader,
                 readers,
-                (bundle for tensor in to_do for bundle in first_pass(tensor)),
+                (bundle for each in to_do for bundle in _bundles(each)),
                 budget_bytes=budget.read_pool,
                 part_bytes=budget.gpu_part,
                 pinned=on_gpu,
@@ -158,33 +161,40 @@ class _ItemRun:
             ComputeThreads(self._cores) as threads,
         ):
             merge = TensorMerge(settings, reader, checksums, writes, self._writers, journal, self._entries, self._timer)
-            made = {"reader": reader, "readers": readers, "budget": budget, "phase": self._timer.phase}
-            source_of = partial(_source_of, device=self._device, **made)
+            given = {"reader": reader, "readers": readers, "budget": budget, "phase": self._timer.phase}
+            source_of = partial(_source_of, device=self._device, **given)
             queue = TensorQueue(
                 merge.merge, source_of, ahead, threads, settings.together_bytes, self._timer, self._progress
             )
-            for tensor in to_do:
-                self._timer.begin(tensor.name)
-                if on_gpu:
-                    merge.merge(tensor, source_of(tensor, uploads, threads))
-                    self._count(tensor)
+            for each in to_do:
+                self._timer.begin(each.name)
+                if isinstance(each, TensorStack):
+                    merge.merge_stack(StackSource(each, uploads, threads=threads, device=self._device, **given))
+                elif on_gpu:
+                    merge.merge(each, source_of(each, uploads, threads))
                 else:
-                    queue.add(tensor)
+                    queue.add(each)
+                    continue
+                self._count(each)
             queue.end()
             with self._timer.phase("write"):
                 writes.drain()
             reader.check_unchanged()
-            self._io = {
-                "read": "direct" if reader.direct_files else "page-cache",
-                "write": "direct" if any(writer.is_direct for writer in self._writers.values()) else "page-cache",
-                "reading_seconds": ahead.busy_seconds,
-                "writing_seconds": writes.busy_seconds,
-            }
-            if on_gpu:
-                self._io["peak_vram_bytes"] = torch.cuda.max_memory_allocated(self._device)
+            self._io = self._io_of(reader, ahead, writes)
 
-    def _count(self, done: TensorPlan) -> None:
-        self._progress.done_tensors += 1
+    def _io_of(self, reader: Reader, ahead: ReadAhead, writes: WriteBehind) -> dict[str, Any]:
+        """Return how files were read and written, for the report."""
+        found = {
+            "read": "direct" if reader.direct_files else "page-cache",
+            "write": "direct" if any(writer.is_direct for writer in self._writers.values()) else "page-cache",
+            "reading_seconds": ahead.busy_seconds,
+            "writing_seconds": writes.busy_seconds,
+        }
+        on_gpu = self._device.type == "cuda"
+        return found | ({"peak_vram_bytes": torch.cuda.max_memory_allocated(self._device)} if on_gpu else {})
+
+    def _count(self, done: TensorPlan | TensorStack) -> None:
+        self._progress.done_tensors += len(done.tensors) if isinstance(done, TensorStack) else 1
         self._progress.done_bytes += done.moved_bytes
 
     def _is_intact(self, tensor: TensorPlan, entry: dict[str, Any]) -> bool:
@@ -196,6 +206,11 @@ class _ItemRun:
                 for output in tensor.outputs
                 for name in output.names
             )
+
+
+def _bundles(planned: TensorPlan | TensorStack) -> Iterator[Bundle]:
+    """Return what is read ahead of a tensor, or of a stack."""
+    return iter([planned.bundle()]) if isinstance(planned, TensorStack) else first_pass(planned)
 
 
 def _source_of(

@@ -7,6 +7,7 @@ budget that leaves room for all (``routes``) → its plan.
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from operator import attrgetter
@@ -32,7 +33,7 @@ from .outputs import PlannedTensor
 from .part_sizes import PartSizes
 from .pattern_checks import require_matches, rules_of
 from .plan import LeftOut, Plan, TensorPlan
-from .routes import Copied, Route, choose_route
+from .routes import LEAST_ALIKE, Copied, Route, choose_route, places_of, stack_route
 from .schedule import default_cores, schedule
 
 # What is held of all tensors beside their bytes: of each copy where it lies; of the merged one its plan, journal entry
@@ -175,24 +176,33 @@ def _choose_routes(
     kinds: dict[tuple[Any, ...], Draft] = {}
     for draft in drafts:
         kinds.setdefault(draft.kind, draft)
+    alike = Counter(draft.kind for draft in drafts)
     merged = [draft for draft in kinds.values() if draft.method and not draft.method.any_shape]
-    largest = max((draft.spec.elements * sum(draft.traffic.read) for draft in merged), default=0)
+    largest = max((_copies_at_once(draft, alike[draft.kind], device) for draft in merged), default=0)
     solving = SOLVER_BYTES if merged and not on_gpu else 0
     host = None if max_ram is None else max(0, max_ram - PROCESS_BYTES - solving)
     budget, routes = Budget(0, None), {}
     for budget in budgets_to_try(largest, host=host, vram=max_vram, on_gpu=on_gpu):
-        routes = {kind: _route_of(draft, budget, device, adapter_rank) for kind, draft in kinds.items()}
+        routes = {kind: _route_of(draft, budget, device, adapter_rank, alike[kind]) for kind, draft in kinds.items()}
         if budget.work is None or all(route.work_bytes <= budget.work for route in routes.values()):
             break
     return replace(budget, solving=solving), routes
 
 
-def _route_of(draft: Draft, budget: Budget, device: torch.device, adapter_rank: int | None) -> Route:
+def _copies_at_once(draft: Draft, alike: int, device: torch.device) -> int:
+    """Return the bytes of the copies that are to be held while a matrix is merged, or a stack of them."""
+    assert draft.method is not None
+    is_stacked = alike >= LEAST_ALIKE and not draft.pairs
+    places = places_of(draft.method, draft.spec, draft.traffic.tasks, device) if is_stacked else 1
+    return places * draft.spec.elements * sum(draft.traffic.read)
+
+
+def _route_of(draft: Draft, budget: Budget, device: torch.device, adapter_rank: int | None, alike: int) -> Route:
     sizes = PartSizes(draft.traffic, budget, device)
     if draft.method is None:
         return Copied.plan(draft.base.shape, sizes)
     if not draft.pairs:
-        return choose_route(draft.method, draft.spec, sizes)
+        return stack_route(draft.method, draft.spec, sizes, alike) or choose_route(draft.method, draft.spec, sizes)
     ranks = {"rank": draft.rank, "adapter_rank": adapter_rank}
     return factor_route(draft.method, draft.spec, sizes, tasks=len(draft.pairs), **ranks)
 

@@ -23,6 +23,10 @@ from .part_sizes import PADDING_BYTES, PartSizes, rows_within
 
 LOG = logging.getLogger("isomerge_fast")
 
+# Matrices of one kind that a plan needs for them to be merged as stacks on a GPU: one takes as long as all places of a
+# stack, so of two it would be about as long as one after the other.
+LEAST_ALIKE = 3
+
 
 class Sink(Protocol):
     """Take the rows of a merged tensor, in order."""
@@ -167,10 +171,14 @@ class Whole(Route):
 
     def run(self, source: DeltaSource, sink: Sink) -> MergeStats:
         value, stats = merge_with_retry(self.merging, source)
+        self.write(value, source, sink)
+        return stats
+
+    def write(self, value: Tensor, source: DeltaSource, sink: Sink) -> None:
+        """Give the merged Δ to the sink, beside the base's rows."""
         for block in source.blocks(()):
             for part in block.parts(self.part_rows):
                 sink.add(part, lambda part: value[part.rows], shared=True)
-        return stats
 
 
 class Resident(Whole):
@@ -202,6 +210,49 @@ class Resident(Whole):
         return iter([slice(0, self.view_shape[0])])
 
 
+@dataclass(frozen=True)
+class Stacked(Resident):
+    """Merge matrices of one shape together on a GPU, which waits for launches when it merges them one by one.
+
+    Each keeps a plan of its own. Whichever of them are merged together, each has the bytes that it has by itself.
+    """
+
+    places: int = 1  # of a stack, whose matrices' copies are all held
+
+    name = "stacked"
+
+    @classmethod
+    def plan(cls, method: Method, spec: TensorSpec, sizes: PartSizes) -> Stacked | None:
+        """Return the route of a matrix; None where stacks have one place, or more copies than ``budget.resident``."""
+        traffic, device = sizes.traffic, sizes.device
+        places = places_of(method, spec, traffic.tasks, device)
+        if places == 1 or places * spec.elements * sum(traffic.read) > sizes.budget.resident:
+            return None
+        alone = Resident.plan(method, spec, sizes)
+        assert alone is not None
+        held = places * sizes.on_device(spec.elements)
+        chosen = sizes.limited(method, held)
+        # Of all of them the results, while one after the other is written.
+        writing = places * spec.bytes + sizes.applying(alone.part_rows * prod(spec.shape[1:]))
+        work = max(chosen.stack_bytes(spec, traffic.tasks, device), writing)
+        return cls(spec.shape, alone.part_rows, chosen, work + held, places)
+
+    def run(self, source: DeltaSource, sink: Sink) -> MergeStats:
+        (stats,) = self.run_all([source], [sink])
+        return stats
+
+    def run_all(self, sources: Sequence[DeltaSource], sinks: Sequence[Sink]) -> list[MergeStats]:
+        """Merge the matrices of one stack: ``run`` of each of them."""
+        made = merge_stack_with_retry(self.merging, sources)
+        for (value, _), source, sink in zip(made, sources, sinks, strict=True):
+            self.write(value, source, sink)
+        return [stats for _, stats in made]
+
+    def reason(self, spec: TensorSpec, tasks: int, device: torch.device, given: str) -> str:
+        """Return how many are merged at once, which may change last digits, beside why the tensor goes this way."""
+        return f"stacked: {self.places} at once; {super().reason(spec, tasks, device, given)}"
+
+
 class Streamed(Whole):
     """Hold S and the merged Δ; read the copies part by part, again for every pass."""
 
@@ -227,8 +278,21 @@ class Streamed(Whole):
         return super().passed_bytes(base_bytes, trained_bytes) + deltas * self.merging.deltas_taken + base_bytes
 
 
+def places_of(method: Method, spec: TensorSpec, tasks: int, device: torch.device) -> int:
+    """Return how many matrices of a shape are merged at once: on a CPU each by itself, by a core of its own."""
+    return method.stack_size(spec, tasks, device) if device.type == "cuda" else 1
+
+
+def stack_route(method: Method, spec: TensorSpec, sizes: PartSizes, alike: int) -> Stacked | None:
+    """Return the route of a matrix of which the plan has so many ``alike``, where stacks keep to ``budget.work``."""
+    if method.any_shape or alike < LEAST_ALIKE:
+        return None
+    route, work = Stacked.plan(method, spec, sizes), sizes.budget.work
+    return route if route is not None and (work is None or route.work_bytes <= work) else None
+
+
 def choose_route(method: Method, spec: TensorSpec, sizes: PartSizes) -> Route:
-    """Return the fastest route that keeps to ``budget.work``; where none does, the one that takes least."""
+    """Return the fastest route by itself that keeps to ``budget.work``; where none does, the one that takes least."""
     work = sizes.budget.work
     routes: list[Route] = []
     for strategy in (Rowwise,) if method.any_shape else (Resident, Streamed, Rowwise):
@@ -246,17 +310,38 @@ def memory_route(method: Method, shape: Sequence[int]) -> Route:
     return (Rowwise if method.any_shape else Resident)(tuple(shape), shape[0], method, 0)
 
 
-def merge_with_retry(method: Method, source: DeltaSource) -> tuple[Tensor, MergeStats]:
+Made = tuple[Tensor, MergeStats]
+
+
+def merge_with_retry(method: Method, source: DeltaSource) -> Made:
     """Merge a tensor; where a GPU's memory was full, free it and merge once more, which gives the same bytes.
 
     That is remarked, and logged at once: the merge takes longer, and may be near its end.
     """
+    (made,) = _with_retry(lambda: [method.merge(source)], [source], "the tensor is")
+    return made
+
+
+def merge_stack_with_retry(method: Method, sources: Sequence[DeltaSource]) -> list[Made]:
+    """Merge the matrices of one stack, as ``merge_with_retry`` does one."""
+    what = "the tensor is" if len(sources) == 1 else f"{len(sources)} tensors are"
+    return _with_retry(lambda: method.merge_stack(sources), sources, what)
+
+
+def _with_retry(merge: Callable[[], list[Made]], sources: Sequence[DeltaSource], what: str) -> list[Made]:
     with suppress(torch.OutOfMemoryError):
-        return method.merge(source)
+        return merge()
     # Not while the error is handled, which holds on to everything that was made until then.
     torch.cuda.empty_cache()
-    source.start_over()
-    remark = f"{source.device} was out of memory and the tensor is merged once more: what else runs on it takes room"
-    LOG.warning("tensor %s: %s", visible(repr(source.full_spec.name)), remark)
-    value, stats = method.merge(source)
-    return value, replace(stats, remarks=(remark,))
+    for source in sources:
+        source.start_over()
+    first = sources[0]
+    remark = f"{first.device} was out of memory and {what} merged once more: what else runs on it takes room"
+    LOG.warning("tensor %s: %s", visible(repr(first.full_spec.name)), remark)
+    return [(value, replace(stats, remarks=(remark,))) for value, stats in merge()]
+
+
+def out_of_memory_at_once(device: torch.device, count: int) -> str:
+    """Return the remark on tensors of a stack for which there was no room twice."""
+    what = f"{device} was out of memory for {count} tensors at once"
+    return f"{what} and each is merged by itself: what else runs on it takes room"

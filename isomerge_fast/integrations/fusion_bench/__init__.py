@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ...errors import ConfigError, nearest
-from ...execution.in_memory import StateDictMerge
+from ...execution.state_dicts import StateDictMerge
 from ...methods import IsoC, IsoCTS, Method
 from ...planning.pattern_checks import require_matches
 from ..peers import FUSION_BENCH, require
