@@ -249,8 +249,9 @@ class Stacked(Resident):
         return [stats for _, stats in made]
 
     def reason(self, spec: TensorSpec, tasks: int, device: torch.device, given: str) -> str:
-        """Return how many are merged at once, which may change last digits, beside why the tensor goes this way."""
-        return f"stacked: {self.places} at once; {super().reason(spec, tasks, device, given)}"
+        """Return how many are merged at once; beside what is ``given``, or how one is merged that a stack cannot."""
+        alone = given if given else f"one whose checks miss by itself: {self.merging.explain(spec, tasks, device)}"
+        return f"stacked: {self.places} at once; {alone}"
 
 
 class Streamed(Whole):
