@@ -16,7 +16,7 @@ import oracle
 from allocation import peak_bytes
 from cases import Case
 from isomerge_fast.errors import InputError
-from isomerge_fast.linalg import auto
+from isomerge_fast.linalg import auto, filtered
 from isomerge_fast.linalg.auto import STACK_SIDE, TOLERANCES, stack_places
 from isomerge_fast.linalg.gram_eigh import GramEigh
 from isomerge_fast.methods import MemoryDeltas, MergeStats, TensorSpec, make_method
@@ -81,6 +81,24 @@ def test_numbers_of_tasks(tasks: int) -> None:
             assert stats.algorithm == "iso-cts/spectral-filter-fp64"
             assert not stats.missed()
             assert error_of(value, deltas, "iso-cts") <= 1e-6
+
+
+def test_parts_of_wide_matrices_are_searched_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of side 80, ten directions each, as if that were large."""
+    monkeypatch.setattr(filtered, "SMALLEST_SEARCHED", 64)
+    monkeypatch.setattr(auto, "LARGEST_STACK", 2)
+    searched = []
+    alike_block = filtered.alike_block
+    monkeypatch.setattr(filtered, "alike_block", lambda *a, **k: (searched.append(a[0].shape), alike_block(*a, **k))[1])
+    monkeypatch.setattr(auto, "SMALLEST_STACK", 2)
+    given = matrices((400, 420), 2, tasks=8)
+    with pretend_gpu() as gpu:
+        results = merge_on(gpu, "iso-cts", given)
+    assert [tuple(shape) for shape in searched] == [(8, 2, 80, 80)]
+    for (value, stats), deltas in zip(results, given, strict=True):
+        assert not stats.escalations
+        assert not stats.missed()
+        assert error_of(value, deltas, "iso-cts") <= 1e-6
 
 
 def irregular(shape: tuple[int, int]) -> dict[str, list[Tensor]]:
@@ -209,13 +227,13 @@ def test_which_matrices_have_stacks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(auto, "LARGEST_STACK", 64)
     single = torch.float32
     found = {shape: stack_places(shape, single, CUDA) for shape in [(768, 768), (3072, 768), (1024, 4096), (8, 8)]}
-    assert found == {(768, 768): 16, (3072, 768): 8, (1024, 4096): 8, (8, 8): 64}
+    assert found == {(768, 768): 32, (3072, 768): 8, (1024, 4096): 8, (8, 8): 64}
     assert stack_places((STACK_SIDE + 1, STACK_SIDE + 1), single, CUDA) == 1
     assert stack_places((512, 32768), single, CUDA) == 1  # an embedding
     assert stack_places((768, 768), torch.float64, CUDA) == 1
     assert stack_places((768, 768), single, CPU) == 1
     spec = TensorSpec("x", (768, 768), single)
-    assert make_method("iso-cts").stack_size(spec, 8, CUDA) == 16
+    assert make_method("iso-cts").stack_size(spec, 8, CUDA) == 32
     for options in ({"precision": "reference"}, {"solver": GramEigh()}, {"common_fraction": 0.3}):
         assert make_method("iso-cts", options).stack_size(spec, 8, CUDA) == 1
     assert make_method("iso-cts").stack_size(TensorSpec("x", (16, 16), single), 8, CUDA) == 1  # s = 0

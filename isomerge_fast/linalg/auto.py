@@ -45,7 +45,7 @@ SMALL_SIDE, SMALL_ELEMENTS, SMALL_PRODUCT = 128, 1 << 18, 1 << 22
 
 # Matrices of one shape are merged as a stack up to this side and size, as many as are about so many elements together.
 # H200, ms a matrix one by one / in a stack: docs/gpu.md.
-STACK_SIDE, STACK_MATRIX_ELEMENTS, STACK_ELEMENTS = 1024, 1 << 23, 1 << 24
+STACK_SIDE, STACK_MATRIX_ELEMENTS, STACK_ELEMENTS = 1024, 1 << 23, 1 << 25
 SMALLEST_STACK, LARGEST_STACK = 8, 64
 
 

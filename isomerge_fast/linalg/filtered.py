@@ -24,18 +24,28 @@ from .polar_express import PolarExpress
 from .polar_gram import GramNewtonSchulz
 from .polar_iteration import PolarIteration
 from .polar_traced import TracedPolar
-from .protocol import PolarSolver, PolarStats, Subspace, default_tolerance
+from .protocol import (
+    PolarSolver,
+    PolarStats,
+    Subspace,
+    default_tolerance,
+    reciprocal,
+    relative_gap,
+    rounding_angle,
+)
 from .spectral_filter import COUNTING_BLOCK, COUNTING_VECTORS, BottomBlock, bottom_block
 from .spectrum import largest_eigenvalue
 from .subspace_alike import alike_block
-from .subspace_chebyshev import ChebyshevSubspace, angle_bound
+from .subspace_chebyshev import angle_bound
 
 # ℓ for a stack, whose members all get the same steps: of its sums, of the small polar factors of Iso-CTS. Square sums
 # of deltas have κ up to 3e5, long ones 25, the small factors 1e3 (docs/numerics.md).
 STACK_LOWER = {"square": 1e-7, "long": 1e-3, "small": 1e-5}
 # Up to this side cuSOLVER has the eigenvalues of a whole stack sooner than a search of it (H200: 64 of side 128 in
-# 1.3 ms, of side 192 in 9, of side 768 in 81).
+# 1.3 ms, of side 192 in 9, of side 768 in 81), and in few launches: of side 154 it takes some 1,900.
 SMALLEST_SEARCHED = 128
+# Columns of a search beyond the s wanted, at least; up to 64 they cost a GPU nothing.
+SEARCHED_BEYOND, LARGEST_SEARCHED = 9, 64
 # ‖QᵀQ − I‖_F/√r from which a polar factor is no basis to go on from.
 NOT_POLAR = 1e-9
 
@@ -64,6 +74,11 @@ class SpectralFilter(GramEigh):
     @property
     def name(self) -> str:
         return f"spectral-filter-{'fp64' if self.filter_dtype == torch.float64 else 'fp32'}"
+
+    def searched_width(self, side: int, s: int) -> int | None:
+        """Return the columns of a search for a task part in a Gram matrix of that side, None where there is none."""
+        width = max(s + SEARCHED_BEYOND, min(side // 4, LARGEST_SEARCHED))
+        return width if self.in_stack and side > SMALLEST_SEARCHED and width <= side // 4 else None
 
     def factorize(self, x: Tensor, *, tolerance: Tensor | None = None) -> FilteredFactorization:
         return FilteredFactorization(x, default_tolerance(x) if tolerance is None else tolerance, self)
@@ -179,12 +194,33 @@ class FilteredFactorization(GramFactorization):
         self, gram: Tensor, s: int, noise: Tensor, tolerance: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | float, Tensor | int]:
         """Return ``GramFactorization.part_vectors``; searched for in a stack, where that takes less time."""
-        side = gram.shape[-1]
-        width = ChebyshevSubspace().block_width(side, s, gram.device)
-        if not self.solver.in_stack or side <= SMALLEST_SEARCHED or width > side // 4:
+        width = self.solver.searched_width(gram.shape[-1], s)
+        if width is None:
             return super().part_vectors(gram, s, noise, tolerance)
         ritz, missed = alike_block(gram, s, width, noise=noise)
         sigma = ritz.values.sqrt()
         kept = torch.where(sigma <= tolerance[..., None], 0.0, sigma)
         angle = angle_bound(ritz, torch.full(noise.shape, s, device=gram.device))
         return ritz.vectors, sigma, kept, angle, missed
+
+    def _top_of_projected(self, projected: Tensor, s: int, tolerance: Tensor) -> Subspace:
+        """Return the top ``s`` triplets of C = Q_cᵀ Δ, in a stack searched for in its Gram matrix."""
+        solver = self.solver
+        if solver.searched_width(projected.shape[-2], s) is None:
+            return super()._top_of_projected(projected, s, tolerance)
+        gram = short_side_gram(projected)
+        noise = solver.noise * gram.diagonal(dim1=-2, dim2=-1).sum(-1)
+        vectors, sigma, kept, angle, missed = self.part_vectors(gram, s, noise, tolerance)
+        del gram
+        kept = kept[..., :s]
+        top = vectors[..., :, :s] * (kept > 0)[..., None, :]
+        return Subspace(
+            short=top,
+            long=to_long_side(projected, top * reciprocal(kept)[..., None, :], torch.float64),
+            sigma=kept,
+            complement=None,
+            gap=relative_gap(sigma, s),
+            angle=angle + rounding_angle(sigma, s, tolerance, noise),
+            unresolved=solver.unresolved(sigma[..., :s], tolerance) + missed,
+            wide=True,
+        )
