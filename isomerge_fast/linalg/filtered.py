@@ -44,7 +44,8 @@ STACK_LOWER = {"square": 1e-7, "long": 1e-3, "small": 1e-5}
 # Up to this side cuSOLVER has the eigenvalues of a whole stack sooner than a search of it (H200: 64 of side 128 in
 # 1.3 ms, of side 192 in 9, of side 768 in 81), and in few launches: of side 154 it takes some 1,900.
 SMALLEST_SEARCHED = 128
-# Columns of a search beyond the s wanted, at least; up to 64 they cost a GPU nothing.
+# Columns of a search beyond the s wanted, at least; up to 64 they cost a GPU nothing. No more than 2 s, as what is left
+# of a tall Δ_t may have no more directions than all tasks are given.
 SEARCHED_BEYOND, LARGEST_SEARCHED = 9, 64
 # ‖QᵀQ − I‖_F/√r from which a polar factor is no basis to go on from.
 NOT_POLAR = 1e-9
@@ -77,7 +78,7 @@ class SpectralFilter(GramEigh):
 
     def searched_width(self, side: int, s: int) -> int | None:
         """Return the columns of a search for a task part in a Gram matrix of that side, None where there is none."""
-        width = max(s + SEARCHED_BEYOND, min(side // 4, LARGEST_SEARCHED))
+        width = max(s + SEARCHED_BEYOND, min(2 * s, side // 4, LARGEST_SEARCHED))
         return width if self.in_stack and side > SMALLEST_SEARCHED and width <= side // 4 else None
 
     def factorize(self, x: Tensor, *, tolerance: Tensor | None = None) -> FilteredFactorization:

@@ -15,8 +15,8 @@ from ..ops import thin_mm
 from .certificate import fixed_draw
 from .subspace_chebyshev import GROWTH, Ritz, ritz_in
 
-# Of 8 task parts of 3072 x 768 (s = 19, 64 columns), "decay" takes two cycles to an angle of 1e-9, "noise" three.
-CYCLES, LARGEST_DEGREE = 4, 32
+# Of 8 task parts of 3072 x 768 (s = 19, 38 columns), white noise takes four cycles to an angle of 5e-8, five to 2e-10.
+CYCLES, LARGEST_DEGREE = 5, 32
 
 
 def alike_block(gram: Tensor, s: int, width: int, *, noise: Tensor) -> tuple[Ritz, Tensor]:
@@ -33,7 +33,7 @@ def alike_block(gram: Tensor, s: int, width: int, *, noise: Tensor) -> tuple[Rit
         largest, cut = ritz.values[..., 0], ritz.values[..., -1]
         middle, half = (cut - noise) / 2.0, ((cut + noise) / 2.0).clamp_min(tiny)
         ratio = ((1.05 * largest - middle) / half).clamp_min(1.05)
-        degree = (math.log(GROWTH[gram.dtype]) / torch.acosh(ratio)).floor().clamp(4, LARGEST_DEGREE)
+        degree = (math.log(GROWTH[gram.dtype]) / torch.acosh(ratio)).floor().clamp(1, LARGEST_DEGREE)
         shifted = gram / half[..., None, None]
         shifted.diagonal(dim1=-2, dim2=-1).sub_((middle / half)[..., None])
         ritz, again = ritz_in(gram, _chebyshev(shifted, ritz.vectors, degree))
