@@ -509,7 +509,7 @@ def test_the_suite_runs_dry(
     merges = {row["name"]: row for row in rows if row["stage"] == "merge"}
     assert merges["iso-cts"]["uncertified"] == merges["iso-cts, ViT-B/32, again"]["uncertified"] == 0
     at_once = [row for row in rows if "matrices" in row]
-    assert len(at_once) == 4 + 2
+    assert len(at_once) == 4 + 1 + 2  # one by eigensolvers
     assert all(row["certified"] and row["one_by_one"] > 0 for row in at_once)
     assert {"iso-c 160 x 64, any company", "iso-cts 160 x 64, any company"} <= {row["name"] for row in rows}
     assert files[1].read_text() == told + outcome.stdout

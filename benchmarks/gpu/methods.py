@@ -17,6 +17,8 @@ from benchmarks.harness.readings import Rows
 from benchmarks.shapes import dimensions
 from isomerge_fast.bench.ceilings import median_seconds, result_and_seconds
 from isomerge_fast.bench.problems import Kind, deltas_like_fine_tuning
+from isomerge_fast.linalg.filtered import SpectralFilter
+from isomerge_fast.linalg.protocol import Solver
 from isomerge_fast.methods import MemoryDeltas, make_method
 
 # Of a vision transformer's matrices of one shape.
@@ -49,13 +51,17 @@ def methods(rows: Rows) -> None:
         for name in NAMES:
             rows.attempt(f"{name} {dimensions(shape)}, fast", partial(_merged, name, deltas(shape), "fast"))
             rows.attempt(f"{name} {dimensions(shape)}, noise", partial(_merged, name, deltas(shape, "noise")))
+    rows.attempt(
+        f"iso-cts {dimensions(square)}, filter", partial(_merged, "iso-cts", deltas(square), solver=SpectralFilter())
+    )
     batch_shape = (3 if rows.small else BATCH, *vit[0])
     batch = [torch.randn(batch_shape, device=device) for _ in range(TASKS)]
     rows.attempt(f"iso-c {dimensions(batch_shape)}", partial(_merged, "iso-c", batch))
 
 
-def _merged(name: str, deltas: list[Tensor], tier: str = "default") -> dict[str, Any]:
-    device, call = deltas[0].device, partial(make_method(name, {"precision": tier}).merge, MemoryDeltas(deltas))
+def _merged(name: str, deltas: list[Tensor], tier: str = "default", solver: Solver | None = None) -> dict[str, Any]:
+    method = make_method(name, {"precision": tier, "solver": solver})
+    device, call = deltas[0].device, partial(method.merge, MemoryDeltas(deltas))
     with peak_memory(device) as peak:
         stats = call()[1]
     _, seconds = result_and_seconds(call, device, BUDGET_SECONDS)

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -16,7 +17,12 @@ from benchmarks.harness.readings import Rows
 from benchmarks.shapes import dimensions
 from isomerge_fast.bench.ceilings import result_and_seconds
 from isomerge_fast.bench.problems import deltas_like_fine_tuning
-from isomerge_fast.methods import MemoryDeltas, MergeStats, TensorSpec, make_method
+from isomerge_fast.linalg.auto import Candidate
+from isomerge_fast.linalg.filtered import STACK_LOWER
+from isomerge_fast.linalg.gram_eigh import GramEigh
+from isomerge_fast.linalg.polar_traced import TracedPolar
+from isomerge_fast.linalg.protocol import PolarSolver
+from isomerge_fast.methods import IsoCTS, MemoryDeltas, MergeStats, TensorSpec, make_method
 
 # What one row of a method may take, beside its first calls.
 BUDGET_SECONDS = 0.5
@@ -62,10 +68,32 @@ def stacks(rows: Rows, alone: Alone) -> None:
             rows.attempt(f"{label}, profile", partial(profiled, merge, device))
         if shape not in model:
             del sources[shape]
+    first = {shapes[0]: places_of("iso-cts", shapes[0], device)}
+    label = f"{stack_label('iso-cts', shapes[0], first[shapes[0]])} by eigensolvers"
+    rows.attempt(label, partial(_by_eigensolvers, sources, device, first, _one_by_one(alone, "iso-cts", first)))
     for name in NAMES:
         merge, seconds = partial(_merge_stacks, name, sources, model), _one_by_one(alone, name, model)
         measured = partial(_stacked, merge, device, model.total(), seconds, budget_seconds=0.0)
         rows.attempt(f"{name}, matrices of ViT-B/32", measured)
+
+
+class _Eigensolvers(GramEigh):
+    """Split the sums of a stack by their eigenvectors, to see what the filter is worth."""
+
+    def small_polar(self, device: torch.device) -> PolarSolver:
+        return TracedPolar(GramEigh(), STACK_LOWER["small"])
+
+
+def _by_eigensolvers(
+    sources: Mapping[Shape, Sequence[MemoryDeltas]],
+    device: torch.device,
+    counts: Mapping[Shape, int],
+    one_by_one: float | None,
+) -> dict[str, Any]:
+    chosen = Candidate(_Eigensolvers(), "to be compared")
+    with mock.patch.object(IsoCTS, "stack_candidate", return_value=chosen):
+        merge = partial(_merge_stacks, "iso-cts", sources, counts)
+        return _stacked(merge, device, sum(counts.values()), one_by_one)
 
 
 def _merge_stacks(
