@@ -147,7 +147,8 @@ def randomized_svd(a: Array, rank: int, *, n_oversamples: int = 9, tolerance: fl
         rank: k, from 0 to min(M, N).
         n_oversamples: p, 1 or more: k + p columns are searched for (on a GPU up to 128 where that costs no time). More
             take fewer steps where singular values beyond the k-th lie close together.
-        tolerance: 1e-5 when left out, of float64 input 1e-8.
+        tolerance: 1e-5 when left out, of float64 input 1e-8. It is for the float64 vectors and values, before they are
+            rounded to the dtype of the result.
 
     Returns:
         ``SvdResult`` with ``u`` [..., M, k], ``s`` [..., k] descending, ``vh`` [..., k, N] and ``evidence``; it unpacks

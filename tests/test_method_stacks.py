@@ -19,13 +19,16 @@ from isomerge_fast.errors import InputError
 from isomerge_fast.linalg import auto, filtered
 from isomerge_fast.linalg.auto import STACK_SIDE, TOLERANCES, stack_places
 from isomerge_fast.linalg.gram_eigh import GramEigh
+from isomerge_fast.linalg.spectrum import _start_block
 from isomerge_fast.methods import MemoryDeltas, MergeStats, TensorSpec, make_method
 from isomerge_kernels import devices
+from isomerge_kernels.devices import DeviceTraits
 from pretend_gpu import CUDA, H100, RTX5090, PretendGpu, pretend_gpu
 
 METHODS = ("iso-c", "iso-cts")
 ORACLES = {"iso-c": oracle.iso_c, "iso-cts": oracle.iso_cts}
 CPU = torch.device("cpu")
+DOUBLE = torch.float64
 SHAPES = {"square": (80, 80), "wide": (64, 150), "tall": (150, 64), "searched": (300, 136), "tiny": (7, 20)}
 PLACES = 8
 
@@ -146,6 +149,60 @@ def test_what_is_not_regular_is_merged_alone_and_harms_no_neighbour(
         assert found.escalations
 
 
+def hidden_from_power_iterations(rows: int, columns: int) -> list[Tensor]:
+    """Return deltas whose largest direction, 1.3 times all others, is orthogonal to what such iterations begin with."""
+    generator = torch.Generator().manual_seed(3)
+    start = _start_block(rows, CPU)
+    basis = torch.linalg.qr(torch.cat([start, torch.randn(rows, rows - 8, generator=generator, dtype=DOUBLE)], 1))[0]
+    right = torch.linalg.qr(torch.randn(columns, rows, generator=generator, dtype=DOUBLE))[0]
+    sigma = torch.linspace(1.0, 0.9, rows, dtype=DOUBLE)
+    sigma[-1] = 1.3
+    own = 0.05 * torch.randn(3, rows, columns, generator=generator, dtype=DOUBLE) / columns**0.5
+    return [((basis * sigma) @ right.mT / 3 + part - own.mean(0)).float() for part in own]
+
+
+@pytest.mark.parametrize("is_tall", [False, True], ids=["wide", "tall"])
+def test_a_member_that_overflows_harms_no_neighbour(is_tall: bool) -> None:
+    """Its σ₁ is taken for less than it is, and the polar iteration ends in NaN."""
+    given = matrices((80, 64) if is_tall else (64, 80), 2)
+    with pretend_gpu() as gpu:
+        plain = merge_on(gpu, "iso-cts", given)
+        odd = [delta.mT if is_tall else delta for delta in hidden_from_power_iterations(64, 80)]
+        mixed = merge_on(gpu, "iso-cts", [given[0], odd, given[1]])
+    assert mixed[1][1].escalations
+    assert error_of(mixed[1][0], odd, "iso-cts") <= 1e-6
+    for place, (value, _) in zip((0, 2), plain, strict=True):
+        assert not mixed[place][1].escalations
+        assert torch.equal(mixed[place][0], value)
+
+
+def test_a_singular_factor_that_comes_through_is_none() -> None:
+    """Eight times the same: [U_1 … U_8] is singular, and rounding lets its Cholesky factor exist."""
+    generator = torch.Generator().manual_seed(2)
+    for _ in range(4):
+        delta = torch.randn(33, 120, generator=generator)
+        with pretend_gpu() as gpu:
+            ((value, stats),) = merge_on(gpu, "iso-cts", [[delta] * 8])
+        assert stats.escalations
+        expected, _ = make_method("iso-cts").merge(MemoryDeltas([delta] * 8))
+        assert oracle.relative_error(value.numpy(), expected.numpy()) <= 1e-5
+
+
+@pytest.mark.parametrize("traits", [H100, RTX5090], ids=["h100", "rtx"])
+@pytest.mark.parametrize("fraction", [0.0, 0.3, 0.5])
+@pytest.mark.parametrize("shape", [SHAPES["wide"], SHAPES["tall"]], ids=["wide", "tall"])
+def test_a_batch_with_more_directions_of_tasks_than_common_ones(
+    shape: tuple[int, int], fraction: float, traits: DeviceTraits
+) -> None:
+    given = matrices(shape, 3)
+    batch = [torch.stack([deltas[task] for deltas in given]) for task in range(3)]
+    with pretend_gpu(traits) as gpu:
+        value = imf.iso_cts([gpu.upload(delta) for delta in batch], common_fraction=fraction).cpu()
+    for member, deltas in enumerate(given):
+        judge = oracle.iso_cts([delta.double().numpy() for delta in deltas], fraction)
+        assert oracle.relative_error(value[member].numpy(), judge) <= 1e-5
+
+
 def test_below_the_steps_that_all_get_a_matrix_is_merged_alone() -> None:
     """κ of a long sum is 25 to 1000, and this one's 1e5."""
     given = [*matrices(SHAPES["wide"], 2), Case(5, *SHAPES["wide"], 1e5, 3).deltas()]
@@ -257,7 +314,7 @@ def test_a_batch_without_stacks(options: dict[str, object], name: str) -> None:
 
 
 @pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize("shape", [(260, 260), (150, 500), (500, 150)], ids=str)
+@pytest.mark.parametrize("shape", [(260, 260), (150, 500), (500, 150), (1024, 132), (1500, 64)], ids=str)
 def test_a_stack_keeps_to_what_it_says_it_needs(shape: tuple[int, int], name: str) -> None:
     spec, method = TensorSpec("x", shape, torch.float32), make_method(name)
     with pretend_gpu() as gpu:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 import isomerge_fast as imf
 from isomerge_fast.bench.problems import deltas_like_fine_tuning
+from isomerge_fast.errors import InputError
 from isomerge_fast.linalg import randomized, subspace_chebyshev
 from isomerge_fast.linalg.triplets import MEASURES, Problem, Triplets, column_norms, judged, rayleigh_ritz
 from pretend_gpu import PretendTensor, pretend_gpu
@@ -545,3 +546,12 @@ def test_of_a_batch_on_a_gpu_what_missed_is_solved_again() -> None:
     assert found.evidence.algorithm == ("gram-eigh-fp64", "svd-fp64", "gram-eigh-fp64")
     assert [text.partition(":")[0] for text in found.evidence.escalations] == ["a[1]"]
     check(a, replace(found, u=u, s=s, vh=vh), 1e-5)
+
+
+@pytest.mark.parametrize("size", [1e-42, 1e-44])
+def test_what_float32_holds_with_few_digits_is_refused(size: float) -> None:
+    a = size * torch.ones(1, 256)
+    with pytest.raises(InputError, match=r"beyond the range of torch\.float32"):
+        imf.randomized_svd(a, 1)
+    u, s, vh = imf.randomized_svd(1e-36 * torch.ones(1, 256), 1)
+    torch.testing.assert_close(u * s @ vh, 1e-36 * torch.ones(1, 256), rtol=1e-6, atol=0)

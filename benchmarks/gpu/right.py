@@ -56,6 +56,8 @@ SHAPES = ((1100, 1100), (1024, 3072), (3072, 1024))
 # The judge of Iso-CTS takes T + 3 SVDs: half the size.
 HALVES = ((550, 550), (512, 1536), (1536, 512))
 BATCH = 3
+# Whose rows, and small factors, begin at odd places of a stack.
+ODD_SHAPES = ((33, 48), (64, 80), (150, 33), (301, 133))
 BATCHED_SHAPES = ((300, 300), (256, 640), (640, 256))
 # Different ones, of a matrix in a stack.
 NEIGHBOURS = 3
@@ -124,7 +126,7 @@ def solvers_and_methods(rows: Rows) -> None:
             _tiers(rows, name, members, batched=True)
         for shape in SMALL_SHAPES if rows.small else shapes:
             _tiers(rows, name, [deltas_like_fine_tuning(*shape, 4, "decay", device=device)], batched=False)
-    for shape in SMALL_SHAPES if rows.small else VIT:
+    for shape in SMALL_SHAPES if rows.small else (*VIT, *ODD_SHAPES):
         for name in NAMES:
             rows.attempt(f"{name} {dimensions(shape)}, any company", partial(_same_bytes, name, shape, device))
 

@@ -112,7 +112,10 @@ class SpectralFilter(GramEigh):
         self, rows: int, columns: int, k: int, s: int, at_once: int, dtype: torch.dtype, device: torch.device
     ) -> int:
         isometry = 8 * rows * columns
-        return isometry + super().part_bytes(rows, columns, k, s, at_once, dtype, device)
+        every = super().part_bytes(rows, columns, k, s, at_once, dtype, device)
+        if rows > columns:  # Δ_t in float64, and W_k for each of them; then Gram matrices and a search
+            every = max(every, at_once * 8 * (2 * rows * columns + 6 * columns**2 + 4 * rows * s))
+        return isometry + every
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,7 +134,11 @@ class FilteredFactorization(GramFactorization):
         is_wide = q.shape[-2] <= q.shape[-1]
         h = sym_mm(self.x, q.mT) if is_wide else sym_mm(q.mT, self.x)
         # To the last digit: an asymmetry of 1e-12 is 1e-5 of the angle's bound (256 x 1024, gap at the cut 0.3 %).
-        return q, stats, 0.5 * (h + h.mT)
+        h = 0.5 * (h + h.mT)
+        # A member that is lost may hold NaN, at which an eigensolver of all members would stop.
+        is_lost = ~(torch.linalg.matrix_norm(h) < torch.inf)[..., None, None]
+        unit = torch.eye(h.shape[-1], dtype=h.dtype, device=h.device)
+        return torch.where(is_lost, 0.0, q), stats, torch.where(is_lost, unit, h)
 
     def top(self, k: int) -> Subspace:
         """Return U_k V_kᵀ as ``Subspace.isometry``, and the last directions before the cut; reads nothing."""
@@ -161,11 +168,18 @@ class FilteredFactorization(GramFactorization):
         )
 
     def _angle(self, block: BottomBlock, q: Tensor, count: int) -> Tensor:
-        """Return ``BottomBlock.angle`` with what the asymmetry of H adds: H is exact for an X' that far from X."""
-        asymmetry = symmetry(self.x, q)[0] * torch.linalg.vector_norm(self.x, dim=(-2, -1))
-        far = block.values[..., -1] - block.values[..., max(0, count - 1)]
-        turned = asymmetry / far.clamp_min(torch.finfo(far.dtype).tiny)
-        return block.angle + torch.where(asymmetry > 0, turned, 0.0) / max(1, count) ** 0.5
+        """Return ``BottomBlock.angle`` with what the asymmetry of H adds: H is exact for an X' that far from X.
+
+        An error with entries e of H turns a pair of directions by e over the difference of their values.
+        """
+        side, values = block.vectors.shape[-2], block.values
+        tiny = torch.finfo(values.dtype).tiny
+        entry = symmetry(self.x, q)[0] * torch.linalg.vector_norm(self.x, dim=(-2, -1)) / side
+        apart = (values[..., None, count:] - values[..., :count, None]).clamp_min(tiny)
+        # All that lies beyond the block as near as its end.
+        beyond = apart[..., -1].square().reciprocal().sum(-1) * (side - values.shape[-1])
+        turned = entry * (apart.square().reciprocal().sum((-2, -1)) + beyond).sqrt()
+        return block.angle + torch.where(entry > 0, turned, 0.0) / max(1, count) ** 0.5
 
     def complement(self, top: Subspace) -> Tensor:
         block: BottomBlock = vars(self)["block"]

@@ -39,7 +39,6 @@ from .protocol import (
     Subspace,
     complement_basis,
     default_tolerance,
-    is_stack,
     reciprocal,
     relative_gap,
     rounding_angle,
@@ -316,7 +315,7 @@ class GramFactorization(Factorization):
         unresolved = _hidden(sigma[..., :s], noise, tolerance)
         kept_sigma = torch.where(hidden, 0.0, kept_sigma[..., :s])
         top = vectors[..., :, :s] * (kept_sigma > 0)[..., None, :]
-        if is_stack(self.x):
+        if solver.in_stack:
             unresolved = unresolved + missed
         elif bool((unresolved > 0).any()):
             unresolved = solver.seen(unresolved, (residual, partial(to_short_side, delta)), top, tolerance)

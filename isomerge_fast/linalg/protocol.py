@@ -205,7 +205,13 @@ class Solver(PolarSolver):
     """Find dominant singular triplets too, of a matrix and of what a projection leaves of another: for Iso-CTS.
 
     A solver states ``name`` and ``factorize``; one that has an SVD of its own is a ``FullSvd`` with another ``svd``.
+
+    Attributes:
+        in_stack: whether nothing is decided for a batch as a whole, so that none of its matrices depends on another:
+            what is not regular shows in a matrix's own evidence, and it is then solved by itself.
     """
+
+    in_stack: bool = False
 
     @abstractmethod
     def factorize(self, x: Tensor, *, tolerance: Tensor | None = None) -> Factorization:
@@ -237,14 +243,6 @@ class Solver(PolarSolver):
     def small_polar(self, device: torch.device) -> PolarSolver:
         """Return the solver of the small polar factors of Iso-CTS, of sides up to 0.4 r, on that device."""
         return self
-
-
-def is_stack(x: Tensor) -> bool:
-    """Return whether X [..., M, N] is a stack on a GPU, for whose members nothing is decided together.
-
-    What has to be decided is decided for each by its evidence: a member that misses is solved by itself.
-    """
-    return x.ndim > 2 and traits_of(x.device).is_gpu
 
 
 def rounding_tolerance(norm: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
@@ -322,7 +320,7 @@ def reciprocal(sigma: Tensor) -> Tensor:
 
 def complement_basis(rest: Tensor, top: Subspace) -> Tensor:
     """Return the short side's directions beyond ``top``: ``rest``, or I − W Wᵀ where some of W were truncated."""
-    if top.is_whole or is_stack(rest):
+    if top.is_whole:
         return rest.clone()
     projector = -(top.short @ top.short.mT)
     projector.diagonal(dim1=-2, dim2=-1).add_(1.0)

@@ -111,11 +111,17 @@ def top_triplets(a: Tensor, rank: int, *, n_oversamples: int, tolerance: float) 
     found = _result(solved, batch, dtype, a)
     if exponents is not None:
         found = replace(found, s=torch.ldexp(found.s, exponents.reshape(*batch, 1)))
-    if not bool(torch.isfinite(found.s).all()):
+    largest = found.s[..., :1]
+    if not bool(((largest >= least_normal(dtype)) & torch.isfinite(largest) | (largest == 0)).all()):
         raise InputError(
             f"a {list(a.shape)} has singular values beyond the range of {dtype}, in which they are returned"
         )
     return found
+
+
+def least_normal(dtype: torch.dtype) -> float:
+    """Return the smallest number that ``dtype`` holds with all of its digits."""
+    return torch.finfo(dtype).tiny
 
 
 def _near_one(a: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -257,7 +263,7 @@ def search(problem: Problem) -> Triplets | str:
         max_work=math.inf if is_gpu else SEARCH_WORK * gram.shape[-1] / problem.width,
     )
     if ritz is None:
-        return "directions at the cut lie too close together, or in the rounding of the Gram matrix"
+        return "directions at the cut (of one of a batch) lie too close together, or in the Gram matrix's rounding"
     triplets, _ = rayleigh_ritz(problem.a, ritz.vectors)
     squares = triplets.sigma.square()
     middle = (squares[..., rank - 1] + squares[..., -1]) / 2.0

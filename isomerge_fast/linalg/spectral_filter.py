@@ -18,7 +18,6 @@ from ..ops import mm_add, sym_mm, sym_mm_add, thin_mm
 from .certificate import fixed_draw
 from .cusolver import eigh
 from .polar_express import quintics
-from .subspace_chebyshev import Ritz, angle_bound
 from .thin import flagged_qr
 
 # Columns beyond those wanted, as a share of all, and the fewest: half of them are for errors in counting, half for the
@@ -90,10 +89,21 @@ def bottom_block(
     x = thin_mm(x, turn)
     residuals = torch.linalg.vector_norm(thin_mm(image, turn) - x * values[..., None, :], dim=-2)
     missed = missed | _is_incomplete(sign, x, count)
-    # Of 2I − H the bottom is the top, above all that P leaves out.
-    kept = torch.full(h.shape[:-2], count, device=h.device)
-    angle = angle_bound(Ritz(x, 2.0 - values, residuals), kept)
-    return BottomBlock(x, values * largest[..., None], angle, missed)
+    return BottomBlock(x, values * largest[..., None], _angle_bound(values, residuals, cut, count), missed)
+
+
+def _angle_bound(values: Tensor, residuals: Tensor, cut: Tensor, count: int) -> Tensor:
+    """Bound ‖sin θ‖_F/√c between the first c Ritz vectors E of X = [E, F] and eigenvectors, to second order: [...].
+
+    As ``subspace_chebyshev.angle_bound``, but each column of F with its own distance: the last ones are no eigenvectors
+    at all, and far away. What lies outside of X, of which P keeps little, is above μ.
+    """
+    tiny = torch.finfo(values.dtype).tiny
+    last = values[..., max(0, count - 1), None]
+    far = (torch.minimum(values[..., -1], cut) - last[..., 0]).clamp_min(tiny)
+    coupled = residuals[..., count:] / (values[..., count:] - last).clamp_min(tiny)
+    own = torch.linalg.vector_norm(residuals[..., :count], dim=-1)
+    return own / far * (1.0 + torch.linalg.vector_norm(coupled, dim=-1)) / math.sqrt(max(1, count))
 
 
 def counted_cut(h: Tensor, below: float) -> Tensor:

@@ -45,8 +45,10 @@ def singular_range(gram: Tensor, *, tolerance: Tensor) -> tuple[Tensor, Tensor]:
     inverse = _largest_eigenvalue(_inverse_product(lower), start, SMALLEST_STEPS).sqrt()
     smallest = 1.0 / (SMALLEST_MARGIN * inverse)
     limit = torch.maximum(tolerance.double(), RESOLUTION * largest)
-    # What a failed factorisation leaves may be anything, NaN included, but stays in its own member of the batch.
-    return largest, torch.where((failed == 0) & (smallest > limit), smallest, 0.0)
+    # What a failed factorisation leaves may be anything, NaN included, but stays in its own member of the batch. One
+    # of a singular matrix may come through with an inverse that overflows.
+    solved = (failed == 0) & (smallest > limit) & (smallest <= largest)
+    return largest, torch.where(solved, smallest, 0.0)
 
 
 def _inverse_product(lower: Tensor) -> Product:

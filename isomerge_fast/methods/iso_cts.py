@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -15,7 +16,7 @@ from ..linalg.auto import Candidate, small_candidate, subspace_candidates
 from ..linalg.blockwise import block_elements, short_side_gram, to_long_side, to_short_side
 from ..linalg.certificate import orthogonality as polar_orthogonality
 from ..linalg.filtered import SpectralFilter
-from ..linalg.protocol import Factorization, Solver, Subspace, is_stack, reciprocal
+from ..linalg.protocol import Factorization, Solver, Subspace, reciprocal
 from ..ops import thin_mm, traits_of
 from .base import RowwiseMerge
 from .iso_c import IsoC
@@ -221,8 +222,7 @@ class IsoCTS(Spectral):
                 return found.merged(f"{self.name}/{solver.name}", dtype, self.tolerance, values)
         factors = solver.factorize(total, tolerance=zero_limit)
         common = factors.top(k)
-        in_stack = is_stack(total)
-        if in_stack:  # of which each has to be whole by itself
+        if solver.in_stack:  # of which each has to be whole by itself
             lacking = (common.sigma <= 0).sum(-1)
             common = replace(common, is_whole=True, unresolved=common.unresolved + lacking)
         if common.wide:
@@ -234,7 +234,7 @@ class IsoCTS(Spectral):
 
         spec = TensorSpec("", tuple(deltas.shape), deltas.dtype)
         at_once = self._tasks_at_once(solver, spec, tasks, k, s, deltas.device)
-        parts = self._task_parts(factors, deltas, common, s, squares.sqrt(), at_once)
+        parts = self._task_parts(factors, deltas, common, s, squares.sqrt(), at_once, solver.in_stack)
         # The short form needs every direction of every matrix of the batch.
         is_whole = all(each.is_whole for each in (common, *parts))
         nonzero = torch.linalg.vector_norm(total, dim=(-2, -1)) > 0
@@ -277,29 +277,45 @@ class IsoCTS(Spectral):
         return value, MergeStats(f"{self.name}/{solver.name}", values, checks)
 
     def _task_parts(
-        self, factors: Factorization, deltas: DeltaSource, common: Subspace, s: int, norms: Tensor, at_once: int
+        self,
+        factors: Factorization,
+        deltas: DeltaSource,
+        common: Subspace,
+        s: int,
+        norms: Tensor,
+        at_once: int,
+        in_stack: bool,
     ) -> list[Subspace]:
         """Return the top s triplets of every R_t, solved ``at_once`` at a time."""
         parts: list[Subspace] = []
         # Where U_k is all of a wide matrix's left side, as in coordinates it may be, R_t = 0.
+        part_of = partial(self._task_part, factors, common=common, s=s, full_spec=deltas.full_spec, in_stack=in_stack)
         nothing_left = common.complement is not None and common.complement.shape[-1] == 0
         for start in range(0, 0 if nothing_left else deltas.n_tasks, at_once):
             norm = norms[start : start + at_once]
             # No name for a delta here: it would outlive the loop, beside what is made of S next.
             if at_once == 1:
-                parts.append(self._task_part(factors, deltas.delta(start), common, s, norm[0], deltas.full_spec))
+                parts.append(part_of(deltas.delta(start), norm=norm[0]))
             else:
                 stack = torch.empty(len(norm), *deltas.shape, dtype=deltas.dtype, device=deltas.device)
                 for task in range(len(norm)):
                     stack[task] = deltas.delta(start + task)
-                parts += self._task_part(factors, stack, common, s, norm, deltas.full_spec).unbind()
+                parts += part_of(stack, norm=norm).unbind()
                 del stack
         return parts
 
     def _task_part(
-        self, factors: Factorization, delta: Tensor, common: Subspace, s: int, norm: Tensor, full_spec: TensorSpec
+        self,
+        factors: Factorization,
+        delta: Tensor,
+        *,
+        common: Subspace,
+        s: int,
+        norm: Tensor,
+        full_spec: TensorSpec,
+        in_stack: bool,
     ) -> Subspace:
-        """Return the top s triplets of R above the rounding. One read of the device.
+        """Return the top s triplets of R above the rounding. One read of the device, and none in a stack.
 
         The rounding is that of Δ, and where directions of S are missing, that of S.
         """
@@ -309,7 +325,7 @@ class IsoCTS(Spectral):
         part = factors.residual(delta, common, s, norm=norm, tolerance=limit)
         # The error of U_k, first as if it concerned all of Δ; where that would matter, what it does concern.
         turned, min_dim = common.angle * math.sqrt(common.sigma.shape[-1]), common.short.shape[-2]
-        if is_stack(factors.x):
+        if in_stack:
             share = share_at_cut(delta, factors.x, common)
             angle = part.angle + projection_angle(part.sigma, part.gap, turned, share, min_dim, norm)
             unresolved = part.unresolved + (part.sigma <= 0).sum(-1)

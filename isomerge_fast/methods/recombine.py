@@ -11,7 +11,7 @@ from torch import Tensor
 from ..linalg.blockwise import multiply_short_side, to_long_side, to_short_side
 from ..linalg.certificate import orthogonality
 from ..linalg.gram_eigh import float32_rounding
-from ..linalg.protocol import PolarSolver, PolarStats, Solver, Subspace, is_stack, reciprocal
+from ..linalg.protocol import PolarSolver, PolarStats, Solver, Subspace, reciprocal
 from ..linalg.thin import flagged_qr, thin_qrs
 from ..ops import sym_mm, thin_mm
 
@@ -85,7 +85,7 @@ def recombine(
     rest = v_tasks - side.vectors(a)
     columns = v_tasks.shape[-2]
     del v_tasks
-    small = small_problem(a, rest, small_solver)
+    small = small_problem(a, rest, small_solver, in_stack=solver.in_stack)
     del a, rest
     weights = small.weights.to(dtype)
     left = thin_mm(u_polar, weights[..., :tasks_width, :])
@@ -227,9 +227,9 @@ def over_columns(growth: Tensor, long: int, width: int) -> Tensor:
     return growth / math.sqrt(max(1, width * long))
 
 
-def small_problem(a: Tensor, rest: Tensor, solver: PolarSolver) -> SmallProblem:
+def small_problem(a: Tensor, rest: Tensor, solver: PolarSolver, *, in_stack: bool = False) -> SmallProblem:
     """Return polar(Z) and its bases from A = V_kᵀ V_ts and ``rest`` = V_ts − V_k A, both float64."""
-    (q_a, a_small), (q_r, b_small), missed = _bases(a, rest)
+    (q_a, a_small), (q_r, b_small), missed = _bases(a, rest, in_stack)
     width, tasks_width = q_a.shape[-1], a.shape[-1]
     z = torch.zeros(*a.shape[:-2], width + q_r.shape[-1], tasks_width + width, dtype=a.dtype, device=a.device)
     z[..., :width, :tasks_width] = a_small
@@ -243,9 +243,11 @@ def small_problem(a: Tensor, rest: Tensor, solver: PolarSolver) -> SmallProblem:
     return SmallProblem(q_a, q_r, weights, stats, min(z.shape[-2:]) - stats.rank)
 
 
-def _bases(a: Tensor, rest: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], Tensor | None]:
+def _bases(
+    a: Tensor, rest: Tensor, in_stack: bool
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], Tensor | None]:
     """Return the thin QRs of both, and of a stack which have none that is to be trusted, [...]."""
-    if not is_stack(a):
+    if not in_stack:
         of_a, of_rest = thin_qrs(a, rest)
         return of_a, of_rest, None
     (q_a, a_small, missed), (q_r, b_small, also) = flagged_qr(a), flagged_qr(rest)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -17,7 +18,6 @@ from ..linalg.auto import TOLERANCES, Candidate, check_precision, spectrum_candi
 from ..linalg.blockwise import multiply_short_side, to_long_side, to_short_side
 from ..linalg.certificate import probes, symmetry
 from ..linalg.protocol import PolarSolver, Solver, reciprocal
-from ..ops import traits_of
 from .base import Method
 from .certified import exact_products, run_with_fallback
 from .source import DeltaSource, TensorSpec
@@ -127,8 +127,8 @@ class Spectral(Method):
             ConfigError: as ``check``.
         """
         require_matrices(self.name, deltas.shape)
-        if len(deltas.shape) > 2 and 0 not in deltas.shape and traits_of(deltas.device).is_gpu:
-            return self._merge_batch(deltas)
+        if len(deltas.shape) > 2 and self._has_stacks(deltas):
+            return self._merge_in_stacks(deltas)
         spec = TensorSpec("", tuple(deltas.shape), deltas.full_spec.dtype)
         return run_with_fallback(self.attempt, deltas, self.candidates(spec, deltas.n_tasks, deltas.device))
 
@@ -163,23 +163,21 @@ class Spectral(Method):
         with exact_products(first.device):
             return merge_together(partial(self.attempt, candidate=candidate), self.merge, DeltaStack(sources, size))
 
-    def _merge_batch(self, deltas: DeltaSource) -> tuple[Tensor, MergeStats]:
-        """Return ``merge`` of a batch on a GPU, in stacks where its matrices have them."""
-        batch, count = deltas.shape[:-2], deltas.shape[:-2].numel()
-        members = [deltas.member(place) for place in range(count)]
+    def _has_stacks(self, deltas: DeltaSource) -> bool:
+        """Return whether the matrices of a batch are merged in stacks, and those fit under the ceiling."""
+        spec = TensorSpec("", tuple(deltas.shape[-2:]), deltas.full_spec.dtype)
+        if 0 in deltas.shape or self.stack_size(spec, deltas.n_tasks, deltas.device) == 1:
+            return False
+        ceiling = math.inf if self.memory_bytes is None else self.memory_bytes
+        return self.stack_bytes(spec, deltas.n_tasks, deltas.device) <= ceiling
+
+    def _merge_in_stacks(self, deltas: DeltaSource) -> tuple[Tensor, MergeStats]:
+        batch = deltas.shape[:-2]
         spec = TensorSpec("", tuple(deltas.shape[-2:]), deltas.full_spec.dtype)
         size = self.stack_size(spec, deltas.n_tasks, deltas.device)
-        needed = self.stack_bytes(spec, deltas.n_tasks, deltas.device)
-        if size > 1 and (self.memory_bytes is None or needed <= self.memory_bytes):
-            starts = range(0, count, size)
-            return as_batch([each for at in starts for each in self.merge_stack(members[at : at + size])], batch)
-        if self.solver is not None:
-            return as_batch([self.merge(member) for member in members], batch)
-        whole = TensorSpec("", (count, *spec.shape), spec.dtype)
-        candidate = self.candidates(whole, deltas.n_tasks, deltas.device)[0]
-        with exact_products(deltas.device):
-            attempt = partial(self.attempt, candidate=candidate)
-            return as_batch(merge_together(attempt, self.merge, DeltaStack(members, count)), batch)
+        members = [deltas.member(place) for place in range(batch.numel())]
+        starts = range(0, len(members), size)
+        return as_batch([each for at in starts for each in self.merge_stack(members[at : at + size])], batch)
 
     def result_dtype(self, compute_dtype: torch.dtype) -> torch.dtype:
         """Return the dtype of the merged Δ. The reference judges the others: its result is never rounded."""

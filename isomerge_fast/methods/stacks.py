@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 
 from ..ops import TaskSum
+from .certified import Result
 from .source import DeltaSource, RowBlock
 from .stats import Check, MergeStats
-
-Result = tuple[Tensor, MergeStats]
 
 
 class DeltaStack(DeltaSource):
@@ -28,6 +27,9 @@ class DeltaStack(DeltaSource):
 
     def __init__(self, sources: Sequence[DeltaSource], size: int) -> None:
         first = sources[0]
+        alike = {(tuple(source.shape), source.dtype, source.n_tasks, source.device) for source in sources}
+        assert len(alike) == 1, f"matrices of one stack are not alike: {alike}"
+        assert len(sources) <= size
         super().__init__(first.n_tasks, (size, *first.shape), first.dtype, first.device, first.full_spec)
         self.sources = sources
 
