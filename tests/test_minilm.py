@@ -242,9 +242,10 @@ STACKED = {
 def test_a_gpu_merges_its_layers_in_stacks(
     weights: Weights, method: str, names: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Six matrices of real fine-tuning as one stack: none has to be merged alone. The first and last are judged."""
-    monkeypatch.setattr(auto, "LARGEST_STACK", 8)
-    every = [f"encoder.layer.{layer}.{name}.weight" for layer in range(6) for name in names][-6:]
+    """Four matrices of real fine-tuning as one stack: none has to be merged alone. The first and last are judged."""
+    monkeypatch.setattr(auto, "SMALLEST_STACK", 4)
+    monkeypatch.setattr(auto, "LARGEST_STACK", 4)
+    every = [f"encoder.layer.{layer}.{name}.weight" for layer in range(6) for name in names][-4:]
     given = [[torch.from_numpy(delta.astype(np.float32)) for delta in weights.deltas(name)] for name in every]
     with pretend_gpu() as gpu:
         sources = [MemoryDeltas([gpu.upload(delta) for delta in deltas]) for deltas in given]

@@ -29,9 +29,6 @@ from .protocol import (
     PolarStats,
     Subspace,
     default_tolerance,
-    reciprocal,
-    relative_gap,
-    rounding_angle,
 )
 from .spectral_filter import COUNTING_BLOCK, COUNTING_VECTORS, BottomBlock, bottom_block
 from .spectrum import largest_eigenvalue
@@ -42,7 +39,8 @@ from .subspace_chebyshev import angle_bound
 # of deltas have κ up to 3e5, long ones 25, the small factors 1e3 (docs/numerics.md).
 STACK_LOWER = {"square": 1e-7, "long": 1e-3, "small": 1e-5}
 # Up to this side cuSOLVER has the eigenvalues of a whole stack sooner than a search of it (H200: 64 of side 128 in
-# 1.3 ms, of side 192 in 9, of side 768 in 81), and in few launches: of side 154 it takes some 1,900.
+# 1.3 ms, of side 192 in 9, of side 768 in 81). Wide parts, of sides 152 and 208, took no less by a search (ms of the
+# device for a stack, with an eigensolver / searched for: 42.6 / 44.9, 8 of 768 x 3072; 70.9 / 74.5, 8 of 1024 x 4096).
 SMALLEST_SEARCHED = 128
 # Columns of a search beyond the s wanted, at least; up to 64 they cost a GPU nothing. No more than 2 s, as what is left
 # of a tall Δ_t may have no more directions than all tasks are given.
@@ -217,25 +215,3 @@ class FilteredFactorization(GramFactorization):
         kept = torch.where(sigma <= tolerance[..., None], 0.0, sigma)
         angle = angle_bound(ritz, torch.full(noise.shape, s, device=gram.device))
         return ritz.vectors, sigma, kept, angle, missed
-
-    def _top_of_projected(self, projected: Tensor, s: int, tolerance: Tensor) -> Subspace:
-        """Return the top ``s`` triplets of C = Q_cᵀ Δ, in a stack searched for in its Gram matrix."""
-        solver = self.solver
-        if solver.searched_width(projected.shape[-2], s) is None:
-            return super()._top_of_projected(projected, s, tolerance)
-        gram = short_side_gram(projected)
-        noise = solver.noise * gram.diagonal(dim1=-2, dim2=-1).sum(-1)
-        vectors, sigma, kept, angle, missed = self.part_vectors(gram, s, noise, tolerance)
-        del gram
-        kept = kept[..., :s]
-        top = vectors[..., :, :s] * (kept > 0)[..., None, :]
-        return Subspace(
-            short=top,
-            long=to_long_side(projected, top * reciprocal(kept)[..., None, :], torch.float64),
-            sigma=kept,
-            complement=None,
-            gap=relative_gap(sigma, s),
-            angle=angle + rounding_angle(sigma, s, tolerance, noise),
-            unresolved=solver.unresolved(sigma[..., :s], tolerance) + missed,
-            wide=True,
-        )

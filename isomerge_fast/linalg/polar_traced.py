@@ -67,12 +67,13 @@ def heat_traces(h: Tensor, scale: Tensor, lower: float) -> HeatTraces:
     # e^(−x) = 1 − x + x²/2 + x² (x²/24 − x/6).
     power = sym_mm_add(0.5 * square - x, square, square / 24 - x / 6, gamma=1.0)
     del x, square
-    traces = [power.diagonal(dim1=-2, dim2=-1).sum(-1)]
+    first, norms = power.diagonal(dim1=-2, dim2=-1).sum(-1), []
     for _ in range(math.ceil(math.log2(LAST / (FIRST * lower)))):
-        if len(traces) > 1:
+        if norms:
             power = sym_mm(power)
-        traces.append(torch.linalg.vector_norm(power, dim=(-2, -1)).square())
-    nodes = torch.arange(len(traces), dtype=torch.float64, device=h.device)
+        norms.append(torch.linalg.vector_norm(power, dim=(-2, -1)))
+    traces = torch.cat([first[..., None], torch.stack(norms, dim=-1).square()], dim=-1)
+    nodes = torch.arange(traces.shape[-1], dtype=torch.float64, device=h.device)
     times = scale[..., None] * FIRST * torch.exp2(nodes)
     weights = math.log(2.0) * times.square() * torch.where(nodes == 0, 4 / 3, 1.0)
-    return HeatTraces(times, weights, torch.stack(traces, dim=-1))
+    return HeatTraces(times, weights, traces)
