@@ -20,7 +20,9 @@ from benchmarks.gpu.stacks import places_of, some_sources
 from benchmarks.harness.readings import Rows, read_rows
 from benchmarks.shapes import dimensions
 from isomerge_fast.bench import published
+from isomerge_fast.bench.ceilings import median_seconds
 from isomerge_fast.bench.problems import deltas_like_fine_tuning, relative_error
+from isomerge_fast.functional import randomized_svd
 from isomerge_fast.linalg.gram_eigh import GramEigh
 from isomerge_fast.linalg.polar_express import PolarExpress
 from isomerge_fast.linalg.polar_gram import GramNewtonSchulz
@@ -56,6 +58,7 @@ SHAPES = ((1100, 1100), (1024, 3072), (3072, 1024))
 # The judge of Iso-CTS takes T + 3 SVDs: half the size.
 HALVES = ((550, 550), (512, 1536), (1536, 512))
 BATCH = 3
+TRIPLETS = (((3072, 768), 19), ((768, 768), 100), ((4096, 4096), 64))
 # Whose rows, and small factors, begin at odd places of a stack.
 ODD_SHAPES = ((33, 48), (64, 80), (150, 33), (301, 133))
 BATCHED_SHAPES = ((300, 300), (256, 640), (640, 256))
@@ -126,9 +129,29 @@ def solvers_and_methods(rows: Rows) -> None:
             _tiers(rows, name, members, batched=True)
         for shape in SMALL_SHAPES if rows.small else shapes:
             _tiers(rows, name, [deltas_like_fine_tuning(*shape, 4, "decay", device=device)], batched=False)
+    for shape, rank in (((96, 64), 4),) if rows.small else TRIPLETS:
+        rows.attempt(f"randomized_svd 2 x {dimensions(shape)}, {rank}", partial(_top_triplets, shape, rank, device))
     for shape in SMALL_SHAPES if rows.small else (*VIT, *ODD_SHAPES):
         for name in NAMES:
             rows.attempt(f"{name} {dimensions(shape)}, any company", partial(_same_bytes, name, shape, device))
+
+
+def _top_triplets(shape: Shape, rank: int, device: torch.device) -> dict[str, Any]:
+    """Check ``randomized_svd`` of two matrices by all singular values in float64, and time it beside svd_lowrank."""
+    a = torch.stack(deltas_like_fine_tuning(*shape, 2, "noise", device=device))
+    found = randomized_svd(a, rank)
+    exact = torch.linalg.svdvals(a.double())[..., :rank]
+    error = relative_error(found.s, exact)
+    assert bool(found.evidence.certified.all()), found.evidence
+    assert error <= 1e-5, error
+    lowrank = torch.svd_lowrank(a, q=rank + 9)[1][..., :rank]
+    return {
+        "error": error,
+        "algorithm": ", ".join(sorted(set(found.evidence.algorithm))),
+        "seconds": median_seconds(lambda: randomized_svd(a, rank), device, budget_seconds=0.3),
+        "lowrank_error": relative_error(lowrank, exact),
+        "lowrank_seconds": median_seconds(lambda: torch.svd_lowrank(a, q=rank + 9), device, budget_seconds=0.3),
+    }
 
 
 def _same_bytes(name: str, shape: Shape, device: torch.device) -> dict[str, Any]:
