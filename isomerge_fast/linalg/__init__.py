@@ -3,6 +3,7 @@
 import warnings
 from typing import Any
 
+from .filtered import SpectralFilter
 from .gram_eigh import GramEigh
 from .polar_express import PolarExpress
 from .polar_gram import GramNewtonSchulz
@@ -20,6 +21,7 @@ __all__ = [
     "PolarSolver",
     "PolarStats",
     "Solver",
+    "SpectralFilter",
     "Subspace",
 ]
 
