@@ -221,17 +221,7 @@ class IsoCTS(Spectral):
                 values = {"k": k, "s": s, **of_deltas}
                 return found.merged(f"{self.name}/{solver.name}", dtype, self.tolerance, values)
         factors = solver.factorize(total, tolerance=zero_limit)
-        common = factors.top(k)
-        if solver.in_stack:  # of which each has to be whole by itself
-            lacking = (common.sigma <= 0).sum(-1)
-            common = replace(common, is_whole=True, unresolved=common.unresolved + lacking)
-        if common.wide:
-            common = replace(common, complement=factors.complement(common))
-        early_dtype, long_dtype = solver.long_dtypes(common.wide, dtype, deltas.device)
-        if early_dtype is not None:
-            common = factors.complete(common, early_dtype)
-        factors.release()
-
+        common, long_dtype = _common_part(factors, solver, k, dtype)
         spec = TensorSpec("", tuple(deltas.shape), deltas.dtype)
         at_once = self._tasks_at_once(solver, spec, tasks, k, s, deltas.device)
         parts = self._task_parts(factors, deltas, common, s, squares.sqrt(), at_once, solver.in_stack)
@@ -240,8 +230,7 @@ class IsoCTS(Spectral):
         nonzero = torch.linalg.vector_norm(total, dim=(-2, -1)) > 0
         # On a CPU V_k = Sᵀ U_k Σ_k⁻¹ of a wide S takes part in the short form as these factors.
         is_factored = is_whole and bool(parts) and common.wide and not traits_of(total.device).is_gpu
-        is_factored = is_factored and common.isometry is None
-        factor = total if is_factored and common.long is None else None
+        factor = total if is_factored and common.long is None and common.isometry is None else None
         if common.long is None and factor is None:
             common = factors.complete(common, long_dtype)
         if not common.wide and common.isometry is None:
@@ -336,6 +325,21 @@ class IsoCTS(Spectral):
             share = share_at_cut(delta, factors.x, common)
             angle = projection_angle(part.sigma, part.gap, turned, share, min_dim, norm)
         return replace(part, angle=part.angle + angle, is_whole=is_whole)
+
+
+def _common_part(factors: Factorization, solver: Solver, k: int, dtype: torch.dtype) -> tuple[Subspace, torch.dtype]:
+    """Return the top ``k`` directions of S, as the task parts need them, and the dtype of their long side."""
+    common = factors.top(k)
+    if solver.in_stack:  # of which each has to be whole by itself
+        lacking = (common.sigma <= 0).sum(-1)
+        common = replace(common, is_whole=True, unresolved=common.unresolved + lacking)
+    if common.wide:
+        common = replace(common, complement=factors.complement(common))
+    early_dtype, long_dtype = solver.long_dtypes(common.wide, dtype, factors.x.device)
+    if early_dtype is not None:
+        common = factors.complete(common, early_dtype)
+    factors.release()
+    return common, long_dtype
 
 
 def isometry_of(common: Subspace, dtype: torch.dtype) -> Tensor:
