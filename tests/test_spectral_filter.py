@@ -142,8 +142,8 @@ def deficient_start(monkeypatch: pytest.MonkeyPatch) -> None:
     lost = vectors[:, 3:4]
     draw = spectral_filter.fixed_draw
 
-    def without(rows: int, columns: int, *rest: object, **more: object) -> Tensor:
-        found = draw(rows, columns, *rest, **more)  # type: ignore[arg-type]
+    def without(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        found = draw(rows, columns, dtype, device)
         return found - lost @ (lost.mT @ found) if columns > spectral_filter.COUNTING_VECTORS else found
 
     monkeypatch.setattr(spectral_filter, "fixed_draw", without)
@@ -204,6 +204,17 @@ def test_iso_cts_by_the_filter_alone(case: Case) -> None:
     assert stats.algorithm == "iso-cts/spectral-filter-fp64"
     assert not stats.missed()
     assert oracle.relative_error(value.numpy(), judge) <= 1e-6
+
+
+def test_a_float32_filter_claims_nothing_that_is_wrong() -> None:
+    for condition in (1e1, 1e3):
+        deltas = Case(2, 130, 130, condition, 8).deltas()
+        solver = SpectralFilter(filter_dtype=torch.float32)
+        value, stats = make_method("iso-cts", {"solver": solver}).merge(MemoryDeltas(deltas))
+        assert stats.algorithm == "iso-cts/spectral-filter-fp32"
+        judge = oracle.iso_cts([delta.double().numpy() for delta in deltas])
+        assert stats.missed() or oracle.relative_error(value.numpy(), judge) <= 1e-5
+    assert "angle" in stats.missed()  # of the latter
 
 
 def test_of_one_task_and_all_directions() -> None:

@@ -27,7 +27,7 @@ from benchmarks.gpu.stacks import places_of, stack_label
 from benchmarks.gpu.summary import Readings, milliseconds
 from benchmarks.harness.markdown import table, write_between
 from benchmarks.shapes import dimensions
-from counted_gpu import Answers, CountedGpu, Work, counted_gpu  # type: ignore[import-not-found]  # see above
+from counted_gpu import Answers, CountedGpu, Work, counted_gpu  # type: ignore[import-not-found]  # in tests/support
 from isomerge_fast.bench.problems import deltas_like_fine_tuning
 from isomerge_fast.linalg import subspace_chebyshev
 from isomerge_fast.methods import MemoryDeltas, make_method

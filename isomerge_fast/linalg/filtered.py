@@ -24,12 +24,7 @@ from .polar_express import PolarExpress
 from .polar_gram import GramNewtonSchulz
 from .polar_iteration import PolarIteration
 from .polar_traced import TracedPolar
-from .protocol import (
-    PolarSolver,
-    PolarStats,
-    Subspace,
-    default_tolerance,
-)
+from .protocol import PolarSolver, PolarStats, Subspace, default_tolerance
 from .spectral_filter import COUNTING_BLOCK, COUNTING_VECTORS, BottomBlock, bottom_block
 from .spectrum import largest_eigenvalue
 from .subspace_alike import alike_block

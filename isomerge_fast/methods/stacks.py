@@ -37,8 +37,14 @@ class DeltaStack(DeltaSource):
         raise ValueError("a stack has no rows of its own")
 
     def sum(self, dtype: torch.dtype, batch_dims: int = 0) -> TaskSum:
-        seen = [source.sum(dtype) for source in self.sources]
-        total = self._stacked(lambda place: seen[place].total, dtype)
+        seen: list[TaskSum] = []
+
+        def sum_of(place: int) -> Tensor:
+            found = self.sources[place].sum(dtype)
+            seen.append(found._replace(total=found.total.new_empty(0)))  # what is put together is not held twice
+            return found.total
+
+        total = self._stacked(sum_of, dtype)
 
         def by_task(values: list[Tensor]) -> Tensor:
             return torch.stack([*values, *values[:1] * (len(total) - len(seen))], dim=1)
